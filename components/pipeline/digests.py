@@ -1,0 +1,37 @@
+"""Content digests: what files hold, never when or where they were written."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tree_files(path: Path) -> list[Path]:
+    """Every file at or below `path`, sorted; caches and hidden files left out."""
+    if path.is_file():
+        return [path]
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and not any(part == "__pycache__" or part.startswith(".") for part in file.relative_to(path).parts)
+    )
+
+
+def tree_digest(paths: Iterable[Path], relative_to: Path) -> str:
+    """One SHA-256 over the names (relative to `relative_to`) and bytes of all files at or below `paths`."""
+    files = sorted({file for path in paths for file in tree_files(path)})
+    return json_digest({file.relative_to(relative_to).as_posix(): file_digest(file) for file in files})
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

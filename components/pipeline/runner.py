@@ -1,0 +1,372 @@
+"""The only code that executes a step, and what it promises.
+
+At-least-once execution, idempotent commit: a step's output is absent, or complete and verified.
+
+* Inputs are verified against their manifests (sizes and SHA-256) before the step starts.
+* A step writes into a staging folder. When it has ended well, everything is hashed and renamed into its final place;
+  the manifest is removed first and written last, so whoever finds a manifest finds all that it names.
+* Long steps work in shards. A shard is a folder with its own record; it is kept on a re-run only where the record's key
+  (input rows, parameters, code) still holds and its bytes still match.
+* A row that can't be used goes to `rejected.parquet` with its reason; too many of them fail the step.
+* Nothing in an output depends on the clock, the machine, or the order of completion.
+"""
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from univigu.errors import (
+    BadInputError,
+    BusyError,
+    ConfigError,
+    CorruptDataError,
+    DiskFullError,
+    GateFailedError,
+    MissingInputError,
+)
+
+from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
+from components.pipeline.progress import progress
+from components.pipeline.stages import Stage, find_stage
+from components.pipeline.tables import read_table, write_table
+
+T = TypeVar("T")
+MANIFEST = "manifest.json"
+STATE = ".univigu"  # staging, locks and run records, below the work root
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+ShardWork = Callable[[Sequence[Mapping[str, Any]], Path], Sequence[Mapping[str, Any]]]
+
+
+@dataclass
+class Step:
+    """What a step function is given: its inputs, its parameters, and the ways to leave something behind."""
+
+    stage: Stage
+    parameters: Mapping[str, Any]  # the profile's sections that the stage declares
+    inputs: Mapping[str, Path]  # earlier steps' folders and the profile's sources, by name
+    input_digests: Mapping[str, str]
+    out: Path  # the staging folder: everything in it is committed when the function returns
+    scratch: Path  # survives a killed run until the commit: checkpoints live here; never part of the output
+    previous: Path  # where the last committed output lies, if there is one
+    code_digest: str
+    rows_in: int = 0
+    rows_out: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
+    _rejected: list[dict[str, str]] = field(default_factory=list)
+
+    def __getitem__(self, section: str) -> Any:
+        """A section of the profile, e.g. ``step["video"]["height"]``."""
+        return self.parameters[section]
+
+    def read(self, source: str, table: str) -> pa.Table:
+        """Read a table out of the input called `source`."""
+        return read_table(self.inputs[source], table)
+
+    def write(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a table into the output and count its rows as the step's `rows_out`."""
+        self.rows_out = write_table(self.out, table, rows)
+
+    def reject(self, row_id: str, reason: str, detail: str = "", row: Any = None) -> None:
+        """Quarantine a row: `reason` is a short slug to count by, `detail` says what was seen."""
+        text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
+        self._rejected.append({"id": row_id, "reason": reason, "detail": detail, "row": text})
+
+    def progress(self, items: Iterable[T], total: int | None = None, unit: str = "rows") -> Iterator[T]:
+        """Yield `items` with a bar on a terminal, and a line every few seconds otherwise."""
+        return progress(items, self.stage.name, total, unit)
+
+    def map_shards(self, rows: Sequence[Mapping[str, Any]], size: int, work: ShardWork) -> list[dict[str, Any]]:
+        """Run `work(rows, folder)` over `rows` in shards of `size`, keeping the finished shards of an earlier run.
+
+        `work` fills `folder` (large files: a tar, a safetensors) and returns the output rows; it may call `reject`.
+        The folder ends up as ``<out>/shards/00000`` and so on. Returns all output rows, in shard order.
+        """
+        shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+        results: list[dict[str, Any]] = []
+        for number, shard in enumerate(self.progress(shards, unit="shards")):
+            name = f"{number:05d}"
+            key = json_digest([list(shard), dict(self.parameters), dict(self.input_digests), self.code_digest])
+            record = self._kept_shard(name, key) or self._make_shard(name, key, shard, work)
+            self._rejected.extend(record["rejected"])
+            results.extend(record["rows"])
+        return results
+
+    def _kept_shard(self, name: str, key: str) -> dict[str, Any] | None:
+        """The record of a finished shard whose key still holds and whose bytes still match, else None."""
+        for home in (self.out, self.previous):
+            folder = home / "shards" / name
+            try:
+                record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+                holds = record["key"] == key and all(
+                    file_digest(folder / file) == digest for file, digest in record["files"].items()
+                )
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if holds:
+                if home is not self.out:
+                    shutil.rmtree(self.out / "shards" / name, ignore_errors=True)
+                    shutil.copytree(folder, self.out / "shards" / name, copy_function=_link_or_copy)
+                return record
+        return None
+
+    def _make_shard(self, name: str, key: str, rows: Sequence[Mapping[str, Any]], work: ShardWork) -> dict[str, Any]:
+        partial = self.out / "shards" / f".{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        before = len(self._rejected)
+        made = [dict(row) for row in work(rows, partial)]
+        record = {
+            "key": key,
+            "files": {file.relative_to(partial).as_posix(): file_digest(file) for file in tree_files(partial)},
+            "rows": made,
+            "rejected": self._rejected[before:],
+        }
+        del self._rejected[before:]
+        _write_json(partial / "record.json", record)
+        final = self.out / "shards" / name
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return record
+
+
+def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Run the step `name` with a profile below the work root; returns its manifest.
+
+    Raises an error of `univigu.errors` where the input is missing or damaged, where the step's own gate fails, or where
+    another process runs the same step below the same root.
+    """
+    from filelock import FileLock, Timeout
+
+    stage = find_stage(name)
+    root = root.resolve()
+    state = root / STATE
+    (state / "locks").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(state / "locks" / f"{name}.lock", timeout=0):
+            return _run_locked(stage, profile, root)
+    except Timeout as error:
+        raise BusyError(
+            f"Another run of '{name}' is under way below {root}; wait for it, or give another --root."
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"The disk below {root} is full, so '{name}' left its output as it was; make room and run it again."
+            ) from error
+        raise
+
+
+def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    home = inside(root, stage.home)
+    staging = root / STATE / "staging" / stage.name
+    scratch = root / STATE / "scratch" / stage.name
+    parameters = {section: _section(profile, section) for section in stage.parameters}
+    inputs, digests = _resolve_inputs(stage, profile, root)
+    step = Step(
+        stage=stage,
+        parameters=parameters,
+        inputs=inputs,
+        input_digests=digests,
+        out=staging,
+        scratch=scratch,
+        previous=home,
+        code_digest=_code_digest(stage),
+    )
+    run_key = json_digest([parameters, digests, step.code_digest])
+    _prepare_staging(staging, scratch, run_key)
+    _load_function(stage)(step)
+    _write_rejected(step)
+    manifest = _commit(step, home)
+    shutil.rmtree(scratch, ignore_errors=True)
+    _record_run(root, manifest, time.monotonic() - started)
+    return manifest
+
+
+def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
+    """Keep a killed run's shards and checkpoints; drop what was made for other inputs, parameters or code."""
+    shards = staging / "shards"
+    for entry in staging.iterdir() if staging.is_dir() else ():
+        if entry != shards:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    staging.mkdir(parents=True, exist_ok=True)
+    key_file = scratch / "run-key"
+    if not key_file.is_file() or key_file.read_text() != run_key:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        key_file.write_text(run_key)
+
+
+def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    inputs: dict[str, Path] = {}
+    digests: dict[str, str] = {}
+    for name, maker in stage.inputs.items():
+        inputs[name] = inside(root, find_stage(maker).home)
+        digests[name] = verify(inputs[name], maker)["digest"]
+    for name, key in stage.sources.items():
+        path = inside(root, _section(profile, key))
+        if not path.exists():
+            raise MissingInputError(
+                f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; check --root."
+            )
+        inputs[name] = path
+        digests[name] = tree_digest([path], relative_to=path if path.is_dir() else path.parent)
+    return inputs, digests
+
+
+def verify(folder: Path, maker: str) -> dict[str, Any]:
+    """Check every file of a committed output against its manifest; returns the manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingInputError(f"There is no finished output at {folder}; run `univigu run {maker}` first.") from error
+    except ValueError as error:
+        raise CorruptDataError(
+            f"The manifest of {folder} is damaged; delete the folder and run `univigu run {maker}`."
+        ) from error
+    for name, facts in manifest["files"].items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise CorruptDataError(
+                f"{path} is missing from a finished output; delete {folder} and run `univigu run {maker}`."
+            )
+        if path.stat().st_size != facts["size"] or file_digest(path) != facts["sha256"]:
+            raise CorruptDataError(
+                f"{path} is not the file that its manifest names (size or SHA-256 differs); "
+                f"delete {folder} and run `univigu run {maker}`."
+            )
+    return manifest
+
+
+def inside(root: Path, path: str | Path) -> Path:
+    """`path` below `root`, as an absolute path; raises `BadInputError` where it would leave it."""
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise BadInputError(f"The path '{path}' leaves the work root {root}; give one inside it.")
+    return resolved
+
+
+def _section(profile: Mapping[str, Any], key: str) -> Any:
+    if key not in profile:
+        raise ConfigError(f"The profile has no '{key}'; add that section (the bundled profile 'tiny' shows it).")
+    return profile[key]
+
+
+def _code_digest(stage: Stage) -> str:
+    own = f"{stage.module.replace('.', '/')}.py"
+    return tree_digest([_source_path(path) for path in (own, *stage.code)], relative_to=SOURCE_ROOT)
+
+
+def _source_path(path: str) -> Path:
+    return SOURCE_ROOT / path
+
+
+def _load_function(stage: Stage) -> Callable[[Step], None]:
+    from importlib import import_module
+
+    module, _, function = stage.function.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _write_rejected(step: Step) -> None:
+    """Write the quarantine, and fail the step where it holds too large a share of what came in."""
+    write_table(step.out, "rejected", step._rejected)
+    limit = step.parameters[step.stage.parameters[-1]].get("max_rejected_share", 1.0)
+    if step._rejected and len(step._rejected) > limit * max(step.rows_in, 1):
+        counts = ", ".join(
+            f"{reason} {count}" for reason, count in Counter(r["reason"] for r in step._rejected).most_common()
+        )
+        kept = step.scratch / "rejected.parquet"
+        shutil.copy(step.out / "rejected.parquet", kept)
+        raise GateFailedError(
+            f"'{step.stage.name}' rejected {len(step._rejected)} of {step.rows_in} rows, over the profile's share of "
+            f"{limit:g} ({', '.join(f'{reason} {count}' for reason, count in counts)}); look at them in {kept}."
+        )
+
+
+def _commit(step: Step, home: Path) -> dict[str, Any]:
+    """Hash the staging folder, move it into place, and write the manifest last."""
+    for shard in (step.out / "shards").glob(".*"):
+        shutil.rmtree(shard)
+    files = {
+        file.relative_to(step.out).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        for file in tree_files(step.out)
+    }
+    manifest = {
+        "step": step.stage.name,
+        "digest": json_digest({name: facts["sha256"] for name, facts in files.items()}),
+        "rows_in": step.rows_in,
+        "rows_out": step.rows_out,
+        "quarantined": len(step._rejected),
+        "reasons": dict(sorted(Counter(row["reason"] for row in step._rejected).items())),
+        "inputs": dict(step.input_digests),
+        "parameters": dict(step.parameters),
+        "code": step.code_digest,
+        "facts": step.facts,
+        "files": files,
+    }
+    home.mkdir(parents=True, exist_ok=True)
+    stale = _owned_entries(home)
+    (home / MANIFEST).unlink(missing_ok=True)
+    for entry in stale:
+        _remove(home / entry)
+    for entry in sorted(step.out.iterdir()):
+        _remove(home / entry.name)
+        entry.rename(home / entry.name)
+    _write_json(home / MANIFEST, manifest)
+    step.out.rmdir()
+    return manifest
+
+
+def _owned_entries(home: Path) -> set[str]:
+    """The top-level entries that the last commit left in `home`."""
+    try:
+        files = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return set()
+    return {name.split("/", 1)[0] for name in files}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _record_run(root: Path, manifest: Mapping[str, Any], seconds: float) -> None:
+    """Keep what the clock said beside the outputs, never in them; `reports/run.json` is made of these records."""
+    import resource
+
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    record = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined", "reasons", "digest")}
+    record = {"name": manifest["step"], "seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1024, 1), **record}
+    (root / STATE / "runs").mkdir(parents=True, exist_ok=True)
+    _write_json(root / STATE / "runs" / f"{manifest['step']}.json", record)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, sort_keys=True, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

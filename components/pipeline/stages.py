@@ -1,0 +1,155 @@
+"""The one table of steps: what each is called, what it reads, what it leaves, and what it needs.
+
+`dvc.yaml` and every other orchestrator must agree with this table; a test compares them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from univigu.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a step asks of a cluster."""
+
+    gpus: int = 0
+    cpu: str = "2"
+    memory: str = "8Gi"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step. Paths are relative to the work root."""
+
+    name: str
+    function: str  # "module:function", imported only when the step runs
+    home: str  # the folder that the step fills
+    outputs: tuple[str, ...] = ()  # what it leaves there; empty: the whole folder is its own
+    inputs: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the step that makes it
+    sources: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the profile's key with its path
+    parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
+    code: tuple[str, ...] = ()  # modules and folders whose text decides its output, besides its own file
+    resources: Resources = Resources()
+
+    @property
+    def module(self) -> str:
+        return self.function.partition(":")[0]
+
+
+_GPU = Resources(gpus=1, cpu="8", memory="64Gi")
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "curate-prompts",
+        "components.curate_prompts:curate_prompts",
+        home="data/curated",
+        sources={"raw": "raw_prompts", "base": "base"},
+        parameters=("text", "curate_prompts"),
+    ),
+    Stage(
+        "validate-prompts",
+        "components.validate_data:validate_prompts",
+        home="data/validated/prompts",
+        inputs={"prompts": "curate-prompts"},
+        sources={"base": "base"},
+        parameters=("text", "validate_data"),
+    ),
+    Stage(
+        "synthesize-videos",
+        "components.synthesize_videos:synthesize_videos",
+        home="data/clips",
+        inputs={"prompts": "curate-prompts", "gate": "validate-prompts"},
+        sources={"base": "base"},
+        parameters=("seed", "video", "synthesize_videos"),
+        code=("components/videos.py", "components/checks", "components/digits"),
+        resources=_GPU,
+    ),
+    Stage(
+        "validate-clips",
+        "components.validate_data:validate_clips",
+        home="data/validated/clips",
+        inputs={"clips": "synthesize-videos"},
+        parameters=("video", "validate_data"),
+    ),
+    Stage(
+        "caption-videos",
+        "components.caption_videos:caption_videos",
+        home="data/captions",
+        inputs={"clips": "synthesize-videos", "gate": "validate-clips"},
+        sources={"base": "base"},
+        parameters=("seed", "text", "caption_videos"),
+        code=("components/videos.py", "components/captioners", "components/digits"),
+    ),
+    Stage(
+        "validate-pairs",
+        "components.validate_data:validate_pairs",
+        home="data/pairs",
+        inputs={"clips": "synthesize-videos", "captions": "caption-videos"},
+        sources={"base": "base"},
+        parameters=("text", "validate_data"),
+    ),
+    Stage(
+        "encode-latents",
+        "components.encode_latents:encode_latents",
+        home="data/latents",
+        inputs={"clips": "synthesize-videos", "pairs": "validate-pairs"},
+        sources={"base": "base"},
+        parameters=("text", "video", "encode_latents"),
+        code=("components/videos.py", "model/univigu/wan.py", "model/univigu/training/data.py"),
+        resources=_GPU,
+    ),
+    Stage(
+        "train-stage-1",
+        "components.train_stage:train_stage_1",
+        home="data/stage1",
+        inputs={"latents": "encode-latents"},
+        sources={"base": "base"},
+        parameters=("seed", "text", "model", "train_stage_1"),
+        code=("model/univigu",),
+        resources=Resources(gpus=8, cpu="32", memory="256Gi"),
+    ),
+    Stage(
+        "train-stage-2",
+        "components.train_stage:train_stage_2",
+        home="data/stage2",
+        inputs={"latents": "encode-latents", "model": "train-stage-1"},
+        parameters=("seed", "text", "model", "train_stage_2"),
+        code=("model/univigu",),
+        resources=Resources(gpus=8, cpu="32", memory="256Gi"),
+    ),
+    Stage(
+        "evaluate-model",
+        "components.evaluate_model:evaluate_model",
+        home="reports",
+        outputs=("metrics.json", "items.parquet", "report.html", "plots"),
+        inputs={
+            "prompts": "curate-prompts",
+            "clips": "synthesize-videos",
+            "captions": "caption-videos",
+            "pairs": "validate-pairs",
+            "stage1": "train-stage-1",
+            "stage2": "train-stage-2",
+        },
+        sources={"base": "base"},
+        parameters=("seed", "text", "video", "evaluate_model"),
+        code=("components/report.py", "components/digits", "model/univigu"),
+        resources=_GPU,
+    ),
+    Stage(
+        "register-model",
+        "components.register_model:register_model",
+        home="data/registered",
+        inputs={"model": "train-stage-2", "evaluation": "evaluate-model", "latents": "encode-latents"},
+        parameters=("register_model",),
+        code=("model/univigu/registry.py",),
+    ),
+)
+
+
+def find_stage(name: str) -> Stage:
+    """The stage called `name`; raises `ConfigError` with the names there are."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"There is no step '{name}'; the steps are {', '.join(stage.name for stage in STAGES)}.")
