@@ -1,0 +1,42 @@
+"""Scoring of attribute claims: what a text says, or a recogniser sees, against what is true.
+
+An attribute is one of several named values ("colour": red, green ...). A claim is the set of values that an attribute
+is said to have: empty where nothing is said. It is right only when it names exactly one value, and that is the true
+one, so that neither silence nor a list of everything earns a point.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+
+from univigu.errors import BadInputError
+from univigu.evaluation.intervals import Score, clustered_mean, share
+
+Claims = Mapping[str, Set[str]]
+
+
+def single_values(claims: Claims) -> dict[str, str]:
+    """The value of each attribute of which exactly one value is claimed."""
+    return {name: next(iter(values)) for name, values in claims.items() if len(values) == 1}
+
+
+def score_item(truth: Mapping[str, str], found: Mapping[str, str]) -> dict[str, bool]:
+    """Whether `found` has the true value, for each attribute of `truth`; a value that is missing is wrong."""
+    return {name: found.get(name) == value for name, value in truth.items()}
+
+
+def summarise(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> dict[str, Score]:
+    """One score for each attribute that any item is scored on, and their ``mean`` (see `clustered_mean`)."""
+    if any("mean" in item for item in correct):
+        raise BadInputError("An attribute can't be called 'mean', which is the name of the score over all attributes.")
+    names = dict.fromkeys(name for item in correct for name in item)
+    scores = {name: share([item[name] for item in correct if name in item]) for name in names}
+    return {"mean": clustered_mean(correct, seed), **scores}
+
+
+def majority_values(truths: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The commonest value of each attribute: the best guess without looking. Ties go to the first by name."""
+    counts: dict[str, Counter[str]] = {}
+    for truth in truths:
+        for name, value in truth.items():
+            counts.setdefault(name, Counter())[value] += 1
+    return {name: min(count, key=lambda value: (-count[value], value)) for name, count in counts.items()}

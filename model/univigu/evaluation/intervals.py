@@ -1,0 +1,59 @@
+"""Shares and means with 95 % intervals, each as ``{"value", "low", "high", "n"}``.
+
+A share over independent items has a Wilson interval (Wilson 1927), which stays inside [0, 1] and is honest near its
+ends. The mean over several claims about one clip has a bootstrap over clips, because claims about one clip are not
+independent of each other.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from univigu.errors import BadInputError
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+DIGITS = 6  # of the figures that are kept: more would only be noise of the last bit
+
+Score = dict[str, float | int]
+
+
+def share(correct: Sequence[bool] | np.ndarray) -> Score:
+    """The share of true values in `correct` (n,), with its Wilson interval; raises `BadInputError` when it is empty."""
+    from scipy.stats import binomtest
+
+    correct = np.asarray(correct, dtype=bool)
+    if not correct.size:
+        raise BadInputError("A share of no items was asked for; evaluate at least one item of each task.")
+    hits = int(correct.sum())
+    low, high = binomtest(hits, correct.size).proportion_ci(CONFIDENCE, method="wilson")
+    return _score(hits / correct.size, low, high, correct.size)
+
+
+def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Score:
+    """The mean over attributes of the share of items that are right on them; `n` is the number of items.
+
+    `correct` says for each item which of the attributes scored on it are right; items may be scored on different
+    attributes, and every attribute weighs the same. The interval is the percentile bootstrap over items, drawn from
+    `seed`. Where all claims are right (or all wrong) no resample differs, and the Wilson interval over items, which is
+    wider, is given instead.
+    """
+    names = sorted({name for item in correct for name in item})
+    if not names:
+        raise BadInputError("A mean over no scored claims was asked for; evaluate at least one item of each task.")
+    scored = np.array([[name in item for name in names] for item in correct], dtype=np.float64)  # (items, attributes)
+    right = np.array([[bool(item.get(name)) for name in names] for item in correct], dtype=np.float64)
+    value = float((right.sum(0) / scored.sum(0)).mean())
+    items = len(correct)
+    if right.sum() in (0, scored.sum()):
+        return {**share(np.full(items, right.sum() > 0)), "value": round(value, DIGITS)}
+    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
+    with np.errstate(invalid="ignore"):  # an attribute that a resample misses altogether has no share there
+        means = np.nanmean((drawn @ right) / (drawn @ scored), axis=1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(means, [tail, 100 - tail])
+    return _score(value, low, high, items)
+
+
+def _score(value: float, low: float, high: float, n: int) -> Score:
+    return {"value": round(value, DIGITS), "low": round(float(low), DIGITS), "high": round(float(high), DIGITS), "n": n}

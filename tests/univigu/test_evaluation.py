@@ -1,0 +1,74 @@
+"""Intervals cover what they promise, and a claim counts only when it is one value and the true one."""
+
+import numpy as np
+import pytest
+from univigu.errors import BadInputError
+from univigu.evaluation.claims import majority_values, score_item, single_values, summarise
+from univigu.evaluation.intervals import clustered_mean, share
+
+
+def test_share_gives_the_published_wilson_interval():
+    # Newcombe 1998, table I: 81 of 263 -> 0.2553 to 0.3662
+    score = share([True] * 81 + [False] * 182)
+    assert score["n"] == 263
+    assert score["value"] == pytest.approx(81 / 263, abs=1e-6)
+    assert (score["low"], score["high"]) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+def test_a_perfect_share_is_still_uncertain():
+    score = share(np.ones(20, dtype=bool))
+    assert score["value"] == score["high"] == 1.0
+    assert 0.8 < score["low"] < 0.9
+
+
+def test_share_of_nothing_is_refused():
+    with pytest.raises(BadInputError):
+        share([])
+
+
+def test_clustered_mean_weighs_attributes_alike_and_repeats_itself():
+    rng = np.random.default_rng(0)
+    items = [{"a": bool(rng.random() < 0.8), **({"b": bool(rng.random() < 0.4)} if i % 4 else {})} for i in range(300)]
+    score = clustered_mean(items, seed=3)
+    by_hand = np.mean([np.mean([item[name] for item in items if name in item]) for name in "ab"])
+    assert score["value"] == pytest.approx(by_hand, abs=1e-6)
+    assert score["low"] < score["value"] < score["high"]
+    assert score == clustered_mean(items, seed=3)
+
+
+def test_repeating_a_claim_within_a_clip_does_not_narrow_the_interval():
+    rng = np.random.default_rng(1)
+    right = rng.random(200) < 0.5
+    alone = clustered_mean([{"a": bool(r)} for r in right])
+    repeated = clustered_mean([{name: bool(r) for name in "abcdefg"} for r in right])
+    assert repeated["high"] - repeated["low"] == pytest.approx(alone["high"] - alone["low"], abs=1e-6)
+
+
+def test_clustered_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for trial in range(200):
+        ability = rng.beta(4, 2, size=60)  # clips differ, so claims about one clip go together
+        right = rng.random((60, 5)) < ability[:, None]
+        score = clustered_mean([dict(zip("abcde", map(bool, row), strict=True)) for row in right], seed=trial)
+        covered += score["low"] <= 4 / 6 <= score["high"]
+    assert 178 <= covered <= 199  # 0.95 of 200, give or take
+
+
+def test_a_claim_is_right_only_as_the_one_true_value():
+    truth = {"colour": "red", "speed": "slow", "digit": "two"}
+    said = {"colour": {"red"}, "speed": {"slow", "fast"}, "digit": set(), "start": {"top"}}
+    assert single_values(said) == {"colour": "red", "start": "top"}
+    assert score_item(truth, single_values(said)) == {"colour": True, "speed": False, "digit": False}
+
+
+def test_summarise_counts_only_the_items_scored_on_an_attribute():
+    scores = summarise([{"a": True, "b": False}, {"a": True}, {"a": False}])
+    assert scores["a"]["n"] == 3
+    assert scores["b"]["n"] == 1
+    assert scores["mean"]["value"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-6)
+
+
+def test_majority_is_the_commonest_value_and_ties_are_settled_by_name():
+    truths = [{"c": "red"}, {"c": "blue"}, {"c": "red"}, {"c": "blue"}, {"c": "pink"}]
+    assert majority_values(truths) == {"c": "blue"}
