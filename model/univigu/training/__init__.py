@@ -1,0 +1,1 @@
+"""Training: what a batch is, the loop, and the checkpoints that let a killed run go on."""

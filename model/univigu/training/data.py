@@ -1,0 +1,227 @@
+"""Encoded samples: how they lie on disk, and the order in which a training run meets them.
+
+A shard is one safetensors file of N samples:
+
+=================  =====================  ========  ============================================================
+``latents``        (N, C, T, H, W)        bfloat16  normalised VAE means, Wan's own time order
+``prompt_embeds``  (sum of lengths, D)    bfloat16  text-encoder states of the prompts, one after the other, unpadded
+``prompt_lengths``  (N,)                  int32     how many of those rows belong to each sample
+``prompt_ids``     (N, text_length)       int32     the prompt in the model's text space: EOS, then PAD to the end
+``target_ids``     (N, text_length)       int32     what the stage should say about the video (stage 1: the prompt)
+=================  =====================  ========  ============================================================
+
+The states of the empty prompt, which replace a dropped one, lie once beside the shards (`write_empty_prompt`).
+
+The order: one endless stream, the permutations of (seed, 0), (seed, 1), ... one after the other. A step takes the next
+`batch_size` of it, so the last batch of an epoch is filled up with the first samples of the next: nothing is dropped,
+nothing is padded, and a position in the stream is all that a resumed run needs to know. Ranks split a step's samples,
+so what is in a step does not depend on how many there are.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+
+EMPTY_PROMPT = "empty_prompt.safetensors"
+_SHARD = {"latents": 5, "prompt_embeds": 2, "prompt_lengths": 1, "prompt_ids": 2, "target_ids": 2}
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """Where one sample lies: its id, its shard's file, and its row in there."""
+
+    id: str
+    shard: Path
+    row: int
+
+
+def write_latents(
+    path: Path, *, latents: Tensor, prompt_embeds: Sequence[Tensor], prompt_ids: Tensor, target_ids: Tensor
+) -> None:
+    """Write one shard of N samples to `path`; equal tensors give equal bytes.
+
+    latents (N, C, T, H, W), normalised; prompt_embeds N tensors (length_i, D) without their padding; prompt_ids and
+    target_ids (N, text_length). Raises `BadInputError` where the counts differ.
+    """
+    count = len(latents)
+    if not count == len(prompt_embeds) == len(prompt_ids) == len(target_ids) or prompt_ids.shape != target_ids.shape:
+        raise BadInputError(
+            f"A shard at {path} got {count} latents, {len(prompt_embeds)} prompts, ids {tuple(prompt_ids.shape)} and "
+            f"targets {tuple(target_ids.shape)}; give one of each a sample."
+        )
+    tensors = {
+        "latents": latents.to(torch.bfloat16),
+        "prompt_embeds": torch.cat(list(prompt_embeds)).to(torch.bfloat16),
+        "prompt_lengths": torch.tensor([len(states) for states in prompt_embeds], dtype=torch.int32),
+        "prompt_ids": prompt_ids.to(torch.int32),
+        "target_ids": target_ids.to(torch.int32),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_empty_prompt(folder: Path, states: Tensor) -> None:
+    """Write the text-encoder states of the empty prompt, (length, D) without padding, as ``folder/EMPTY_PROMPT``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"prompt_embeds": states.detach().cpu().to(torch.bfloat16).contiguous()}, folder / EMPTY_PROMPT)
+
+
+class LatentDataset:
+    """The samples of some shards, mapped into memory and read row by row; the table itself is never loaded.
+
+    samples: which rows, in a fixed order. empty_prompt: the file of `write_empty_prompt`. prompt_length: the length to
+    which text-encoder states are padded with zeros, as Wan does.
+    """
+
+    def __init__(self, samples: Sequence[SampleRef], empty_prompt: Path, prompt_length: int) -> None:
+        if not samples:
+            raise BadInputError("There is no sample to train on; check the step that encodes the latents.")
+        self.samples = list(samples)
+        self.prompt_length = prompt_length
+        self._shards = {path: _open_shard(path) for path in sorted({sample.shard for sample in self.samples})}
+        for sample in self.samples:
+            if not 0 <= sample.row < len(self._shards[sample.shard]["latents"]):
+                raise CorruptDataError(
+                    f"{sample.shard} has no row {sample.row} (sample {sample.id}); encode the latents again."
+                )
+        self._ids = torch.tensor([sample_key(sample.id) for sample in self.samples])
+        states = _open_tensors(empty_prompt).get("prompt_embeds")
+        if states is None or states.ndim != 2:
+            raise CorruptDataError(f"{empty_prompt} holds no states of the empty prompt; encode the latents again.")
+        self.empty_embeds = self._padded(states)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens a text has here, EOS and PAD included."""
+        return self._shards[self.samples[0].shard]["target_ids"].shape[1]
+
+    @property
+    def target_ids(self) -> Tensor:
+        """All targets, (samples, text_length) int64."""
+        return torch.stack([self._shards[s.shard]["target_ids"][s.row] for s in self.samples]).long()
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, Tensor]:
+        """Read samples into one batch.
+
+        Returns latents (B, C, T, H, W), prompt_embeds (B, prompt_length, D) and empty_embeds (prompt_length, D) in
+        fp32; prompt_ids and target_ids (B, text_length) in int64; and what noise is drawn from: sample_ids and epochs
+        (B,) in int64.
+        """
+        chosen = [(self._shards[self.samples[i].shard], self.samples[i].row) for i in indices]
+        return {
+            "latents": torch.stack([shard["latents"][row] for shard, row in chosen]).float(),
+            "prompt_embeds": torch.stack([self._padded(_states(shard, row)) for shard, row in chosen]),
+            "empty_embeds": self.empty_embeds,
+            "prompt_ids": torch.stack([shard["prompt_ids"][row] for shard, row in chosen]).long(),
+            "target_ids": torch.stack([shard["target_ids"][row] for shard, row in chosen]).long(),
+            "sample_ids": self._ids[list(indices)],
+            "epochs": torch.tensor(list(epochs)),
+        }
+
+    def _padded(self, states: Tensor) -> Tensor:
+        if len(states) > self.prompt_length:
+            raise BadInputError(
+                f"A prompt has {len(states)} tokens and the text encoder's length is {self.prompt_length}; "
+                "raise `prompt_length` in the profile, or shorten the prompt."
+            )
+        padded = torch.zeros(self.prompt_length, states.shape[1])
+        padded[: len(states)] = states
+        return padded
+
+
+def sample_key(sample_id: str) -> int:
+    """A sample's id as a number below 2^63, the same on every machine: the key of all noise that it meets."""
+    return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") >> 1
+
+
+class SampleStream:
+    """The endless order of (index, epoch), a pure function of (seed, position): see the head of this file."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise BadInputError("There is no sample to train on; check the step that encodes the latents.")
+        self.size = size
+        self.seed = seed
+        self._order: dict[int, list[int]] = {}
+
+    def take(self, position: int, count: int) -> tuple[list[int], list[int]]:
+        """The `count` samples from `position` on: their indices, and the epoch that each is met in."""
+        epochs = [at // self.size for at in range(position, position + count)]
+        return [
+            self._epoch(epoch)[at % self.size]
+            for epoch, at in zip(epochs, range(position, position + count), strict=True)
+        ], epochs
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if epoch not in self._order:
+            digest = hashlib.sha256(f"order {self.seed} {epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            self._order = {kept: order for kept, order in self._order.items() if kept >= epoch - 1}
+            self._order[epoch] = torch.randperm(self.size, generator=generator).tolist()
+        return self._order[epoch]
+
+
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """The part of a step's samples that one of `world_size` processes takes; raises where it can't be split evenly."""
+    if batch_size % world_size:
+        raise BadInputError(
+            f"A batch of {batch_size} can't be split evenly over {world_size} processes; choose a multiple of it."
+        )
+    share = batch_size // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def inverse_document_frequency(target_ids: Tensor, vocabulary: int, pad_id: int) -> Tensor:
+    """The weight of each token in the cross-entropy, (vocabulary,) fp32.
+
+    -log of the share of targets (target_ids, (samples, text_length)) that hold the token, clamped to 0.1-4; PAD gets
+    0.05. So a word that tells texts apart counts for more than one that they all hold.
+    """
+    holds = torch.zeros(vocabulary)
+    for ids in target_ids:
+        holds[ids.unique()] += 1
+    weights = -(holds / len(target_ids)).log()
+    weights = weights.clamp(0.1, 4.0)
+    weights[pad_id] = 0.05
+    return weights
+
+
+def _states(shard: Mapping[str, Tensor], row: int) -> Tensor:
+    return shard["prompt_embeds"][shard["offsets"][row] : shard["offsets"][row + 1]]
+
+
+def _open_shard(path: Path) -> dict[str, Tensor]:
+    shard = _open_tensors(path)
+    wrong = [name for name, dims in _SHARD.items() if name not in shard or shard[name].ndim != dims]
+    if wrong:
+        raise CorruptDataError(
+            f"{path} is not a shard of latents ({', '.join(wrong)} amiss); encode the latents again."
+        )
+    lengths = shard["prompt_lengths"].long()
+    shard["offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    rows = {len(shard[name]) for name in ("latents", "prompt_lengths", "prompt_ids", "target_ids")}
+    if len(rows) != 1 or shard["offsets"][-1] != len(shard["prompt_embeds"]):
+        raise CorruptDataError(f"The tensors of {path} do not count the same samples; encode the latents again.")
+    return shard
+
+
+def _open_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, mapped: bytes are read when rows are."""
+    if not path.is_file():
+        raise MissingInputError(f"There is no file {path}; run the step that encodes the latents first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CorruptDataError(f"{path} is not a readable safetensors file ({error}); encode it again.") from error

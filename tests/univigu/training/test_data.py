@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+import torch
+from univigu.errors import BadInputError, CorruptDataError
+from univigu.training.data import (
+    EMPTY_PROMPT,
+    LatentDataset,
+    SampleRef,
+    SampleStream,
+    inverse_document_frequency,
+    rank_slice,
+    sample_key,
+    write_empty_prompt,
+    write_latents,
+)
+
+
+def make_shard(path: Path, count: int) -> dict:
+    generator = torch.Generator().manual_seed(count)
+    tensors = {
+        "latents": torch.randn(count, 4, 2, 3, 3, generator=generator),
+        "prompt_embeds": [torch.randn(1 + i % 3, 8, generator=generator) for i in range(count)],
+        "prompt_ids": torch.randint(0, 9, (count, 5), generator=generator),
+        "target_ids": torch.randint(0, 9, (count, 5), generator=generator),
+    }
+    write_latents(path, **tensors)
+    return tensors
+
+
+def open_dataset(folder: Path, refs: list[SampleRef]) -> LatentDataset:
+    write_empty_prompt(folder, torch.ones(1, 8))
+    return LatentDataset(refs, folder / EMPTY_PROMPT, prompt_length=4)
+
+
+def test_a_batch_holds_what_was_written_with_prompts_padded_by_zeros(tmp_path):
+    first, second = make_shard(tmp_path / "a.safetensors", 3), make_shard(tmp_path / "b.safetensors", 4)
+    dataset = open_dataset(
+        tmp_path, [SampleRef("x", tmp_path / "a.safetensors", 2), SampleRef("y", tmp_path / "b.safetensors", 1)]
+    )
+    batch = dataset.batch([1, 0], [0, 7])
+    assert torch.equal(batch["latents"], torch.stack([second["latents"][1], first["latents"][2]]).bfloat16().float())
+    assert torch.equal(batch["prompt_embeds"][0, :2], second["prompt_embeds"][1].bfloat16().float())
+    assert batch["prompt_embeds"].shape == (2, 4, 8)
+    assert not batch["prompt_embeds"][0, 2:].any()
+    assert torch.equal(batch["prompt_ids"][1], first["prompt_ids"][2])
+    assert torch.equal(batch["target_ids"][0], second["target_ids"][1])
+    assert torch.equal(batch["empty_embeds"], torch.tensor([[1.0], [0], [0], [0]]).expand(4, 8))
+    assert batch["sample_ids"].tolist() == [sample_key("y"), sample_key("x")]
+    assert batch["epochs"].tolist() == [0, 7]
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path):
+    for name in "ab":
+        make_shard(tmp_path / name, 3)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_every_sample_is_met_once_an_epoch_though_batches_do_not_divide_it():
+    stream = SampleStream(10, seed=3)
+    met = [pair for step in range(10) for pair in zip(*stream.take(step * 4, 4), strict=True)]
+    assert sorted(met) == [(index, epoch) for index in range(10) for epoch in range(4)]
+    orders = [[index for index, epoch in met if epoch == e] for e in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_stream_is_the_same_wherever_it_is_entered():
+    whole, _ = SampleStream(7, seed=1).take(0, 30)
+    assert SampleStream(7, seed=1).take(11, 19)[0] == whole[11:]
+    assert SampleStream(7, seed=2).take(0, 30)[0] != whole
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_take_a_steps_samples_once(world_size):
+    step, _ = SampleStream(50, seed=0).take(16, 8)
+    shares = [step[rank_slice(8, rank, world_size)] for rank in range(world_size)]
+    assert [index for share in shares for index in share] == step
+    assert len({len(share) for share in shares}) == 1
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(BadInputError, match="multiple"):
+        rank_slice(9, 0, 2)
+
+
+def test_a_sample_key_does_not_change():
+    assert sample_key("clip-0001") == 5378881816254645253
+    assert 0 <= sample_key("") < 2**63
+
+
+def test_rare_tokens_weigh_more_and_pad_next_to_nothing():
+    targets = torch.tensor([[1, 2, 5, 0], [1, 3, 5, 0], [1, 2, 5, 0], [1, 4, 5, 0]])
+    weights = inverse_document_frequency(targets, vocabulary=8, pad_id=0)
+    assert weights[1].item() == pytest.approx(0.1)  # in every target
+    assert weights[2].item() == pytest.approx(-torch.tensor(0.5).log().item())
+    assert weights[3] > weights[2]
+    assert weights[7].item() == pytest.approx(4.0)  # in none
+    assert weights[0].item() == pytest.approx(0.05)
+
+
+def test_damage_is_told_in_one_sentence(tmp_path):
+    make_shard(tmp_path / "a.safetensors", 3)
+    with pytest.raises(CorruptDataError, match="no row 3"):
+        open_dataset(tmp_path, [SampleRef("x", tmp_path / "a.safetensors", 3)])
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-40])
+    with pytest.raises(CorruptDataError, match=r"b\.safetensors"):
+        open_dataset(tmp_path, [SampleRef("x", tmp_path / "b.safetensors", 0)])
+    with pytest.raises(BadInputError, match="one of each"):
+        write_latents(
+            tmp_path / "c",
+            latents=torch.zeros(2, 4, 2, 3, 3),
+            prompt_embeds=[torch.zeros(1, 8)],
+            prompt_ids=torch.zeros(2, 5),
+            target_ids=torch.zeros(2, 5),
+        )
