@@ -47,6 +47,14 @@ def steps() -> None:
         print(f"{stage.name:<20} {', '.join(stage.inputs.values()) or '-'} -> {stage.home}")
 
 
+@app.command()
+def summary(root: Root = Path(".")) -> None:
+    """Show what the last run did: steps, times, rows, scores, the registered version; writes reports/run.json."""
+    from components.pipeline.summary import show, summarise
+
+    show(root, summarise(root))
+
+
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
     try:

@@ -131,7 +131,7 @@ class Step:
             "rejected": self._rejected[before:],
         }
         del self._rejected[before:]
-        _write_json(partial / "record.json", record)
+        write_json(partial / "record.json", record)
         final = self.out / "shards" / name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -322,7 +322,7 @@ def _commit(step: Step, home: Path) -> dict[str, Any]:
     for entry in sorted(step.out.iterdir()):
         _remove(home / entry.name)
         entry.rename(home / entry.name)
-    _write_json(home / MANIFEST, manifest)
+    write_json(home / MANIFEST, manifest)
     step.out.rmdir()
     return manifest
 
@@ -351,10 +351,10 @@ def _record_run(root: Path, manifest: Mapping[str, Any], seconds: float) -> None
     record = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined", "reasons", "digest")}
     record = {"name": manifest["step"], "seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1024, 1), **record}
     (root / STATE / "runs").mkdir(parents=True, exist_ok=True)
-    _write_json(root / STATE / "runs" / f"{manifest['step']}.json", record)
+    write_json(root / STATE / "runs" / f"{manifest['step']}.json", record)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:

@@ -1,0 +1,65 @@
+# Two commands do everything: `make demo` and `make test`. `make help` explains the rest.
+
+PYTHON ?= python3.11
+PROFILE ?= tiny
+# Which build of torch: `cpu` (default), or a CUDA version such as `cu130`, or `auto` for what this machine's driver has.
+TORCH ?= cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(TORCH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+# A folder of local wheels that pip knows of may hold torch; uv has to be told.
+LOCAL_TORCH := $(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS)))
+TORCH_SOURCE := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend $(TORCH))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo smoke test lint format clean
+
+help: ## Show this help
+	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  TORCH=cu130     a CUDA build of torch instead of the CPU's (also: TORCH=auto)"
+	@echo "  PROFILE=smoke   another profile for make demo: $(notdir $(basename $(wildcard components/profiles/*.yaml)))"
+	@echo "  PYTHON=...      another Python 3.11 interpreter than python3.11"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "make: Python 3.11 with its venv module is needed (Debian: apt install python3.11-venv)." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(TORCH_SOURCE) \
+		--compile-bytecode --editable '.[dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+install: $(INSTALLED) ## Make the environment in .venv (the other targets do it when needed)
+
+demo: install ## The main job: prompts in, a trained and registered Uni-ViGU out (15 minutes on two cores)
+	@grep -qx 'profile: $(PROFILE)' params.yaml || echo 'profile: $(PROFILE)' > params.yaml
+	dvc repro
+	@univigu summary
+
+smoke: ## The same way with next to no data and steps (two minutes)
+	@$(MAKE) --no-print-directory demo PROFILE=smoke
+
+test: install ## All tests, lint and format included
+	pytest
+
+lint: install ## Check style, types of imports, and who may import whom
+	ruff check .
+	ruff format --check .
+	lint-imports
+
+format: install ## Format the code
+	ruff check --fix .
+	ruff format .
+
+clean: ## Remove what runs have left behind; the environment, the DVC cache and mlflow.db stay
+	rm -rf .univigu data/curated data/validated data/clips data/captions data/pairs data/latents \
+		data/stage1 data/stage2 data/registered reports

@@ -1,0 +1,86 @@
+"""What people read when a run has ended, and what machines read: `reports/run.json`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from components.pipeline.runner import STATE, write_json
+from components.pipeline.stages import STAGES, find_stage
+from univigu.errors import MissingInputError
+
+SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
+
+
+def summarise(root: Path) -> dict[str, Any]:
+    """Gather the records of each step's last run, and write them to ``reports/run.json``.
+
+    `total_seconds` is the sum of the steps' own times; what an orchestrator adds is not in it.
+    """
+    records = []
+    for stage in STAGES:
+        path = root / STATE / "runs" / f"{stage.name}.json"
+        if path.is_file():
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+    if not records:
+        raise MissingInputError(f"No step has run below {root.resolve()} yet; run `make demo` first.")
+    registration = root / find_stage("register-model").home / "registration.json"
+    run = {
+        "steps": [
+            {key: record[key] for key in ("name", "seconds", "rows_in", "rows_out", "quarantined")} for record in records
+        ],
+        "total_seconds": round(sum(record["seconds"] for record in records), 2),
+        "peak_rss_mb": max(record["peak_rss_mb"] for record in records),
+        "model_version": json.loads(registration.read_text(encoding="utf-8"))["version"]
+        if registration.is_file()
+        else None,
+    }
+    (root / "reports").mkdir(exist_ok=True)
+    write_json(root / "reports" / "run.json", run)
+    return run
+
+
+def show(root: Path, run: dict[str, Any]) -> None:
+    """Print a run's steps, scores, registered version and page."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("step", box=None, pad_edge=False)
+    for name in ("seconds", "in", "out", "quarantined"):
+        table.add_column(name, justify="right")
+    for step in run["steps"]:
+        counts = (str(step[key]) for key in ("rows_in", "rows_out", "quarantined"))
+        table.add_row(step["name"], f"{step['seconds']:.1f}", *counts)
+    console.print(table)
+    console.print(f"{run['total_seconds']:.0f} s in all, at most {run['peak_rss_mb'] / 1024:.1f} GiB of memory")
+    metrics_path = root / "reports" / "metrics.json"
+    if metrics_path.is_file():
+        _show_scores(console, json.loads(metrics_path.read_text(encoding="utf-8")))
+    if run["model_version"]:
+        console.print(f"registered: {_registration_line(root)}")
+    page = root / "reports" / "report.html"
+    if page.is_file():
+        console.print(f"page: {page.resolve()}", soft_wrap=True)
+
+
+def _show_scores(console: Any, metrics: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("score", box=None, pad_edge=False)
+    for name in ("value", "95 % interval", "n"):
+        table.add_column(name, justify="right")
+    attributes = [f"captions.{name}" for name in metrics.get("captions", {}) if name != "mean"]
+    for name in (SCORES[0], *attributes, *SCORES[1:], "recogniser.mean"):
+        group, _, key = name.partition(".")
+        score = metrics.get(group, {}).get(key)
+        if score:
+            interval = f"{score['low']:.3f}-{score['high']:.3f}"
+            table.add_row(name, f"{score['value']:.3f}", interval, str(score["n"]))
+    console.print()
+    console.print(table)
+    console.print()
+
+
+def _registration_line(root: Path) -> str:
+    facts = json.loads((root / find_stage("register-model").home / "registration.json").read_text(encoding="utf-8"))
+    return f"{facts['name']} version {facts['version']} - {facts['decision']}"
