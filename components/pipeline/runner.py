@@ -57,6 +57,7 @@ class Step:
     out: Path  # the staging folder: everything in it is committed when the function returns
     scratch: Path  # survives a killed run until the commit: checkpoints live here; never part of the output
     previous: Path  # where the last committed output lies, if there is one
+    docs: Path  # pages for people that may carry times: below the work root, never part of the output
     code_digest: str
     rows_in: int = 0
     rows_out: int = 0
@@ -180,6 +181,7 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
         out=staging,
         scratch=scratch,
         previous=home,
+        docs=root / STATE / "docs" / stage.name,
         code_digest=_code_digest(stage),
     )
     run_key = json_digest([parameters, digests, step.code_digest])
@@ -289,7 +291,7 @@ def _write_rejected(step: Step) -> None:
         shutil.copy(step.out / "rejected.parquet", kept)
         raise GateFailedError(
             f"'{step.stage.name}' rejected {len(step._rejected)} of {step.rows_in} rows, over the profile's share of "
-            f"{limit:g} ({', '.join(f'{reason} {count}' for reason, count in counts)}); look at them in {kept}."
+            f"{limit:g} ({counts}); look at them in {kept}."
         )
 
 

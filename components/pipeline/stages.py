@@ -46,6 +46,7 @@ STAGES: tuple[Stage, ...] = (
         home="data/curated",
         sources={"raw": "raw_prompts", "base": "base"},
         parameters=("text", "curate_prompts"),
+        code=("components/prompt_filters.py", "components/wordlists.yaml", "components/tokens.py"),
     ),
     Stage(
         "validate-prompts",
@@ -54,12 +55,13 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prompts": "curate-prompts"},
         sources={"base": "base"},
         parameters=("text", "validate_data"),
+        code=("components/gates.py", "components/tokens.py"),
     ),
     Stage(
         "synthesize-videos",
         "components.synthesize_videos:synthesize_videos",
         home="data/clips",
-        inputs={"prompts": "curate-prompts", "gate": "validate-prompts"},
+        inputs={"prompts": "validate-prompts"},
         sources={"base": "base"},
         parameters=("seed", "video", "synthesize_videos"),
         code=("components/videos.py", "components/checks", "components/digits"),
@@ -71,6 +73,7 @@ STAGES: tuple[Stage, ...] = (
         home="data/validated/clips",
         inputs={"clips": "synthesize-videos"},
         parameters=("video", "validate_data"),
+        code=("components/gates.py",),
     ),
     Stage(
         "caption-videos",
@@ -85,9 +88,10 @@ STAGES: tuple[Stage, ...] = (
         "validate-pairs",
         "components.validate_data:validate_pairs",
         home="data/pairs",
-        inputs={"clips": "synthesize-videos", "captions": "caption-videos"},
+        inputs={"clips": "validate-clips", "captions": "caption-videos"},
         sources={"base": "base"},
         parameters=("text", "validate_data"),
+        code=("components/gates.py", "components/tokens.py", "components/digits"),
     ),
     Stage(
         "encode-latents",
