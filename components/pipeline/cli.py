@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from univigu.errors import UniViGUError
 
 app = typer.Typer(

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from univigu.errors import MissingInputError
+
 from components.pipeline.runner import STATE, write_json
 from components.pipeline.stages import STAGES, find_stage
-from univigu.errors import MissingInputError
 
 SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
 
@@ -26,7 +27,8 @@ def summarise(root: Path) -> dict[str, Any]:
     registration = root / find_stage("register-model").home / "registration.json"
     run = {
         "steps": [
-            {key: record[key] for key in ("name", "seconds", "rows_in", "rows_out", "quarantined")} for record in records
+            {key: record[key] for key in ("name", "seconds", "rows_in", "rows_out", "quarantined")}
+            for record in records
         ],
         "total_seconds": round(sum(record["seconds"] for record in records), 2),
         "peak_rss_mb": max(record["peak_rss_mb"] for record in records),

@@ -1,0 +1,261 @@
+"""What running a step promises: an output is absent, or complete and verified."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+
+import pytest
+from univigu.errors import (
+    BadInputError,
+    BusyError,
+    CorruptDataError,
+    DiskFullError,
+    GateFailedError,
+    MissingInputError,
+)
+
+from components.pipeline import runner, stages
+from components.pipeline.stages import Stage
+from components.pipeline.tables import read_table
+
+PROFILE = {"double": {"factor": 2, "max_rejected_share": 0.5}, "source": "numbers.json"}
+FIRST = Stage("first", "steps_under_test:double", home="data/first", sources={"raw": "source"}, parameters=("double",))
+SECOND = Stage(
+    "second",
+    "steps_under_test:copy",
+    home="data/second",
+    outputs=("captions.parquet",),
+    inputs={"first": "first"},
+    parameters=("double",),
+)
+MODULE = """
+import json, os, time
+from pathlib import Path
+
+def double(step):
+    numbers = json.loads(step.inputs["raw"].read_text())
+    step.rows_in = len(numbers)
+
+    def work(rows, folder):
+        if os.environ.get("SLOW"):
+            Path(os.environ["SLOW"]).write_text(str(rows[0]["n"]))
+            time.sleep(0.5)
+        good = [row for row in rows if row["n"] >= 0]
+        for row in rows:
+            if row["n"] < 0:
+                step.reject(str(row["n"]), "negative", "below zero", row)
+        data = bytes(row["n"] * step["double"]["factor"] % 256 for row in good)
+        (folder / "data.bin").write_bytes(data)
+        with open(step.previous.parents[1] / "made.log", "a") as log:
+            log.write(f"{rows[0]['n']} ")
+        return [{"clip_id": f"{row['n']:03d}", "text": str(row["n"] * step["double"]["factor"])} for row in good]
+
+    step.write("captions", step.map_shards([{"n": n} for n in numbers], 4, work))
+
+def copy(step):
+    rows = step.read("first", "captions").to_pylist()
+    step.rows_in = len(rows)
+    if os.environ.get("FAIL"):
+        raise OSError(int(os.environ["FAIL"]), "no room")
+    step.write("captions", rows)
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "steps_under_test.py").write_text(MODULE)
+    (tmp_path / "numbers.json").write_text(json.dumps(list(range(12))))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(runner, "SOURCE_ROOT", tmp_path)
+    monkeypatch.setattr(stages, "STAGES", (FIRST, SECOND))
+    yield tmp_path
+    sys.modules.pop("steps_under_test", None)
+
+
+def run(root, name="first", profile=PROFILE):
+    return runner.run_stage(name, profile, root)
+
+
+def snapshot(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def made(root):
+    log = root / "made.log"
+    shards = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return shards
+
+
+def test_an_output_is_complete_and_its_manifest_names_every_file(root):
+    manifest = run(root)
+    home = root / "data/first"
+    assert set(manifest["files"]) == set(snapshot(home)) - {"manifest.json"}
+    assert runner.verify(home, "first") == manifest
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (12, 12, 0)
+    assert [row["text"] for row in read_table(home, "captions").to_pylist()] == [str(2 * n) for n in range(12)]
+
+
+def test_equal_inputs_give_equal_bytes_elsewhere(root, tmp_path_factory):
+    run(root)
+    other = tmp_path_factory.mktemp("other")
+    (other / "numbers.json").write_text((root / "numbers.json").read_text())
+    run(other)
+    assert snapshot(root / "data/first") == snapshot(other / "data/first")
+
+
+def test_a_second_run_keeps_every_shard(root):
+    run(root)
+    assert made(root) == ["0", "4", "8"]
+    before = snapshot(root / "data/first")
+    run(root)
+    assert made(root) == []
+    assert snapshot(root / "data/first") == before
+
+
+def test_only_the_damaged_shard_is_made_again(root):
+    run(root)
+    before = snapshot(root / "data/first")
+    made(root)
+    (root / "data/first/shards/00001/data.bin").write_bytes(b"damaged")
+    run(root)
+    assert made(root) == ["4"]
+    assert snapshot(root / "data/first") == before
+
+
+def test_a_changed_parameter_makes_every_shard_again(root):
+    run(root)
+    made(root)
+    run(root, profile={**PROFILE, "double": {"factor": 3, "max_rejected_share": 0.5}})
+    assert made(root) == ["0", "4", "8"]
+
+
+def test_changed_code_makes_every_shard_again(root):
+    run(root)
+    made(root)
+    with (root / "steps_under_test.py").open("a") as file:
+        file.write("# changed\n")
+    run(root)
+    assert made(root) == ["0", "4", "8"]
+
+
+def test_bad_rows_are_quarantined_with_their_reason_also_from_a_kept_shard(root):
+    (root / "numbers.json").write_text(json.dumps([*range(10), -1, -2]))
+    for _ in range(2):
+        manifest = run(root)
+        assert manifest["reasons"] == {"negative": 2}
+        rejected = read_table(root / "data/first", "rejected").to_pylist()
+        assert [(row["id"], row["reason"], json.loads(row["row"])) for row in rejected] == [
+            ("-1", "negative", {"n": -1}),
+            ("-2", "negative", {"n": -2}),
+        ]
+
+
+def test_too_many_bad_rows_fail_the_step_and_leave_the_last_output(root):
+    run(root)
+    before = snapshot(root / "data/first")
+    (root / "numbers.json").write_text(json.dumps([-1, -2, -3, 4]))
+    with pytest.raises(GateFailedError, match=r"rejected 3 of 4 rows.*negative 3"):
+        run(root)
+    assert snapshot(root / "data/first") == before
+
+
+def test_a_missing_a_cut_and_a_changed_input_are_told_apart(root):
+    with pytest.raises(MissingInputError, match="run `univigu run first` first"):
+        run(root, "second")
+    run(root)
+    table = root / "data/first/captions.parquet"
+    data = bytearray(table.read_bytes())
+    data[len(data) // 2] ^= 1
+    table.write_bytes(data)
+    with pytest.raises(CorruptDataError, match="SHA-256"):
+        run(root, "second")
+    table.unlink()
+    with pytest.raises(CorruptDataError, match="missing"):
+        run(root, "second")
+
+
+def test_a_step_that_shares_a_folder_leaves_its_neighbours_alone(root):
+    run(root)
+    (root / "data/second").mkdir()
+    (root / "data/second/run.json").write_text("{}")
+    run(root, "second")
+    run(root, "second")
+    assert {"run.json", "captions.parquet", "manifest.json"} <= {path.name for path in (root / "data/second").iterdir()}
+
+
+def test_a_path_outside_the_work_root_is_refused(root):
+    with pytest.raises(BadInputError, match="leaves the work root"):
+        run(root, profile={**PROFILE, "source": "../numbers.json"})
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_output_absent(root, monkeypatch):
+    run(root)
+    monkeypatch.setenv("FAIL", str(errno.ENOSPC))
+    with pytest.raises(DiskFullError, match="make room"):
+        run(root, "second")
+    assert not (root / "data/second").exists()
+
+
+def start(root, **env):
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(root)!r})
+        from pathlib import Path
+        from components.pipeline import runner, stages
+        from components.pipeline.stages import Stage
+        root = Path({str(root)!r})
+        runner.SOURCE_ROOT = root
+        stages.STAGES = ({FIRST!r},)
+        runner.run_stage("first", {PROFILE!r}, root)
+    """
+    code = code.replace("resources=Resources", "resources=stages.Resources")
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **env})
+
+
+def wait_for(path, text):
+    deadline = time.monotonic() + 20
+    while not (path.exists() and path.read_text() == text):
+        assert time.monotonic() < deadline, f"{path} never said {text}"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_leaves_nothing_then_goes_on_where_it_was(root, tmp_path_factory):
+    process = start(root, SLOW=str(root / "at"))
+    wait_for(root / "at", "4")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (root / "data/first").exists()
+    assert made(root) == ["0"]
+    run(root)
+    assert made(root) == ["4", "8"]
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "numbers.json").write_text((root / "numbers.json").read_text())
+    run(whole)
+    assert snapshot(root / "data/first") == snapshot(whole / "data/first")
+
+
+def test_a_second_run_at_the_same_time_is_turned_away(root):
+    process = start(root, SLOW=str(root / "at"))
+    wait_for(root / "at", "0")
+    with pytest.raises(BusyError, match="under way"):
+        run(root)
+    assert process.wait() == 0
+    assert runner.verify(root / "data/first", "first")["rows_out"] == 12
+
+
+def test_an_output_that_is_no_longer_made_is_taken_away(root, monkeypatch):
+    run(root)
+    (root / "data/first/captions.parquet").rename(root / "data/first/old.parquet")
+    manifest = json.loads((root / "data/first/manifest.json").read_text())
+    manifest["files"]["old.parquet"] = manifest["files"].pop("captions.parquet")
+    (root / "data/first/manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(stages, "STAGES", (replace(FIRST), SECOND))
+    run(root)
+    assert not (root / "data/first/old.parquet").exists()
