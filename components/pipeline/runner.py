@@ -51,6 +51,7 @@ class Step:
     """What a step function is given: its inputs, its parameters, and the ways to leave something behind."""
 
     stage: Stage
+    root: Path  # the work root; a step needs it only to find what all steps share, such as the tracking store
     parameters: Mapping[str, Any]  # the profile's sections that the stage declares
     inputs: Mapping[str, Path]  # earlier steps' folders and the profile's sources, by name
     input_digests: Mapping[str, str]
@@ -175,6 +176,7 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
     inputs, digests = _resolve_inputs(stage, profile, root)
     step = Step(
         stage=stage,
+        root=root,
         parameters=parameters,
         inputs=inputs,
         input_digests=digests,
