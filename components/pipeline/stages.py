@@ -63,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
         home="data/clips",
         inputs={"prompts": "validate-prompts"},
         sources={"base": "base"},
-        parameters=("seed", "video", "synthesize_videos"),
+        parameters=("seed", "text", "video", "synthesize_videos"),
         code=("components/videos.py", "components/checks", "components/digits"),
         resources=_GPU,
     ),
@@ -82,7 +82,13 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "synthesize-videos", "gate": "validate-clips"},
         sources={"base": "base"},
         parameters=("seed", "text", "caption_videos"),
-        code=("components/videos.py", "components/captioners", "components/digits"),
+        code=(
+            "components/videos.py",
+            "components/captioners",
+            "components/checks",
+            "components/digits",
+            "components/tokens.py",
+        ),
     ),
     Stage(
         "validate-pairs",
