@@ -1,1 +1,23 @@
 """Uni-ViGU: one diffusion transformer for video generation, video understanding, and both jointly."""
+
+from importlib import import_module
+
+_EXPORTS = {
+    "UniViGUPipeline": "univigu.pipeline",
+    "UniViGUTransformer3DModel": "univigu.transformer",
+    "TextSpace": "univigu.text_space",
+    "ObjectiveConfig": "univigu.objective",
+    "TrainingObjective": "univigu.objective",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    # torch takes seconds to import, so a name loads its module only when it is asked for
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,136 @@
+"""The space in which text flows: a table E of token embeddings, and how to enter and leave it (eq 7, 8).
+
+E has V rows of d numbers, each of norm r exactly. At time tau a token stands out of its noise once
+tau > tau* = a / (a + r), a = sqrt(2 ln V); r is chosen so that tau* is about 0.4, or nearly every training draw would
+only teach copying. d is small (64), so nothing of the size V x width ever exists.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import flow
+from .errors import ConfigError
+
+PREDICTIONS = ("categorical", "x1", "velocity")
+CONFIDENCE_LIMIT = 20.0
+
+
+def row_norm_for(vocab_size: int, tau_star: float = 0.4) -> float:
+    """The row norm r with which tokens become readable at ``tau_star``: r = a (1 - tau*) / tau*, a = sqrt(2 ln V)."""
+    return math.sqrt(2 * math.log(vocab_size)) * (1 - tau_star) / tau_star
+
+
+class TextSpace(nn.Module):
+    """The learnable table E. Calling it gives the (V, d) float32 table whose rows all have norm ``row_norm``."""
+
+    def __init__(self, vocab_size: int, dim: int, row_norm: float):
+        super().__init__()
+        self.row_norm = row_norm
+        self.weight = nn.Parameter(torch.randn(vocab_size, dim))
+
+    def forward(self) -> Tensor:
+        return F.normalize(self.weight.float(), dim=-1) * self.row_norm
+
+    @torch.no_grad()
+    def init_from(self, rows: Tensor, fit_rows: int = 16384, seed: int = 0) -> None:
+        """Set E to a projection of another table's rows (V, D), such as umT5's: its own main directions, whitened.
+
+        Directions are fitted on at most ``fit_rows`` evenly spaced rows. With D < d the rows are embedded in a random
+        orthogonal frame instead. A little noise keeps rows apart that were equal, or zero, in the source.
+        """
+        vocab_size, dim = self.weight.shape
+        if len(rows) != vocab_size:
+            raise ConfigError(
+                f"The token table has {len(rows)} rows and the model expects {vocab_size}: set vocab_size."
+            )
+        sample = rows[:: max(1, len(rows) // fit_rows)].float()
+        mean = sample.mean(0)
+        generator = torch.Generator().manual_seed(seed)
+        if min(sample.shape) > dim:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                _, singular, directions = torch.svd_lowrank(sample - mean, q=dim, niter=4)
+            basis = directions * (math.sqrt(len(sample)) / singular.clamp_min(1e-6))
+        else:
+            width = rows.shape[1]
+            frame, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
+            basis = frame[:width, :dim] / (sample - mean).std().clamp_min(1e-6)
+        projected = torch.cat([(chunk.float() - mean) @ basis for chunk in rows.split(65536)])
+        scale = projected.std().clamp_min(1e-6)
+        projected = projected / scale + 0.02 * torch.randn(projected.shape, generator=generator)
+        self.weight.copy_(projected)
+
+
+class TextPrediction(NamedTuple):
+    """What the text stream says at (z_tau, tau)."""
+
+    logits: Tensor | None  # (B, N, V), None unless the prediction is categorical
+    data: Tensor  # z_1 as predicted, (B, N, d)
+    velocity: Tensor  # (B, N, d)
+
+
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    """z_1 = E[y]: ids (B, N) to (B, N, d) (eq 7)."""
+    return F.embedding(ids, table)
+
+
+def similarity(z: Tensor, table: Tensor, tokenizer_length: int) -> Tensor:
+    """z . E_k for every token: (B, N, V), with -inf for the rows that the tokenizer doesn't use."""
+    scores = z.float() @ table.T
+    if tokenizer_length < len(table):
+        unused = torch.arange(len(table), device=scores.device) >= tokenizer_length
+        scores = scores.masked_fill(unused, -torch.inf)
+    return scores
+
+
+def nearest(z: Tensor, table: Tensor, tokenizer_length: int) -> Tensor:
+    """y_i = argmax_k z_i . E_k: (B, N, d) to ids (B, N) (eq 8)."""
+    return similarity(z, table, tokenizer_length).argmax(-1)
+
+
+def confidence(tau: Tensor) -> Tensor:
+    """k(tau) = tau / (1 - tau)^2, at most 20: the weight of z_tau in the log-posterior over tokens."""
+    return (tau / (1 - tau).square()).clamp_max(CONFIDENCE_LIMIT)
+
+
+def read_out(
+    hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, tokenizer_length: int, prediction: str, floor: float = 0.0
+) -> TextPrediction:
+    """From the text head's output h (B, N, d), the state z_tau (B, N, d) and tau (B,) to logits, z_1 and velocity.
+
+    ``categorical``: logits = (h + k(tau) z_tau) E^T and z_1 = softmax(logits) E, so that an untrained head (h = 0)
+    already gives the posterior of a token seen through its noise. ``x1``: h is z_1. ``velocity``: h is the velocity,
+    the paper's literal head. ``floor`` bounds 1 - tau from below where a velocity is divided by it.
+    """
+    hidden, z = hidden.float(), z.float()
+    if prediction == "velocity":
+        return TextPrediction(None, flow.velocity_to_data(hidden, z, tau), hidden)
+    if prediction == "x1":
+        return TextPrediction(None, hidden, flow.data_to_velocity(hidden, z, tau, floor))
+    if prediction != "categorical":
+        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
+    logits = similarity(hidden + confidence(flow.expand_tau(tau, z)) * z, table, tokenizer_length)
+    data = logits.softmax(-1) @ table
+    return TextPrediction(logits, data, flow.data_to_velocity(data, z, tau, floor))
+
+
+def tokenize(tokenizer, texts: Sequence[str], length: int) -> Tensor:
+    """Token ids (B, length): the text, EOS, then PAD; a text that doesn't fit is cut so that EOS is still there."""
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.long)
+    for row, tokens in zip(ids, rows, strict=True):
+        tokens = [*tokens[: length - 1], tokenizer.eos_token_id]
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+def detokenize(tokenizer, ids: Tensor) -> list[str]:
+    """Text up to the first EOS of each row of ids (B, N) (eq 8)."""
+    ended = (ids == tokenizer.eos_token_id).cumsum(1) > 0
+    rows = [row[~stop].tolist() for row, stop in zip(ids.cpu(), ended.cpu(), strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]

@@ -1,0 +1,195 @@
+"""Everything that is Wan's own convention: its clock, its latents, its text encoder, its checkpoints.
+
+Wan writes sigma = 1 for noise and 0 for data, feeds the transformer t = 1000 sigma and predicts noise - data. The paper
+writes tau = 1 - sigma and predicts data - noise, so u = -model_out at t = 1000 (1 - tau). That meeting is here alone.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import BadInputError, CorruptDataError, MissingInputError
+
+NUM_TRAIN_TIMESTEPS = 1000
+_SHARED = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "freq_dim": 256}
+WAN_1_3B = {**_SHARED, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+WAN_14B = {**_SHARED, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+
+_TEXT_SIDE = re.compile(r"(text_space|text_embedder|text_head)\.|blocks\.\d+\.(ffn_text\.|text_scale_shift_table$)")
+
+
+# --- the clock ------------------------------------------------------------------------------------------------------
+
+
+def wan_timestep(tau: Tensor) -> Tensor:
+    """t = 1000 (1 - tau), float32, which is what Wan's transformer calls ``timestep``."""
+    return NUM_TRAIN_TIMESTEPS * (1 - tau.float())
+
+
+def wan_output_to_velocity(model_out: Tensor) -> Tensor:
+    """u = data - noise from Wan's prediction of noise - data."""
+    return -model_out
+
+
+# --- the autoencoder ------------------------------------------------------------------------------------------------
+
+
+def _latent_statistics(vae, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return torch.tensor(mean).view(shape).to(like), torch.tensor(std).view(shape).to(like)
+
+
+def normalize_latents(vae, latents: Tensor) -> Tensor:
+    """z = (mu - mean) / std per channel: (B, C, T, H, W) of the autoencoder to the transformer's unit scale."""
+    mean, std = _latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(vae, latents: Tensor) -> Tensor:
+    """The inverse of :func:`normalize_latents`."""
+    mean, std = _latent_statistics(vae, latents)
+    return latents * std + mean
+
+
+@torch.no_grad()
+def encode_frames(vae, frames: Tensor) -> Tensor:
+    """uint8 frames (B, F, H, W, 3), F = 4k + 1, to normalised latent means (B, C, T, H', W'), float32."""
+    pixels = frames.to(vae.device).movedim(-1, 1).to(vae.dtype) / 127.5 - 1
+    return normalize_latents(vae, vae.encode(pixels).latent_dist.mode().float())
+
+
+@torch.no_grad()
+def decode_latents(vae, latents: Tensor) -> Tensor:
+    """Normalised latents (B, C, T, H', W') to uint8 frames (B, F, H, W, 3) on the CPU."""
+    pixels = vae.decode(denormalize_latents(vae, latents.float()).to(vae.dtype), return_dict=False)[0]
+    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).movedim(1, -1).cpu()
+
+
+def latent_shape(vae, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(C, T, H', W') of the latents of a clip of ``num_frames`` frames of ``height`` x ``width`` pixels."""
+    config = vae.config
+    frames = (num_frames - 1) // config.scale_factor_temporal + 1
+    return config.z_dim, frames, height // config.scale_factor_spatial, width // config.scale_factor_spatial
+
+
+# --- the text encoder -----------------------------------------------------------------------------------------------
+
+
+def check_text_encoder(text_encoder) -> None:
+    """Assert that the encoder reads its own token table, and that the table was really loaded.
+
+    An early transformers 5 left it untied and zero, after which every prompt reads the same, without any error.
+    """
+    shared, tokens = text_encoder.shared.weight, text_encoder.encoder.embed_tokens.weight
+    if shared.data_ptr() != tokens.data_ptr() or not shared.any():
+        raise CorruptDataError(
+            "The text encoder's token table is empty or not the one its encoder reads, so prompts would have no"
+            " meaning: download the checkpoint again, or install another version of transformers."
+        )
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, text_encoder, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
+    """Prompt states (B, max_sequence_length, text_dim) as Wan's cross-attention reads them.
+
+    The encoder sees the padding mask; its states at padded places are then set to zero, and the transformer attends to
+    all places, without a mask. The dropped condition is the encoded empty string.
+    """
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    inputs = tokenizer(
+        [prompt_clean(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    ids, mask = inputs.input_ids.to(text_encoder.device), inputs.attention_mask.to(text_encoder.device)
+    states = text_encoder(ids, mask).last_hidden_state
+    return states.masked_fill(~mask.bool()[..., None], 0)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def is_text_side(key: str) -> bool:
+    """Whether a key of ``UniViGUTransformer3DModel``'s state is ours; all others bear Wan's own names."""
+    return _TEXT_SIDE.match(key) is not None
+
+
+def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint that leaves one of Wan's weights without a value, or holds one without a place."""
+    missing, unexpected = [k for k in missing if not is_text_side(k)], list(unexpected)
+    if missing or unexpected:
+        raise BadInputError(
+            f"The checkpoint doesn't fit Wan's transformer ({len(missing)} weights missing, {len(unexpected)} without a"
+            f" place, for example {(missing + unexpected)[0]}): check that its config.json belongs to its weights."
+        )
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or a download of the hub repository ``owner/name`` when there is no such folder."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+        raise MissingInputError(f"There is no model folder at {source}: give a folder in diffusers' layout.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:
+        raise MissingInputError(
+            f"There is no model folder at {source}, and no hub repository of that name could be fetched"
+            f" ({type(error).__name__}): give a folder in diffusers' layout."
+        ) from error
+
+
+def transformer_folder(source: str | Path) -> Path:
+    """The folder of a Wan text-to-video transformer: ``source`` itself or its ``transformer`` part.
+
+    Raises MissingInputError where there is none, BadInputError for another architecture or another kind of Wan.
+    """
+    folder = local_folder(source)
+    if (folder / "transformer_2").is_dir():
+        raise BadInputError(f"{source} has two transformers (Wan2.2): give a checkpoint with one, such as Wan2.1 T2V.")
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    if not (folder / "config.json").is_file():
+        raise MissingInputError(f"{source} holds no transformer/config.json: give a folder in diffusers' layout.")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name", "a model that doesn't say what it is")
+    if name != "WanTransformer3DModel":
+        raise BadInputError(f"{source} is {name}, not WanTransformer3DModel: give a Wan text-to-video checkpoint.")
+    if config.get("image_dim") or config.get("added_kv_proj_dim") or config["in_channels"] != config["out_channels"]:
+        raise BadInputError(f"{source} is conditioned on images: give a Wan text-to-video checkpoint.")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; one sentence where it isn't one."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptDataError(f"{path} can't be read as JSON ({error}): download or build the model again.") from error
+
+
+def token_rows(folder: Path) -> Tensor | None:
+    """umT5's token table (V, D) out of ``folder``/text_encoder, without loading the encoder; None without one."""
+    from safetensors import safe_open
+
+    for path in sorted((folder / "text_encoder").glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            for key in ("shared.weight", "encoder.embed_tokens.weight"):
+                if key in tensors.keys():  # noqa: SIM118 (the handle isn't a dict)
+                    return tensors.get_tensor(key)
+    return None
