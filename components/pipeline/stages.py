@@ -141,9 +141,9 @@ STAGES: tuple[Stage, ...] = (
             "stage1": "train-stage-1",
             "stage2": "train-stage-2",
         },
-        sources={"base": "base"},
+        sources={"base": "base", "heldout": "heldout"},
         parameters=("seed", "text", "video", "evaluate_model"),
-        code=("components/report.py", "components/digits", "model/univigu"),
+        code=("components/report.py", "components/report.html.j2", "components/digits", "model/univigu"),
         resources=_GPU,
     ),
     Stage(

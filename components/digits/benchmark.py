@@ -1,0 +1,159 @@
+"""The digits world as a benchmark: held-out clips of which all is known, and prompts of which all can be checked.
+
+``data/heldout.json`` lists every item and carries its own SHA-256, so a score names exactly what it was measured on.
+It is committed; ``python -m components.digits.benchmark data/heldout.json`` writes it again, byte for byte. An
+evaluation takes the first items of each kind. What a benchmark must offer is this module's public functions.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from univigu.errors import CorruptDataError, MissingInputError
+
+from components.digits import world
+from components.pipeline.digests import json_digest
+
+SEED = 20_260_412  # nothing that is trained draws from it
+COUNTS = {"captions": 512, "generations": 256, "joint": 256}
+EMPTY_PROMPT_EVERY = 16  # of the joint prompts: everything is open
+ATTRIBUTES = tuple(world.ATTRIBUTES)
+FPS = world.FPS
+
+Item = Mapping[str, Any]
+
+
+# --- the held-out set ------------------------------------------------------------------------------------------------
+
+
+def build_heldout() -> dict[str, Any]:
+    """The whole specification: ``captions`` (id, scan, seed, attributes), ``generations`` and ``joint``.
+
+    The last two have (id, prompt, seed); ``scan`` is an index into `world.heldout_scans`. A generation's prompt states
+    every attribute; a joint prompt leaves at least two open, and some of them are empty.
+    """
+    rng = np.random.default_rng(SEED)
+
+    def states_everything(prompt: str) -> bool:
+        return len(asked(prompt)) == len(ATTRIBUTES)
+
+    def leaves_two_open(prompt: str) -> bool:
+        return len(left_open(prompt)) >= 2
+
+    items = {
+        "captions": _heldout_clips(rng, COUNTS["captions"]),
+        "generations": [
+            {"id": f"generation-{i:03d}", "prompt": _prompt(rng, states_everything), "seed": _seed(rng)}
+            for i in range(COUNTS["generations"])
+        ],
+        "joint": [
+            {
+                "id": f"joint-{i:03d}",
+                "prompt": "" if i % EMPTY_PROMPT_EVERY == 5 else _prompt(rng, leaves_two_open),
+                "seed": _seed(rng),
+            }
+            for i in range(COUNTS["joint"])
+        ],
+    }
+    return {"world": "digits", "sha256": json_digest(items), **items}
+
+
+def _heldout_clips(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
+    scans, digits = world.heldout_scans()
+    rounds = -(-count // len(scans))  # every held-out scan once before any of them twice
+    order = np.concatenate([rng.permutation(len(scans)) for _ in range(rounds)])[:count]
+    return [
+        {
+            "id": f"heldout-{i:03d}",
+            "scan": int(scan),
+            "seed": _seed(rng),
+            "attributes": world.sample_attributes(rng, digit=world.DIGITS[digits[scan]]),
+        }
+        for i, scan in enumerate(order)
+    ]
+
+
+def _prompt(rng: np.random.Generator, accepts: Callable[[str], bool]) -> str:
+    """A prompt of the world's own wording that `accepts` takes, and that is true of the clip it was written for."""
+    while True:
+        attributes = world.sample_attributes(rng)
+        prompt = world.write_prompt(attributes, rng)
+        if accepts(prompt) and asked(prompt).items() <= attributes.items():
+            return prompt
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**31))
+
+
+def write_heldout(path: Path) -> None:
+    """Write the specification, one item a line."""
+    heldout = build_heldout()
+    lines = [f' "world": {json.dumps(heldout["world"])},', f' "sha256": {json.dumps(heldout["sha256"])}']
+    for kind in COUNTS:
+        lines[-1] += "," * (not lines[-1].endswith(","))
+        lines.append(f' "{kind}": [')
+        lines.append(",\n".join("  " + json.dumps(item) for item in heldout[kind]))
+        lines.append(" ]")
+    path.write_text("{\n" + "\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def load_heldout(path: Path) -> dict[str, Any]:
+    """Read the specification; raises where it is missing, or isn't what its own SHA-256 says."""
+    try:
+        heldout = json.loads(path.read_text(encoding="utf-8"))
+        intact = json_digest({kind: heldout[kind] for kind in COUNTS}) == heldout["sha256"]
+    except FileNotFoundError as error:
+        raise MissingInputError(f"There is no held-out set at {path}; check the profile's 'heldout'.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptDataError(f"The held-out set {path} is not readable; restore it from the repository.") from error
+    if not intact:
+        raise CorruptDataError(
+            f"The held-out set {path} is not what its SHA-256 says; restore it from the repository, or write it again "
+            "with `python -m components.digits.benchmark`."
+        )
+    return heldout
+
+
+# --- what is true, what is asked, what is seen -----------------------------------------------------------------------
+
+
+def truth(item: Item) -> dict[str, str]:
+    """The attributes of a held-out clip."""
+    return dict(item["attributes"])
+
+
+def render(items: Sequence[Item]) -> np.ndarray:
+    """Held-out clips as uint8 (B, F, H, W, 3); an item's pixels don't depend on its neighbours."""
+    scans, _ = world.heldout_scans()
+    return np.concatenate([world.render([i["attributes"]], scans[[i["scan"]]], i["seed"]) for i in items])
+
+
+def read_text(text: str) -> dict[str, str]:
+    """The attributes to which a text gives exactly one value."""
+    return {name: next(iter(values)) for name, values in world.read_text(text).items() if len(values) == 1}
+
+
+asked = read_text
+
+
+def left_open(prompt: str) -> list[str]:
+    """The attributes that a prompt neither states nor settles (where it starts and how it moves settle its end)."""
+    said = asked(prompt)
+    possible = [m for m in world.motions() if all(m[name] == value for name, value in said.items() if name in m)]
+    settled = {name for name in (possible[0] if possible else {}) if len({m[name] for m in possible}) == 1}
+    return [name for name in ATTRIBUTES if name not in said and name not in settled]
+
+
+def recognise(frames: np.ndarray) -> list[dict[str, str]]:
+    """What the recogniser sees in uint8 clips (B, F, H, W, 3); it is trained on other scans than the held-out ones."""
+    from components.digits import recogniser
+
+    return recogniser.recognise(frames)
+
+
+if __name__ == "__main__":
+    write_heldout(Path(sys.argv[1]))
