@@ -1,0 +1,373 @@
+"""What a training sample is, and its loss (eq 9-11).
+
+tau drawn uniformly never hits the corners that inference uses (a clean video, an embedded prompt, no condition), so a
+share of the samples sits exactly there: `TASKS` is the table. All that is random about a sample (its task, its times,
+its noise, what is dropped) is a function of (seed, epoch, sample id), so a run does not depend on how many processes
+share it, nor on what else is in the batch.
+
+A batch is a dict of tensors on one device:
+
+=================  ===================  ======================================================================
+``latents``        (B, C, T, H, W)      clean video z_v1: normalised VAE means
+``prompt_embeds``  (B, L, text_dim)     the condition c: text-encoder states, zeros at padded places
+``empty_embeds``   (L, text_dim)        the dropped condition: the states of the empty string, padded likewise
+``prompt_ids``     (B, N)               the prompt as tokens: EOS, then PAD
+``target_ids``     (B, N)               what the stage says about the video: the prompt (stage 1), a caption (2)
+``sample_ids``     (B,)                 int64 keys of the samples
+``epochs``         (B,)                 int64, how often each sample was met before
+=================  ===================  ======================================================================
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import flow, text_space
+from .errors import ConfigError
+from .text_space import TextPrediction
+from .transformer import UniViGUTransformer3DModel
+
+TAU_FLOOR = 0.05  # 1 - tau is clamped here in the loss: identities between velocity and data hold up to tau = 0.95
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table of tasks. A time of None is drawn from U(0, 1); a modality at its clean corner has no loss."""
+
+    share: float
+    text: tuple[str, ...]  # which ids the text stream holds; with two, half of the samples each
+    condition_dropout: float | None  # None: ObjectiveConfig.prompt_dropout
+    video_tau: float | None
+    text_tau: float | None
+    absent: float  # in this share, the modality at its clean corner is not there at all: tau = 0, the guidance branch
+    attention: str
+    loss: tuple[str, ...]
+
+
+TASKS = {
+    "understand": Task(0.5, ("target_ids",), 1.0, 1.0, None, 0.1, "prefix", ("text",)),
+    "joint": Task(0.3, ("target_ids",), None, None, None, 0.0, "joint", ("video", "text")),
+    "generate": Task(0.2, ("prompt_ids", "target_ids"), 0.1, None, 1.0, 0.1, "joint", ("video",)),
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Choices of the objective; ``form="literal"`` is eq 11 as printed, on the joint task alone."""
+
+    shares: Mapping[str, float] = field(default_factory=lambda: {name: task.share for name, task in TASKS.items()})
+    prompt_dropout: float = 0.5
+    video_weight: float = 0.3
+    text_weight: float = 0.1
+    ce_weight: float = 1.0
+    ce_weighting: str = "idf"  # idf | uniform; the weights themselves come with the data
+    self_conditioning: float = 0.5  # share of steps in which the text sees its own first guess
+    form: str = "weighted"  # weighted | literal
+    seed: int = 0
+
+    def __post_init__(self):
+        unknown = set(self.shares) - set(TASKS)
+        if unknown or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
+            raise ConfigError(f"Task shares {dict(self.shares)} make no sense: give {', '.join(TASKS)} numbers >= 0.")
+        if self.ce_weighting not in ("idf", "uniform"):
+            raise ConfigError(f"Unknown ce_weighting {self.ce_weighting!r}: use idf or uniform.")
+        if self.form not in ("weighted", "literal"):
+            raise ConfigError(f"Unknown form {self.form!r}: use weighted or literal.")
+        if self.form == "literal" and any(self.shares.get(name) for name in TASKS if name != "joint"):
+            raise ConfigError("The literal objective is the joint task alone: set shares to {joint: 1}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each of B samples is in this epoch: all tensors (B,)."""
+
+    task: Tensor  # index into TASKS
+    video_tau: Tensor
+    text_tau: Tensor
+    drop_condition: Tensor
+    say_prompt: Tensor  # the text stream holds prompt_ids, else target_ids
+
+
+def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
+    """Task, times and dropouts of the samples with these keys, on the CPU; each depends on its own key alone."""
+    draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
+    names, tasks = list(TASKS), list(TASKS.values())
+    shares = torch.tensor([float(config.shares.get(name, 0)) for name in names])
+    task = torch.searchsorted(shares.cumsum(0) / shares.sum(), draws[:, 0].contiguous(), right=True)
+
+    def column(values) -> Tensor:
+        return torch.tensor([float("nan") if v is None else v for v in values])[task]
+
+    absent = draws[:, 1] < column(t.absent for t in tasks)
+    fixed_times = column(t.video_tau for t in tasks), column(t.text_tau for t in tasks)
+    times = [
+        torch.where(fixed.isnan(), uniform, fixed.masked_fill(absent, 0.0))
+        for uniform, fixed in zip((draws[:, 2], draws[:, 3]), fixed_times, strict=True)
+    ]
+    dropout = column(config.prompt_dropout if t.condition_dropout is None else t.condition_dropout for t in tasks)
+    prompt_share = column(t.text.count("prompt_ids") / len(t.text) for t in tasks)
+    return Plan(task, *times, draws[:, 4] < dropout, draws[:, 5] < prompt_share)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch on its paths: tensors of B samples, ready for the model."""
+
+    latents: Tensor  # z_v1
+    video_noise: Tensor
+    video_tau: Tensor
+    z_video: Tensor
+    ids: Tensor
+    text_data: Tensor  # z_t1 = E[ids]
+    text_noise: Tensor
+    text_tau: Tensor
+    z_text: Tensor
+    condition: Tensor
+    is_prefix: Tensor  # bool: attention policy
+    has_video_loss: Tensor  # bool
+    has_text_loss: Tensor  # bool
+
+    def __getitem__(self, rows: Tensor) -> "Samples":
+        return Samples(**{name: tensor[rows] for name, tensor in vars(self).items()})
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
+    """Give every sample of a batch its task, noise and times (eq 6, 7, 9); ``table`` is E, (V, d)."""
+    device, latents = batch["latents"].device, batch["latents"].float()
+    ids, epochs = batch["sample_ids"].tolist(), batch["epochs"].tolist()
+    keys = [(config.seed, epoch, sample) for sample, epoch in zip(ids, epochs, strict=True)]
+    plan = draw_plan(keys, config)
+    video_tau, text_tau = plan.video_tau.to(device), plan.text_tau.to(device)
+    token_ids = torch.where(plan.say_prompt.to(device)[:, None], batch["prompt_ids"], batch["target_ids"])
+    text_data = text_space.embed(token_ids, table)
+    video_noise = flow.keyed_noise([(*key, "video") for key in keys], latents.shape[1:], device)
+    text_noise = flow.keyed_noise([(*key, "text") for key in keys], text_data.shape[1:], device)
+    drop = plan.drop_condition.to(device)[:, None, None]
+    tasks = [list(TASKS.values())[i] for i in plan.task.tolist()]
+    return Samples(
+        latents=latents,
+        video_noise=video_noise,
+        video_tau=video_tau,
+        z_video=flow.interpolate(video_noise, latents, video_tau),
+        ids=token_ids,
+        text_data=text_data,
+        text_noise=text_noise,
+        text_tau=text_tau,
+        z_text=flow.interpolate(text_noise, text_data, text_tau),
+        condition=torch.where(drop, batch["empty_embeds"], batch["prompt_embeds"]),
+        is_prefix=torch.tensor([task.attention == "prefix" for task in tasks], device=device),
+        has_video_loss=torch.tensor(["video" in task.loss for task in tasks], device=device),
+        has_text_loss=torch.tensor(["text" in task.loss for task in tasks], device=device),
+    )
+
+
+def read_text(
+    model: UniViGUTransformer3DModel, hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, floor: float = 0
+):
+    """:func:`text_space.read_out` with the model's own prediction and tokenizer length."""
+    config = model.config
+    return text_space.read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor)
+
+
+def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> Tensor:
+    """The text's h (B, N, d) of samples under ``prefix``; the video is computed once, for the guess and the answer."""
+    # all of these have the empty condition, so one copy of it serves them all
+    cache = model.prefill_video(s.z_video, s.video_tau, s.condition[:1])
+    guess = None
+    if guessing:
+        with torch.no_grad():
+            first = model.denoise_text(s.z_text, s.text_tau, cache)
+            guess = read_text(model, first, s.z_text, s.text_tau, table).data
+    return model.denoise_text(s.z_text, s.text_tau, cache, guess)
+
+
+def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> tuple[Tensor, Tensor]:
+    """Video velocity and the text's h of samples under ``joint``."""
+    guess = None
+    if guessing and s.has_text_loss.any():
+        # a text that is given, not denoised, has no guess: in training as in inference
+        rows = s.has_text_loss.nonzero()[:, 0]
+        t = s[rows]
+        with torch.no_grad():
+            first = model(t.z_video, t.video_tau, t.condition, t.z_text, t.text_tau).text
+            data = read_text(model, first, t.z_text, t.text_tau, table).data
+            guess = torch.zeros_like(s.z_text).index_copy(0, rows, data)
+    out = model(s.z_video, s.video_tau, s.condition, s.z_text, s.text_tau, guess)
+    return out.video, out.text
+
+
+def video_losses(velocity: Tensor, s: Samples, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Each sample's contribution to the loss, and its mean squared error, both (B,)."""
+    squares = (velocity.float() - flow.velocity(s.video_noise, s.latents)).square().flatten(1)
+    mse = squares.mean(1)
+    return (squares.sum(1) if config.form == "literal" else config.video_weight * mse), mse
+
+
+def text_losses(
+    hidden: Tensor,
+    s: Samples,
+    table: Tensor,
+    model: UniViGUTransformer3DModel,
+    config: ObjectiveConfig,
+    token_weights: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each sample's contribution to the loss (B,), and its ``text_mse``, ``text_ce`` and ``token_accuracy`` (B,)."""
+    prediction = read_text(model, hidden, s.z_text, s.text_tau, table, TAU_FLOOR)
+    data, z = s.text_data, s.z_text
+    if config.form == "weighted":
+        # E is trained by the cross-entropy; a target that could move would rather collapse
+        data, z = data.detach(), z.detach()
+    if model.config.prediction == "velocity":
+        target = flow.velocity(s.text_noise, data)
+    else:
+        target = flow.data_to_velocity(data, z, s.text_tau, TAU_FLOOR)
+    squares = (prediction.velocity - target).square().flatten(1)
+    parts = {"text_mse": squares.mean(1)}
+    if config.form == "literal":
+        patch = model.config.patch_size
+        video_tokens = s.latents[0, 0].numel() // (patch[0] * patch[1] * patch[2])
+        loss = squares.sum(1) * (video_tokens / s.ids.shape[1])
+    else:
+        loss = config.text_weight * parts["text_mse"]
+    if prediction.logits is not None:
+        ce = F.cross_entropy(prediction.logits.transpose(1, 2), s.ids, reduction="none")
+        parts["text_ce"] = ce.mean(1)
+        if config.form == "weighted":
+            weights = torch.ones_like(ce) if config.ce_weighting == "uniform" else token_weights[s.ids]
+            loss = loss + config.ce_weight * (ce * weights).sum(1) / weights.sum(1)
+    parts["token_accuracy"] = token_accuracy(prediction, s.ids, table, model)
+    return loss, parts
+
+
+@torch.no_grad()
+def token_accuracy(prediction: TextPrediction, ids: Tensor, table: Tensor, model: UniViGUTransformer3DModel) -> Tensor:
+    """Share of each sample's tokens, PAD left out, that the predicted z_1 names rightly: (B,)."""
+    if prediction.logits is None:
+        said = text_space.nearest(prediction.data, table, model.config.tokenizer_length)
+    else:
+        said = prediction.logits.argmax(-1)
+    counted = ids != model.config.pad_token_id
+    return ((said == ids) & counted).sum(1) / counted.sum(1).clamp_min(1)
+
+
+def training_loss(
+    model: UniViGUTransformer3DModel,
+    batch: Batch,
+    config: ObjectiveConfig,
+    step: int,
+    token_weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """One batch's ``loss`` (with gradient), and its parts as detached scalars.
+
+    ``step`` decides, alike on all ranks, whether this step is self-conditioned. ``token_weights`` (V,) weigh the
+    cross-entropy under ``ce_weighting="idf"``. ``loss`` is the mean over all B samples, a modality without loss
+    counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
+    ``video_samples`` and ``text_samples`` of this batch that have them, zero where there is none. Samples are grouped
+    by attention policy, one pass each.
+    """
+    if config.ce_weighting == "idf" and config.form == "weighted" and token_weights is None:
+        raise ConfigError("ce_weighting is idf and no token weights were given: give them, or set it to uniform.")
+    table = model.text_space()
+    samples = prepare(batch, table, config)
+    draw = torch.rand((), generator=flow.keyed_generator(config.seed, step, "guess"))
+    guessing = bool(draw < config.self_conditioning)
+    loss, parts = table.new_zeros(()), {}
+    for policy in (True, False):
+        rows = (samples.is_prefix == policy).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        group = samples[rows]
+        if policy:
+            hidden = predict_prefix(model, group, table, guessing)
+        else:
+            video, hidden = predict_joint(model, group, table, guessing)
+            video_loss, mse = video_losses(video, group, config)
+            loss = loss + video_loss.sum()
+            parts.setdefault("video_mse", []).append(mse)
+        talking = group.has_text_loss.nonzero()[:, 0]
+        if len(talking):
+            text_loss, values = text_losses(hidden[talking], group[talking], table, model, config, token_weights)
+            loss = loss + text_loss.sum()
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value)
+    out = {"loss": loss / len(samples)}
+    for name in ("video_mse", "text_mse", "text_ce", "token_accuracy"):
+        values = torch.cat(parts[name]).detach() if name in parts else table.new_zeros(0)
+        out[name] = values.sum() / max(1, len(values))
+        if name.endswith("_mse"):
+            out[name.replace("_mse", "_samples")] = torch.tensor(len(values), device=table.device)
+    return out
+
+
+class TrainingObjective(nn.Module):
+    """:func:`training_loss` as a module, for engines that want one root ``forward``: ``objective(batch, step)``."""
+
+    def __init__(
+        self, transformer: UniViGUTransformer3DModel, config: ObjectiveConfig, token_weights: Tensor | None = None
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.config = config
+        self.register_buffer("token_weights", token_weights, persistent=False)
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return training_loss(self.transformer, batch, self.config, step, self.token_weights)
+
+
+@torch.no_grad()
+def evaluate_heldout(
+    model: UniViGUTransformer3DModel, batches: Iterable[Batch], seed: int = 0, bins: int = 10
+) -> dict[str, float | int | list[float]]:
+    """Losses on held-out batches at fixed noise and at the centres of ``bins`` bins of tau, and the video gain.
+
+    Text: the understand task (empty condition, clean video; and once more without the video, at tau_v = 0). Video: the
+    generate task (condition and embedded prompt given). Lists have one mean per bin: ``tau``, ``video_mse``,
+    ``text_mse``, ``text_ce`` (categorical only), ``token_accuracy``, ``token_accuracy_without_video``; then
+    ``video_gain``, the mean difference of the two accuracies over bins, and ``samples``.
+    """
+    table = model.text_space()
+    taus = [(i + 0.5) / bins for i in range(bins)]
+    sums: dict[str, list[float]] = {}
+    count = 0
+
+    def add(name: str, i: int, values: Tensor) -> None:
+        sums.setdefault(name, [0.0] * bins)[i] += float(values.double().sum())
+
+    for batch in batches:
+        latents, ids = batch["latents"].float(), batch["target_ids"]
+        keys = [(seed, "held out", sample) for sample in batch["sample_ids"].tolist()]
+        video_noise = flow.keyed_noise([(*key, "video") for key in keys], latents.shape[1:], latents.device)
+        text_data, prompt = (text_space.embed(batch[name], table) for name in ("target_ids", "prompt_ids"))
+        text_noise = flow.keyed_noise([(*key, "text") for key in keys], text_data.shape[1:], latents.device)
+        ones, empty = latents.new_ones(len(latents)), batch["empty_embeds"][None]
+        count += len(latents)
+        seen = model.prefill_video(latents, ones, empty)
+        unseen = model.prefill_video(video_noise, 0 * ones, empty)
+        for i, value in enumerate(taus):
+            tau = value * ones
+            z = flow.interpolate(text_noise, text_data, tau)
+            for cache, suffix in ((seen, ""), (unseen, "_without_video")):
+                prediction = read_text(model, model.denoise_text(z, tau, cache), z, tau, table)
+                add("token_accuracy" + suffix, i, token_accuracy(prediction, ids, table, model))
+                if suffix:
+                    continue
+                errors = prediction.velocity - flow.velocity(text_noise, text_data)
+                add("text_mse", i, errors.square().flatten(1).mean(1))
+                if prediction.logits is not None:
+                    ce = F.cross_entropy(prediction.logits.transpose(1, 2), ids, reduction="none")
+                    add("text_ce", i, ce.mean(1))
+            z = flow.interpolate(video_noise, latents, tau)
+            video = model(z, tau, batch["prompt_embeds"], prompt, ones).video.float()
+            add("video_mse", i, (video - flow.velocity(video_noise, latents)).square().flatten(1).mean(1))
+    if not count:
+        raise ConfigError("There is no held-out sample to evaluate on: hold some back from training.")
+    means = {name: [value / count for value in values] for name, values in sums.items()}
+    gains = zip(means["token_accuracy"], means["token_accuracy_without_video"], strict=True)
+    return {"tau": taus, **means, "video_gain": sum(a - b for a, b in gains) / bins, "samples": count}
