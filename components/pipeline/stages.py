@@ -64,7 +64,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prompts": "validate-prompts"},
         sources={"base": "base"},
         parameters=("seed", "text", "video", "synthesize_videos"),
-        code=("components/videos.py", "components/checks", "components/digits"),
+        code=("components/videos.py", "model/univigu/video.py", "components/checks", "components/digits"),
         resources=_GPU,
     ),
     Stage(
@@ -84,6 +84,7 @@ STAGES: tuple[Stage, ...] = (
         parameters=("seed", "text", "caption_videos"),
         code=(
             "components/videos.py",
+            "model/univigu/video.py",
             "components/captioners",
             "components/checks",
             "components/digits",
@@ -106,7 +107,13 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "synthesize-videos", "pairs": "validate-pairs"},
         sources={"base": "base"},
         parameters=("text", "video", "encode_latents"),
-        code=("components/videos.py", "model/univigu/wan.py", "model/univigu/training/data.py"),
+        code=(
+            "components/tokens.py",
+            "components/videos.py",
+            "model/univigu/video.py",
+            "model/univigu/wan.py",
+            "model/univigu/training/data.py",
+        ),
         resources=_GPU,
     ),
     Stage(
@@ -150,9 +157,14 @@ STAGES: tuple[Stage, ...] = (
         "register-model",
         "components.register_model:register_model",
         home="data/registered",
-        inputs={"model": "train-stage-2", "evaluation": "evaluate-model", "latents": "encode-latents"},
+        inputs={
+            "model": "train-stage-2",
+            "evaluation": "evaluate-model",
+            "latents": "encode-latents",
+            "prompts": "curate-prompts",
+        },
         parameters=("register_model",),
-        code=("model/univigu/registry.py",),
+        code=("components/tracking.py", "components/model_card.md.j2", "model/univigu"),
     ),
 )
 

@@ -1,0 +1,69 @@
+"""The captioner of the embedded world: measures the frames, reads the prompt, and words what it found.
+
+What the frames show clearly is taken from them; elsewhere the prompt is believed, and where it is silent too, the best
+guess of the measurement stands. The course of the digit is chosen as a whole, so that place, direction and speed agree.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.captioners import Captioner, CaptionRequest, CaptionResponse
+from components.checks.digits import CONFIDENT
+from components.digits import measure, world
+from components.pipeline.digests import file_digest, json_digest
+
+TEMPLATE_VERSION = "digits-1"
+
+
+def create(config: Mapping[str, Any]) -> Captioner:
+    """The captioner; of `config` it reads only the `seed`, from which each clip's wording is drawn."""
+    return Measured(config["seed"])
+
+
+class Measured:
+    """Holds the seed of its wording; see `Captioner`."""
+
+    name = "measured"
+    template_version = TEMPLATE_VERSION
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.digest = json_digest([seed, *(file_digest(Path(module.__file__)) for module in (measure, world))])
+
+    def caption(self, requests: Sequence[CaptionRequest]) -> list[CaptionResponse]:
+        """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""
+        if not requests:
+            return []
+        measured = measure.measure(np.stack([request.frames for request in requests]))
+        return [self._word(request, seen) for request, seen in zip(requests, measured, strict=True)]
+
+    def _word(self, request: CaptionRequest, seen: Mapping[str, "measure.Measurement"]) -> CaptionResponse:
+        key = hashlib.sha256(f"{self.seed} {request.id} {request.attempt}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
+        return CaptionResponse(world.write_caption(decide(seen, world.read_text(request.prompt)), rng))
+
+
+def decide(seen: Mapping[str, "measure.Measurement"], asked: Mapping[str, set[str]]) -> dict[str, str]:
+    """The seven attributes of a clip, from its measurements and from what its prompt says of it."""
+    chosen = {name: _choose(seen[name], asked[name]) for name in ("digit", "colour", "background")}
+    course = max(world.motions(), key=lambda motion: sum(_belief(seen[n], asked[n], v) for n, v in motion.items()))
+    return {**chosen, **course}
+
+
+def _choose(found: "measure.Measurement", asked: set[str]) -> str:
+    """The measured value, unless it is unsure and the prompt says another."""
+    if not asked or found.value in asked or found.confidence >= CONFIDENT:
+        return found.value
+    return min(asked)
+
+
+def _belief(found: "measure.Measurement", asked: set[str], value: str) -> float:
+    """How much speaks for `value`: a clear measurement most, then the prompt, then an unclear measurement."""
+    clear = found.confidence >= CONFIDENT
+    return (
+        100.0 * (clear and value == found.value) + 10.0 * (value in asked) + found.confidence * (value == found.value)
+    )

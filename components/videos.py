@@ -1,0 +1,77 @@
+"""Clips on disk: mp4 files in deterministic tar shards, read by name without extraction, and checked against their row.
+
+How frames become mp4 and back is the library's business (`univigu.video`).
+"""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+from univigu.video import decode_mp4
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write `members` (name -> bytes) as an uncompressed tar, sorted by name, with no clock, owner or host in it.
+
+    Raises `BadInputError` for a name that isn't a plain relative path.
+    """
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in sorted(members):
+            _check_name(name, path)
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(members[name]), 0o644
+            archive.addfile(info, io.BytesIO(members[name]))
+
+
+def read_tar(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Each member's name and bytes, in the tar's order or in that of `names`; nothing is extracted to the disk.
+
+    Raises `MissingInputError` where the tar is missing, `CorruptDataError` where it is damaged or lacks a member, and
+    `BadInputError` for an unsafe name.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"There is no shard at {path}; run the step that makes it again.")
+    try:
+        with tarfile.open(path, "r:") as archive:
+            infos = {info.name: info for info in archive.getmembers() if info.isfile()}
+            for name in infos if names is None else names:
+                _check_name(name, path)
+                if name not in infos:
+                    raise CorruptDataError(f"There is no '{name}' in {path}; run the step that makes the shard again.")
+                yield name, archive.extractfile(infos[name]).read()
+    except (tarfile.TarError, EOFError) as error:
+        raise CorruptDataError(f"The shard {path} is damaged ({error}); delete it and run its step again.") from error
+
+
+def read_clips(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], bytes]]:
+    """Each row (with `shard` and `member`) and its mp4 bytes; a run of rows from one shard opens it once."""
+    for shard, group in groupby(rows, key=lambda row: row["shard"]):
+        group = list(group)
+        members = read_tar(folder / shard, [row["member"] for row in group])
+        for row, (_, content) in zip(group, members, strict=True):
+            yield row, content
+
+
+def open_clip(row: Mapping[str, Any], content: bytes) -> tuple[np.ndarray, float]:
+    """Frames uint8 (F, H, W, 3) and frame rate of a clip's bytes; raises `BadInputError` unless they are its row's.
+
+    row: of the clips table (`id`, `sha256`, `frames`, `height`, `width`).
+    """
+    if hashlib.sha256(content).hexdigest() != row["sha256"]:
+        raise BadInputError(f"The bytes of clip {row['id']} are not those that its row names; make the clip again.")
+    frames, fps = decode_mp4(content)
+    if frames.shape[:3] != (row["frames"], row["height"], row["width"]):
+        raise BadInputError(f"Clip {row['id']} has the shape {frames.shape[:3]}, not its row's; make the clip again.")
+    return frames, fps
+
+
+def _check_name(name: str, path: Path) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise BadInputError(f"The name '{name}' in the shard {path} is not a plain relative path; don't use the shard.")
