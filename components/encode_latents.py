@@ -132,7 +132,7 @@ def load_encoders(folder: Path, precision: str) -> Encoders:
         raise ConfigError(f"There is no precision '{precision}'; choose one of {', '.join(kinds)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
         text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=kinds[precision])
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -83,8 +83,8 @@ def load_generator(folder: Path, precision: str) -> "WanPipeline":
     if precision not in kinds:
         raise ConfigError(f"There is no precision '{precision}'; choose one of {', '.join(kinds)}.")
     try:
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-        pipeline = WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=kinds[precision], local_files_only=True)
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+        pipeline = WanPipeline.from_pretrained(folder, vae=vae, dtype=kinds[precision], local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"There is no Wan pipeline in diffusers' layout at {folder} ({str(error).splitlines()[0]}); "
