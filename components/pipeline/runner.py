@@ -80,6 +80,7 @@ class Step:
     def reject(self, row_id: str, reason: str, detail: str = "", row: Any = None) -> None:
         """Quarantine a row: `reason` is a short slug to count by, `detail` says what was seen."""
         text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
+        text = text.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8, so no Parquet either
         self._rejected.append({"id": row_id, "reason": reason, "detail": detail, "row": text})
 
     def progress(self, items: Iterable[T], total: int | None = None, unit: str = "rows") -> Iterator[T]:
