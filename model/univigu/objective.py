@@ -168,14 +168,6 @@ def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
     )
 
 
-def read_text(
-    model: UniViGUTransformer3DModel, hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, floor: float = 0
-):
-    """:func:`text_space.read_out` with the model's own prediction and tokenizer length."""
-    config = model.config
-    return text_space.read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor)
-
-
 def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> Tensor:
     """The text's h (B, N, d) of samples under ``prefix``; the video is computed once, for the guess and the answer."""
     # all of these have the empty condition, so one copy of it serves them all
@@ -184,7 +176,7 @@ def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, 
     if guessing:
         with torch.no_grad():
             first = model.denoise_text(s.z_text, s.text_tau, cache)
-            guess = read_text(model, first, s.z_text, s.text_tau, table).data
+            guess = model.read_text(first, s.z_text, s.text_tau, table).data
     return model.denoise_text(s.z_text, s.text_tau, cache, guess)
 
 
@@ -197,7 +189,7 @@ def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, g
         t = s[rows]
         with torch.no_grad():
             first = model(t.z_video, t.video_tau, t.condition, t.z_text, t.text_tau).text
-            data = read_text(model, first, t.z_text, t.text_tau, table).data
+            data = model.read_text(first, t.z_text, t.text_tau, table).data
             guess = torch.zeros_like(s.z_text).index_copy(0, rows, data)
     out = model(s.z_video, s.video_tau, s.condition, s.z_text, s.text_tau, guess)
     return out.video, out.text
@@ -219,7 +211,7 @@ def text_losses(
     token_weights: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each sample's contribution to the loss (B,), and its ``text_mse``, ``text_ce`` and ``token_accuracy`` (B,)."""
-    prediction = read_text(model, hidden, s.z_text, s.text_tau, table, TAU_FLOOR)
+    prediction = model.read_text(hidden, s.z_text, s.text_tau, table, TAU_FLOOR)
     data, z = s.text_data, s.z_text
     if config.form == "weighted":
         # E is trained by the cross-entropy; a target that could move would rather collapse
@@ -354,7 +346,7 @@ def evaluate_heldout(
             tau = value * ones
             z = flow.interpolate(text_noise, text_data, tau)
             for cache, suffix in ((seen, ""), (unseen, "_without_video")):
-                prediction = read_text(model, model.denoise_text(z, tau, cache), z, tau, table)
+                prediction = model.read_text(model.denoise_text(z, tau, cache), z, tau, table)
                 add("token_accuracy" + suffix, i, token_accuracy(prediction, ids, table, model))
                 if suffix:
                     continue

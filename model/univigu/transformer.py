@@ -37,7 +37,7 @@ from torch import Tensor
 
 from . import wan
 from .errors import BadInputError, ConfigError
-from .text_space import PREDICTIONS, TextSpace, row_norm_for
+from .text_space import PREDICTIONS, TextPrediction, TextSpace, read_out, row_norm_for
 
 ATTENTION = ("joint", "prefix")
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (1, S, 1, head_dim) each
@@ -326,6 +326,11 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         for block, memory in zip(self.blocks, cache.memories, strict=True):
             _, hidden, _ = self._run(block, None, (hidden, time, rotary), None, memory, "prefix")
         return self.text_head(hidden, temb)
+
+    def read_text(self, hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, floor: float = 0.0) -> TextPrediction:
+        """What h says at (z_tau, tau), read with this model's prediction; ``table`` is ``text_space()``."""
+        config = self.config
+        return read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor)
 
     def _run(self, block: UniViGUBlock, *args: Any) -> tuple[Tensor | None, Tensor | None, Memory]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

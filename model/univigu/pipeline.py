@@ -1,0 +1,407 @@
+"""Caption a video, generate a video, or do both jointly (eq 16-18), as one diffusers pipeline.
+
+Videos are uint8 RGB frames (F, H, W, 3). A video of another size or length than the model's is scaled and cut around
+its centre, and its frames are taken evenly from its whole length; what can't be used raises ``BadInputError``.
+All noise of a sample comes from its own seed, so a result does not depend on what else is in the batch.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from . import flow, text_space, wan
+from .errors import BadInputError, MissingInputError
+from .transformer import UniViGUTransformer3DModel
+from .video import fit_frames
+
+Seeds = int | Sequence[int]
+
+
+class UniViGUPipeline(DiffusionPipeline):
+    """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
+
+    The scheduler is kept so that the folder has Wan's layout; sampling uses :func:`flow.tau_grid` alone. ``shift`` is
+    Wan's timestep shift, ``max_sequence_length`` the text encoder's padded length, ``fps`` what a saved clip plays at.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: UniViGUTransformer3DModel,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        fps: float = 16,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        shift: float = 3.0,
+        caption_steps: int = 16,
+        caption_guidance_scale: float = 1.0,
+        max_sequence_length: int = 512,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        )
+        self.register_to_config(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            shift=shift,
+            caption_steps=caption_steps,
+            caption_guidance_scale=caption_guidance_scale,
+            max_sequence_length=max_sequence_length,
+        )
+
+    @classmethod
+    def from_wan(cls, source: str | Path, **settings: Any) -> "UniViGUPipeline":
+        """A whole Wan text-to-video folder (or hub id) with a new, untrained text side.
+
+        ``settings`` are this pipeline's defaults (``num_frames`` ...) and the transformer's text arguments
+        (``text_length`` ...). Raises MissingInputError or BadInputError where the folder isn't such a checkpoint.
+        """
+        wan.transformer_folder(source)
+        folder = wan.local_folder(source)
+        missing = [
+            n for n in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / n).is_dir()
+        ]
+        if missing:
+            raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a whole checkpoint folder.")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        wan.check_text_encoder(text_encoder)
+        defaults = {k: settings.pop(k) for k in list(settings) if k in inspect.signature(cls.__init__).parameters}
+        vocabulary = {
+            "tokenizer_length": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        return cls(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            transformer=UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | settings)),
+            **defaults,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UniViGUPipeline":
+        """Load what ``save_pretrained`` wrote; a folder that holds something else is refused in one sentence."""
+        source = pretrained_model_name_or_path
+        folder = wan.local_folder(source)
+        if not (folder / "model_index.json").is_file():
+            raise MissingInputError(f"{source} holds no model_index.json: give the folder of a trained Uni-ViGU.")
+        name = wan.read_json(folder / "model_index.json").get("_class_name")
+        if name != cls.__name__:
+            raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU.")
+        pipeline = super().from_pretrained(folder, **kwargs)
+        wan.check_text_encoder(pipeline.text_encoder)
+        return pipeline
+
+    # --- the three things it does -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def caption(
+        self,
+        videos: Any,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: Seeds = 0,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Say what is in one video (F, H, W, 3), uint8, or in each of several; always a list of texts.
+
+        ``videos`` is an array, a tensor, a list of frames, or a list of videos. Video ``i`` has the seed ``seed[i]``,
+        or ``seed + i``. A guidance of 1 costs nothing; another runs the text a second time, without the video.
+        """
+        frames = [self._fit(video) for video in _split_videos(videos)]
+        texts = []
+        for part, seeds in _batches(frames, seed, batch_size):
+            latents = wan.encode_frames(self.vae, torch.from_numpy(np.stack(part)))
+            texts += self.caption_latents(latents, num_inference_steps, guidance_scale, seeds)
+        return texts
+
+    @torch.no_grad()
+    def caption_latents(
+        self,
+        latents: Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: Seeds = 0,
+        video_tau: float = 1.0,
+    ) -> list[str]:
+        """:meth:`caption` for normalised latents (B, C, T, H, W), in one batch (eq 16).
+
+        ``video_tau`` is how much of the video is seen: 1 all, 0 nothing but noise, which shows what the model says
+        without any video.
+        """
+        model, device = self.transformer, self._execution_device
+        steps = _positive(self.config.caption_steps if num_inference_steps is None else num_inference_steps)
+        scale = self.config.caption_guidance_scale if guidance_scale is None else guidance_scale
+        seeds = _seeds(seed, len(latents))
+        latents, empty = latents.to(device), self._encode([""])
+        blank = _noise(seeds, "no video", latents.shape[1:], device)
+        seen = model.prefill_video(flow.interpolate(blank, latents, video_tau), _times(video_tau, latents), empty)
+        unseen = None if scale == 1 else model.prefill_video(blank, _times(0.0, latents), empty)
+        table, guess = model.text_space(), None
+
+        def field(states, taus):
+            nonlocal guess
+            (z,), tau = states, _times(taus[0], latents)
+            hidden = model.denoise_text(z, tau, seen, guess)
+            if unseen is not None:
+                without = model.denoise_text(z, tau, unseen, guess)
+                hidden = without + scale * (hidden - without)
+            prediction = model.read_text(hidden, z, tau, table)
+            guess = prediction.data
+            return (prediction.velocity,)
+
+        z = _noise(seeds, "text", self._text_shape, device)
+        (z,) = flow.integrate(field, [z], [flow.tau_grid(steps, device=device)], self.progress_bar)
+        self.maybe_free_model_hooks()
+        return self._say(z, table)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        seed: Seeds = 0,
+        batch_size: int = 8,
+    ) -> np.ndarray:
+        """A video for each prompt: uint8 (B, F, H, W, 3) (eq 17).
+
+        The prompt is given twice, as Wan's condition and as clean text beside the video; guidance goes away from
+        the empty condition without text. F must be 4k + 1 and the sides multiples of the model's patch, in pixels.
+        """
+        prompts = self._check_prompts(prompt)
+        shape = self._latent_shape(num_frames, height, width)
+        frames = []
+        for part, seeds in _batches(prompts, seed, batch_size):
+            latents = self._generate_latents(part, shape, num_inference_steps, guidance_scale, shift, seeds)
+            frames.append(wan.decode_latents(self.vae, latents))
+        self.maybe_free_model_hooks()
+        return torch.cat(frames).numpy()
+
+    @torch.no_grad()
+    def joint(
+        self,
+        prompt: str | Sequence[str] = "",
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        caption_guidance_scale: float | None = None,
+        shift: float | None = None,
+        seed: Seeds = 0,
+        batch_size: int = 8,
+    ) -> tuple[np.ndarray, list[str]]:
+        """A video and its caption from noise together, for each prompt, which may be empty (eq 18).
+
+        Returns uint8 (B, F, H, W, 3) and B texts. Video guidance goes away from the empty condition without text, text
+        guidance away from the text without video.
+        """
+        prompts = [prompt] if prompt == "" else self._check_prompts(prompt, allow=("",))
+        shape = self._latent_shape(num_frames, height, width)
+        frames, texts = [], []
+        for part, seeds in _batches(prompts, seed, batch_size):
+            latents, said = self._joint_latents(
+                part, shape, num_inference_steps, guidance_scale, caption_guidance_scale, shift, seeds
+            )
+            frames.append(wan.decode_latents(self.vae, latents))
+            texts += said
+        self.maybe_free_model_hooks()
+        return torch.cat(frames).numpy(), texts
+
+    # --- how --------------------------------------------------------------------------------------------------------
+
+    def _generate_latents(self, prompts, shape, num_inference_steps, guidance_scale, shift, seeds) -> Tensor:
+        model, device = self.transformer, self._execution_device
+        grid, scale = self._video_grid(num_inference_steps, shift), self._guidance(guidance_scale)
+        condition, empty = self._encode(prompts), self._encode([""])
+        ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
+        text = text_space.embed(ids.to(device), model.text_space())
+        no_text = _noise(seeds, "no text", self._text_shape, device)
+
+        def field(states, taus):
+            (z,) = states
+            tau = _times(taus[0], z)
+            velocity = model(z, tau, condition, text, _times(1.0, z)).video.float()
+            if scale != 1:
+                without = model(z, tau, empty, no_text, _times(0.0, z)).video.float()
+                velocity = without + scale * (velocity - without)
+            return (velocity,)
+
+        (z,) = flow.integrate(field, [_noise(seeds, "video", shape, device)], [grid], self.progress_bar)
+        return z
+
+    def _joint_latents(
+        self, prompts, shape, num_inference_steps, guidance_scale, caption_guidance_scale, shift, seeds
+    ) -> tuple[Tensor, list[str]]:
+        model, device = self.transformer, self._execution_device
+        grid, scale = self._video_grid(num_inference_steps, shift), self._guidance(guidance_scale)
+        default = self.config.caption_guidance_scale
+        text_scale = default if caption_guidance_scale is None else caption_guidance_scale
+        condition, empty = self._encode(prompts), self._encode([""])
+        no_text = _noise(seeds, "no text", self._text_shape, device)
+        no_video = _noise(seeds, "no video", shape, device)
+        table, guess = model.text_space(), None
+
+        def field(states, taus):
+            nonlocal guess
+            video, text = states
+            video_tau, text_tau = (_times(tau, video) for tau in taus)
+            out = model(video, video_tau, condition, text, text_tau, guess)
+            velocity, hidden = out.video.float(), out.text
+            if scale != 1:
+                without = model(video, video_tau, empty, no_text, _times(0.0, video)).video.float()
+                velocity = without + scale * (velocity - without)
+            if text_scale != 1:
+                without = model(no_video, _times(0.0, video), condition, text, text_tau, guess).text
+                hidden = without + text_scale * (hidden - without)
+            prediction = model.read_text(hidden, text, text_tau, table)
+            guess = prediction.data
+            return velocity, prediction.velocity
+
+        states = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
+        grids = [grid, flow.tau_grid(len(grid) - 1, device=device)]
+        video, text = flow.integrate(field, states, grids, self.progress_bar)
+        return video, self._say(text, table)
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        length = self.config.max_sequence_length
+        return wan.encode_prompts(self.tokenizer, self.text_encoder, prompts, length).to(self._execution_device)
+
+    def _say(self, z: Tensor, table: Tensor) -> list[str]:
+        ids = text_space.nearest(z, table, self.transformer.config.tokenizer_length)
+        return text_space.detokenize(self.tokenizer, ids)
+
+    @property
+    def _text_shape(self) -> tuple[int, int]:
+        return self.transformer.config.text_length, self.transformer.config.text_latent_dim
+
+    def _video_grid(self, num_inference_steps: int | None, shift: float | None) -> Tensor:
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        shift = self.config.shift if shift is None else shift
+        if not shift > 0:
+            raise BadInputError(f"A timestep shift of {shift} makes no sense: give a number above 0.")
+        return flow.tau_grid(_positive(steps), shift, self._execution_device)
+
+    def _guidance(self, guidance_scale: float | None) -> float:
+        return self.config.guidance_scale if guidance_scale is None else guidance_scale
+
+    def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
+        frames, height, width = (
+            num_frames or self.config.num_frames,
+            height or self.config.height,
+            width or self.config.width,
+        )
+        time = self.vae.config.scale_factor_temporal
+        _, patch_h, patch_w = self.transformer.config.patch_size
+        tall, wide = (self.vae.config.scale_factor_spatial * patch for patch in (patch_h, patch_w))
+        if min(frames, height, width) < 1 or (frames - 1) % time or height % tall or width % wide:
+            raise BadInputError(
+                f"{frames} frames of {height}x{width} pixels don't fit this model: give {time}k + 1 frames, a height"
+                f" that is a multiple of {tall} and a width that is a multiple of {wide}."
+            )
+        return wan.latent_shape(self.vae, frames, height, width)
+
+    def _check_prompts(self, prompt: str | Sequence[str], allow: Sequence[str] = ()) -> list[str]:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        limit = min(self.config.max_sequence_length, self.transformer.config.text_length)
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise BadInputError(
+                "A prompt must be a text, or a list of texts that isn't empty: write what the video shows."
+            )
+        for text in prompts:
+            if text in allow:
+                continue
+            if not text.strip():
+                raise BadInputError("The prompt is empty: write what the video should show.")
+            length = len(self.tokenizer(prompt_clean(text), verbose=False)["input_ids"])
+            if length > limit:
+                raise BadInputError(f"The prompt has {length} tokens and this model reads at most {limit}: shorten it.")
+        return prompts
+
+    def _fit(self, video: Any) -> np.ndarray:
+        frames = _as_array(video)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise BadInputError(
+                f"A video must be uint8 RGB frames of shape (F, H, W, 3) and this is {frames.dtype} {frames.shape}:"
+                " decode it to such frames first."
+            )
+        wanted = self.config.num_frames
+        if len(frames) == 1 < wanted:
+            raise BadInputError("The video is a single frame and this model describes motion: give two frames or more.")
+        return fit_frames(frames, wanted, self.config.height, self.config.width)
+
+
+def _as_array(video: Any) -> np.ndarray:
+    if isinstance(video, Tensor):
+        return video.cpu().numpy()
+    try:
+        return np.asarray(video) if isinstance(video, np.ndarray) else np.stack([np.asarray(f) for f in video])
+    except (TypeError, ValueError) as error:
+        raise BadInputError(f"This is not a list of equal frames ({error}): give RGB frames of one size.") from error
+
+
+def _split_videos(videos: Any) -> list[Any]:
+    """One video, or several, as a list of videos: what has frames of three dimensions is one."""
+    if isinstance(videos, np.ndarray | Tensor):
+        return list(videos) if videos.ndim == 5 else [videos]
+    if not isinstance(videos, Sequence) or isinstance(videos, str | bytes) or not len(videos):
+        raise BadInputError("There is no video in what was given: give frames (F, H, W, 3), or a list of such videos.")
+    # an image's array has three dimensions, a video has more, or is itself a list of frames
+    several = isinstance(videos[0], Sequence) or np.ndim(videos[0]) == 4
+    return list(videos) if several else [videos]
+
+
+def _seeds(seed: Seeds, count: int) -> list[int]:
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != count:
+        raise BadInputError(f"There are {len(seeds)} seeds for {count} samples: give one each, or a single one.")
+    return seeds
+
+
+def _batches(items: list, seed: Seeds, size: int) -> Iterator[tuple[list, list[int]]]:
+    seeds = _seeds(seed, len(items))
+    for start in range(0, len(items), _positive(size)):
+        yield items[start : start + size], seeds[start : start + size]
+
+
+def _noise(seeds: Sequence[int], name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+    return flow.keyed_noise([(seed, name) for seed in seeds], shape, device)
+
+
+def _times(tau: Tensor | float, like: Tensor) -> Tensor:
+    """One time for the whole batch, as the model wants it: (B,)."""
+    return torch.as_tensor(tau, dtype=torch.float32, device=like.device).expand(len(like))
+
+
+def _positive(number: int) -> int:
+    if number < 1:
+        raise BadInputError(f"{number} steps, or samples at a time, make no sense: give a whole number of 1 or more.")
+    return number
