@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-
 from univigu.errors import BadInputError
 
 FRAMES = 9
@@ -276,10 +275,24 @@ def count_words(text: str) -> int:
 
 _SYNONYMS = {
     **{str(i): word for i, word in enumerate(DIGITS)},
-    **{"gray": "grey", "center": "centre", "middle": "centre", "magenta": "pink", "turquoise": "cyan"},
-    **{"slowly": "slow", "quickly": "fast", "quick": "fast", "rapidly": "fast", "leisurely": "slow"},
-    **{"upward": "up", "upwards": "up", "downward": "down", "downwards": "down"},
-    **{"leftward": "left", "leftwards": "left", "rightward": "right", "rightwards": "right"},
+    "gray": "grey",
+    "center": "centre",
+    "middle": "centre",
+    "magenta": "pink",
+    "turquoise": "cyan",
+    "slowly": "slow",
+    "quickly": "fast",
+    "quick": "fast",
+    "rapidly": "fast",
+    "leisurely": "slow",
+    "upward": "up",
+    "upwards": "up",
+    "downward": "down",
+    "downwards": "down",
+    "leftward": "left",
+    "leftwards": "left",
+    "rightward": "right",
+    "rightwards": "right",
     **{word + "s": word for word in ("zero", "one", "two", "three", "four", "five", "seven", "eight", "nine")},
 }
 _OPPOSITES = {"left": "right", "right": "left"}

@@ -1,0 +1,208 @@
+"""The base's text-to-video generator: a small `WanTransformer3DModel` and the `UMT5EncoderModel` that is trained with it.
+
+Flow matching in Wan's convention: z = (1 - sigma) x0 + sigma eps, the target is eps - x0, the timestep 1000 sigma.
+The first latent frame of a causal autoencoder is an image, so training starts on those alone, at a third of the cost.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from components.digits import world
+from components.digits.autoencoder import draw_clips, encode, to_tensor
+from components.digits.training import Fit, load_tensors, save_atomically, train
+
+
+@dataclass
+class GeneratorConfig:
+    """Sizes of the transformer and of the text encoder (diffusers' and transformers' names), and their training."""
+
+    num_attention_heads: int = 4
+    attention_head_dim: int = 32
+    num_layers: int = 6
+    ffn_dim: int = 512
+    freq_dim: int = 64
+    text_dim: int = 64
+    text_layers: int = 2
+    max_sequence_length: int = 32
+    latent_clips: int = 24_000
+    prompt_dropout: float = 0.12
+    train_shift: float = 2.0
+    sample_shift: float = 3.0
+    sample_steps: int = 20
+    guidance: float = 4.0
+    report_clips: int = 64
+    images: Fit = field(default_factory=lambda: Fit(steps=1200, batch=96, lr=2e-3))
+    clips: Fit = field(default_factory=lambda: Fit(steps=7000, batch=48, lr=1.5e-3, ema=0.999))
+
+
+class Generator(nn.Module):
+    """The two networks that are trained together."""
+
+    def __init__(self, config: GeneratorConfig, channels: int, vocabulary: int) -> None:
+        super().__init__()
+        self.transformer = WanTransformer3DModel(
+            patch_size=(1, 1, 1),
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            rope_max_seq_len=128,
+        )
+        self.text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=vocabulary,
+                d_model=config.text_dim,
+                d_kv=16,
+                d_ff=2 * config.text_dim,
+                num_layers=config.text_layers,
+                num_heads=config.text_dim // 16,
+                relative_attention_num_buckets=16,
+                relative_attention_max_distance=64,
+                dropout_rate=0.0,
+                pad_token_id=0,
+                eos_token_id=1,
+                decoder_start_token_id=0,
+                tie_word_embeddings=True,
+            )
+        )
+
+
+def check_text_encoder(text_encoder: UMT5EncoderModel) -> None:
+    """Fails when the encoder's embedding is not the shared one, or is all zeros (a loader once did both)."""
+    shared = text_encoder.shared.weight
+    embedded = text_encoder.encoder.embed_tokens.weight
+    if embedded.data_ptr() != shared.data_ptr() or not shared.abs().sum() > 0:
+        raise AssertionError("The text encoder's embed_tokens is not its shared table, or holds only zeros.")
+
+
+def encode_prompts(
+    text_encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], length: int
+) -> torch.Tensor:
+    """Prompts -> (B, length, text_dim): encoded with their mask, then zeros behind the end, as WanPipeline does."""
+    tokens = tokenizer(prompts, padding=True, max_length=length, truncation=True, return_tensors="pt")
+    states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    states = states * tokens.attention_mask[..., None]
+    return nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
+
+
+def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int) -> tuple[torch.Tensor, list[dict]]:
+    """Normalised latents (N, z, T, h, w) of clips rendered from the training scans, and their attributes."""
+    batch = 64
+    rows = [world.ATTRIBUTES[name] for name in world.ATTRIBUTES]
+    if not path.exists():
+        mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        latents, codes = [], []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for i in tqdm(range(-(-count // batch)), desc="latents", mininterval=5.0):
+                clips, attributes = draw_clips(batch, seed + 1_000_003 + i)
+                latents.append(((encode(vae, to_tensor(clips)).mode() - mean) / std).half())
+                codes += [[values.index(a[n]) for n, values in world.ATTRIBUTES.items()] for a in attributes]
+        tensors = {"latents": torch.cat(latents)[:count], "attributes": torch.tensor(codes[:count], dtype=torch.uint8)}
+        save_atomically(tensors, path, {})
+    tensors, _ = load_tensors(path)
+    attributes = [
+        {name: values[code] for (name, values), code in zip(zip(world.ATTRIBUTES, rows, strict=True), row, strict=True)}
+        for row in tensors["attributes"].tolist()
+    ]
+    return tensors["latents"], attributes
+
+
+def pipeline(
+    vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, generator: Generator, config: GeneratorConfig
+) -> WanPipeline:
+    """The parts as the WanPipeline that is saved."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=config.sample_shift,
+        num_train_timesteps=1000,
+    )
+    pipe = WanPipeline(
+        vae=vae,
+        tokenizer=tokenizer,
+        text_encoder=generator.text_encoder,
+        transformer=generator.transformer,
+        scheduler=scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: WanPipeline, config: GeneratorConfig, prompts: list[str], seed: int) -> np.ndarray:
+    """Clips uint8 (B, F, H, W, 3) of the pipeline at the base's own settings."""
+    clips = pipe(
+        prompts,
+        negative_prompt=[""] * len(prompts),
+        height=world.SIZE,
+        width=world.SIZE,
+        num_frames=world.FRAMES,
+        num_inference_steps=config.sample_steps,
+        guidance_scale=config.guidance,
+        max_sequence_length=config.max_sequence_length,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).frames
+    return (np.asarray(clips) * 255).round().astype(np.uint8)
+
+
+def fit_generator(
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerFast,
+    data: tuple[torch.Tensor, list[dict]],
+    config: GeneratorConfig,
+    work: Path,
+    seed: int,
+    report=None,
+) -> dict:
+    """Trains `generator` in place: images, then clips. `report()` returns scores of the present weights."""
+    latents, attributes = data
+
+    def loss_on(batch: int, frames: int, key: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng((seed, key))
+        noise_rng = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        index = rng.integers(len(latents), size=batch)
+        prompts = [
+            "" if rng.random() < config.prompt_dropout else world.write_prompt(attributes[i], rng) for i in index
+        ]
+        text = encode_prompts(generator.text_encoder, tokenizer, prompts, config.max_sequence_length)
+        x0 = latents[torch.from_numpy(index), :, :frames].float()
+        u = (torch.rand(batch, generator=noise_rng) + torch.arange(batch)) / batch
+        sigma = config.train_shift * u / (1 + (config.train_shift - 1) * u)
+        noise = torch.randn(x0.shape, generator=noise_rng)
+        s = sigma.view(-1, 1, 1, 1, 1)
+        out = generator.transformer(
+            hidden_states=(1 - s) * x0 + s * noise,
+            timestep=1000 * sigma,
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0]
+        return ((out.float() - (noise - x0)) ** 2).mean(), {}
+
+    logs = {}
+    path = work / "generator-clips.safetensors"
+    if not path.exists():
+        first = work / "generator-images.safetensors"
+        logs["images"] = train(
+            "images", generator, lambda step: loss_on(config.images.batch, 1, 2 * step), config.images, first
+        )
+    logs["clips"] = train(
+        "generator",
+        generator,
+        lambda step: loss_on(config.clips.batch, latents.shape[2], 2 * step + 1),
+        config.clips,
+        path,
+        (lambda _: report()) if report else None,
+    )
+    return logs

@@ -1,0 +1,256 @@
+"""Makes the bundled base, a tiny Wan in diffusers' layout, from nothing: what is behind `univigu pretrain`.
+
+tokenizer -> autoencoder -> recogniser -> latents -> generator -> bundle. Each phase keeps its state in the work folder
+and goes on from it, so a run that was killed is run again with the same command.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from diffusers import AutoencoderKLWan, WanPipeline
+from transformers import PreTrainedTokenizerFast
+from univigu.errors import ConfigError, MissingInputError
+
+from components.digits import autoencoder as vae_training
+from components.digits import generator as generator_training
+from components.digits import recogniser as recogniser_training
+from components.digits import world
+from components.digits.tokenizer import build_tokenizer, corpus
+from components.digits.training import load_tensors
+
+PHASES = ("autoencoder", "recogniser", "latents", "generator", "bundle")
+DEFAULT_CONFIG = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass
+class PretrainConfig:
+    """One YAML file: the seed, and each network's sizes and training."""
+
+    seed: int = 0
+    corpus_lines: int = 4000
+    score_clips: int = 256
+    autoencoder: vae_training.AutoencoderConfig = field(default_factory=vae_training.AutoencoderConfig)
+    recogniser: recogniser_training.RecogniserConfig = field(default_factory=recogniser_training.RecogniserConfig)
+    generator: generator_training.GeneratorConfig = field(default_factory=generator_training.GeneratorConfig)
+
+
+def _from_dict(kind: type, values: dict, where: str) -> object:
+    known = {f.name: f.type for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"'{key}' is not a setting of {where}; known are {', '.join(known)}.")
+    return kind(**{k: _from_dict(known[k], v, k) if is_dataclass(known[k]) else v for k, v in values.items()})
+
+
+def load_config(path: Path = DEFAULT_CONFIG) -> PretrainConfig:
+    """Reads a YAML file of the shape of `pretrain.yaml`; settings that it leaves out keep their defaults."""
+    if not path.exists():
+        raise MissingInputError(
+            f"There is no pretraining configuration at {path}; leave the option out for the default."
+        )
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a YAML mapping of settings; compare it with {DEFAULT_CONFIG.name}.")
+    return _from_dict(PretrainConfig, values, path.name)
+
+
+def pretrain(
+    out: Path,
+    work: Path,
+    config: PretrainConfig | None = None,
+    phases: tuple[str, ...] = PHASES,
+    recogniser_out: Path = recogniser_training.BUNDLED,
+) -> dict[str, float]:
+    """Runs `phases` and returns the scores that it wrote into `out`/README.md (empty without the bundle phase).
+
+    `work` holds checkpoints; `out` becomes the WanPipeline folder, replaced as a whole; the recogniser's weights go to
+    `recogniser_out`. Raises `MissingInputError` when a phase is run before the one it needs.
+    """
+    for phase in phases:
+        if phase not in PHASES:
+            raise ConfigError(f"'{phase}' is not a phase of pretraining; choose from {', '.join(PHASES)}.")
+    config = config or load_config()
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(corpus(config.corpus_lines, config.seed), config.generator.max_sequence_length * 2)
+    if "autoencoder" in phases:
+        torch.manual_seed(config.seed)
+        vae = vae_training.build(config.autoencoder)
+        vae_training.fit_autoencoder(vae, config.autoencoder, work, config.seed)
+        vae.half().save_pretrained(work / "vae")
+    if "recogniser" in phases:
+        network, _ = recogniser_training.fit_recogniser(_load_vae(work), config.recogniser, work, config.seed)
+        recogniser_training.save_recogniser(network, config.recogniser, recogniser_out)
+    if "latents" in phases:
+        _cache(work, config)
+    if "generator" in phases:
+        torch.manual_seed(config.seed)
+        vae = _load_vae(work)
+        generator = generator_training.Generator(config.generator, vae.config.z_dim, len(tokenizer))
+        pipe = generator_training.pipeline(vae, tokenizer, generator, config.generator)
+
+        def report() -> dict[str, float]:
+            if not (recogniser_out / "model.safetensors").exists():
+                return {}
+            return score_generator(pipe, config, config.generator.report_clips, recogniser_out)
+
+        generator_training.fit_generator(
+            generator, tokenizer, _cache(work, config), config.generator, work, config.seed, report
+        )
+    if "bundle" in phases:
+        return bundle(out, work, config, tokenizer, recogniser_out)
+    return {}
+
+
+def _load_vae(work: Path) -> AutoencoderKLWan:
+    if not (work / "vae").exists():
+        raise MissingInputError(f"{work} holds no trained autoencoder; run the phase 'autoencoder' first.")
+    return AutoencoderKLWan.from_pretrained(work / "vae", torch_dtype=torch.float32).eval()
+
+
+def _cache(work: Path, config: PretrainConfig) -> tuple[torch.Tensor, list[dict[str, str]]]:
+    path = work / "latents.safetensors"
+    vae = None if path.exists() else _load_vae(work)
+    return generator_training.cache_latents(vae, config.generator.latent_clips, path, config.seed)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_generator(pipe: WanPipeline, config: PretrainConfig, count: int, recogniser: Path) -> dict[str, float]:
+    """Share of generated clips in which the recogniser reads what the prompt asked for, per attribute it states."""
+    rng = np.random.default_rng(20_000_003)
+    network = recogniser_training.load_recogniser(recogniser)
+    asked = [world.write_prompt(world.sample_attributes(rng), rng) for _ in range(count)]
+    right: dict[str, list[bool]] = {name: [] for name in world.ATTRIBUTES}
+    for i in range(0, count, 64):
+        prompts = asked[i : i + 64]
+        read = recogniser_training.read(network, generator_training.generate(pipe, config.generator, prompts, i))
+        for prompt, seen in zip(prompts, read, strict=True):
+            for name, values in world.read_text(prompt).items():
+                if values:
+                    right[name].append(values == {seen[name]})
+    return {name: float(np.mean(hits)) for name, hits in right.items() if hits}
+
+
+def score_eyes(vae: AutoencoderKLWan, count: int, recogniser: Path) -> dict[str, float]:
+    """On clips from held-out scans: the autoencoder's PSNR, and what the recogniser reads before and behind it."""
+    network = recogniser_training.load_recogniser(recogniser)
+    clips, truth = vae_training.draw_clips(count, 13, world.heldout_scans())
+    rebuilt = recogniser_training.rebuild(vae, clips)
+
+    def right(frames: np.ndarray) -> dict[str, float]:
+        read = recogniser_training.read(network, frames)
+        return {n: float(np.mean([r[n] == t[n] for r, t in zip(read, truth, strict=True)])) for n in world.ATTRIBUTES}
+
+    before, behind = right(clips), right(rebuilt)
+    return {
+        "autoencoder.psnr": vae_training.psnr(clips, rebuilt),
+        "autoencoder.digit": behind["digit"],
+        "autoencoder.mean": float(np.mean(list(behind.values()))),
+        "recogniser.digit": before["digit"],
+        "recogniser.mean": float(np.mean(list(before.values()))),
+    }
+
+
+# --- the bundle ------------------------------------------------------------------------------------------------------
+
+
+def bundle(
+    out: Path, work: Path, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, recogniser: Path
+) -> dict[str, float]:
+    """Writes the WanPipeline folder from the newest averaged weights, scores it as loaded from there, adds a README."""
+    newest = [path for name in ("clips", "images") if (path := work / f"generator-{name}.safetensors").exists()]
+    if not newest:
+        raise MissingInputError(f"{work} holds no generator; run the phase 'generator' first.")
+    tensors, state = load_tensors(newest[0])
+    vae = _load_vae(work).half()
+    generator = generator_training.Generator(config.generator, vae.config.z_dim, len(tokenizer))
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            parameter.copy_(tensors[f"average.{name}"])
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    generator_training.pipeline(vae, tokenizer, generator, config.generator).save_pretrained(part)
+
+    pipe = WanPipeline.from_pretrained(part, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    generator_training.check_text_encoder(pipe.text_encoder)
+    scores = score_eyes(pipe.vae, config.score_clips, recogniser)
+    asked = score_generator(pipe, config, config.score_clips, recogniser)
+    scores |= {f"generator.{name}": value for name, value in asked.items()}
+    (part / "README.md").write_text(_readme(part, work, config, scores), encoding="utf-8")
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+    return scores
+
+
+def _readme(folder: Path, work: Path, config: PretrainConfig, scores: dict[str, float]) -> str:
+    files = sorted(folder.rglob("*.safetensors"))
+    sizes = "\n".join(f"| `{path.relative_to(folder)}` | {path.stat().st_size / 1e6:.2f} MB |" for path in files)
+    times = "\n".join(
+        f"| {path.stem} | {state['step']:,} | {state['seconds'] / 60:.1f} |"
+        for path in sorted(work.glob("*.safetensors"))
+        if "seconds" in (state := load_tensors(path)[1])
+    )
+    rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items())
+    settings = yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=100)
+    return f"""# tiny-wan
+
+A text-to-video model in the layout of diffusers' `WanPipeline`, small enough to be trained and used on one CPU core.
+It knows one world: a coloured handwritten digit that moves over a plain background, {world.FRAMES} frames of
+{world.SIZE}x{world.SIZE} pixels at {world.FPS} frames a second. It stands to this project's demo as Wan2.1 stands to
+the paper. This page was written by the command that made the folder.
+
+## Use
+Guidance {config.generator.guidance}, {config.generator.sample_steps} steps, `negative_prompt=""`,
+`max_sequence_length={config.generator.max_sequence_length}`, height and width {world.SIZE}, {world.FRAMES} frames.
+
+## How it was made
+`univigu pretrain --out model/tiny-wan` makes it again, and a run that was stopped goes on where it was.
+Everything is learned from scikit-learn's bundled scans of handwritten digits (BSD licence), of which every
+{world.HOLDOUT_EVERY}th is held out: no network here has seen those.
+
+| network | steps | minutes |
+|---|---|---|
+{times}
+
+## How good it is
+On {config.score_clips} clips of held-out scans, and on {config.score_clips} generated clips. `autoencoder.digit` is the
+share of digits that the recogniser still reads behind the autoencoder; `generator.*` is the share of generated clips in
+which it reads what the prompt asked for.
+
+| score | value |
+|---|---|
+{rows}
+
+## Files
+| file | size |
+|---|---|
+{sizes}
+
+## Settings
+```yaml
+{settings}```
+"""
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--phases", nargs="*", default=PHASES)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(pretrain(args.out, args.work, phases=tuple(args.phases)))

@@ -1,0 +1,63 @@
+"""Writes the raw prompts of the embedded world, one JSON object a line:
+
+python -m components.digits.prompts --count 1250 --seed 0 --without data/heldout.json > data/prompts/digits.jsonl
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from components.digits import world
+
+SOURCE = "digits world"
+LICENCE = "CC0-1.0"
+
+
+def write_prompts(count: int, seed: int, without: Iterable[str] = ()) -> Iterator[dict[str, str]]:
+    """Yields `count` raw rows whose prompts differ from each other, and from those in `without`, in their words.
+
+    Case and punctuation don't count as a difference. Equal arguments give equal rows.
+    """
+    rng = np.random.default_rng(seed)
+    seen = {words(text) for text in without}
+    left = count
+    while left:
+        text = world.write_prompt(world.sample_attributes(rng), rng)
+        if words(text) not in seen:
+            seen.add(words(text))
+            left -= 1
+            yield {"text": text, "source": SOURCE, "licence": LICENCE}
+
+
+def words(text: str) -> str:
+    """A text's words alone, for comparing."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def heldout_prompts(path: Path) -> list[str]:
+    """The prompts that the evaluation asks for, out of ``data/heldout.json``: nothing may be trained on them."""
+    heldout = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        item["prompt"] for items in heldout.values() if isinstance(items, list) for item in items if "prompt" in item
+    ]
+
+
+def main() -> None:
+    """Write rows to standard output."""
+    parser = argparse.ArgumentParser(prog="python -m components.digits.prompts", description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=1250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", type=Path, help="a file of held-out items, whose prompts are left out")
+    options = parser.parse_args()
+    without = heldout_prompts(options.without) if options.without else []
+    for row in write_prompts(options.count, options.seed, without):
+        sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

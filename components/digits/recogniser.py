@@ -1,0 +1,159 @@
+"""A second pair of eyes for evaluation: a small convolutional network that reads all seven attributes from a clip.
+
+It shares nothing with the measuring captioner (`measure.py`), so a caption can't be scored by what wrote it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from torch import nn
+from univigu.errors import BadInputError, MissingInputError
+
+from components.digits import world
+from components.digits.autoencoder import decode, draw_clips, encode, to_frames, to_tensor
+from components.digits.training import Fit, train
+
+BUNDLED = Path(__file__).parent / "recogniser"
+WATCHED = slice(0, world.FRAMES, 2)
+PLACED = ("direction", "speed", "start", "end")
+
+
+@dataclass
+class RecogniserConfig:
+    """Widths of the network and its training."""
+
+    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
+    place_width: int = 4
+    hidden: int = 160
+    rebuilt_clips: int = 2048
+    fit: Fit = field(default_factory=lambda: Fit(steps=800, batch=64, lr=2e-3, weight_decay=0.02, ema=0.99))
+
+
+class Recogniser(nn.Module):
+    """Clip (B, 3, 9, 32, 32) in -1..1 -> logits per attribute. What is drawn is read wherever it is (pooled maps)."""
+
+    def __init__(self, widths: list[int], place_width: int, hidden: int) -> None:
+        super().__init__()
+        first, second, third, fourth = widths
+        watched = len(range(world.FRAMES)[WATCHED])
+
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
+
+        self.maps = nn.Sequential(
+            *block(3, first),
+            nn.MaxPool2d(2),
+            *block(first, second),
+            nn.MaxPool2d(2),
+            *block(second, third),
+            *block(third, fourth),
+        )
+        self.place = nn.Conv2d(fourth, place_width, 1)
+        look, path = 2 * fourth, watched * place_width * (world.SIZE // 4) ** 2
+        self.look = nn.Sequential(nn.Linear(look, hidden), nn.SiLU(), nn.Dropout(0.1))
+        self.path = nn.Sequential(nn.Linear(path, hidden), nn.SiLU(), nn.Dropout(0.1))
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(v)) for name, v in world.ATTRIBUTES.items()})
+
+    def forward(self, clips: torch.Tensor) -> dict[str, torch.Tensor]:
+        frames = clips[:, :, WATCHED].transpose(1, 2)
+        maps = self.maps(frames.flatten(0, 1))
+        pooled = torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], dim=1)
+        look = self.look(pooled.unflatten(0, frames.shape[:2]).mean(1))
+        path = self.path(self.place(maps).unflatten(0, frames.shape[:2]).flatten(1))
+        return {name: head(path if name in PLACED else look) for name, head in self.heads.items()}
+
+
+def _bend(scans: np.ndarray, seed: int) -> np.ndarray:
+    """Turns, stretches and shifts scans (B, 8, 8) a little: a small data set's substitute for more hands."""
+    rng = torch.Generator().manual_seed(seed)
+    count = len(scans)
+    matrix = torch.eye(2).repeat(count, 1, 1) + 0.11 * torch.randn(count, 2, 2, generator=rng)
+    shift = 0.09 * torch.randn(count, 2, 1, generator=rng)
+    grid = F.affine_grid(torch.cat([matrix, shift], dim=2), [count, 1, 16, 16], align_corners=False)
+    ink = F.interpolate(torch.from_numpy(scans)[:, None], size=(16, 16), mode="bicubic", align_corners=False)
+    return F.interpolate(F.grid_sample(ink, grid, align_corners=False), size=(8, 8), mode="area")[:, 0].numpy()
+
+
+def rebuild(vae: AutoencoderKLWan, frames: np.ndarray, batch: int = 64) -> np.ndarray:
+    """Frames through the autoencoder and back, uint8 to uint8."""
+    with torch.no_grad():
+        parts = [to_tensor(frames[i : i + batch]) for i in range(0, len(frames), batch)]
+        return np.concatenate([to_frames(decode(vae, encode(vae, part).mode())) for part in parts])
+
+
+def fit_recogniser(vae: AutoencoderKLWan, config: RecogniserConfig, work: Path, seed: int) -> tuple[Recogniser, dict]:
+    """Trains on rendered clips of (bent) training scans, a quarter of them sent through the autoencoder first."""
+    torch.manual_seed(seed)
+    network = Recogniser(config.widths, config.place_width, config.hidden)
+    held_out, truth = draw_clips(512, 11, world.heldout_scans())
+    pool, pool_attributes = draw_clips(config.rebuilt_clips, seed + 77)
+    pool = rebuild(vae, pool)
+
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng((seed, step))
+        fresh = config.fit.batch - config.fit.batch // 4
+        attributes = [world.sample_attributes(rng) for _ in range(fresh)]
+        scans = _bend(world.draw_scans(attributes, world.train_scans(), step), step)
+        chosen = rng.integers(len(pool), size=config.fit.batch - fresh)
+        clips = to_tensor(np.concatenate([world.render(attributes, scans, step), pool[chosen]]))
+        attributes += [pool_attributes[i] for i in chosen]
+        torch.manual_seed(seed * 1_000_003 + step)
+        clips = clips + 0.08 * torch.rand(len(clips), 1, 1, 1, 1) * torch.randn_like(clips)
+        logits = network(clips)
+        losses = [
+            F.cross_entropy(logits[name], torch.tensor([values.index(a[name]) for a in attributes]))
+            for name, values in world.ATTRIBUTES.items()
+        ]
+        return torch.stack(losses).sum() + losses[0], {}
+
+    def report(_: int) -> dict[str, float]:
+        seen = read(network, held_out)
+        right = {n: float(np.mean([s[n] == t[n] for s, t in zip(seen, truth, strict=True)])) for n in world.ATTRIBUTES}
+        return {"mean": float(np.mean(list(right.values())))} | right
+
+    state = train("recogniser", network, loss_at, config.fit, work / "recogniser.safetensors", report)
+    return network, state
+
+
+def save_recogniser(network: Recogniser, config: RecogniserConfig, folder: Path) -> None:
+    """Weights as safetensors, sizes as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    sizes = {key: asdict(config)[key] for key in ("widths", "place_width", "hidden")}
+    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+@cache
+def load_recogniser(folder: Path = BUNDLED) -> Recogniser:
+    """The bundled network, ready to read; raises `MissingInputError` when it is not there."""
+    if not (folder / "model.safetensors").exists():
+        raise MissingInputError(f"The recogniser is not in {folder}; run `univigu pretrain` to make it.")
+    network = Recogniser(**json.loads((folder / "config.json").read_text()))
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return network.eval()
+
+
+@torch.no_grad()
+def read(network: Recogniser, frames: np.ndarray, batch: int = 128) -> list[dict[str, str]]:
+    """As `recognise`, with a given network."""
+    seen: list[dict[str, str]] = [{} for _ in frames]
+    for i in range(0, len(frames), batch):
+        for name, logits in network(to_tensor(frames[i : i + batch])).items():
+            for row, best in enumerate(logits.argmax(1).tolist()):
+                seen[i + row][name] = world.ATTRIBUTES[name][best]
+    return seen
+
+
+def recognise(frames: np.ndarray) -> list[dict[str, str]]:
+    """Clips uint8 (B, 9, 32, 32, 3) -> the seven attributes of each, as the bundled network reads them."""
+    shape = (world.FRAMES, world.SIZE, world.SIZE, 3)
+    if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[1:] != shape:
+        raise BadInputError(f"The recogniser reads uint8 clips of {shape}, not {frames.dtype} {frames.shape}.")
+    return read(load_recogniser(), frames)
