@@ -66,7 +66,7 @@ def build(config: AutoencoderConfig) -> AutoencoderKLWan:
     return vae
 
 
-# --- the same function as vae.encode / vae.decode, in one piece instead of chunks of four frames -----------------------
+# --- the same function as vae.encode / vae.decode, in one piece instead of chunks of four frames ---------------------
 
 
 def _resample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return unpatchify(x, vae.config.patch_size).float()
 
 
-# --- data and training -------------------------------------------------------------------------------------------------
+# --- data and training -----------------------------------------------------------------------------------------------
 
 
 def to_tensor(frames: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The base's text-to-video generator: a small `WanTransformer3DModel` and the `UMT5EncoderModel` that is trained with it.
+"""The base's text-to-video generator: a small `WanTransformer3DModel`, trained together with its `UMT5EncoderModel`.
 
 Flow matching in Wan's convention: z = (1 - sigma) x0 + sigma eps, the target is eps - x0, the timestep 1000 sigma.
 The first latent frame of a causal autoencoder is an image, so training starts on those alone, at a third of the cost.

@@ -50,9 +50,7 @@ def _from_dict(kind: type, values: dict, where: str) -> object:
 def load_config(path: Path = DEFAULT_CONFIG) -> PretrainConfig:
     """Reads a YAML file of the shape of `pretrain.yaml`; settings that it leaves out keep their defaults."""
     if not path.exists():
-        raise MissingInputError(
-            f"There is no pretraining configuration at {path}; leave the option out for the default."
-        )
+        raise MissingInputError(f"There is no configuration at {path}; leave the option out to use the default.")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a YAML mapping of settings; compare it with {DEFAULT_CONFIG.name}.")
@@ -167,7 +165,7 @@ def bundle(
     newest = [path for name in ("clips", "images") if (path := work / f"generator-{name}.safetensors").exists()]
     if not newest:
         raise MissingInputError(f"{work} holds no generator; run the phase 'generator' first.")
-    tensors, state = load_tensors(newest[0])
+    tensors, _ = load_tensors(newest[0])
     vae = _load_vae(work).half()
     generator = generator_training.Generator(config.generator, vae.config.z_dim, len(tokenizer))
     with torch.no_grad():
