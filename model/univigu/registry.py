@@ -1,0 +1,239 @@
+"""The one file of the library that knows MLflow: putting a model into the registry, and getting it out again.
+
+A registered version is a model from code (no pickle): the pipeline's folder, this library, and the evidence that came
+with it (model card, evaluation, manifests) all lie inside it, so a pull needs no checkout.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from univigu.errors import CorruptDataError, MissingInputError
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+    from univigu.pipeline import UniViGUPipeline
+
+NAME = "uni-vigu"
+CHAMPION = "champion"
+CANDIDATE = "candidate"
+# What inference imports; a version pins them at what it was made with.
+REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "av",
+    "ftfy",
+    "numpy",
+    "pandas",
+)
+LONGEST_DESCRIPTION = 5000  # characters that a database behind MLflow may hold
+
+Uri = str | None
+
+
+def load_pipeline(model: str | Path = NAME, tracking_uri: Uri = None) -> "UniViGUPipeline":
+    """The pipeline in a folder, at a ``models:/`` address, or of a registered name's champion.
+
+    Raises `MissingInputError` where there is no such model, and `CorruptDataError` where its files can't be loaded.
+    """
+    folder = pipeline_folder(model, tracking_uri)
+    from safetensors import SafetensorError
+
+    from univigu.pipeline import UniViGUPipeline
+
+    try:
+        return UniViGUPipeline.from_pretrained(folder, use_safetensors=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(" .")
+        raise CorruptDataError(
+            f"The model in {folder} is damaged or incomplete ({reason}); get a whole copy, or train it again."
+        ) from error
+
+
+def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
+    """Where the pipeline's files lie (see `load_pipeline`); those of a registered model are fetched if need be."""
+    if isinstance(model, Path) or Path(model).is_dir():
+        return Path(model)
+    uri = model if model.startswith("models:/") else f"models:/{model}@{CHAMPION}"
+    return artifact(uri, "pipeline", tracking_uri)
+
+
+def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
+    """A file or folder that `register_version` put into a version, on this machine's disk.
+
+    `uri` is a ``models:/name/version`` or ``models:/name@alias``; raises `MissingInputError` where there is none.
+    """
+    with _store(tracking_uri) as store:
+        from mlflow import artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Path(artifacts.download_artifacts(artifact_uri=f"{uri}/artifacts/{name}"))
+        except (MlflowException, OSError) as error:
+            raise MissingInputError(
+                f"There is no model at {uri} in {store}; train one (`make demo`), or give a model's folder."
+            ) from error
+
+
+def version_at(name: str, alias: str, tracking_uri: Uri = None) -> "ModelVersion | None":
+    """The version of `name` that holds `alias`, if any does."""
+    with _store(tracking_uri):
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return MlflowClient().get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+
+def version_with(name: str, tags: Mapping[str, str], tracking_uri: Uri = None) -> "ModelVersion | None":
+    """The newest version of `name` that carries all these tags, if any does."""
+    with _store(tracking_uri):
+        from mlflow import MlflowClient
+
+        conditions = [f"name = '{name}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())]
+        found = MlflowClient().search_model_versions(" AND ".join(conditions))
+        return max(found, key=lambda version: int(version.version), default=None)
+
+
+def register_version(
+    pipeline: Path,
+    name: str,
+    *,
+    experiment_id: str,
+    card: str,
+    evidence: Mapping[str, Path],
+    tags: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    scratch: Path | None = None,
+    tracking_uri: Uri = None,
+) -> "ModelVersion":
+    """Make a new version of `name` from a pipeline's folder, with a run of its own that holds the same facts.
+
+    card: the model card, which becomes the version's description too. evidence: folders that go into the version under
+    their names, for `artifact`. tags: on the version and on the run. parameters, metrics: on the run.
+    scratch: a folder for temporary files; on the pipeline's own disk it saves a copy.
+    """
+    with _store(tracking_uri), tempfile.TemporaryDirectory(dir=scratch) as folder:
+        import mlflow
+
+        readme = Path(folder) / "README.md"
+        readme.write_text(card, encoding="utf-8")
+        contents = {"card": readme}
+        for title, source in {**evidence, "pipeline": pipeline}.items():
+            contents[title] = Path(folder) / title  # its name inside the version is the last part of this path
+            shutil.copytree(source, contents[title], copy_function=_link_or_copy)
+        with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
+            mlflow.log_params(dict(parameters))
+            mlflow.log_metrics(dict(metrics))
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                code_paths=[str(Path(__file__).parent)],
+                artifacts={title: str(path) for title, path in contents.items()},
+                pip_requirements=requirements(),
+                signature=signature(),
+            )
+            client = mlflow.MlflowClient()
+            _ensure_name(client, name)
+            return client.create_model_version(
+                name, source=info.model_uri, run_id=run.info.run_id, tags=dict(tags), description=shorten(card)
+            )
+
+
+def set_alias(name: str, alias: str, version: "ModelVersion", tracking_uri: Uri = None) -> None:
+    """Point `alias` at this version, and at no other."""
+    with _store(tracking_uri):
+        from mlflow import MlflowClient
+
+        MlflowClient().set_registered_model_alias(name, alias, version.version)
+
+
+def set_tags(version: "ModelVersion", tags: Mapping[str, str], tracking_uri: Uri = None) -> None:
+    """Add tags to a version; those of the same name are replaced."""
+    with _store(tracking_uri):
+        from mlflow import MlflowClient
+
+        for key, value in tags.items():
+            MlflowClient().set_model_version_tag(version.name, version.version, key, value)
+
+
+def requirements() -> list[str]:
+    """What a pull has to install: the packages that inference imports, at the versions that run here."""
+    return [f"{package}=={installed_version(package).partition('+')[0]}" for package in REQUIREMENTS]
+
+
+def signature() -> "ModelSignature":
+    """Columns in and out, and params with their defaults (steps 0 and guidance -1: the model's own)."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    def columns(*names: str) -> Schema:
+        return Schema([ColSpec("string", name, required=False) for name in names])
+
+    params = [
+        ParamSpec("task", "string", "caption"),
+        ParamSpec("steps", "long", 0),
+        ParamSpec("guidance", "double", -1.0),
+        ParamSpec("seed", "long", 0),
+    ]
+    return ModelSignature(columns("video", "prompt"), columns("caption", "video"), ParamSchema(params))
+
+
+def shorten(card: str) -> str:
+    """A card as a version's description: without its front matter, and cut between sections where it is too long."""
+    text = card.partition("\n---\n")[2].strip() if card.startswith("---\n") else card
+    if len(text) <= LONGEST_DESCRIPTION:
+        return text
+    more = "\n\nThe whole card is `artifacts/README.md` of this version.\n"
+    return text[: text.rfind("\n## ", 0, LONGEST_DESCRIPTION - len(more))] + more
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _ensure_name(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def _store(tracking_uri: Uri):
+    """MLflow pointed at `tracking_uri` (None: where it points already); it calls nobody and unpickles nothing."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    if tracking_uri is not None:
+        mlflow.set_tracking_uri(tracking_uri)
+    try:
+        yield mlflow.get_tracking_uri()
+    finally:
+        if tracking_uri is not None:
+            mlflow.set_tracking_uri(before)
