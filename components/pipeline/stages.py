@@ -54,8 +54,8 @@ STAGES: tuple[Stage, ...] = (
         home="data/validated/prompts",
         inputs={"prompts": "curate-prompts"},
         sources={"base": "base"},
-        parameters=("text", "validate_data"),
-        code=("components/gates.py", "components/tokens.py"),
+        parameters=("text", "curate_prompts", "validate_data"),
+        code=("components/gates.py", "components/prompt_filters.py", "components/tokens.py"),
     ),
     Stage(
         "synthesize-videos",
@@ -98,7 +98,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "validate-clips", "captions": "caption-videos"},
         sources={"base": "base"},
         parameters=("text", "validate_data"),
-        code=("components/gates.py", "components/tokens.py", "components/digits"),
+        code=("components/gates.py", "components/tokens.py", "components/checks", "components/digits"),
     ),
     Stage(
         "encode-latents",
@@ -139,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
         "evaluate-model",
         "components.evaluate_model:evaluate_model",
         home="reports",
-        outputs=("metrics.json", "items.parquet", "report.html", "plots"),
+        outputs=("metrics.json", "items.parquet", "report.html", "gallery.webp", "plots"),
         inputs={
             "prompts": "curate-prompts",
             "clips": "synthesize-videos",
@@ -150,7 +150,14 @@ STAGES: tuple[Stage, ...] = (
         },
         sources={"base": "base", "heldout": "heldout"},
         parameters=("seed", "text", "video", "evaluate_model"),
-        code=("components/report.py", "components/report.html.j2", "components/digits", "model/univigu"),
+        code=(
+            "components/report.py",
+            "components/report.html.j2",
+            "components/training_figures.py",
+            "components/synthesize_videos.py",
+            "components/digits",
+            "model/univigu",
+        ),
         resources=_GPU,
     ),
     Stage(

@@ -1,0 +1,195 @@
+"""Great Expectations as a gate: a suite built in code, run on a table in memory, and trusted only when it really ran.
+
+Great Expectations fails open: an expectation that raised is one `success: false` among many, an empty table passes
+every row-wise expectation, and one that was never run is not missed. `run_gate` closes these doors. Each expectation
+says in its `meta` what happens to the rows that fail it: they are quarantined under its `reason`, or (without one) the
+step fails. After a quarantine the whole suite runs again: what leaves a gate has passed all of it.
+
+Its pages (Data Docs) are written for people, outside the committed output: they carry times and random ids. Opened in
+a browser they ask a public CDN for style sheets and scripts, and show the logo of Great Expectations; the committed
+`validation.json` says the same without either.
+"""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from univigu.errors import GateFailedError
+
+
+@dataclass
+class Gate:
+    """What came of a suite: the rows that passed all of it, those to quarantine, and each expectation's figures."""
+
+    passed: Any  # pandas.DataFrame
+    rejected: list[tuple[str, str, str]]  # id, reason, detail
+    report: list[dict[str, Any]]
+
+
+def expectations() -> Any:
+    """Great Expectations' module of expectations, imported with everything that would call home switched off."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    import great_expectations.expectations as expectations_module
+
+    return expectations_module
+
+
+def run_gate(name: str, frame: Any, suite: Sequence[Any], docs: Path, min_rows: int, remedy: str) -> Gate:
+    """Run `suite` on a DataFrame with a unique column `id`; returns what passed, and what to quarantine.
+
+    Raises `GateFailedError`, which ends with `remedy`, where the table has fewer than `min_rows` rows before or after
+    the quarantine, where an expectation without a `reason` fails, and where one raised, was not run, or did not look
+    at every row. `docs` is replaced by the pages of the last run.
+    """
+    _require_rows(name, frame, min_rows, "holds", remedy)
+    results = _validate(name, frame, suite, docs)
+    report = sorted((_figures(result) for result in results), key=lambda figures: figures["expectation"])
+    _check_that_all_ran(name, suite, results, len(frame), remedy)
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    for result in results:
+        if result.success:
+            continue
+        reason = (result.expectation_config.meta or {}).get("reason")
+        unexpected = result.result.get("unexpected_index_list")
+        if not reason or not unexpected:
+            raise GateFailedError(
+                f"The gate '{name}' failed: {_describe(result)} does not hold ({_seen(result.result)}); {remedy}."
+            )
+        for row in unexpected:
+            seen = ", ".join(f"{key} {value}" for key, value in row.items() if key != "id")
+            reasons.setdefault(row["id"], []).append((reason, f"{seen}: {_describe(result)}"))
+    if not reasons:
+        return Gate(frame, [], report)
+    bad = frame["id"].isin(list(reasons))
+    rejected = [
+        (row_id, reasons[row_id][0][0], "; ".join(detail for _, detail in reasons[row_id]))
+        for row_id in frame["id"][bad]
+    ]
+    left = frame[~bad].reset_index(drop=True)
+    _require_rows(name, left, min_rows, f"keeps (of {len(frame)}: {_counts(reasons)})", remedy)
+    again = _validate(name, left, suite, docs)
+    _check_that_all_ran(name, suite, again, len(left), remedy)
+    for result in again:
+        if not result.success:
+            raise GateFailedError(
+                f"The gate '{name}' failed: without the {len(rejected)} rows it quarantined ({_counts(reasons)}), "
+                f"{_describe(result)} does not hold ({_seen(result.result)}); {remedy}."
+            )
+    return Gate(left, rejected, report)
+
+
+def _require_rows(name: str, frame: Any, min_rows: int, verb: str, remedy: str) -> None:
+    if len(frame) < max(min_rows, 1):
+        raise GateFailedError(
+            f"The gate '{name}' failed: its table {verb} {len(frame)} rows, fewer than the profile's "
+            f"{max(min_rows, 1)}; {remedy}."
+        )
+
+
+def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> list[Any]:
+    """Run the suite in an ephemeral context and write its pages; returns one result for each expectation that ran."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
+    for site in list(context.get_config().data_docs_sites or {}):
+        context.delete_data_docs_site(site)
+    shutil.rmtree(docs, ignore_errors=True)
+    store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)}
+    context.add_data_docs_site(
+        "docs",
+        {
+            "class_name": "SiteBuilder",
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            "store_backend": store,
+        },
+    )
+    batches = (
+        context.data_sources.add_pandas("memory").add_dataframe_asset(name).add_batch_definition_whole_dataframe(name)
+    )
+    named = context.suites.add(gx.ExpectationSuite(name))
+    for expectation in suite:
+        named.add_expectation(expectation.copy(deep=True))
+    validation = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batches, suite=named))
+    checkpoint = context.checkpoints.add(
+        gx.Checkpoint(
+            name=name,
+            validation_definitions=[validation],
+            result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["id"]},
+        )
+    )
+    (outcome,) = checkpoint.run(batch_parameters={"dataframe": frame}).run_results.values()
+    context.build_data_docs(site_names=["docs"])
+    order = [_signature(expectation.configuration) for expectation in suite]
+    return sorted(
+        outcome.results,
+        key=lambda result: order.index(signature) if (signature := _describe(result)) in order else len(order),
+    )
+
+
+def _check_that_all_ran(name: str, suite: Sequence[Any], results: Sequence[Any], rows: int, remedy: str) -> None:
+    """Hold the results against the suite: every expectation there, none raised, and all rows looked at."""
+    wanted = Counter(_signature(expectation.configuration) for expectation in suite)
+    ran = Counter(_signature(result.expectation_config) for result in results)
+    missing = next(iter((wanted - ran) + (ran - wanted)), None)
+    if missing:
+        raise GateFailedError(f"The gate '{name}' failed: {missing} was asked for and not run; {remedy}.")
+    for result in results:
+        raised = _exception(result.exception_info or {})
+        if raised is not None:
+            raise GateFailedError(f"The gate '{name}' failed: {_describe(result)} raised '{raised}'; {remedy}.")
+        count = result.result.get("element_count", rows)
+        if count != rows:
+            raise GateFailedError(
+                f"The gate '{name}' failed: {_describe(result)} looked at {count} of {rows} rows; {remedy}."
+            )
+
+
+def _exception(info: Mapping[str, Any]) -> str | None:
+    """The message of an expectation's exception; there is one record, or one for each metric that raised."""
+    records = [info] if "raised_exception" in info else list(info.values())
+    for record in records:
+        if record.get("raised_exception"):
+            return str(record.get("exception_message") or "an exception").strip().splitlines()[0]
+    return None
+
+
+def _signature(configuration: Any) -> str:
+    """An expectation's type and arguments, as text."""
+    arguments = {key: value for key, value in configuration.kwargs.items() if key != "batch_id" and value is not None}
+    shown = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
+    return f"{configuration.type}({shown})"
+
+
+def _describe(result: Any) -> str:
+    return _signature(result.expectation_config)
+
+
+def _seen(result: Mapping[str, Any]) -> str:
+    """The few figures of a failed result that tell a person what was wrong."""
+    if "observed_value" in result:
+        return f"observed {result['observed_value']}"
+    some = ", ".join(str(value) for value in result.get("partial_unexpected_list", [])[:3])
+    return f"{result.get('unexpected_count', 0)} of {result.get('element_count', 0)} rows, such as {some}"
+
+
+def _counts(reasons: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    counts = Counter(found[0][0] for found in reasons.values())
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+
+
+def _figures(result: Any) -> dict[str, Any]:
+    """What the committed report keeps of a result: nothing that depends on the clock or on chance."""
+    return {
+        "expectation": _describe(result),
+        "success": bool(result.success),
+        "rows": result.result.get("element_count"),
+        "unexpected": result.result.get("unexpected_count"),
+        "reason": (result.expectation_config.meta or {}).get("reason"),
+    }

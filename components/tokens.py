@@ -1,0 +1,40 @@
+"""Token lengths: counted in one place, with the base's own tokenizer and EOS included, so that no two steps differ."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from univigu.errors import BadInputError, MissingInputError
+
+
+def load_tokenizer(base: Path) -> Any:
+    """The tokenizer of a base in diffusers' layout (``base/tokenizer``), read from disk only.
+
+    Raises where there is none, or where it does not end a text with EOS: every length in a profile counts EOS.
+    """
+    folder = base / "tokenizer"
+    if not folder.is_dir():
+        raise MissingInputError(f"The base {base} has no folder 'tokenizer'; give a base in diffusers' layout.")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInputError(
+            f"The tokenizer at {folder} can't be read ({str(error).splitlines()[0]}); mend the base."
+        ) from error
+    if token_ids(tokenizer, ["a"])[0][-1:] != [tokenizer.eos_token_id]:
+        raise BadInputError(f"The tokenizer at {folder} does not end a text with EOS; give the base's own tokenizer.")
+    return tokenizer
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, EOS included, neither padded nor truncated."""
+    return (
+        tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"] if texts else []
+    )
+
+
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has, EOS included."""
+    return [len(ids) for ids in token_ids(tokenizer, texts)]
