@@ -388,7 +388,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         model.init_text_side()
         if rows is not None:
             model.text_space.init_from(rows)
-        return model.requires_grad_(True)
+        return model.eval()
 
     def estimate_flops(self, video_tokens: int, text_tokens: int, context_tokens: int, attention: str = "joint") -> int:
         """Floating-point operations of one sample's forward pass; a training step costs about three times that."""
