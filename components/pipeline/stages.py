@@ -122,8 +122,8 @@ STAGES: tuple[Stage, ...] = (
         home="data/stage1",
         inputs={"latents": "encode-latents"},
         sources={"base": "base"},
-        parameters=("seed", "text", "model", "train_stage_1"),
-        code=("model/univigu",),
+        parameters=("seed", "text", "video", "model", "train_stage_1"),
+        code=("components/tracking.py", "model/univigu"),
         resources=Resources(gpus=8, cpu="32", memory="256Gi"),
     ),
     Stage(
@@ -132,7 +132,7 @@ STAGES: tuple[Stage, ...] = (
         home="data/stage2",
         inputs={"latents": "encode-latents", "model": "train-stage-1"},
         parameters=("seed", "text", "model", "train_stage_2"),
-        code=("model/univigu",),
+        code=("components/tracking.py", "model/univigu"),
         resources=Resources(gpus=8, cpu="32", memory="256Gi"),
     ),
     Stage(
@@ -142,7 +142,9 @@ STAGES: tuple[Stage, ...] = (
         outputs=("metrics.json", "items.parquet", "report.html", "gallery.webp", "plots"),
         inputs={
             "prompts": "curate-prompts",
+            "checked_prompts": "validate-prompts",
             "clips": "synthesize-videos",
+            "checked_clips": "validate-clips",
             "captions": "caption-videos",
             "pairs": "validate-pairs",
             "stage1": "train-stage-1",
