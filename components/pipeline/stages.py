@@ -110,6 +110,7 @@ STAGES: tuple[Stage, ...] = (
         code=(
             "components/tokens.py",
             "components/videos.py",
+            "model/univigu/text_space.py",
             "model/univigu/video.py",
             "model/univigu/wan.py",
             "model/univigu/training/data.py",

@@ -31,7 +31,7 @@ def test_dvc_runs_the_step_with_the_profile(stage):
 def test_dvc_depends_on_the_same_inputs_sources_and_code(stage):
     makers = [find_stage(name) for name in stage.inputs.values()]
     expected = {f"{maker.home}/manifest.json" if maker.outputs else maker.home for maker in makers}
-    expected |= {{"base": "${base}", "raw": "data/prompts"}[name] for name in stage.sources}
+    expected |= {{"base": "${base}", "heldout": "${heldout}", "raw": "data/prompts"}[name] for name in stage.sources}
     expected |= {stage.module.replace(".", "/") + ".py", *stage.code}
     assert dvc_paths(DVC["stages"][stage.name]["deps"]) == expected
 
@@ -74,8 +74,8 @@ def test_profiles_of_one_world_have_the_same_keys():
     assert keys(load_profile("tiny")) == keys(load_profile("smoke"))
 
 
-def test_dvc_and_the_default_profile_name_the_same_base():
-    assert DVC["vars"] == [{"base": load_profile("tiny")["base"]}]
+def test_dvc_and_the_default_profile_name_the_same_sources():
+    assert DVC["vars"] == [{name: load_profile("tiny")[name]} for name in ("base", "heldout")]
     assert yaml.safe_load((ROOT / "params.yaml").read_text())["profile"] in profile_names()
 
 

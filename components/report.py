@@ -1,0 +1,229 @@
+"""The page that people look at: scores, real samples, training curves, and where the data went, in one HTML file.
+
+The page asks for nothing outside itself: style, charts and clips are in it, and its content policy forbids the rest.
+Every text that comes from data is escaped by the template, and characters that can't be seen are made visible first.
+"""
+
+import base64
+import io
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEMPLATE = "report.html.j2"
+WITHHELD = ("unsafe", "personal")  # rejected rows of such reasons are counted, and not shown again
+EXAMPLES_PER_REASON = 2
+LONGEST_TEXT = 160
+
+Facts = Mapping[str, Any]
+
+
+def render_report(
+    *,
+    about: Mapping[str, str],
+    scores: Facts,
+    attributes: Sequence[str],
+    samples: Mapping[str, Sequence[Facts]],
+    charts: Mapping[str, Sequence[Facts]],
+    funnel: Sequence[Facts],
+    rejected: Sequence[Facts],
+    notes: Sequence[str],
+) -> str:
+    """The whole page as HTML.
+
+    about: facts of the run, shown as they are. scores: as in metrics.json. samples: for ``captions``, ``generation``
+    and ``joint`` what `clip_sample` makes. charts: what `line_chart` makes, by section. funnel: `funnel_steps`.
+    rejected: `rejected_examples`. Whatever is empty is said to be missing.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    return environment.get_template(TEMPLATE).render(
+        about=about,
+        scores=scores,
+        attributes=attributes,
+        samples=samples,
+        charts=charts,
+        funnel=funnel,
+        rejected=rejected,
+        notes=notes,
+    )
+
+
+def visible(text: object) -> str:
+    """`text` with control, format and private characters written as their code points, so that none can hide."""
+    return "".join(
+        f"\\u{ord(char):04x}" if unicodedata.category(char) in ("Cc", "Cf", "Co", "Cs", "Cn") else char
+        for char in str(text)
+    )
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+def animation(frames: np.ndarray, fps: float) -> str:
+    """A clip, uint8 (F, H, W, 3), as a lossless animated WebP in a data URI."""
+    from PIL import Image
+
+    content = _webp([Image.fromarray(frame) for frame in frames], round(1000 / fps))
+    return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+
+
+def clip_sample(clips: Mapping[str, np.ndarray], fps: float, **facts: Any) -> dict[str, Any]:
+    """One sample for the page: its clips by their label, as animations, and what else the template shows of it."""
+    return {"clips": {label: animation(frames, fps) for label, frames in clips.items()}, **facts}
+
+
+def contact_sheet(groups: Mapping[str, Sequence[tuple[np.ndarray, str]]], fps: float, scale: int = 5) -> bytes:
+    """An animated WebP for the README: a row of (clip, text) cards under each title; clips are uint8 (F, H, W, 3)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width, _ = next(clip for cards in groups.values() for clip, _ in cards).shape
+    columns = max(len(cards) for cards in groups.values())
+    side, tall, gap, title_height, line_height = width * scale, height * scale, 16, 38, 16
+    title_font, text_font = ImageFont.load_default(19), ImageFont.load_default(13)
+    wrapped = {
+        title: [_wrap(visible(text) or "(empty prompt)", text_font, side) for _, text in cards]
+        for title, cards in groups.items()
+    }
+    heights = {title: title_height + tall + line_height * max(map(len, texts)) for title, texts in wrapped.items()}
+    page = Image.new("RGB", (columns * (side + gap) + gap, sum(heights.values()) + 2 * gap), "white")
+    draw = ImageDraw.Draw(page)
+    places, top = [], 0
+    for title, cards in groups.items():
+        draw.text((gap, top + 12), title, fill="#1f2328", font=title_font)
+        for column, ((clip, _), lines) in enumerate(zip(cards, wrapped[title], strict=True)):
+            left = gap + column * (side + gap)
+            places.append((left, top + title_height, clip))
+            draw.rectangle(
+                (left - 1, top + title_height - 1, left + side, top + title_height + tall), outline="#d1d9e0"
+            )
+            for number, line in enumerate(lines):
+                at = (left, top + title_height + tall + 5 + number * line_height)
+                draw.text(at, line, fill="#59636e", font=text_font)
+        top += heights[title]
+    sheets = []
+    for number in range(count):
+        sheet = page.copy()
+        for left, top, clip in places:
+            sheet.paste(Image.fromarray(clip[number]).resize((side, tall), Image.Resampling.NEAREST), (left, top))
+        sheets.append(sheet)
+    return _webp(sheets, [round(1000 / fps)] * (count - 1) + [700])
+
+
+def _wrap(text: str, font: Any, width: float) -> list[str]:
+    """`text` in lines no wider than `width` pixels, as far as its words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _webp(pictures: Sequence[Any], duration: int | Sequence[int]) -> bytes:
+    stream = io.BytesIO()
+    first, *others = pictures
+    first.save(stream, "WEBP", save_all=True, append_images=others, duration=duration, loop=0, lossless=True, method=4)
+    return stream.getvalue()
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    """A line chart for the template: each series' points, in per cent of the plot's width and height, and the ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    points = [point for line in series.values() for point in line]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    y_ticks = [float(tick) for tick in MaxNLocator(4).tick_values(min(*ys, 0.0), max(*ys, 1e-9))]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    x_ticks = [float(t) for t in MaxNLocator(5).tick_values(x_low, x_high) if x_low <= t <= x_high]
+
+    def across(x: float) -> float:
+        return round(100 * (x - x_low) / (x_high - x_low), 2)
+
+    def down(y: float) -> float:
+        return round(100 - 100 * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 2)
+
+    return {
+        "title": title,
+        "x_label": x_label,
+        "x_ticks": [(across(tick), f"{tick:g}") for tick in x_ticks],
+        "y_ticks": [(down(tick), f"{tick:g}") for tick in y_ticks],
+        "lines": [
+            {
+                "name": name,
+                "path": " ".join(f"{across(x)},{down(y)}" for x, y in line),
+                "dots": [(across(x), down(y)) for x, y in line] if len(line) <= 24 else [],
+                "last": f"{line[-1][1]:.3g}",
+            }
+            for name, line in series.items()
+            if line
+        ],
+    }
+
+
+# --- where the data went ---------------------------------------------------------------------------------------------
+
+
+def funnel_steps(manifests: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Rows in, rows out and reasons of each step, widths in per cent of the first step's rows in."""
+    whole = max((manifest["rows_in"] for manifest in manifests), default=0) or 1
+    return [
+        {
+            "name": manifest["step"],
+            "rows_in": manifest["rows_in"],
+            "rows_out": manifest["rows_out"],
+            "quarantined": manifest["quarantined"],
+            "kept_width": round(100 * min(manifest["rows_out"], whole) / whole, 2),
+            "lost_width": round(100 * manifest["quarantined"] / whole, 2),
+            "reasons": sorted(manifest["reasons"].items(), key=lambda pair: (-pair[1], pair[0])),
+        }
+        for manifest in manifests
+    ]
+
+
+def rejected_examples(tables: Mapping[str, Iterable[Facts]]) -> list[dict[str, Any]]:
+    """The first rejected rows of every step and reason; rows of the reasons in `WITHHELD` are counted only."""
+    reasons: dict[tuple[str, str], list[Facts]] = {}
+    for step, rows in tables.items():
+        for row in rows:
+            reasons.setdefault((step, row["reason"]), []).append(row)
+    return [
+        {
+            "step": step,
+            "reason": reason,
+            "count": len(rows),
+            "examples": []
+            if any(word in reason for word in WITHHELD)
+            else [{"text": _row_text(row["row"]), "detail": row["detail"]} for row in rows[:EXAMPLES_PER_REASON]],
+        }
+        for (step, reason), rows in sorted(reasons.items())
+    ]
+
+
+def _row_text(row: str) -> str:
+    """What a person would recognise of a quarantined row: its prompt or text, else the row itself."""
+    try:
+        value = json.loads(row)
+    except ValueError:
+        value = row
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("text", "prompt", "raw", "line") if value.get(key) is not None), row)
+    text = str(value)
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
