@@ -1,10 +1,24 @@
-"""Where runs and registered models are kept: MLflow's store below the work root, unless MLFLOW_TRACKING_URI names one."""
+"""Where MLflow keeps its runs, and how a training stage becomes one.
 
+The store is ``mlflow.db`` in the work root (so that `mlflow ui` there just works), or what MLFLOW_TRACKING_URI says.
+It is reached before anything is computed: a server that does not answer stops a step at once, not after its work.
+"""
+
+import json
 import logging
 import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from univigu.errors import PreemptedError, TransientError
 
 EXPERIMENT = "uni-vigu"
+FLUSH_EVERY_S = 10.0
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the first call alone
 
 
 def tracking_uri(root: Path) -> str:
@@ -16,6 +30,7 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     """Point MLflow at the store of the work root, and return the id of `experiment`, which is made if need be.
 
     MLflow calls nobody and unpickles nothing from here on. In a store below the root, artifacts lie in ``mlruns``.
+    Raises `TransientError` where the store can't be reached.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -25,11 +40,147 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(root)
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        return found.experiment_id
-    local = uri.startswith("sqlite:")
-    return client.create_experiment(
-        experiment, artifact_location=(root.resolve() / "mlruns").as_uri() if local else None
+    hurried = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
+    os.environ.update(hurried)
+    try:
+        client = mlflow.MlflowClient()
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return found.experiment_id
+        location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
+        return client.create_experiment(experiment, artifact_location=location)
+    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TransientError(
+            f"MLflow's store at {uri} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
+        ) from error
+    finally:
+        for name in hurried:
+            os.environ.pop(name)
+
+
+@contextmanager
+def start_run(
+    root: Path,
+    name: str,
+    *,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str],
+    datasets: Mapping[str, tuple[str, str]],
+    note: Path | None = None,
+) -> Iterator["TrackedRun"]:
+    """An MLflow run called `name`; where `note` names one that was interrupted, that run goes on.
+
+    parameters: nested, flattened with dots. datasets: source and digest of each, by name. `note` is a file that
+    outlives a killed process. A run that ends with `PreemptedError` is marked KILLED, with another error FAILED.
+    """
+    experiment = open_tracking(root)
+    import mlflow
+
+    known = _noted_run(mlflow, note)
+    run = mlflow.start_run(run_id=known, experiment_id=experiment, run_name=None if known else name)
+    status = "FAILED"
+    try:
+        if note is not None:
+            note.write_text(json.dumps({"run_id": run.info.run_id}), encoding="utf-8")
+        if not known:
+            mlflow.log_params(flatten(parameters))
+            for dataset, (source, digest) in datasets.items():
+                mlflow.log_input(_dataset(dataset, source, digest), context="training")
+        mlflow.set_tags(dict(tags))
+        tracked = TrackedRun(mlflow.MlflowClient(), run.info.run_id)
+        yield tracked
+        tracked.flush(wait=True)
+        status = "FINISHED"
+    except PreemptedError:
+        tracked.flush(wait=True)
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+class TrackedRun:
+    """Metrics on their way to MLflow: kept for some seconds, then sent in one batch, without holding up who logs."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+        self._buffer: list[Any] = []
+        self._pending: list[Any] = []
+        self._flushed = time.monotonic()
+        history = client.get_metric_history(run_id, "loss")
+        self._logged = max((entry.step for entry in history), default=0)  # by the run before it was interrupted
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step; what an interrupted run has logged already is not logged twice."""
+        from mlflow.entities import Metric
+
+        if step <= self._logged:
+            return
+        now = int(time.time() * 1000)
+        self._buffer += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if time.monotonic() - self._flushed > FLUSH_EVERY_S:
+            self.flush()
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self.client.set_tag(self.run_id, name, value)
+
+    def flush(self, wait: bool = False) -> None:
+        """Send what is kept; a store that fails now costs the curves in MLflow, never the training."""
+        self._flushed = time.monotonic()
+        for start in range(0, len(self._buffer), 1000):
+            batch = self._buffer[start : start + 1000]
+            self._pending.append(self.client.log_batch(self.run_id, metrics=batch, synchronous=False))
+        self._buffer = []
+        if not wait:
+            return
+        try:
+            for operation in self._pending:
+                operation.wait()
+        except Exception as error:
+            print(f"Some metrics did not reach MLflow ({error}); the step's own curves are whole.", file=sys.stderr)
+        self._pending = []
+
+
+def find_run(root: Path, tags: Mapping[str, str]) -> str | None:
+    """The id of the newest finished run with these tags, or None."""
+    experiment = open_tracking(root)
+    import mlflow
+
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in sorted(tags.items()))
+    runs = mlflow.search_runs(
+        experiment_ids=[experiment],
+        filter_string=f"{wanted} and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
     )
+    return runs[0].info.run_id if runs else None
+
+
+def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _noted_run(mlflow: Any, note: Path | None) -> str | None:
+    try:
+        run_id = json.loads(note.read_text(encoding="utf-8"))["run_id"] if note is not None else None
+        return mlflow.MlflowClient().get_run(run_id).info.run_id if run_id else None
+    except (OSError, ValueError, KeyError, mlflow.exceptions.MlflowException):
+        return None
+
+
+def _dataset(name: str, source: str, digest: str) -> Any:
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.sources import LocalArtifactDatasetSource
+
+    # MLflow takes 36 characters of a digest; the tags hold all of it
+    return MetaDataset(source=LocalArtifactDatasetSource(source), name=name, digest=digest[:36])
