@@ -1,0 +1,289 @@
+"""What a training sample is, what it costs, and what held-out numbers say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from univigu import flow, objective, text_space
+from univigu.errors import ConfigError
+from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, evaluate_heldout, training_loss
+from univigu.transformer import UniViGUTransformer3DModel
+
+UNIFORM = ObjectiveConfig(ce_weighting="uniform")
+LITERAL = ObjectiveConfig(shares={"joint": 1.0}, form="literal", self_conditioning=0.0)
+VOCABULARY, LENGTH = 30, 6
+
+
+def build(prediction="categorical", zero_head=False):
+    torch.manual_seed(0)
+    base = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    model = UniViGUTransformer3DModel.from_wan(
+        base,
+        vocab_size=VOCABULARY + 2,
+        tokenizer_length=VOCABULARY,
+        text_latent_dim=8,
+        text_length=LENGTH,
+        prediction=prediction,
+    )
+    if not zero_head:
+        torch.nn.init.normal_(model.text_head.proj_out.weight, std=0.1)
+    return model
+
+
+def make_batch(size=16, epoch=0):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, VOCABULARY, (2, size, LENGTH), generator=generator)
+    ids[:, :, -2], ids[:, :, -1] = 1, 0
+    return {
+        "latents": torch.randn(size, 4, 2, 4, 4, generator=generator),
+        "prompt_embeds": torch.randn(size, 5, 32, generator=generator),
+        "empty_embeds": torch.randn(5, 32, generator=generator),
+        "prompt_ids": ids[0],
+        "target_ids": ids[1],
+        "sample_ids": torch.arange(size) + 100,
+        "epochs": torch.full((size,), epoch),
+    }
+
+
+def take(batch, rows):
+    return {name: tensor if name == "empty_embeds" else tensor[rows] for name, tensor in batch.items()}
+
+
+def alone(task):
+    return replace(UNIFORM, shares={task: 1.0})
+
+
+def test_the_table_of_tasks_is_drawn_in_its_shares_with_its_corners():
+    plan = draw_plan([(0, 0, i) for i in range(4000)], ObjectiveConfig())
+    for i, task in enumerate(TASKS.values()):
+        rows = plan.task == i
+        assert rows.float().mean() == pytest.approx(task.share, abs=0.03)
+        for times, fixed in ((plan.video_tau[rows], task.video_tau), (plan.text_tau[rows], task.text_tau)):
+            if fixed is None:
+                assert times.mean() == pytest.approx(0.5, abs=0.05)
+                assert times.unique().numel() > 500
+            else:
+                assert (times == fixed).float().mean() == pytest.approx(0.9, abs=0.03)
+                assert ((times == fixed) | (times == 0)).all()
+    understand, joint, generate = (plan.task == i for i in range(3))
+    assert plan.drop_condition[understand].all()
+    assert plan.drop_condition[joint].float().mean() == pytest.approx(0.5, abs=0.05)
+    assert plan.drop_condition[generate].float().mean() == pytest.approx(0.1, abs=0.03)
+    assert plan.say_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
+    assert not plan.say_prompt[understand | joint].any()
+
+
+def test_a_samples_draws_do_not_depend_on_its_batch_but_on_the_epoch():
+    table = build().text_space().detach()
+    whole = objective.prepare(make_batch(8), table, UNIFORM)
+    part = objective.prepare(take(make_batch(8), slice(5, 8)), table, UNIFORM)
+    for name, tensor in vars(part).items():
+        assert torch.equal(tensor, getattr(whole, name)[5:8]), name
+    later = objective.prepare(make_batch(8, epoch=1), table, UNIFORM)
+    assert not torch.equal(later.video_noise, whole.video_noise)
+    assert not torch.equal(later.text_tau, whole.text_tau)
+    other_seed = objective.prepare(make_batch(8), table, replace(UNIFORM, seed=1))
+    assert not torch.equal(other_seed.text_noise, whole.text_noise)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("self_conditioning", [0.0, 1.0])
+def test_the_loss_of_a_batch_is_the_mean_of_its_halves(self_conditioning):
+    model, batch = build(), make_batch(16)
+    torch.nn.init.normal_(model.text_embedder.proj_guess.weight)
+    config = replace(UNIFORM, self_conditioning=self_conditioning)
+    whole = training_loss(model, batch, config, 0)
+    halves = [training_loss(model, take(batch, rows), config, 0)["loss"] for rows in (slice(0, 8), slice(8, 16))]
+    torch.testing.assert_close(whole["loss"], sum(halves) / 2, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", text_space.PREDICTIONS)
+def test_the_literal_loss_by_the_video_tokens_is_the_sum_of_two_per_token_means(prediction):
+    """Eq 11: lambda_t = |z_v| / |z_t| weighs each modality per token, with squares summed over channels."""
+    model, batch = build(prediction), make_batch(32)
+    table = model.text_space()
+    rows = (objective.prepare(batch, table, LITERAL).text_tau <= 0.95).nonzero()[:, 0]
+    assert len(rows) > 20
+    batch = take(batch, rows)
+    s = objective.prepare(batch, table, LITERAL)
+    out = model(s.z_video, s.video_tau, s.condition, s.z_text, s.text_tau)
+    text = model.read_text(out.text, s.z_text, s.text_tau, table).velocity
+    video_tokens = 2 * (4 // 2) * (4 // 2)
+    video = (out.video - (s.latents - s.video_noise)).square().sum((1, 2, 3, 4)) / video_tokens
+    text = (text - (table[s.ids] - s.text_noise)).square().sum(2).mean(1)
+    literal = training_loss(model, batch, LITERAL, 0)["loss"]
+    torch.testing.assert_close(literal / video_tokens, (video + text).mean(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_weighted_loss_is_what_its_parts_say():
+    model, batch = build(), make_batch(8)
+    config = replace(alone("joint"), self_conditioning=0.0, video_weight=0.3, text_weight=0.1, ce_weight=1.0)
+    out = training_loss(model, batch, config, 0)
+    expected = 0.3 * out["video_mse"] + 0.1 * out["text_mse"] + out["text_ce"]
+    torch.testing.assert_close(out["loss"], expected, atol=1e-5, rtol=1e-5)
+    assert out["video_samples"] == out["text_samples"] == 8
+
+
+@torch.no_grad()
+def test_token_weights_weigh_the_cross_entropy():
+    model, batch = build(), make_batch(8)
+    weights = torch.ones(VOCABULARY + 2)
+    config = replace(alone("understand"), text_weight=0.0, ce_weighting="idf")
+    flat = training_loss(model, batch, config, 0, weights)
+    assert flat["loss"] == pytest.approx(float(flat["text_ce"]), rel=1e-5)
+    weights[:] = 0
+    weights[0] = 1.0
+    pad_only = training_loss(model, batch, config, 0, weights)
+    assert float(pad_only["text_ce"]) == pytest.approx(float(flat["text_ce"]), rel=1e-5)
+    assert abs(pad_only["loss"] - flat["loss"]) > 1e-3
+    with pytest.raises(ConfigError, match="token weights"):
+        training_loss(model, batch, config, 0)
+
+
+@torch.no_grad()
+def test_understanding_never_sees_the_prompt():
+    model, batch = build(), make_batch(8)
+    blind = batch | {"prompt_embeds": batch["prompt_embeds"] + 1, "prompt_ids": batch["prompt_ids"].flip(0)}
+    config = alone("understand")
+    assert torch.equal(training_loss(model, batch, config, 0)["loss"], training_loss(model, blind, config, 0)["loss"])
+    moved = batch | {"latents": batch["latents"] + 1}
+    assert training_loss(model, moved, config, 0)["loss"] != training_loss(model, batch, config, 0)["loss"]
+
+
+@pytest.mark.parametrize(("task", "video", "text"), [("understand", 0, 8), ("generate", 8, 0), ("joint", 8, 8)])
+def test_a_modality_at_its_clean_corner_has_no_loss(task, video, text):
+    model, batch = build(), make_batch(8)
+    out = training_loss(model, batch, alone(task), 0)
+    assert (int(out["video_samples"]), int(out["text_samples"])) == (video, text)
+    out["loss"].backward()
+    assert (model.proj_out.weight.grad is None) == (video == 0)
+    head = model.text_head.proj_out.weight.grad
+    assert (head is None or bool((head == 0).all())) == (text == 0)
+    # the shared attention learns from either
+    assert model.blocks[0].attn1.to_k.weight.grad.abs().sum() > 0
+
+
+def test_the_targets_embedding_is_not_pulled_by_the_flow_loss():
+    """E learns through what the model says and sees; only in the literal form does the target itself move."""
+
+    def target_moves(config):
+        model = build("x1")
+        s = objective.prepare(make_batch(4), model.text_space(), config)
+        said, seen = torch.zeros(4, LENGTH, 8), replace(s, z_text=s.z_text.detach())
+        loss, _ = objective.text_losses(said, seen, model.text_space().detach(), model, config, None)
+        return loss.requires_grad
+
+    assert not target_moves(alone("joint"))
+    assert target_moves(LITERAL)
+
+
+def test_self_conditioning_happens_in_its_share_of_the_steps_alike_for_all_batches():
+    calls = []
+    model = build()
+    model.text_embedder.register_forward_hook(lambda module, args, output: calls.append(args[2] is not None))
+    with torch.no_grad():
+        happened = []
+        for step in range(40):
+            calls.clear()
+            training_loss(model, make_batch(2), alone("understand"), step)
+            happened.append(any(calls))
+            assert len(calls) == 1 + any(calls)
+    assert 10 < sum(happened) < 30
+
+
+def test_a_text_that_is_given_has_no_guess():
+    seen = []
+    model = build()
+    model.text_embedder.register_forward_hook(lambda module, args, output: seen.append(args[2]))
+    batch, config = make_batch(16), replace(UNIFORM, shares={"joint": 1.0, "generate": 1.0}, self_conditioning=1.0)
+    with torch.no_grad():
+        training_loss(model, batch, config, 0)
+    given = draw_plan(objective_keys(batch), config).task == list(TASKS).index("generate")
+    assert 0 < given.sum() < 16
+    used = seen[-1].abs().sum((1, 2)) > 0
+    assert torch.equal(used, ~given)
+
+
+def objective_keys(batch):
+    return [(0, 0, i) for i in batch["sample_ids"].tolist()]
+
+
+def test_a_few_steps_teach_a_few_samples():
+    model, batch = build(zero_head=True), make_batch(8)
+    engine = TrainingObjective(model, UNIFORM)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for step in range(60):
+        out = engine(batch, step)
+        optimiser.zero_grad()
+        out["loss"].backward()
+        optimiser.step()
+        losses.append(out["loss"].item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_video_gain_shows_whether_the_text_reads_the_video():
+    """Trained to name which of two kinds of video is there, a model gains from seeing it; an untrained one doesn't."""
+    batch = make_batch(16)
+    kind = torch.arange(16) % 2
+    batch["latents"] = (2.0 * kind - 1)[:, None, None, None, None] + 0.1 * batch["latents"]
+    batch["target_ids"] = torch.where(kind.bool()[:, None], 5, 9).repeat(1, LENGTH)
+    model = build(zero_head=True)
+    untrained = evaluate_heldout(model, [batch], bins=4)
+    assert untrained["video_gain"] == 0
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        batch["epochs"] = torch.full((16,), step)
+        loss = training_loss(model, batch, alone("understand"), step)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    trained = evaluate_heldout(model, [take(batch, slice(0, 8)), take(batch, slice(8, 16))], bins=4)
+    assert trained["token_accuracy"][0] > 0.9
+    assert trained["video_gain"] > 0.05
+    assert trained["samples"] == 16
+    whole = evaluate_heldout(model, [batch], bins=4)
+    assert whole["text_ce"] == pytest.approx(trained["text_ce"], rel=1e-3, abs=1e-5)
+    assert len(whole["video_mse"]) == len(whole["tau"]) == 4
+
+
+def test_evaluation_without_samples_is_refused():
+    with pytest.raises(ConfigError, match="held-out"):
+        evaluate_heldout(build(), [])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shares": {"understand": 0.0}},
+        {"shares": {"dream": 1.0}},
+        {"ce_weighting": "none"},
+        {"form": "exact"},
+        {"form": "literal"},
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        ObjectiveConfig(**wrong)
+
+
+def test_noise_is_independent_of_the_latents_shape_of_others():
+    """Text noise is drawn from its own key, so a larger video leaves it as it was."""
+    table, batch = build().text_space().detach(), make_batch(4)
+    small = objective.prepare(batch, table, UNIFORM)
+    large = objective.prepare(batch | {"latents": torch.zeros(4, 4, 3, 8, 8)}, table, UNIFORM)
+    assert torch.equal(small.text_noise, large.text_noise)
+    torch.testing.assert_close(small.z_text, flow.interpolate(small.text_noise, table[small.ids], small.text_tau))
