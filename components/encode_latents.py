@@ -153,14 +153,13 @@ def unpadded_states(encoders: Encoders, prompts: Sequence[str], prompt_length: i
 
 def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> "Tensor":
     """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
-    import torch
+    from univigu.text_space import tokenize
 
-    from components.tokens import token_ids as tokenize
+    from components.tokens import count_tokens
 
-    rows = tokenize(tokenizer, texts)
-    for text, ids in zip(texts, rows, strict=True):
-        if len(ids) > length:
+    for text, count in zip(texts, count_tokens(tokenizer, texts), strict=True):
+        if count > length:
             raise BadInputError(
-                f"A text has {len(ids)} tokens, over the profile's {length} ('{text[:60]}'); run the pairs' gate again."
+                f"A text has {count} tokens, over the profile's {length} ('{text[:60]}'); run the pairs' gate again."
             )
-    return torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids in rows], dtype=torch.int32)
+    return tokenize(tokenizer, texts, length)

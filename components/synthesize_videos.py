@@ -104,7 +104,12 @@ def generate(
     """Clips float (B, F, H, W, 3) in [0, 1], one for each row; each has its own noise, so its batch doesn't matter."""
     import torch
 
-    made = pipeline(
+    if video["height"] % 16 or video["width"] % 16 or (video["frames"] - 1) % pipeline.vae_scale_factor_temporal:
+        raise ConfigError(
+            f"Wan can't make {video['frames']} frames of {video['height']}x{video['width']}; choose sides that are "
+            f"multiples of 16 and {pipeline.vae_scale_factor_temporal}k + 1 frames in the profile's 'video'."
+        )
+    return pipeline(
         prompt=[row["prompt"] for row in rows],
         negative_prompt="",
         num_frames=video["frames"],
@@ -116,13 +121,6 @@ def generate(
         max_sequence_length=prompt_length,
         output_type="np",
     ).frames
-    expected = (len(rows), video["frames"], video["height"], video["width"], 3)
-    if made.shape != expected:
-        raise ConfigError(
-            f"The base makes clips of {made.shape[1:4]} where the profile says {expected[1:4]}; choose frames "
-            "and sides that are multiples of its patches."
-        )
-    return made
 
 
 def examine(videos: "np.ndarray", rows: Sequence[Mapping[str, Any]], checks: Sequence[Any]) -> list[tuple]:

@@ -6,6 +6,7 @@ guess of the measurement stands. The course of the digit is chosen as a whole, s
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from components.digits import measure, world
 from components.pipeline.digests import file_digest, json_digest
 
 TEMPLATE_VERSION = "digits-1"
+LOOKS = ("digit", "colour", "background")
 
 
 def create(config: Mapping[str, Any]) -> Captioner:
@@ -41,29 +43,21 @@ class Measured:
         measured = measure.measure(np.stack([request.frames for request in requests]))
         return [self._word(request, seen) for request, seen in zip(requests, measured, strict=True)]
 
-    def _word(self, request: CaptionRequest, seen: Mapping[str, "measure.Measurement"]) -> CaptionResponse:
+    def _word(self, request: CaptionRequest, seen: Mapping[str, measure.Measurement]) -> CaptionResponse:
         key = hashlib.sha256(f"{self.seed} {request.id} {request.attempt}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
         return CaptionResponse(world.write_caption(decide(seen, world.read_text(request.prompt)), rng))
 
 
-def decide(seen: Mapping[str, "measure.Measurement"], asked: Mapping[str, set[str]]) -> dict[str, str]:
+def decide(seen: Mapping[str, measure.Measurement], asked: Mapping[str, set[str]]) -> dict[str, str]:
     """The seven attributes of a clip, from its measurements and from what its prompt says of it."""
-    chosen = {name: _choose(seen[name], asked[name]) for name in ("digit", "colour", "background")}
-    course = max(world.motions(), key=lambda motion: sum(_belief(seen[n], asked[n], v) for n, v in motion.items()))
-    return {**chosen, **course}
+    looks = {name: max(world.ATTRIBUTES[name], key=partial(_belief, name, seen, asked)) for name in LOOKS}
+    course = max(world.motions(), key=lambda motion: sum(_belief(n, seen, asked, v) for n, v in motion.items()))
+    return {**looks, **course}
 
 
-def _choose(found: "measure.Measurement", asked: set[str]) -> str:
-    """The measured value, unless it is unsure and the prompt says another."""
-    if not asked or found.value in asked or found.confidence >= CONFIDENT:
-        return found.value
-    return min(asked)
-
-
-def _belief(found: "measure.Measurement", asked: set[str], value: str) -> float:
-    """How much speaks for `value`: a clear measurement most, then the prompt, then an unclear measurement."""
-    clear = found.confidence >= CONFIDENT
-    return (
-        100.0 * (clear and value == found.value) + 10.0 * (value in asked) + found.confidence * (value == found.value)
-    )
+def _belief(name: str, seen: Mapping[str, measure.Measurement], asked: Mapping[str, set[str]], value: str) -> float:
+    """How much speaks for a value: a clear measurement most, then the prompt, then an unclear measurement."""
+    found = seen[name]
+    clear = found.confidence >= CONFIDENT[name]
+    return (value == found.value) * (100.0 * clear + found.confidence) + 10.0 * (value in asked[name])

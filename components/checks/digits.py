@@ -8,19 +8,21 @@ import numpy as np
 from components.checks import Finding
 from components.digits import measure, world
 
-CONFIDENT = 0.9  # a measurement below this decides nothing
+# A measurement below this decides nothing. On blurred, noisy clips of held-out scans, what lay above was right in over
+# 97 % for each attribute: margins between the two nearest candidates, and for the digit a vote of its neighbours.
+CONFIDENT = {**dict.fromkeys(world.ATTRIBUTES, 0.5), "digit": 0.9}
 
 
 def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """One finding a clip of frames uint8 (B, F, H, W, 3), with `prompt` in its row: `wrong-<attribute>`, or nothing."""
-    return [_compare(row["prompt"], seen) for row, seen in zip(rows, measure.measure(frames), strict=True)]
+    return [compare(row["prompt"], seen) for row, seen in zip(rows, measure.measure(frames), strict=True)]
 
 
-def _compare(prompt: str, seen: Mapping[str, measure.Measurement]) -> Finding:
+def compare(prompt: str, seen: Mapping[str, measure.Measurement]) -> Finding:
     scores = {f"{name}_confidence": round(float(found.confidence), 3) for name, found in seen.items()}
     for name, asked in world.read_text(prompt).items():
         found = seen[name]
-        if asked and found.value not in asked and found.confidence >= CONFIDENT:
+        if asked and found.value not in asked and found.confidence >= CONFIDENT[name]:
             detail = f"{name}: the prompt says {' or '.join(sorted(asked))}, the frames show {found.value}"
             return Finding(scores, f"wrong-{name}", detail)
     return Finding(scores)

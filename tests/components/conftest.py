@@ -1,0 +1,126 @@
+"""Work roots for steps under test: the random tiny base, a small profile, and committed outputs of earlier steps."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from univigu.video import encode_mp4
+
+from components.digits import world
+from components.pipeline.digests import file_digest, tree_files
+from components.pipeline.profiles import load_profile
+from components.pipeline.runner import MANIFEST, run_stage
+from components.pipeline.stages import find_stage
+from components.pipeline.tables import write_table
+from components.videos import write_tar
+
+
+def commit(root, step, tables, write_more=lambda home: None):
+    """Leave `tables` (name -> rows) as the finished output of `step`, as far as a later step looks at it."""
+    home = root / find_stage(step).home
+    home.mkdir(parents=True, exist_ok=True)
+    write_more(home)
+    for name, rows in tables.items():
+        write_table(home, name, rows)
+    files = {
+        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        for file in tree_files(home)
+        if file.name != MANIFEST
+    }
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (home / MANIFEST).write_text(json.dumps({"step": step, "digest": digest, "files": files}))
+    return home
+
+
+@pytest.fixture(scope="session")
+def recommit():
+    """`commit`, for a test that changes what an earlier step left."""
+    return commit
+
+
+@pytest.fixture
+def profile():
+    return small_profile()
+
+
+def small_profile():
+    """The profile `smoke`, smaller still, and indifferent to how much is quarantined."""
+    profile = load_profile("smoke")
+    profile["synthesize_videos"].update(clips=10, shard_size=3, batch_size=2, steps=2, checks=["degenerate"])
+    profile["caption_videos"].update(shard_size=5, batch_size=3)
+    profile["encode_latents"].update(shard_size=5, batch_size=3)
+    for section in ("synthesize_videos", "caption_videos", "encode_latents"):
+        profile[section]["max_rejected_share"] = 1.0
+    return profile
+
+
+@pytest.fixture(scope="session")
+def new_root(tmp_path_factory, tiny_wan_folder):
+    """Make a work root of some name, holding the base and 12 validated prompts."""
+
+    def make(name):
+        root = tmp_path_factory.mktemp(name)
+        shutil.copytree(tiny_wan_folder, root / small_profile()["base"])
+        rng = np.random.default_rng(0)
+        prompts = [world.write_prompt(world.sample_attributes(rng), rng) for _ in range(12)]
+        commit(root, "validate-prompts", {"prompts": [prompt_row(i, text) for i, text in enumerate(prompts)]})
+        return root
+
+    return make
+
+
+def prompt_row(number, text):
+    return {"id": f"p{number:02d}", "text": text, "source": "test", "licence": "CC0-1.0", "language": "en"}
+
+
+@pytest.fixture(scope="session")
+def finished_clips(new_root):
+    """A work root with its clips made without interruption, and the manifest; copy it before changing it."""
+    root = new_root("finished")
+    return root, run_stage("synthesize-videos", small_profile(), root)
+
+
+@pytest.fixture
+def digits_root(tmp_path, tiny_wan_folder, profile):
+    """A work root with 12 rendered clips, every third for stage 1, committed as if synthesised and validated.
+
+    Returns (root, clip rows, attributes of each clip by id).
+    """
+    root = tmp_path / "digits"
+    shutil.copytree(tiny_wan_folder, root / profile["base"])
+    rng = np.random.default_rng(1)
+    attributes = [world.sample_attributes(rng) for _ in range(12)]
+    scans = world.draw_scans(attributes, world.train_scans(), seed=1)
+    rows, tars = [], {"shards/00000/clips.tar": {}, "shards/00001/clips.tar": {}}
+    for number, (one, frames) in enumerate(zip(attributes, world.render(attributes, scans, 1), strict=True)):
+        content = encode_mp4(frames, world.FPS)
+        row = {
+            "id": f"c{number:02d}",
+            "prompt_id": f"p{number:02d}",
+            "prompt": world.write_prompt(one, rng),
+            "stage": 1 if number % 3 == 0 else 2,
+            "seed": number,
+            "generator": "rendered",
+            "generator_digest": "0",
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "scores": "{}",
+            "shard": list(tars)[number // 6],
+            "member": f"c{number:02d}.mp4",
+            "frames": world.FRAMES,
+            "height": world.SIZE,
+            "width": world.SIZE,
+            "fps": world.FPS,
+        }
+        tars[row["shard"]][row["member"]] = content
+        rows.append(row)
+
+    def write_shards(home):
+        for name, members in tars.items():
+            (home / name).parent.mkdir(parents=True)
+            write_tar(home / name, members)
+
+    commit(root, "synthesize-videos", {"clips": rows}, write_shards)
+    commit(root, "validate-clips", {"clips": rows})
+    return root, rows, {row["id"]: one for row, one in zip(rows, attributes, strict=True)}

@@ -1,0 +1,132 @@
+"""Captions: checked, asked for again with the reason, and a status for every clip."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from univigu.errors import ConfigError
+
+from components.captioners import CaptionResponse
+from components.digits import world
+from components.pipeline.runner import run_stage
+from components.pipeline.tables import read_table
+from components.tokens import count_tokens, load_tokenizer
+
+STEP = "caption-videos"
+
+
+def captions_of(root):
+    return {row["clip_id"]: row for row in read_table(root / "data/captions", "captions").to_pylist()}
+
+
+def rejected_of(root):
+    return {row["id"]: row for row in read_table(root / "data/captions", "rejected").to_pylist()}
+
+
+@pytest.fixture
+def install(monkeypatch, profile):
+    """Make `answer(request) -> CaptionResponse` the profile's captioner; returns the list of requests it will get."""
+
+    def make(answer):
+        asked = []
+
+        def caption(requests):
+            asked.extend(requests)
+            return [answer(request) for request in requests]
+
+        captioner = SimpleNamespace(name="under-test", digest="0", template_version="1", caption=caption)
+        module = SimpleNamespace(create=lambda config: captioner)
+        monkeypatch.setitem(sys.modules, "components.captioners.under_test", module)
+        profile["caption_videos"]["captioner"] = "under_test"
+        return asked
+
+    return make
+
+
+def test_measured_captions_are_true_long_enough_and_only_for_stage_2(digits_root, profile):
+    root, rows, attributes = digits_root
+    manifest = run_stage(STEP, profile, root)
+    captions = captions_of(root)
+    tokenizer = load_tokenizer(root / profile["base"])
+    low, high = profile["text"]["caption_tokens"]
+    assert manifest["facts"]["statuses"] == {"skipped": 4, "success": 8}
+    right = 0
+    for row in rows:
+        caption = captions[row["id"]]
+        if row["stage"] == 1:
+            assert (caption["text"], caption["status"], caption["attempts"]) == (None, "skipped", 0)
+            continue
+        assert low <= caption["n_tokens"] == count_tokens(tokenizer, [caption["text"]])[0] <= high
+        said = world.read_text(caption["text"])
+        right += sum(said[name] == {value} for name, value in attributes[row["id"]].items())
+    assert right >= 0.9 * 8 * len(world.ATTRIBUTES)
+
+
+def test_captions_are_the_same_each_time_and_in_any_batch(digits_root, profile):
+    root, _, _ = digits_root
+    run_stage(STEP, profile, root)
+    first = captions_of(root)
+    profile["caption_videos"].update(shard_size=2, batch_size=1)
+    run_stage(STEP, profile, root)
+    assert captions_of(root) == first
+
+
+def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_root, profile, install):
+    from components.captioners import measured
+
+    root, _, _ = digits_root
+    good = measured.create({"seed": 0})
+    asked = install(lambda r: good.caption([r])[0] if r.complaint else CaptionResponse("a digit", usage={"tokens": 2}))
+    manifest = run_stage(STEP, profile, root)
+    again = [request for request in asked if request.attempt == 2]
+    assert len(again) == 8
+    assert {request.last_text for request in again} == {"a digit"}
+    assert all("say more" in request.complaint for request in again)
+    assert {row["attempts"] for row in captions_of(root).values() if row["status"] == "success"} == {2}
+    assert manifest["facts"] == {"statuses": {"skipped": 4, "success": 8}, "calls": 16, "usage": {"tokens": 16}}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a digit", "too-short"),
+        ("a digit moves and " * 40, "too-long"),
+        ("the camera does not move at all and there is no other thing in the picture " * 3, "misses-prompt"),
+    ],
+)
+def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digits_root, profile, install, text, reason):
+    root, rows, _ = digits_root
+    install(lambda request: CaptionResponse(text))
+    manifest = run_stage(STEP, profile, root)
+    assert manifest["reasons"] == {reason: 8}
+    assert {row["attempts"] for row in captions_of(root).values() if row["status"] == "error"} == {3}
+    assert set(captions_of(root)) == {row["id"] for row in rows}
+
+
+def test_the_prompt_given_back_is_no_caption(digits_root, profile, install):
+    root, _, _ = digits_root
+    install(lambda request: CaptionResponse(request.prompt.upper() + " !"))
+    assert run_stage(STEP, profile, root)["reasons"] == {"repeats-prompt": 8}
+
+
+def test_a_blocked_clip_is_not_asked_about_again(digits_root, profile, install):
+    root, _, _ = digits_root
+    asked = install(lambda request: CaptionResponse("", "blocked", "the service declined"))
+    run_stage(STEP, profile, root)
+    assert len(asked) == 8
+    assert {row["detail"] for row in rejected_of(root).values()} == {"the service declined"}
+    assert {row["status"] for row in captions_of(root).values()} == {"blocked", "skipped"}
+
+
+def test_a_damaged_clip_is_quarantined_and_the_others_are_described(digits_root, profile, recommit):
+    root, rows, _ = digits_root
+    rows[4]["sha256"] = "0" * 64
+    recommit(root, "validate-clips", {"clips": rows})
+    assert run_stage(STEP, profile, root)["reasons"] == {"damaged": 1}
+    assert captions_of(root)["c04"]["status"] == "error"
+
+
+def test_an_unknown_captioner_is_refused(digits_root, profile):
+    profile["caption_videos"]["captioner"] = "nobody"
+    with pytest.raises(ConfigError, match="no captioner 'nobody'"):
+        run_stage(STEP, profile, digits_root[0])
