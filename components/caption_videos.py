@@ -122,14 +122,14 @@ def find_fault(request: "CaptionRequest", text: str, n_tokens: int, checks: Sequ
     """Why a caption can't be used, as (reason slug, complaint to the captioner), or None."""
     low, high = request.token_range
     if _plain(text) == _plain(request.prompt):
-        return "repeats-prompt", "it only repeats the prompt; describe the video in more detail"
+        return "repeats_prompt", "it only repeats the prompt; describe the video in more detail"
     if n_tokens < low:
-        return "too-short", f"it has {n_tokens} tokens and should have {low} to {high}; say more"
+        return "too_short", f"it has {n_tokens} tokens and should have {low} to {high}; say more"
     if n_tokens > high:
-        return "too-long", f"it has {n_tokens} tokens and should have {low} to {high}; say less"
+        return "too_long", f"it has {n_tokens} tokens and should have {low} to {high}; say less"
     for check in checks:
         if complaint := check.check_caption(request.prompt, text):
-            return "misses-prompt", complaint
+            return "misses_prompt", complaint
     return None
 
 

@@ -14,7 +14,7 @@ CONFIDENT = {**dict.fromkeys(world.ATTRIBUTES, 0.5), "digit": 0.9}
 
 
 def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """One finding a clip of frames uint8 (B, F, H, W, 3), with `prompt` in its row: `wrong-<attribute>`, or nothing."""
+    """One finding a clip of frames uint8 (B, F, H, W, 3), with `prompt` in its row: `wrong_<attribute>`, or nothing."""
     return [compare(row["prompt"], seen) for row, seen in zip(rows, measure.measure(frames), strict=True)]
 
 
@@ -24,7 +24,7 @@ def compare(prompt: str, seen: Mapping[str, measure.Measurement]) -> Finding:
         found = seen[name]
         if asked and found.value not in asked and found.confidence >= CONFIDENT[name]:
             detail = f"{name}: the prompt says {' or '.join(sorted(asked))}, the frames show {found.value}"
-            return Finding(scores, f"wrong-{name}", detail)
+            return Finding(scores, f"wrong_{name}", detail)
     return Finding(scores)
 
 

@@ -89,9 +89,9 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a digit", "too-short"),
-        ("a digit moves and " * 40, "too-long"),
-        ("the camera does not move at all and there is no other thing in the picture " * 3, "misses-prompt"),
+        ("a digit", "too_short"),
+        ("a digit moves and " * 40, "too_long"),
+        ("the camera does not move at all and there is no other thing in the picture " * 3, "misses_prompt"),
     ],
 )
 def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digits_root, profile, install, text, reason):
@@ -106,7 +106,7 @@ def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digit
 def test_the_prompt_given_back_is_no_caption(digits_root, profile, install):
     root, _, _ = digits_root
     install(lambda request: CaptionResponse(request.prompt.upper() + " !"))
-    assert run_stage(STEP, profile, root)["reasons"] == {"repeats-prompt": 8}
+    assert run_stage(STEP, profile, root)["reasons"] == {"repeats_prompt": 8}
 
 
 def test_a_blocked_clip_is_not_asked_about_again(digits_root, profile, install):

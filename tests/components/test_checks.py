@@ -47,7 +47,7 @@ def test_a_true_prompt_passes_and_a_false_one_is_named(clips):
     assert np.mean(kept) > 0.95
     others = [next(value for value in world.COLOURS if value != one["colour"]) for one in attributes]
     found = digits.check(frames, [{"prompt": f"something {colour}"} for colour in others])
-    assert [finding.reason for finding in found] == ["wrong-colour"] * 40
+    assert [finding.reason for finding in found] == ["wrong_colour"] * 40
     assert "the frames show" in found[0].detail
 
 
