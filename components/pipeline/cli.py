@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from univigu.errors import UniViGUError
 
+from components.pipeline import commands
+
 app = typer.Typer(
     name="univigu",
     help="Uni-ViGU: generate video from text, describe video in text, or make both jointly - and train the model.",
@@ -14,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+commands.add_to(app)
 
 Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
 Root = Annotated[Path, typer.Option(help="The work root: every path a step reads or writes lies below it.")]

@@ -174,7 +174,12 @@ STAGES: tuple[Stage, ...] = (
             "prompts": "curate-prompts",
         },
         parameters=("register_model",),
-        code=("components/tracking.py", "components/model_card.md.j2", "model/univigu"),
+        code=(
+            "components/evaluate_model.py",
+            "components/tracking.py",
+            "components/model_card.md.j2",
+            "model/univigu",
+        ),
     ),
 )
 

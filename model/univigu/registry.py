@@ -13,7 +13,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univigu.errors import CorruptDataError, MissingInputError
+from univigu.errors import MissingInputError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -47,18 +47,9 @@ def load_pipeline(model: str | Path = NAME, tracking_uri: Uri = None) -> "UniViG
 
     Raises `MissingInputError` where there is no such model, and `CorruptDataError` where its files can't be loaded.
     """
-    folder = pipeline_folder(model, tracking_uri)
-    from safetensors import SafetensorError
-
     from univigu.pipeline import UniViGUPipeline
 
-    try:
-        return UniViGUPipeline.from_pretrained(folder, use_safetensors=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(" .")
-        raise CorruptDataError(
-            f"The model in {folder} is damaged or incomplete ({reason}); get a whole copy, or train it again."
-        ) from error
+    return UniViGUPipeline.from_pretrained(pipeline_folder(model, tracking_uri), use_safetensors=True)
 
 
 def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
@@ -114,7 +105,6 @@ def register_version(
     pipeline: Path,
     name: str,
     *,
-    experiment_id: str,
     card: str,
     evidence: Mapping[str, Path],
     tags: Mapping[str, str],
@@ -123,7 +113,7 @@ def register_version(
     scratch: Path | None = None,
     tracking_uri: Uri = None,
 ) -> "ModelVersion":
-    """Make a new version of `name` from a pipeline's folder, with a run of its own that holds the same facts.
+    """Make a new version of `name` from a pipeline's folder, and a run of its own in MLflow's current experiment.
 
     card: the model card, which becomes the version's description too. evidence: folders that go into the version under
     their names, for `artifact`. tags: on the version and on the run. parameters, metrics: on the run.
@@ -138,7 +128,7 @@ def register_version(
         for title, source in {**evidence, "pipeline": pipeline}.items():
             contents[title] = Path(folder) / title  # its name inside the version is the last part of this path
             shutil.copytree(source, contents[title], copy_function=_link_or_copy)
-        with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
+        with mlflow.start_run(run_name=f"register {name}", tags=dict(tags)) as run:
             mlflow.log_params(dict(parameters))
             mlflow.log_metrics(dict(metrics))
             info = mlflow.pyfunc.log_model(

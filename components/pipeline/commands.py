@@ -1,0 +1,239 @@
+"""What people do with a trained model: `univigu caption`, `univigu generate` and `univigu joint`.
+
+Cheap checks come first, then the model. Standard output holds the caption alone; everything else is said on standard
+error. A clip is written beside its place and renamed, so whoever finds it finds all of it.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from univigu.errors import BadInputError, DiskFullError, MissingInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from univigu.pipeline import UniViGUPipeline
+
+PANEL = "Use a trained model"
+EXAMPLES = {
+    "caption": "Examples: `univigu caption clip.mp4`; `univigu caption --json *.mp4`",
+    "generate": "Example: `univigu generate 'a red seven moves to the right' -o clip.mp4 --seed 3 --scale 8`",
+    "joint": "Examples: `univigu joint 'a blue digit' -o clip.mp4`; `univigu joint -o clip.mp4 --seed 7`",
+}
+
+Model = Annotated[
+    str, typer.Option(metavar="FOLDER", help="A trained model's folder; without it the registered champion is used.")
+]
+Name = Annotated[str, typer.Option(help="The name whose champion is used.")]
+Root = Annotated[Path, typer.Option(help="The work root, where the registry lies (or set MLFLOW_TRACKING_URI).")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Sampling steps; more is slower and finer. (default: the model's)")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="How strictly to follow what is given; 1 is no guidance. (default: the model's)"),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write; one of that name is replaced.")]
+Scale = Annotated[int, typer.Option(min=1, max=64, help="Enlarge the clip this many times, for small models.")]
+
+
+def caption(
+    videos: Annotated[list[Path], typer.Argument(help="Video files: mp4, mov, webm, mkv, avi or gif.")],
+    model: Model = "",
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video: its file and its caption.")] = False,
+) -> None:
+    """Say what is in a video: one line on standard output for each file, in the order given.
+
+    Any size and length will do: the video is cut to the model's shape around its centre, and frames are taken evenly
+    from all of it.
+    """
+    from univigu.video import MAX_FRAMES, read_video
+
+    for path in videos:
+        if not path.is_file():
+            raise MissingInputError(f"There is no video file '{path}'; check the path.")
+    folder = _folder(model, name, root)
+    limit = _frames_of(folder) or MAX_FRAMES
+    frames = [read_video(path, limit)[0] for path in videos]
+    for path, video in zip(videos, frames, strict=True):
+        if len(video) == 1 < limit:
+            raise BadInputError(
+                f"The video '{path}' is a single frame, which shows no motion; give two frames or more."
+            )
+    pipeline = _load(folder)
+    texts = pipeline.caption(frames, num_inference_steps=steps, guidance_scale=guidance, seed=seed)
+    for path, text in zip(videos, texts, strict=True):
+        line = " ".join(text.split())
+        _say(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the video should show.")],
+    output: Output,
+    model: Model = "",
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scale: Scale = 1,
+) -> None:
+    """Make a video from a prompt."""
+    if not prompt.strip():
+        raise BadInputError("The prompt is empty; write what the video should show.")
+    _check_output(output)
+    pipeline = _load(_folder(model, name, root))
+    (frames,) = pipeline.generate(prompt, num_inference_steps=steps, guidance_scale=guidance, seed=seed)
+    _write(output, frames, pipeline.config.fps, scale)
+
+
+def joint(
+    output: Output,
+    prompt: Annotated[str, typer.Argument(help="What the video should show; may be left out.")] = "",
+    model: Model = "",
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scale: Scale = 1,
+) -> None:
+    """Make a video and its description together, from a prompt or from nothing; the description is printed."""
+    _check_output(output)
+    pipeline = _load(_folder(model, name, root))
+    prompt = prompt if prompt.strip() else ""
+    (frames,), (text,) = pipeline.joint(prompt, num_inference_steps=steps, guidance_scale=guidance, seed=seed)
+    _write(output, frames, pipeline.config.fps, scale)
+    _say(" ".join(text.split()))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make these functions commands of `app`."""
+    for command in (caption, generate, joint):
+        app.command(rich_help_panel=PANEL, epilog=EXAMPLES[command.__name__])(command)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def _folder(model: str, name: str, root: Path) -> Path:
+    """The folder of the model to use; the registry is only opened where no folder was given."""
+    _keep_libraries_quiet()
+    if model and not model.startswith("models:/"):
+        if not Path(model).is_dir():
+            raise MissingInputError(f"There is no model folder '{model}'; check the path, or leave --model out.")
+        return Path(model)
+    from components.tracking import tracking_uri
+
+    uri = tracking_uri(root)
+    database = root / "mlflow.db"
+    if uri.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
+        raise MissingInputError(
+            f"No model has been registered below {root.resolve()} yet; run `make demo` there, give its folder with "
+            f"--root, or give a model's folder with --model."
+        )
+    from univigu.registry import pipeline_folder
+
+    return pipeline_folder(model or name, uri)
+
+
+def _frames_of(folder: Path) -> int | None:
+    """How many frames the model takes, without loading it; None where the folder doesn't say, as loading will tell."""
+    try:
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["num_frames"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _load(folder: Path) -> "UniViGUPipeline":
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+    from univigu.registry import load_pipeline
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    pipeline = load_pipeline(folder)
+    import torch
+
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False, desc="sampling")
+    return pipeline
+
+
+def _keep_libraries_quiet() -> None:
+    """Warnings and log lines of libraries are for developers; people see the answer, or one sentence."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(variable, "1")
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def _check_output(path: Path) -> None:
+    """Refuse, before anything is computed, a place where no clip can be written."""
+    if path.is_dir():
+        raise BadInputError(f"'{path}' is a folder; give the name of the mp4 to write, such as {path / 'clip.mp4'}.")
+    if not path.parent.is_dir():
+        raise MissingInputError(f"There is no folder '{path.parent}' to write the clip to; make it, or choose another.")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe takes any name
+    if path.suffix.lower() != ".mp4":
+        raise BadInputError(f"Clips are written as mp4, and '{path}' is named otherwise; call it '{path.stem}.mp4'.")
+    if not os.access(path.parent, os.W_OK):
+        raise BadInputError(f"The folder '{path.parent}' can't be written to; choose another for the clip.")
+
+
+def _write(path: Path, frames: "np.ndarray", fps: float, scale: int) -> None:
+    from univigu.video import encode_mp4
+
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+    content = encode_mp4(even, fps, "yuv420p")
+    special = path.exists() and not path.is_file()
+    target = path if special else path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with target.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            if not special:
+                os.fsync(stream.fileno())
+        if not special:
+            target.replace(path)
+    except OSError as error:
+        raise _write_error(f"the clip to '{path}'", error) from error
+    finally:
+        if not special:
+            target.unlink(missing_ok=True)
+    count, height, width = even.shape[:3]
+    print(f"{path}: {count} frames of {width}x{height} at {fps:g} a second", file=sys.stderr)
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _write_error("to standard output", error) from error
+
+
+def _write_error(what: str, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"The disk is full, so it was not possible to write {what}; make room and run it again.")
+    return BadInputError(f"It was not possible to write {what} ({error.strerror}); choose another place.")
