@@ -1,0 +1,377 @@
+"""Register the evaluated model in MLflow, with a card made of its run's own facts and tags that lead back to the data.
+
+The same model from the same library code is registered once, however often the step runs. A version always gets the
+alias `candidate`; it gets `champion` where nobody holds it, or where it beats the holder on the same held-out items.
+"""
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from univigu.errors import BadInputError
+
+from components.pipeline.digests import json_digest, tree_digest
+from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step, write_json
+from components.pipeline.stages import find_stage
+from components.pipeline.tables import read_table
+
+PIPELINE = "model"  # the pipeline's folder inside the training step's output
+CARD = "model_card.md.j2"
+
+Manifests = Mapping[str, Mapping[str, Any]]  # by the step's input name
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: figures by their dotted names, and the scored items by what was asked of the model."""
+
+    scores: Mapping[str, Mapping[str, float]]
+    items: Mapping[str, Mapping[str, Any]]
+    digest: str  # of what was asked, whatever the model answered
+
+
+def register_model(step: Step) -> None:
+    """Leave `registration.json` (name, version, decision, digests); the version itself lies in MLflow's registry."""
+    from univigu import registry
+
+    from components.tracking import connect, flatten
+
+    name, metric = step["register_model"]["name"], step["register_model"]["champion_metric"]
+    manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}
+    lineage = trace_lineage(manifests)
+    evaluation = read_evaluation(step.inputs["evaluation"])
+    if metric not in evaluation.scores:
+        raise BadInputError(
+            f"The evaluation has no score '{metric}', which decides who is champion; name one of "
+            f"{', '.join(evaluation.scores)} in the profile's register_model.champion_metric."
+        )
+    connect(step.root)
+    identity = {
+        "univigu.model_digest": _model_digest(manifests["model"]),
+        "univigu.library_digest": tree_digest([SOURCE_ROOT / "model/univigu"], relative_to=SOURCE_ROOT),
+    }
+    runs = _training_runs(step.root, manifests["latents"]["digest"], identity["univigu.model_digest"])
+    commit = _git_commit(SOURCE_ROOT)
+    facts = lineage_tags(manifests, lineage, evaluation, runs, commit)
+    version = registry.version_with(name, identity)
+    if version is None:
+        card = render_card(step, name, manifests, lineage, evaluation, identity, runs, commit)
+        version = registry.register_version(
+            step.inputs["model"] / PIPELINE,
+            name,
+            card=card,
+            evidence={
+                "evaluation": _copy_evaluation(step.inputs["evaluation"], step.scratch),
+                "lineage": _copy_manifests(step, manifests),
+            },
+            tags={**identity, **facts},
+            parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in manifests.values()}),
+            metrics={score: values["value"] for score, values in evaluation.scores.items()},
+            scratch=step.scratch,
+        )
+    registry.set_alias(name, registry.CANDIDATE, version)
+    champion = registry.version_at(name, registry.CHAMPION)
+    if champion is not None and champion.version == version.version:
+        decision = version.tags.get("univigu.decision", "champion, as it was before")
+    else:
+        promoted, decision = decide(metric, evaluation, champion and _evaluation_of(champion), champion)
+        registry.set_tags(version, {"univigu.decision": decision})
+        if promoted:
+            registry.set_alias(name, registry.CHAMPION, version)
+    step.rows_in = step.rows_out = 1
+    registration = {
+        "name": name,
+        "version": int(version.version),
+        "decision": decision,
+        **{key.removeprefix("univigu."): digest for key, digest in identity.items()},
+        "champion_metric": {"name": metric, **evaluation.scores[metric]},
+        "heldout_digest": evaluation.digest,
+    }
+    write_json(step.out / "registration.json", registration)
+
+
+# --- who is champion -------------------------------------------------------------------------------------------------
+
+
+def decide(metric: str, challenger: Evaluation, champion: Evaluation | None, holder: Any = None) -> tuple[bool, str]:
+    """Whether the challenger becomes champion, and why, in words that say the figures.
+
+    Only what was measured on the same items is compared: where the champion was measured on a part of the challenger's
+    items, it is that part. `holder` is the champion's version (None: nobody holds the alias).
+    """
+    if holder is None:
+        return True, f"champion, the first one ({metric} {challenger.scores[metric]['value']:.3f})"
+    ours, theirs, count = None, None, 0
+    if champion is not None and metric in champion.scores:
+        theirs, count = champion.scores[metric]["value"], champion.scores[metric]["n"]
+        if champion.digest == challenger.digest:
+            ours = challenger.scores[metric]["value"]
+        else:
+            ours = score_on(metric, challenger, champion)
+    if ours is None:
+        return False, (
+            f"candidate, as the champion, version {holder.version}, was not measured on the same held-out items; "
+            f"compare them yourself and move the alias if it deserves it"
+        )
+    figures = f"{metric} {ours:.3f} against version {holder.version}'s {theirs:.3f} on the same {count} items"
+    return (True, f"champion, with {figures}") if ours > theirs else (False, f"candidate, with {figures}")
+
+
+def score_on(metric: str, challenger: Evaluation, champion: Evaluation) -> float | None:
+    """The challenger's `metric` on the champion's items alone; None where it was not measured on all of them."""
+    from components.evaluate_model import summarise_rows
+
+    if not champion.items.keys() <= challenger.items.keys():
+        return None
+    scores = dict(_scores(summarise_rows([challenger.items[asked] for asked in champion.items], seed=0)))
+    return scores[metric]["value"] if metric in scores else None
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `evaluate-model` left: ``metrics.json`` and ``items.parquet``."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    items = {_question(row): row for row in read_table(folder, "items").to_pylist()}
+    return Evaluation(scores=dict(_scores(metrics)), items=items, digest=json_digest(sorted(items)))
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """A digest of what was asked; the truth about a clip that the model made itself is no part of that."""
+    asked = [row["task"], row["clip_id"], row["prompt"], row["open_attributes"]]
+    return json_digest([*asked, None if row["open_attributes"] else row["truth"]])
+
+
+def _scores(metrics: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, float]]]:
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            if {"value", "low", "high", "n"} <= value.keys():
+                yield f"{path}{key}", value
+            else:
+                yield from _scores(value, f"{path}{key}.")
+
+
+def _evaluation_of(version: Any) -> Evaluation | None:
+    """The evaluation that travels with a registered version; None where it has none that can be read."""
+    from univigu import registry
+    from univigu.errors import UniViGUError
+
+    try:
+        return read_evaluation(registry.artifact(f"models:/{version.name}/{version.version}", "evaluation"))
+    except (UniViGUError, OSError, ValueError):
+        return None
+
+
+# --- where it came from ----------------------------------------------------------------------------------------------
+
+
+def trace_lineage(manifests: Manifests) -> dict[str, str]:
+    """The output digest of every step, and of every source, that these manifests name.
+
+    Raises `BadInputError` where two of them name different outputs of one step: then the model that was evaluated, the
+    data that it learned from, or the base below both is not the one at hand.
+    """
+    digests: dict[str, str] = {}
+    said_by: dict[str, str] = {}
+    for manifest in manifests.values():
+        stage = find_stage(manifest["step"])
+        named = {stage.name: manifest["digest"]}
+        for name, digest in manifest["inputs"].items():
+            named[stage.inputs.get(name) or stage.sources.get(name) or name] = digest
+        for step, digest in named.items():
+            if digests.setdefault(step, digest) != digest:
+                raise BadInputError(
+                    f"'{stage.name}' and '{said_by[step]}' were made from different outputs of '{step}'; run "
+                    f"`dvc repro`, which runs again what is out of date."
+                )
+            said_by.setdefault(step, stage.name)
+    return digests
+
+
+def lineage_tags(
+    manifests: Manifests,
+    lineage: Mapping[str, str],
+    evaluation: Evaluation,
+    runs: Sequence[Mapping],
+    commit: str | None,
+) -> dict[str, str]:
+    """Tags for the version and its run, by which one can walk back to the prompts."""
+    tags = {
+        "univigu.dataset_digest": manifests["latents"]["digest"],
+        "univigu.heldout_digest": evaluation.digest,
+        **{f"univigu.digest.{step}": digest for step, digest in lineage.items()},
+        **{f"univigu.run.{run['stage']}": run["id"] for run in runs},
+    }
+    return {**tags, **({"univigu.git_commit": commit} if commit else {})}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _model_files(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The pipeline's files in a training step's manifest, by their names inside the pipeline's folder."""
+    folder = f"{PIPELINE}/"
+    return {name.removeprefix(folder): facts for name, facts in manifest["files"].items() if name.startswith(folder)}
+
+
+def _model_digest(manifest: Mapping[str, Any]) -> str:
+    return json_digest({name: facts["sha256"] for name, facts in _model_files(manifest).items()})
+
+
+def _training_runs(root: Path, dataset_digest: str, model_digest: str) -> list[dict[str, str]]:
+    """MLflow's finished runs of the two stages on this dataset, the second of them the one that made this model."""
+    from components.tracking import find_run
+
+    made_here = {"train-stage-1": {}, "train-stage-2": {"univigu.model_digest": model_digest}}
+    found = {
+        stage: find_run(root, {"univigu.stage": stage, "univigu.dataset_digest": dataset_digest, **tags})
+        for stage, tags in made_here.items()
+    }
+    return [{"stage": stage, "id": run} for stage, run in found.items() if run]
+
+
+def _git_commit(folder: Path) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _copy_evaluation(folder: Path, scratch: Path) -> Path:
+    target = scratch / "evaluation"
+    target.mkdir(exist_ok=True)
+    for name in ("metrics.json", "items.parquet"):
+        shutil.copy(folder / name, target / name)
+    return target
+
+
+def _copy_manifests(step: Step, manifests: Manifests) -> Path:
+    target = step.scratch / "lineage"
+    target.mkdir(exist_ok=True)
+    for source, manifest in manifests.items():
+        shutil.copy(step.inputs[source] / MANIFEST, target / f"{manifest['step']}.json")
+    return target
+
+
+# --- the model card --------------------------------------------------------------------------------------------------
+
+
+def render_card(
+    step: Step,
+    name: str,
+    manifests: Manifests,
+    lineage: Mapping[str, str],
+    evaluation: Evaluation,
+    identity: Mapping[str, str],
+    runs: Sequence[Mapping[str, str]],
+    commit: str | None,
+) -> str:
+    """The model card as Markdown with YAML front matter; every figure on it comes from the step's inputs."""
+    import yaml
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from components.tracking import flatten
+
+    folder = step.inputs["model"] / PIPELINE
+    settings = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    files = _model_files(manifests["model"])
+    weights = [folder / file for file in files if file.endswith(".safetensors")]
+    captions = [
+        {"name": score.partition(".")[2], **values}
+        for score, values in evaluation.scores.items()
+        if score.startswith("captions.") and score != "captions.mean"
+    ]
+    front_matter = {
+        "pipeline_tag": "text-to-video",
+        "tags": ["uni-vigu", "video-captioning", "text-to-video", "flow-matching"],
+        "model-index": [{"name": name, "results": _card_results(evaluation)}],
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template(CARD).render(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        name=name,
+        commit=commit,
+        base_digest=lineage.get("base", "unknown"),
+        model={
+            "digest": identity["univigu.model_digest"],
+            "parameters": sum(_parameters(path) for path in weights),
+            "weights": weights,
+            "bytes": sum(facts["size"] for facts in files.values()),
+        },
+        dataset={"digest": manifests["latents"]["digest"], "samples": _samples(step)},
+        data=_sources(step),
+        evaluation={
+            "digest": evaluation.digest,
+            "items": sum(len(items) for items in evaluation.items.values()),
+            "scores": [{"name": score, **values} for score, values in evaluation.scores.items()],
+        },
+        limits={
+            **{key: settings[key] for key in ("num_frames", "height", "width", "max_sequence_length")},
+            "text_length": json.loads((folder / "transformer/config.json").read_text())["text_length"],
+            "weakest": sorted(captions, key=lambda score: score["value"])[:3],
+        },
+        parameters=[
+            {"step": manifest["step"], "text": _listed(flatten(manifest["parameters"]))}
+            for manifest in manifests.values()
+        ],
+        lineage=[{"step": key, "digest": digest} for key, digest in lineage.items()],
+        runs=runs,
+    )
+
+
+def _cell(text: Any) -> str:
+    """A text that can't break out of a cell of a Markdown table."""
+    return " ".join(str(text).replace("|", "/").split())
+
+
+def _listed(parameters: Mapping[str, Any]) -> str:
+    return _cell(
+        ", ".join(f"{name} {value}" for name, value in sorted(parameters.items())).replace("`", "").replace("'", "")
+    )
+
+
+def _card_results(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": "text-to-video" if name.startswith("gen") else "video-to-text"},
+            "dataset": {"name": "held-out items", "type": evaluation.digest},
+            "metrics": [{"type": name, "value": values["value"]}],
+        }
+        for name, values in evaluation.scores.items()
+        if name.endswith(".mean")
+    ]
+
+
+def _samples(step: Step) -> list[dict[str, Any]]:
+    rows = step.read("latents", "latents").to_pylist()
+    counts = Counter((r["stage"], r["split"], f"{r['frames']} x {r['height']} x {r['width']}") for r in rows)
+    return [
+        {"stage": stage, "split": split, "size": size, "count": n} for (stage, split, size), n in sorted(counts.items())
+    ]
+
+
+def _sources(step: Step) -> dict[str, Any]:
+    rows = step.read("prompts", "prompts").to_pylist()
+    counts = Counter((row["source"], row["licence"]) for row in rows)
+    sources = [{"source": source, "licence": licence, "count": n} for (source, licence), n in sorted(counts.items())]
+    return {"prompts": len(rows), "sources": sources}
+
+
+def _parameters(weights: Path) -> int:
+    """How many numbers a safetensors file holds, from its header alone."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as tensors:
+        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
