@@ -4,6 +4,7 @@ Flow matching in Wan's convention: z = (1 - sigma) x0 + sigma eps, the target is
 The first latent frame of a causal autoencoder is an image, so training starts on those alone, at a third of the cost.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from components.digits import world
 from components.digits.autoencoder import draw_clips, encode, to_tensor
+from components.digits.prompts import words
 from components.digits.training import Fit, load_tensors, save_atomically, train
 
 
@@ -38,6 +40,7 @@ class GeneratorConfig:
     sample_steps: int = 20
     guidance: float = 4.0
     report_clips: int = 64
+    words: Fit = field(default_factory=lambda: Fit(steps=400, batch=128, lr=3e-3))
     images: Fit = field(default_factory=lambda: Fit(steps=1200, batch=96, lr=2e-3))
     clips: Fit = field(default_factory=lambda: Fit(steps=7000, batch=48, lr=1.5e-3, ema=0.999))
 
@@ -99,7 +102,6 @@ def encode_prompts(
 def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int) -> tuple[torch.Tensor, list[dict]]:
     """Normalised latents (N, z, T, h, w) of clips rendered from the training scans, and their attributes."""
     batch = 64
-    rows = [world.ATTRIBUTES[name] for name in world.ATTRIBUTES]
     if not path.exists():
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
@@ -113,7 +115,7 @@ def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int) -> t
         save_atomically(tensors, path, {})
     tensors, _ = load_tensors(path)
     attributes = [
-        {name: values[code] for (name, values), code in zip(zip(world.ATTRIBUTES, rows, strict=True), row, strict=True)}
+        {name: values[code] for (name, values), code in zip(world.ATTRIBUTES.items(), row, strict=True)}
         for row in tensors["attributes"].tolist()
     ]
     return tensors["latents"], attributes
@@ -157,52 +159,79 @@ def generate(pipe: WanPipeline, config: GeneratorConfig, prompts: list[str], see
     return (np.asarray(clips) * 255).round().astype(np.uint8)
 
 
+class Reader(nn.Module):
+    """A text encoder with a linear head per attribute: what the encoder warms up on."""
+
+    def __init__(self, text_encoder: UMT5EncoderModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        width = text_encoder.config.d_model
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in world.ATTRIBUTES.items()})
+
+
 def fit_generator(
     generator: Generator,
     tokenizer: PreTrainedTokenizerFast,
-    data: tuple[torch.Tensor, list[dict]],
+    data: tuple[torch.Tensor, list[dict[str, str]]],
     config: GeneratorConfig,
     work: Path,
     seed: int,
-    report=None,
-) -> dict:
-    """Trains `generator` in place: images, then clips. `report()` returns scores of the present weights."""
+    forbidden: frozenset[str] = frozenset(),
+    report: Callable[[], dict[str, float]] | None = None,
+) -> None:
+    """Trains `generator` in place: the text encoder on reading, both on images, then on clips.
+
+    `data` is what `cache_latents` returns. No prompt is used whose words are in `forbidden` (see `prompts.words`).
+    `report()` returns scores of the present weights.
+    """
     latents, attributes = data
 
-    def loss_on(batch: int, frames: int, key: int) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = np.random.default_rng((seed, key))
+    def draw_prompt(wanted: dict[str, str], rng: np.random.Generator) -> str:
+        while words(text := world.write_prompt(wanted, rng)) in forbidden:
+            pass
+        return text
+
+    def reading_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng((seed, 3, step))
+        prompts = [draw_prompt(world.sample_attributes(rng), rng) for _ in range(config.words.batch)]
+        states = encode_prompts(reader.text_encoder, tokenizer, prompts, config.max_sequence_length)
+        pooled = states.sum(1) / (states.abs().sum(2) > 0).sum(1, keepdim=True)
+        said = [world.read_text(prompt) for prompt in prompts]
+        losses = []
+        for name, values in world.ATTRIBUTES.items():
+            target = torch.tensor([values.index(min(s[name])) if s[name] else -100 for s in said])
+            losses.append(nn.functional.cross_entropy(reader.heads[name](pooled), target, reduction="sum") / len(said))
+        return torch.stack(losses).sum(), {}
+
+    def flow_loss(batch: int, frames: int, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng((seed, *key))
         noise_rng = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = rng.integers(len(latents), size=batch)
-        prompts = [
-            "" if rng.random() < config.prompt_dropout else world.write_prompt(attributes[i], rng) for i in index
-        ]
+        prompts = ["" if rng.random() < config.prompt_dropout else draw_prompt(attributes[i], rng) for i in index]
         text = encode_prompts(generator.text_encoder, tokenizer, prompts, config.max_sequence_length)
         x0 = latents[torch.from_numpy(index), :, :frames].float()
         u = (torch.rand(batch, generator=noise_rng) + torch.arange(batch)) / batch
         sigma = config.train_shift * u / (1 + (config.train_shift - 1) * u)
         noise = torch.randn(x0.shape, generator=noise_rng)
         s = sigma.view(-1, 1, 1, 1, 1)
-        out = generator.transformer(
+        velocity = generator.transformer(
             hidden_states=(1 - s) * x0 + s * noise,
             timestep=1000 * sigma,
             encoder_hidden_states=text,
             return_dict=False,
         )[0]
-        return ((out.float() - (noise - x0)) ** 2).mean(), {}
+        return ((velocity.float() - (noise - x0)) ** 2).mean(), {}
 
-    logs = {}
-    path = work / "generator-clips.safetensors"
-    if not path.exists():
-        first = work / "generator-images.safetensors"
-        logs["images"] = train(
-            "images", generator, lambda step: loss_on(config.images.batch, 1, 2 * step), config.images, first
-        )
-    logs["clips"] = train(
-        "generator",
-        generator,
-        lambda step: loss_on(config.clips.batch, latents.shape[2], 2 * step + 1),
-        config.clips,
-        path,
-        (lambda _: report()) if report else None,
-    )
-    return logs
+    def image_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return flow_loss(config.images.batch, 1, (1, step))
+
+    def clip_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return flow_loss(config.clips.batch, latents.shape[2], (2, step))
+
+    scores = (lambda _: report()) if report else None
+    clips = work / "generator-clips.safetensors"
+    if not clips.exists():
+        reader = Reader(generator.text_encoder)
+        train("words", reader, reading_loss, config.words, work / "generator-words.safetensors")
+        train("images", generator, image_loss, config.images, work / "generator-images.safetensors")
+    train("generator", generator, clip_loss, config.clips, clips, scores)

@@ -80,9 +80,10 @@ def _ink(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )  # (B, F, 4*SIZE, 3)
     ground = np.median(border.reshape(len(clips), -1, 3), axis=1)
     away = np.linalg.norm(clips - ground[:, None, None, None], axis=-1)
-    strong = np.quantile(away.reshape(len(clips), -1), 0.99, axis=1)
-    ink = np.clip(away / np.maximum(strong, 24.0)[:, None, None, None], 0, 1)
-    ink = np.where(ink < 0.25, 0, ink).astype(np.float32)
+    # Strokes are wider than noise and smudges: what counts as ink must stand out together with its neighbours.
+    around = F.avg_pool2d(torch.from_numpy(away), 3, 1, 1).numpy()
+    strong = np.maximum(np.quantile(around.reshape(len(clips), -1), 0.99, axis=1), 24.0)[:, None, None, None]
+    ink = np.where(around < 0.3 * strong, 0, np.clip(away / strong, 0, 1)).astype(np.float32)
     solid = (ink > 0.85)[..., None]
     colour = (clips * solid).sum((1, 2, 3)) / np.maximum(solid.sum((1, 2, 3)), 1)
     return ink, ground, colour
@@ -94,9 +95,7 @@ def measure(frames: np.ndarray) -> list[dict[str, Measurement]]:
     A clip without ink gets confidence 0 for all that needs ink. Raises `BadInputError` for another shape or type.
     """
     if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[-1] != 3 or frames.shape[1] < 2:
-        raise BadInputError(
-            f"Clips to measure are uint8 (B, F, H, W, 3) with F > 1, not {frames.dtype} {frames.shape}."
-        )
+        raise BadInputError(f"Clips to measure are uint8 (B, F > 1, H, W, 3), not {frames.dtype} {frames.shape}.")
     return [row for i in range(0, len(frames), 64) for row in _measure(frames[i : i + 64].astype(np.float32))]
 
 

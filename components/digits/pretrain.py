@@ -20,6 +20,7 @@ from components.digits import autoencoder as vae_training
 from components.digits import generator as generator_training
 from components.digits import recogniser as recogniser_training
 from components.digits import world
+from components.digits.prompts import heldout_prompts, words
 from components.digits.tokenizer import build_tokenizer, corpus
 from components.digits.training import load_tensors
 
@@ -63,11 +64,13 @@ def pretrain(
     config: PretrainConfig | None = None,
     phases: tuple[str, ...] = PHASES,
     recogniser_out: Path = recogniser_training.BUNDLED,
+    without: Path | None = None,
 ) -> dict[str, float]:
     """Runs `phases` and returns the scores that it wrote into `out`/README.md (empty without the bundle phase).
 
     `work` holds checkpoints; `out` becomes the WanPipeline folder, replaced as a whole; the recogniser's weights go to
-    `recogniser_out`. Raises `MissingInputError` when a phase is run before the one it needs.
+    `recogniser_out`. Prompts of the held-out items in `without` (`data/heldout.json`) are never trained on.
+    Raises `MissingInputError` when a phase is run before the one it needs.
     """
     for phase in phases:
         if phase not in PHASES:
@@ -96,8 +99,10 @@ def pretrain(
                 return {}
             return score_generator(pipe, config, config.generator.report_clips, recogniser_out)
 
+        forbidden = frozenset(words(prompt) for prompt in heldout_prompts(without)) if without else frozenset()
+        data = _cache(work, config)
         generator_training.fit_generator(
-            generator, tokenizer, _cache(work, config), config.generator, work, config.seed, report
+            generator, tokenizer, data, config.generator, work, config.seed, forbidden, report
         )
     if "bundle" in phases:
         return bundle(out, work, config, tokenizer, recogniser_out)
@@ -107,7 +112,7 @@ def pretrain(
 def _load_vae(work: Path) -> AutoencoderKLWan:
     if not (work / "vae").exists():
         raise MissingInputError(f"{work} holds no trained autoencoder; run the phase 'autoencoder' first.")
-    return AutoencoderKLWan.from_pretrained(work / "vae", torch_dtype=torch.float32).eval()
+    return AutoencoderKLWan.from_pretrained(work / "vae", dtype=torch.float32).eval()
 
 
 def _cache(work: Path, config: PretrainConfig) -> tuple[torch.Tensor, list[dict[str, str]]]:
@@ -175,7 +180,7 @@ def bundle(
     shutil.rmtree(part, ignore_errors=True)
     generator_training.pipeline(vae, tokenizer, generator, config.generator).save_pretrained(part)
 
-    pipe = WanPipeline.from_pretrained(part, torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(part, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     generator_training.check_text_encoder(pipe.text_encoder)
     scores = score_eyes(pipe.vae, config.score_clips, recogniser)
@@ -251,4 +256,4 @@ if __name__ == "__main__":
     parser.add_argument("--phases", nargs="*", default=PHASES)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(pretrain(args.out, args.work, phases=tuple(args.phases)))
+    print(pretrain(args.out, args.work, phases=tuple(args.phases), without=Path("data/heldout.json")))

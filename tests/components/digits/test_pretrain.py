@@ -1,0 +1,135 @@
+"""Pretraining: resumable loops, an autoencoder that is diffusers' own function, and a bundle that WanPipeline loads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch import nn
+from univigu.errors import ConfigError, MissingInputError
+
+from components.digits import autoencoder, generator, pretrain, world
+from components.digits.training import Fit, load_tensors, train
+
+ROOT = Path(__file__).parents[3]
+SMALL = """
+corpus_lines: 200
+score_clips: 4
+autoencoder:
+  base_dim: 8
+  z_dim: 8
+  frames: {steps: 2, batch: 4, lr: 1.0e-3}
+  clips: {steps: 2, batch: 2, lr: 1.0e-3}
+  statistics_clips: 64
+recogniser:
+  widths: [8, 8, 8, 8]
+  rebuilt_clips: 8
+  fit: {steps: 2, batch: 8, lr: 1.0e-3}
+generator:
+  num_attention_heads: 1
+  attention_head_dim: 12
+  num_layers: 1
+  ffn_dim: 16
+  text_dim: 16
+  text_layers: 1
+  latent_clips: 64
+  report_clips: 4
+  sample_steps: 2
+  words: {steps: 2, batch: 4, lr: 1.0e-3}
+  images: {steps: 2, batch: 4, lr: 1.0e-3}
+  clips: {steps: 2, batch: 4, lr: 1.0e-3}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    (folder / "small.yaml").write_text(SMALL)
+    config = pretrain.load_config(folder / "small.yaml")
+    scores = pretrain.pretrain(folder / "out", folder / "work", config, recogniser_out=folder / "recogniser")
+    return folder, config, scores
+
+
+def test_the_whole_command_makes_a_folder_that_wan_pipeline_runs(small):
+    folder, config, scores = small
+    pipe = WanPipeline.from_pretrained(folder / "out")
+    generator.check_text_encoder(pipe.text_encoder)
+    clips = generator.generate(pipe, config.generator, ["a red seven", "a blue two"], 0)
+    assert clips.shape == (2, world.FRAMES, world.SIZE, world.SIZE, 3)
+    assert (clips == generator.generate(pipe, config.generator, ["a red seven", "a blue two"], 0)).all()
+    readme = (folder / "out" / "README.md").read_text()
+    assert all(f"| {name} | {value:.2f} |" in readme for name, value in scores.items())
+
+
+def test_a_second_run_trains_nothing_and_ends_the_same(small):
+    folder, config, scores = small
+    again = pretrain.pretrain(folder / "again", folder / "work", config, recogniser_out=folder / "recogniser")
+    assert again == scores
+    for path in (folder / "out").rglob("*.safetensors"):
+        assert path.read_bytes() == (folder / "again" / path.relative_to(folder / "out")).read_bytes()
+
+
+def test_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_path: Path):
+    def run(path: Path, stop_at: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = nn.Linear(4, 4)
+
+        def loss_at(step: int) -> tuple[torch.Tensor, dict]:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            return ((module(x) - x.flip(1)) ** 2).mean(), {}
+
+        train("test", module, loss_at, Fit(steps=12, batch=8, lr=0.1, warmup=3, save_seconds=0.0), path)
+        return module.weight.detach().clone()
+
+    whole = run(tmp_path / "whole.safetensors", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped.safetensors", 7)
+    assert load_tensors(tmp_path / "stopped.safetensors")[1]["step"] == 7
+    assert torch.equal(run(tmp_path / "stopped.safetensors", None), whole)
+
+
+def test_autoencoding_in_one_piece_is_what_diffusers_does_in_chunks():
+    torch.manual_seed(0)
+    vae = autoencoder.build(autoencoder.AutoencoderConfig(base_dim=8, z_dim=8)).eval()
+    frames = autoencoder.to_tensor(autoencoder.draw_clips(2, 0)[0])
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        latents = vae.encode(frames).latent_dist.mode()
+        assert latents.shape == (2, 8, 3, 4, 4)
+        assert torch.allclose(latents, autoencoder.encode(vae, frames).mode(), atol=1e-5)
+        rebuilt = autoencoder.decode(vae, latents).clamp(-1, 1)
+        assert torch.allclose(vae.decode(latents).sample, rebuilt, atol=1e-5)
+
+
+def test_prompts_are_encoded_as_wan_pipeline_encodes_them(small):
+    folder, _, _ = small
+    pipe = WanPipeline.from_pretrained(folder / "out")
+    prompts = ["a red seven", "", "the digit two in cyan moving left fast"]
+    theirs, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=32)
+    ours = generator.encode_prompts(pipe.text_encoder, pipe.tokenizer, prompts, 32)
+    assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+def test_mistakes_are_named(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("generator: {layers: 3}")
+    with pytest.raises(ConfigError, match="layers"):
+        pretrain.load_config(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="polish"):
+        pretrain.pretrain(tmp_path / "out", tmp_path / "work", phases=("polish",))
+    with pytest.raises(MissingInputError, match="autoencoder"):
+        pretrain.pretrain(tmp_path / "out", tmp_path / "work", phases=("generator",))
+
+
+def test_the_bundled_base_is_small_and_draws_what_is_asked():
+    folder = ROOT / "model" / "tiny-wan"
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 16 * 2**20
+    pipe = WanPipeline.from_pretrained(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    generator.check_text_encoder(pipe.text_encoder)
+    config = pretrain.load_config()
+    scores = pretrain.score_generator(pipe, config, 32, pretrain.recogniser_training.BUNDLED)
+    assert np.mean([scores["colour"], scores["background"], scores["direction"]]) > 0.85, scores
