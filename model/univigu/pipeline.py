@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import flow, text_space, wan
-from .errors import BadInputError, MissingInputError
+from .errors import BadInputError, CorruptDataError, MissingInputError
 from .transformer import UniViGUTransformer3DModel
 from .video import fit_frames
 
@@ -111,7 +112,13 @@ class UniViGUPipeline(DiffusionPipeline):
         name = wan.read_json(folder / "model_index.json").get("_class_name")
         if name != cls.__name__:
             raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU.")
-        pipeline = super().from_pretrained(folder, **kwargs)
+        try:
+            pipeline = super().from_pretrained(folder, **kwargs)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CorruptDataError(
+                f"{source} can't be loaded ({reason}): download or train the model again."
+            ) from error
         wan.check_text_encoder(pipeline.text_encoder)
         return pipeline
 
@@ -314,11 +321,8 @@ class UniViGUPipeline(DiffusionPipeline):
         return self.config.guidance_scale if guidance_scale is None else guidance_scale
 
     def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
-        frames, height, width = (
-            num_frames or self.config.num_frames,
-            height or self.config.height,
-            width or self.config.width,
-        )
+        given, default = (num_frames, height, width), (self.config.num_frames, self.config.height, self.config.width)
+        frames, height, width = (d if g is None else g for g, d in zip(given, default, strict=True))
         time = self.vae.config.scale_factor_temporal
         _, patch_h, patch_w = self.transformer.config.patch_size
         tall, wide = (self.vae.config.scale_factor_spatial * patch for patch in (patch_h, patch_w))
@@ -327,10 +331,12 @@ class UniViGUPipeline(DiffusionPipeline):
                 f"{frames} frames of {height}x{width} pixels don't fit this model: give {time}k + 1 frames, a height"
                 f" that is a multiple of {tall} and a width that is a multiple of {wide}."
             )
-        return wan.latent_shape(self.vae, frames, height, width)
+        shape = wan.latent_shape(self.vae, frames, height, width)
+        self.transformer.rope.text(self.transformer.grid(shape[1:]), self._text_shape[0])  # is there room for all of it
+        return shape
 
     def _check_prompts(self, prompt: str | Sequence[str], allow: Sequence[str] = ()) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         limit = min(self.config.max_sequence_length, self.transformer.config.text_length)
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise BadInputError(

@@ -12,6 +12,7 @@ What is unusual here:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -332,13 +333,17 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         config = self.config
         return read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor)
 
+    def grid(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """How many patches lie along each axis of latents of size (T, H, W)."""
+        return tuple(length // patch for length, patch in zip(size, self.config.patch_size, strict=True))
+
     def _run(self, block: UniViGUBlock, *args: Any) -> tuple[Tensor | None, Tensor | None, Memory]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
     def _embed_video(self, latents: Tensor, tau: Tensor, encoder_hidden_states: Tensor):
-        grid = tuple(size // patch for size, patch in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        grid = self.grid(latents.shape[2:])
         dtype = self.patch_embedding.weight.dtype
         rotary = self.rope(latents)
         hidden = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).contiguous()

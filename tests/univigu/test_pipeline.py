@@ -1,0 +1,230 @@
+"""What users hold in their hands: caption, generate, joint; saved and loaded; and what bad input gets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from univigu import UniViGUPipeline, flow, text_space, wan
+from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+
+SETTINGS = {
+    "num_frames": 9,
+    "height": 32,
+    "width": 32,
+    "max_sequence_length": 24,
+    "num_inference_steps": 3,
+    "caption_steps": 4,
+    "guidance_scale": 2.0,
+    "text_length": 20,
+    "text_latent_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_wan_folder):
+    torch.manual_seed(0)
+    pipeline = UniViGUPipeline.from_wan(tiny_wan_folder, **SETTINGS)
+    pipeline.set_progress_bar_config(disable=True)
+    # an untrained head says nothing at all: let it speak, so that every input has an effect
+    torch.nn.init.normal_(pipeline.transformer.text_head.proj_out.weight, std=0.3)
+    torch.nn.init.normal_(pipeline.transformer.text_embedder.proj_guess.weight, std=0.3)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return np.random.default_rng(0).integers(0, 256, (3, 9, 32, 32, 3), dtype=np.uint8)
+
+
+def test_the_base_gives_the_vocabulary(pipeline):
+    config, tokenizer = pipeline.transformer.config, pipeline.tokenizer
+    assert config.tokenizer_length == len(tokenizer) <= config.vocab_size
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert config.row_norm == pytest.approx(text_space.row_norm_for(len(tokenizer)))
+
+
+def test_one_video_in_any_form_gives_one_text(pipeline, clips):
+    expected = pipeline.caption(clips[0])
+    assert len(expected) == 1
+    for form in (clips[:1], [clips[0]], list(clips[0]), torch.from_numpy(clips[0]), [list(clips[0])]):
+        assert pipeline.caption(form) == expected
+
+
+def test_captions_do_not_depend_on_the_rest_of_the_batch(pipeline, clips):
+    together = pipeline.caption(clips, seed=[5, 6, 7])
+    assert together == pipeline.caption(clips, seed=5, batch_size=2)
+    assert together == [pipeline.caption(clip, seed=5 + i)[0] for i, clip in enumerate(clips)]
+    assert pipeline.caption(clips[0], seed=5) != pipeline.caption(clips[0], seed=6)
+
+
+def test_a_caption_equals_the_uncached_prefix_forward(pipeline, clips):
+    """The same sampling written out with the whole model at each step."""
+    model, latents = pipeline.transformer, wan.encode_frames(pipeline.vae, torch.from_numpy(clips))
+    empty = wan.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [""], 24)
+    z, guess = flow.keyed_noise([(i, "text") for i in range(3)], (20, 16)), None
+    with torch.no_grad():
+        table = model.text_space()
+        for tau, tau_next in torch.tensor([[0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]):
+            times = tau.expand(3)
+            hidden = model(latents, torch.ones(3), empty, z, times, guess, "prefix").text
+            prediction = model.read_text(hidden, z, times, table)
+            guess, z = prediction.data, flow.euler_step(z, prediction.velocity, tau, tau_next)
+        ids = text_space.nearest(z, table, len(pipeline.tokenizer))
+    assert pipeline.caption(clips) == text_space.detokenize(pipeline.tokenizer, ids)
+
+
+def test_a_caption_without_the_video_does_not_depend_on_it(pipeline, clips):
+    latents = wan.encode_frames(pipeline.vae, torch.from_numpy(clips))
+    blind = pipeline.caption_latents(latents, video_tau=0.0)
+    assert blind == pipeline.caption_latents(latents + 3, video_tau=0.0)
+    assert blind != pipeline.caption_latents(latents)
+
+
+def test_guidance_changes_what_is_said_and_drawn(pipeline, clips):
+    assert pipeline.caption(clips[0], guidance_scale=1.0) == pipeline.caption(clips[0])
+    assert pipeline.caption(clips[0], guidance_scale=3.0) != pipeline.caption(clips[0])
+    plain = pipeline.generate("a red digit", guidance_scale=1.0)
+    assert not np.array_equal(plain, pipeline.generate("a red digit", guidance_scale=4.0))
+
+
+def test_another_size_and_length_is_fitted(pipeline, clips):
+    portrait = np.repeat(np.repeat(clips[0], 3, axis=1), 2, axis=2)
+    long = np.repeat(clips[0], 5, axis=0)
+    for video in (portrait, long, clips[0][:2]):
+        assert len(pipeline.caption(video)) == 1
+    # every frame five times is the same video
+    assert pipeline.caption(long) == pipeline.caption(clips[0])
+
+
+def test_videos_are_drawn_in_the_size_that_is_asked_for(pipeline):
+    frames = pipeline.generate(["a red digit", "a blue digit"])
+    assert (frames.shape, frames.dtype) == ((2, 9, 32, 32, 3), np.uint8)
+    assert pipeline.generate("a red digit", num_frames=5, height=16, width=24).shape == (1, 5, 16, 24, 3)
+
+
+def test_a_drawing_depends_on_its_prompt_and_seed_and_not_on_its_batch(pipeline):
+    together = pipeline.generate(["a red digit", "a blue digit"], seed=3)
+    alone = pipeline.generate("a blue digit", seed=4)
+    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
+    assert not np.array_equal(alone, pipeline.generate("a blue digit", seed=5))
+    assert not np.array_equal(alone, pipeline.generate("a red digit", seed=4))
+
+
+def test_generation_sees_the_prompt_as_text_too(pipeline, monkeypatch):
+    """Eq 17: with the same condition, another embedded prompt gives another video."""
+    one = pipeline.generate("a red digit", guidance_scale=1.0)
+    tokenize = text_space.tokenize
+    monkeypatch.setattr(text_space, "tokenize", lambda t, texts, n: tokenize(t, ["moves left" for _ in texts], n))
+    assert not np.array_equal(one, pipeline.generate("a red digit", guidance_scale=1.0))
+
+
+def test_joint_gives_a_video_and_its_text_from_noise(pipeline):
+    frames, texts = pipeline.joint()
+    assert frames.shape == (1, 9, 32, 32, 3)
+    assert len(texts) == 1
+    assert isinstance(texts[0], str)
+    many, said = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=2.0)
+    assert many.shape[0] == len(said) == 2
+    assert np.abs(many[0].astype(int) - pipeline.joint(caption_guidance_scale=2.0)[0][0]).max() <= 1
+
+
+def test_what_is_saved_comes_back_and_says_the_same(pipeline, clips, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    loaded = UniViGUPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert {k: loaded.config[k] for k in SETTINGS if k in loaded.config} == {
+        k: v for k, v in SETTINGS.items() if k in pipeline.config
+    }
+    for name in ("transformer", "vae", "text_encoder"):
+        ours, theirs = getattr(pipeline, name).state_dict(), getattr(loaded, name).state_dict()
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert loaded.caption(clips) == pipeline.caption(clips)
+    difference = loaded.generate("a red digit").astype(int) - pipeline.generate("a red digit")
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("video", "says"),
+    [
+        (np.zeros((0, 32, 32, 3), np.uint8), "decode it"),
+        (np.zeros((1, 32, 32, 3), np.uint8), "single frame"),
+        (np.zeros((9, 32, 32, 4), np.uint8), "decode it"),
+        (np.zeros((9, 32, 32, 3), np.float32), "uint8"),
+        (np.zeros((9, 0, 32, 3), np.uint8), "decode it"),
+        ([np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], "of one size"),
+        ([], "no video"),
+        ("clip.mp4", "no video"),
+        (None, "no video"),
+    ],
+)
+def test_a_video_that_cannot_be_used_is_refused_in_one_sentence(pipeline, video, says):
+    with pytest.raises(BadInputError, match=says) as caught:
+        pipeline.caption(video)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ("word " * 10_000, "at most 20: shorten"),
+        ([], "isn't empty"),
+        (7, "a text"),
+        ([7], "a text"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_refused_in_one_sentence(pipeline, prompt, says):
+    with pytest.raises(BadInputError, match=says):
+        pipeline.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_frames": 8},
+        {"num_frames": -3},
+        {"num_frames": 0},
+        {"height": 30},
+        {"width": 4},
+        {"height": 320_000},
+        {"num_inference_steps": 0},
+        {"shift": 0.0},
+        {"seed": [1, 2]},
+        {"batch_size": 0},
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(pipeline, wrong):
+    with pytest.raises(BadInputError):
+        pipeline.generate("a red digit", **wrong)
+
+
+def test_a_folder_that_is_no_trained_model_is_refused(tiny_wan_folder, tmp_path):
+    with pytest.raises(MissingInputError, match="no model folder"):
+        UniViGUPipeline.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(MissingInputError, match="model_index"):
+        UniViGUPipeline.from_pretrained(tmp_path)
+    with pytest.raises(BadInputError, match="is WanPipeline, not UniViGUPipeline"):
+        UniViGUPipeline.from_pretrained(tiny_wan_folder)
+
+
+def test_a_base_that_is_incomplete_is_refused(tiny_wan_folder, tmp_path):
+    with pytest.raises(MissingInputError, match="no vae and no text_encoder"):
+        UniViGUPipeline.from_wan(tiny_wan_folder / "transformer")
+    (tmp_path / "model_index.json").write_text("[")
+    with pytest.raises(CorruptDataError):
+        UniViGUPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "UniViGUPipeline"}))
+    with pytest.raises(CorruptDataError, match="can't be loaded"):
+        UniViGUPipeline.from_pretrained(tmp_path)
+
+
+def test_importing_the_package_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, univigu; assert 'torch' not in sys.modules; assert 'UniViGUPipeline' in dir(univigu)"
+    subprocess.run([sys.executable, "-c", code], check=True)
