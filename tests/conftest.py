@@ -64,3 +64,30 @@ def tiny_wan_folder(tmp_path_factory):
         )
         pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def speaking_model(tiny_wan_folder, tmp_path_factory):
+    """The folder of an untrained Uni-ViGU whose text head is random, so that every input has an effect on its text."""
+    import torch
+    from univigu import UniViGUPipeline
+
+    folder = tmp_path_factory.mktemp("uni-vigu") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = UniViGUPipeline.from_wan(
+            tiny_wan_folder,
+            num_frames=9,
+            height=32,
+            width=32,
+            fps=8,
+            max_sequence_length=32,
+            num_inference_steps=3,
+            caption_steps=3,
+            guidance_scale=2.0,
+            text_length=48,
+            text_latent_dim=16,
+        )
+        torch.nn.init.normal_(pipeline.transformer.text_head.proj_out.weight, std=0.3)
+    pipeline.save_pretrained(folder)
+    return folder
