@@ -39,7 +39,7 @@ def register_model(step: Step) -> None:
     """Leave `registration.json` (name, version, decision, digests); the version itself lies in MLflow's registry."""
     from univigu import registry
 
-    from components.tracking import connect, flatten
+    from components.tracking import flatten, open_tracking
 
     name, metric = step["register_model"]["name"], step["register_model"]["champion_metric"]
     manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}
@@ -50,7 +50,7 @@ def register_model(step: Step) -> None:
             f"The evaluation has no score '{metric}', which decides who is champion; name one of "
             f"{', '.join(evaluation.scores)} in the profile's register_model.champion_metric."
         )
-    connect(step.root)
+    experiment = open_tracking(step.root)
     identity = {
         "univigu.model_digest": _model_digest(manifests["model"]),
         "univigu.library_digest": tree_digest([SOURCE_ROOT / "model/univigu"], relative_to=SOURCE_ROOT),
@@ -64,6 +64,7 @@ def register_model(step: Step) -> None:
         version = registry.register_version(
             step.inputs["model"] / PIPELINE,
             name,
+            experiment_id=experiment,
             card=card,
             evidence={
                 "evaluation": _copy_evaluation(step.inputs["evaluation"], step.scratch),

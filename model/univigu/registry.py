@@ -105,6 +105,7 @@ def register_version(
     pipeline: Path,
     name: str,
     *,
+    experiment_id: str,
     card: str,
     evidence: Mapping[str, Path],
     tags: Mapping[str, str],
@@ -113,7 +114,7 @@ def register_version(
     scratch: Path | None = None,
     tracking_uri: Uri = None,
 ) -> "ModelVersion":
-    """Make a new version of `name` from a pipeline's folder, and a run of its own in MLflow's current experiment.
+    """Make a new version of `name` from a pipeline's folder, and a run of its own in that experiment.
 
     card: the model card, which becomes the version's description too. evidence: folders that go into the version under
     their names, for `artifact`. tags: on the version and on the run. parameters, metrics: on the run.
@@ -128,7 +129,7 @@ def register_version(
         for title, source in {**evidence, "pipeline": pipeline}.items():
             contents[title] = Path(folder) / title  # its name inside the version is the last part of this path
             shutil.copytree(source, contents[title], copy_function=_link_or_copy)
-        with mlflow.start_run(run_name=f"register {name}", tags=dict(tags)) as run:
+        with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
             mlflow.log_params(dict(parameters))
             mlflow.log_metrics(dict(metrics))
             info = mlflow.pyfunc.log_model(
