@@ -179,7 +179,7 @@ def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[s
 def score_everything(
     benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]], made: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
-    """One row for each task and item: what is true or asked (`truth`), what was said or seen (`found`), what is right."""
+    """A row for each task and item: what is true or asked (`truth`), said or seen (`found`), and right (`correct`)."""
     from univigu.evaluation.claims import majority_values
 
     rows: list[Row] = []
