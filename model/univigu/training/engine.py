@@ -1,0 +1,158 @@
+"""How a training section of a profile becomes a DeepSpeed engine, on one CPU process or on many GPUs."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from univigu import wan
+from univigu.errors import ConfigError
+from univigu.training.data import rank_slice
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; the objective has its own configuration."""
+
+    steps: int
+    batch_size: int  # samples a step, over all processes and accumulated micro-batches
+    learning_rate: float
+    seed: int = 0
+    micro_batch_size: int | None = None  # samples a process takes at once; None: its whole share of the batch
+    warmup_steps: int = 0
+    schedule: str = "cosine"  # after the warm-up: cosine, down to zero at the end, or constant
+    betas: tuple[float, float] = (0.90, 0.95)
+    weight_decay: float = 0.0  # on matrices alone: not on norms, biases, tables
+    grad_clip: float = 1.0
+    video_lr_factor: float = 1.0  # learning rate of Wan's own weights relative to the text side's
+    zero_stage: int = 0
+    precision: str = "fp32"  # or bf16: weights and activations; the optimizer keeps fp32 either way
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    checkpoint_every: int = 100
+    heldout_every: int = 100  # and once at the end
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"Unknown schedule '{self.schedule}'; use cosine or constant.")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"Unknown precision '{self.precision}'; use fp32 or bf16.")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"There is no ZeRO stage {self.zero_stage}; use 0, 1, 2 or 3.")
+        for name in ("steps", "batch_size", "learning_rate", "checkpoint_every", "heldout_every"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)} and must be above zero; mend the profile.")
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any], seed: int) -> "TrainingConfig":
+        """The part of a profile's training section that is the loop's; other keys are left to who knows them."""
+        known = {field.name for field in fields(cls)}
+        try:
+            return cls(**{key: value for key, value in section.items() if key in known}, seed=seed)
+        except TypeError as error:
+            raise ConfigError(f"The profile's training section does not fit ({error}); mend it.") from error
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """The rate of step 1, 2, ...: linear up to `learning_rate` over the warm-up, then as `schedule` says."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps - 1) / max(config.steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(objective: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The parameters by whether they decay and whose they are: matrices decay; tables, norms and biases do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = name.removeprefix("transformer.")
+        decays = parameter.ndim > 1 and "scale_shift_table" not in key and "text_space" not in key
+        factor = 1.0 if wan.is_text_side(key) else config.video_lr_factor
+        groups.setdefault((config.weight_decay if decays else 0.0, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+
+
+def init_distributed() -> torch.device:
+    """Join the processes that torchrun started, or be the only one; returns this process's device."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
+    import deepspeed
+
+    if not cuda:
+        # else the first initialize compiles a shared-memory all-reduce for a minute and a half
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if os.environ["WORLD_SIZE"] == "1":
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # opens no port
+        else:
+            dist.init_process_group(backend)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all: rank 0 of torchrun's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
+    import deepspeed
+
+    share = rank_slice(config.batch_size, 0, world_size).stop
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        raise ConfigError(f"{share} samples a process can't be cut into micro-batches of {micro}; choose a divisor.")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, config), lr=config.learning_rate, betas=tuple(config.betas), fused=True
+    )
+    settings = {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
+        "gradient_clipping": 0.0 if _clips_itself(config) else config.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 2**31,
+    }
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _clips_itself(config: TrainingConfig) -> bool:
+    """In plain fp32 the engine clips but does not tell the norm, so the loop clips."""
+    return config.zero_stage == 0 and config.precision == "fp32"
+
+
+def clip_gradients(engine: Any, config: TrainingConfig) -> float | None:
+    if not _clips_itself(config):
+        return None
+    return float(nn.utils.clip_grad_norm_(engine.module.parameters(), config.grad_clip))
+
+
+def gather_weights(engine: Any, objective: nn.Module) -> None:
+    """Put the whole fp32 weights back into `objective` on rank 0, wherever ZeRO and bf16 had left them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for parameter in objective.parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if full is not None and dist.get_rank() == 0:
+            parameter.data = full.detach().cpu().clone()

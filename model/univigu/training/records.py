@@ -1,0 +1,131 @@
+"""What a training run leaves to look at: curves, held-out evaluations, a line every few seconds."""
+
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from univigu.training.checkpoints import write_json
+from univigu.training.engine import TrainingConfig
+
+LINE_EVERY_S = 5.0
+_MEAN_OVER = {  # what each part of the loss is a mean over, where not over all samples
+    "video_mse": "video_samples",
+    "text_mse": "text_samples",
+    "text_ce": "text_samples",
+    "token_accuracy": "text_samples",
+}
+
+
+class StepSums:
+    """A step's metrics, summed over micro-batches and processes: each is a mean over the samples that have it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, out: Mapping[str, Tensor], samples: int) -> None:
+        for name, value in out.items():
+            value = value.detach().double()
+            if not name.endswith("_samples"):
+                value = value * (out[_MEAN_OVER[name]] if name in _MEAN_OVER else samples)
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums["samples"] = self.sums.get("samples", 0.0) + torch.tensor(samples, dtype=torch.float64)
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name].cpu() for name in names]).to(device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values)
+        totals = dict(zip(names, values.tolist(), strict=True))
+        counts = {name: totals[_MEAN_OVER.get(name, "samples")] for name in names if not name.endswith("samples")}
+        return {name: totals[name] / count for name, count in counts.items() if count}
+
+
+class Curves:
+    """A CSV of (step, metric, ...), appended row by row; rows after the resumed step are forgotten."""
+
+    FIELDS = ("step", "loss", *_MEAN_OVER, "grad_norm", "learning_rate")
+
+    def __init__(self, path: Path, resumed: int) -> None:
+        self.path, self.resumed = path, resumed
+
+    def add(self, step: int, row: Mapping[str, float]) -> None:
+        if step == self.resumed + 1:
+            self._begin()
+        self._write("a", [{"step": step, **{name: f"{row[name]:.6g}" for name in self.FIELDS if name in row}}])
+
+    def _begin(self) -> None:
+        rows: list[dict[str, str]] = []
+        if self.resumed and self.path.is_file():
+            with self.path.open(encoding="utf-8", newline="") as stream:
+                rows = list(csv.DictReader(stream))[: self.resumed]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(",".join(self.FIELDS) + "\n", encoding="utf-8")
+        self._write("a", rows)
+
+    def _write(self, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self.path.open(mode, encoding="utf-8", newline="") as stream:
+            csv.DictWriter(stream, self.FIELDS, lineterminator="\n").writerows(rows)
+
+
+class Evaluations:
+    """What the held-out evaluations said: ``evaluations.json`` all of it, ``heldout.json`` the newest, and
+    ``heldout.csv`` a row a (step, bin of tau). Those from after the resumed step are forgotten."""
+
+    def __init__(self, folder: Path, resumed: int) -> None:
+        self.folder = folder
+        past = folder / "evaluations.json"
+        done = json.loads(past.read_text(encoding="utf-8")) if resumed and past.is_file() else []
+        self.all = [scores for scores in done if scores["step"] <= resumed]
+
+    def add(self, step: int, scores: Mapping[str, Any]) -> None:
+        self.all.append({"step": step, **scores})
+        write_json(self.folder / "evaluations.json", self.all)
+        write_json(self.folder / "heldout.json", self.all[-1])
+        names = [name for name, value in scores.items() if isinstance(value, list)]
+        with (self.folder / "heldout.csv").open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["step", *names])
+            for past in self.all:
+                for values in zip(*(past[name] for name in names), strict=True):
+                    writer.writerow([past["step"], *(f"{value:.6g}" for value in values)])
+
+
+def heldout_summary(scores: Mapping[str, Any]) -> dict[str, float]:
+    """One number for each held-out metric: the mean over bins of tau."""
+    means = {
+        name: sum(value) / len(value) for name, value in scores.items() if isinstance(value, list) and name != "tau"
+    }
+    return {**means, "video_gain": scores["video_gain"]}
+
+
+class ProgressLine:
+    """One line every few seconds: where training stands, how fast it is, when it will be done."""
+
+    def __init__(self, first: int, config: TrainingConfig) -> None:
+        self.first, self.config = first, config
+        self.started = time.monotonic()
+        self.shown = -math.inf
+
+    def samples_per_second(self, step: int) -> float:
+        return (step - self.first) * self.config.batch_size / max(time.monotonic() - self.started, 1e-9)
+
+    def show(self, step: int, row: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self.shown < LINE_EVERY_S and step < self.config.steps:
+            return
+        self.shown = now
+        left = (self.config.steps - step) * self.config.batch_size / self.samples_per_second(step)
+        parts = " ".join(f"{name} {value:.4g}" for name, value in row.items())
+        print(
+            f"step {step}/{self.config.steps} {parts} {self.samples_per_second(step):.1f} samples/s {left:.0f} s left",
+            file=sys.stderr,
+        )

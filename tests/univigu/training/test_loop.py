@@ -1,0 +1,169 @@
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from univigu.errors import ConfigError, PreemptedError
+from univigu.training import checkpoints
+from univigu.training.engine import TrainingConfig, learning_rate, parameter_groups
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+spec = importlib.util.spec_from_file_location("tiny_run", SCRIPT)
+tiny_run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder and the weights of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, tiny_run.run(folder)
+
+
+def assert_same_run(folder, weights, whole_run):
+    whole_folder, whole_weights = whole_run
+    assert all(torch.equal(weights[name], whole_weights[name]) for name in whole_weights)
+    for name in ("curves.csv", "heldout.json", "heldout.csv"):
+        assert (folder / name).read_bytes() == (whole_folder / name).read_bytes()
+
+
+def read_losses(folder):
+    with (folder / "curves.csv").open(newline="") as stream:
+        return [float(row["loss"]) for row in csv.DictReader(stream)]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole_run):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "{}", "5"]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "checkpoints" / "latest").read_text())["step"] == 3
+    steps = []
+    weights = tiny_run.run(tmp_path, lambda step, metrics: steps.append(step))
+    assert steps[0] == 4
+    assert_same_run(tmp_path, weights, whole_run)
+
+
+def test_a_run_told_to_stop_saves_the_step_it_is_in_and_can_be_resumed(tmp_path, whole_run):
+    def stop(step, metrics):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="saved step 5 of 8") as stopped:
+        tiny_run.run(tmp_path, stop)
+    assert stopped.value.exit_code == 81
+    assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
+
+
+def test_stopping_between_micro_batches_keeps_the_last_whole_step(tmp_path):
+    settings = {"micro_batch_size": 4, "steps": 4, "checkpoint_every": 9}
+    whole = tiny_run.run(tmp_path / "whole", **settings)
+
+    passes = []
+
+    def stop_in_the_second_step(*_):
+        passes.append(1)
+        if len(passes) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="saved step 1 of 4"):
+        tiny_run.run(tmp_path / "cut", before_forward=stop_in_the_second_step, **settings)
+    resumed = tiny_run.run(tmp_path / "cut", **settings)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsys):
+    with pytest.raises(PreemptedError):
+        tiny_run.run(tmp_path, lambda step, metrics: step == 7 and os.kill(os.getpid(), signal.SIGTERM))
+    saved = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert [path.name for path in saved] == ["step-00000006", "step-00000007"]
+    weights = saved[1] / "mp_rank_00_model_states.pt"
+    weights.write_bytes(weights.read_bytes()[:-100] + b"x" * 100)
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == saved[0]
+    assert "damaged" in capsys.readouterr().err
+    assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
+
+
+def test_without_a_good_checkpoint_training_begins_again(tmp_path, whole_run):
+    with pytest.raises(PreemptedError):
+        tiny_run.run(tmp_path, lambda step, metrics: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    for manifest in (tmp_path / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
+
+
+def test_two_processes_follow_the_curve_of_one(tmp_path, whole_run):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(tmp_path), "{}"], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
+    one, two = (json.loads((folder / "heldout.json").read_text()) for folder in (whole_run[0], tmp_path))
+    assert two["samples"] == one["samples"] == 4
+    assert two["text_ce"] == pytest.approx(one["text_ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"micro_batch_size": 2}])
+def test_the_way_of_computing_does_not_change_the_curve(tmp_path, whole_run, settings):
+    weights = tiny_run.run(tmp_path, **settings)
+    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
+
+
+def test_in_bf16_the_curve_is_near_and_the_weights_that_are_left_are_fp32(tmp_path, whole_run):
+    weights = tiny_run.run(tmp_path, precision="bf16", zero_stage=1)
+    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=0.1)
+    assert weights["blocks.0.ffn.net.2.weight"].dtype == torch.float32
+
+
+def test_training_learns_what_it_is_shown(tmp_path):
+    few = slice(0, 4)
+    settings = {"steps": 80, "checkpoint_every": 100, "heldout_every": 20, "learning_rate": 1e-2}
+    tiny_run.run(tmp_path, parts=(few, few), **settings)
+    evaluations = json.loads((tmp_path / "evaluations.json").read_text())
+    assert [scores["step"] for scores in evaluations] == [20, 40, 60, 80]
+    for name in ("text_ce", "video_mse"):
+        first, last = (sum(scores[name]) for scores in (evaluations[0], evaluations[-1]))
+        assert last < 0.97 * first, name
+    assert evaluations[-1]["video_gain"] > 0
+
+
+def test_the_learning_rate_warms_up_and_comes_down():
+    config = TrainingConfig(steps=110, batch_size=1, learning_rate=1.0, warmup_steps=10)
+    rates = [learning_rate(step, config) for step in range(1, 111)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+    constant = TrainingConfig(steps=110, batch_size=1, learning_rate=1.0, warmup_steps=10, schedule="constant")
+    assert learning_rate(110, constant) == 1.0
+
+
+def test_tables_norms_and_biases_do_not_decay_and_the_video_side_has_its_own_rate(tmp_path):
+    objective = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0])
+    config = TrainingConfig(steps=1, batch_size=1, learning_rate=1.0, weight_decay=0.1, video_lr_factor=0.5)
+    found = {
+        id(p): (g["weight_decay"], g["lr_factor"]) for g in parameter_groups(objective, config) for p in g["params"]
+    }
+    named = {name: found[id(parameter)] for name, parameter in objective.transformer.named_parameters()}
+    assert named["blocks.0.ffn.net.2.weight"] == (0.1, 0.5)
+    assert named["blocks.0.ffn_text.net.2.weight"] == (0.1, 1.0)
+    assert named["blocks.0.ffn_text.net.2.bias"] == (0.0, 1.0)
+    assert named["text_space.weight"] == (0.0, 1.0)
+    assert named["blocks.0.scale_shift_table"] == (0.0, 0.5)
+    assert named["blocks.0.attn1.norm_q.weight"] == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"schedule": "steps"}, {"precision": "fp8"}, {"zero_stage": 4}, {"steps": 0}, {"learning_rate": 0.0}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        TrainingConfig(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **wrong})

@@ -1,0 +1,96 @@
+"""A training run of seconds, on random latents: imported by tests, and started by them as a process of its own.
+
+    python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP]
+
+With STEP the process kills itself (SIGKILL) once it has done that step.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
+from univigu.training.data import (
+    EMPTY_PROMPT,
+    LatentDataset,
+    SampleRef,
+    inverse_document_frequency,
+    write_empty_prompt,
+    write_latents,
+)
+from univigu.training.engine import TrainingConfig
+from univigu.training.loop import train
+
+VOCABULARY, LENGTH = 23, 10
+SETTINGS = {
+    "steps": 8,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "warmup_steps": 2,
+    "weight_decay": 0.01,
+    "checkpoint_every": 3,
+    "heldout_every": 4,
+}
+
+
+def open_data(folder: Path, train=slice(0, 20), heldout=slice(20, 24)) -> tuple[LatentDataset, LatentDataset]:
+    """20 samples to train on and 4 held out, the same whenever and wherever they are made."""
+    shard = folder / "latents.safetensors"
+    if not shard.is_file():
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(2, VOCABULARY, (24, LENGTH), generator=generator)
+        ids[:, 7], ids[:, 8:] = 1, 0
+        prompts = [torch.randn(3, 16, generator=generator) for _ in range(24)]
+        latents = torch.randn(24, 4, 2, 4, 4, generator=generator)
+        write_latents(shard, latents=latents, prompt_embeds=prompts, prompt_ids=ids, target_ids=ids)
+        write_empty_prompt(folder, torch.randn(1, 16, generator=generator))
+    refs = [SampleRef(f"sample-{row}", shard, row) for row in range(24)]
+    return tuple(LatentDataset(part, folder / EMPTY_PROMPT, prompt_length=4) for part in (refs[train], refs[heldout]))
+
+
+def make_objective(dataset: LatentDataset) -> TrainingObjective:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UniViGUTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=64,
+            text_latent_dim=8,
+            vocab_size=VOCABULARY,
+            tokenizer_length=VOCABULARY,
+            text_length=LENGTH,
+        )
+    weights = inverse_document_frequency(dataset.target_ids, VOCABULARY, 0)
+    return TrainingObjective(model, ObjectiveConfig(), weights)
+
+
+def nothing(*_) -> None: ...
+
+
+def run(folder: Path, report=nothing, before_forward=nothing, parts=(), **settings) -> dict[str, torch.Tensor]:
+    """Train below `folder`, going on where a run there stopped; returns the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset, heldout = open_data(folder, *parts)
+    objective = make_objective(dataset)
+    objective.register_forward_pre_hook(before_forward)
+    train(objective, dataset, heldout, TrainingConfig(**{**SETTINGS, **settings}), folder, report)
+    return {name: tensor.clone() for name, tensor in objective.transformer.state_dict().items()}
+
+
+if __name__ == "__main__":
+    last = int(sys.argv[3]) if len(sys.argv) > 3 else None
+
+    def kill_after_step(step, metrics):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(Path(sys.argv[1]), kill_after_step, **json.loads(sys.argv[2]))
