@@ -229,13 +229,18 @@ def text_losses(
     else:
         loss = config.text_weight * parts["text_mse"]
     if prediction.logits is not None:
-        ce = F.cross_entropy(prediction.logits.transpose(1, 2), s.ids, reduction="none")
+        ce = cross_entropy(prediction.logits, s.ids)
         parts["text_ce"] = ce.mean(1)
         if config.form == "weighted":
             weights = torch.ones_like(ce) if config.ce_weighting == "uniform" else token_weights[s.ids]
             loss = loss + config.ce_weight * (ce * weights).sum(1) / weights.sum(1)
     parts["token_accuracy"] = token_accuracy(prediction, s.ids, table, model)
     return loss, parts
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log p of each token: logits (B, N, V), ids (B, N) to (B, N)."""
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").unflatten(0, ids.shape)
 
 
 @torch.no_grad()
@@ -353,7 +358,7 @@ def evaluate_heldout(
                 errors = prediction.velocity - flow.velocity(text_noise, text_data)
                 add("text_mse", i, errors.square().flatten(1).mean(1))
                 if prediction.logits is not None:
-                    ce = F.cross_entropy(prediction.logits.transpose(1, 2), ids, reduction="none")
+                    ce = cross_entropy(prediction.logits, ids)
                     add("text_ce", i, ce.mean(1))
             z = flow.interpolate(video_noise, latents, tau)
             video = model(z, tau, batch["prompt_embeds"], prompt, ones).video.float()

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import flow, text_space, wan
-from .errors import BadInputError, CorruptDataError, MissingInputError
+from .errors import BadInputError, MissingInputError
 from .transformer import UniViGUTransformer3DModel
 from .video import fit_frames
 
@@ -84,8 +83,11 @@ class UniViGUPipeline(DiffusionPipeline):
         ]
         if missing:
             raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a whole checkpoint folder.")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        with wan.reading(source):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
+            vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True)
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         wan.check_text_encoder(text_encoder)
         defaults = {k: settings.pop(k) for k in list(settings) if k in inspect.signature(cls.__init__).parameters}
         vocabulary = {
@@ -93,14 +95,8 @@ class UniViGUPipeline(DiffusionPipeline):
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        return cls(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-            transformer=UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | settings)),
-            **defaults,
-        )
+        transformer = UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | settings))
+        return cls(tokenizer, text_encoder, vae, scheduler, transformer, **defaults)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UniViGUPipeline":
@@ -112,13 +108,8 @@ class UniViGUPipeline(DiffusionPipeline):
         name = wan.read_json(folder / "model_index.json").get("_class_name")
         if name != cls.__name__:
             raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU.")
-        try:
-            pipeline = super().from_pretrained(folder, **kwargs)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CorruptDataError(
-                f"{source} can't be loaded ({reason}): download or train the model again."
-            ) from error
+        with wan.reading(source):
+            pipeline = super().from_pretrained(folder, **({"use_safetensors": True} | kwargs))
         wan.check_text_encoder(pipeline.text_encoder)
         return pipeline
 

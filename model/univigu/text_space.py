@@ -82,9 +82,7 @@ def embed(ids: Tensor, table: Tensor) -> Tensor:
 def similarity(z: Tensor, table: Tensor, tokenizer_length: int) -> Tensor:
     """z . E_k for every token: (B, N, V), with -inf for the rows that the tokenizer doesn't use."""
     scores = z.float() @ table.T
-    if tokenizer_length < len(table):
-        unused = torch.arange(len(table), device=scores.device) >= tokenizer_length
-        scores = scores.masked_fill(unused, -torch.inf)
+    scores[..., tokenizer_length:] = -torch.inf
     return scores
 
 

@@ -382,7 +382,11 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             base = source
         else:
             folder = wan.transformer_folder(source)
-            base = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
+            with wan.reading(source):
+                base, found = WanTransformer3DModel.from_pretrained(
+                    folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                )
+            wan.check_keys(found["missing_keys"], found["unexpected_keys"])
             rows = wan.token_rows(folder.parent)
         if rows is not None:
             text_config = {"vocab_size": len(rows), "tokenizer_length": len(rows)} | text_config

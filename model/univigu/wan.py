@@ -6,11 +6,13 @@ writes tau = 1 - sigma and predicts data - noise, so u = -model_out at t = 1000 
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import BadInputError, CorruptDataError, MissingInputError
@@ -181,6 +183,16 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CorruptDataError(f"{path} can't be read as JSON ({error}): download or build the model again.") from error
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Say in one sentence what a loader of weights stumbled over; our own errors pass."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CorruptDataError(f"{source} can't be loaded ({reason}): get or build the model again.") from error
 
 
 def token_rows(folder: Path) -> Tensor | None:
