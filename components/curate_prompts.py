@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ BATCH = 1024  # rows that go through the tokenizer together
 LONGEST_LINE = 1 << 20  # bytes; a longer line is one broken row, and is never held whole
 CHARACTERS_PER_TOKEN = 64  # a text longer than this, times the most tokens allowed, is not looked at any closer
 WITHHELD = "[withheld]"  # stands for personal data in the quarantine: the raw file has it, and no copy is needed
+LONG_TEXT = 48  # features: in anything shorter a single word can be all that sets two prompts apart
 MINHASH_PERMUTATIONS = 128
 RECALL_WEIGHT = 0.98  # candidates are verified exactly, so the index may err on the side of too many
 
@@ -182,45 +184,63 @@ def _token_reason(ids: list[int], unknown: int | None, allowed: tuple[int, int])
 
 
 class Duplicates:
-    """The texts seen so far: exact ones by id, near ones by MinHash LSH, each candidate verified by exact Jaccard.
+    """The texts seen so far: exact ones by id, near ones by what they say.
 
-    `threshold` is the Jaccard of `content_features` from which a text counts as a near-duplicate of an earlier one.
+    Texts that say the same up to case, punctuation and stop words, or up to the order of phrases, are found in a table.
+    Longer ones that differ a little are candidates of a MinHash LSH, each verified by exact Jaccard of their features,
+    of which `threshold` makes a near-duplicate.
     """
 
     def __init__(self, threshold: float) -> None:
-        from datasketch import MinHashLSH
-
         if not 0 < threshold <= 1:
             raise ConfigError(f"'near_duplicate_jaccard' is {threshold}, and must lie above 0 and not above 1.")
         self.threshold = threshold
-        weights = (1 - RECALL_WEIGHT, RECALL_WEIGHT)
-        self.index = MinHashLSH(min(threshold, 0.99), MINHASH_PERMUTATIONS, weights=weights)
         self.features: dict[str, frozenset[bytes]] = {}
         self.seen: set[str] = set()
-        self.same: dict[bytes, str] = {}  # digest of all features -> id: most near-duplicates need no MinHash
+        self.same: dict[bytes, str] = {}  # digest of what a text says -> id
+
+    @cached_property
+    def index(self) -> Any:
+        """The LSH, tuned for the threshold when the first long text asks for it."""
+        from datasketch import MinHashLSH
+
+        weights = (1 - RECALL_WEIGHT, RECALL_WEIGHT)
+        return MinHashLSH(min(self.threshold, 0.99), MINHASH_PERMUTATIONS, weights=weights)
 
     def add(self, text_id: str, text: str) -> tuple[str, str]:
         """Remember a text unless it is a duplicate; returns the reason and what it is like, or two empty strings."""
-        from datasketch import MinHash
-
         if text_id in self.seen:
             return "exact_duplicate", f"same text as {text_id}"
         self.seen.add(text_id)
-        words = sorted(filters.content_features(text))
-        digest = hashlib.blake2b("\n".join(words).encode(), digest_size=16).digest()
-        if like := self.same.get(digest):
-            return "near_duplicate", f"of {like}, Jaccard 1.00"
-        features = frozenset(hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
+        phrases = filters.content_phrases(text)
+        features = filters.content_features(phrases)
+        in_order = " ".join(word for phrase in phrases for word in phrase)
+        keys = [_digest(in_order, 16), _digest("\n".join(sorted(features)), 16)]
+        if like := next((self.same[key] for key in keys if key in self.same), ""):
+            return "near_duplicate", f"says the same as {like}"
+        if len(features) >= LONG_TEXT and (found := self._find_alike(text_id, features)):
+            return "near_duplicate", found
+        self.same.update(dict.fromkeys(keys, text_id))
+        return "", ""
+
+    def _find_alike(self, text_id: str, words: frozenset[str]) -> str:
+        """Names the earlier long text that is most alike, if it is alike enough; remembers this one otherwise."""
+        from datasketch import MinHash
+
+        features = frozenset(_digest(word, 8) for word in words)
         minhash = MinHash(MINHASH_PERMUTATIONS, seed=1)
         minhash.update_batch(features)
         likeness = {other: jaccard(features, self.features[other]) for other in self.index.query(minhash)}
         like = max(sorted(likeness), key=likeness.__getitem__, default="")
         if like and likeness[like] >= self.threshold:
-            return "near_duplicate", f"of {like}, Jaccard {likeness[like]:.2f}"
+            return f"like {like}, Jaccard {likeness[like]:.2f}"
         self.index.insert(text_id, minhash, check_duplication=False)
         self.features[text_id] = features
-        self.same[digest] = text_id
-        return "", ""
+        return ""
+
+
+def _digest(text: str, size: int) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def jaccard(left: frozenset[Any], right: frozenset[Any]) -> float:

@@ -45,6 +45,8 @@ def run_gate(name: str, frame: Any, suite: Sequence[Any], docs: Path, min_rows: 
     the quarantine, where an expectation without a `reason` fails, and where one raised, was not run, or did not look
     at every row. `docs` is replaced by the pages of the last run.
     """
+    if not suite:
+        raise GateFailedError(f"The gate '{name}' expects nothing of its table, so it can't vouch for it; {remedy}.")
     _require_rows(name, frame, min_rows, "holds", remedy)
     results = _validate(name, frame, suite, docs)
     report = sorted((_figures(result) for result in results), key=lambda figures: figures["expectation"])
@@ -94,22 +96,21 @@ def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> list[A
     """Run the suite in an ephemeral context and write its pages; returns one result for each expectation that ran."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.data_context.types import base
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
-    for site in list(context.get_config().data_docs_sites or {}):
-        context.delete_data_docs_site(site)
     shutil.rmtree(docs, ignore_errors=True)
-    store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)}
-    context.add_data_docs_site(
-        "docs",
-        {
-            "class_name": "SiteBuilder",
-            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-            "store_backend": store,
-        },
+    site = {
+        "class_name": "SiteBuilder",
+        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
+    }
+    config = base.DataContextConfig(
+        store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+        data_docs_sites={"docs": site},
+        progress_bars=base.ProgressBarsConfig(globally=False, metric_calculations=False),
+        analytics_enabled=False,
     )
+    context = gx.get_context(mode="ephemeral", project_config=config)
     batches = (
         context.data_sources.add_pandas("memory").add_dataframe_asset(name).add_batch_definition_whole_dataframe(name)
     )

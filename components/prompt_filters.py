@@ -1,7 +1,7 @@
 """What makes a raw prompt usable: repair, and the tests that reject one. Pure functions of a text.
 
 Each test answers with an empty string where the text passes, and otherwise with what was seen. Near-duplicates are
-compared by `content_features`; language by py3langid, which is small, offline, and right on very short prompts.
+compared by `content_phrases`; language by py3langid, which is small, offline, and right on very short prompts.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 UNDECIDED = "und"  # ISO 639's word for a language that can't be told
@@ -183,31 +184,37 @@ def _grammar() -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     return frozenset(lists["stop_words"]), frozenset(lists["determiners"]), frozenset(lists["prepositions"])
 
 
-def content_features(text: str) -> frozenset[str]:
-    """What a prompt says, for Jaccard: content words, and neighbouring pairs of them inside a phrase.
+def content_phrases(text: str) -> list[list[str]]:
+    """The content words of a text, in phrases: what is left without case, punctuation and stop words.
 
-    Case, punctuation, stop words and the order of phrases don't count. A preposition is joined to the word after it,
-    and pairs never cross a phrase, so "a dog bites a man" and "a man bites a dog" differ, while "on grass, a red car"
-    is "A red car on the grass!". One changed content word costs up to three features: at a Jaccard of 0.9 only prompts
-    of twenty content words and more may differ by one. A text of nothing but stop words keeps them.
+    Punctuation, articles and prepositions open a new phrase; a preposition is joined to the word after it, because it
+    decides that word's role ("from:left" and "to:left" are not alike). A text of nothing but stop words keeps itself.
     """
     stop_words, determiners, prepositions = _grammar()
-    seen: Counter[str] = Counter()
-    features = []
-    before = preposition = ""
+    phrases: list[list[str]] = [[]]
+    preposition = ""
     for word in _WORD.findall(text.casefold()):
         if word in stop_words:
             continue
-        if word in determiners or not word[0].isalnum():
-            before = ""
-        elif word in prepositions:
-            before, preposition = "", f"{word}:"
+        if word in determiners or word in prepositions or not word[0].isalnum():
+            phrases.append([])
+            preposition = f"{word}:" if word in prepositions else preposition
         else:
-            word, preposition = preposition + word, ""
-            seen[word] += 1
-            features.append(f"{word}#{seen[word]}")
-            if before:
-                seen[pair := f"{before} {word}"] += 1
-                features.append(f"{pair}#{seen[pair]}")
-            before = word
-    return frozenset(features or [f"={text.casefold()}"])
+            phrases[-1].append(preposition + word)
+            preposition = ""
+    return [phrase for phrase in phrases if phrase] or [[text.casefold()]]
+
+
+def content_features(phrases: Sequence[Sequence[str]]) -> frozenset[str]:
+    """Features of phrases for Jaccard: every word, and every two neighbours in a phrase; a repeated one is another.
+
+    So the order of phrases does not count while the order in a phrase does: "on grass, a red car" is "a red car on
+    grass", and "a dog bites a man" is not "a man bites a dog".
+    """
+    seen: Counter[str] = Counter()
+    features = []
+    for phrase in phrases:
+        for feature in (*phrase, *(f"{left} {right}" for left, right in pairwise(phrase))):
+            seen[feature] += 1
+            features.append(f"{feature}#{seen[feature]}")
+    return frozenset(features)

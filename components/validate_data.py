@@ -39,14 +39,14 @@ def validate_prompts(step: Step) -> None:
         *_table_contract(gx, "prompts", ["counted_tokens", "text_id"]),
         *_never_null(gx, SCHEMAS["prompts"].names),
         gx.ExpectColumnPairValuesToBeEqual(column_A="id", column_B="text_id", meta={"reason": "id_mismatch"}),
+        gx.ExpectColumnValuesToNotMatchRegex(
+            column="text", regex=r"[\x00-\x1f\x7f]", meta={"reason": "control_characters"}
+        ),
         gx.ExpectColumnValuesToBeBetween(
             column="counted_tokens", min_value=fewest, max_value=most, meta={"reason": "token_range"}
         ),
         gx.ExpectColumnPairValuesToBeEqual(
             column_A="n_tokens", column_B="counted_tokens", meta={"reason": "token_count"}
-        ),
-        gx.ExpectColumnValuesToNotMatchRegex(
-            column="text", regex=r"[\x00-\x1f\x7f]", meta={"reason": "control_characters"}
         ),
         gx.ExpectColumnValueLengthsToBeBetween(column="source", min_value=1, meta={"reason": "no_source"}),
         _one_of(gx, "licence", curation["licences"]),
@@ -100,7 +100,7 @@ def validate_pairs(step: Step) -> None:
     clips = step.read("clips", "clips").to_pylist()
     captions = step.read("captions", "captions")
     rows = join_captions(clips, captions.to_pylist())
-    failed = [row for row in rows if row["stage"] == 2 and row["status"] not in ("success", None)]
+    failed = [row for row in rows if row["stage"] == 2 and row["status"] in ("truncated", "blocked", "error")]
     step.facts["without_caption"] = {
         status: sum(row["status"] == status for row in failed) for status in sorted({row["status"] for row in failed})
     }
