@@ -1,0 +1,236 @@
+"""Registration: once a model, a champion that earned it, tags that lead back, and a pull that needs no checkout."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from univigu import registry
+from univigu.errors import BadInputError
+from univigu.video import decode_mp4, encode_mp4
+
+from components.evaluate_model import summarise_rows
+from components.pipeline.digests import file_digest, json_digest, tree_files
+from components.pipeline.runner import MANIFEST, run_stage
+from components.pipeline.stages import find_stage
+from components.pipeline.tables import write_table
+from components.tracking import start_run, tracking_uri
+from components.train_stage import model_digest
+
+TASKS = ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
+HELDOUT = range(20)
+
+
+def commit(root, step, inputs):
+    """Write the manifest of what lies in a step's folder, made from earlier steps' (or sources') digests."""
+    home = root / find_stage(step).home
+    (home / MANIFEST).unlink(missing_ok=True)
+    files = {
+        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        for file in tree_files(home)
+    }
+    manifest = {
+        "step": step,
+        "digest": json_digest({name: facts["sha256"] for name, facts in files.items()}),
+        "inputs": inputs,
+        "parameters": {"seed": 0, step.replace("-", "_"): {"size": 4, "tasks": {"joint": 0.5}}},
+        "files": files,
+    }
+    (home / MANIFEST).write_text(json.dumps(manifest))
+    return manifest["digest"]
+
+
+class World:
+    """A work root whose earlier steps are finished, and what a test may change in it."""
+
+    def __init__(self, root, model):
+        self.root = root
+        self.digests = {"base": "b" * 64, "pairs": "c" * 64}
+        shutil.copytree(model, root / "data/stage2/model")
+        prompts, latents = root / "data/curated", root / "data/latents"
+        prompts.mkdir(parents=True)
+        latents.mkdir(parents=True)
+        row = {"id": "p0", "text": "a red seven", "source": "hand|written", "licence": "CC0-1.0", "language": "en"}
+        write_table(prompts, "prompts", [row, {**row, "id": "p1"}])
+        row = {"id": "c0", "stage": 2, "split": "train", "frames": 9, "height": 32, "width": 32}
+        write_table(latents, "latents", [row])
+        self.digests["prompts"] = commit(root, "curate-prompts", {"raw": "a" * 64, "base": self.digests["base"]})
+        inputs = {"clips": "d" * 64, "pairs": self.digests["pairs"], "base": self.digests["base"]}
+        self.digests["latents"] = commit(root, "encode-latents", inputs)
+        self.train("first")
+
+    def train(self, weights):
+        """Another model: `weights` is a word that its bytes depend on."""
+        (self.root / "data/stage2/model/scheduler/trained.txt").write_text(weights)
+        inputs = {"latents": self.digests["latents"], "model": "e" * 64}
+        self.digests["stage2"] = commit(self.root, "train-stage-2", inputs)
+        self.evaluate(10)
+
+    def evaluate(self, right, items=HELDOUT):
+        """An evaluation in which the first `right` of the items are captioned rightly, on each attribute."""
+        home = self.root / "reports"
+        home.mkdir(exist_ok=True)
+        rows = [
+            {
+                "task": task,
+                "clip_id": f"heldout-{item:03d}",
+                "truth": "{}",
+                "correct": json.dumps({"colour": item < right, "digit": item < right // 2}),
+                "open_attributes": ["colour"] if task.startswith("joint") else [],
+            }
+            for task in (*TASKS, "joint", "joint_shuffled")
+            for item in items
+        ]
+        write_table(home, "items", rows)
+        (home / "metrics.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+        names = ("prompts", "pairs", "stage2", "base")
+        commit(self.root, "evaluate-model", {name: self.digests[name] for name in names})
+
+    def register(self, name, metric="captions.mean"):
+        run_stage("register-model", {"register_model": {"name": name, "champion_metric": metric}}, self.root)
+        return json.loads((self.root / "data/registered/registration.json").read_text())
+
+    def version(self, name, alias):
+        found = registry.version_at(name, alias, tracking_uri(self.root))
+        return found and int(found.version)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, speaking_model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield World(tmp_path_factory.mktemp("root"), speaking_model)
+
+
+def test_the_first_version_is_champion_and_says_where_it_came_from(world):
+    import mlflow
+
+    tags = {"univigu.stage": "train-stage-2", "univigu.dataset_digest": world.digests["latents"]}
+    with start_run(world.root, "train-stage-2", parameters={}, tags=tags, datasets={}) as run:
+        run.set_tags({"univigu.model_digest": model_digest(world.root / "data/stage2")})
+    facts = world.register("whence")
+
+    assert (facts["version"], world.version("whence", "champion"), world.version("whence", "candidate")) == (1, 1, 1)
+    version = registry.version_at("whence", "champion", tracking_uri(world.root))
+    lineage = {"curate-prompts": "prompts", "encode-latents": "latents", "train-stage-2": "stage2", "base": "base"}
+    for step, name in lineage.items():
+        assert version.tags[f"univigu.digest.{step}"] == world.digests[name]
+    assert version.tags["univigu.dataset_digest"] == world.digests["latents"]
+    assert version.tags["univigu.run.train-stage-2"] == run.run_id
+    for text in (world.digests["latents"], "hand/written | CC0-1.0 | 2", "captions.mean | 0.375", run.run_id, "seed 0"):
+        assert text in version.description
+    own = mlflow.get_run(version.run_id).data
+    assert own.metrics["captions.mean"] == 0.375
+    assert own.params["train-stage-2.train_stage_2.tasks.joint"] == "0.5"
+    assert own.tags["univigu.model_digest"] == facts["model_digest"]
+
+
+def test_the_same_model_is_registered_once(world):
+    first = world.register("once")
+    again = world.register("once")
+    assert again == first
+    assert registry.version_with("once", {"univigu.model_digest": first["model_digest"]}).version == 1
+
+
+def test_champion_is_who_beats_the_champion_on_the_same_items(world):
+    world.register("contest")
+    world.train("worse")
+    world.evaluate(8)
+    assert "candidate, with captions.mean 0.300 against version 1's 0.375" in world.register("contest")["decision"]
+    assert (world.version("contest", "champion"), world.version("contest", "candidate")) == (1, 2)
+    world.train("equal")
+    world.register("contest")
+    assert (world.version("contest", "champion"), world.version("contest", "candidate")) == (1, 3)
+    world.train("better")
+    world.evaluate(12)
+    assert world.register("contest")["decision"].startswith("champion, with captions.mean 0.450")
+    assert (world.version("contest", "champion"), world.version("contest", "candidate")) == (4, 4)
+
+
+def test_a_champion_measured_on_fewer_items_is_met_on_those(world):
+    world.train("quick")
+    world.evaluate(2, items=range(4))
+    assert world.register("quick")["champion_metric"]["value"] == 0.375
+    world.train("whole")
+    world.evaluate(4)  # 0.15 over all 20 items, but 0.75 on the champion's four
+    assert "0.750 against version 1's 0.375 on the same 4" in world.register("quick")["decision"]
+    world.train("quick again")
+    world.evaluate(4, items=range(4))
+    assert "not measured on the same held-out items" in world.register("quick")["decision"]
+    assert (world.version("quick", "champion"), world.version("quick", "candidate")) == (2, 3)
+
+
+def test_an_evaluation_of_another_model_is_refused(world):
+    world.train("evaluated")
+    (world.root / "data/stage2/model/scheduler/trained.txt").write_text("another")
+    commit(world.root, "train-stage-2", {"latents": world.digests["latents"], "model": "e" * 64})
+    with pytest.raises(BadInputError, match="different outputs of 'train-stage-2'"):
+        world.register("mixed")
+    world.train("evaluated")
+    with pytest.raises(BadInputError, match="no score 'captions"):
+        world.register("mixed", metric="captions.beauty")
+    assert world.version("mixed", "candidate") is None
+
+
+PULL = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+from importlib.util import find_spec
+assert find_spec("univigu") is None and find_spec("components") is None
+import json, mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/pulled@champion")
+clip, data = json.load(sys.stdin)
+said = [model.predict(pandas.DataFrame({"video": [value]}), params={"seed": 3})["caption"][0] for value in (clip, data)]
+made = model.predict(pandas.DataFrame({"prompt": ["a red seven"]}), params={"task": "generate", "steps": 2})
+both = model.predict(pandas.DataFrame({"prompt": [""]}), params={"task": "joint", "steps": 2, "guidance": 1.0})
+import univigu
+print(json.dumps([univigu.__file__, said, made.to_dict("list"), both.to_dict("list")]))
+"""
+
+
+def test_a_pull_needs_no_checkout(world, tmp_path, monkeypatch, capsys):
+    import base64
+
+    from components.pipeline.cli import main
+
+    world.train("pulled")
+    world.register("pulled")
+    clip = tmp_path / "clip.mp4"
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    clip.write_bytes(encode_mp4(frames, 8))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PULL],
+        input=json.dumps([str(clip), base64.b64encode(clip.read_bytes()).decode()]),
+        env={
+            **{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ},
+            "MLFLOW_TRACKING_URI": tracking_uri(world.root),
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    library, said, made, both = json.loads(done.stdout.splitlines()[-1])
+    assert Path(library).is_relative_to(world.root / "mlruns")
+    assert list(made) == ["video"]
+    assert sorted(both) == ["caption", "video"]
+    for video in (made["video"][0], both["video"][0]):
+        assert decode_mp4(base64.b64decode(video))[0].shape == (9, 32, 32, 3)
+
+    native = registry.load_pipeline("models:/pulled@champion", tracking_uri(world.root))
+    native.set_progress_bar_config(disable=True)
+    expected = native.caption(decode_mp4(clip.read_bytes())[0], seed=3)[0]
+    assert said == [expected, expected]
+    arguments = ["univigu", "caption", str(clip), "--seed", "3", "--name", "pulled", "--root", str(world.root)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        main()
+    logging.disable(logging.NOTSET)
+    assert capsys.readouterr().out.split() == expected.split()
