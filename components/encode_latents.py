@@ -39,6 +39,11 @@ def encode_latents(step: "Step") -> None:
     pairs = step.read("pairs", "pairs").to_pylist()
     if not pairs:
         raise BadInputError("There is no pair to encode; look at what the steps before quarantined.")
+    if lost := {pair["clip_id"] for pair in pairs} - clips.keys():
+        raise BadInputError(
+            f"The pairs name {len(lost)} clips that are no longer there, such as {min(lost)}; "
+            "run the steps since 'synthesize-videos' again, in order."
+        )
     # In the order of the clips' shards, so that each of those is opened once.
     rows = sorted(
         ({**clips[p["clip_id"]], **p} for p in pairs), key=lambda row: (row["shard"], row["member"], row["id"])

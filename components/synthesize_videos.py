@@ -38,7 +38,7 @@ def synthesize_videos(step: "Step") -> None:
             videos = generate(generator(), batch, step["video"], settings, step["text"]["prompt_length"])
             for row, frames, finding in examine(videos, batch, checks):
                 if finding.reason:
-                    step.reject(row["id"], finding.reason, finding.detail, row)
+                    step.reject(row["id"], finding.reason, finding.detail, {**row, "scores": finding.scores})
                     continue
                 content = encode_mp4(frames, step["video"]["fps"])
                 member = f"{row['id']}.mp4"

@@ -118,6 +118,13 @@ def test_a_damaged_clip_is_quarantined(encoded, digits_root, profile, recommit):
     assert "sc02" not in {row["id"] for row in read_table(root / "data/latents", "latents").to_pylist()}
 
 
+def test_pairs_of_clips_that_are_gone_are_refused(encoded, digits_root, profile, recommit):
+    root, _, _ = encoded
+    recommit(root, "synthesize-videos", {"clips": digits_root[1][1:]})
+    with pytest.raises(BadInputError, match="1 clips that are no longer there, such as c00"):
+        run_stage(STEP, profile, root)
+
+
 def test_a_text_that_does_not_fit_is_refused(tiny_wan_folder):
     tokenizer = load_encoders(tiny_wan_folder, "fp32").tokenizer
     with pytest.raises(BadInputError, match="over the profile's 8"):
