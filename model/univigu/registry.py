@@ -7,6 +7,7 @@ with it (model card, evaluation, manifests) all lie inside it, so a pull needs n
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
@@ -132,14 +133,16 @@ def register_version(
         with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
             mlflow.log_params(dict(parameters))
             mlflow.log_metrics(dict(metrics))
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                code_paths=[str(Path(__file__).parent)],
-                artifacts={title: str(path) for title, path in contents.items()},
-                pip_requirements=requirements(),
-                signature=signature(),
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # hints for a signature, which is given
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                    code_paths=[str(Path(__file__).parent)],
+                    artifacts={title: str(path) for title, path in contents.items()},
+                    pip_requirements=requirements(),
+                    signature=signature(),
+                )
             client = mlflow.MlflowClient()
             _ensure_name(client, name)
             return client.create_model_version(

@@ -124,6 +124,7 @@ def test_the_first_version_is_champion_and_says_where_it_came_from(world):
     assert version.tags["univigu.run.train-stage-2"] == run.run_id
     for text in (world.digests["latents"], "hand/written | CC0-1.0 | 2", "captions.mean | 0.375", run.run_id, "seed 0"):
         assert text in version.description
+    assert "On 20 held-out items" in version.description
     own = mlflow.get_run(version.run_id).data
     assert own.metrics["captions.mean"] == 0.375
     assert own.params["train-stage-2.train_stage_2.tasks.joint"] == "0.5"
