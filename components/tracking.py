@@ -39,7 +39,10 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(root)
+    chosen = "MLFLOW_TRACKING_URI" in os.environ
     mlflow.set_tracking_uri(uri)
+    if not chosen:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, and another root would take it for the user's
     hurried = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
     os.environ.update(hurried)
     try:
