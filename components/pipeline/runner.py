@@ -151,6 +151,8 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
 
     stage = find_stage(name)
     root = root.resolve()
+    if os.environ.get("RANK", "0") != "0":
+        return _help_along(stage, profile, root)
     state = root / STATE
     (state / "locks").mkdir(parents=True, exist_ok=True)
     try:
@@ -168,33 +170,41 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
         raise
 
 
+def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Take part in a step that torchrun started as several processes: the first of them prepares and commits."""
+    step = _make_step(stage, profile, root)
+    _load_function(stage)(step)
+    return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
+
+
 def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     started = time.monotonic()
-    home = inside(root, stage.home)
-    staging = root / STATE / "staging" / stage.name
-    scratch = root / STATE / "scratch" / stage.name
+    step = _make_step(stage, profile, root)
+    run_key = json_digest([dict(step.parameters), dict(step.input_digests), step.code_digest])
+    _prepare_staging(step.out, step.scratch, run_key)
+    _load_function(stage)(step)
+    _write_rejected(step)
+    manifest = _commit(step, inside(root, stage.home))
+    shutil.rmtree(step.scratch, ignore_errors=True)
+    _record_run(root, manifest, time.monotonic() - started)
+    return manifest
+
+
+def _make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
     parameters = {section: _section(profile, section) for section in stage.parameters}
     inputs, digests = _resolve_inputs(stage, profile, root)
-    step = Step(
+    return Step(
         stage=stage,
         root=root,
         parameters=parameters,
         inputs=inputs,
         input_digests=digests,
-        out=staging,
-        scratch=scratch,
-        previous=home,
+        out=root / STATE / "staging" / stage.name,
+        scratch=root / STATE / "scratch" / stage.name,
+        previous=inside(root, stage.home),
         docs=root / STATE / "docs" / stage.name,
         code_digest=_code_digest(stage),
     )
-    run_key = json_digest([parameters, digests, step.code_digest])
-    _prepare_staging(staging, scratch, run_key)
-    _load_function(stage)(step)
-    _write_rejected(step)
-    manifest = _commit(step, home)
-    shutil.rmtree(scratch, ignore_errors=True)
-    _record_run(root, manifest, time.monotonic() - started)
-    return manifest
 
 
 def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
