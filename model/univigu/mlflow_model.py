@@ -24,7 +24,7 @@ class UniViGUModel(PythonModel):
         self.pipeline = load_pipeline(context.artifacts["pipeline"])
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def predict(self, context, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One output row an input row, with the same index; the row at position i draws from the seed + i."""
         from univigu.errors import BadInputError
 
@@ -33,14 +33,13 @@ class UniViGUModel(PythonModel):
         tasks = {"caption": self._caption, "generate": self._generate, "joint": self._joint}
         if task not in tasks:
             raise BadInputError(f"There is no task '{task}'; choose one of {', '.join(tasks)}.")
-        rows = pd.DataFrame(model_input)
         settings = {
             # 0 steps and a negative guidance stand for the model's own: MLflow's parameters can't be left open
             "num_inference_steps": params.get("steps") or None,
             "guidance_scale": params["guidance"] if params.get("guidance", -1.0) >= 0 else None,
             "seed": int(params.get("seed", 0)),
         }
-        return pd.DataFrame(tasks[task](rows, settings), index=rows.index)
+        return pd.DataFrame(tasks[task](model_input, settings), index=model_input.index)
 
     def _caption(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
         from univigu.video import read_video
