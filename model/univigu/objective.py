@@ -172,7 +172,7 @@ def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, 
     """The text's h (B, N, d) of samples under ``prefix``; the video is computed once, for the guess and the answer."""
     # all of these have the empty condition, so one copy of it serves them all
     cache = model.prefill_video(s.z_video, s.video_tau, s.condition[:1])
-    guess = None
+    guess = torch.zeros_like(s.z_text)  # not None: each step must use all weights, or ZeRO 3 updates by stale gradients
     if guessing:
         with torch.no_grad():
             first = model.denoise_text(s.z_text, s.text_tau, cache)
@@ -182,7 +182,7 @@ def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, 
 
 def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> tuple[Tensor, Tensor]:
     """Video velocity and the text's h of samples under ``joint``."""
-    guess = None
+    guess = torch.zeros_like(s.z_text)
     if guessing and s.has_text_loss.any():
         # a text that is given, not denoised, has no guess: in training as in inference
         rows = s.has_text_loss.nonzero()[:, 0]

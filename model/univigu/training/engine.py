@@ -43,6 +43,8 @@ class TrainingConfig:
             raise ConfigError(f"Unknown precision '{self.precision}'; use fp32 or bf16.")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"There is no ZeRO stage {self.zero_stage}; use 0, 1, 2 or 3.")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ConfigError("bf16 without ZeRO keeps no fp32 weights; set zero_stage to 1 or higher.")
         for name in ("steps", "batch_size", "learning_rate", "checkpoint_every", "heldout_every"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}` is {getattr(self, name)} and must be above zero; mend the profile.")
@@ -143,9 +145,18 @@ def _clips_itself(config: TrainingConfig) -> bool:
 
 
 def clip_gradients(engine: Any, config: TrainingConfig) -> float | None:
+    """Clip a whole step's gradients and return their norm; None where the engine does so itself in its `step`.
+
+    A parameter that no sample of the step used gets a zero gradient, as it does when several processes share the step:
+    AdamW would otherwise pass it over on one process and not on two.
+    """
     if not _clips_itself(config):
         return None
-    return float(nn.utils.clip_grad_norm_(engine.module.parameters(), config.grad_clip))
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return float(nn.utils.clip_grad_norm_(parameters, config.grad_clip))
 
 
 def gather_weights(engine: Any, objective: nn.Module) -> None:

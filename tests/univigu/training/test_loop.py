@@ -162,7 +162,15 @@ def test_tables_norms_and_biases_do_not_decay_and_the_video_side_has_its_own_rat
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"schedule": "steps"}, {"precision": "fp8"}, {"zero_stage": 4}, {"steps": 0}, {"learning_rate": 0.0}]
+    "wrong",
+    [
+        {"schedule": "steps"},
+        {"precision": "fp8"},
+        {"zero_stage": 4},
+        {"precision": "bf16"},
+        {"steps": 0},
+        {"learning_rate": 0.0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ConfigError):
