@@ -4,9 +4,11 @@ tokenizer -> autoencoder -> recogniser -> latents -> generator -> bundle. Each p
 and goes on from it, so a run that was killed is run again with the same command.
 """
 
+import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,7 @@ def pretrain(
             raise ConfigError(f"'{phase}' is not a phase of pretraining; choose from {', '.join(PHASES)}.")
     config = config or load_config()
     work.mkdir(parents=True, exist_ok=True)
+    _note_settings(work, config)
     tokenizer = build_tokenizer(corpus(config.corpus_lines, config.seed), config.generator.max_sequence_length * 2)
     if "autoencoder" in phases:
         torch.manual_seed(config.seed)
@@ -107,6 +110,37 @@ def pretrain(
     if "bundle" in phases:
         return bundle(out, work, config, tokenizer, recogniser_out)
     return {}
+
+
+def _note_settings(work: Path, config: PretrainConfig) -> None:
+    """Keeps every configuration that this work folder was trained with, and the steps done when it came."""
+    path = work / "settings.json"
+    history = json.loads(path.read_text()) if path.exists() else []
+    if not history or history[-1]["config"] != asdict(config):
+        done = {state.stem: load_tensors(state)[1].get("step") for state in sorted(work.glob("*.safetensors"))}
+        history.append({"done": {name: steps for name, steps in done.items() if steps}, "config": asdict(config)})
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(history, indent=1) + "\n")
+        os.replace(part, path)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _changes(work: Path) -> str:
+    """What was set otherwise in earlier parts of the run, as lines for the README."""
+    history = json.loads((work / "settings.json").read_text())
+    lines = []
+    for before, after in pairwise(history):
+        old, new = _flat(before["config"]), _flat(after["config"])
+        changed = ", ".join(f"{key} {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value)
+        done = ", ".join(f"{name} {steps:,}" for name, steps in after["done"].items())
+        lines.append(f"- after {done or 'no'} steps: {changed}")
+    return "\n".join(lines) or "None."
 
 
 def _load_vae(work: Path) -> AutoencoderKLWan:
@@ -187,6 +221,8 @@ def bundle(
     asked = score_generator(pipe, config, config.score_clips, recogniser)
     scores |= {f"generator.{name}": value for name, value in asked.items()}
     (part / "README.md").write_text(_readme(part, work, config, scores), encoding="utf-8")
+    for path in part.rglob("*.safetensors"):
+        path.chmod(0o644)
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -244,6 +280,9 @@ which it reads what the prompt asked for.
 ## Settings
 ```yaml
 {settings}```
+Settings that were changed while it was made:
+
+{_changes(work)}
 """
 
 

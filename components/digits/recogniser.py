@@ -126,6 +126,7 @@ def save_recogniser(network: Recogniser, config: RecogniserConfig, folder: Path)
     """Weights as safetensors, sizes as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)
     sizes = {key: asdict(config)[key] for key in ("widths", "place_width", "hidden")}
     (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
 
