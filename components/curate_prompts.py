@@ -15,11 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from univigu.errors import ConfigError, GateFailedError, MissingInputError
-
 from components import prompt_filters as filters
 from components.pipeline.runner import Step
 from components.tokens import load_tokenizer, token_ids
+from univigu.errors import ConfigError, GateFailedError, MissingInputError
 
 BATCH = 1024  # rows that go through the tokenizer together
 LONGEST_LINE = 1 << 20  # bytes; a longer line is one broken row, and is never held whole

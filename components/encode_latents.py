@@ -30,9 +30,8 @@ def encode_latents(step: "Step") -> None:
     """Pairs and their clips -> shards of normalised latent means, prompt states and token ids, and a row for each."""
     import shutil
 
-    from univigu.training.data import EMPTY_PROMPT
-
     from components.pipeline.digests import tree_digest
+    from univigu.training.data import EMPTY_PROMPT
 
     settings, base = step["encode_latents"], step.inputs["base"]
     clips = {row["id"]: row for row in step.read("clips", "clips").to_pylist()}
@@ -73,6 +72,7 @@ def encode_shard(
 ) -> list[Mapping[str, Any]]:
     """Write the tensors of `rows` into `folder`; returns those that could be read, in the order of the tensors."""
     import torch
+
     from univigu.training.data import write_empty_prompt, write_latents
     from univigu.wan import encode_frames
 
@@ -128,9 +128,9 @@ def load_encoders(folder: Path, precision: str) -> Encoders:
     import torch
     from diffusers import AutoencoderKLWan
     from transformers import UMT5EncoderModel
-    from univigu.wan import check_text_encoder
 
     from components.tokens import load_tokenizer
+    from univigu.wan import check_text_encoder
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision not in kinds:
@@ -158,9 +158,8 @@ def unpadded_states(encoders: Encoders, prompts: Sequence[str], prompt_length: i
 
 def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> "Tensor":
     """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
-    from univigu.text_space import tokenize
-
     from components.tokens import count_tokens
+    from univigu.text_space import tokenize
 
     for text, count in zip(texts, count_tokens(tokenizer, texts), strict=True):
         if count > length:

@@ -15,9 +15,9 @@ from univigu.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
-    from univigu.pipeline import UniViGUPipeline
 
     from components.pipeline.runner import Step
+    from univigu.pipeline import UniViGUPipeline
 
 BENCHMARKS = {"digits": "components.digits.benchmark"}
 KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each
@@ -79,9 +79,9 @@ def sample_everything(
     """What the model and the base make of the held-out items, by task: ``frames`` (B, F, H, W, 3) and ``texts``."""
     import numpy as np
     import torch
-    from univigu.pipeline import UniViGUPipeline
 
     from components.synthesize_videos import load_generator
+    from univigu.pipeline import UniViGUPipeline
 
     settings = step["evaluate_model"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,6 +119,7 @@ def caption_clips(
 ) -> dict[str, Any]:
     """Captions of clips, and what the same model says with the same noise when it sees nothing of them."""
     import torch
+
     from univigu import wan
 
     latents = wan.encode_frames(pipeline.vae, torch.from_numpy(frames))

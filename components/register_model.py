@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from univigu.errors import BadInputError
-
 from components.pipeline.digests import json_digest, tree_digest
 from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step, write_json
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import read_table
+from univigu.errors import BadInputError
 
 PIPELINE = "model"  # the pipeline's folder inside the training step's output
 CARD = "model_card.md.j2"
@@ -37,9 +36,8 @@ class Evaluation:
 
 def register_model(step: Step) -> None:
     """Leave `registration.json` (name, version, decision, digests); the version itself lies in MLflow's registry."""
-    from univigu import registry
-
     from components.tracking import flatten, open_tracking
+    from univigu import registry
 
     name, metric = step["register_model"]["name"], step["register_model"]["champion_metric"]
     manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}

@@ -28,9 +28,8 @@ def synthesize_videos(step: "Step") -> None:
     generator = cache(lambda: load_generator(step.inputs["base"], settings["precision"]))
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-        from univigu.video import encode_mp4
-
         from components.videos import write_tar
+        from univigu.video import encode_mp4
 
         size, clips, members = settings["batch_size"], [], {}
         batches = [shard[start : start + size] for start in range(0, len(shard), size)]

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from univigu.errors import BadInputError, ConfigError
 
 if TYPE_CHECKING:
+    from components.pipeline.runner import Step
     from univigu import ObjectiveConfig, UniViGUPipeline
     from univigu.training.data import LatentDataset
-
-    from components.pipeline.runner import Step
 
 MODEL = "model"
 _WEIGHTINGS = {"inverse_document_frequency": "idf", "uniform": "uniform"}
@@ -37,12 +36,12 @@ def _train(step: "Step", number: int, source: str) -> None:
     from contextlib import nullcontext
 
     import torch
+
+    from components.tracking import start_run
     from univigu import TrainingObjective
     from univigu.training.data import inverse_document_frequency
     from univigu.training.engine import TrainingConfig, is_main_process
     from univigu.training.loop import train
-
-    from components.tracking import start_run
 
     section = step[f"train_stage_{number}"]
     config = TrainingConfig.from_section(section, step["seed"])
@@ -126,6 +125,7 @@ def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], see
 def load_pipeline(step: "Step", number: int) -> "UniViGUPipeline":
     """What the stage starts from: the base with a new text side (1), or stage 1's model (2)."""
     from transformers import AutoTokenizer
+
     from univigu import UniViGUPipeline
     from univigu.text_space import row_norm_for
 

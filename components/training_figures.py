@@ -28,8 +28,7 @@ def read_training(folder: Path) -> dict[str, Any]:
                 for name, value in row.items():
                     curves.setdefault(name, []).append(float(value or "nan"))
     if (folder / "heldout.json").is_file():
-        evaluations = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))["evaluations"]
-        heldout = evaluations[-1] if evaluations else {}
+        heldout = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
     summary = {f"heldout_{name}": round(sum(values) / len(values), 6) for name, values in by_tau(heldout).items()}
     summary |= {name: round(heldout[name], 6) for name in ("video_gain",) if name in heldout}
     return {"curves": curves, "heldout": heldout, "summary": summary}

@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from univigu.errors import ConfigError
 
 from components.gates import expectations, run_gate
 from components.pipeline.runner import Step
 from components.pipeline.tables import SCHEMAS
+from univigu.errors import ConfigError
 
 STATUSES = ("success", "truncated", "blocked", "error", "skipped")
 

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 from univigu.video import decode_mp4
 

@@ -70,6 +70,7 @@ def tiny_wan_folder(tmp_path_factory):
 def speaking_model(tiny_wan_folder, tmp_path_factory):
     """The folder of an untrained Uni-ViGU whose text head is random, so that every input has an effect on its text."""
     import torch
+
     from univigu import UniViGUPipeline
 
     folder = tmp_path_factory.mktemp("uni-vigu") / "model"

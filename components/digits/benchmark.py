@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from univigu.errors import CorruptDataError, MissingInputError
 
 from components.digits import world
 from components.pipeline.digests import json_digest
+from univigu.errors import CorruptDataError, MissingInputError
 
 SEED = 20_260_412  # nothing that is trained draws from it
 COUNTS = {"captions": 512, "generations": 256, "joint": 256}

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
-from univigu.errors import BadInputError
 
 from components.digits import world
+from univigu.errors import BadInputError
 
 NEIGHBOURS = 5
 CROP = 18  # pixels: a digit's box with room for jitter

@@ -16,7 +16,6 @@ import torch
 import yaml
 from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import PreTrainedTokenizerFast
-from univigu.errors import ConfigError, MissingInputError
 
 from components.digits import autoencoder as vae_training
 from components.digits import generator as generator_training
@@ -25,6 +24,7 @@ from components.digits import world
 from components.digits.prompts import heldout_prompts, words
 from components.digits.tokenizer import build_tokenizer, corpus
 from components.digits.training import load_tensors
+from univigu.errors import ConfigError, MissingInputError
 
 PHASES = ("autoencoder", "recogniser", "latents", "generator", "bundle")
 DEFAULT_CONFIG = Path(__file__).with_suffix(".yaml")

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import nn
-from univigu.errors import BadInputError, MissingInputError
 
 from components.digits import world
 from components.digits.autoencoder import decode, draw_clips, encode, to_frames, to_tensor
 from components.digits.training import Fit, train
+from univigu.errors import BadInputError, MissingInputError
 
 BUNDLED = Path(__file__).parent / "recogniser"
 WATCHED = slice(0, world.FRAMES, 2)

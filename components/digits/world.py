@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+
 from univigu.errors import BadInputError
 
 FRAMES = 9

@@ -1,13 +1,16 @@
 """The `univigu` command. Each command imports what it needs when it runs, so that `univigu --help` answers at once."""
 
+import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from univigu.errors import UniViGUError
 
 from components.pipeline import commands
+from univigu.errors import UniViGUError
 
 app = typer.Typer(
     name="univigu",
@@ -58,8 +61,24 @@ def summary(root: Root = Path(".")) -> None:
     show(root, summarise(root))
 
 
+def keep_libraries_quiet() -> None:
+    """Warnings, log lines and loading bars of libraries are for developers; people see what the command says.
+
+    Set UNIVIGU_VERBOSE=1 to see them. Nothing calls home, and nothing is fetched from a hub unless HF_HUB_OFFLINE=0.
+    """
+    quiet = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    verbose = os.environ.get("UNIVIGU_VERBOSE") == "1"
+    for name, value in {**({} if verbose else quiet), **offline, "GX_ANALYTICS_ENABLED": "false"}.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
+    keep_libraries_quiet()
     try:
         app()
     except UniViGUError as error:

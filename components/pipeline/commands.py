@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from univigu.errors import BadInputError, DiskFullError, MissingInputError
 
 if TYPE_CHECKING:
     import numpy as np
+
     from univigu.pipeline import UniViGUPipeline
 
 PANEL = "Use a trained model"
@@ -128,7 +130,6 @@ def add_to(app: typer.Typer) -> None:
 
 def _folder(model: str, name: str, root: Path) -> Path:
     """The folder of the model to use; the registry is only opened where no folder was given."""
-    _keep_libraries_quiet()
     if model and not model.startswith("models:/"):
         if not Path(model).is_dir():
             raise MissingInputError(f"There is no model folder '{model}'; check the path, or leave --model out.")
@@ -156,12 +157,8 @@ def _frames_of(folder: Path) -> int | None:
 
 
 def _load(folder: Path) -> "UniViGUPipeline":
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
     from univigu.registry import load_pipeline
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     pipeline = load_pipeline(folder)
     import torch
 
@@ -169,17 +166,6 @@ def _load(folder: Path) -> "UniViGUPipeline":
         pipeline.to("cuda")
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False, desc="sampling")
     return pipeline
-
-
-def _keep_libraries_quiet() -> None:
-    """Warnings and log lines of libraries are for developers; people see the answer, or one sentence."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ.setdefault(variable, "1")
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None, unit: str 
 
     total = total if total is not None else len(items) if hasattr(items, "__len__") else None
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total, unit=unit, leave=False)
+        yield from tqdm(items, desc=what, total=total, unit=unit, leave=False, disable=False)
         return
     started = shown = time.monotonic()
     done = 0

@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+
+from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
+from components.pipeline.progress import progress
+from components.pipeline.stages import Stage, find_stage
+from components.pipeline.tables import read_table, write_table
 from univigu.errors import (
     BadInputError,
     BusyError,
@@ -32,11 +37,6 @@ from univigu.errors import (
     GateFailedError,
     MissingInputError,
 )
-
-from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
-from components.pipeline.progress import progress
-from components.pipeline.stages import Stage, find_stage
-from components.pipeline.tables import read_table, write_table
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from univigu.errors import MissingInputError
-
 from components.pipeline.runner import STATE, write_json
 from components.pipeline.stages import STAGES, find_stage
+from univigu.errors import MissingInputError
 
 SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
 

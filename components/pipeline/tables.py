@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 
 _strings = pa.list_(pa.string())

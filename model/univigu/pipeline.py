@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLWan, DiffusionPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -28,8 +28,8 @@ Seeds = int | Sequence[int]
 class UniViGUPipeline(DiffusionPipeline):
     """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
 
-    The scheduler is kept so that the folder has Wan's layout; sampling uses :func:`flow.tau_grid` alone. ``shift`` is
-    Wan's timestep shift, ``max_sequence_length`` the text encoder's padded length, ``fps`` what a saved clip plays at.
+    There is no scheduler: the times of sampling are :func:`flow.tau_grid`'s. ``shift`` is Wan's timestep shift,
+    ``max_sequence_length`` the text encoder's padded length, ``fps`` what a saved clip plays at.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -39,7 +39,6 @@ class UniViGUPipeline(DiffusionPipeline):
         tokenizer: AutoTokenizer,
         text_encoder: UMT5EncoderModel,
         vae: AutoencoderKLWan,
-        scheduler: FlowMatchEulerDiscreteScheduler,
         transformer: UniViGUTransformer3DModel,
         num_frames: int = 81,
         height: int = 480,
@@ -53,9 +52,7 @@ class UniViGUPipeline(DiffusionPipeline):
         max_sequence_length: int = 512,
     ):
         super().__init__()
-        self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
-        )
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer)
         self.register_to_config(
             num_frames=num_frames,
             height=height,
@@ -78,16 +75,13 @@ class UniViGUPipeline(DiffusionPipeline):
         """
         wan.transformer_folder(source)
         folder = wan.local_folder(source)
-        missing = [
-            n for n in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / n).is_dir()
-        ]
+        missing = [n for n in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / n).is_dir()]
         if missing:
             raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a whole checkpoint folder.")
         with wan.reading(source):
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
             text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
             vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True)
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         wan.check_text_encoder(text_encoder)
         defaults = {k: settings.pop(k) for k in list(settings) if k in inspect.signature(cls.__init__).parameters}
         vocabulary = {
@@ -96,7 +90,7 @@ class UniViGUPipeline(DiffusionPipeline):
             "eos_token_id": tokenizer.eos_token_id,
         }
         transformer = UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | settings))
-        return cls(tokenizer, text_encoder, vae, scheduler, transformer, **defaults)
+        return cls(tokenizer, text_encoder, vae, transformer, **defaults)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UniViGUPipeline":

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from univigu.video import encode_mp4
 
 from components.digits import world
 from components.pipeline.digests import file_digest, tree_files
@@ -15,6 +14,7 @@ from components.pipeline.runner import MANIFEST, run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.videos import write_tar
+from univigu.video import encode_mp4
 
 
 def commit(root, step, tables, write_more=lambda home: None):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from univigu.errors import CorruptDataError, MissingInputError
 
 from components.digits import benchmark, world
+from univigu.errors import CorruptDataError, MissingInputError
 
 HELDOUT = Path(__file__).resolve().parents[2] / "data" / "heldout.json"
 

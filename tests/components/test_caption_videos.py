@@ -4,13 +4,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from univigu.errors import ConfigError
 
 from components.captioners import CaptionResponse
 from components.digits import world
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.tokens import count_tokens, load_tokenizer
+from univigu.errors import ConfigError
 
 STEP = "caption-videos"
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from univigu.errors import GateFailedError, MissingInputError
 
 from components import prompt_filters as filters
 from components.curate_prompts import CHARACTERS_PER_TOKEN, LONGEST_LINE, Duplicates, jaccard, read_rows
@@ -13,6 +12,7 @@ from components.digits import world
 from components.digits.prompts import heldout_prompts, words, write_prompts
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
+from univigu.errors import GateFailedError, MissingInputError
 
 STEP = "curate-prompts"
 RAW = Path(__file__).parents[2] / "data" / "prompts"

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from univigu.errors import BadInputError
-from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
 
 from components.encode_latents import load_encoders, token_ids
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
+from univigu.errors import BadInputError
+from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
 
 STEP = "encode-latents"
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from univigu.errors import ConfigError
-from univigu.evaluation.claims import summarise
 
 from components import evaluate_model as evaluation
 from components.digits import benchmark, world
@@ -18,6 +16,8 @@ from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
+from univigu.errors import ConfigError
+from univigu.evaluation.claims import summarise
 
 HELDOUT = Path(__file__).parents[2] / "data" / "heldout.json"
 GROUPS = {"captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser", "joint"}
@@ -56,7 +56,7 @@ def root(tmp_path_factory, tiny_wan_folder):
     for stage in ("stage1", "stage2"):
         (root / "data" / stage).mkdir(exist_ok=True)
         (root / "data" / stage / "curves.csv").write_text("step,video_mse,text_ce\n1,2.0,\n2,1.0,3.0\n")
-        (root / "data" / stage / "heldout.json").write_text(json.dumps({"evaluations": [{**scores, **accuracy}]}))
+        (root / "data" / stage / "heldout.json").write_text(json.dumps(scores | accuracy))
     rejected = [{"id": "1", "reason": "script", "detail": "markup", "row": '{"text": "<script>alert(1)</script>"}'}]
     commit(root, "curate-prompts", rejected)
     for name in ("validate-prompts", "synthesize-videos", "validate-clips", "caption-videos", "validate-pairs"):

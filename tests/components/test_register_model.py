@@ -10,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from univigu import registry
-from univigu.errors import BadInputError
-from univigu.video import decode_mp4, encode_mp4
 
 from components.evaluate_model import summarise_rows
 from components.pipeline.digests import file_digest, json_digest, tree_files
@@ -21,6 +18,9 @@ from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.tracking import start_run, tracking_uri
 from components.train_stage import model_digest
+from univigu import registry
+from univigu.errors import BadInputError
+from univigu.video import decode_mp4, encode_mp4
 
 TASKS = ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
 HELDOUT = range(20)
@@ -66,7 +66,7 @@ class World:
 
     def train(self, weights):
         """Another model: `weights` is a word that its bytes depend on."""
-        (self.root / "data/stage2/model/scheduler/trained.txt").write_text(weights)
+        (self.root / "data/stage2/model/tokenizer/trained.txt").write_text(weights)
         inputs = {"latents": self.digests["latents"], "model": "e" * 64}
         self.digests["stage2"] = commit(self.root, "train-stage-2", inputs)
         self.evaluate(10)
@@ -168,7 +168,7 @@ def test_a_champion_measured_on_fewer_items_is_met_on_those(world):
 
 def test_an_evaluation_of_another_model_is_refused(world):
     world.train("evaluated")
-    (world.root / "data/stage2/model/scheduler/trained.txt").write_text("another")
+    (world.root / "data/stage2/model/tokenizer/trained.txt").write_text("another")
     commit(world.root, "train-stage-2", {"latents": world.digests["latents"], "model": "e" * 64})
     with pytest.raises(BadInputError, match="different outputs of 'train-stage-2'"):
         world.register("mixed")

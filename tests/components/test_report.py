@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 from PIL import Image
-from univigu.evaluation.claims import summarise
 
 from components import report
+from univigu.evaluation.claims import summarise
 
 
 def render(**changes):

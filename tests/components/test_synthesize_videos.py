@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 import pytest
-from univigu.errors import ConfigError, GateFailedError
 
 from components import synthesize_videos as module
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
+from univigu.errors import ConfigError, GateFailedError
 
 STEP = "synthesize-videos"
 

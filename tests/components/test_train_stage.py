@@ -11,12 +11,12 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from univigu import UniViGUPipeline
-from univigu.errors import BadInputError, PreemptedError, TransientError
-from univigu.training.data import EMPTY_PROMPT, write_empty_prompt, write_latents
 
 from components.pipeline.runner import STATE, run_stage
 from components.tracking import find_run, flatten, tracking_uri
+from univigu import UniViGUPipeline
+from univigu.errors import BadInputError, PreemptedError, TransientError
+from univigu.training.data import EMPTY_PROMPT, write_empty_prompt, write_latents
 
 LENGTH = 64
 

@@ -4,7 +4,6 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from univigu.errors import ConfigError, GateFailedError
 
 from components.digits import world
 from components.gates import expectations, run_gate
@@ -14,6 +13,7 @@ from components.pipeline.tables import read_table
 from components.prompt_filters import text_id
 from components.tokens import count_tokens, load_tokenizer
 from components.validate_data import assign_splits
+from univigu.errors import ConfigError, GateFailedError
 
 COUNT = 40
 

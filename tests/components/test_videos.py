@@ -6,10 +6,10 @@ import tarfile
 
 import numpy as np
 import pytest
-from univigu.errors import BadInputError, CorruptDataError, MissingInputError
-from univigu.video import encode_mp4
 
 from components.videos import open_clip, read_clips, read_tar, write_tar
+from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+from univigu.video import encode_mp4
 
 MEMBERS = {"b.mp4": b"second", "a.mp4": b"first", "empty.mp4": b""}
 

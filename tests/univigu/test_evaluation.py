@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from univigu.errors import BadInputError
 from univigu.evaluation.claims import majority_values, score_item, single_values, summarise
 from univigu.evaluation.intervals import clustered_mean, share

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from univigu import flow
 
 TAU = torch.tensor([0.05, 0.4, 0.95])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+
 from univigu import flow, objective, text_space
 from univigu.errors import ConfigError
 from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, evaluate_heldout, training_loss

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from univigu import UniViGUPipeline, flow, text_space, wan
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 

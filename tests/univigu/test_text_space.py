@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from univigu import flow, text_space
 from univigu.errors import ConfigError
 from univigu.text_space import TextSpace

@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+
 from univigu import flow, wan
 from univigu.errors import BadInputError, ConfigError, CorruptDataError
 from univigu.transformer import UniViGUTransformer3DModel

@@ -6,6 +6,7 @@ import struct
 import av
 import numpy as np
 import pytest
+
 from univigu.errors import BadInputError, MissingInputError
 from univigu.video import decode_mp4, encode_mp4, fit_frames, read_video
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
 from univigu import flow, wan
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 from univigu.transformer import UniViGUTransformer3DModel

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from univigu.errors import BadInputError
 
 from components.digits import world
 from components.digits.measure import measure
+from univigu.errors import BadInputError
 
 
 @pytest.fixture(scope="module")

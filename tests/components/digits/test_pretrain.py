@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from torch import nn
-from univigu.errors import ConfigError, MissingInputError
 
 from components.digits import autoencoder, generator, pretrain, world
 from components.digits.training import Fit, load_tensors, train
+from univigu.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).parents[3]
 SMALL = """

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from univigu.errors import BadInputError, MissingInputError
 
 from components.digits import world
 from components.digits.autoencoder import draw_clips
 from components.digits.recogniser import BUNDLED, load_recogniser, recognise
+from univigu.errors import BadInputError, MissingInputError
 
 
 def test_held_out_scans_are_recognised():

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from univigu.errors import BadInputError
 
 from components.digits import world
 from components.digits.tokenizer import build_tokenizer, corpus
+from univigu.errors import BadInputError
 
 
 @pytest.fixture(scope="module")

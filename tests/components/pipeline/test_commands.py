@@ -8,10 +8,10 @@ import warnings
 
 import numpy as np
 import pytest
-from univigu.errors import CorruptDataError, DiskFullError
-from univigu.video import decode_mp4, encode_mp4
 
 from components.pipeline.cli import main
+from univigu.errors import CorruptDataError, DiskFullError
+from univigu.video import decode_mp4, encode_mp4
 
 
 @pytest.fixture

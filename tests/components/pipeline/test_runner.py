@@ -11,6 +11,10 @@ import time
 from dataclasses import replace
 
 import pytest
+
+from components.pipeline import runner, stages
+from components.pipeline.stages import Stage
+from components.pipeline.tables import read_table
 from univigu.errors import (
     BadInputError,
     BusyError,
@@ -19,10 +23,6 @@ from univigu.errors import (
     GateFailedError,
     MissingInputError,
 )
-
-from components.pipeline import runner, stages
-from components.pipeline.stages import Stage
-from components.pipeline.tables import read_table
 
 PROFILE = {"double": {"factor": 2, "max_rejected_share": 0.5}, "source": "numbers.json"}
 FIRST = Stage("first", "steps_under_test:double", home="data/first", sources={"raw": "source"}, parameters=("double",))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from univigu.errors import ConfigError
 
 from components.pipeline.profiles import load_profile, profile_names
 from components.pipeline.stages import STAGES, find_stage
+from univigu.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())

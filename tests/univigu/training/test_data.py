@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from univigu.errors import BadInputError, CorruptDataError
 from univigu.training.data import (
     EMPTY_PROMPT,

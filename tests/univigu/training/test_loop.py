@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from univigu.errors import ConfigError, PreemptedError
 from univigu.training import checkpoints
 from univigu.training.engine import TrainingConfig, learning_rate, parameter_groups

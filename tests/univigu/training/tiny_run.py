@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
 from univigu.training.data import (
     EMPTY_PROMPT,
