@@ -16,7 +16,15 @@ from univigu.video import decode_mp4, encode_mp4
 
 @pytest.fixture
 def univigu(monkeypatch, capsys):
-    """Run the command with these arguments: (exit code, standard output, standard error)."""
+    """Run the command with these arguments: (exit code, standard output, standard error).
+
+    A process of its own hushes tqdm before anything imports it; here, the libraries' own switches do the same.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     state = logging.root.manager.disable
 
     def run(*arguments):
@@ -28,6 +36,8 @@ def univigu(monkeypatch, capsys):
 
     yield run
     logging.disable(state)
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
