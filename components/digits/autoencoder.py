@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from tqdm import tqdm
 
 from components.digits import world
 from components.digits.training import Fit, train
+from components.pipeline.progress import progress
 
 
 @dataclass
@@ -183,4 +183,4 @@ def fit_autoencoder(vae: AutoencoderKLWan, config: AutoencoderConfig, work: Path
 def encode_clips(vae: AutoencoderKLWan, batches: list[np.ndarray]) -> torch.Tensor:
     """Posterior means (N, z, T, h, w), not normalised, of batches of uint8 clips."""
     vae.eval()
-    return torch.cat([encode(vae, to_tensor(batch)).mode() for batch in tqdm(batches, desc="encode", mininterval=5.0)])
+    return torch.cat([encode(vae, to_tensor(batch)).mode() for batch in progress(batches, "encode")])

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from components.digits import world
 from components.digits.autoencoder import draw_clips, encode, to_tensor
 from components.digits.prompts import words
 from components.digits.training import Fit, load_tensors, save_atomically, train
+from components.pipeline.progress import progress
 
 
 @dataclass
@@ -107,7 +107,7 @@ def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int) -> t
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
         latents, codes = [], []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for i in tqdm(range(-(-count // batch)), desc="latents", mininterval=5.0):
+            for i in progress(range(-(-count // batch)), "latents"):
                 clips, attributes = draw_clips(batch, seed + 1_000_003 + i)
                 latents.append(((encode(vae, to_tensor(clips)).mode() - mean) / std).half())
                 codes += [[values.index(a[n]) for n, values in world.ATTRIBUTES.items()] for a in attributes]

@@ -77,6 +77,8 @@ def pretrain(
     for phase in phases:
         if phase not in PHASES:
             raise ConfigError(f"'{phase}' is not a phase of pretraining; choose from {', '.join(PHASES)}.")
+    if without and not without.exists():
+        raise MissingInputError(f"There are no held-out items at {without}; run this in the project's root.")
     config = config or load_config()
     work.mkdir(parents=True, exist_ok=True)
     _note_settings(work, config)
@@ -284,15 +286,3 @@ Settings that were changed while it was made:
 
 {_changes(work)}
 """
-
-
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--phases", nargs="*", default=PHASES)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(pretrain(args.out, args.work, phases=tuple(args.phases), without=Path("data/heldout.json")))

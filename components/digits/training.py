@@ -6,6 +6,7 @@ Every step draws its data from its own number, so a run that was killed and resu
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
+
+from components.pipeline.progress import progress
 
 
 @dataclass
@@ -113,9 +115,8 @@ def train(
 
     module.train()
     began, saved = time.monotonic() - state["seconds"], time.monotonic()
-    bar = tqdm(total=fit.steps, initial=state["step"], desc=name, mininterval=5.0, dynamic_ncols=True)
     shown: dict[str, float] = {}
-    for step in range(state["step"], fit.steps):
+    for step in progress(range(state["step"], fit.steps), name, unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(fit, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=fit.bf16):
@@ -130,17 +131,15 @@ def train(
             torch._foreach_lerp_(list(average.values()), list(named.values()), 1 - decay)
         for key, value in ({"loss": loss.item()} | numbers).items():
             shown[key] = 0.95 * shown.get(key, value) + 0.05 * value
-        bar.update()
-        bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
         done = step + 1
-        if report and (done % fit.report_steps == 0 or done == fit.steps):
-            line = {"step": done, "seconds": round(time.monotonic() - began)} | averaged_report(done) | shown
+        if done % fit.report_steps == 0 or done == fit.steps:
+            line = {"step": done, "seconds": round(time.monotonic() - began)} | shown
+            line |= averaged_report(done) if report else {}
             state["log"].append(line)
-            bar.write(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items()))
+            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in line.items()), file=sys.stderr)
         if done == fit.steps or time.monotonic() - saved > fit.save_seconds:
             save(done, time.monotonic() - began)
             saved = time.monotonic()
-    bar.close()
     with torch.no_grad():
         for n, p in named.items():
             p.copy_(average[n])

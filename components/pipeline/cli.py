@@ -61,6 +61,37 @@ def summary(root: Root = Path(".")) -> None:
     show(root, summarise(root))
 
 
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="The folder that becomes the base, replaced as a whole.")],
+    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; run again to go on from them.")] = Path(
+        ".univigu/pretrain"
+    ),
+    settings: Annotated[
+        Path | None, typer.Option(help="A YAML file of sizes and steps; without it, those of the bundled base.")
+    ] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="Run only this phase; may be given again.")] = None,
+    recogniser: Annotated[Path | None, typer.Option(help="The recogniser's folder; by default its own.")] = None,
+    heldout: Annotated[Path | None, typer.Option(help="Held-out items, whose prompts are not trained on.")] = Path(
+        "data/heldout.json"
+    ),
+) -> None:
+    """Make the bundled base from nothing: hours on one core (`--out model/tiny-wan` replaces the bundled one)."""
+    from components.digits import pretrain as pretraining
+
+    config = pretraining.load_config(settings or pretraining.DEFAULT_CONFIG)
+    scores = pretraining.pretrain(
+        out,
+        work,
+        config,
+        tuple(phase or pretraining.PHASES),
+        recogniser or pretraining.recogniser_training.BUNDLED,
+        heldout,
+    )
+    for name, value in scores.items():
+        print(f"{name:<22} {value:.3f}")
+
+
 def keep_libraries_quiet() -> None:
     """Warnings, log lines and loading bars of libraries are for developers; people see what the command says.
 
