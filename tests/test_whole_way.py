@@ -1,0 +1,149 @@
+"""From raw prompts to a registered model with `dvc repro`, in a clone, as a user would; then the README's commands."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from components.pipeline.runner import verify
+from components.pipeline.stages import STAGES
+
+REPO = Path(__file__).parents[1]
+README = REPO / "README.md"
+# What the README shows and this test does not repeat: the clone itself, the environment, and the full-size run.
+RUN_ELSEWHERE = ("git clone", "make ", "mlflow ui", "cd ", "source ")
+
+pytestmark = pytest.mark.slow
+
+
+def call(command, cwd, **kwargs):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    env = {key: value for key, value in env.items() if key != "MLFLOW_TRACKING_URI"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, **kwargs)
+
+
+def said(done):
+    return f"{done.args}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone of the working tree as it is, on the profile `smoke`, after `dvc repro`."""
+    root = tmp_path_factory.mktemp("way") / "uni-vigu"
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO,
+        capture_output=True,
+        check=True,
+    )
+    for name in files.stdout.decode().split("\0"):
+        if name and (REPO / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes((REPO / name).read_bytes())
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "commit", "-qm", "clone"],
+    ):
+        assert call(command, root).returncode == 0
+    (root / "params.yaml").write_text("profile: smoke\n")
+    started = time.monotonic()
+    done = call(["dvc", "repro"], root)
+    assert done.returncode == 0, said(done)
+    (root / ".seconds").write_text(str(time.monotonic() - started))
+    return root
+
+
+def test_the_smoke_profile_takes_under_two_minutes(clone):
+    assert float((clone / ".seconds").read_text()) < 120
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
+def test_every_step_leaves_a_verified_output(clone, stage):
+    manifest = verify(clone / stage.home, stage.name)
+    assert manifest["step"] == stage.name
+    assert manifest["rows_in"] > 0
+
+
+def test_with_nothing_changed_nothing_runs(clone):
+    started = time.monotonic()
+    done = call(["dvc", "repro"], clone)
+    assert done.returncode == 0, said(done)
+    assert "Running stage" not in done.stdout
+    assert time.monotonic() - started < 10
+
+
+def test_the_summary_shows_steps_scores_version_and_page(clone):
+    done = call(["univigu", "summary"], clone)
+    assert done.returncode == 0, said(done)
+    for needed in (
+        *(stage.name for stage in STAGES),
+        "captions.mean",
+        "joint.agreement",
+        "registered: uni-vigu version 1",
+    ):
+        assert needed in done.stdout
+    assert str(clone / "reports/report.html") in done.stdout.replace("\n", "")
+    run = json.loads((clone / "reports/run.json").read_text())
+    assert [step["name"] for step in run["steps"]] == [stage.name for stage in STAGES]
+    assert run["peak_rss_mb"] > 0
+    assert str(run["model_version"]) == "1"
+
+
+def test_the_metrics_for_machines_have_their_keys(clone):
+    metrics = json.loads((clone / "reports/metrics.json").read_text())
+    attributes = ("digit", "colour", "background", "direction", "speed", "start", "end")
+    keys = [("captions", name) for name in ("mean", *attributes)] + [
+        ("generation", name) for name in ("mean", *attributes)
+    ]
+    keys += [
+        ("captions_without_video", "mean"),
+        ("generation_base", "mean"),
+        ("joint", "agreement"),
+        ("recogniser", "mean"),
+    ]
+    for group, name in keys:
+        score = metrics[group][name]
+        assert set(score) == {"value", "low", "high", "n"}, (group, name)
+        assert score["n"] == 0 or 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+    items = pd.read_parquet(clone / "reports/items.parquet")
+    assert set(items["task"]) >= {"captions", "generation", "joint"}
+
+
+def test_the_page_is_whole_and_asks_nothing_of_the_network(clone):
+    page = (clone / "reports/report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
+    assert len(page) < 8_000_000
+
+
+def readme_commands():
+    text = README.read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.split(" # ")[0].strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    return [line for line in lines if not line.startswith(RUN_ELSEWHERE)]
+
+
+def test_every_command_of_the_readme_runs(clone):
+    commands = readme_commands()
+    assert any(line.startswith("univigu caption") for line in commands)
+    for line in commands:
+        done = call(shlex.split(line), clone)
+        assert done.returncode == 0, said(done)
+        assert "Loading" not in done.stderr
+        assert "Warning" not in done.stderr
+
+
+def test_every_python_example_of_the_readme_runs(clone):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        done = call([sys.executable, "-c", block], clone)
+        assert done.returncode == 0, said(done)
