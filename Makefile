@@ -2,8 +2,9 @@
 
 PYTHON ?= python3.11
 PROFILE ?= tiny
-# Which build of torch: `cpu` (default), or a CUDA version such as `cu130`, or `auto` for what this machine's driver has.
-TORCH ?= cpu
+# Which build of torch: `cpu` (at first), a CUDA version such as `cu130`, or `auto` for what this machine's driver has.
+# Once installed, a build stays until another is asked for.
+TORCH ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 # A folder of local wheels that pip knows of may hold torch; uv has to be told.
 LOCAL_TORCH := $(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS)))
-TORCH_SOURCE := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend $(TORCH))
+TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $(PIP_FIND_LINKS),--torch-backend $(TORCH))
+# Another build than the installed one has the same version, so it has to be asked for.
+TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo smoke test lint format clean
@@ -34,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "make: Python 3.11 with its venv module is needed (Debian: apt install python3.11-venv)." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(TORCH_SOURCE) \
-		--compile-bytecode --editable '.[dev]'
+		$(TORCH_AGAIN) --compile-bytecode --editable '.[dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -115,6 +115,9 @@ def main() -> None:
     except UniViGUError as error:
         print(f"univigu: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from univigu.pipeline import UniViGUPipeline
 
 PANEL = "Use a trained model"
+BATCH = 8  # videos in memory at once
 EXAMPLES = {
     "caption": "Examples: `univigu caption clip.mp4`; `univigu caption --json *.mp4`",
     "generate": "Example: `univigu generate 'a red seven moves to the right' -o clip.mp4 --seed 3 --scale 8`",
@@ -57,26 +58,24 @@ def caption(
     """Say what is in a video: one line on standard output for each file, in the order given.
 
     Any size and length will do: the video is cut to the model's shape around its centre, and frames are taken evenly
-    from all of it.
+    from all of it. Captions come a few files at a time; each file has a seed of its own, counted up from --seed.
     """
-    from univigu.video import MAX_FRAMES, read_video
+    from univigu.video import MAX_FRAMES
 
     for path in videos:
         if not path.is_file():
             raise MissingInputError(f"There is no video file '{path}'; check the path.")
     folder = _folder(model, name, root)
-    limit = _frames_of(folder) or MAX_FRAMES
-    frames = [read_video(path, limit)[0] for path in videos]
-    for path, video in zip(videos, frames, strict=True):
-        if len(video) == 1 < limit:
-            raise BadInputError(
-                f"The video '{path}' is a single frame, which shows no motion; give two frames or more."
-            )
-    pipeline = _load(folder)
-    texts = pipeline.caption(frames, num_inference_steps=steps, guidance_scale=guidance, seed=seed)
-    for path, text in zip(videos, texts, strict=True):
-        line = " ".join(text.split())
-        _say(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
+    limit, pipeline = _frames_of(folder) or MAX_FRAMES, None
+    for start in range(0, len(videos), BATCH):
+        batch = videos[start : start + BATCH]
+        frames = [_read_moving(path, limit) for path in batch]
+        if pipeline is None:  # only now: a bad file among the first is told at once
+            pipeline = _load(folder)
+        texts = pipeline.caption(frames, num_inference_steps=steps, guidance_scale=guidance, seed=seed + start)
+        for path, text in zip(batch, texts, strict=True):
+            line = " ".join(text.split())
+            _say(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
 
 
 def generate(
@@ -140,12 +139,21 @@ def _folder(model: str, name: str, root: Path) -> Path:
     database = root / "mlflow.db"
     if uri.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
         raise MissingInputError(
-            f"No model has been registered below {root.resolve()} yet; run `make demo` there, give its folder with "
-            f"--root, or give a model's folder with --model."
+            f"No model is registered below {root.resolve()} (it has no mlflow.db); run `make demo` there, or only "
+            f"`univigu run register-model` if a model was trained there, or give its folder with --root or --model."
         )
     from univigu.registry import pipeline_folder
 
     return pipeline_folder(model or name, uri)
+
+
+def _read_moving(path: Path, limit: int) -> "np.ndarray":
+    from univigu.video import read_video
+
+    frames, _ = read_video(path, limit)
+    if len(frames) == 1 < limit:
+        raise BadInputError(f"The video '{path}' is a single frame, which shows no motion; give two frames or more.")
+    return frames
 
 
 def _frames_of(folder: Path) -> int | None:

@@ -23,7 +23,7 @@ def load_profile(name: str) -> dict[str, Any]:
             raise ConfigError(
                 f"There is no profile '{name}'; choose one of {', '.join(profile_names())}, or give a YAML file's path."
             )
-        path = Path(str(resources.files("components") / "profiles" / f"{name}.yaml"))
+        path = _bundled(name)
     try:
         profile = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -34,4 +34,17 @@ def load_profile(name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(profile, dict):
         raise ConfigError(f"The profile {path} is not a table of parameters; see {profile_names()} for examples.")
+    missing = sorted(_keys(yaml.safe_load(_bundled("tiny").read_text(encoding="utf-8"))) - _keys(profile))
+    if missing:
+        raise ConfigError(f"The profile {path} lacks {', '.join(missing)}; the bundled profile 'tiny' shows them.")
     return profile
+
+
+def _bundled(name: str) -> Path:
+    return Path(str(resources.files("components") / "profiles" / f"{name}.yaml"))
+
+
+def _keys(profile: dict[str, Any]) -> set[str]:
+    """Every section, and every ``section.key``."""
+    sections = {name: values for name, values in profile.items() if isinstance(values, dict)}
+    return set(profile) | {f"{name}.{key}" for name, values in sections.items() for key in values}

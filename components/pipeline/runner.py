@@ -5,8 +5,8 @@ At-least-once execution, idempotent commit: a step's output is absent, or comple
 * Inputs are verified against their manifests (sizes and SHA-256) before the step starts.
 * A step writes into a staging folder. When it has ended well, everything is hashed and renamed into its final place;
   the manifest is removed first and written last, so whoever finds a manifest finds all that it names.
-* Long steps work in shards. A shard is a folder with its own record; it is kept on a re-run only where the record's key
-  (input rows, parameters, code) still holds and its bytes still match.
+* Long steps work in shards. A shard is a folder, its record lies beside the run's state; the shard is kept on a re-run
+  only where the record's key (input rows, parameters, code) still holds and its bytes still match.
 * A row that can't be used goes to `rejected.parquet` with its reason; too many of them fail the step.
 * Nothing in an output depends on the clock, the machine, or the order of completion.
 """
@@ -36,11 +36,13 @@ from univigu.errors import (
     DiskFullError,
     GateFailedError,
     MissingInputError,
+    UniViGUError,
 )
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 STATE = ".univigu"  # staging, locks and run records, below the work root
+_SCARCE_BYTES = 64 * 1024
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 ShardWork = Callable[[Sequence[Mapping[str, Any]], Path], Sequence[Mapping[str, Any]]]
@@ -58,6 +60,7 @@ class Step:
     out: Path  # the staging folder: everything in it is committed when the function returns
     scratch: Path  # survives a killed run until the commit: checkpoints live here; never part of the output
     previous: Path  # where the last committed output lies, if there is one
+    records: Path  # what is known of each finished shard: below the work root, never part of the output
     docs: Path  # pages for people that may carry times: below the work root, never part of the output
     code_digest: str
     rows_in: int = 0
@@ -101,20 +104,22 @@ class Step:
             record = self._kept_shard(name, key) or self._make_shard(name, key, shard, work)
             self._rejected.extend(record["rejected"])
             results.extend(record["rows"])
+        for folder in (self.out / "shards").glob("*"):  # of a killed run over other rows
+            if not (folder.name.isdigit() and int(folder.name) < len(shards)):
+                shutil.rmtree(folder)
         return results
 
     def _kept_shard(self, name: str, key: str) -> dict[str, Any] | None:
         """The record of a finished shard whose key still holds and whose bytes still match, else None."""
+        try:
+            record = json.loads((self.records / f"{name}.json").read_text(encoding="utf-8"))
+            if record["key"] != key:
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
         for home in (self.out, self.previous):
             folder = home / "shards" / name
-            try:
-                record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-                holds = record["key"] == key and all(
-                    file_digest(folder / file) == digest for file, digest in record["files"].items()
-                )
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if holds:
+            if record["files"] == _file_digests(folder):
                 if home is not self.out:
                     shutil.rmtree(self.out / "shards" / name, ignore_errors=True)
                     shutil.copytree(folder, self.out / "shards" / name, copy_function=_link_or_copy)
@@ -129,15 +134,16 @@ class Step:
         made = [dict(row) for row in work(rows, partial)]
         record = {
             "key": key,
-            "files": {file.relative_to(partial).as_posix(): file_digest(file) for file in tree_files(partial)},
+            "files": _file_digests(partial),
             "rows": made,
             "rejected": self._rejected[before:],
         }
         del self._rejected[before:]
-        write_json(partial / "record.json", record)
         final = self.out / "shards" / name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        self.records.mkdir(parents=True, exist_ok=True)
+        write_json(self.records / f"{name}.json", record)
         return record
 
 
@@ -153,21 +159,37 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
     root = root.resolve()
     if os.environ.get("RANK", "0") != "0":
         return _help_along(stage, profile, root)
-    state = root / STATE
-    (state / "locks").mkdir(parents=True, exist_ok=True)
+    locks = root / STATE / "locks"
     try:
-        with FileLock(state / "locks" / f"{name}.lock", timeout=0):
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{name}.lock", timeout=0):
             return _run_locked(stage, profile, root)
     except Timeout as error:
         raise BusyError(
             f"Another run of '{name}' is under way below {root}; wait for it, or give another --root."
         ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except UniViGUError:
+        raise
+    except Exception as error:
+        if is_disk_full(error, root):
             raise DiskFullError(
                 f"The disk below {root} is full, so '{name}' left its output as it was; make room and run it again."
             ) from error
+        if isinstance(error, OSError) and not locks.is_dir():
+            raise BadInputError(
+                f"Nothing can be written below {root} ({error.strerror}); give another --root."
+            ) from error
         raise
+
+
+def is_disk_full(error: Exception, root: Path) -> bool:
+    """Whether a failure comes from a full disk; torch, safetensors and SQLite say so in words, without an errno."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    said = ("no space left", "disk is full", "disk quota exceeded", "file too large", "disk full")
+    if any(words in str(error).lower() for words in said):
+        return True
+    return root.is_dir() and shutil.disk_usage(root).free < _SCARCE_BYTES
 
 
 def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
@@ -182,8 +204,12 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
     step = _make_step(stage, profile, root)
     run_key = json_digest([dict(step.parameters), dict(step.input_digests), step.code_digest])
     _prepare_staging(step.out, step.scratch, run_key)
-    _load_function(stage)(step)
-    _write_rejected(step)
+    try:
+        _load_function(stage)(step)
+        _write_rejected(step)
+    except GateFailedError:
+        write_table(step.scratch, "rejected", step._rejected)
+        raise
     manifest = _commit(step, inside(root, stage.home))
     shutil.rmtree(step.scratch, ignore_errors=True)
     _record_run(root, manifest, time.monotonic() - started)
@@ -202,6 +228,7 @@ def _make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
         out=root / STATE / "staging" / stage.name,
         scratch=root / STATE / "scratch" / stage.name,
         previous=inside(root, stage.home),
+        records=root / STATE / "shards" / stage.name,
         docs=root / STATE / "docs" / stage.name,
         code_digest=_code_digest(stage),
     )
@@ -242,13 +269,14 @@ def verify(folder: Path, maker: str) -> dict[str, Any]:
     """Check every file of a committed output against its manifest; returns the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
     except FileNotFoundError as error:
         raise MissingInputError(f"There is no finished output at {folder}; run `univigu run {maker}` first.") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptDataError(
             f"The manifest of {folder} is damaged; delete the folder and run `univigu run {maker}`."
         ) from error
-    for name, facts in manifest["files"].items():
+    for name, facts in files:
         path = inside(folder, name)
         if not path.is_file():
             raise CorruptDataError(
@@ -301,7 +329,6 @@ def _write_rejected(step: Step) -> None:
             f"{reason} {count}" for reason, count in Counter(r["reason"] for r in step._rejected).most_common()
         )
         kept = step.scratch / "rejected.parquet"
-        shutil.copy(step.out / "rejected.parquet", kept)
         raise GateFailedError(
             f"'{step.stage.name}' rejected {len(step._rejected)} of {step.rows_in} rows, over the profile's share of "
             f"{limit:g} ({counts}); look at them in {kept}."
@@ -325,14 +352,13 @@ def _commit(step: Step, home: Path) -> dict[str, Any]:
         "reasons": dict(sorted(Counter(row["reason"] for row in step._rejected).items())),
         "inputs": dict(step.input_digests),
         "parameters": dict(step.parameters),
-        "code": step.code_digest,
         "facts": step.facts,
         "files": files,
     }
     home.mkdir(parents=True, exist_ok=True)
-    stale = _owned_entries(home)
+    stale = {path.name for path in home.iterdir()} if not step.stage.outputs else _owned_entries(home)
     (home / MANIFEST).unlink(missing_ok=True)
-    for entry in stale:
+    for entry in stale - {MANIFEST}:
         _remove(home / entry)
     for entry in sorted(step.out.iterdir()):
         _remove(home / entry.name)
@@ -378,6 +404,10 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in tree_files(folder)}
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.runner import STATE, write_json
-from components.pipeline.stages import STAGES, find_stage
+from components.pipeline.runner import MANIFEST, STATE, write_json
+from components.pipeline.stages import STAGES, Stage, find_stage
 from univigu.errors import MissingInputError
 
 SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
@@ -14,13 +14,10 @@ SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "ge
 def summarise(root: Path) -> dict[str, Any]:
     """Gather the records of each step's last run, and write them to ``reports/run.json``.
 
-    `total_seconds` is the sum of the steps' own times; what an orchestrator adds is not in it.
+    `total_seconds` is the sum of the steps' own times; what an orchestrator adds is not in it. The time of a step whose
+    output was restored from a cache is null.
     """
-    records = []
-    for stage in STAGES:
-        path = root / STATE / "runs" / f"{stage.name}.json"
-        if path.is_file():
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+    records = [record for stage in STAGES if (record := _record(root, stage))]
     if not records:
         raise MissingInputError(f"No step has run below {root.resolve()} yet; run `make demo` first.")
     registration = root / find_stage("register-model").home / "registration.json"
@@ -29,8 +26,8 @@ def summarise(root: Path) -> dict[str, Any]:
             {key: record[key] for key in ("name", "seconds", "rows_in", "rows_out", "quarantined")}
             for record in records
         ],
-        "total_seconds": round(sum(record["seconds"] for record in records), 2),
-        "peak_rss_mb": max(record["peak_rss_mb"] for record in records),
+        "total_seconds": round(sum(record["seconds"] or 0 for record in records), 2),
+        "peak_rss_mb": max(record["peak_rss_mb"] or 0 for record in records),
         "model_version": json.loads(registration.read_text(encoding="utf-8"))["version"]
         if registration.is_file()
         else None,
@@ -38,6 +35,20 @@ def summarise(root: Path) -> dict[str, Any]:
     (root / "reports").mkdir(exist_ok=True)
     write_json(root / "reports" / "run.json", run)
     return run
+
+
+def _record(root: Path, stage: Stage) -> dict[str, Any] | None:
+    """What is known of the run that made a step's present output; of one restored from a cache, no time is known."""
+    try:
+        manifest = json.loads((root / stage.home / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    path = root / STATE / "runs" / f"{stage.name}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if record.get("digest") == manifest["digest"]:
+        return record
+    rows = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined")}
+    return {"name": stage.name, "seconds": None, "peak_rss_mb": None, **rows}
 
 
 def show(root: Path, run: dict[str, Any]) -> None:
@@ -51,7 +62,7 @@ def show(root: Path, run: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for step in run["steps"]:
         counts = (str(step[key]) for key in ("rows_in", "rows_out", "quarantined"))
-        table.add_row(step["name"], f"{step['seconds']:.1f}", *counts)
+        table.add_row(step["name"], "restored" if step["seconds"] is None else f"{step['seconds']:.1f}", *counts)
     console.print(table)
     console.print(f"{run['total_seconds']:.0f} s in all, at most {run['peak_rss_mb'] / 1024:.1f} GiB of memory")
     metrics_path = root / "reports" / "metrics.json"

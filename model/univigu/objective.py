@@ -110,7 +110,8 @@ def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
     ]
     dropout = column(config.prompt_dropout if t.condition_dropout is None else t.condition_dropout for t in tasks)
     prompt_share = column(t.text.count("prompt_ids") / len(t.text) for t in tasks)
-    return Plan(task, *times, draws[:, 4] < dropout, draws[:, 5] < prompt_share)
+    # guidance goes away from neither text nor condition, so where the text is absent the condition is too
+    return Plan(task, *times, (draws[:, 4] < dropout) | absent, draws[:, 5] < prompt_share)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -259,3 +261,51 @@ def test_an_output_that_is_no_longer_made_is_taken_away(root, monkeypatch):
     monkeypatch.setattr(stages, "STAGES", (replace(FIRST), SECOND))
     run(root)
     assert not (root / "data/first/old.parquet").exists()
+
+
+def test_shards_of_a_killed_run_over_more_rows_are_not_committed(root):
+    process = start(root, SLOW=str(root / "at"))
+    wait_for(root / "at", "8")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (root / "numbers.json").write_text(json.dumps([0, 1]))
+    run(root)
+    assert {path.name for path in (root / "data/first/shards").iterdir()} == {"00000"}
+
+
+def test_what_a_killed_commit_left_behind_goes_with_the_next(root):
+    run(root)
+    (root / "data/first/manifest.json").unlink()
+    (root / "data/first/half.parquet").write_bytes(b"half")
+    manifest = run(root)
+    assert set(manifest["files"]) == set(snapshot(root / "data/first")) - {"manifest.json"}
+
+
+def test_a_comment_in_the_code_changes_no_byte_of_the_output(root):
+    run(root)
+    before = snapshot(root / "data/first")
+    with (root / "steps_under_test.py").open("a") as file:
+        file.write("# a comment\n")
+    run(root)
+    assert snapshot(root / "data/first") == before
+
+
+def test_the_rows_that_failed_a_gate_are_kept_for_people(root):
+    (root / "numbers.json").write_text(json.dumps([-1, -2, -3, 4]))
+    with pytest.raises(GateFailedError, match=r"look at them in (.*)\.$") as failed:
+        run(root)
+    kept = Path(re.search(r"look at them in (.*)\.$", str(failed.value))[1])
+    assert [row["id"] for row in read_table(kept.parent, "rejected").to_pylist()] == ["-1", "-2", "-3"]
+
+
+@pytest.mark.parametrize("said", ["I/O error: No space left on device (os error 28)", "database or disk is full"])
+def test_a_full_disk_is_known_by_what_libraries_say_of_it(root, said):
+    assert runner.is_disk_full(RuntimeError(said), root)
+    assert not runner.is_disk_full(RuntimeError("shape mismatch"), root)
+
+
+def test_a_manifest_that_is_not_ours_is_damaged(root):
+    run(root)
+    (root / "data/first/manifest.json").write_text("[1, 2]")
+    with pytest.raises(CorruptDataError, match="damaged"):
+        run(root, "second")
