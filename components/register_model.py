@@ -1,6 +1,6 @@
 """Register the evaluated model in MLflow, with a card made of its run's own facts and tags that lead back to the data.
 
-The same model from the same library code is registered once, however often the step runs. A version always gets the
+The same model from the same library code, with the same evaluation, is registered once, however often the step runs. A version always gets the
 alias `candidate`; it gets `champion` where nobody holds it, or where it beats the holder on the same held-out items.
 """
 
@@ -21,6 +21,7 @@ from univigu.errors import BadInputError
 
 PIPELINE = "model"  # the pipeline's folder inside the training step's output
 CARD = "model_card.md.j2"
+EVIDENCE = ("metrics.json", "items.parquet")  # of the evaluation, what a version carries
 
 Manifests = Mapping[str, Mapping[str, Any]]  # by the step's input name
 
@@ -52,8 +53,9 @@ def register_model(step: Step) -> None:
     identity = {
         "univigu.model_digest": _model_digest(manifests["model"]),
         "univigu.library_digest": tree_digest([SOURCE_ROOT / "model/univigu"], relative_to=SOURCE_ROOT),
+        "univigu.evaluation_digest": _evaluation_digest(manifests["evaluation"]),
     }
-    runs = _training_runs(step.root, manifests["latents"]["digest"], identity["univigu.model_digest"])
+    runs = _training_runs(step.root, manifests["model"])
     commit = _git_commit(SOURCE_ROOT)
     facts = lineage_tags(manifests, lineage, evaluation, runs, commit)
     version = registry.version_with(name, identity)
@@ -156,11 +158,10 @@ def _scores(metrics: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, M
 def _evaluation_of(version: Any) -> Evaluation | None:
     """The evaluation that travels with a registered version; None where it has none that can be read."""
     from univigu import registry
-    from univigu.errors import UniViGUError
 
     try:
         return read_evaluation(registry.artifact(f"models:/{version.name}/{version.version}", "evaluation"))
-    except (UniViGUError, OSError, ValueError):
+    except (BadInputError, OSError, ValueError):
         return None
 
 
@@ -221,23 +222,40 @@ def _model_digest(manifest: Mapping[str, Any]) -> str:
     return json_digest({name: facts["sha256"] for name, facts in _model_files(manifest).items()})
 
 
-def _training_runs(root: Path, dataset_digest: str, model_digest: str) -> list[dict[str, str]]:
-    """MLflow's finished runs of the two stages on this dataset, the second of them the one that made this model."""
+def _evaluation_digest(manifest: Mapping[str, Any]) -> str:
+    return json_digest({name: manifest["files"][name]["sha256"] for name in EVIDENCE})
+
+
+def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]:
+    """MLflow's finished runs that made stage 1's model and, from it, this one; a run that can't be told is left out."""
     from components.tracking import find_run
 
-    made_here = {"train-stage-1": {}, "train-stage-2": {"univigu.model_digest": model_digest}}
-    found = {
-        stage: find_run(root, {"univigu.stage": stage, "univigu.dataset_digest": dataset_digest, **tags})
-        for stage, tags in made_here.items()
-    }
-    return [{"stage": stage, "id": run} for stage, run in found.items() if run]
+    parent = _parent_manifest(root, model)
+    found = []
+    for manifest in [parent, model] if parent else [model]:
+        tags = {
+            "univigu.stage": manifest["step"],
+            "univigu.dataset_digest": manifest["inputs"]["latents"],
+            "univigu.model_digest": _model_digest(manifest),
+        }
+        found.append({"stage": manifest["step"], "id": find_run(root, tags)})
+    return [run for run in found if run["id"]]
+
+
+def _parent_manifest(root: Path, model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of stage 1's output, if what lies there is still what the model was trained from."""
+    try:
+        manifest = _manifest(root / find_stage(find_stage(model["step"]).inputs["model"]).home)
+    except (OSError, ValueError):
+        return None
+    return manifest if manifest["digest"] == model["inputs"]["model"] else None
 
 
 def _git_commit(folder: Path) -> str | None:
+    """The commit of the checkout, with ``-dirty`` where tracked files differ from it; None where there is none."""
+    describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -246,7 +264,7 @@ def _git_commit(folder: Path) -> str | None:
 def _copy_evaluation(folder: Path, scratch: Path) -> Path:
     target = scratch / "evaluation"
     target.mkdir(exist_ok=True)
-    for name in ("metrics.json", "items.parquet"):
+    for name in EVIDENCE:
         shutil.copy(folder / name, target / name)
     return target
 

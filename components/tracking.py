@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from univigu.errors import PreemptedError, TransientError
+from univigu.errors import PreemptedError
+from univigu.registry import in_a_hurry, store_error
 
 EXPERIMENT = "uni-vigu"
 FLUSH_EVERY_S = 10.0
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the first call alone
 
 
 def tracking_uri(root: Path) -> str:
@@ -30,7 +30,7 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     """Point MLflow at the store of the work root, and return the id of `experiment`, which is made if need be.
 
     MLflow calls nobody and unpickles nothing from here on. In a store below the root, artifacts lie in ``mlruns``.
-    Raises `TransientError` where the store can't be reached.
+    Raises `TransientError` where the store can't be reached, and `CorruptDataError` where its database is damaged.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -43,23 +43,16 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     mlflow.set_tracking_uri(uri)
     if not chosen:
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, and another root would take it for the user's
-    hurried = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
-    os.environ.update(hurried)
     try:
-        client = mlflow.MlflowClient()
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return found.experiment_id
-        location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-        return client.create_experiment(experiment, artifact_location=location)
+        with in_a_hurry():
+            client = mlflow.MlflowClient()
+            found = client.get_experiment_by_name(experiment)
+            if found is not None:
+                return found.experiment_id
+            location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
+            return client.create_experiment(experiment, artifact_location=location)
     except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TransientError(
-            f"MLflow's store at {uri} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
-        ) from error
-    finally:
-        for name in hurried:
-            os.environ.pop(name)
+        raise store_error(error, uri) from error
 
 
 @contextmanager

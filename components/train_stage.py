@@ -56,7 +56,7 @@ def _train(step: "Step", number: int, source: str) -> None:
             tags={
                 "univigu.stage": step.stage.name,
                 "univigu.dataset_digest": step.input_digests["latents"],
-                f"univigu.{source}_digest": step.input_digests[source],
+                f"univigu.input.{source}_digest": step.input_digests[source],
                 "univigu.code_digest": step.code_digest,
             },
             datasets={f"latents-stage-{number}": (str(step.inputs["latents"]), step.input_digests["latents"])},

@@ -140,7 +140,7 @@ def _folder(model: str, name: str, root: Path) -> Path:
     if uri.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
         raise MissingInputError(
             f"No model is registered below {root.resolve()} (it has no mlflow.db); run `make demo` there, or only "
-            f"`univigu run register-model` if a model was trained there, or give its folder with --root or --model."
+            f"`univigu run register-model` if a model was trained there, or give another --root, or a model's folder with --model."
         )
     from univigu.registry import pipeline_folder
 

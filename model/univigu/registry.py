@@ -14,7 +14,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univigu.errors import MissingInputError
+from univigu.errors import CorruptDataError, MissingInputError, TransientError, UniViGUError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -39,6 +39,8 @@ REQUIREMENTS = (
     "pandas",
 )
 LONGEST_DESCRIPTION = 5000  # characters that a database behind MLflow may hold
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a name or alias that isn't there
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the first call alone
 
 Uri = str | None
 
@@ -46,7 +48,8 @@ Uri = str | None
 def load_pipeline(model: str | Path = NAME, tracking_uri: Uri = None) -> "UniViGUPipeline":
     """The pipeline in a folder, at a ``models:/`` address, or of a registered name's champion.
 
-    Raises `MissingInputError` where there is no such model, and `CorruptDataError` where its files can't be loaded.
+    Raises `MissingInputError` where there is no such model, `CorruptDataError` where its files or the registry's
+    database can't be read, and `TransientError` where the registry does not answer.
     """
     from univigu.pipeline import UniViGUPipeline
 
@@ -64,17 +67,21 @@ def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
 def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
     """A file or folder that `register_version` put into a version, on this machine's disk.
 
-    `uri` is a ``models:/name/version`` or ``models:/name@alias``; raises `MissingInputError` where there is none.
+    `uri` is a ``models:/name/version`` or ``models:/name@alias``. Raises as `load_pipeline` does.
     """
     with _store(tracking_uri) as store:
         from mlflow import artifacts
         from mlflow.exceptions import MlflowException
+        from requests import RequestException
 
         try:
             return Path(artifacts.download_artifacts(artifact_uri=f"{uri}/artifacts/{name}"))
         except (MlflowException, OSError) as error:
+            if isinstance(error, RequestException) or getattr(error, "error_code", _UNKNOWN[0]) not in _UNKNOWN:
+                raise store_error(error, store) from error
             raise MissingInputError(
-                f"There is no model at {uri} in {store}; train one (`make demo`), or give a model's folder."
+                f"There is no model at {uri} in {store}; register one that is trained (`univigu run register-model`), "
+                f"train one (`make demo`), or give a model's folder."
             ) from error
 
 
@@ -87,7 +94,7 @@ def version_at(name: str, alias: str, tracking_uri: Uri = None) -> "ModelVersion
         try:
             return MlflowClient().get_model_version_by_alias(name, alias)
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code in _UNKNOWN:
                 return None
             raise
 
@@ -215,9 +222,50 @@ def _ensure_name(client: Any, name: str) -> None:
             raise
 
 
+def store_error(error: Exception, uri: str) -> UniViGUError:
+    """What to tell people of a store that failed: its database is damaged, or it does not answer now."""
+    from sqlalchemy.exc import DatabaseError
+
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # the class itself: those below it say that a database is busy, or not to be reached
+    if any(type(one) is DatabaseError for one in (error, error.__cause__, error.__context__)):
+        return CorruptDataError(
+            f"MLflow's database {uri} can't be read ({reason}); put back a copy of it, or move it away and run "
+            f"`univigu run register-model`, which begins a new one."
+        )
+    return TransientError(
+        f"MLflow's store at {uri} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
+    )
+
+
+@contextmanager
+def in_a_hurry():
+    """Let MLflow give up on a server within seconds, not minutes, where the user has not said how patient to be."""
+    hurried = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
+    os.environ.update(hurried)
+    try:
+        yield
+    finally:
+        for name in hurried:
+            os.environ.pop(name)
+
+
+def _require_answer(uri: str) -> None:
+    from mlflow import MlflowClient
+
+    try:
+        with in_a_hurry():
+            MlflowClient().search_registered_models(max_results=1)
+    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
+        raise store_error(error, uri) from error
+
+
 @contextmanager
 def _store(tracking_uri: Uri):
-    """MLflow pointed at `tracking_uri` (None: where it points already); it calls nobody and unpickles nothing."""
+    """MLflow pointed at `tracking_uri` (None: where it points already); it calls nobody and unpickles nothing.
+
+    Raises `TransientError` where the store does not answer, and `CorruptDataError` where its database is damaged.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -227,6 +275,7 @@ def _store(tracking_uri: Uri):
     if tracking_uri is not None:
         mlflow.set_tracking_uri(tracking_uri)
     try:
+        _require_answer(mlflow.get_tracking_uri())
         yield mlflow.get_tracking_uri()
     finally:
         if tracking_uri is not None:

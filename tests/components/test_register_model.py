@@ -16,6 +16,7 @@ from components.pipeline.digests import file_digest, json_digest, tree_files
 from components.pipeline.runner import MANIFEST, run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
+from components.register_model import _git_commit
 from components.tracking import start_run, tracking_uri
 from components.train_stage import model_digest
 from univigu import registry
@@ -66,8 +67,12 @@ class World:
 
     def train(self, weights):
         """Another model: `weights` is a word that its bytes depend on."""
+        (self.root / "data/stage1/model").mkdir(parents=True, exist_ok=True)
+        (self.root / "data/stage1/model/trained.txt").write_text(f"stage 1 of {weights}")
+        inputs = {"latents": self.digests["latents"], "base": self.digests["base"]}
+        self.digests["stage1"] = commit(self.root, "train-stage-1", inputs)
         (self.root / "data/stage2/model/tokenizer/trained.txt").write_text(weights)
-        inputs = {"latents": self.digests["latents"], "model": "e" * 64}
+        inputs = {"latents": self.digests["latents"], "model": self.digests["stage1"]}
         self.digests["stage2"] = commit(self.root, "train-stage-2", inputs)
         self.evaluate(10)
 
@@ -95,6 +100,14 @@ class World:
         run_stage("register-model", {"register_model": {"name": name, "champion_metric": metric}}, self.root)
         return json.loads((self.root / "data/registered/registration.json").read_text())
 
+    def track(self, number, digest=None):
+        """A finished training run on this dataset; returns its id."""
+        stage = f"train-stage-{number}"
+        tags = {"univigu.stage": stage, "univigu.dataset_digest": self.digests["latents"]}
+        with start_run(self.root, stage, parameters={}, tags=tags, datasets={}) as run:
+            run.set_tags({"univigu.model_digest": digest or model_digest(self.root / f"data/stage{number}")})
+        return run.run_id
+
     def version(self, name, alias):
         found = registry.version_at(name, alias, tracking_uri(self.root))
         return found and int(found.version)
@@ -110,9 +123,7 @@ def world(tmp_path_factory, speaking_model):
 def test_the_first_version_is_champion_and_says_where_it_came_from(world):
     import mlflow
 
-    tags = {"univigu.stage": "train-stage-2", "univigu.dataset_digest": world.digests["latents"]}
-    with start_run(world.root, "train-stage-2", parameters={}, tags=tags, datasets={}) as run:
-        run.set_tags({"univigu.model_digest": model_digest(world.root / "data/stage2")})
+    run = world.track(2)
     facts = world.register("whence")
 
     assert (facts["version"], world.version("whence", "champion"), world.version("whence", "candidate")) == (1, 1, 1)
@@ -121,8 +132,8 @@ def test_the_first_version_is_champion_and_says_where_it_came_from(world):
     for step, name in lineage.items():
         assert version.tags[f"univigu.digest.{step}"] == world.digests[name]
     assert version.tags["univigu.dataset_digest"] == world.digests["latents"]
-    assert version.tags["univigu.run.train-stage-2"] == run.run_id
-    for text in (world.digests["latents"], "hand/written | CC0-1.0 | 2", "captions.mean | 0.375", run.run_id, "seed 0"):
+    assert version.tags["univigu.run.train-stage-2"] == run
+    for text in (world.digests["latents"], "hand/written | CC0-1.0 | 2", "captions.mean | 0.375", run, "seed 0"):
         assert text in version.description
     assert "On 20 held-out items" in version.description
     own = mlflow.get_run(version.run_id).data
@@ -136,6 +147,52 @@ def test_the_same_model_is_registered_once(world):
     again = world.register("once")
     assert again == first
     assert registry.version_with("once", {"univigu.model_digest": first["model_digest"]}).version == 1
+
+
+def test_stage_1_is_the_run_that_made_what_stage_2_started_from(world):
+    world.train("child")
+    parent = world.track(1)
+    world.track(1, digest="0" * 64)  # newer, on the same dataset, of another model
+    world.register("child")
+    assert (
+        registry.version_at("child", "candidate", tracking_uri(world.root)).tags["univigu.run.train-stage-1"] == parent
+    )
+
+    world.train("orphan")
+    (world.root / "data/stage1/model/trained.txt").write_text("trained again since")
+    commit(world.root, "train-stage-1", {"latents": world.digests["latents"], "base": world.digests["base"]})
+    world.track(1)
+    world.register("child")
+    orphan = registry.version_at("child", "candidate", tracking_uri(world.root))
+    assert (orphan.version, "univigu.run.train-stage-1" in orphan.tags) == (2, False)
+
+
+def test_another_evaluation_of_the_same_model_is_another_version(world):
+    world.train("evaluated twice")
+    first = world.register("evaluations")
+    world.evaluate(14)
+    second = world.register("evaluations")
+    assert [facts["version"] for facts in (first, second, world.register("evaluations"))] == [1, 2, 2]
+    assert first["model_digest"] == second["model_digest"]
+    newer = registry.version_at("evaluations", "champion", tracking_uri(world.root))
+    assert (newer.version, "captions.mean | 0.525" in newer.description) == (2, True)
+
+
+def test_the_commit_says_whether_files_were_edited_since(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert _git_commit(tmp_path) is None
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-m", "One")
+    git("tag", "-a", "v1", "-m", "A tag is no commit")
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_champion_is_who_beats_the_champion_on_the_same_items(world):
@@ -169,7 +226,8 @@ def test_a_champion_measured_on_fewer_items_is_met_on_those(world):
 def test_an_evaluation_of_another_model_is_refused(world):
     world.train("evaluated")
     (world.root / "data/stage2/model/tokenizer/trained.txt").write_text("another")
-    commit(world.root, "train-stage-2", {"latents": world.digests["latents"], "model": "e" * 64})
+    inputs = {"latents": world.digests["latents"], "model": world.digests["stage1"]}
+    commit(world.root, "train-stage-2", inputs)
     with pytest.raises(BadInputError, match="different outputs of 'train-stage-2'"):
         world.register("mixed")
     world.train("evaluated")

@@ -54,7 +54,7 @@ def test_killed_after_a_shard_and_run_again_it_ends_with_the_same_bytes(finished
         [sys.executable, "-c", code, STEP, json.dumps(profile), str(root)], stderr=subprocess.PIPE
     )
     first = root / ".univigu/staging" / STEP / "shards/00000"
-    while not first.exists() and process.poll() is None:
+    while not (root / ".univigu/shards" / STEP / "00000.json").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()

@@ -14,6 +14,7 @@ import torch
 
 from components.pipeline.runner import STATE, run_stage
 from components.tracking import find_run, flatten, tracking_uri
+from components.train_stage import model_digest
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError, PreemptedError, TransientError
 from univigu.training.data import EMPTY_PROMPT, write_empty_prompt, write_latents
@@ -98,7 +99,11 @@ def test_both_stages_leave_a_pipeline_that_works_and_a_run_that_leads_back_to_th
     history = mlflow.MlflowClient().get_metric_history(found, "loss")
     assert [metric.step for metric in history] == [1, 2, 3, 4]
     assert run.data.metrics["heldout_video_gain"] == pytest.approx(heldout["video_gain"])
-    assert len(run.data.tags["univigu.model_digest"]) == 64
+    assert run.data.tags["univigu.model_digest"] == model_digest(root / "data/stage2")
+    assert run.data.tags["univigu.input.model_digest"] == first["digest"] == second["inputs"]["model"]
+    parent = mlflow.get_run(find_run(root, {"univigu.stage": "train-stage-1"})).data.tags
+    assert parent["univigu.model_digest"] == model_digest(root / "data/stage1") != run.data.tags["univigu.model_digest"]
+    assert parent["univigu.input.base_digest"] == first["inputs"]["base"]
 
     again = run_stage("train-stage-1", profile, root)
     assert again["digest"] == first["digest"]

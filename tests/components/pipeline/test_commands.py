@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from components.pipeline.cli import main
-from univigu.errors import CorruptDataError, DiskFullError
+from components.pipeline.commands import BATCH
+from univigu.errors import CorruptDataError, DiskFullError, TransientError
 from univigu.video import decode_mp4, encode_mp4
 
 
@@ -68,6 +69,22 @@ def test_several_files_of_any_shape_are_captioned_in_order(univigu, clips, speak
     assert [row["file"] for row in said] == [str(file) for file in files]
     _, alone, _ = univigu("caption", files[1], "--model", speaking_model, "--seed", 6)
     assert alone == said[1]["caption"] + "\n"
+
+
+def test_captions_come_while_later_files_are_still_to_be_read(univigu, clips, speaking_model):
+    files = [clips / "clip.mp4"] * (BATCH + 1)
+    code, out, _ = univigu("caption", *files, "--model", speaking_model, "--steps", 2, "--seed", 5)
+    said = out.splitlines()
+    assert (code, len(said)) == (0, BATCH + 1)
+    last = univigu("caption", files[-1], "--model", speaking_model, "--steps", 2, "--seed", 5 + BATCH)
+    assert last[1] == said[-1] + "\n"
+    code, out, err = univigu(
+        "caption", *files, clips / "text.mp4", "--model", speaking_model, "--steps", 2, "--seed", 5
+    )
+    assert (code, out.splitlines()) == (65, said[:BATCH])
+    assert "text.mp4" in err
+    result = univigu("caption", *files, clips / "none.mp4", "--model", speaking_model)
+    assert_refused(result, 66, "no video file")
 
 
 def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path, speaking_model):
@@ -137,8 +154,21 @@ def test_a_full_disk_is_said_and_leaves_nothing(univigu, speaking_model):
 def test_without_a_registered_model_people_are_told_how_to_get_one(univigu, clips, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = univigu("caption", clips / "clip.mp4", "--root", tmp_path)
-    assert_refused(result, 66, "No model has been registered .* `make demo`.* --model")
+    assert_refused(result, 66, "No model is registered .* `make demo`.* `univigu run register-model`.* --model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_model(univigu, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    arguments = ("generate", "a red seven", "-o", tmp_path / "clip.mp4", "--root", tmp_path)
+    (tmp_path / "mlflow.db").write_text("This is a letter, and no database.\n" * 100)
+    message = "mlflow.db can't be read .*not a database.* `univigu run register-model`"
+    assert_refused(univigu(*arguments), CorruptDataError.exit_code, message)
+    (tmp_path / "mlflow.db").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert_refused(univigu(*arguments), TransientError.exit_code, "http://127.0.0.1:9 does not answer")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'empty.db'}")
+    assert_refused(univigu(*arguments), 66, "no model at models:/uni-vigu@champion")
 
 
 def test_a_folder_that_holds_no_model_or_a_damaged_one_is_refused(univigu, clips, tmp_path, speaking_model):

@@ -74,8 +74,20 @@ def test_profiles_of_one_world_have_the_same_keys():
     assert keys(load_profile("tiny")) == keys(load_profile("smoke"))
 
 
-def test_dvc_and_the_default_profile_name_the_same_sources():
-    assert DVC["vars"] == [{name: load_profile("tiny")[name]} for name in ("base", "heldout")]
+@pytest.mark.parametrize("profile", profile_names())
+def test_dvc_and_every_profile_name_the_same_sources(profile):
+    assert DVC["vars"] == [{name: load_profile(profile)[name]} for name in ("base", "heldout")]
+
+
+def test_a_profile_that_lacks_a_parameter_is_told_which(tmp_path):
+    profile = load_profile("tiny")
+    del profile["text"]["prompt_tokens"], profile["register_model"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(profile))
+    with pytest.raises(ConfigError, match=r"lacks register_model, register_model.*text.prompt_tokens"):
+        load_profile(str(tmp_path / "mine.yaml"))
+
+
+def test_the_profile_in_use_is_there():
     assert yaml.safe_load((ROOT / "params.yaml").read_text())["profile"] in profile_names()
 
 
