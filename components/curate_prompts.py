@@ -24,6 +24,7 @@ BATCH = 1024  # rows that go through the tokenizer together
 LONGEST_LINE = 1 << 20  # bytes; a longer line is one broken row, and is never held whole
 CHARACTERS_PER_TOKEN = 64  # a text longer than this, times the most tokens allowed, is not looked at any closer
 WITHHELD = "[withheld]"  # stands for personal data in the quarantine: the raw file has it, and no copy is needed
+LONGEST_QUOTE = 4096  # characters of one value that the quarantine keeps
 LONG_TEXT = 48  # features: in anything shorter a single word can be all that sets two prompts apart
 MINHASH_PERMUTATIONS = 128
 RECALL_WEIGHT = 0.98  # candidates are verified exactly, so the index may err on the side of too many
@@ -59,7 +60,7 @@ def curate_prompts(step: Step) -> None:
             if not reason:
                 reason, detail = duplicates.add(prompt_id, row.text)
             if reason:
-                step.reject(row.id, reason, detail, row.raw)
+                _quarantine(step, row, reason, detail)
                 continue
             repaired += row.text != row.raw["text"]
             kept.append(
@@ -114,7 +115,7 @@ def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return line[:4096].decode("utf-8", errors="replace").strip()
+        return line.decode("utf-8", errors="replace").strip()
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------
@@ -124,12 +125,25 @@ def _accept(step: Step, row: Row) -> bool:
     """Run the tests that need no tokenizer, in order; quarantines the row at the first that it fails."""
     for reason, detail in _reasons(row, step["curate_prompts"], step["text"]):
         if detail:
-            raw = row.raw
-            if reason == "personal_data":
-                raw = {**raw, "text": WITHHELD}
-            step.reject(row.id, reason, detail, raw)
+            _quarantine(step, row, reason, detail)
             return False
     return True
+
+
+def _quarantine(step: Step, row: Row, reason: str, detail: str) -> None:
+    """Reject a row without a copy of personal data, wherever in it that is and whatever the row is rejected for."""
+    raw = row.raw
+    raw = {_quotable(key): _quotable(value) for key, value in raw.items()} if isinstance(raw, dict) else _quotable(raw)
+    step.reject(row.id, reason, _quotable(detail), raw)
+
+
+def _quotable(value: Any) -> Any:
+    """A value as the quarantine may keep it: at most `LONGEST_QUOTE` characters, and `WITHHELD` for personal data."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    quote = text[:LONGEST_QUOTE]
+    if filters.find_personal_data(text) or filters.find_personal_data(filters.repair(quote)):
+        return WITHHELD
+    return value if quote == text else quote
 
 
 def _reasons(row: Row, settings: Mapping[str, Any], lengths: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
