@@ -1,7 +1,8 @@
 """Register the evaluated model in MLflow, with a card made of its run's own facts and tags that lead back to the data.
 
-The same model from the same library code, with the same evaluation, is registered once, however often the step runs. A version always gets the
-alias `candidate`; it gets `champion` where nobody holds it, or where it beats the holder on the same held-out items.
+The same model from the same library code, with the same evaluation, is registered once, however often the step runs. A
+version always gets the alias `candidate`; it gets `champion` where nobody holds it, or where it beats the holder on
+the same held-out items.
 """
 
 import json

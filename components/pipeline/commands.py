@@ -139,8 +139,9 @@ def _folder(model: str, name: str, root: Path) -> Path:
     database = root / "mlflow.db"
     if uri.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
         raise MissingInputError(
-            f"No model is registered below {root.resolve()} (it has no mlflow.db); run `make demo` there, or only "
-            f"`univigu run register-model` if a model was trained there, or give another --root, or a model's folder with --model."
+            f"No model is registered below {root.resolve()}, which has no mlflow.db; run `make demo` there, or "
+            f"`univigu run register-model` if a model is trained, or give another --root, or a model's folder with "
+            f"--model."
         )
     from univigu.registry import pipeline_folder
 

@@ -196,6 +196,7 @@ def test_the_commit_says_whether_files_were_edited_since(tmp_path):
 
 
 def test_champion_is_who_beats_the_champion_on_the_same_items(world):
+    world.train("contested")
     world.register("contest")
     world.train("worse")
     world.evaluate(8)
