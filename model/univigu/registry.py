@@ -14,7 +14,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univigu.errors import CorruptDataError, MissingInputError, TransientError, UniViGUError
+from univigu.errors import CorruptDataError, DiskFullError, MissingInputError, TransientError, UniViGUError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -223,10 +223,12 @@ def _ensure_name(client: Any, name: str) -> None:
 
 
 def store_error(error: Exception, uri: str) -> UniViGUError:
-    """What to tell people of a store that failed: its database is damaged, or it does not answer now."""
+    """What to tell people of a store that failed: its disk is full, its database damaged, or it is not there."""
     from sqlalchemy.exc import DatabaseError
 
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "disk is full" in reason:  # SQLite's words; there is no errno
+        return DiskFullError(f"The disk is full, so MLflow's store at {uri} can't be used; make room and run it again.")
     # the class itself: those below it say that a database is busy, or not to be reached
     if any(type(one) is DatabaseError for one in (error, error.__cause__, error.__context__)):
         return CorruptDataError(
