@@ -13,20 +13,21 @@ a browser they ask a public CDN for style sheets and scripts, and show the logo 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from univigu.errors import GateFailedError
 
+Reject = Callable[[str | None, str, str], None]  # takes a row's id, if it has one, a reason and a detail
+
 
 @dataclass
 class Gate:
-    """What came of a suite: the rows that passed all of it, those to quarantine, and each expectation's figures."""
+    """What came of a suite: the rows that passed all of it, and each expectation's figures."""
 
     passed: Any  # pandas.DataFrame
-    rejected: list[tuple[str, str, str]]  # id, reason, detail
     report: list[dict[str, Any]]
 
 
@@ -38,50 +39,62 @@ def expectations() -> Any:
     return expectations_module
 
 
-def run_gate(name: str, frame: Any, suite: Sequence[Any], docs: Path, min_rows: int, remedy: str) -> Gate:
-    """Run `suite` on a DataFrame with a unique column `id`; returns what passed, and what to quarantine.
+def run_gate(
+    name: str, frame: Any, suite: Sequence[Any], docs: Path, min_rows: int, remedy: str, reject: Reject
+) -> Gate:
+    """Run `suite` on a DataFrame with a unique column `id`; returns what passed, and gives `reject` every other row.
 
     Raises `GateFailedError`, which ends with `remedy`, where the table has fewer than `min_rows` rows before or after
     the quarantine, where an expectation without a `reason` fails, and where one raised, was not run, or did not look
-    at every row. `docs` is replaced by the pages of the last run.
+    at every row. The failing rows have been given to `reject` by then. `docs` is replaced by the pages of the run that
+    saw the whole table.
     """
+    shutil.rmtree(docs, ignore_errors=True)
     if not suite:
         raise GateFailedError(f"The gate '{name}' expects nothing of its table, so it can't vouch for it; {remedy}.")
     _require_rows(name, frame, min_rows, "holds", remedy)
-    results = _validate(name, frame, suite, docs)
+    results, write_docs = _validate(name, frame, suite, docs)
+    write_docs()
     report = sorted((_figures(result) for result in results), key=lambda figures: figures["expectation"])
     _check_that_all_ran(name, suite, results, len(frame), remedy)
-    reasons: dict[str, list[tuple[str, str]]] = {}
-    for result in results:
-        if result.success:
-            continue
-        reason = (result.expectation_config.meta or {}).get("reason")
-        unexpected = result.result.get("unexpected_index_list")
-        if not reason or not unexpected:
+    failed = [result for result in results if not result.success]
+    reasons = _reject_rows(failed, reject)
+    for result in failed:
+        if not _reason(result) or not result.result.get("unexpected_index_list"):
             raise GateFailedError(
                 f"The gate '{name}' failed: {_describe(result)} does not hold ({_seen(result.result)}); {remedy}."
             )
-        for row in unexpected:
-            seen = ", ".join(f"{key} {value}" for key, value in row.items() if key != "id")
-            reasons.setdefault(row["id"], []).append((reason, f"{seen}: {_describe(result)}"))
-    if not reasons:
-        return Gate(frame, [], report)
+    if not failed:
+        return Gate(frame, report)
     bad = frame["id"].isin(list(reasons))
-    rejected = [
-        (row_id, reasons[row_id][0][0], "; ".join(detail for _, detail in reasons[row_id]))
-        for row_id in frame["id"][bad]
-    ]
     left = frame[~bad].reset_index(drop=True)
     _require_rows(name, left, min_rows, f"keeps (of {len(frame)}: {_counts(reasons)})", remedy)
-    again = _validate(name, left, suite, docs)
+    again, _ = _validate(name, left, suite, docs)
     _check_that_all_ran(name, suite, again, len(left), remedy)
     for result in again:
         if not result.success:
             raise GateFailedError(
-                f"The gate '{name}' failed: without the {len(rejected)} rows it quarantined ({_counts(reasons)}), "
+                f"The gate '{name}' failed: without the {bad.sum()} rows it quarantined ({_counts(reasons)}), "
                 f"{_describe(result)} does not hold ({_seen(result.result)}); {remedy}."
             )
-    return Gate(left, rejected, report)
+    return Gate(left, report)
+
+
+def _reject_rows(failed: Sequence[Any], reject: Reject) -> dict[str | None, list[tuple[str, str]]]:
+    """Give every row that an expectation names to `reject`; returns each one's (reason, detail) by id.
+
+    Where the expectation fails the whole step, its type is the reason.
+    """
+    reasons: dict[str | None, list[tuple[str, str]]] = {}
+    for result in failed:
+        reason = _reason(result) or result.expectation_config.type
+        for row in result.result.get("unexpected_index_list") or ():
+            seen = ", ".join(f"{key} {value}" for key, value in row.items() if key != "id")
+            row_id = row["id"] if isinstance(row["id"], str) else None  # pandas has a NaN for it
+            reasons.setdefault(row_id, []).append((reason, f"{seen}: {_describe(result)}"))
+    for row_id, found in reasons.items():
+        reject(row_id, found[0][0], "; ".join(detail for _, detail in found))
+    return reasons
 
 
 def _require_rows(name: str, frame: Any, min_rows: int, verb: str, remedy: str) -> None:
@@ -92,13 +105,12 @@ def _require_rows(name: str, frame: Any, min_rows: int, verb: str, remedy: str) 
         )
 
 
-def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> list[Any]:
-    """Run the suite in an ephemeral context and write its pages; returns one result for each expectation that ran."""
+def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> tuple[list[Any], Callable[[], Any]]:
+    """Run the suite in an ephemeral context; returns a result for each expectation that ran, and what writes pages."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.data_context.types import base
 
-    shutil.rmtree(docs, ignore_errors=True)
     site = {
         "class_name": "SiteBuilder",
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
@@ -126,12 +138,12 @@ def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> list[A
         )
     )
     (outcome,) = checkpoint.run(batch_parameters={"dataframe": frame}).run_results.values()
-    context.build_data_docs(site_names=["docs"])
     order = [_signature(expectation.configuration) for expectation in suite]
-    return sorted(
+    results = sorted(
         outcome.results,
         key=lambda result: order.index(signature) if (signature := _describe(result)) in order else len(order),
     )
+    return results, lambda: context.build_data_docs(site_names=["docs"])
 
 
 def _check_that_all_ran(name: str, suite: Sequence[Any], results: Sequence[Any], rows: int, remedy: str) -> None:
@@ -168,6 +180,10 @@ def _signature(configuration: Any) -> str:
     return f"{configuration.type}({shown})"
 
 
+def _reason(result: Any) -> str | None:
+    return (result.expectation_config.meta or {}).get("reason")
+
+
 def _describe(result: Any) -> str:
     return _signature(result.expectation_config)
 
@@ -192,5 +208,5 @@ def _figures(result: Any) -> dict[str, Any]:
         "success": bool(result.success),
         "rows": result.result.get("element_count"),
         "unexpected": result.result.get("unexpected_count"),
-        "reason": (result.expectation_config.meta or {}).get("reason"),
+        "reason": _reason(result),
     }
