@@ -1,12 +1,12 @@
 """Have every stage-2 clip described in detail, check each description, and ask again with the reason where it fails."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.checks import repeats_prompt
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def settle(request: "CaptionRequest", response: "CaptionResponse", judge: Judge)
 def find_fault(request: "CaptionRequest", text: str, n_tokens: int, checks: Sequence[Any]) -> tuple[str, str] | None:
     """Why a caption can't be used, as (reason slug, complaint to the captioner), or None."""
     low, high = request.token_range
-    if _plain(text) == _plain(request.prompt):
+    if repeats_prompt(request.prompt, text):
         return "repeats_prompt", "it only repeats the prompt; describe the video in more detail"
     if n_tokens < low:
         return "too_short", f"it has {n_tokens} tokens and should have {low} to {high}; say more"
@@ -131,7 +131,3 @@ def find_fault(request: "CaptionRequest", text: str, n_tokens: int, checks: Sequ
         if complaint := check.check_caption(request.prompt, text):
             return "misses_prompt", complaint
     return None
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))

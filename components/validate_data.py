@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.gates import expectations, run_gate
+from components.gates import Reject, expectations, run_gate
 from components.pipeline.runner import Step
 from components.pipeline.tables import SCHEMAS
 from univigu.errors import ConfigError
@@ -85,7 +85,7 @@ def validate_pairs(step: Step) -> None:
     A stage-1 pair has no caption. A stage-2 clip whose caption did not succeed was quarantined where it was captioned,
     and is only counted here. Raises `ConfigError` where the profile's caption range does not lie above its prompts'.
     """
-    from components.checks import load_checks
+    from components.checks import load_checks, repeats_prompt
     from components.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
@@ -121,7 +121,7 @@ def validate_pairs(step: Step) -> None:
         row["stored_tokens"] = row["stored_tokens"] if captioned else fewest
         row["tokens_over_longest_prompt"] = row["caption_tokens"] - longest
         row["caption_state"] = row["status"] or "missing" if captioned else "none" if not row["caption"] else "unwanted"
-        row["is_prompt"] = captioned and _plain(row["caption"]) == _plain(row["prompt"])
+        row["is_prompt"] = captioned and repeats_prompt(row["prompt"], row["caption"] or "")
         row["fault"] = _fault(checks, row["prompt"], row["caption"]) if captioned else ""
     frame = pa.Table.from_pylist(rows).to_pandas() if rows else pa.table({"id": []}).to_pandas()
 
@@ -201,10 +201,6 @@ def assign_splits(rows: Sequence[dict[str, Any]], heldout_share: float) -> None:
             row["part"] = f"{stage} {row['split']}"
 
 
-def _plain(text: str | None) -> str:
-    return " ".join((text or "").casefold().split()).rstrip(".!")
-
-
 def _fault(checks: Sequence[Any], prompt: str, caption: str | None) -> str:
     """What the first of the profile's caption checks finds wrong, or an empty string."""
     return next((fault for check in checks if (fault := check.check_caption(prompt, caption or ""))), "")
@@ -225,7 +221,8 @@ def _check_captions(step: Step, gx: Any, captions: pa.Table, remedy: str) -> Non
         gx.ExpectColumnValuesToBeInSet(column="status", value_set=list(STATUSES)),
         gx.ExpectColumnValuesToBeInSet(column="has_text", value_set=[True]),
     ]
-    gate = run_gate("captions", frame, suite, step.docs / "captions", 1, remedy)
+    reject = _rejecter(step, "captions", captions)
+    gate = run_gate("captions", frame, suite, step.docs / "captions", 1, remedy, reject)
     _write_report(step, "captions", gate.report)
 
 
@@ -263,14 +260,23 @@ def _one_of(gx: Any, column: str, values: Sequence[Any], reason: str | None = No
 def _pass_gate(step: Step, table: str, rows: pa.Table, frame: Any, suite: Sequence[Any], remedy: str) -> None:
     """Run the gate, quarantine what it names, and write what passed with the report."""
     step.rows_in = rows.num_rows
-    gate = run_gate(step.stage.name, frame, suite, step.docs / table, step["validate_data"]["min_rows"], remedy)
-    names = SCHEMAS[table].names
-    by_id = {row["id"]: row for row in rows.to_pylist()}
-    for row_id, reason, detail in gate.rejected:
-        step.reject(row_id, reason, detail, {name: by_id[row_id][name] for name in names})
+    names, least = SCHEMAS[table].names, step["validate_data"]["min_rows"]
+    reject = _rejecter(step, table, rows)
+    gate = run_gate(step.stage.name, frame, suite, step.docs / table, least, remedy, reject)
     _write_report(step, table, gate.report)
     passed = rows.filter(pc.is_in(rows["id"], pa.array(list(gate.passed["id"]), pa.string()))).select(names)
     step.write(table, passed.to_pylist())
+
+
+def _rejecter(step: Step, table: str, rows: pa.Table) -> Reject:
+    """What quarantines one of `rows` by its id, which is the first column of every table."""
+    names = SCHEMAS[table].names
+    by_id = {row[names[0]]: {name: row[name] for name in names} for row in rows.to_pylist()}
+
+    def reject(row_id: str | None, reason: str, detail: str) -> None:
+        step.reject(row_id or "(no id)", reason, detail, by_id.get(row_id))
+
+    return reject
 
 
 def _write_report(step: Step, table: str, report: Sequence[Mapping[str, Any]]) -> None:

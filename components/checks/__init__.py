@@ -4,6 +4,7 @@ A module has ``check(frames, rows) -> list[Finding]`` for clips (frames uint8 (B
 table each), or ``check_caption(prompt, caption) -> str | None`` for captions (what is wrong, or None), or both.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,6 +20,11 @@ class Finding:
     scores: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
     detail: str = ""
+
+
+def repeats_prompt(prompt: str, caption: str) -> bool:
+    """Whether a caption is its prompt again: the same words, whatever their case and punctuation."""
+    return re.findall(r"\w+", prompt.casefold()) == re.findall(r"\w+", caption.casefold())
 
 
 def load_checks(names: list[str], kind: str) -> list[ModuleType]:

@@ -240,7 +240,45 @@ def test_a_profile_whose_captions_may_be_as_short_as_prompts_is_refused(validate
 
 
 def gate(tmp_path, frame, suite, min_rows=1):
-    return run_gate("test", frame, suite, tmp_path / "docs", min_rows, "run `univigu run it` again")
+    """Run a gate; returns what came of it, and the (id, reason) of the rows that it rejected on the way."""
+    rejected = []
+    reject = lambda row_id, reason, detail: rejected.append((row_id, reason))  # noqa: E731
+    return run_gate("test", frame, suite, tmp_path / "docs", min_rows, "run `univigu run it` again", reject), rejected
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "found"),
+    [
+        ("validate-prompts", one("prompts", 1, id=None), {"(no id)": "expect_column_values_to_not_be_null"}),
+        ("validate-clips", one("clips", 1, id="c000"), {"c000": "expect_column_values_to_be_unique"}),
+        ("validate-pairs", one("captions", 1, status="odd"), {"c001": "expect_column_values_to_be_in_set"}),
+        (
+            "validate-clips",
+            lambda tables: [row.update(stage=7) for row in tables["clips"] if row["stage"] == 2],
+            {f"c{number:03d}": "stage" for number in range(1, COUNT, 2)},
+        ),
+        (
+            "validate-prompts",
+            lambda tables: [row.update(licence="none") for row in tables["prompts"][5:]],
+            None,
+        ),
+    ],
+    ids=["no id", "same id", "bad caption", "a stage is gone", "too few are left"],
+)
+def test_a_gate_that_fails_the_step_leaves_the_rows_that_failed_it(validate, tmp_path, rows, step, change, found):
+    with pytest.raises(GateFailedError):
+        validate(step, change)
+    rejected = read_table(tmp_path / "root" / ".univigu" / "scratch" / step, "rejected").to_pylist()
+    found = found or {row["id"]: "licence" for row in rows["prompts"][5:]}
+    assert {row["id"]: row["reason"] for row in rejected} == found
+    assert all(row["row"] != "null" for row in rejected)
+
+
+def test_the_pages_show_the_run_that_saw_the_bad_rows(validate):
+    _, home = validate("validate-clips", one("clips", 0, frames=76543))
+    docs = home.parents[2] / ".univigu" / "docs" / "validate-clips" / "clips"
+    (page,) = (docs / "validations").rglob("*.html")
+    assert "76543" in page.read_text()
 
 
 def test_an_expectation_that_raises_fails_the_gate(tmp_path):
@@ -277,8 +315,8 @@ def test_what_is_left_after_a_quarantine_must_pass_the_whole_suite(tmp_path):
     both = gx.ExpectColumnDistinctValuesToContainSet(column="kind", value_set=["x", "y"])
     with pytest.raises(GateFailedError, match=r"without the 1 rows it quarantined \(large 1\)"):
         gate(tmp_path, frame, [small, both])
-    result = gate(tmp_path, frame, [small])
+    result, rejected = gate(tmp_path, frame, [small])
     assert list(result.passed["id"]) == ["a", "b"]
-    assert [(row_id, reason) for row_id, reason, _ in result.rejected] == [("c", "large")]
+    assert rejected == [("c", "large")]
     with pytest.raises(GateFailedError, match=r"keeps .*2 rows, fewer than the profile's 3"):
         gate(tmp_path, frame, [small], min_rows=3)
