@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import uniform_filter
 
+from components import checks
 from components.captioners.measured import decide
 from components.checks import degenerate, digits
-from components.digits import world
+from components.digits import measure, world
 from components.digits.measure import Measurement
 
 
@@ -56,12 +58,42 @@ def test_an_unclear_clip_is_given_the_benefit_of_the_doubt():
     assert digits.compare("a green two on white moving left", unclear).reason is None
 
 
+@pytest.fixture
+def left_out(monkeypatch):
+    """Every fifth training scan, of which `measure` has no template meanwhile."""
+    scans, labels = world.train_scans()
+    out = np.arange(len(labels)) % 5 == 0
+    monkeypatch.setattr(world, "train_scans", lambda: (scans[~out], labels[~out]))
+    measure._templates.cache_clear()
+    yield scans[out], labels[out]
+    measure._templates.cache_clear()
+
+
+def test_the_confidence_asked_for_is_what_training_scans_call_for(left_out):
+    rng = np.random.default_rng(0)
+    attributes = [world.sample_attributes(rng) for _ in range(1536)]
+    frames = world.render(attributes, world.draw_scans(attributes, left_out, 0), 0)
+    blurred = uniform_filter(frames.astype(np.float32), (0, 0, 3, 3, 0))
+    noisy = np.clip(blurred + rng.normal(0, 16, frames.shape), 0, 255).astype(np.uint8)
+    seen = measure.measure(noisy)
+    for name, least in digits.CONFIDENT.items():
+        sure = np.array([one[name].confidence for one in seen])
+        right = np.array([one[name].value == true[name] for one, true in zip(seen, attributes, strict=True)])
+        tenths = [tenth / 10 for tenth in range(5, 10)]
+        assert least == next(tenth for tenth in tenths if right[sure >= tenth].mean() >= 0.98), name
+
+
 def test_a_caption_must_say_what_its_prompt_says_and_say_it_once():
     prompt = "a green two moving left"
     assert digits.check_caption(prompt, "The green digit two moves left from the top-right.") is None
     assert "green" in digits.check_caption(prompt, "The digit two moves left.")
     assert "direction" in digits.check_caption(prompt, "The green digit two moves right.")
     assert "more than one" in digits.check_caption(prompt, "The green digit two, or a red two, moves left.")
+
+
+def test_a_prompt_in_another_dress_is_no_caption():
+    assert checks.repeats_prompt("a red-ish two, moving left", "A red ish two moving left!")
+    assert not checks.repeats_prompt("a red two", "a red two moving left")
 
 
 def test_the_captioner_believes_clear_frames_then_the_prompt_then_unclear_frames():
