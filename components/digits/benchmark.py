@@ -16,6 +16,7 @@ import numpy as np
 from components.digits import world
 from components.pipeline.digests import json_digest
 from univigu.errors import CorruptDataError, MissingInputError
+from univigu.evaluation.claims import single_values
 
 SEED = 20_260_412  # nothing that is trained draws from it
 COUNTS = {"captions": 512, "generations": 256, "joint": 256}
@@ -134,7 +135,7 @@ def render(items: Sequence[Item]) -> np.ndarray:
 
 def read_text(text: str) -> dict[str, str]:
     """The attributes to which a text gives exactly one value."""
-    return {name: next(iter(values)) for name, values in world.read_text(text).items() if len(values) == 1}
+    return single_values(world.read_text(text))
 
 
 asked = read_text
