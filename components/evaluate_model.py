@@ -375,8 +375,9 @@ def page_notes(settings: Mapping[str, Any], metrics: Metrics) -> list[str]:
         "value: what is right most often when it is said of every clip.",
         f"Generated videos: {metrics['generation']['mean']['n']} prompts that state every attribute; "
         f"{settings['video_steps']} steps, guidance {settings['video_guidance']:g}, for this model and its base alike. "
-        "What a video shows is read by the recogniser, a network that shares nothing with the training captions' "
-        "author; its own accuracy on clips of known truth bounds what can be measured.",
+        "What a video shows is read by the recogniser, a network that has no part in the training captions. Its "
+        "own accuracy is measured on clips rendered from a known truth; generated clips are less clean, and it may err "
+        "more often on those.",
         f"Joint: {metrics['joint']['agreement']['n']} prompts that leave attributes open. What the recogniser sees in "
         "the video is compared with what the caption says, on those attributes alone.",
         "Intervals: Wilson's for one attribute; for means over attributes a bootstrap over items, because the claims "
