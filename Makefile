@@ -63,6 +63,6 @@ format: install ## Format the code
 	ruff check --fix .
 	ruff format .
 
-clean: ## Remove what runs have left behind; the environment, the DVC cache and mlflow.db stay
-	rm -rf .univigu data/curated data/validated data/clips data/captions data/pairs data/latents \
-		data/stage1 data/stage2 data/registered reports
+clean: ## Remove what runs have left behind; the environment, the DVC cache, mlflow.db and pretraining stay
+	git clean -fdqX data reports
+	rm -rf reports/metrics.json $(addprefix .univigu/,staging scratch shards runs locks docs)

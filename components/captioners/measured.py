@@ -22,19 +22,19 @@ LOOKS = ("digit", "colour", "background")
 
 
 def create(config: Mapping[str, Any]) -> Captioner:
-    """The captioner; of `config` it reads only the `seed`, from which each clip's wording is drawn."""
-    return Measured(config["seed"])
+    """The captioner; of `config` it reads the `seed`, and `wordings`, among how many ways a clip's wording is drawn."""
+    return Measured(config["seed"], config["wordings"])
 
 
 class Measured:
-    """Holds the seed of its wording; see `Captioner`."""
+    """Holds its wordings; see `Captioner`. Few of them leave a small model the facts to learn, not the phrasing."""
 
     name = "measured"
     template_version = TEMPLATE_VERSION
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.digest = json_digest([seed, *(file_digest(Path(module.__file__)) for module in (measure, world))])
+    def __init__(self, seed: int, wordings: int) -> None:
+        self.seed, self.wordings = seed, wordings
+        self.digest = json_digest([seed, wordings, *(file_digest(Path(module.__file__)) for module in (measure, world))])
 
     def caption(self, requests: Sequence[CaptionRequest]) -> list[CaptionResponse]:
         """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""
@@ -44,8 +44,9 @@ class Measured:
         return [self._word(request, seen) for request, seen in zip(requests, measured, strict=True)]
 
     def _word(self, request: CaptionRequest, seen: Mapping[str, measure.Measurement]) -> CaptionResponse:
-        key = hashlib.sha256(f"{self.seed} {request.id} {request.attempt}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
+        key = hashlib.sha256(f"{self.seed} {request.id}".encode()).digest()
+        wording = int.from_bytes(key[:8], "big") % self.wordings + request.attempt
+        rng = np.random.default_rng([self.seed, wording])
         return CaptionResponse(world.write_caption(decide(seen, world.read_text(request.prompt)), rng))
 
 

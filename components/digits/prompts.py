@@ -1,6 +1,6 @@
 """Writes the raw prompts of the embedded world, one JSON object a line:
 
-python -m components.digits.prompts --count 1250 --seed 0 --without data/heldout.json > data/prompts/digits.jsonl
+python -m components.digits.prompts --count 2400 --seed 0 --without data/heldout.json > data/prompts/digits.jsonl
 """
 
 import argparse
@@ -50,7 +50,7 @@ def heldout_prompts(path: Path) -> list[str]:
 def main() -> None:
     """Write rows to standard output."""
     parser = argparse.ArgumentParser(prog="python -m components.digits.prompts", description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1250)
+    parser.add_argument("--count", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", type=Path, help="a file of held-out items, whose prompts are left out")
     options = parser.parse_args()

@@ -87,7 +87,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         shard=pa.string(),
         row=pa.int32(),
     ),
-    # What could not be used, in any step. `row` is the row itself as JSON, so nothing is lost.
+    # What could not be used, in any step. `row` is the row as JSON; curation withholds personal data from it.
     "rejected": _schema(id=pa.string(), reason=pa.string(), detail=pa.string(), row=pa.string()),
     # One row a scored item of the evaluation.
     "items": _schema(

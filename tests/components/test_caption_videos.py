@@ -75,7 +75,7 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
     from components.captioners import measured
 
     root, _, _ = digits_root
-    good = measured.create({"seed": 0})
+    good = measured.create({"seed": 0, "wordings": 6})
     asked = install(lambda r: good.caption([r])[0] if r.complaint else CaptionResponse("a digit", usage={"tokens": 2}))
     manifest = run_stage(STEP, profile, root)
     again = [request for request in asked if request.attempt == 2]

@@ -187,7 +187,7 @@ def test_no_usable_prompt_and_no_file_fail_with_a_sentence(curate, tmp_path, pro
 
 
 def test_the_bundled_prompts_are_what_the_generator_writes():
-    rows = write_prompts(1250, 0, heldout_prompts(RAW.parent / "heldout.json"))
+    rows = write_prompts(2400, 0, heldout_prompts(RAW.parent / "heldout.json"))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     assert (RAW / "digits.jsonl").read_text(encoding="utf-8") == text
 
