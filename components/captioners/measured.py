@@ -34,7 +34,8 @@ class Measured:
 
     def __init__(self, seed: int, wordings: int) -> None:
         self.seed, self.wordings = seed, wordings
-        self.digest = json_digest([seed, wordings, *(file_digest(Path(module.__file__)) for module in (measure, world))])
+        code = [file_digest(Path(module.__file__)) for module in (measure, world)]
+        self.digest = json_digest([seed, wordings, *code])
 
     def caption(self, requests: Sequence[CaptionRequest]) -> list[CaptionResponse]:
         """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""

@@ -20,6 +20,8 @@ MAX_SIDE = 1280  # larger user frames are scaled down while they are read: no mo
 MAX_FRAMES = 256
 # Demuxers that hold media themselves. Playlists (HLS, concat ...) are left out: they can name other files and hosts.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
+# On frames of a few macroblocks x264's lookahead weighs memory that nobody wrote, so equal frames gave other bytes.
+_REPEATABLE = "mbtree=0:rc-lookahead=0:weightp=0"
 _BT601, _LIMITED = 6, 1  # SMPTE 170M matrix and limited range, as swscale converts by default: tagged, so players agree
 
 
@@ -43,7 +45,7 @@ def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") ->
     with av.open(target, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        stream.options = {"crf": str(RATE_FACTOR), "preset": "medium"}
+        stream.options = {"crf": str(RATE_FACTOR), "preset": "medium", "x264-params": _REPEATABLE}
         context = stream.codec_context
         context.thread_count = 1
         context.colorspace, context.color_range = _BT601, _LIMITED

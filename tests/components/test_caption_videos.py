@@ -91,7 +91,7 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
     [
         ("a digit", "too_short"),
         ("a digit moves and " * 40, "too_long"),
-        ("the camera does not move at all and there is no other thing in the picture " * 3, "misses_prompt"),
+        ("the camera does not move at all and there is no other thing in the picture " * 2, "misses_prompt"),
     ],
 )
 def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digits_root, profile, install, text, reason):

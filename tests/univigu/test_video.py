@@ -1,7 +1,10 @@
 """Video files: the same bytes each time, colours kept, and one sentence for whatever is no whole video."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -34,6 +37,26 @@ def test_a_clip_comes_back_as_it_was(shape):
 
 def test_equal_frames_give_equal_bytes(clip):
     assert encode_mp4(moving_picture(40, 48, 32), 8) == clip
+
+
+def test_equal_frames_give_equal_bytes_whatever_memory_held_before():
+    code = (
+        "import sys, numpy as np; from univigu.video import encode_mp4; "
+        "x = np.arange(9 * 32 * 32 * 3, dtype=np.uint32).reshape(9, 32, 32, 3); "
+        "junk = [np.full(n * 37, 255, np.uint8) for n in range(1, 2000)]; del junk; "
+        "sys.stdout.write(encode_mp4((x * 7919 >> 5).astype(np.uint8), 8).hex())"
+    )
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "MALLOC_PERTURB_": fill},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for fill in ("1", "85", "200")
+    }
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("colour", [(225, 35, 35), (245, 80, 205), (8, 8, 8), (246, 246, 246)])
