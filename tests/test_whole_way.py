@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -54,15 +55,21 @@ def clone(tmp_path_factory):
     ):
         assert call(command, root).returncode == 0
     (root / "params.yaml").write_text("profile: smoke\n")
-    started = time.monotonic()
+    before = cpu_seconds()
     done = call(["dvc", "repro"], root)
     assert done.returncode == 0, said(done)
-    (root / ".seconds").write_text(str(time.monotonic() - started))
+    (root / ".seconds").write_text(str(cpu_seconds() - before))
     return root
 
 
-def test_the_smoke_profile_takes_under_two_minutes(clone):
-    assert float((clone / ".seconds").read_text()) < 120
+def cpu_seconds():
+    """What finished child processes have used: unlike the clock, it doesn't count the machine's other work."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_the_smoke_profile_needs_no_more_than_two_minutes_of_two_cores(clone):
+    assert float((clone / ".seconds").read_text()) < 2 * 120
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
@@ -77,7 +84,7 @@ def test_with_nothing_changed_nothing_runs(clone):
     done = call(["dvc", "repro"], clone)
     assert done.returncode == 0, said(done)
     assert "Running stage" not in done.stdout
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 5
 
 
 def test_the_summary_shows_steps_scores_version_and_page(clone):
@@ -93,7 +100,7 @@ def test_the_summary_shows_steps_scores_version_and_page(clone):
     assert str(clone / "reports/report.html") in done.stdout.replace("\n", "")
     run = json.loads((clone / "reports/run.json").read_text())
     assert [step["name"] for step in run["steps"]] == [stage.name for stage in STAGES]
-    assert run["peak_rss_mb"] > 0
+    assert 0 < run["peak_rss_mb"] < 4096
     assert str(run["model_version"]) == "1"
 
 
