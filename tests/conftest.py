@@ -92,3 +92,9 @@ def speaking_model(tiny_wan_folder, tmp_path_factory):
         torch.nn.init.normal_(pipeline.transformer.text_head.proj_out.weight, std=0.3)
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_tracking_store(monkeypatch):
+    """MLflow notes its store in the environment, where the next test would take it for the user's choice."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
