@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -55,21 +54,15 @@ def clone(tmp_path_factory):
     ):
         assert call(command, root).returncode == 0
     (root / "params.yaml").write_text("profile: smoke\n")
-    before = cpu_seconds()
+    started = time.monotonic()
     done = call(["dvc", "repro"], root)
     assert done.returncode == 0, said(done)
-    (root / ".seconds").write_text(str(cpu_seconds() - before))
+    (root / ".seconds").write_text(str(time.monotonic() - started))
     return root
 
 
-def cpu_seconds():
-    """What finished child processes have used: unlike the clock, it doesn't count the machine's other work."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def test_the_smoke_profile_needs_no_more_than_two_minutes_of_two_cores(clone):
-    assert float((clone / ".seconds").read_text()) < 2 * 120
+def test_the_smoke_profile_takes_under_two_minutes(clone):
+    assert float((clone / ".seconds").read_text()) < 120
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
