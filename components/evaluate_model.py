@@ -5,6 +5,7 @@ truth, and how a text and a video are read. Scoring is the library's. Nothing he
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,7 @@ BENCHMARKS = {"digits": "components.digits.benchmark"}
 KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each
 PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}
 SHEET_COLUMNS = 5
+STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
 
 Item = Mapping[str, Any]
 Row = dict[str, Any]
@@ -40,7 +42,7 @@ def evaluate_model(step: "Step") -> None:
     step.rows_in = sum(len(items) for items in chosen.values())
     step.facts |= {"benchmark": settings["benchmark"], "heldout_sha256": heldout["sha256"]}
 
-    made = sample_everything(step, benchmark, chosen)
+    made, sampling = sample_everything(step, benchmark, chosen)
     rows = score_everything(benchmark, chosen, made)
     metrics = summarise_rows(rows, step["seed"])
     training = {name: read_training(step.inputs[name]) for name in ("stage1", "stage2")}
@@ -50,7 +52,7 @@ def evaluate_model(step: "Step") -> None:
     text = json.dumps(metrics, indent=1, sort_keys=True)
     (step.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_plots(step.out / "plots", metrics, training)
-    write_page(step, benchmark, heldout, metrics, rows, made, training)
+    write_page(step, benchmark, heldout, metrics, rows, made, training, page_notes(settings, sampling, metrics))
 
 
 def load_benchmark(name: str) -> ModuleType:
@@ -75,8 +77,11 @@ def first_items(heldout: Mapping[str, Any], kind: str, count: int) -> list[Item]
 
 def sample_everything(
     step: "Step", benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]]
-) -> dict[str, dict[str, Any]]:
-    """What the model and the base make of the held-out items, by task: ``frames`` (B, F, H, W, 3) and ``texts``."""
+) -> tuple[dict[str, dict[str, Any]], Mapping[str, Any]]:
+    """What the model and the base make of the held-out items, by task: ``frames`` (B, F, H, W, 3) and ``texts``.
+
+    The model samples as it does by default; those settings come second.
+    """
     import numpy as np
     import torch
 
@@ -88,11 +93,12 @@ def sample_everything(
     pipeline = UniViGUPipeline.from_pretrained(step.inputs["stage2"] / "model").to(device)
     pipeline.set_progress_bar_config(disable=True)
     base = load_generator(step.inputs["base"], "fp32")
+    compared, video_steps = settings["compared_caption_steps"], pipeline.config.num_inference_steps
     makers: dict[str, tuple[str, Callable[[Sequence[Item]], dict[str, Any]]]] = {
-        "captions": ("captions", lambda items: caption_clips(pipeline, benchmark.render(items), items, settings)),
-        "generation": ("generations", lambda items: generate_clips(pipeline, items, step["video"], settings)),
-        "generation_base": ("generations", lambda items: generate_with_base(base, items, step)),
-        "joint": ("joint", lambda items: make_jointly(pipeline, items, step["video"], settings)),
+        "captions": ("captions", lambda items: caption_clips(pipeline, benchmark.render(items), items, compared)),
+        "generation": ("generations", lambda items: generate_clips(pipeline, items, step["video"])),
+        "generation_base": ("generations", lambda items: generate_with_base(base, items, step, video_steps)),
+        "joint": ("joint", lambda items: make_jointly(pipeline, items, step["video"])),
     }
     size = settings["batch_size"]
     work = [
@@ -103,7 +109,7 @@ def sample_everything(
     parts: dict[str, list[dict[str, Any]]] = {}
     for task, items in step.progress(work, unit="batches"):
         parts.setdefault(task, []).append(makers[task][1](items))
-    return {
+    made = {
         task: {
             name: np.concatenate([part[name] for part in batches])
             if name == "frames"
@@ -112,64 +118,63 @@ def sample_everything(
         }
         for task, batches in parts.items()
     }
+    return made, pipeline.config
 
 
 def caption_clips(
-    pipeline: "UniViGUPipeline", frames: "np.ndarray", items: Sequence[Item], settings: Mapping[str, Any]
+    pipeline: "UniViGUPipeline", frames: "np.ndarray", items: Sequence[Item], compared_steps: Sequence[int]
 ) -> dict[str, Any]:
-    """Captions of clips, and what the same model says with the same noise when it sees nothing of them."""
+    """Captions of clips, the same in other numbers of steps, and what the model says when it sees nothing of them."""
     import torch
 
     from univigu import wan
 
     latents = wan.encode_frames(pipeline.vae, torch.from_numpy(frames))
     seeds = [item["seed"] for item in items]
-    steps, guidance = settings["caption_steps"], settings["caption_guidance"]
+    texts = pipeline.caption_latents(latents, seed=seeds)
     return {
         "frames": frames,
-        "texts": pipeline.caption_latents(latents, steps, guidance, seeds),
-        "texts_without_video": pipeline.caption_latents(latents, steps, guidance, seeds, video_tau=0.0),
+        "texts": texts,
+        "texts_without_video": pipeline.caption_latents(latents, seed=seeds, video_tau=0.0),
+        **{
+            f"texts_in_{n}_steps": texts
+            if n == pipeline.config.caption_steps
+            else pipeline.caption_latents(latents, n, seed=seeds)
+            for n in compared_steps
+        },
     }
 
 
-def generate_clips(
-    pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def generate_clips(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
     """This model's clips for the items' prompts."""
     prompts = [item["prompt"] for item in items]
-    return {"frames": pipeline.generate(prompts, **_video_arguments(items, video, settings))}
+    return {"frames": pipeline.generate(prompts, **_video_arguments(items, video))}
 
 
-def make_jointly(
-    pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def make_jointly(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
     """Clips and captions made together from the items' prompts."""
     prompts = [item["prompt"] for item in items]
-    arguments = _video_arguments(items, video, settings)
-    frames, texts = pipeline.joint(prompts, caption_guidance_scale=settings["caption_guidance"], **arguments)
+    frames, texts = pipeline.joint(prompts, **_video_arguments(items, video))
     return {"frames": frames, "texts": texts}
 
 
-def _video_arguments(items: Sequence[Item], video: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _video_arguments(items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "num_frames": video["frames"],
         "height": video["height"],
         "width": video["width"],
-        "num_inference_steps": settings["video_steps"],
-        "guidance_scale": settings["video_guidance"],
         "seed": [item["seed"] for item in items],
         "batch_size": len(items),
     }
 
 
-def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[str, Any]:
-    """The base generator's clips for the same prompts and seeds, by diffusers' own pipeline."""
+def generate_with_base(base: Any, items: Sequence[Item], step: "Step", video_steps: int) -> dict[str, Any]:
+    """The base generator's clips for the same prompts and seeds in as many steps, by diffusers' own pipeline."""
     import numpy as np
 
     from components.synthesize_videos import generate
 
-    settings = step["evaluate_model"]
-    sampling = {"steps": settings["video_steps"], "guidance_scale": settings["video_guidance"]}
+    sampling = {"steps": video_steps, "guidance_scale": step["evaluate_model"]["base_guidance"]}
     videos = generate(base, items, step["video"], sampling, step["text"]["prompt_length"])
     return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}
 
@@ -188,9 +193,11 @@ def score_everything(
     majority = majority_values(truths)
     seen = benchmark.recognise(made["captions"]["frames"])
     for index, (item, truth) in enumerate(zip(chosen["captions"], truths, strict=True)):
-        for task, name in (("captions", "texts"), ("captions_without_video", "texts_without_video")):
-            text = made["captions"][name][index]
-            rows.append(make_row(task, item, truth, benchmark.read_text(text), text))
+        for name in made["captions"]:
+            if name != "frames":
+                text = made["captions"][name][index]
+                task = name.replace("texts", "captions", 1)
+                rows.append(make_row(task, item, truth, benchmark.read_text(text), text))
         rows.append(make_row("majority", item, truth, majority))
         rows.append(make_row("recogniser", item, truth, seen[index]))
     for task in ("generation", "generation_base"):
@@ -244,7 +251,10 @@ def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[
 
 
 def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
-    """Scores of each task's rows, by attribute and over all of them; `joint` calls the latter ``agreement``."""
+    """Scores of each task's rows, by attribute and over all of them; `joint` calls the latter ``agreement``.
+
+    ``caption_steps`` has the mean of the captions by the number of Euler steps that they were made in.
+    """
     from univigu.evaluation.claims import summarise
 
     correct: dict[str, list[dict[str, bool]]] = {}
@@ -253,6 +263,8 @@ def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     metrics = {task: summarise(items, seed) for task, items in correct.items()}
     metrics["joint"]["agreement"] = metrics["joint"].pop("mean")
     metrics["joint"]["agreement_shuffled"] = metrics.pop("joint_shuffled")["mean"]
+    compared = [(task, match[1]) for task in correct if (match := STEPS_TASK.fullmatch(task))]
+    metrics["caption_steps"] = {steps: metrics.pop(task)["mean"] for task, steps in compared}
     return metrics
 
 
@@ -298,6 +310,7 @@ def write_page(
     rows: Sequence[Row],
     made: Mapping[str, Mapping[str, Any]],
     training: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str],
 ) -> None:
     """``report.html``, and ``gallery.webp`` with the same first samples for a README."""
     from components import report
@@ -335,12 +348,12 @@ def write_page(
             "generation": samples("generation", {"this model": "generation", "its base": "generation_base"}),
             "joint": samples("joint", {"video": "joint"}),
         },
-        charts=training_charts(training),
+        charts=training_charts(training) | {"captions": [caption_steps_chart(metrics["caption_steps"])]},
         funnel=report.funnel_steps(list(manifests.values())),
         rejected=report.rejected_examples(
             {manifest["step"]: step.read(name, "rejected").to_pylist() for name, manifest in manifests.items()}
         ),
-        notes=page_notes(settings, metrics),
+        notes=notes,
     )
     (step.out / "report.html").write_text(page, encoding="utf-8")
     sheet = {
@@ -366,20 +379,31 @@ def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
     return {"truth": truth, "found": found, "correct": correct}
 
 
-def page_notes(settings: Mapping[str, Any], metrics: Metrics) -> list[str]:
+def caption_steps_chart(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How right captions are by the number of Euler steps that they are made in."""
+    from components.report import line_chart
+
+    points = sorted((int(steps), score["value"]) for steps, score in scores.items())
+    return line_chart("Captions by Euler steps", "steps", {"mean over attributes": points})
+
+
+def page_notes(settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics: Metrics) -> list[str]:
     """How the scores came about, in the page's words."""
     return [
         f"Captions: {metrics['captions']['mean']['n']} clips rendered from handwriting that no model was trained on; "
-        f"{settings['caption_steps']} Euler steps, guidance {settings['caption_guidance']:g}.",
+        f"{sampling['caption_steps']} Euler steps, guidance {sampling['caption_guidance_scale']:g}, temperature "
+        f"{sampling['caption_temperature']:g}.",
         "Without the video: the same model, clips, noise and settings, with the video replaced by noise. Commonest "
         "value: what is right most often when it is said of every clip.",
         f"Generated videos: {metrics['generation']['mean']['n']} prompts that state every attribute; "
-        f"{settings['video_steps']} steps, guidance {settings['video_guidance']:g}, for this model and its base alike. "
+        f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g} for this model and "
+        f"{settings['base_guidance']:g} for its base. "
         "What a video shows is read by the recogniser, a network that has no part in the training captions. Its "
         "own accuracy is measured on clips rendered from a known truth; generated clips are less clean, and it may err "
         "more often on those.",
         f"Joint: {metrics['joint']['agreement']['n']} prompts that leave attributes open. What the recogniser sees in "
-        "the video is compared with what the caption says, on those attributes alone.",
+        "the video is compared with what the caption says, on those attributes alone. The video goes ahead of the text "
+        f"by {sampling['joint_lead']:g}.",
         "Intervals: Wilson's for one attribute; for means over attributes a bootstrap over items, because the claims "
         "about one clip go together.",
     ]

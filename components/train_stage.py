@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univigu.errors import BadInputError, ConfigError
+from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Step
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from univigu.training.data import LatentDataset
 
 MODEL = "model"
-_WEIGHTINGS = {"inverse_document_frequency": "idf", "uniform": "uniform"}
 _RECORDS = ("curves.csv", "heldout.json", "heldout.csv")
 
 
@@ -39,7 +38,7 @@ def _train(step: "Step", number: int, source: str) -> None:
 
     from components.tracking import start_run
     from univigu import TrainingObjective
-    from univigu.training.data import inverse_document_frequency
+    from univigu.training.data import token_weights
     from univigu.training.engine import TrainingConfig, is_main_process
     from univigu.training.loop import train
 
@@ -65,8 +64,11 @@ def _train(step: "Step", number: int, source: str) -> None:
     with run as tracked:
         torch.manual_seed(step["seed"])  # the new weights of the text side
         pipeline = load_pipeline(step, number)
-        weights = inverse_document_frequency(
-            dataset.target_ids, pipeline.transformer.config.vocab_size, pipeline.tokenizer.pad_token_id
+        weights = token_weights(
+            dataset.target_ids,
+            pipeline.transformer.config.vocab_size,
+            pipeline.tokenizer.pad_token_id,
+            section["token_weighting"],
         )
         objective = TrainingObjective(pipeline.transformer, objective_config, weights)
         train(objective, dataset, heldout, config, step.scratch, *([tracked.log] if tracked else []))
@@ -105,17 +107,14 @@ def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], see
     from univigu import ObjectiveConfig
 
     weights = section["loss_weights"]
-    if section["token_weighting"] not in _WEIGHTINGS:
-        raise ConfigError(
-            f"Unknown token_weighting '{section['token_weighting']}'; use {' or '.join(_WEIGHTINGS)} in the profile."
-        )
     return ObjectiveConfig(
         shares=section["tasks"],
         prompt_dropout=section["prompt_dropout"],
+        video_shift=section["time_shift"]["video"],
+        text_shift=section["time_shift"]["text"],
         video_weight=weights["video"],
         text_weight=weights["text"],
         ce_weight=weights["cross_entropy"],
-        ce_weighting=_WEIGHTINGS[section["token_weighting"]],
         self_conditioning=model["self_conditioning"],
         form=section["objective"],
         seed=seed,

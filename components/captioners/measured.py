@@ -17,17 +17,17 @@ from components.checks.digits import CONFIDENT
 from components.digits import measure, world
 from components.pipeline.digests import file_digest, json_digest
 
-TEMPLATE_VERSION = "digits-1"
+TEMPLATE_VERSION = "digits-2"
 LOOKS = ("digit", "colour", "background")
 
 
 def create(config: Mapping[str, Any]) -> Captioner:
-    """The captioner; of `config` it reads the `seed`, and `wordings`, among how many ways a clip's wording is drawn."""
+    """The captioner; of `config` it reads the `seed`, and `wordings`, in how many ways clips are worded."""
     return Measured(config["seed"], config["wordings"])
 
 
 class Measured:
-    """Holds its wordings; see `Captioner`. Few of them leave a small model the facts to learn, not the phrasing."""
+    """See `Captioner`. The first wording is the plain one: a small model then learns the facts, not the phrasing."""
 
     name = "measured"
     template_version = TEMPLATE_VERSION
@@ -46,9 +46,11 @@ class Measured:
 
     def _word(self, request: CaptionRequest, seen: Mapping[str, measure.Measurement]) -> CaptionResponse:
         key = hashlib.sha256(f"{self.seed} {request.id}".encode()).digest()
-        wording = int.from_bytes(key[:8], "big") % self.wordings + request.attempt
-        rng = np.random.default_rng([self.seed, wording])
-        return CaptionResponse(world.write_caption(decide(seen, world.read_text(request.prompt)), rng))
+        wording = int.from_bytes(key[:8], "big") % self.wordings + request.attempt - 1
+        facts = decide(seen, world.read_text(request.prompt))
+        if wording == 0:
+            return CaptionResponse(world.write_plain_caption(facts))
+        return CaptionResponse(world.write_caption(facts, np.random.default_rng([self.seed, wording])))
 
 
 def decide(seen: Mapping[str, measure.Measurement], asked: Mapping[str, set[str]]) -> dict[str, str]:

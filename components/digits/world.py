@@ -211,6 +211,13 @@ _CLOSINGS = (
     "The background stays plain and still",
 )
 
+# The plain wording has one length, whatever it says: each fact keeps its position among the tokens.
+_PLAIN_CAPTION = (
+    "The clip shows the handwritten digit {digit} in {colour} on a {background} background. "
+    "It starts at the {start}, moves {direction} {pace}, and ends at the {end}. Nothing else is in the frame."
+)
+_PLAIN_PACES = {"slow": "slowly", "fast": "quickly"}
+
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]
@@ -255,8 +262,13 @@ def _draft_prompt(attributes: dict[str, str], rng: np.random.Generator) -> str:
     return text if rng.random() < 0.7 else text[0].upper() + text[1:] + "."
 
 
+def write_plain_caption(attributes: dict[str, str]) -> str:
+    """A detailed caption that states all seven attributes, always in the same 38 tokens' places, EOS included."""
+    return _PLAIN_CAPTION.format(**attributes, pace=_PLAIN_PACES[attributes["speed"]])
+
+
 def write_caption(attributes: dict[str, str], rng: np.random.Generator) -> str:
-    """A detailed caption that states all seven attributes: 32 to 64 tokens of the bundled tokenizer, EOS included."""
+    """Like `write_plain_caption` in one of many wordings: 32 to 64 tokens of the bundled tokenizer, EOS included."""
     text = _fill(f"{_pick(rng, _OPENINGS)}. {_pick(rng, _PATHS)}.", attributes, rng)
     closings = list(_CLOSINGS)
     rng.shuffle(closings)

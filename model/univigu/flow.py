@@ -62,13 +62,31 @@ def noise_to_data(noise: Tensor, z: Tensor, tau: Tensor | float) -> Tensor:
     return (z - (1 - tau) * noise) / tau
 
 
-def tau_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Tensor:
-    """The (steps + 1,) times from 0 to 1 of a sampler, float32; ``shift`` s > 1 spends more steps near the noise.
+def shift_tau(tau: Tensor, shift: float) -> Tensor:
+    """tau' = tau / (tau + s (1 - tau)): Wan's timestep shift in the paper's time; s > 1 moves times to the noise."""
+    return tau / (tau + shift * (1 - tau))
 
-    tau' = tau / (tau + s (1 - tau)), which is Wan's timestep shift written in the paper's time.
-    """
+
+def tau_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Tensor:
+    """The (steps + 1,) times from 0 to 1 of a sampler, float32, shifted as :func:`shift_tau` does."""
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return (tau / (tau + shift * (1 - tau))).to(device=device, dtype=torch.float32)
+    return shift_tau(tau, shift).to(device=device, dtype=torch.float32)
+
+
+def staggered_grids(
+    steps: int, lead: float, shifts: tuple[float, float] = (1.0, 1.0), device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Grids of two states that go from 0 to 1 together, the first ahead of the second by ``lead``, -1 to 1.
+
+    With 0 they keep step; with 1 the first arrives before the second sets out, with -1 the second does. Either moves
+    over about ``steps`` of the round(steps (1 + |lead|)) steps, and waits at its end, or its start, for the rest.
+    ``shifts`` are theirs.
+    """
+    reach = 1 + abs(lead)
+    path = torch.linspace(0, reach, round(steps * reach) + 1, dtype=torch.float64)
+    starts = max(0.0, -lead), max(0.0, lead)
+    first, second = (shift_tau((path - t).clamp(0, 1), s) for t, s in zip(starts, shifts, strict=True))
+    return first.to(device=device, dtype=torch.float32), second.to(device=device, dtype=torch.float32)
 
 
 def euler_step(z: Tensor, velocity: Tensor, tau: Tensor | float, tau_next: Tensor | float) -> Tensor:

@@ -36,11 +36,11 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table of tasks. A time of None is drawn from U(0, 1); a modality at its clean corner has no loss."""
+    """A row of the table of tasks. A time of None is drawn from (0, 1); a modality at its clean corner has no loss."""
 
     share: float
     text: tuple[str, ...]  # which ids the text stream holds; with two, half of the samples each
-    condition_dropout: float | None  # None: ObjectiveConfig.prompt_dropout
+    condition_dropout: float | None  # None: as ObjectiveConfig.prompt_dropout says for this task
     video_tau: float | None
     text_tau: float | None
     absent: float  # in this share, the modality at its clean corner is not there at all: tau = 0, the guidance branch
@@ -51,7 +51,7 @@ class Task:
 TASKS = {
     "understand": Task(0.5, ("target_ids",), 1.0, 1.0, None, 0.1, "prefix", ("text",)),
     "joint": Task(0.3, ("target_ids",), None, None, None, 0.0, "joint", ("video", "text")),
-    "generate": Task(0.2, ("prompt_ids", "target_ids"), 0.1, None, 1.0, 0.1, "joint", ("video",)),
+    "generate": Task(0.2, ("prompt_ids", "target_ids"), None, None, 1.0, 0.1, "joint", ("video",)),
 }
 
 
@@ -60,11 +60,12 @@ class ObjectiveConfig:
     """Choices of the objective; ``form="literal"`` is eq 11 as printed, on the joint task alone."""
 
     shares: Mapping[str, float] = field(default_factory=lambda: {name: task.share for name, task in TASKS.items()})
-    prompt_dropout: float = 0.5
+    prompt_dropout: Mapping[str, float] = field(default_factory=lambda: {"joint": 0.5, "generate": 0.1})
+    video_shift: float = 1.0  # of the times drawn in training, as flow.shift_tau shifts them
+    text_shift: float = 1.0
     video_weight: float = 0.3
     text_weight: float = 0.1
     ce_weight: float = 1.0
-    ce_weighting: str = "idf"  # idf | uniform; the weights themselves come with the data
     self_conditioning: float = 0.5  # share of steps in which the text sees its own first guess
     form: str = "weighted"  # weighted | literal
     seed: int = 0
@@ -73,8 +74,16 @@ class ObjectiveConfig:
         unknown = set(self.shares) - set(TASKS)
         if unknown or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
             raise ConfigError(f"Task shares {dict(self.shares)} make no sense: give {', '.join(TASKS)} numbers >= 0.")
-        if self.ce_weighting not in ("idf", "uniform"):
-            raise ConfigError(f"Unknown ce_weighting {self.ce_weighting!r}: use idf or uniform.")
+        dropped = {name for name, task in TASKS.items() if task.condition_dropout is None}
+        if set(self.prompt_dropout) != dropped or not all(0 <= p <= 1 for p in self.prompt_dropout.values()):
+            raise ConfigError(
+                f"prompt_dropout {dict(self.prompt_dropout)} makes no sense: give {' and '.join(sorted(dropped))} a"
+                " number from 0 to 1."
+            )
+        if not min(self.video_shift, self.text_shift) > 0:
+            raise ConfigError(
+                f"Timestep shifts of {self.video_shift} and {self.text_shift} make no sense: give numbers above 0."
+            )
         if self.form not in ("weighted", "literal"):
             raise ConfigError(f"Unknown form {self.form!r}: use weighted or literal.")
         if self.form == "literal" and any(self.shares.get(name) for name in TASKS if name != "joint"):
@@ -104,11 +113,15 @@ def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
 
     absent = draws[:, 1] < column(t.absent for t in tasks)
     fixed_times = column(t.video_tau for t in tasks), column(t.text_tau for t in tasks)
+    drawn_times = flow.shift_tau(draws[:, 2], config.video_shift), flow.shift_tau(draws[:, 3], config.text_shift)
     times = [
-        torch.where(fixed.isnan(), uniform, fixed.masked_fill(absent, 0.0))
-        for uniform, fixed in zip((draws[:, 2], draws[:, 3]), fixed_times, strict=True)
+        torch.where(fixed.isnan(), drawn, fixed.masked_fill(absent, 0.0))
+        for drawn, fixed in zip(drawn_times, fixed_times, strict=True)
     ]
-    dropout = column(config.prompt_dropout if t.condition_dropout is None else t.condition_dropout for t in tasks)
+    dropout = column(
+        config.prompt_dropout[name] if task.condition_dropout is None else task.condition_dropout
+        for name, task in TASKS.items()
+    )
     prompt_share = column(t.text.count("prompt_ids") / len(t.text) for t in tasks)
     # guidance goes away from neither text nor condition, so where the text is absent the condition is too
     return Plan(task, *times, (draws[:, 4] < dropout) | absent, draws[:, 5] < prompt_share)
@@ -233,7 +246,7 @@ def text_losses(
         ce = cross_entropy(prediction.logits, s.ids)
         parts["text_ce"] = ce.mean(1)
         if config.form == "weighted":
-            weights = torch.ones_like(ce) if config.ce_weighting == "uniform" else token_weights[s.ids]
+            weights = torch.ones_like(ce) if token_weights is None else token_weights[s.ids]
             loss = loss + config.ce_weight * (ce * weights).sum(1) / weights.sum(1)
     parts["token_accuracy"] = token_accuracy(prediction, s.ids, table, model)
     return loss, parts
@@ -265,13 +278,11 @@ def training_loss(
     """One batch's ``loss`` (with gradient), and its parts as detached scalars.
 
     ``step`` decides, alike on all ranks, whether this step is self-conditioned. ``token_weights`` (V,) weigh the
-    cross-entropy under ``ce_weighting="idf"``. ``loss`` is the mean over all B samples, a modality without loss
-    counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
+    cross-entropy; without them all tokens weigh the same. ``loss`` is the mean over all B samples, a modality without
+    loss counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
     ``video_samples`` and ``text_samples`` of this batch that have them, zero where there is none. Samples are grouped
     by attention policy, one pass each.
     """
-    if config.ce_weighting == "idf" and config.form == "weighted" and token_weights is None:
-        raise ConfigError("ce_weighting is idf and no token weights were given: give them, or set it to uniform.")
     table = model.text_space()
     samples = prepare(batch, table, config)
     draw = torch.rand((), generator=flow.keyed_generator(config.seed, step, "guess"))

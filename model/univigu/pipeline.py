@@ -6,7 +6,7 @@ All noise of a sample comes from its own seed, so a result does not depend on wh
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .transformer import UniViGUTransformer3DModel
 from .video import fit_frames
 
 Seeds = int | Sequence[int]
+Field = Callable[[Tensor, Tensor], Tensor]  # (z, tau) to a velocity
 
 
 class UniViGUPipeline(DiffusionPipeline):
@@ -49,6 +50,8 @@ class UniViGUPipeline(DiffusionPipeline):
         shift: float = 3.0,
         caption_steps: int = 16,
         caption_guidance_scale: float = 1.0,
+        caption_temperature: float = 0.1,
+        joint_lead: float = 1.0,
         max_sequence_length: int = 512,
     ):
         super().__init__()
@@ -63,6 +66,8 @@ class UniViGUPipeline(DiffusionPipeline):
             shift=float(shift),
             caption_steps=caption_steps,
             caption_guidance_scale=float(caption_guidance_scale),
+            caption_temperature=float(caption_temperature),
+            joint_lead=float(joint_lead),
             max_sequence_length=max_sequence_length,
         )
 
@@ -115,19 +120,22 @@ class UniViGUPipeline(DiffusionPipeline):
         videos: Any,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        temperature: float | None = None,
         seed: Seeds = 0,
         batch_size: int = 8,
     ) -> list[str]:
         """Say what is in one video (F, H, W, 3), uint8, or in each of several; always a list of texts.
 
         ``videos`` is an array, a tensor, a list of frames, or a list of videos. Video ``i`` has the seed ``seed[i]``,
-        or ``seed + i``. A guidance of 1 costs nothing; another runs the text a second time, without the video.
+        or ``seed + i``. A guidance of 1 costs nothing; another runs the text a second time, without the video. At a
+        ``temperature`` of 1 a text is one of those that the video allows, as likely as the model holds it; towards 0
+        it is the likeliest one.
         """
         frames = [self._fit(video) for video in _split_videos(videos)]
         texts = []
         for part, seeds in _batches(frames, seed, batch_size):
             latents = wan.encode_frames(self.vae, torch.from_numpy(np.stack(part)))
-            texts += self.caption_latents(latents, num_inference_steps, guidance_scale, seeds)
+            texts += self.caption_latents(latents, num_inference_steps, guidance_scale, temperature, seeds)
         return texts
 
     @torch.no_grad()
@@ -136,6 +144,7 @@ class UniViGUPipeline(DiffusionPipeline):
         latents: Tensor,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        temperature: float | None = None,
         seed: Seeds = 0,
         video_tau: float = 1.0,
     ) -> list[str]:
@@ -144,31 +153,17 @@ class UniViGUPipeline(DiffusionPipeline):
         ``video_tau`` is how much of the video is seen: 1 all, 0 nothing but noise, which shows what the model says
         without any video.
         """
-        model, device = self.transformer, self._execution_device
         steps = _positive(self.config.caption_steps if num_inference_steps is None else num_inference_steps)
-        scale = self.config.caption_guidance_scale if guidance_scale is None else guidance_scale
         seeds = _seeds(seed, len(latents))
-        latents, empty = latents.to(device), self._encode([""])
-        blank = _noise(seeds, "no video", latents.shape[1:], device)
-        seen = model.prefill_video(flow.interpolate(blank, latents, video_tau), _times(video_tau, latents), empty)
-        unseen = None if scale == 1 else model.prefill_video(blank, _times(0.0, latents), empty)
-        table, guess = model.text_space(), None
-
-        def field(states, taus):
-            nonlocal guess
-            (z,), tau = states, _times(taus[0], latents)
-            hidden = model.denoise_text(z, tau, seen, guess)
-            if unseen is not None:
-                without = model.denoise_text(z, tau, unseen, guess)
-                hidden = without + scale * (hidden - without)
-            prediction = model.read_text(hidden, z, tau, table)
-            guess = prediction.data
-            return (prediction.velocity,)
-
+        device = self._execution_device
+        temperature = self._temperature(temperature)
+        field = self._text_field(latents.to(device), seeds, self._text_guidance(guidance_scale), temperature, video_tau)
         z = _noise(seeds, "text", self._text_shape, device)
-        (z,) = flow.integrate(field, [z], [flow.tau_grid(steps, device=device)], self.progress_bar)
+        (z,) = flow.integrate(
+            lambda states, taus: (field(*states, *taus),), [z], [flow.tau_grid(steps, device=device)], self.progress_bar
+        )
         self.maybe_free_model_hooks()
-        return self._say(z, table)
+        return self._say(z)
 
     @torch.no_grad()
     def generate(
@@ -207,21 +202,27 @@ class UniViGUPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         caption_guidance_scale: float | None = None,
+        temperature: float | None = None,
         shift: float | None = None,
+        lead: float | None = None,
         seed: Seeds = 0,
         batch_size: int = 8,
     ) -> tuple[np.ndarray, list[str]]:
         """A video and its caption from noise together, for each prompt, which may be empty (eq 18).
 
         Returns uint8 (B, F, H, W, 3) and B texts. Video guidance goes away from the empty condition without text, text
-        guidance away from the text without video.
+        guidance away from the text without video. The video goes ahead of the text by ``lead`` (see
+        :func:`flow.staggered_grids`). Once one of them has arrived it is given to the other: a video as in eq 16, a
+        text, read by eq 8, as in eq 17.
         """
         prompts = [prompt] if prompt == "" else self._check_prompts(prompt, allow=("",))
         shape = self._latent_shape(num_frames, height, width)
+        grids = self._joint_grids(num_inference_steps, shift, lead)
+        text_scale, temperature = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
         frames, texts = [], []
         for part, seeds in _batches(prompts, seed, batch_size):
             latents, said = self._joint_latents(
-                part, shape, num_inference_steps, guidance_scale, caption_guidance_scale, shift, seeds
+                part, shape, grids, self._guidance(guidance_scale), text_scale, temperature, seeds
             )
             frames.append(wan.decode_latents(self.vae, latents))
             texts += said
@@ -230,80 +231,135 @@ class UniViGUPipeline(DiffusionPipeline):
 
     # --- how --------------------------------------------------------------------------------------------------------
 
-    def _generate_latents(self, prompts, shape, num_inference_steps, guidance_scale, shift, seeds) -> Tensor:
-        model, device = self.transformer, self._execution_device
-        grid, scale = self._video_grid(num_inference_steps, shift), self._guidance(guidance_scale)
-        condition, empty = self._encode(prompts), self._encode([""])
-        ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
-        text = text_space.embed(ids.to(device), model.text_space())
-        no_text = _noise(seeds, "no text", self._text_shape, device)
+    def _text_field(
+        self, latents: Tensor, seeds: list[int], scale: float, temperature: float, tau: float = 1.0, guess=None
+    ) -> Field:
+        """The text's velocity beside a video that is given: (z_t, tau_t) to u_t (eq 16)."""
+        model, empty = self.transformer, self._encode([""])
+        blank = _noise(seeds, "no video", latents.shape[1:], latents.device)
+        seen = model.prefill_video(flow.interpolate(blank, latents, tau), _times(tau, latents), empty)
+        unseen = None if scale == 1 else model.prefill_video(blank, _times(0.0, latents), empty)
+        table = model.text_space()
 
-        def field(states, taus):
-            (z,) = states
-            tau = _times(taus[0], z)
+        def field(z, tau):
+            nonlocal guess
+            tau = _times(tau, z)
+            hidden = model.denoise_text(z, tau, seen, guess)
+            if unseen is not None:
+                without = model.denoise_text(z, tau, unseen, guess)
+                hidden = without + scale * (hidden - without)
+            prediction = model.read_text(hidden, z, tau, table, temperature=temperature)
+            guess = prediction.data
+            return prediction.velocity
+
+        return field
+
+    def _video_field(self, condition: Tensor, ids: Tensor, seeds: list[int], scale: float) -> Field:
+        """The video's velocity beside a text that is given: (z_v, tau_v) to u_v (eq 17)."""
+        model, empty = self.transformer, self._encode([""])
+        text = text_space.embed(ids.to(condition.device), model.text_space())
+        no_text = _noise(seeds, "no text", self._text_shape, condition.device)
+
+        def field(z, tau):
+            tau = _times(tau, z)
             velocity = model(z, tau, condition, text, _times(1.0, z)).video.float()
             if scale != 1:
                 without = model(z, tau, empty, no_text, _times(0.0, z)).video.float()
                 velocity = without + scale * (velocity - without)
-            return (velocity,)
+            return velocity
 
-        (z,) = flow.integrate(field, [_noise(seeds, "video", shape, device)], [grid], self.progress_bar)
+        return field
+
+    def _generate_latents(self, prompts, shape, num_inference_steps, guidance_scale, shift, seeds) -> Tensor:
+        device = self._execution_device
+        grid = flow.tau_grid(*self._video_steps(num_inference_steps, shift), device)
+        ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
+        field = self._video_field(self._encode(prompts), ids, seeds, self._guidance(guidance_scale))
+        z = _noise(seeds, "video", shape, device)
+        (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], self.progress_bar)
         return z
 
-    def _joint_latents(
-        self, prompts, shape, num_inference_steps, guidance_scale, caption_guidance_scale, shift, seeds
-    ) -> tuple[Tensor, list[str]]:
+    def _joint_latents(self, prompts, shape, grids, scale, text_scale, temperature, seeds) -> tuple[Tensor, list[str]]:
         model, device = self.transformer, self._execution_device
-        grid, scale = self._video_grid(num_inference_steps, shift), self._guidance(guidance_scale)
-        default = self.config.caption_guidance_scale
-        text_scale = default if caption_guidance_scale is None else caption_guidance_scale
         condition, empty = self._encode(prompts), self._encode([""])
         no_text = _noise(seeds, "no text", self._text_shape, device)
         no_video = _noise(seeds, "no video", shape, device)
-        table, guess = model.text_space(), None
+        table, guess, alone = model.text_space(), None, None
+        moves = zip(*((grid.diff() > 0).tolist() for grid in grids), strict=True)
 
         def field(states, taus):
-            nonlocal guess
+            nonlocal guess, alone
             video, text = states
+            if taus[0] == 1:
+                alone = alone or self._text_field(video, seeds, text_scale, temperature, guess=guess)
+                return torch.zeros_like(video), alone(text, taus[1])
+            if taus[1] == 1:
+                alone = alone or self._video_field(condition, self._nearest(text), seeds, scale)
+                return alone(video, taus[0]), torch.zeros_like(text)
             video_tau, text_tau = (_times(tau, video) for tau in taus)
             out = model(video, video_tau, condition, text, text_tau, guess)
-            velocity, hidden = out.video.float(), out.text
-            if scale != 1:
-                without = model(video, video_tau, empty, no_text, _times(0.0, video)).video.float()
-                velocity = without + scale * (velocity - without)
-            if text_scale != 1:
-                without = model(no_video, _times(0.0, video), condition, text, text_tau, guess).text
-                hidden = without + text_scale * (hidden - without)
-            prediction = model.read_text(hidden, text, text_tau, table)
-            guess = prediction.data
-            return velocity, prediction.velocity
+            velocities = [torch.zeros_like(video), torch.zeros_like(text)]
+            video_moves, text_moves = next(moves)
+            if video_moves:
+                velocities[0] = out.video.float()
+                if scale != 1:
+                    without = model(video, video_tau, empty, no_text, _times(0.0, video)).video.float()
+                    velocities[0] = without + scale * (velocities[0] - without)
+            if text_moves:
+                hidden = out.text
+                if text_scale != 1:
+                    without = model(no_video, _times(0.0, video), condition, text, text_tau, guess).text
+                    hidden = without + text_scale * (hidden - without)
+                prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
+                guess, velocities[1] = prediction.data, prediction.velocity
+            return velocities
 
         states = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
-        grids = [grid, flow.tau_grid(len(grid) - 1, device=device)]
         video, text = flow.integrate(field, states, grids, self.progress_bar)
-        return video, self._say(text, table)
+        return video, self._say(text)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         length = self.config.max_sequence_length
         return wan.encode_prompts(self.tokenizer, self.text_encoder, prompts, length).to(self._execution_device)
 
-    def _say(self, z: Tensor, table: Tensor) -> list[str]:
-        ids = text_space.nearest(z, table, self.transformer.config.tokenizer_length)
-        return text_space.detokenize(self.tokenizer, ids)
+    def _nearest(self, z: Tensor) -> Tensor:
+        return text_space.nearest(z, self.transformer.text_space(), self.transformer.config.tokenizer_length)
+
+    def _say(self, z: Tensor) -> list[str]:
+        return text_space.detokenize(self.tokenizer, self._nearest(z))
 
     @property
     def _text_shape(self) -> tuple[int, int]:
         return self.transformer.config.text_length, self.transformer.config.text_latent_dim
 
-    def _video_grid(self, num_inference_steps: int | None, shift: float | None) -> Tensor:
+    def _joint_grids(self, num_inference_steps: int | None, shift: float | None, lead: float | None) -> list[Tensor]:
+        """The times of video and text."""
+        steps, shift = self._video_steps(num_inference_steps, shift)
+        lead = self.config.joint_lead if lead is None else lead
+        if not -1 <= lead <= 1:
+            raise BadInputError(
+                f"A lead of {lead} makes no sense: give a number from -1 (text first) to 1 (video first)."
+            )
+        return list(flow.staggered_grids(steps, lead, (shift, 1.0), self._execution_device))
+
+    def _video_steps(self, num_inference_steps: int | None, shift: float | None) -> tuple[int, float]:
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         shift = self.config.shift if shift is None else shift
         if not shift > 0:
             raise BadInputError(f"A timestep shift of {shift} makes no sense: give a number above 0.")
-        return flow.tau_grid(_positive(steps), shift, self._execution_device)
+        return _positive(steps), shift
 
     def _guidance(self, guidance_scale: float | None) -> float:
         return self.config.guidance_scale if guidance_scale is None else guidance_scale
+
+    def _text_guidance(self, guidance_scale: float | None) -> float:
+        return self.config.caption_guidance_scale if guidance_scale is None else guidance_scale
+
+    def _temperature(self, temperature: float | None) -> float:
+        temperature = self.config.caption_temperature if temperature is None else temperature
+        if not temperature > 0:
+            raise BadInputError(f"A temperature of {temperature} makes no sense: give a number above 0, such as 0.1.")
+        return temperature
 
     def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
         given, default = (num_frames, height, width), (self.config.num_frames, self.config.height, self.config.width)

@@ -97,13 +97,22 @@ def confidence(tau: Tensor) -> Tensor:
 
 
 def read_out(
-    hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, tokenizer_length: int, prediction: str, floor: float = 0.0
+    hidden: Tensor,
+    z: Tensor,
+    tau: Tensor,
+    table: Tensor,
+    tokenizer_length: int,
+    prediction: str,
+    floor: float = 0.0,
+    temperature: float = 1.0,
 ) -> TextPrediction:
     """From the text head's output h (B, N, d), the state z_tau (B, N, d) and tau (B,) to logits, z_1 and velocity.
 
     ``categorical``: logits = (h + k(tau) z_tau) E^T and z_1 = softmax(logits) E, so that an untrained head (h = 0)
     already gives the posterior of a token seen through its noise. ``x1``: h is z_1. ``velocity``: h is the velocity,
-    the paper's literal head. ``floor`` bounds 1 - tau from below where a velocity is divided by it.
+    the paper's literal head. ``floor`` bounds 1 - tau from below where a velocity is divided by it. A ``temperature``
+    below 1 sharpens a categorical z_1 = softmax(logits / temperature) E: its path leads to the likeliest tokens, not to
+    a sample of the likely ones.
     """
     hidden, z = hidden.float(), z.float()
     if prediction == "velocity":
@@ -113,7 +122,7 @@ def read_out(
     if prediction != "categorical":
         raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     logits = similarity(hidden + confidence(flow.expand_tau(tau, z)) * z, table, tokenizer_length)
-    data = logits.softmax(-1) @ table
+    data = (logits / temperature).softmax(-1) @ table
     return TextPrediction(logits, data, flow.data_to_velocity(data, z, tau, floor))
 
 

@@ -328,10 +328,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             _, hidden, _ = self._run(block, None, (hidden, time, rotary), None, memory, "prefix")
         return self.text_head(hidden, temb)
 
-    def read_text(self, hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, floor: float = 0.0) -> TextPrediction:
+    def read_text(
+        self, hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, floor: float = 0.0, temperature: float = 1.0
+    ) -> TextPrediction:
         """What h says at (z_tau, tau), read with this model's prediction; ``table`` is ``text_space()``."""
         config = self.config
-        return read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor)
+        return read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor, temperature)
 
     def grid(self, size: Sequence[int]) -> tuple[int, int, int]:
         """How many patches lie along each axis of latents of size (T, H, W)."""

@@ -69,7 +69,7 @@ def root(tmp_path_factory, tiny_wan_folder):
 @pytest.fixture(scope="module")
 def profile():
     profile = load_profile("smoke")
-    profile["evaluate_model"].update(captions=3, generations=2, joint=3, batch_size=2, caption_steps=2, video_steps=1)
+    profile["evaluate_model"].update(captions=3, generations=2, joint=3, batch_size=2)
     return profile
 
 
@@ -85,8 +85,10 @@ def test_metrics_are_the_scores_of_the_items(reports):
     assert metrics.keys() >= GROUPS
     assert items.groupby("task").size().to_dict() == {
         **dict.fromkeys(("captions", "captions_without_video", "majority", "recogniser", "joint", "joint_shuffled"), 3),
+        **dict.fromkeys(("captions_in_1_steps", "captions_in_2_steps"), 3),
         **dict.fromkeys(("generation", "generation_base"), 2),
     }
+    assert metrics["caption_steps"].keys() == {"1", "2"}
     for task in GROUPS:
         correct = [json.loads(text) for text in items[items["task"] == task]["correct"]]
         expected = summarise(correct, seed=0)
@@ -142,6 +144,8 @@ def test_a_model_that_is_always_right_scores_one_and_one_that_never_looks_the_ma
             "frames": rendered,
             "texts": [world.write_caption(truth, rng) for truth in truths],
             "texts_without_video": [world.write_caption(truths[0], rng)] * 64,
+            "texts_in_2_steps": [""] * 64,
+            "texts_in_8_steps": [world.write_caption(truth, rng) for truth in truths],
         },
         "generation": {"frames": drawn},
         "generation_base": {"frames": np.roll(drawn, 1, axis=0)},
@@ -149,6 +153,7 @@ def test_a_model_that_is_always_right_scores_one_and_one_that_never_looks_the_ma
     }
     metrics = evaluation.summarise_rows(evaluation.score_everything(benchmark, chosen, made), seed=0)
     assert metrics["captions"]["mean"]["value"] == 1.0
+    assert {steps: score["value"] for steps, score in metrics["caption_steps"].items()} == {"2": 0.0, "8": 1.0}
     assert metrics["recogniser"]["mean"]["value"] > 0.9
     assert metrics["generation"]["mean"]["value"] > 0.9
     assert metrics["joint"]["agreement"]["value"] > 0.9

@@ -76,6 +76,27 @@ def test_the_grid_is_wans_shift_of_sigma_in_the_papers_time():
     torch.testing.assert_close(flow.tau_grid(4), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
 
 
+@pytest.mark.parametrize("lead", [-1.0, -0.5, 0.0, 0.25, 1.0])
+def test_staggered_states_keep_their_distance_and_both_arrive(lead):
+    first, second = flow.staggered_grids(8, lead)
+    assert len(first) == len(second) == round(8 * (1 + abs(lead))) + 1
+    for grid in (first, second):
+        assert (grid[0], grid[-1]) == (0, 1)
+        assert (grid.diff() >= 0).all()
+    both = (first > 0) & (first < 1) & (second > 0) & (second < 1)
+    torch.testing.assert_close((first - second)[both], torch.full_like(first, lead)[both])
+    waiting = (second == 0) if lead > 0 else (first == 0)
+    assert waiting.sum() == 1 + round(8 * abs(lead))
+
+
+def test_a_lead_of_one_lets_one_state_arrive_before_the_other_sets_out():
+    first, second = flow.staggered_grids(4, 1.0, (3.0, 1.0))
+    torch.testing.assert_close(first[:5], flow.tau_grid(4, shift=3.0))
+    torch.testing.assert_close(second[4:], flow.tau_grid(4))
+    assert (first[4:] == 1).all()
+    assert (second[:5] == 0).all()
+
+
 def test_noise_of_a_sample_depends_on_its_key_alone():
     both = flow.keyed_noise([(0, "a"), (0, "b")], (3, 2))
     assert torch.equal(both[1], flow.keyed_noise([(0, "b")], (3, 2))[0])

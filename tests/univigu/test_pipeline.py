@@ -69,10 +69,10 @@ def test_a_caption_equals_the_uncached_prefix_forward(pipeline, clips):
         for tau, tau_next in torch.tensor([[0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]):
             times = tau.expand(3)
             hidden = model(latents, torch.ones(3), empty, z, times, guess, "prefix").text
-            prediction = model.read_text(hidden, z, times, table)
+            prediction = model.read_text(hidden, z, times, table, temperature=0.5)
             guess, z = prediction.data, flow.euler_step(z, prediction.velocity, tau, tau_next)
         ids = text_space.nearest(z, table, len(pipeline.tokenizer))
-    assert pipeline.caption(clips) == text_space.detokenize(pipeline.tokenizer, ids)
+    assert pipeline.caption(clips, temperature=0.5) == text_space.detokenize(pipeline.tokenizer, ids)
 
 
 def test_a_caption_without_the_video_does_not_depend_on_it(pipeline, clips):
@@ -128,6 +128,31 @@ def test_joint_gives_a_video_and_its_text_from_noise(pipeline):
     many, said = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=2.0)
     assert many.shape[0] == len(said) == 2
     assert np.abs(many[0].astype(int) - pipeline.joint(caption_guidance_scale=2.0)[0][0]).max() <= 1
+
+
+def test_a_joint_video_that_arrives_first_is_captioned_like_any_other(pipeline, monkeypatch):
+    """At a lead of 1 nothing but noise is beside the video, and then the text is that of `caption_latents`."""
+    made = {}
+    decode = wan.decode_latents
+    monkeypatch.setattr(wan, "decode_latents", lambda vae, z: made.update(z=z) or decode(vae, z))
+    frames, texts = pipeline.joint("a red digit", seed=3, num_inference_steps=5, lead=1.0)
+    assert texts == pipeline.caption_latents(made["z"], num_inference_steps=5, seed=3)
+    assert not np.array_equal(frames, pipeline.joint("a red digit", seed=3, num_inference_steps=5, lead=0.0)[0])
+
+
+def test_a_joint_text_that_arrives_first_is_given_to_the_video(pipeline):
+    """At a lead of -1 the video is `generate`'s for that text, with the prompt as its condition."""
+    text_first = {"seed": 3, "num_inference_steps": 5, "lead": -1.0}
+    frames, _ = pipeline.joint("a red digit", **text_first)
+    assert not np.array_equal(frames, pipeline.joint("a blue digit", **text_first)[0])
+    assert not np.array_equal(frames, pipeline.joint("a red digit", **text_first | {"lead": 1.0})[0])
+
+
+def test_a_lead_or_temperature_that_makes_no_sense_is_refused(pipeline, clips):
+    with pytest.raises(BadInputError, match="from -1"):
+        pipeline.joint(lead=1.5)
+    with pytest.raises(BadInputError, match="above 0"):
+        pipeline.caption(clips[0], temperature=0.0)
 
 
 def test_what_is_saved_comes_back_and_says_the_same(pipeline, clips, tmp_path):

@@ -19,7 +19,7 @@ so what is in a step does not depend on how many there are.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
 
 EMPTY_PROMPT = "empty_prompt.safetensors"
 _SHARD = {"latents": 5, "prompt_embeds": 2, "prompt_lengths": 1, "prompt_ids": 2, "target_ids": 2}
@@ -182,18 +182,30 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     return slice(rank * share, (rank + 1) * share)
 
 
-def inverse_document_frequency(target_ids: Tensor, vocabulary: int, pad_id: int) -> Tensor:
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": torch.ones_like,
+    "inverse_document_frequency": lambda share: -share.log(),
+    "rarity": lambda share: 4 * (1 - share),
+}
+
+
+def token_weights(target_ids: Tensor, vocabulary: int, pad_id: int, weighting: str) -> Tensor:
     """The weight of each token in the cross-entropy, (vocabulary,) fp32.
 
-    -log of the share of targets (target_ids, (samples, text_length)) that hold the token, clamped to 0.1-4; PAD gets
-    0.05. So a word that tells texts apart counts for more than one that they all hold.
+    A function of the share of targets (target_ids, (samples, text_length)) that hold the token, clamped to 0.1-4, so
+    that a word that tells texts apart counts for more than one that they all hold; PAD gets 0.05. ``rarity``, linear in
+    the share, does not neglect the words of which there are two (slow, fast) beside those of which there are ten.
+    ``uniform`` is 1 for all. Raises `ConfigError` for another `weighting`.
     """
+    if weighting not in WEIGHTINGS:
+        raise ConfigError(f"Unknown token weighting '{weighting}'; use {', '.join(WEIGHTINGS)}.")
     holds = torch.zeros(vocabulary)
     for ids in target_ids:
         holds[ids.unique()] += 1
-    weights = -(holds / len(target_ids)).log()
-    weights = weights.clamp(0.1, 4.0)
-    weights[pad_id] = 0.05
+    weights = WEIGHTINGS[weighting](holds / len(target_ids))
+    if weighting != "uniform":
+        weights = weights.clamp(0.1, 4.0)
+        weights[pad_id] = 0.05
     return weights
 
 

@@ -64,6 +64,19 @@ def test_captions_say_all_seven_attributes_and_fit_their_range_of_tokens(tokeniz
         assert 32 <= len(tokenizer(caption).input_ids) <= 64, caption
 
 
+def test_every_fact_of_a_plain_caption_keeps_its_place_among_the_tokens(tokenizer):
+    rng = np.random.default_rng(2)
+    tokens = []
+    for _ in range(100):
+        attributes = world.sample_attributes(rng)
+        caption = world.write_plain_caption(attributes)
+        assert world.read_text(caption) == {name: {value} for name, value in attributes.items()}, caption
+        tokens.append(tokenizer(caption).input_ids)
+    tokens = np.array(tokens)
+    assert tokens.shape == (100, 38)
+    assert ((tokens != tokens[0]).any(0)).sum() == len(world.ATTRIBUTES)
+
+
 def test_prompts_never_contradict_and_are_shorter_than_any_caption(tokenizer):
     rng = np.random.default_rng(3)
     texts = set()

@@ -3,15 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from univigu.errors import BadInputError, CorruptDataError
+from univigu.errors import BadInputError, ConfigError, CorruptDataError
 from univigu.training.data import (
     EMPTY_PROMPT,
     LatentDataset,
     SampleRef,
     SampleStream,
-    inverse_document_frequency,
     rank_slice,
     sample_key,
+    token_weights,
     write_empty_prompt,
     write_latents,
 )
@@ -91,12 +91,17 @@ def test_a_sample_key_does_not_change():
 
 def test_rare_tokens_weigh_more_and_pad_next_to_nothing():
     targets = torch.tensor([[1, 2, 5, 0], [1, 3, 5, 0], [1, 2, 5, 0], [1, 4, 5, 0]])
-    weights = inverse_document_frequency(targets, vocabulary=8, pad_id=0)
+    weights = token_weights(targets, 8, 0, "inverse_document_frequency")
     assert weights[1].item() == pytest.approx(0.1)  # in every target
     assert weights[2].item() == pytest.approx(-torch.tensor(0.5).log().item())
     assert weights[3] > weights[2]
     assert weights[7].item() == pytest.approx(4.0)  # in none
     assert weights[0].item() == pytest.approx(0.05)
+    rarity = token_weights(targets, 8, 0, "rarity")
+    torch.testing.assert_close(rarity[:5], torch.tensor([0.05, 0.1, 2.0, 3.0, 3.0]))
+    assert token_weights(targets, 8, 0, "uniform").unique().tolist() == [1.0]
+    with pytest.raises(ConfigError, match="rarity"):
+        token_weights(targets, 8, 0, "tf-idf")
 
 
 def test_damage_is_told_in_one_sentence(tmp_path):

@@ -18,7 +18,7 @@ from univigu.training.data import (
     EMPTY_PROMPT,
     LatentDataset,
     SampleRef,
-    inverse_document_frequency,
+    token_weights,
     write_empty_prompt,
     write_latents,
 )
@@ -70,7 +70,7 @@ def make_objective(dataset: LatentDataset) -> TrainingObjective:
             tokenizer_length=VOCABULARY,
             text_length=LENGTH,
         )
-    weights = inverse_document_frequency(dataset.target_ids, VOCABULARY, 0)
+    weights = token_weights(dataset.target_ids, VOCABULARY, 0, "rarity")
     return TrainingObjective(model, ObjectiveConfig(), weights)
 
 
