@@ -279,9 +279,9 @@ def training_loss(
 
     ``step`` decides, alike on all ranks, whether this step is self-conditioned. ``token_weights`` (V,) weigh the
     cross-entropy; without them all tokens weigh the same. ``loss`` is the mean over all B samples, a modality without
-    loss counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
-    ``video_samples`` and ``text_samples`` of this batch that have them, zero where there is none. Samples are grouped
-    by attention policy, one pass each.
+    loss counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over
+    the ``video_samples`` and ``text_samples`` of this batch that have them, zero where there is none. Samples are
+    grouped by attention policy, one pass each.
     """
     table = model.text_space()
     samples = prepare(batch, table, config)
