@@ -41,6 +41,14 @@ Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="How strictly to follow what is given; 1 is no guidance. (default: the model's)"),
 ]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Towards 0: the likeliest text; 1: one of those that fit the video. (default: the model's)"),
+]
+Lead = Annotated[
+    float | None,
+    typer.Option(min=-1, max=1, help="How far the video goes ahead of the text, -1 to 1. (default: the model's)"),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write; one of that name is replaced.")]
 Scale = Annotated[int, typer.Option(min=1, max=64, help="Enlarge the clip this many times, for small models.")]
 
@@ -53,6 +61,7 @@ def caption(
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video: its file and its caption.")] = False,
 ) -> None:
     """Say what is in a video: one line on standard output for each file, in the order given.
@@ -72,7 +81,8 @@ def caption(
         frames = [_read_moving(path, limit) for path in batch]
         if pipeline is None:  # only now: a bad file among the first is told at once
             pipeline = _load(folder)
-        texts = pipeline.caption(frames, num_inference_steps=steps, guidance_scale=guidance, seed=seed + start)
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
+        texts = pipeline.caption(frames, **settings, seed=seed + start)
         for path, text in zip(batch, texts, strict=True):
             line = " ".join(text.split())
             _say(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
@@ -107,13 +117,16 @@ def joint(
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    lead: Lead = None,
     scale: Scale = 1,
 ) -> None:
     """Make a video and its description together, from a prompt or from nothing; the description is printed."""
     _check_output(output)
     pipeline = _load(_folder(model, name, root))
     prompt = prompt if prompt.strip() else ""
-    (frames,), (text,) = pipeline.joint(prompt, num_inference_steps=steps, guidance_scale=guidance, seed=seed)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature, "lead": lead}
+    (frames,), (text,) = pipeline.joint(prompt, **settings, seed=seed)
     _write(output, frames, pipeline.config.fps, scale)
     _say(" ".join(text.split()))
 
