@@ -43,7 +43,7 @@ Guidance = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="Towards 0: the likeliest text; 1: one of those that fit the video. (default: the model's)"),
+    typer.Option(min=0, help="0: the likeliest text; 1: one of those that fit the video. (default: the model's)"),
 ]
 Lead = Annotated[
     float | None,

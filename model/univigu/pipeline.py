@@ -357,8 +357,8 @@ class UniViGUPipeline(DiffusionPipeline):
 
     def _temperature(self, temperature: float | None) -> float:
         temperature = self.config.caption_temperature if temperature is None else temperature
-        if not temperature > 0:
-            raise BadInputError(f"A temperature of {temperature} makes no sense: give a number above 0, such as 0.1.")
+        if not temperature >= 0:
+            raise BadInputError(f"A temperature of {temperature} makes no sense: give 0 or more.")
         return temperature
 
     def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:

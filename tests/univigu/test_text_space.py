@@ -79,6 +79,21 @@ def test_data_and_velocity_of_every_prediction_agree(kind):
     assert (prediction.logits is not None) == (kind == "categorical")
 
 
+def test_a_cold_reading_goes_to_the_likeliest_token_and_a_warm_one_to_the_mean():
+    table = make_space()()
+    z = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
+
+    def read(temperature):
+        tau = torch.tensor([0.3, 0.3])
+        return text_space.read_out(z, z, tau, table, 200, "categorical", temperature=temperature)
+
+    warm, cold, frozen = read(1.0), read(0.01), read(0.0)
+    torch.testing.assert_close(warm.data, warm.logits.softmax(-1) @ table)
+    torch.testing.assert_close(frozen.data, text_space.embed(warm.logits.argmax(-1), table))
+    torch.testing.assert_close(cold.data, frozen.data, atol=1e-3, rtol=1e-3)
+    assert torch.equal(warm.logits, frozen.logits)
+
+
 def test_confidence_is_bounded():
     k = text_space.confidence(torch.tensor([0.0, 0.5, 0.9, 1.0]))
     torch.testing.assert_close(k, torch.tensor([0.0, 2.0, 20.0, 20.0]))
