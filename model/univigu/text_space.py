@@ -111,8 +111,8 @@ def read_out(
     ``categorical``: logits = (h + k(tau) z_tau) E^T and z_1 = softmax(logits) E, so that an untrained head (h = 0)
     already gives the posterior of a token seen through its noise. ``x1``: h is z_1. ``velocity``: h is the velocity,
     the paper's literal head. ``floor`` bounds 1 - tau from below where a velocity is divided by it. A ``temperature``
-    below 1 sharpens a categorical z_1 = softmax(logits / temperature) E, down to the likeliest token at 0: its path leads
-    to the likeliest text, not to one of the likely ones.
+    below 1 sharpens a categorical z_1 = softmax(logits / temperature) E, down to the likeliest token at 0: its path
+    leads to the likeliest text, not to one of the likely ones.
     """
     hidden, z = hidden.float(), z.float()
     if prediction == "velocity":
@@ -122,10 +122,7 @@ def read_out(
     if prediction != "categorical":
         raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     logits = similarity(hidden + confidence(flow.expand_tau(tau, z)) * z, table, tokenizer_length)
-    if temperature:
-        data = (logits / temperature).softmax(-1) @ table
-    else:
-        data = embed(logits.argmax(-1), table)
+    data = (logits / temperature).softmax(-1) @ table if temperature else embed(logits.argmax(-1), table)
     return TextPrediction(logits, data, flow.data_to_velocity(data, z, tau, floor))
 
 
