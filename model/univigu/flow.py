@@ -74,16 +74,28 @@ def tau_grid(steps: int, shift: float = 1.0, device: torch.device | str | None =
 
 
 def staggered_grids(
-    steps: int, lead: float, shifts: tuple[float, float] = (1.0, 1.0), device: torch.device | str | None = None
+    steps: tuple[int, int],
+    lead: float,
+    shifts: tuple[float, float] = (1.0, 1.0),
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grids of two states that go from 0 to 1 together, the first ahead of the second by ``lead``, -1 to 1.
 
-    With 0 they keep step; with 1 the first arrives before the second sets out, with -1 the second does. Either moves
-    over about ``steps`` of the round(steps (1 + |lead|)) steps, and waits at its end, or its start, for the rest.
-    ``shifts`` are theirs.
+    With 0 they keep step; with 1 the first arrives before the second sets out, with -1 the second does. Each has its
+    own number of ``steps`` for the part of its way that it goes alone, and the larger one holds where both move; a
+    state waits at its start, or its end, for the other. ``shifts`` are theirs.
     """
-    reach = 1 + abs(lead)
-    path = torch.linspace(0, reach, round(steps * reach) + 1, dtype=torch.float64)
+    ahead = abs(lead)
+    leader, follower = steps if lead >= 0 else steps[::-1]
+    legs = [(0.0, ahead, leader * ahead), (ahead, 1.0, max(steps) * (1 - ahead)), (1.0, 1 + ahead, follower * ahead)]
+    path = torch.cat(
+        [torch.zeros(1, dtype=torch.float64)]
+        + [
+            torch.linspace(start, end, max(1, round(count)) + 1, dtype=torch.float64)[1:]
+            for start, end, count in legs
+            if end > start
+        ]
+    )
     starts = max(0.0, -lead), max(0.0, lead)
     first, second = (shift_tau((path - t).clamp(0, 1), s) for t, s in zip(starts, shifts, strict=True))
     return first.to(device=device, dtype=torch.float32), second.to(device=device, dtype=torch.float32)

@@ -44,15 +44,14 @@ class Task:
     video_tau: float | None
     text_tau: float | None
     absent: float  # in this share, the modality at its clean corner is not there at all: tau = 0, the guidance branch
-    waiting: float  # in this share, the text has not set out: tau_t = 0, as in joint sampling while the video leads
     attention: str
     loss: tuple[str, ...]
 
 
 TASKS = {
-    "understand": Task(0.5, ("target_ids",), 1.0, 1.0, None, 0.1, 0.0, "prefix", ("text",)),
-    "joint": Task(0.3, ("target_ids",), None, None, None, 0.0, 0.5, "joint", ("video", "text")),
-    "generate": Task(0.2, ("prompt_ids", "target_ids"), None, None, 1.0, 0.1, 0.0, "joint", ("video",)),
+    "understand": Task(0.5, ("target_ids",), 1.0, 1.0, None, 0.1, "prefix", ("text",)),
+    "joint": Task(0.3, ("target_ids",), None, None, None, 0.0, "joint", ("video", "text")),
+    "generate": Task(0.2, ("prompt_ids", "target_ids"), None, None, 1.0, 0.1, "joint", ("video",)),
 }
 
 
@@ -104,7 +103,7 @@ class Plan:
 
 def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
     """Task, times and dropouts of the samples with these keys, on the CPU; each depends on its own key alone."""
-    draws = torch.stack([torch.rand(7, generator=flow.keyed_generator(*key, "plan")) for key in keys])
+    draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
     names, tasks = list(TASKS), list(TASKS.values())
     shares = torch.tensor([float(config.shares.get(name, 0)) for name in names])
     task = torch.searchsorted(shares.cumsum(0) / shares.sum(), draws[:, 0].contiguous(), right=True)
@@ -119,8 +118,6 @@ def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
         torch.where(fixed.isnan(), drawn, fixed.masked_fill(absent, 0.0))
         for drawn, fixed in zip(drawn_times, fixed_times, strict=True)
     ]
-    waiting = draws[:, 6] < column(t.waiting * (config.form == "weighted") for t in tasks)
-    times[1] = times[1].masked_fill(waiting, 0.0)
     dropout = column(
         config.prompt_dropout[name] if task.condition_dropout is None else task.condition_dropout
         for name, task in TASKS.items()

@@ -212,8 +212,8 @@ class UniViGUPipeline(DiffusionPipeline):
 
         Returns uint8 (B, F, H, W, 3) and B texts. Video guidance goes away from the empty condition without text, text
         guidance away from the text without video. The video goes ahead of the text by ``lead`` (see
-        :func:`flow.staggered_grids`). Once one of them has arrived it is given to the other: a video as in eq 16, a
-        text, read by eq 8, as in eq 17.
+        :func:`flow.staggered_grids`). Once one of them has arrived it is given to the other: a video as in eq 16, in
+        the model's ``caption_steps``, a text, read by eq 8, as in eq 17.
         """
         prompts = [prompt] if prompt == "" else self._check_prompts(prompt, allow=("",))
         shape = self._latent_shape(num_frames, height, width)
@@ -340,7 +340,8 @@ class UniViGUPipeline(DiffusionPipeline):
             raise BadInputError(
                 f"A lead of {lead} makes no sense: give a number from -1 (text first) to 1 (video first)."
             )
-        return list(flow.staggered_grids(steps, lead, (shift, 1.0), self._execution_device))
+        counts = steps, _positive(self.config.caption_steps)
+        return list(flow.staggered_grids(counts, lead, (shift, 1.0), self._execution_device))
 
     def _video_steps(self, num_inference_steps: int | None, shift: float | None) -> tuple[int, float]:
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps

@@ -78,23 +78,27 @@ def test_the_grid_is_wans_shift_of_sigma_in_the_papers_time():
 
 @pytest.mark.parametrize("lead", [-1.0, -0.5, 0.0, 0.25, 1.0])
 def test_staggered_states_keep_their_distance_and_both_arrive(lead):
-    first, second = flow.staggered_grids(8, lead)
-    assert len(first) == len(second) == round(8 * (1 + abs(lead))) + 1
+    first, second = flow.staggered_grids((8, 4), lead)
     for grid in (first, second):
         assert (grid[0], grid[-1]) == (0, 1)
         assert (grid.diff() >= 0).all()
     both = (first > 0) & (first < 1) & (second > 0) & (second < 1)
     torch.testing.assert_close((first - second)[both], torch.full_like(first, lead)[both])
-    waiting = (second == 0) if lead > 0 else (first == 0)
-    assert waiting.sum() == 1 + round(8 * abs(lead))
+    leader, follower, steps = (first, second, (8, 4)) if lead >= 0 else (second, first, (4, 8))
+    assert (follower == 0).sum() == 1 + steps[0] * abs(lead)
+    assert (leader == 1).sum() == 1 + steps[1] * abs(lead)
 
 
 def test_a_lead_of_one_lets_one_state_arrive_before_the_other_sets_out():
-    first, second = flow.staggered_grids(4, 1.0, (3.0, 1.0))
-    torch.testing.assert_close(first[:5], flow.tau_grid(4, shift=3.0))
-    torch.testing.assert_close(second[4:], flow.tau_grid(4))
-    assert (first[4:] == 1).all()
-    assert (second[:5] == 0).all()
+    first, second = flow.staggered_grids((4, 1), 1.0, (3.0, 1.0))
+    torch.testing.assert_close(first, torch.cat([flow.tau_grid(4, shift=3.0), torch.ones(1)]))
+    assert second.tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_states_in_step_go_in_the_larger_number_of_steps():
+    first, second = flow.staggered_grids((4, 1), 0.0)
+    torch.testing.assert_close(first, flow.tau_grid(4))
+    torch.testing.assert_close(second, first)
 
 
 def test_noise_of_a_sample_depends_on_its_key_alone():
