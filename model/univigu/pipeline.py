@@ -221,10 +221,10 @@ class UniViGUPipeline(DiffusionPipeline):
         text_scale, temperature = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
         frames, texts = [], []
         for part, seeds in _batches(prompts, seed, batch_size):
-            latents, said = self._joint_latents(
+            drawn, said = self._joint(
                 part, shape, grids, self._guidance(guidance_scale), text_scale, temperature, seeds
             )
-            frames.append(wan.decode_latents(self.vae, latents))
+            frames.append(drawn)
             texts += said
         self.maybe_free_model_hooks()
         return torch.cat(frames).numpy(), texts
@@ -279,19 +279,23 @@ class UniViGUPipeline(DiffusionPipeline):
         (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], self.progress_bar)
         return z
 
-    def _joint_latents(self, prompts, shape, grids, scale, text_scale, temperature, seeds) -> tuple[Tensor, list[str]]:
+    def _joint(self, prompts, shape, grids, scale, text_scale, temperature, seeds) -> tuple[Tensor, list[str]]:
         model, device = self.transformer, self._execution_device
         condition, empty = self._encode(prompts), self._encode([""])
         no_text = _noise(seeds, "no text", self._text_shape, device)
         no_video = _noise(seeds, "no video", shape, device)
-        table, guess, alone = model.text_space(), None, None
+        table, guess, alone, frames = model.text_space(), None, None, None
         moves = zip(*((grid.diff() > 0).tolist() for grid in grids), strict=True)
 
         def field(states, taus):
-            nonlocal guess, alone
+            nonlocal guess, alone, frames
             video, text = states
             if taus[0] == 1:
-                alone = alone or self._text_field(video, seeds, text_scale, temperature, guess=guess)
+                if alone is None:
+                    # what is described is the video that one gets, encoded like any other
+                    frames = wan.decode_latents(self.vae, video)
+                    latents = wan.encode_frames(self.vae, frames).to(device)
+                    alone = self._text_field(latents, seeds, text_scale, temperature, guess=guess)
                 return torch.zeros_like(video), alone(text, taus[1])
             if taus[1] == 1:
                 alone = alone or self._video_field(condition, self._nearest(text), seeds, scale)
@@ -316,7 +320,7 @@ class UniViGUPipeline(DiffusionPipeline):
 
         states = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
         video, text = flow.integrate(field, states, grids, self.progress_bar)
-        return video, self._say(text)
+        return wan.decode_latents(self.vae, video) if frames is None else frames, self._say(text)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         length = self.config.max_sequence_length
