@@ -348,7 +348,7 @@ def write_page(
             "generation": samples("generation", {"this model": "generation", "its base": "generation_base"}),
             "joint": samples("joint", {"video": "joint"}),
         },
-        charts=training_charts(training) | {"captions": [caption_steps_chart(metrics["caption_steps"])]},
+        charts=training_charts(training) | {"captions": caption_steps_charts(metrics["caption_steps"])},
         funnel=report.funnel_steps(list(manifests.values())),
         rejected=report.rejected_examples(
             {manifest["step"]: step.read(name, "rejected").to_pylist() for name, manifest in manifests.items()}
@@ -379,19 +379,19 @@ def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
     return {"truth": truth, "found": found, "correct": correct}
 
 
-def caption_steps_chart(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How right captions are by the number of Euler steps that they are made in."""
+def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How right captions are by the number of Euler steps that they are made in; no chart of fewer than two."""
     from components.report import line_chart
 
     points = sorted((int(steps), score["value"]) for steps, score in scores.items())
-    return line_chart("Captions by Euler steps", "steps", {"mean over attributes": points})
+    return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []
 
 
 def page_notes(settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics: Metrics) -> list[str]:
     """How the scores came about, in the page's words."""
     return [
         f"Captions: {metrics['captions']['mean']['n']} clips rendered from handwriting that no model was trained on; "
-        f"{sampling['caption_steps']} Euler steps, guidance {sampling['caption_guidance_scale']:g}, temperature "
+        f"Euler steps: {sampling['caption_steps']}; guidance {sampling['caption_guidance_scale']:g}, temperature "
         f"{sampling['caption_temperature']:g}.",
         "Without the video: the same model, clips, noise and settings, with the video replaced by noise. Commonest "
         "value: what is right most often when it is said of every clip.",

@@ -135,9 +135,15 @@ def score_on(metric: str, challenger: Evaluation, champion: Evaluation) -> float
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """What `evaluate-model` left: ``metrics.json`` and ``items.parquet``."""
+    """What `evaluate-model` left: ``metrics.json`` and ``items.parquet``.
+
+    Captions in other numbers of steps than the model's own are no part of the comparison.
+    """
+    from components.evaluate_model import STEPS_TASK
+
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    items = {_question(row): row for row in read_table(folder, "items").to_pylist()}
+    rows = [row for row in read_table(folder, "items").to_pylist() if not STEPS_TASK.fullmatch(row["task"])]
+    items = {_question(row): row for row in rows}
     return Evaluation(scores=dict(_scores(metrics)), items=items, digest=json_digest(sorted(items)))
 
 

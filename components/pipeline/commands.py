@@ -37,13 +37,15 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Sampling steps; more is slower and finer. (default: the model's)")
 ]
+CaptionSteps = Annotated[int | None, typer.Option(min=1, help="Euler steps; few are enough. (default: the model's)")]
+JointSteps = Annotated[int | None, typer.Option(min=1, help="Sampling steps of the video. (default: the model's)")]
 Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="How strictly to follow what is given; 1 is no guidance. (default: the model's)"),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0, help="0: the likeliest text; 1: one of those that fit the video. (default: the model's)"),
+    typer.Option(min=0, help="From 1, as the model found it, down to 0, the likeliest words. (default: the model's)"),
 ]
 Lead = Annotated[
     float | None,
@@ -59,7 +61,7 @@ def caption(
     name: Name = "uni-vigu",
     root: Root = Path("."),
     seed: Seed = 0,
-    steps: Steps = None,
+    steps: CaptionSteps = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video: its file and its caption.")] = False,
@@ -115,7 +117,7 @@ def joint(
     name: Name = "uni-vigu",
     root: Root = Path("."),
     seed: Seed = 0,
-    steps: Steps = None,
+    steps: JointSteps = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     lead: Lead = None,

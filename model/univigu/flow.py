@@ -81,17 +81,18 @@ def staggered_grids(
 ) -> tuple[Tensor, Tensor]:
     """Grids of two states that go from 0 to 1 together, the first ahead of the second by ``lead``, -1 to 1.
 
-    With 0 they keep step; with 1 the first arrives before the second sets out, with -1 the second does. Each has its
-    own number of ``steps`` for the part of its way that it goes alone, and the larger one holds where both move; a
-    state waits at its start, or its end, for the other. ``shifts`` are theirs.
+    With 0 they keep step; with 1 the first arrives before the second sets out, with -1 the second does. A state waits
+    at its start, or its end, for the other. The one with more ``steps`` takes as many; the other goes along with it
+    where both move, and has its own number where it moves alone. ``lead`` is in times before the ``shifts``.
     """
-    ahead = abs(lead)
-    leader, follower = steps if lead >= 0 else steps[::-1]
-    legs = [(0.0, ahead, leader * ahead), (ahead, 1.0, max(steps) * (1 - ahead)), (1.0, 1 + ahead, follower * ahead)]
+    ahead, many = abs(lead), max(steps)
+    alone = [round(count * ahead) for count in (steps if lead >= 0 else steps[::-1])]
+    together = many - round(many * ahead)
+    legs = [(0.0, ahead, alone[0]), (ahead, 1.0, together), (1.0, 1 + ahead, alone[1])]
     path = torch.cat(
         [torch.zeros(1, dtype=torch.float64)]
         + [
-            torch.linspace(start, end, max(1, round(count)) + 1, dtype=torch.float64)[1:]
+            torch.linspace(start, end, max(1, count) + 1, dtype=torch.float64)[1:]
             for start, end, count in legs
             if end > start
         ]

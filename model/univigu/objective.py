@@ -1,6 +1,6 @@
 """What a training sample is, and its loss (eq 9-11).
 
-tau drawn uniformly never hits the corners that inference uses (a clean video, an embedded prompt, no condition), so a
+tau drawn at random never hits the corners that inference uses (a clean video, an embedded prompt, no condition), so a
 share of the samples sits exactly there: `TASKS` is the table. All that is random about a sample (its task, its times,
 its noise, what is dropped) is a function of (seed, epoch, sample id), so a run does not depend on how many processes
 share it, nor on what else is in the batch.
@@ -75,9 +75,13 @@ class ObjectiveConfig:
         if unknown or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
             raise ConfigError(f"Task shares {dict(self.shares)} make no sense: give {', '.join(TASKS)} numbers >= 0.")
         dropped = {name for name, task in TASKS.items() if task.condition_dropout is None}
-        if set(self.prompt_dropout) != dropped or not all(0 <= p <= 1 for p in self.prompt_dropout.values()):
+        if (
+            not isinstance(self.prompt_dropout, Mapping)
+            or set(self.prompt_dropout) != dropped
+            or not all(0 <= p <= 1 for p in self.prompt_dropout.values())
+        ):
             raise ConfigError(
-                f"prompt_dropout {dict(self.prompt_dropout)} makes no sense: give {' and '.join(sorted(dropped))} a"
+                f"prompt_dropout {self.prompt_dropout} makes no sense: give {' and '.join(sorted(dropped))} a"
                 " number from 0 to 1."
             )
         if not min(self.video_shift, self.text_shift) > 0:
@@ -88,6 +92,8 @@ class ObjectiveConfig:
             raise ConfigError(f"Unknown form {self.form!r}: use weighted or literal.")
         if self.form == "literal" and any(self.shares.get(name) for name in TASKS if name != "joint"):
             raise ConfigError("The literal objective is the joint task alone: set shares to {joint: 1}.")
+        if self.form == "literal" and not self.video_shift == self.text_shift == 1:
+            raise ConfigError("The literal objective draws its times evenly: set both timestep shifts to 1.")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ All noise of a sample comes from its own seed, so a result does not depend on wh
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ class UniViGUPipeline(DiffusionPipeline):
     There is no scheduler: the times of sampling are :func:`flow.tau_grid`'s. ``shift`` is Wan's timestep shift,
     ``max_sequence_length`` the text encoder's padded length, ``fps`` what a saved clip plays at.
     """
-
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(
         self,
@@ -127,9 +126,9 @@ class UniViGUPipeline(DiffusionPipeline):
         """Say what is in one video (F, H, W, 3), uint8, or in each of several; always a list of texts.
 
         ``videos`` is an array, a tensor, a list of frames, or a list of videos. Video ``i`` has the seed ``seed[i]``,
-        or ``seed + i``. A guidance of 1 costs nothing; another runs the text a second time, without the video. At a
-        ``temperature`` of 1 a text is one of those that the video allows, as likely as the model holds it; towards 0
-        it is the likeliest one.
+        or ``seed + i``. A guidance of 1 costs nothing; another runs the text a second time, without the video. In many
+        steps at a ``temperature`` of 1 a text is drawn from those that fit the video; a lower one sharpens the
+        predicted tokens on the way, down to the likeliest at each place at 0 (categorical predictions alone).
         """
         frames = [self._fit(video) for video in _split_videos(videos)]
         texts = []
@@ -213,7 +212,8 @@ class UniViGUPipeline(DiffusionPipeline):
         Returns uint8 (B, F, H, W, 3) and B texts. Video guidance goes away from the empty condition without text, text
         guidance away from the text without video. The video goes ahead of the text by ``lead`` (see
         :func:`flow.staggered_grids`). Once one of them has arrived it is given to the other: a video as in eq 16, in
-        the model's ``caption_steps``, a text, read by eq 8, as in eq 17.
+        the model's ``caption_steps``, a text, read by eq 8, as in eq 17. ``num_inference_steps`` are the video's; where
+        both move, the larger of the two numbers holds.
         """
         prompts = [prompt] if prompt == "" else self._check_prompts(prompt, allow=("",))
         shape = self._latent_shape(num_frames, height, width)
@@ -362,7 +362,7 @@ class UniViGUPipeline(DiffusionPipeline):
 
     def _temperature(self, temperature: float | None) -> float:
         temperature = self.config.caption_temperature if temperature is None else temperature
-        if not temperature >= 0:
+        if not 0 <= temperature < math.inf:
             raise BadInputError(f"A temperature of {temperature} makes no sense: give 0 or more.")
         return temperature
 

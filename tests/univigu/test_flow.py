@@ -95,6 +95,14 @@ def test_a_lead_of_one_lets_one_state_arrive_before_the_other_sets_out():
     assert second.tolist() == [0, 0, 0, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "lead"), [((5, 1), 0.5), ((7, 1), 0.5), ((20, 1), 0.33), ((1, 7), 0.5), ((7, 1), -0.5)]
+)
+def test_the_state_with_more_steps_takes_as_many_whatever_the_lead(steps, lead):
+    grids = flow.staggered_grids(steps, lead)
+    assert (grids[steps.index(max(steps))].diff() > 0).sum() == max(steps)
+
+
 def test_states_in_step_go_in_the_larger_number_of_steps():
     first, second = flow.staggered_grids((4, 1), 0.0)
     torch.testing.assert_close(first, flow.tau_grid(4))

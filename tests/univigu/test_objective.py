@@ -288,6 +288,8 @@ def test_evaluation_without_samples_is_refused():
         {"shares": {"dream": 1.0}},
         {"text_shift": 0.0},
         {"prompt_dropout": {"joint": 0.5}},
+        {"prompt_dropout": 0.5},
+        {"form": "literal", "shares": {"joint": 1.0}, "text_shift": 8.0},
         {"prompt_dropout": {"joint": 2, "generate": 0}},
         {"form": "exact"},
         {"form": "literal"},
