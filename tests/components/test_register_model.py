@@ -76,8 +76,9 @@ class World:
         self.digests["stage2"] = commit(self.root, "train-stage-2", inputs)
         self.evaluate(10)
 
-    def evaluate(self, right, items=HELDOUT):
+    def evaluate(self, right, items=HELDOUT, compared_steps=()):
         """An evaluation in which the first `right` of the items are captioned rightly, on each attribute."""
+        compared = [f"captions_in_{steps}_steps" for steps in compared_steps]
         home = self.root / "reports"
         home.mkdir(exist_ok=True)
         rows = [
@@ -88,7 +89,7 @@ class World:
                 "correct": json.dumps({"colour": item < right, "digit": item < right // 2}),
                 "open_attributes": ["colour"] if task.startswith("joint") else [],
             }
-            for task in (*TASKS, "joint", "joint_shuffled")
+            for task in (*TASKS, *compared, "joint", "joint_shuffled")
             for item in items
         ]
         write_table(home, "items", rows)
@@ -209,6 +210,15 @@ def test_champion_is_who_beats_the_champion_on_the_same_items(world):
     world.evaluate(12)
     assert world.register("contest")["decision"].startswith("champion, with captions.mean 0.450")
     assert (world.version("contest", "champion"), world.version("contest", "candidate")) == (4, 4)
+
+
+def test_a_champion_captioned_in_other_numbers_of_steps_too_is_met(world):
+    world.train("thorough")
+    world.evaluate(8, compared_steps=(1, 32))
+    world.register("steps")
+    world.train("plain")
+    world.evaluate(12)
+    assert world.register("steps")["decision"].startswith("champion, with captions.mean 0.450")
 
 
 def test_a_champion_measured_on_fewer_items_is_met_on_those(world):
