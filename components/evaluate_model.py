@@ -209,6 +209,9 @@ def score_everything(
     for item, video, text, other in zip(chosen["joint"], seen, texts, others, strict=True):
         rows.append(make_joint_row("joint", benchmark, item, video, text))
         rows.append(make_joint_row("joint_shuffled", benchmark, item, video, other))
+        if asked := benchmark.asked(item["prompt"]):
+            rows.append(make_row("joint_video", item, asked, video))
+            rows.append(make_row("joint_text", item, asked, benchmark.read_text(text), text))
     return rows
 
 
@@ -253,7 +256,8 @@ def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[
 def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     """Scores of each task's rows, by attribute and over all of them; `joint` calls the latter ``agreement``.
 
-    ``caption_steps`` has the mean of the captions by the number of Euler steps that they were made in.
+    ``joint_video`` and ``joint_text`` are held against what the prompt states; ``caption_steps`` has the mean of the
+    captions by the number of Euler steps that they were made in.
     """
     from univigu.evaluation.claims import summarise
 
@@ -402,8 +406,8 @@ def page_notes(settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics
         "own accuracy is measured on clips rendered from a known truth; generated clips are less clean, and it may err "
         "more often on those.",
         f"Joint: {metrics['joint']['agreement']['n']} prompts that leave attributes open. What the recogniser sees in "
-        "the video is compared with what the caption says, on those attributes alone. The video goes ahead of the text "
-        f"by {sampling['joint_lead']:g}.",
+        "the video is compared with what the caption says, on those attributes alone. The text is written when the "
+        f"video is at {sampling['joint_text_at']:g} of its way, and the rest of the video follows it.",
         "Intervals: Wilson's for one attribute; for means over attributes a bootstrap over items, because the claims "
         "about one clip go together.",
     ]

@@ -47,10 +47,11 @@ Temperature = Annotated[
     float | None,
     typer.Option(min=0, help="From 1, as the model found it, down to 0, the likeliest words. (default: the model's)"),
 ]
-Lead = Annotated[
+TextAt = Annotated[
     float | None,
-    typer.Option(min=-1, max=1, help="How far the video goes ahead of the text, -1 to 1. (default: the model's)"),
+    typer.Option(min=0, max=1, help="How far the video is, 0 to 1, when its text is written. (default: the model's)"),
 ]
+InStep = Annotated[bool, typer.Option("--in-step", help="Video and text take every step together instead.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write; one of that name is replaced.")]
 Scale = Annotated[int, typer.Option(min=1, max=64, help="Enlarge the clip this many times, for small models.")]
 
@@ -120,15 +121,16 @@ def joint(
     steps: JointSteps = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
-    lead: Lead = None,
+    text_at: TextAt = None,
+    in_step: InStep = False,
     scale: Scale = 1,
 ) -> None:
     """Make a video and its description together, from a prompt or from nothing; the description is printed."""
     _check_output(output)
     pipeline = _load(_folder(model, name, root))
     prompt = prompt if prompt.strip() else ""
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature, "lead": lead}
-    (frames,), (text,) = pipeline.joint(prompt, **settings, seed=seed)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
+    (frames,), (text,) = pipeline.joint(prompt, **settings, text_at=text_at, in_step=in_step, seed=seed)
     _write(output, frames, pipeline.config.fps, scale)
     _say(" ".join(text.split()))
 

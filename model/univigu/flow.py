@@ -73,35 +73,6 @@ def tau_grid(steps: int, shift: float = 1.0, device: torch.device | str | None =
     return shift_tau(tau, shift).to(device=device, dtype=torch.float32)
 
 
-def staggered_grids(
-    steps: tuple[int, int],
-    lead: float,
-    shifts: tuple[float, float] = (1.0, 1.0),
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Grids of two states that go from 0 to 1 together, the first ahead of the second by ``lead``, -1 to 1.
-
-    With 0 they keep step; with 1 the first arrives before the second sets out, with -1 the second does. A state waits
-    at its start, or its end, for the other. The one with more ``steps`` takes as many; the other goes along with it
-    where both move, and has its own number where it moves alone. ``lead`` is in times before the ``shifts``.
-    """
-    ahead, many = abs(lead), max(steps)
-    alone = [round(count * ahead) for count in (steps if lead >= 0 else steps[::-1])]
-    together = many - round(many * ahead)
-    legs = [(0.0, ahead, alone[0]), (ahead, 1.0, together), (1.0, 1 + ahead, alone[1])]
-    path = torch.cat(
-        [torch.zeros(1, dtype=torch.float64)]
-        + [
-            torch.linspace(start, end, max(1, count) + 1, dtype=torch.float64)[1:]
-            for start, end, count in legs
-            if end > start
-        ]
-    )
-    starts = max(0.0, -lead), max(0.0, lead)
-    first, second = (shift_tau((path - t).clamp(0, 1), s) for t, s in zip(starts, shifts, strict=True))
-    return first.to(device=device, dtype=torch.float32), second.to(device=device, dtype=torch.float32)
-
-
 def euler_step(z: Tensor, velocity: Tensor, tau: Tensor | float, tau_next: Tensor | float) -> Tensor:
     """z at ``tau_next`` = z + (tau_next - tau) u (eq 3)."""
     return z + (expand_tau(tau_next, z) - expand_tau(tau, z)) * velocity

@@ -50,7 +50,7 @@ class UniViGUPipeline(DiffusionPipeline):
         caption_steps: int = 16,
         caption_guidance_scale: float = 1.0,
         caption_temperature: float = 0.1,
-        joint_lead: float = 1.0,
+        joint_text_at: float = 0.2,
         max_sequence_length: int = 512,
     ):
         super().__init__()
@@ -66,7 +66,7 @@ class UniViGUPipeline(DiffusionPipeline):
             caption_steps=caption_steps,
             caption_guidance_scale=float(caption_guidance_scale),
             caption_temperature=float(caption_temperature),
-            joint_lead=float(joint_lead),
+            joint_text_at=float(joint_text_at),
             max_sequence_length=max_sequence_length,
         )
 
@@ -157,10 +157,7 @@ class UniViGUPipeline(DiffusionPipeline):
         device = self._execution_device
         temperature = self._temperature(temperature)
         field = self._text_field(latents.to(device), seeds, self._text_guidance(guidance_scale), temperature, video_tau)
-        z = _noise(seeds, "text", self._text_shape, device)
-        (z,) = flow.integrate(
-            lambda states, taus: (field(*states, *taus),), [z], [flow.tau_grid(steps, device=device)], self.progress_bar
-        )
+        z = self._carry(field, _noise(seeds, "text", self._text_shape, device), flow.tau_grid(steps, device=device))
         self.maybe_free_model_hooks()
         return self._say(z)
 
@@ -203,27 +200,33 @@ class UniViGUPipeline(DiffusionPipeline):
         caption_guidance_scale: float | None = None,
         temperature: float | None = None,
         shift: float | None = None,
-        lead: float | None = None,
+        text_at: float | None = None,
+        in_step: bool = False,
         seed: Seeds = 0,
         batch_size: int = 8,
     ) -> tuple[np.ndarray, list[str]]:
         """A video and its caption from noise together, for each prompt, which may be empty (eq 18).
 
-        Returns uint8 (B, F, H, W, 3) and B texts. Video guidance goes away from the empty condition without text, text
-        guidance away from the text without video. The video goes ahead of the text by ``lead`` (see
-        :func:`flow.staggered_grids`). Once one of them has arrived it is given to the other: a video as in eq 16, in
-        the model's ``caption_steps``, a text, read by eq 8, as in eq 17. ``num_inference_steps`` are the video's; where
-        both move, the larger of the two numbers holds.
+        Returns uint8 (B, F, H, W, 3) and B texts. Of the two times one moves at a time: the video goes to tau_v =
+        ``text_at``; the text is written, from noise, in the model's ``caption_steps``, beside the clean video that is
+        predicted there, decoded and encoded like any other (eq 16); the video goes on with that text as its prompt (eq
+        17). At 1 the text describes the finished video, at 0 it is written before there is one. With ``in_step`` both
+        go together, as eq 18 is printed, in the larger of the two numbers of steps. Video guidance goes away from the
+        empty condition without text, text guidance away from the text without video.
         """
         prompts = [prompt] if prompt == "" else self._check_prompts(prompt, allow=("",))
         shape = self._latent_shape(num_frames, height, width)
-        grids = self._joint_grids(num_inference_steps, shift, lead)
-        text_scale, temperature = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
+        steps, shift = self._video_steps(num_inference_steps, shift)
+        scales = self._guidance(guidance_scale), self._text_guidance(caption_guidance_scale)
+        if in_step and text_at is not None:
+            raise BadInputError("With in_step a joint text is written all along: leave text_at out, or in_step.")
+        temperature, text_at = self._temperature(temperature), self._text_at(text_at)
         frames, texts = [], []
         for part, seeds in _batches(prompts, seed, batch_size):
-            drawn, said = self._joint(
-                part, shape, grids, self._guidance(guidance_scale), text_scale, temperature, seeds
-            )
+            if in_step:
+                drawn, said = self._joint_in_step(part, shape, (steps, shift), scales, temperature, seeds)
+            else:
+                drawn, said = self._joint_in_turn(part, shape, (steps, shift), text_at, scales, temperature, seeds)
             frames.append(drawn)
             texts += said
         self.maybe_free_model_hooks()
@@ -232,14 +235,21 @@ class UniViGUPipeline(DiffusionPipeline):
     # --- how --------------------------------------------------------------------------------------------------------
 
     def _text_field(
-        self, latents: Tensor, seeds: list[int], scale: float, temperature: float, tau: float = 1.0, guess=None
+        self,
+        latents: Tensor,
+        seeds: list[int],
+        scale: float,
+        temperature: float,
+        tau: float = 1.0,
+        condition: Tensor | None = None,
     ) -> Field:
         """The text's velocity beside a video that is given: (z_t, tau_t) to u_t (eq 16)."""
         model, empty = self.transformer, self._encode([""])
         blank = _noise(seeds, "no video", latents.shape[1:], latents.device)
-        seen = model.prefill_video(flow.interpolate(blank, latents, tau), _times(tau, latents), empty)
+        context = empty if condition is None else condition
+        seen = model.prefill_video(flow.interpolate(blank, latents, tau), _times(tau, latents), context)
         unseen = None if scale == 1 else model.prefill_video(blank, _times(0.0, latents), empty)
-        table = model.text_space()
+        table, guess = model.text_space(), None
 
         def field(z, tau):
             nonlocal guess
@@ -254,15 +264,14 @@ class UniViGUPipeline(DiffusionPipeline):
 
         return field
 
-    def _video_field(self, condition: Tensor, ids: Tensor, seeds: list[int], scale: float) -> Field:
-        """The video's velocity beside a text that is given: (z_v, tau_v) to u_v (eq 17)."""
+    def _video_field(self, condition: Tensor, text: Tensor, text_tau: float, seeds: list[int], scale: float) -> Field:
+        """The video's velocity beside a text at rest: (z_v, tau_v) to u_v (eq 17)."""
         model, empty = self.transformer, self._encode([""])
-        text = text_space.embed(ids.to(condition.device), model.text_space())
         no_text = _noise(seeds, "no text", self._text_shape, condition.device)
 
         def field(z, tau):
             tau = _times(tau, z)
-            velocity = model(z, tau, condition, text, _times(1.0, z)).video.float()
+            velocity = model(z, tau, condition, text, _times(text_tau, z)).video.float()
             if scale != 1:
                 without = model(z, tau, empty, no_text, _times(0.0, z)).video.float()
                 velocity = without + scale * (velocity - without)
@@ -270,57 +279,71 @@ class UniViGUPipeline(DiffusionPipeline):
 
         return field
 
+    def _carry(self, field: Field, z: Tensor, grid: Tensor) -> Tensor:
+        """One modality along its grid, by Euler steps."""
+        (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], self.progress_bar)
+        return z
+
     def _generate_latents(self, prompts, shape, num_inference_steps, guidance_scale, shift, seeds) -> Tensor:
         device = self._execution_device
         grid = flow.tau_grid(*self._video_steps(num_inference_steps, shift), device)
         ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
-        field = self._video_field(self._encode(prompts), ids, seeds, self._guidance(guidance_scale))
-        z = _noise(seeds, "video", shape, device)
-        (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], self.progress_bar)
-        return z
+        text = text_space.embed(ids.to(device), self.transformer.text_space())
+        field = self._video_field(self._encode(prompts), text, 1.0, seeds, self._guidance(guidance_scale))
+        return self._carry(field, _noise(seeds, "video", shape, device), grid)
 
-    def _joint(self, prompts, shape, grids, scale, text_scale, temperature, seeds) -> tuple[Tensor, list[str]]:
-        model, device = self.transformer, self._execution_device
+    def _joint_in_turn(self, prompts, shape, sampler, text_at, scales, temperature, seeds) -> tuple[Tensor, list[str]]:
+        device, (scale, text_scale) = self._execution_device, scales
+        video, text = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
+        condition, grid = self._encode(prompts), flow.tau_grid(*sampler, device)
+        turn = int(torch.searchsorted(grid, text_at))
+        field = self._video_field(condition, text, 0.0, seeds, scale)
+        video = self._carry(field, video, grid[: turn + 1])
+
+        finished = turn == len(grid) - 1
+        sketch = video if finished else flow.velocity_to_data(field(video, grid[turn]), video, grid[turn])
+        frames = wan.decode_latents(self.vae, sketch)
+        latents = wan.encode_frames(self.vae, frames).to(device)
+        field = self._text_field(latents, seeds, text_scale, temperature, condition=condition)
+        ids = self._nearest(
+            self._carry(field, text, flow.tau_grid(_positive(self.config.caption_steps), device=device))
+        )
+        said = text_space.detokenize(self.tokenizer, ids)
+        if finished:
+            return frames, said
+
+        text = text_space.embed(ids, self.transformer.text_space())
+        field = self._video_field(self._encode(said), text, 1.0, seeds, scale)
+        return wan.decode_latents(self.vae, self._carry(field, video, grid[turn:])), said
+
+    def _joint_in_step(self, prompts, shape, sampler, scales, temperature, seeds) -> tuple[Tensor, list[str]]:
+        model, device, (scale, text_scale) = self.transformer, self._execution_device, scales
         condition, empty = self._encode(prompts), self._encode([""])
         no_text = _noise(seeds, "no text", self._text_shape, device)
         no_video = _noise(seeds, "no video", shape, device)
-        table, guess, alone, frames = model.text_space(), None, None, None
-        moves = zip(*((grid.diff() > 0).tolist() for grid in grids), strict=True)
+        table, guess = model.text_space(), None
 
         def field(states, taus):
-            nonlocal guess, alone, frames
+            nonlocal guess
             video, text = states
-            if taus[0] == 1:
-                if alone is None:
-                    # what is described is the video that one gets, encoded like any other
-                    frames = wan.decode_latents(self.vae, video)
-                    latents = wan.encode_frames(self.vae, frames).to(device)
-                    alone = self._text_field(latents, seeds, text_scale, temperature, guess=guess)
-                return torch.zeros_like(video), alone(text, taus[1])
-            if taus[1] == 1:
-                alone = alone or self._video_field(condition, self._nearest(text), seeds, scale)
-                return alone(video, taus[0]), torch.zeros_like(text)
             video_tau, text_tau = (_times(tau, video) for tau in taus)
             out = model(video, video_tau, condition, text, text_tau, guess)
-            velocities = [torch.zeros_like(video), torch.zeros_like(text)]
-            video_moves, text_moves = next(moves)
-            if video_moves:
-                velocities[0] = out.video.float()
-                if scale != 1:
-                    without = model(video, video_tau, empty, no_text, _times(0.0, video)).video.float()
-                    velocities[0] = without + scale * (velocities[0] - without)
-            if text_moves:
-                hidden = out.text
-                if text_scale != 1:
-                    without = model(no_video, _times(0.0, video), condition, text, text_tau, guess).text
-                    hidden = without + text_scale * (hidden - without)
-                prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
-                guess, velocities[1] = prediction.data, prediction.velocity
-            return velocities
+            velocity, hidden = out.video.float(), out.text
+            if scale != 1:
+                without = model(video, video_tau, empty, no_text, _times(0.0, video)).video.float()
+                velocity = without + scale * (velocity - without)
+            if text_scale != 1:
+                without = model(no_video, _times(0.0, video), condition, text, text_tau, guess).text
+                hidden = without + text_scale * (hidden - without)
+            prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
+            guess = prediction.data
+            return velocity, prediction.velocity
 
+        steps, shift = max(sampler[0], _positive(self.config.caption_steps)), sampler[1]
+        grids = [flow.tau_grid(steps, shift, device), flow.tau_grid(steps, device=device)]
         states = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
         video, text = flow.integrate(field, states, grids, self.progress_bar)
-        return wan.decode_latents(self.vae, video) if frames is None else frames, self._say(text)
+        return wan.decode_latents(self.vae, video), self._say(text)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         length = self.config.max_sequence_length
@@ -335,17 +358,6 @@ class UniViGUPipeline(DiffusionPipeline):
     @property
     def _text_shape(self) -> tuple[int, int]:
         return self.transformer.config.text_length, self.transformer.config.text_latent_dim
-
-    def _joint_grids(self, num_inference_steps: int | None, shift: float | None, lead: float | None) -> list[Tensor]:
-        """The times of video and text."""
-        steps, shift = self._video_steps(num_inference_steps, shift)
-        lead = self.config.joint_lead if lead is None else lead
-        if not -1 <= lead <= 1:
-            raise BadInputError(
-                f"A lead of {lead} makes no sense: give a number from -1 (text first) to 1 (video first)."
-            )
-        counts = steps, _positive(self.config.caption_steps)
-        return list(flow.staggered_grids(counts, lead, (shift, 1.0), self._execution_device))
 
     def _video_steps(self, num_inference_steps: int | None, shift: float | None) -> tuple[int, float]:
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -365,6 +377,12 @@ class UniViGUPipeline(DiffusionPipeline):
         if not 0 <= temperature < math.inf:
             raise BadInputError(f"A temperature of {temperature} makes no sense: give 0 or more.")
         return temperature
+
+    def _text_at(self, text_at: float | None) -> float:
+        text_at = self.config.joint_text_at if text_at is None else text_at
+        if not 0 <= text_at <= 1:
+            raise BadInputError(f"No video is at tau = {text_at}: give text_at a time from 0 (noise) to 1 (clean).")
+        return text_at
 
     def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
         given, default = (num_frames, height, width), (self.config.num_frames, self.config.height, self.config.width)

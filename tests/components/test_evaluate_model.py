@@ -87,6 +87,7 @@ def test_metrics_are_the_scores_of_the_items(reports):
         **dict.fromkeys(("captions", "captions_without_video", "majority", "recogniser", "joint", "joint_shuffled"), 3),
         **dict.fromkeys(("captions_in_1_steps", "captions_in_2_steps"), 3),
         **dict.fromkeys(("generation", "generation_base"), 2),
+        **dict.fromkeys(("joint_video", "joint_text"), 3),
     }
     assert metrics["caption_steps"].keys() == {"1", "2"}
     for task in GROUPS:
@@ -103,6 +104,14 @@ def test_joint_items_are_scored_on_what_their_prompt_leaves_open(reports):
     for row in items[items["task"] == "joint"].to_dict("records"):
         assert list(row["open_attributes"]) == benchmark.left_open(row["prompt"])
         assert json.loads(row["correct"]).keys() == json.loads(row["found"]).keys() == set(row["open_attributes"])
+
+
+def test_joint_videos_and_texts_are_held_against_what_their_prompt_states(reports):
+    items = pd.read_parquet(reports / "items.parquet")
+    for task in ("joint_video", "joint_text"):
+        for row in items[items["task"] == task].to_dict("records"):
+            assert json.loads(row["truth"]) == benchmark.asked(row["prompt"]) != {}
+            assert not set(json.loads(row["truth"])) & set(benchmark.left_open(row["prompt"]))
 
 
 def test_what_training_said_of_itself_is_kept(reports):

@@ -76,39 +76,6 @@ def test_the_grid_is_wans_shift_of_sigma_in_the_papers_time():
     torch.testing.assert_close(flow.tau_grid(4), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
 
 
-@pytest.mark.parametrize("lead", [-1.0, -0.5, 0.0, 0.25, 1.0])
-def test_staggered_states_keep_their_distance_and_both_arrive(lead):
-    first, second = flow.staggered_grids((8, 4), lead)
-    for grid in (first, second):
-        assert (grid[0], grid[-1]) == (0, 1)
-        assert (grid.diff() >= 0).all()
-    both = (first > 0) & (first < 1) & (second > 0) & (second < 1)
-    torch.testing.assert_close((first - second)[both], torch.full_like(first, lead)[both])
-    leader, follower, steps = (first, second, (8, 4)) if lead >= 0 else (second, first, (4, 8))
-    assert (follower == 0).sum() == 1 + steps[0] * abs(lead)
-    assert (leader == 1).sum() == 1 + steps[1] * abs(lead)
-
-
-def test_a_lead_of_one_lets_one_state_arrive_before_the_other_sets_out():
-    first, second = flow.staggered_grids((4, 1), 1.0, (3.0, 1.0))
-    torch.testing.assert_close(first, torch.cat([flow.tau_grid(4, shift=3.0), torch.ones(1)]))
-    assert second.tolist() == [0, 0, 0, 0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("steps", "lead"), [((5, 1), 0.5), ((7, 1), 0.5), ((20, 1), 0.33), ((1, 7), 0.5), ((7, 1), -0.5)]
-)
-def test_the_state_with_more_steps_takes_as_many_whatever_the_lead(steps, lead):
-    grids = flow.staggered_grids(steps, lead)
-    assert (grids[steps.index(max(steps))].diff() > 0).sum() == max(steps)
-
-
-def test_states_in_step_go_in_the_larger_number_of_steps():
-    first, second = flow.staggered_grids((4, 1), 0.0)
-    torch.testing.assert_close(first, flow.tau_grid(4))
-    torch.testing.assert_close(second, first)
-
-
 def test_noise_of_a_sample_depends_on_its_key_alone():
     both = flow.keyed_noise([(0, "a"), (0, "b")], (3, 2))
     assert torch.equal(both[1], flow.keyed_noise([(0, "b")], (3, 2))[0])

@@ -120,39 +120,55 @@ def test_generation_sees_the_prompt_as_text_too(pipeline, monkeypatch):
     assert not np.array_equal(one, pipeline.generate("a red digit", guidance_scale=1.0))
 
 
-@pytest.mark.parametrize("lead", [-1.0, -0.5, 0.0, 0.5, 1.0])
-def test_joint_gives_a_video_and_its_text_from_noise(pipeline, lead):
-    frames, texts = pipeline.joint(lead=lead)
+@pytest.mark.parametrize("path", [{"text_at": 0.0}, {"text_at": 0.4}, {"text_at": 1.0}, {"in_step": True}])
+def test_joint_gives_a_video_and_its_text_from_noise(pipeline, path):
+    frames, texts = pipeline.joint(**path)
     assert frames.shape == (1, 9, 32, 32, 3)
     assert len(texts) == 1
     assert isinstance(texts[0], str)
-    many, said = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, lead=lead)
+    many, said = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
     assert many.shape[0] == len(said) == 2
-    alone, guided = pipeline.joint(caption_guidance_scale=3.0, lead=lead)
+    alone, guided = pipeline.joint(caption_guidance_scale=3.0, **path)
     assert np.abs(many[0].astype(int) - alone[0]).max() <= 1
-    if lead > -0.5:  # a text that goes first has no video to be guided by
-        assert guided != texts
+    assert guided != texts
 
 
-def test_a_joint_video_that_arrives_first_is_captioned_like_any_other(pipeline):
-    """At a lead of 1 nothing but noise is beside the video, and then the text is that of `caption`."""
-    frames, texts = pipeline.joint("a red digit", seed=3, num_inference_steps=5, lead=1.0)
+def test_a_joint_text_that_comes_last_is_a_caption_of_the_finished_video(pipeline):
+    frames, texts = pipeline.joint(seed=3, num_inference_steps=5, text_at=1.0)
     assert texts == pipeline.caption(frames, seed=3) != [""]
-    assert not np.array_equal(frames, pipeline.joint("a red digit", seed=3, num_inference_steps=5, lead=0.0)[0])
+    assert not np.array_equal(frames, pipeline.joint(seed=3, num_inference_steps=5, text_at=0.4)[0])
 
 
-def test_a_joint_text_that_arrives_first_is_given_to_the_video(pipeline, monkeypatch):
-    """At a lead of -1 the video is `generate`'s, whatever the text is: here it is made to be the prompt itself."""
+def test_a_joint_text_knows_its_prompt(pipeline):
+    frames, texts = pipeline.joint("a red digit", seed=3, text_at=1.0)
+    assert texts != pipeline.caption(frames, seed=3)
+
+
+def test_the_rest_of_a_joint_video_is_generated_from_its_own_text(pipeline, monkeypatch):
+    """Where the text comes first, and turns out to be the prompt, the video is `generate`'s."""
     prompt = text_space.tokenize(pipeline.tokenizer, ["a red digit"], pipeline.transformer.config.text_length)
     monkeypatch.setattr(text_space, "nearest", lambda *_: prompt)
-    frames, _ = pipeline.joint("a red digit", seed=3, num_inference_steps=5, lead=-1.0)
     generated = pipeline.generate("a red digit", seed=3, num_inference_steps=5)
-    assert np.abs(frames.astype(int) - generated).max() <= 1
+    for given in ("", "a blue digit"):
+        frames, texts = pipeline.joint(given, seed=3, num_inference_steps=5, text_at=0.0)
+        assert texts == ["a red digit"]
+        assert np.abs(frames.astype(int) - generated).max() <= 1
 
 
-def test_a_lead_or_temperature_that_makes_no_sense_is_refused(pipeline, clips):
-    with pytest.raises(BadInputError, match="from -1"):
-        pipeline.joint(lead=1.5)
+def test_a_joint_text_is_written_at_the_first_step_that_has_come_as_far(pipeline):
+    """In two steps without shift the video stands at 0, 0.5 and 1."""
+    made = {at: pipeline.joint(seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
+    assert made[0.1][1] == made[0.5][1]
+    assert np.array_equal(made[0.1][0], made[0.5][0])
+    assert np.array_equal(made[0.6][0], made[1.0][0])
+    assert not np.array_equal(made[0.5][0], made[0.6][0])
+
+
+def test_a_time_or_temperature_that_makes_no_sense_is_refused(pipeline, clips):
+    with pytest.raises(BadInputError, match="from 0"):
+        pipeline.joint(text_at=1.5)
+    with pytest.raises(BadInputError, match="in_step"):
+        pipeline.joint(text_at=0.5, in_step=True)
     with pytest.raises(BadInputError, match="0 or more"):
         pipeline.caption(clips[0], temperature=-1.0)
     with pytest.raises(BadInputError, match="0 or more"):
