@@ -18,7 +18,7 @@ from components.pipeline.runner import STATE
 from components.pipeline.stages import STAGES
 from univigu.errors import PreemptedError, UniViGUError
 
-CLUSTER_ONLY = ("root", "image", "work_pvc", "train_backend")
+CLUSTER_ONLY = ("root", "image", "gpu_image", "work_pvc", "train_backend")
 STOP_S = 300  # how long steps may take to save their state
 
 

@@ -18,6 +18,7 @@ from components.pipeline.stages import STAGES, Stage, find_stage
 
 NAME = "uni-vigu"
 IMAGE = "ghcr.io/uni-vigu/uni-vigu:0.1.0"
+GPU_IMAGE = "ghcr.io/uni-vigu/uni-vigu-training:0.1.0"  # the same with a CUDA build of torch
 PACKAGE = Path("infra/pipeline.yaml")  # below the repository
 HEADER = (
     "# Compiled from components/pipeline/kfp_pipeline.py by `univigu pipeline compile`; docs/kubeflow.md explains it.\n"
@@ -71,12 +72,32 @@ def run_step(
     inputs: str,
     train_stage_1: str = "",
     train_stage_2: str = "",
-    backend: str = "pod",
     gpus: str = "1",
 ) -> str:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared, backend=backend, gpus=int(gpus))
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, gpus=int(gpus))
+
+
+def run_trainjob(
+    step: str,
+    profile: str,
+    root: str,
+    cache_key: str,
+    declared: dict,
+    inputs: str,
+    image: str,
+    claim: str,
+    gpu_resource: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    train_stage_1: str = "",
+) -> str:
+    from components.pipeline import kfp_tasks
+
+    options = {"image": image, "claim": claim, "gpu-resource": gpu_resource, "gpus": gpus, "cpu": cpu, "memory": memory}
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, trainjob=options)
 
 
 def run_part(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, part: str) -> str:
@@ -97,11 +118,11 @@ def notify(pipeline: str, root: str, status: dsl.PipelineTaskFinalStatus):
     kfp_tasks.notify(pipeline, root, status.state, status.error_message)
 
 
-def make_pipeline(image: str = IMAGE, retries: int = RETRIES) -> Any:
-    """The pipeline; `image` is its parameter's default, and a task that failed is tried again `retries` times."""
+def make_pipeline(retries: int = RETRIES) -> Any:
+    """The pipeline, in which a task that failed is tried again `retries` times."""
     tasks = {
-        function.__name__: dsl.component(function, base_image=image, install_kfp_package=False)
-        for function in (check_prerequisites, cache_keys, run_step, run_part, commit_parts, notify)
+        function.__name__: dsl.component(function, base_image=IMAGE, install_kfp_package=False)
+        for function in (check_prerequisites, cache_keys, run_step, run_trainjob, run_part, commit_parts, notify)
     }
     default = {stage.resources.pool: stage.resources for stage in STAGES}
 
@@ -114,7 +135,8 @@ def make_pipeline(image: str = IMAGE, retries: int = RETRIES) -> Any:
         required_env: list = [],  # noqa: B006 (kfp reads the defaults, and nobody changes them)
         free_gib: float = 1.0,
         work_pvc: str = "univigu-work",
-        image: str = image,
+        image: str = IMAGE,
+        gpu_image: str = GPU_IMAGE,
         accelerator: str = "nvidia.com/gpu",
         tolerations: list = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],  # noqa: B006
         gpus: str = str(default["gpu"].gpus),
@@ -126,16 +148,13 @@ def make_pipeline(image: str = IMAGE, retries: int = RETRIES) -> Any:
         training_memory: str = default["training"].memory,
         training_node_selector: dict = {},  # noqa: B006
     ):
-        pools = {
-            "cpu": Pool(default["cpu"].cpu, default["cpu"].memory),
-            "gpu": Pool(gpu_cpu, gpu_memory, accelerator, gpus, gpu_node_selector, tolerations),
-            "training": Pool(
-                training_cpu, training_memory, accelerator, training_gpus, training_node_selector, tolerations
-            ),
-        }
+        gpu = Pool(gpu_image, gpu_cpu, gpu_memory, accelerator, gpus, gpu_node_selector, tolerations)
+        training = Pool(
+            gpu_image, training_cpu, training_memory, accelerator, training_gpus, training_node_selector, tolerations
+        )
+        pools = {"cpu": Pool(image, default["cpu"].cpu, default["cpu"].memory), "gpu": gpu, "training": training}
 
         def place(task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
-            task.set_container_image(image)
             kubernetes.mount_pvc(task, pvc_name=work_pvc, mount_path=MOUNT)
             pools[pool].place(task)
             if stage is not None:
@@ -165,7 +184,16 @@ def make_pipeline(image: str = IMAGE, retries: int = RETRIES) -> Any:
                 return task.set_display_name(stage.name).output
             if stage.resources.pool == "training":
                 with dsl.If(train_backend == "trainjob", name=f"{stage.name}-as-trainjob"):
-                    elsewhere = place(tasks["run_step"](**about, backend="trainjob"), stage)
+                    elsewhere = tasks["run_trainjob"](
+                        **about,
+                        image=gpu_image,
+                        claim=work_pvc,
+                        gpu_resource=accelerator,
+                        gpus=training_gpus,
+                        cpu=training_cpu,
+                        memory=training_memory,
+                    )
+                    place(elsewhere, stage)
                     elsewhere.set_display_name(stage.name)
                 with dsl.Else(name=f"{stage.name}-in-pod"):
                     here = place(tasks["run_step"](**about, gpus=training_gpus), stage, "training")
@@ -199,6 +227,7 @@ def make_pipeline(image: str = IMAGE, retries: int = RETRIES) -> Any:
 class Pool(NamedTuple):
     """The kind of node that a task asks for; values may be parameters of the pipeline."""
 
+    image: Any
     cpu: Any
     memory: Any
     accelerator: Any = None
@@ -213,6 +242,7 @@ class Pool(NamedTuple):
         kubernetes.use_secret_as_env(
             task, secret_name=TRACKING_SECRET, secret_key_to_env={key: key for key in TRACKING_KEYS}, optional=True
         )
+        task.set_container_image(self.image)
         # kfp tells the groups around a task of most parameters that it uses, but not of those in its resources
         task.register_pipeline_channels([value for value in self if isinstance(value, PipelineChannel)])
         task.set_cpu_request(self.cpu).set_memory_request(self.memory).set_memory_limit(self.memory)
@@ -224,9 +254,9 @@ class Pool(NamedTuple):
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="16Gi")
 
 
-def compile_to(path: Path, image: str = IMAGE) -> None:
+def compile_to(path: Path) -> None:
     """Write the compiled pipeline: two YAML documents, of tasks and of what Kubernetes is asked for."""
-    compiler.Compiler().compile(make_pipeline(image), str(path))
+    compiler.Compiler().compile(make_pipeline(), str(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # kfp's own opening lists the parameters' defaults in an order that changes from one run to the next
     path.write_text(HEADER + "".join(line for line in lines if not line.startswith("#")), encoding="utf-8")

@@ -72,7 +72,14 @@ class KfpServer:
         self._client = api.ApiClient(self._config)
         self._runs, self._experiments = api.RunServiceApi(self._client), api.ExperimentServiceApi(self._client)
 
-    def submit(self, package: Path, run_name: str, arguments: Mapping[str, Any], experiment: str = EXPERIMENT) -> str:
+    def submit(
+        self,
+        package: Path,
+        run_name: str,
+        arguments: Mapping[str, Any],
+        experiment: str = EXPERIMENT,
+        service_account: str = "",
+    ) -> str:
         """Start a run of a compiled pipeline and return its id; a run of this name that lives or succeeded is that run.
 
         Raises `ConfigError` for arguments that the pipeline doesn't take, and `BadInputError` where the run of this
@@ -88,6 +95,7 @@ class KfpServer:
             experiment_id=experiment_id,
             pipeline_spec={"pipeline_spec": pipeline, "platform_spec": platform} if platform else pipeline,
             runtime_config=api.V2beta1RuntimeConfig(parameters=parameters),
+            service_account=service_account or None,
         )
         for attempt in range(ATTEMPTS):
             # Also before another attempt: the server may have taken the last one, and only its answer been lost.

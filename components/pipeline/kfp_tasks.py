@@ -85,12 +85,13 @@ def run_step(
     cache_key: str,
     declared: Mapping[str, Sequence[str]],
     part: str = "",
-    backend: str = "pod",
     gpus: int = 1,
+    trainjob: Mapping[str, str] | None = None,
 ) -> str:
     """Run a step, or one part of it, unless it is finished; returns the digest of its output ("" for a part).
 
-    `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused.
+    `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused. `trainjob`, the
+    options of `univigu train-job`, has the step run there.
     """
     from components.pipeline.profiles import load_profile
     from components.pipeline.runner import Part, finished
@@ -105,7 +106,7 @@ def run_step(
             _say(step, "finished before, with the same inputs, parameters and code")
         else:
             whole = not part or Part.parse(part).of == 1  # one part of one has nothing to leave to another task
-            _call(step, root, command(step, profile, root, "" if whole else part, backend, gpus), part)
+            _call(step, root, command(step, profile, root, "" if whole else part, gpus, trainjob), part)
             if not whole:
                 return ""
             manifest = {"digest": _committed(step, root)}
@@ -122,12 +123,15 @@ def declaration(step: str) -> dict[str, list[str]]:
     return {"inputs": sorted(set(stage.inputs.values())), "parameters": [*stage.sources.values(), *stage.parameters]}
 
 
-def command(step: str, profile: str, root: str, part: str, backend: str, gpus: int) -> list[str]:
+def command(
+    step: str, profile: str, root: str, part: str = "", gpus: int = 1, trainjob: Mapping[str, str] | None = None
+) -> list[str]:
     """The command that runs a step: the one that people use, under torchrun if it has several GPUs to itself."""
     module = ["-m", "components.pipeline.cli"]
     where = ["--profile", profile, "--root", root]
-    if backend == "trainjob":
-        return [sys.executable, *module, "train-job", step, *where]
+    if trainjob is not None:
+        options = [text for name, value in trainjob.items() for text in (f"--{name}", value)]
+        return [sys.executable, *module, "train-job", step, *where, *options]
     if gpus > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
         return [sys.executable, *launcher, *module, "run", step, *where]

@@ -35,14 +35,13 @@ Parameters = Annotated[
 @app.command("compile")
 def compile_pipeline(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_PACKAGE,
-    image: Annotated[str, typer.Option(help="The default of the parameter `image`. (default: the release's)")] = "",
 ) -> None:
     """Write the pipeline as YAML, for `submit`, for `kfp run create` and for the web page's upload."""
-    from components.pipeline.kfp_pipeline import IMAGE, compile_to
+    from components.pipeline.kfp_pipeline import compile_to
 
     if output.suffix != ".yaml" or not output.parent.is_dir():
         raise BadInputError(f"'{output}' can't be written; give a .yaml file in a folder that there is.")
-    compile_to(output, image or IMAGE)
+    compile_to(output)
     print(output)
 
 
@@ -71,6 +70,7 @@ def submit(
         str, typer.Option(help="The run's name. (default: the same for the same pipeline and parameters)")
     ] = "",
     experiment: Annotated[str, typer.Option(help="The experiment that holds the run.")] = "uni-vigu",
+    service_account: Annotated[str, typer.Option(help="The account of the run's pods. (default: the server's)")] = "",
     host: Host = "",
     namespace: Namespace = "",
     wait: Wait = False,
@@ -81,7 +81,8 @@ def submit(
 
     arguments = typed_arguments(package, _pairs(parameters or []))
     server = KfpServer(host, namespace)
-    run_id = server.submit(package, name or default_run_name(package, arguments), arguments, experiment)
+    name = name or default_run_name(package, arguments)
+    run_id = server.submit(package, name, arguments, experiment, service_account)
     print(run_id, flush=True)
     if wait:
         _report(server, run_id, wait, poll)

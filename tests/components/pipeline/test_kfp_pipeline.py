@@ -106,7 +106,7 @@ def test_a_step_in_shards_fans_out_and_is_committed_by_one_task_without_gpu(comm
     for stage in STAGES:
         names = [name.rstrip("-0123456789") for name, *_ in tasks[stage.name]]
         if not stage.sharded:
-            assert set(names) == {"run-step"}
+            assert set(names) <= {"run-step", "run-trainjob"}
             continue
         assert sorted(names) == ["commit-parts", "run-part"]
         for name, task, component, waits_for in tasks[stage.name]:
@@ -122,11 +122,11 @@ def test_a_training_step_runs_in_a_pod_with_gpus_or_is_sent_away_from_one_withou
     for stage in STAGES:
         if stage.resources.pool != "training":
             continue
-        backends = {}
-        for _, task, component, _ in tasks[stage.name]:
-            backend = task["inputs"]["parameters"].get("backend", {}).get("runtimeValue", {}).get("constant", "pod")
-            backends[backend] = "accelerator" in container_of(committed, component)["resources"]
-        assert backends == {"pod": True, "trainjob": False}
+        asks_for_gpus = {
+            name.rstrip("-0123456789"): "accelerator" in container_of(committed, component)["resources"]
+            for name, _, component, _ in tasks[stage.name]
+        }
+        assert asks_for_gpus == {"run-step": True, "run-trainjob": False}
 
 
 def test_every_parameter_that_a_task_or_its_pod_uses_reaches_it(committed):
@@ -217,10 +217,13 @@ def test_steps_are_cached_by_their_key_and_what_looks_at_the_present_is_not(task
                 }
 
 
-def test_the_image_and_the_volume_are_parameters(committed, tasks):
+def test_the_images_and_the_volume_are_parameters(committed, tasks):
     parameters = committed[0]["root"]["inputDefinitions"]["parameters"]
     assert parameters["image"]["defaultValue"] == kfp_pipeline.IMAGE
-    assert parameters["work_pvc"]["defaultValue"]
+    assert parameters["gpu_image"]["defaultValue"] == kfp_pipeline.GPU_IMAGE
     for group in tasks.values():
         for _, _, component, _ in group:
-            assert "image']" in container_of(committed, component)["image"]
+            container = container_of(committed, component)
+            wanted = "gpu_image" if "accelerator" in container["resources"] else "image"
+            assert container["image"].endswith(f"--{wanted}']}}}}") or container["image"].endswith(f"'{wanted}']}}}}")
+            assert platform_of(committed, component)["pvcMount"][0]["componentInputParameter"].endswith("work_pvc")

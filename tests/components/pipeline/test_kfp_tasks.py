@@ -158,13 +158,14 @@ def test_a_key_holds_as_long_as_the_output_that_it_stands_for(root, profile_file
 
 
 def test_a_step_runs_by_the_command_that_people_use(root):
-    def command(*arguments):
-        return " ".join(kfp_tasks.command("train-stage-1", "tiny", "/r", *arguments)[1:])
+    def command(**options):
+        return " ".join(kfp_tasks.command("train-stage-1", "tiny", "/r", **options)[1:])
 
-    assert command("", "pod", 1) == "-m components.pipeline.cli run train-stage-1 --profile tiny --root /r"
-    assert command("2/4", "pod", 1).endswith("--part 2/4")
-    assert command("", "pod", 8).startswith("-m torch.distributed.run --standalone --nproc-per-node=8 -m components")
-    assert command("", "trainjob", 8) == "-m components.pipeline.cli train-job train-stage-1 --profile tiny --root /r"
+    assert command() == "-m components.pipeline.cli run train-stage-1 --profile tiny --root /r"
+    assert command(part="2/4").endswith("--part 2/4")
+    assert command(gpus=8).startswith("-m torch.distributed.run --standalone --nproc-per-node=8 -m components")
+    sent = command(trainjob={"gpus": "8", "claim": "univigu-work"})
+    assert sent.endswith("train-job train-stage-1 --profile tiny --root /r --gpus 8 --claim univigu-work")
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def receiver():
     """A web server that keeps what it is sent, and answers with `status`."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             server.received.append((self.path, self.headers["Content-Type"], json.loads(body)))
             self.send_response(server.status)
