@@ -19,6 +19,7 @@ from components.pipeline.stages import STAGES
 from univigu.errors import PreemptedError, UniViGUError
 
 CLUSTER_ONLY = ("root", "image", "gpu_image", "work_pvc", "train_backend")
+LOG = "kfp.log"
 STOP_S = 300  # how long steps may take to save their state
 
 
@@ -55,14 +56,15 @@ def run_locally(root: Path, arguments: Mapping[str, Any]) -> None:
         cache_root=str(home / "cache"),
     )
     pipeline = make_pipeline(retries=0)
-    with _stoppable(), _only_what_tasks_say(home / "kfp.log"), warnings.catch_warnings():
+    with _stoppable(), _only_what_tasks_say(home / LOG), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that images and resources mean nothing here
         try:
             pipeline(**{"training_gpus": "0", **typed}, root=str(root.resolve()))
         except RuntimeError as error:
-            failure = last_failure(str(root.resolve()))
-            if not failure:
-                raise TaskFailedError(f"The pipeline failed: {error}", UniViGUError.exit_code) from error
+            failure = last_failure(str(root.resolve())) or {
+                "message": f"A task ended without saying why; {home / LOG} holds all that it wrote.",
+                "exit_code": UniViGUError.exit_code,
+            }
             raise TaskFailedError(failure["message"], failure["exit_code"]) from error
 
 
@@ -91,16 +93,23 @@ def _stoppable() -> Iterator[None]:
     """On SIGTERM, stop the processes of the tasks as well, and wait until they have saved their state."""
     import psutil
 
+    told = PreemptedError("The pipeline was told to stop; the same command goes on where it was.")
+    stopped = False
+
     def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
         processes = psutil.Process().children(recursive=True)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
         psutil.wait_procs(processes, timeout=STOP_S)
-        raise PreemptedError("The pipeline was told to stop; the same command goes on where it was.")
+        raise told
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except UniViGUError as error:
+        raise (told if stopped else error) from error.__cause__  # kfp takes what was raised for a task's failure
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -195,7 +195,12 @@ class KfpServer:
         for attempt in range(attempts):
             self._set_token()
             try:
-                return method(*arguments, **options, _request_timeout=self.timeout_s)
+                answer = method(*arguments, **options, _request_timeout=self.timeout_s)
+                if not isinstance(answer, str) and "json" not in self._client.last_response.getheader(
+                    "Content-Type", ""
+                ):
+                    raise ValueError("no JSON")  # a login page, which the client would take for an empty answer
+                return answer
             except ApiException as error:
                 failure: UniViGUError = self._explain(error)
                 cause: Exception = error

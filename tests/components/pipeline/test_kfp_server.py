@@ -37,7 +37,7 @@ class FakeKfp(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
         self.states = ["PENDING", "RUNNING", "SUCCEEDED"]
-        self.task_details, self.logs, self.lose_answers = [], {}, 0
+        self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -63,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         if server.failures:
             return self.refuse(server.failures.pop(0), "upstream connect error")
+        if server.page:
+            return self.answer(200, server.page)
         if path == "/apis/v2beta1/healthz":
             return self.answer(200, {"multi_user": False})
         if path == "/apis/v2beta1/experiments" and method == "GET":
@@ -219,6 +221,13 @@ def test_a_run_that_nobody_knows_and_a_server_that_refuses_are_told_apart(kfp, c
     kfp.failures = [400]
     with pytest.raises(BadInputError, match="does not take the request: upstream connect error"):
         client.state("nowhere")
+
+
+def test_a_login_page_is_not_taken_for_an_empty_answer(kfp, client):
+    kfp.page = b"<html>Sign in</html>"
+    with pytest.raises(ConfigError, match="is no Kubeflow Pipelines server"):
+        client.submit(PACKAGE, "a", {})
+    assert kfp.runs == {}
 
 
 def test_tokens_are_read_anew_and_never_said(kfp, client, tmp_path, monkeypatch):
