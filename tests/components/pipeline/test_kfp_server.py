@@ -1,0 +1,399 @@
+"""Runs on a Kubeflow Pipelines server: submitted once, watched to their end, with honest exit codes.
+
+The server here speaks the v2beta1 API over HTTP as the real one does, for experiments and runs, without a cluster.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import yaml
+
+from components.pipeline.kfp_server import (
+    EXPERIMENT,
+    KfpServer,
+    RunState,
+    default_run_name,
+    read_package,
+    typed_arguments,
+)
+from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "infra/pipeline.yaml"
+
+
+class FakeKfp(ThreadingHTTPServer):
+    """Experiments and runs in memory; a run goes through `states`, one further each time it is looked at."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
+        self.states = ["PENDING", "RUNNING", "SUCCEEDED"]
+        self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self, status, value):
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain" if isinstance(value, bytes) else "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, status, message):
+        self.answer(status, {"error": message, "code": 5, "message": message, "details": []})
+
+    def query(self, key):
+        text = parse_qs(urlsplit(self.path).query).get("filter", ["{}"])[0]
+        wanted = {each["key"]: each["stringValue"] for each in json.loads(text).get("predicates", [])}
+        return wanted.get(key)
+
+    def handle_request(self, method):
+        server, path = self.server, urlsplit(self.path).path
+        server.tokens.append(self.headers.get("Authorization"))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        if server.failures:
+            return self.refuse(server.failures.pop(0), "upstream connect error")
+        if server.page:
+            return self.answer(200, server.page)
+        if path == "/apis/v2beta1/healthz":
+            return self.answer(200, {"multi_user": False})
+        if path == "/apis/v2beta1/experiments" and method == "GET":
+            found = [each for each in server.experiments.values() if each["display_name"] == self.query("display_name")]
+            return self.answer(200, {"experiments": found} if found else {})
+        if path == "/apis/v2beta1/experiments":
+            made = {**body, "experiment_id": f"experiment-{len(server.experiments) + 1}", "created_at": "2026-01-01"}
+            server.experiments[made["experiment_id"]] = made
+            return self.answer(200, made)
+        if path == "/apis/v2beta1/runs" and method == "GET":
+            found = [run for run in server.runs.values() if run["display_name"] == self.query("display_name")]
+            return self.answer(200, {"runs": [self.shown(run) for run in reversed(found)]} if found else {})
+        if path == "/apis/v2beta1/runs":
+            made = {**body, "run_id": f"run-{len(server.runs) + 1}", "looks": 0, "state": server.states[0]}
+            made["created_at"] = "2026-01-01T00:00:00Z"
+            server.runs[made["run_id"]] = made
+            if server.lose_answers:
+                server.lose_answers -= 1
+                return self.close_without_answer()
+            return self.answer(200, self.shown(made))
+        if match := re.fullmatch(r"/apis/v2beta1/runs/([^/:]+)(:terminate)?", path):
+            run = server.runs.get(match[1])
+            if run is None:
+                return self.refuse(404, f"Run {match[1]} not found")
+            if match[2]:
+                run["state"] = "CANCELING"
+                return self.answer(200, {})
+            self.move_on(run)
+            return self.answer(200, self.shown(run))
+        if match := re.fullmatch(r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", path):
+            text = server.logs.get(match[2])
+            return self.answer(200, text.encode()) if text else self.refuse(404, "log not found")
+        return self.refuse(404, "no such path")
+
+    def close_without_answer(self):
+        self.close_connection = True
+        self.connection.close()
+
+    def move_on(self, run):
+        if run["state"] == "CANCELING":
+            run["state"] = "CANCELED"
+        elif run["state"] not in ("SUCCEEDED", "FAILED", "CANCELED"):
+            run["state"] = self.server.states[min(run["looks"], len(self.server.states) - 1)]
+            run["looks"] += 1
+
+    def shown(self, run):
+        shown = {key: value for key, value in run.items() if key not in ("looks", "pipeline_spec")}
+        if run["state"] == "FAILED":
+            shown["error"] = {"code": 13, "message": "main: Error (exit code 80)"}
+        return {**shown, "run_details": {"task_details": self.server.task_details}}
+
+    def do_GET(self):
+        self.handle_request("GET")
+
+    def do_POST(self):
+        self.handle_request("POST")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def kfp(monkeypatch):
+    for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    server = FakeKfp()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def client(kfp):
+    return KfpServer(kfp.url, delay_s=0.01, timeout_s=5)
+
+
+def test_a_run_is_submitted_with_the_pipeline_and_its_typed_arguments(kfp, client):
+    arguments = {"profile": "smoke", "parts": "4", "gpu_node_selector": '{"a": "b"}'}
+    run = kfp.runs[client.submit(PACKAGE, "first", arguments, service_account="univigu-steps")]
+    assert run["service_account"] == "univigu-steps"
+    assert run["display_name"] == "first"
+    assert run["runtime_config"]["parameters"] == {"profile": "smoke", "parts": 4, "gpu_node_selector": {"a": "b"}}
+    pipeline, platform = read_package(PACKAGE)
+    assert run["pipeline_spec"] == {"pipeline_spec": pipeline, "platform_spec": platform}
+    assert kfp.experiments[run["experiment_id"]]["display_name"] == EXPERIMENT
+
+
+def test_a_name_is_submitted_once_while_its_run_lives_or_succeeded(kfp, client):
+    kfp.states = ["RUNNING"]
+    first = client.submit(PACKAGE, "same", {"profile": "smoke"})
+    assert client.submit(PACKAGE, "same", {"profile": "smoke"}) == first == client.find_run("same")
+    kfp.runs[first]["state"] = "SUCCEEDED"
+    assert client.submit(PACKAGE, "same", {"profile": "smoke"}) == first
+    assert client.find_run("other") is None
+    assert client.find_run("same", "another experiment") is None
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
+def test_a_run_that_did_not_succeed_can_be_submitted_again(kfp, client, state):
+    first = client.submit(PACKAGE, "same", {})
+    kfp.runs[first]["state"] = state
+    assert client.find_run("same") is None
+    assert client.submit(PACKAGE, "same", {}) != first
+
+
+def test_a_name_that_is_taken_by_other_arguments_is_refused(client):
+    client.submit(PACKAGE, "same", {"profile": "smoke"})
+    with pytest.raises(BadInputError, match=r"other arguments \(parts, profile\): run-1"):
+        client.submit(PACKAGE, "same", {"profile": "tiny", "parts": 2})
+
+
+def test_an_answer_that_is_lost_submits_nothing_twice(kfp, client):
+    kfp.lose_answers = 1
+    assert client.submit(PACKAGE, "lost", {}) == "run-1"
+    assert len(kfp.runs) == 1
+
+
+def test_a_server_that_fails_for_a_moment_is_asked_again(kfp, client):
+    run_id = client.submit(PACKAGE, "a", {})
+    kfp.failures = [503, 502, 429]
+    assert client.state(run_id).state in ("PENDING", "RUNNING")
+    kfp.failures = [500] * 4
+    with pytest.raises(TransientError, match="status 500"):
+        client.state(run_id)
+
+
+def test_a_server_that_is_not_there_is_said_in_one_sentence():
+    server = KfpServer("http://127.0.0.1:9", delay_s=0.01)
+    with pytest.raises(TransientError, match=r"http://127.0.0.1:9 does not answer"):
+        server.submit(PACKAGE, "a", {})
+
+
+def test_a_state_says_what_failed(kfp, client):
+    run_id = client.submit(PACKAGE, "a", {})
+    kfp.runs[run_id]["state"] = "FAILED"
+    kfp.task_details = [
+        {"display_name": "caption-videos", "state": "FAILED", "error": {"message": "exit\nstatus 80"}},
+        {"display_name": "curate-prompts", "state": "SUCCEEDED"},
+    ]
+    state = client.state(run_id)
+    assert state == RunState("FAILED", "main: Error (exit code 80); caption-videos exit status 80")
+    assert state.is_terminal
+
+
+def test_a_run_that_nobody_knows_and_a_server_that_refuses_are_told_apart(kfp, client):
+    with pytest.raises(MissingInputError, match="Run nowhere not found"):
+        client.state("nowhere")
+    for status in (401, 403, 302):
+        kfp.failures = [status]
+        with pytest.raises(ConfigError, match=f"refuses the request \\(status {status}\\); set KFP_TOKEN"):
+            client.state("nowhere")
+    kfp.failures = [400]
+    with pytest.raises(BadInputError, match="does not take the request: upstream connect error"):
+        client.state("nowhere")
+
+
+def test_a_login_page_is_not_taken_for_an_empty_answer(kfp, client):
+    kfp.page = b"<html>Sign in</html>"
+    with pytest.raises(ConfigError, match="is no Kubeflow Pipelines server"):
+        client.submit(PACKAGE, "a", {})
+    assert kfp.runs == {}
+
+
+def test_tokens_are_read_anew_and_never_said(kfp, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("KFP_TOKEN", "from-the-environment")
+    client.find_run("a")
+    (tmp_path / "token").write_text("first\n")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    client.find_run("a")
+    (tmp_path / "token").write_text("second\n")
+    client.find_run("a")
+    assert kfp.tokens == ["Bearer from-the-environment", "Bearer first", "Bearer second"]
+    kfp.failures = [401]
+    with pytest.raises(ConfigError) as refused:
+        client.find_run("a")
+    assert "second" not in str(refused.value)
+    (tmp_path / "token").unlink()
+    with pytest.raises(ConfigError, match="KF_PIPELINES_SA_TOKEN_PATH names can't be read"):
+        client.find_run("a")
+
+
+def test_cancelling_ends_a_run_and_leaves_an_ended_one_alone(kfp, client):
+    kfp.states = ["RUNNING"]
+    run_id = client.submit(PACKAGE, "a", {})
+    assert client.cancel(run_id).state == "CANCELED"
+    kfp.runs[run_id]["state"] = "SUCCEEDED"
+    assert client.cancel(run_id).state == "SUCCEEDED"
+
+
+def test_logs_are_those_of_the_pods_that_the_server_still_has(kfp, client):
+    run_id = client.submit(PACKAGE, "a", {})
+    kfp.task_details = [
+        {"display_name": "curate-prompts", "pod_name": "pod-1", "child_tasks": [{"pod_name": "pod-2"}]},
+        {"display_name": "caption-videos", "pod_name": "pod-3"},
+    ]
+    kfp.logs = {"pod-2": "curated\n", "pod-3": "captioned\n"}
+    assert list(client.logs(run_id)) == [("curate-prompts", "curated\n"), ("caption-videos", "captioned\n")]
+    assert list(client.logs(run_id, "caption-videos")) == [("caption-videos", "captioned\n")]
+
+
+def test_the_address_comes_from_the_environment_and_has_to_be_one(kfp, monkeypatch):
+    with pytest.raises(ConfigError, match="give --host, or set KFP_ENDPOINT"):
+        KfpServer()
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp.url)
+    assert KfpServer().host == kfp.url
+    monkeypatch.setenv("KFP_ENDPOINT", "kfp.example.com/")
+    assert KfpServer().host == "https://kfp.example.com"
+    with pytest.raises(ConfigError, match="no address"):
+        KfpServer("file:///etc/passwd")
+
+
+def test_arguments_are_checked_against_the_pipeline():
+    assert typed_arguments(PACKAGE, {"profile": "001", "parts": "2", "free_gib": 3}) == {
+        "profile": "001",
+        "parts": 2,
+        "free_gib": 3,
+    }
+    for name, value, message in (
+        ("prats", "2", "no parameter 'prats'; it has accelerator, "),
+        ("parts", "two", "takes JSON of type NUMBER_INTEGER, which 'two' is not"),
+        ("parts", "true", "NUMBER_INTEGER"),
+        ("parts", "1.5", "NUMBER_INTEGER"),
+        ("gpu_node_selector", "[]", "STRUCT"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            typed_arguments(PACKAGE, {name: value})
+
+
+def test_a_default_name_is_the_same_for_the_same_run_only(tmp_path):
+    name = default_run_name(PACKAGE, {"parts": "2"})
+    assert name == default_run_name(PACKAGE, {"parts": 2})
+    assert name.startswith("uni-vigu-")
+    assert name != default_run_name(PACKAGE, {"parts": 3})
+    other = tmp_path / "pipeline.yaml"
+    other.write_text(PACKAGE.read_text() + "\n# changed\n")
+    assert name != default_run_name(other, {"parts": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, MissingInputError, "run `univigu pipeline compile` first"),
+        ("a: [", BadInputError, "can't be read as YAML"),
+        ("a: 1", BadInputError, "no compiled pipeline"),
+        ("", BadInputError, "no compiled pipeline"),
+    ],
+)
+def test_what_is_no_compiled_pipeline_is_refused(tmp_path, text, error, message):
+    path = tmp_path / "pipeline.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=message):
+        read_package(path)
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def call(*command, env=None):
+    program = Path(sys.executable).parent / command[0]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/model:{ROOT}", **(env or {})}
+    return subprocess.run(
+        [program, *map(str, command[1:])], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def univigu(*command, **options):
+    return call("python", "-m", "components.pipeline.cli", "pipeline", *command, **options)
+
+
+def test_waiting_ends_with_the_exit_code_of_the_runs_end(kfp):
+    arguments = ("submit", "profile=smoke", "--host", kfp.url, "--wait", "--poll", 0.05)
+    done = univigu(*arguments)
+    assert (done.returncode, done.stdout.split()) == (0, ["run-1", "PENDING", "RUNNING", "SUCCEEDED"]), done.stderr
+    assert univigu(*arguments).stdout.split() == ["run-1", "SUCCEEDED"]  # not submitted twice
+    for state, code, message in (("FAILED", 83, "exit code 80"), ("CANCELED", 84, "was cancelled")):
+        kfp.states = ["RUNNING", state]
+        done = univigu(*arguments, "--name", state)
+        assert (done.returncode, done.stdout.split()[1:]) == (code, ["RUNNING", state])
+        assert re.fullmatch(r"univigu: [^\n]+[.]\n", done.stderr)
+        assert message in done.stderr
+
+
+def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
+    kfp.states, at = ["RUNNING"], ("--host", kfp.url)
+    assert univigu("submit", *at).stdout == "run-1\n"
+    done = univigu("status", "run-1", env={"KFP_ENDPOINT": kfp.url})
+    assert (done.returncode, done.stdout) == (0, "RUNNING\n")
+    done = univigu("logs", "run-1", *at)
+    assert done.returncode == 70
+    assert "kubectl logs -l pipeline/runid=run-1" in done.stderr
+    kfp.task_details, kfp.logs = [{"display_name": "notify", "pod_name": "pod"}], {"pod": "one\ntwo\n"}
+    assert univigu("logs", "run-1", *at).stdout == "notify | one\nnotify | two\n"
+    assert univigu("cancel", "run-1", *at).stdout == "CANCELED\n"
+    assert univigu("status", "run-1", *at).returncode == 84
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (("submit", "--host", "http://127.0.0.1:9", "prats=2"), 78, "no parameter 'prats'"),
+        (("submit", "--host", "http://127.0.0.1:9", "parts"), 78, "write KEY=VALUE"),
+        (("submit", "--package", "none.yaml"), 66, "no compiled pipeline none.yaml"),
+        (("status", "run-9"), 78, "No Kubeflow Pipelines server is named"),
+        (("run",), 78, "univigu pipeline run --local"),
+        (("run", "--local", "image=x"), 78, "no choice of image"),
+        (("run", "--local", "prats=2"), 78, "no parameter 'prats'"),
+        (("compile", "-o", "none/pipeline.yaml"), 65, "can't be written"),
+    ],
+)
+def test_wrong_commands_are_refused_in_one_sentence_and_submit_nothing(kfp, command, code, message):
+    done = univigu(*command)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(r"univigu: [^\n]+[.]\n", done.stderr), done.stderr
+    assert message in done.stderr
+
+
+def test_kfps_own_command_takes_the_committed_file(kfp, tmp_path):
+    done = call(
+        *("kfp", "--endpoint", kfp.url, "run", "create", "-e", "uni-vigu", "-r", "by-hand"),
+        *("-f", PACKAGE, "profile=smoke", "parts=2", 'gpus="1"'),
+        env={"HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = kfp.runs.values()
+    assert run["runtime_config"]["parameters"] == {"profile": "smoke", "parts": 2, "gpus": "1"}
+    assert run["pipeline_spec"]["pipeline_spec"]["pipelineInfo"]["name"] == "uni-vigu"
+    assert "kubernetes" in run["pipeline_spec"]["platform_spec"]["platforms"]
+    committed = yaml.safe_load_all(PACKAGE.read_text())
+    assert run["pipeline_spec"]["pipeline_spec"]["deploymentSpec"] == next(committed)["deploymentSpec"]
