@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsy
         tiny_run.run(tmp_path, lambda step, metrics: step == 7 and os.kill(os.getpid(), signal.SIGTERM))
     saved = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [path.name for path in saved] == ["step-00000006", "step-00000007"]
-    weights = saved[1] / "mp_rank_00_model_states.pt"
+    weights = saved[1] / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] + b"x" * 100)
     assert checkpoints.newest_good(tmp_path / "checkpoints") == saved[0]
     assert "damaged" in capsys.readouterr().err
