@@ -72,6 +72,10 @@ class Step:
         """A section of the profile, e.g. ``step["video"]["height"]``."""
         return self.parameters[section]
 
+    def key(self) -> str:
+        """A digest of all that decides the output: parameters, inputs and code."""
+        return json_digest([dict(self.parameters), dict(self.input_digests), self.code_digest])
+
     def read(self, source: str, table: str) -> pa.Table:
         """Read a table out of the input called `source`."""
         return read_table(self.inputs[source], table)
@@ -202,8 +206,7 @@ def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
 def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     started = time.monotonic()
     step = _make_step(stage, profile, root)
-    run_key = json_digest([dict(step.parameters), dict(step.input_digests), step.code_digest])
-    _prepare_staging(step.out, step.scratch, run_key)
+    _prepare_staging(step.out, step.scratch, step.key())
     try:
         _load_function(stage)(step)
         _write_rejected(step)
@@ -232,6 +235,11 @@ def _make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
         docs=root / STATE / "docs" / stage.name,
         code_digest=_code_digest(stage),
     )
+
+
+def prepare(name: str, profile: Mapping[str, Any], root: Path) -> Step:
+    """The step as `run_stage` would run it, with its inputs verified, for who has it run elsewhere."""
+    return _make_step(find_stage(name), profile, root.resolve())
 
 
 def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
