@@ -3,17 +3,22 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import mlflow
 import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
+from components.pipeline.runner import STATE, verify
 from components.pipeline.stages import find_stage
 from components.pipeline.train_job import Settings, build, follow, run_train_job
 from univigu.errors import (
@@ -54,8 +59,8 @@ class Kubernetes(ThreadingHTTPServer):
     def submissions(self):
         return sum(method == "POST" for method, _ in self.requests)
 
-    def condition(self, kind, message="said the controller"):
-        found = self.jobs[NAME].setdefault("status", {}).setdefault("conditions", [])
+    def condition(self, kind, message="said the controller", name=NAME):
+        found = self.jobs[name].setdefault("status", {}).setdefault("conditions", [])
         found[:] = [c for c in found if c["type"] != kind] + [
             {
                 "type": kind,
@@ -67,9 +72,17 @@ class Kubernetes(ThreadingHTTPServer):
         ]
 
     def pod(
-        self, index=0, phase="Running", exit_code=None, reason=None, waiting=None, unscheduled=None, disrupted=False
+        self,
+        index=0,
+        phase="Running",
+        exit_code=None,
+        reason=None,
+        waiting=None,
+        unscheduled=None,
+        disrupted=False,
+        name=NAME,
     ):
-        name = f"{NAME}-node-0-{index}"
+        job, name = name, f"{name}-node-0-{index}"
         state = {"running": {"startedAt": LONG_AGO}}
         if exit_code is not None:
             state = {"terminated": {"exitCode": exit_code, "reason": reason or "Error"}}
@@ -83,7 +96,7 @@ class Kubernetes(ThreadingHTTPServer):
         if disrupted:
             conditions += [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}]
         labels = {
-            "jobset.sigs.k8s.io/jobset-name": NAME,
+            "jobset.sigs.k8s.io/jobset-name": job,
             "jobset.sigs.k8s.io/replicatedjob-name": "node",
             "batch.kubernetes.io/job-completion-index": str(index),
         }
@@ -174,8 +187,9 @@ class Requests(BaseHTTPRequestHandler):
                 lines = [line.split(" ", 1)[1] for line in lines]
             return self.answer("".join(lines))
         if path == "/api/v1/namespaces/team/pods":
-            assert query["labelSelector"] == f"jobset.sigs.k8s.io/jobset-name={NAME}"
-            return self.answer({"kind": "PodList", "apiVersion": "v1", "items": list(server.pods.values())})
+            label, _, wanted = query["labelSelector"].partition("=")
+            pods = [pod for pod in server.pods.values() if pod["metadata"]["labels"][label] == wanted]
+            return self.answer({"kind": "PodList", "apiVersion": "v1", "items": pods})
         if path == "/api/v1/namespaces/team/events":
             return self.answer({"kind": "EventList", "apiVersion": "v1", "items": server.events})
         return self.refuse(404, "NotFound", "the server could not find the requested resource")
@@ -231,6 +245,66 @@ def make_job(**settings):
 def launch(output=lambda: MANIFEST, **settings):
     settings = Settings(**{**QUICK, **settings})
     return follow(build(STAGE, KEY, "tiny", Path("/work/run"), settings), settings, output)
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undisturbed_one(
+    cluster, latents_root, profile, tmp_path
+):
+    """The fake cluster runs what the TrainJob asks for: torchrun with two processes, which SIGTERM stops midway."""
+    profile["train_stage_1"].update(steps=30, batch_size=4, checkpoint_every=1000, heldout_every=30)
+    for root in (latents_root, shutil.copytree(latents_root, tmp_path / "undisturbed")):
+        (root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    torchrun = [sys.executable, "-m", "univigu.training.launch", "--standalone", "-m", "components.pipeline.cli"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{latents_root / 'mlflow.db'}"
+    curves = latents_root / STATE / "scratch/train-stage-1/curves.csv"
+    codes = []
+
+    def run_pod(job):
+        trainer = job["spec"]["trainer"]
+        asked = {
+            **environment,
+            **{variable["name"]: variable["value"] for variable in trainer["env"]},
+            "PET_NPROC_PER_NODE": str(2 * trainer["numProcPerNode"]),  # gloo has room for two on this node
+        }
+        with (latents_root / "pod.log").open("ab") as log:
+            process = subprocess.Popen([*torchrun, *trainer["args"]], env=asked, stdout=log, stderr=log)
+        cluster.pod(name=job["metadata"]["name"])
+        threading.Thread(target=watch, args=(job["metadata"]["name"], process, not codes), daemon=True).start()
+
+    def watch(name, process, preempt):
+        while preempt and process.poll() is None:
+            if curves.is_file() and len(curves.read_text().splitlines()) > 3:
+                process.terminate()  # as a kubelet does with a pod
+                break
+            time.sleep(0.01)
+        codes.append(process.wait())
+        cluster.pods.clear()
+        cluster.pod(phase="Failed" if codes[-1] else "Succeeded", exit_code=codes[-1], name=name)
+        cluster.condition("Failed" if codes[-1] else "Complete", name=name)
+
+    cluster.created = run_pod
+    settings = Settings(**{**QUICK, "poll": 0.2, "gpus": 0, "start_timeout": 600.0, "claim": "work"})
+    manifest = run_train_job("train-stage-1", str(latents_root / "profile.yaml"), latents_root, settings)
+    assert codes == [81, 0], (latents_root / "pod.log").read_text()[-4000:]
+    assert cluster.submissions >= 2
+    log = (latents_root / "pod.log").read_text()
+    assert len(re.findall(r"univigu: Training was told to stop and saved step \d+ of 30", log)) == 1
+    assert re.search(r"Going on after step \d+ of 30", log)
+    assert log.count("train-stage-1: 6 rows in") == 1
+    mlflow.set_tracking_uri(environment["MLFLOW_TRACKING_URI"])
+    (run,) = mlflow.search_runs(experiment_names=["uni-vigu"], output_format="list")
+    assert run.info.status == "FINISHED"
+
+    root = tmp_path / "undisturbed"
+    command = [*torchrun, "run", "train-stage-1", "--profile", str(root / "profile.yaml"), "--root", str(root)]
+    undisturbed = {**environment, "PET_NPROC_PER_NODE": "2", "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}"}
+    subprocess.run(command, env=undisturbed, check=True, capture_output=True)
+    assert verify(root / "data/stage1", "train-stage-1")["digest"] == manifest["digest"]
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
