@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from components.pipeline import commands, pipeline_commands
-from univigu.errors import UniViGUError
+from components.pipeline import commands, pipeline_commands, train_job
+from univigu.errors import PreemptedError, UniViGUError
 
 app = typer.Typer(
     name="univigu",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 commands.add_to(app)
+train_job.add_to(app)
 app.add_typer(pipeline_commands.app)
 
 Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
@@ -49,6 +50,8 @@ def run(
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
     manifest = run_stage(step, load_profile(profile), root)
+    if not _speaks():
+        return
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
     print(
         f"{step}: {manifest['rows_in']} rows in, {manifest['rows_out']} out, {manifest['quarantined']} quarantined"
@@ -119,13 +122,19 @@ def keep_libraries_quiet() -> None:
         logging.disable(logging.WARNING)
 
 
+def _speaks() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
     keep_libraries_quiet()
     try:
         app()
     except UniViGUError as error:
-        print(f"univigu: {error}", file=sys.stderr)
+        if _speaks() or not isinstance(error, PreemptedError):
+            print(f"univigu: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)

@@ -18,7 +18,7 @@ A batch is a dict of tensors on one device:
 =================  ===================  ======================================================================
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,6 +157,15 @@ class Samples:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def least(self, patch: Sequence[int]) -> "Samples":
+        """The first sample, cut down to one patch of video, one word and one word of condition."""
+        frames, height, width = (slice(size) for size in patch)
+        cuts = {
+            **dict.fromkeys(("latents", "video_noise", "z_video"), (slice(1), slice(None), frames, height, width)),
+            **dict.fromkeys(("ids", "text_data", "text_noise", "z_text", "condition"), (slice(1), slice(1))),
+        }
+        return Samples(**{name: tensor[cuts.get(name, slice(1))] for name, tensor in vars(self).items()})
+
 
 def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
     """Give every sample of a batch its task, noise and times (eq 6, 7, 9); ``table`` is E, (V, d)."""
@@ -203,14 +212,15 @@ def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, 
 def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> tuple[Tensor, Tensor]:
     """Video velocity and the text's h of samples under ``joint``."""
     guess = torch.zeros_like(s.z_text)
-    if guessing and s.has_text_loss.any():
+    if guessing:
         # a text that is given, not denoised, has no guess: in training as in inference
         rows = s.has_text_loss.nonzero()[:, 0]
-        t = s[rows]
+        t = s[rows] if len(rows) else s.least(model.config.patch_size)
         with torch.no_grad():
             first = model(t.z_video, t.video_tau, t.condition, t.z_text, t.text_tau).text
-            data = model.read_text(first, t.z_text, t.text_tau, table).data
-            guess = torch.zeros_like(s.z_text).index_copy(0, rows, data)
+            if len(rows):
+                data = model.read_text(first, t.z_text, t.text_tau, table).data
+                guess = torch.zeros_like(s.z_text).index_copy(0, rows, data)
     out = model(s.z_video, s.video_tau, s.condition, s.z_text, s.text_tau, guess)
     return out.video, out.text
 
@@ -288,6 +298,10 @@ def training_loss(
     loss counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over
     the ``video_samples`` and ``text_samples`` of this batch that have them, zero where there is none. Samples are
     grouped by attention policy, one pass each.
+
+    Each batch takes both passes through all weights, and every output has a part in ``loss``, if only by zero: ranks
+    that share out weights or gradients (ZeRO) would wait for each other for ever where one has a use for a weight and
+    another has none. A policy without samples passes over a single patch and word, which costs next to nothing.
     """
     table = model.text_space()
     samples = prepare(batch, table, config)
@@ -296,13 +310,16 @@ def training_loss(
     loss, parts = table.new_zeros(()), {}
     for policy in (True, False):
         rows = (samples.is_prefix == policy).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        group = samples[rows]
+        group = samples[rows] if len(rows) else samples.least(model.config.patch_size)
         if policy:
             hidden = predict_prefix(model, group, table, guessing)
+            loss = loss + 0 * hidden.sum()
         else:
             video, hidden = predict_joint(model, group, table, guessing)
+            loss = loss + 0 * (video.float().sum() + hidden.sum())
+        if not len(rows):
+            continue
+        if not policy:
             video_loss, mse = video_losses(video, group, config)
             loss = loss + video_loss.sum()
             parts.setdefault("video_mse", []).append(mse)

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from components.digits import world
 from components.pipeline.digests import file_digest, tree_files
@@ -14,6 +15,7 @@ from components.pipeline.runner import MANIFEST, run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.videos import write_tar
+from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
 
 
@@ -125,3 +127,40 @@ def digits_root(tmp_path, tiny_wan_folder, profile):
     commit(root, "synthesize-videos", {"clips": rows}, write_shards)
     commit(root, "validate-clips", {"clips": rows})
     return root, rows, {row["id"]: one for row, one in zip(rows, attributes, strict=True)}
+
+
+@pytest.fixture
+def latents_root(tmp_path, tiny_wan_folder, profile, recommit):
+    """A work root with the base and random latents: 8 samples of each stage, 2 of them held out."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny_wan_folder, root / profile["base"])
+    generator, length = torch.Generator().manual_seed(0), 64
+    ids = torch.randint(4, 60, (16, length), generator=generator)
+    ids[:, 40], ids[:, 41:] = 1, 0
+
+    def write_shard(home):
+        write_latents(
+            home / "shards/00000/latents.safetensors",
+            latents=torch.randn(16, 4, 3, 8, 8, generator=generator),
+            prompt_embeds=[torch.randn(5, 32, generator=generator) for _ in range(16)],
+            prompt_ids=ids,
+            target_ids=ids,
+        )
+        write_empty_prompt(home, torch.randn(1, 32, generator=generator))
+
+    rows = [
+        {
+            "id": f"s{row:02d}",
+            "stage": 1 + row % 2,
+            "split": "heldout" if row >= 12 else "train",
+            **dict.fromkeys(("video_sha256", "vae_digest", "tokenizer_digest"), "0"),
+            "frames": 9,
+            "height": 32,
+            "width": 32,
+            "shard": "shards/00000/latents.safetensors",
+            "row": row,
+        }
+        for row in range(16)
+    ]
+    recommit(root, "encode-latents", {"latents": rows}, write_shard)
+    return root

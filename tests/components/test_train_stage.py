@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -10,16 +9,12 @@ import time
 import mlflow
 import numpy as np
 import pytest
-import torch
 
 from components.pipeline.runner import STATE, run_stage
 from components.tracking import find_run, flatten, tracking_uri
 from components.train_stage import model_digest
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError, PreemptedError, TransientError
-from univigu.training.data import EMPTY_PROMPT, write_empty_prompt, write_latents
-
-LENGTH = 64
 
 
 @pytest.fixture
@@ -27,44 +22,6 @@ def profile(profile):
     for section in ("train_stage_1", "train_stage_2"):
         profile[section].update(steps=4, batch_size=4, checkpoint_every=2, heldout_every=4)
     return profile
-
-
-@pytest.fixture
-def latents_root(tmp_path, tiny_wan_folder, profile, recommit):
-    """A work root with the base and random latents: 8 samples of each stage, 2 of them held out."""
-    root = tmp_path / "root"
-    shutil.copytree(tiny_wan_folder, root / profile["base"])
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, 60, (16, LENGTH), generator=generator)
-    ids[:, 40], ids[:, 41:] = 1, 0
-
-    def write_shard(home):
-        write_latents(
-            home / "shards/00000/latents.safetensors",
-            latents=torch.randn(16, 4, 3, 8, 8, generator=generator),
-            prompt_embeds=[torch.randn(5, 32, generator=generator) for _ in range(16)],
-            prompt_ids=ids,
-            target_ids=ids,
-        )
-        write_empty_prompt(home, torch.randn(1, 32, generator=generator))
-
-    rows = [
-        {
-            "id": f"s{row:02d}",
-            "stage": 1 + row % 2,
-            "split": "heldout" if row >= 12 else "train",
-            **dict.fromkeys(("video_sha256", "vae_digest", "tokenizer_digest"), "0"),
-            "frames": 9,
-            "height": 32,
-            "width": 32,
-            "shard": "shards/00000/latents.safetensors",
-            "row": row,
-        }
-        for row in range(16)
-    ]
-    home = recommit(root, "encode-latents", {"latents": rows}, write_shard)
-    assert (home / EMPTY_PROMPT).is_file()
-    return root
 
 
 def runs_of(root):

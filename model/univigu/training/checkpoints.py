@@ -1,11 +1,12 @@
-"""Checkpoints of a running training: whole or not there, and never trusted unread.
+"""Checkpoints of a running training: whole or not there, and the same for any number of processes.
 
-Below one folder lie ``step-00000100/`` and so on, each with what DeepSpeed saves (every rank its part), ``loop.json``
-(where the loop stands) and, written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then
-``latest`` is replaced atomically. DeepSpeed's own `latest` is not atomic and its loader unpickles whatever it finds, so
-here nothing is loaded whose bytes are not the ones that were saved; a damaged checkpoint means the one before it.
+Below one folder lie ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
+weights and of AdamW's moments, each tensor whole), ``loop.json`` (where the loop stands) and, written last by rank 0,
+``manifest.json`` with the size and SHA-256 of every file. Then ``latest`` is replaced atomically. A damaged checkpoint
+means the one before it.
 
-These files never leave the machine that trains: what a run hands on is safetensors.
+DeepSpeed's own checkpoints hold slices that fit one number of processes and one stage of ZeRO, and are pickled; these
+are read by any number of processes, in any stage, and nothing is unpickled. All ranks must see the same folder.
 """
 
 import hashlib
@@ -14,11 +15,17 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from univigu.errors import ConfigError
+from univigu.training.engine import read_state, write_state
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -34,15 +41,17 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: Mapping[str, An
     home = folder / f"step-{step:08d}"
     if dist.get_rank() == 0:
         shutil.rmtree(home, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=home.name, save_latest=False)
-    generators: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(generators, _generator_states())
-    dist.barrier()
+    path = home / f"rank-{dist.get_rank():05d}.safetensors"
+    save_file(read_state(engine), path)
+    _sync(path)
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, ({path.name: _describe(path)}, _generator_states()))
     if dist.get_rank() == 0:
-        write_json(home / LOOP, {**state, "step": step, "generators": generators})
-        write_json(home / MANIFEST, {"step": step, "files": _describe(home)})
+        write_json(home / LOOP, {**state, "step": step, "generators": [generators for _, generators in shares]})
+        files = {name: facts for described, _ in shares for name, facts in described.items()}
+        write_json(home / MANIFEST, {"step": step, "files": {**files, LOOP: _describe(home / LOOP)}})
         write_json(folder / LATEST, {"checkpoint": home.name, "step": step})
         for old in sorted(folder.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
@@ -62,8 +71,20 @@ def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any] | None:
     dist.broadcast_object_list(choice)
     if choice[0] is None:
         return None
-    engine.load_checkpoint(str(folder), tag=choice[0])
-    state = json.loads((folder / choice[0] / LOOP).read_text(encoding="utf-8"))
+    home = folder / choice[0]
+    state = json.loads((home / LOOP).read_text(encoding="utf-8"))
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(home.glob("*.safetensors"))]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
+
+        def tensor(name: str) -> torch.Tensor:
+            if name not in where:
+                raise ConfigError(
+                    f"The checkpoint in {home} has no '{name}', so it is of another model; remove {folder}."
+                )
+            return where[name].get_tensor(name)
+
+        write_state(engine, state["step"], tensor)
     generators = state.pop("generators")
     if dist.get_rank() < len(generators):
         _restore_generators(generators[dist.get_rank()])
@@ -100,9 +121,14 @@ def _fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _describe(home: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in home.rglob("*") if path.is_file())
-    return {path.relative_to(home).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sync(path: Path) -> None:
+    """Be sure that a file has reached the disk before a manifest names it."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _sha256(path: Path) -> str:

@@ -2,17 +2,19 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from univigu import wan
 from univigu.errors import ConfigError
 from univigu.training.data import rank_slice
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, besides the number of steps
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,29 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
+    """How many micro-batches each process makes of its share of a step, and of how many samples.
+
+    Raises `BadInputError` or `ConfigError` where a batch can't be shared out evenly.
+    """
+    share = rank_slice(config.batch_size, 0, world_size).stop
+    size = min(config.micro_batch_size or share, share)
+    if share % size:
+        raise ConfigError(f"{share} samples a process can't be cut into micro-batches of {size}; choose a divisor.")
+    return share // size, size
+
+
 def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
     import deepspeed
 
-    share = rank_slice(config.batch_size, 0, world_size).stop
-    micro = min(config.micro_batch_size or share, share)
-    if share % micro:
-        raise ConfigError(f"{share} samples a process can't be cut into micro-batches of {micro}; choose a divisor.")
+    count, size = micro_batches(config, world_size)
     optimizer = torch.optim.AdamW(
         parameter_groups(objective, config), lr=config.learning_rate, betas=tuple(config.betas), fused=True
     )
     settings = {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": share // micro,
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": count,
         "gradient_clipping": 0.0 if _clips_itself(config) else config.grad_clip,
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -136,6 +147,7 @@ def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+    _make_moments(engine)
     return engine
 
 
@@ -161,9 +173,105 @@ def clip_gradients(engine: Any, config: TrainingConfig) -> float | None:
 
 def gather_weights(engine: Any, objective: nn.Module) -> None:
     """Put the whole fp32 weights back into `objective` on rank 0, wherever ZeRO and bf16 had left them."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     for parameter in objective.parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if full is not None and dist.get_rank() == 0:
-            parameter.data = full.detach().cpu().clone()
+        full = _read(engine, parameter, None)
+        if dist.get_rank() == 0:
+            parameter.data = full.cpu().clone()
+
+
+def read_state(engine: Any) -> dict[str, Tensor]:
+    """This rank's share of what training goes on from: whole fp32 tensors on the CPU, as ``name`` and ``name.moment``.
+
+    Ranks take turns, parameter by parameter, so all of them must call this, after a step. Nothing in it depends on how
+    many ranks there are, nor on the stage of ZeRO.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    state = {}
+    for index, (name, parameter) in enumerate(_trained(engine)):
+        for key in (None, *MOMENTS):
+            full = _read(engine, parameter, key)
+            if index % world_size == rank:
+                state[_key(name, key)] = full.float().cpu().contiguous()
+    return state
+
+
+def write_state(engine: Any, step: int, tensor: Callable[[str], Tensor]) -> None:
+    """Bring the engine to where `read_state` found one after `step`.
+
+    `tensor(name)` gives any rank's entries of `read_state`. All ranks must call this.
+    """
+    for state in _adamw(engine).state.values():
+        state["step"].fill_(step)
+    for name, parameter in _trained(engine):
+        for key in (None, *MOMENTS):
+            _write(engine, parameter, key, tensor(_key(name, key)))
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+
+
+def _key(name: str, key: str | None) -> str:
+    return name if key is None else f"{name}.{key}"
+
+
+def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
+    """A parameter in fp32, or one of its moments, whole; from all ranks that hold a part of it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not _is_partitioned(parameter):
+        return parameter.detach() if key is None else engine.optimizer.state[parameter][key]
+    if key is None:
+        return safe_get_full_fp32_param(parameter).detach()
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+@torch.no_grad()
+def _write(engine: Any, parameter: nn.Parameter, key: str | None, full: Tensor) -> None:
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param
+    from deepspeed.utils import safe_set_local_optimizer_state as safe_set_local_state
+
+    if not _is_partitioned(parameter):
+        (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(full)
+        return
+    if hasattr(parameter, "ds_id"):  # ZeRO 3 cuts parameters into equal parts, the last of which is padded
+        size = parameter.ds_tensor.numel()
+        part = torch.zeros(size * dist.get_world_size())
+        part[: full.numel()] = full.flatten()
+        part = part[size * dist.get_rank() :][:size]
+        if key is not None:
+            safe_set_local_state(parameter, part, key)
+            return
+        safe_set_local_fp32_param(parameter, part)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(full)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, full)
+        parameter.copy_(full)  # what the next step computes with
+    else:
+        safe_set_full_optimizer_state(parameter, full, key)
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed keeps the fp32 weights of a parameter elsewhere, shared out over the ranks."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _adamw(engine: Any) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO's optimizers wrap it
+
+
+def _make_moments(engine: Any) -> None:
+    """Give AdamW its state before its first step, which would make it: a checkpoint is read into it.
+
+    DeepSpeed, too, looks for the moments after the first step, but only those of the first group of parameters are
+    there by then, and it would never find the others.
+    """
+    adamw = _adamw(engine)
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 leaves the groups empty
+    for parameter in flat or [parameter for group in adamw.param_groups for parameter in group["params"]]:
+        moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
+        adamw.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -93,7 +93,8 @@ def train(
                     grad_norm = clip_gradients(engine, config)
                 engine.step()
                 if _any_rank(told_to_stop(), device) and start + micro_size < len(indices):
-                    save(step - 1)  # the weights are still those of the last whole step
+                    if step - 1 > first:
+                        save(step - 1)  # the weights are still those of the last whole step
                     raise _preempted(step - 1, config)
 
             row = sums.means(device)
@@ -176,7 +177,9 @@ def _termination_flag() -> Iterator[Callable[[], bool]]:
     try:
         yield told.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # under torchrun the rest get another as soon as one rank has left, and rank 0 may have more to write down
+        if not (told.is_set() and dist.is_initialized() and dist.get_world_size() > 1):
+            signal.signal(signal.SIGTERM, before)
 
 
 def _preempted(step: int, config: TrainingConfig) -> PreemptedError:

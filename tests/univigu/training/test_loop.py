@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from univigu.errors import ConfigError, PreemptedError
 from univigu.training import checkpoints
@@ -40,7 +41,7 @@ def read_losses(folder):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole_run):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "{}", "5"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "{}", "5", "KILL"]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
     assert json.loads((tmp_path / "checkpoints" / "latest").read_text())["step"] == 3
     steps = []
@@ -82,7 +83,7 @@ def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsy
         tiny_run.run(tmp_path, lambda step, metrics: step == 7 and os.kill(os.getpid(), signal.SIGTERM))
     saved = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [path.name for path in saved] == ["step-00000006", "step-00000007"]
-    weights = saved[1] / "mp_rank_00_model_states.pt"
+    weights = saved[1] / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] + b"x" * 100)
     assert checkpoints.newest_good(tmp_path / "checkpoints") == saved[0]
     assert "damaged" in capsys.readouterr().err
@@ -97,26 +98,40 @@ def test_without_a_good_checkpoint_training_begins_again(tmp_path, whole_run):
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
 
 
-def test_two_processes_follow_the_curve_of_one(tmp_path, whole_run):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path), "{}"], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
-    one, two = (json.loads((folder / "heldout.json").read_text()) for folder in (whole_run[0], tmp_path))
-    assert two["samples"] == one["samples"] == 4
-    assert two["text_ce"] == pytest.approx(one["text_ce"], rel=1e-3)
-
-
 @pytest.mark.parametrize("settings", [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"micro_batch_size": 2}])
 def test_the_way_of_computing_does_not_change_the_curve(tmp_path, whole_run, settings):
     weights = tiny_run.run(tmp_path, **settings)
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 3), (3, 2), (2, 0)])
+def test_a_run_goes_on_in_another_stage_of_zero(tmp_path, whole_run, before, after):
+    def stop(step, metrics):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError):
+        tiny_run.run(tmp_path, stop, zero_stage=before)
+    steps = []
+    weights = tiny_run.run(tmp_path, lambda step, metrics: steps.append(step), zero_stage=after)
+    assert steps[0] == 5
+    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    with pytest.raises(PreemptedError):
+        tiny_run.run(tmp_path, lambda step, metrics: os.kill(os.getpid(), signal.SIGTERM))
+    (saved,) = (tmp_path / "checkpoints").glob("step-*")
+    tensors = load_file(saved / "rank-00000.safetensors")
+    del tensors["transformer.text_space.weight"]
+    save_file(tensors, saved / "rank-00000.safetensors")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["rank-00000.safetensors"] = checkpoints._describe(saved / "rank-00000.safetensors")
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"no 'transformer\.text_space\.weight', so it is of another model"):
+        tiny_run.run(tmp_path)
 
 
 def test_in_bf16_the_curve_is_near_and_the_weights_that_are_left_are_fp32(tmp_path, whole_run):

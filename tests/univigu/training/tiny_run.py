@@ -1,19 +1,23 @@
 """A training run of seconds, on random latents: imported by tests, and started by them as a process of its own.
 
-    python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP]
+    python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP KILL|TERM]
 
-With STEP the process kills itself (SIGKILL) once it has done that step.
+Once it has done STEP, the process kills itself (KILL), or has whoever started it told to stop (TERM), as a cluster does
+with a pod, and goes slowly from there. At the end the weights lie in FOLDER/weights.safetensors.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
+from univigu.errors import UniViGUError
 from univigu.training.data import (
     EMPTY_PROMPT,
     LatentDataset,
@@ -88,10 +92,19 @@ def run(folder: Path, report=nothing, before_forward=nothing, parts=(), **settin
 
 
 if __name__ == "__main__":
-    last = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    where = Path(sys.argv[1])
+    last, how = (int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 3 else (None, "")
 
-    def kill_after_step(step, metrics):
+    def stop_after_step(step, metrics):
         if step == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(*((os.getpid(), signal.SIGKILL) if how == "KILL" else (os.getppid(), signal.SIGTERM)))
+        if last is not None and step >= last:
+            time.sleep(2)
 
-    run(Path(sys.argv[1]), kill_after_step, **json.loads(sys.argv[2]))
+    try:
+        weights = run(where, stop_after_step, **json.loads(sys.argv[2]))
+    except UniViGUError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    if os.environ["RANK"] == "0":
+        save_file(weights, where / "weights.safetensors")

@@ -1,0 +1,150 @@
+"""Several gloo processes under `univigu.training.launch`: the same curve, and told to stop as a cluster tells them."""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from univigu.errors import PreemptedError
+from univigu.training.launch import exit_code
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+spec = importlib.util.spec_from_file_location("tiny_run", SCRIPT)
+tiny_run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_run)
+
+slow = pytest.mark.slow
+
+
+def on_two(folder, *arguments, script=SCRIPT):
+    """Run the script in two processes to its end; returns what has become of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [*command, str(folder), *arguments], capture_output=True, text=True, timeout=900, env=environment
+    )
+
+
+def train_on_two(folder, **settings):
+    done = on_two(folder, json.dumps(settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, load_file(folder / "weights.safetensors")
+
+
+def read_losses(folder):
+    with (folder / "curves.csv").open(newline="") as stream:
+        return [float(row["loss"]) for row in csv.DictReader(stream)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder and the weights of a run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, tiny_run.run(folder)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same of two processes."""
+    return train_on_two(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of two processes that was told to stop after step 4: its folder, and how it ended."""
+    folder = tmp_path_factory.mktemp("stopped")
+    return folder, on_two(folder, "{}", "4", "TERM")
+
+
+@slow
+def test_two_processes_follow_the_curve_of_one(one, two):
+    assert read_losses(two[0]) == pytest.approx(read_losses(one[0]), rel=1e-4)
+    alone, shared = (json.loads((folder / "heldout.json").read_text()) for folder, _ in (one, two))
+    assert shared["samples"] == alone["samples"] == 4
+    assert shared["text_ce"] == pytest.approx(alone["text_ce"], rel=1e-3)
+    assert all(torch.allclose(two[1][name], tensor, atol=1e-3) for name, tensor in one[1].items())
+
+
+@slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_whose_micro_batches_need_other_weights_follow_the_curve_too(tmp_path, one, stage):
+    # one sample at a time: one rank attends jointly while the other has a prefix
+    folder, weights = train_on_two(tmp_path, micro_batch_size=1, zero_stage=stage)
+    assert read_losses(folder) == pytest.approx(read_losses(one[0]), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
+
+
+@slow
+def test_ranks_told_to_stop_agree_on_a_step_save_it_and_leave_with_the_code_to_resume(stopped):
+    folder, done = stopped
+    assert done.returncode == 81, done.stderr[-4000:]
+    latest = json.loads((folder / "checkpoints" / "latest").read_text())
+    assert 4 <= latest["step"] < 8
+    saved = {path.name for path in (folder / "checkpoints" / latest["checkpoint"]).iterdir()}
+    assert saved == {"rank-00000.safetensors", "rank-00001.safetensors", "loop.json", "manifest.json"}
+    assert done.stderr.count(f"Training was told to stop and saved step {latest['step']} of 8") == 2
+    assert not (folder / "weights.safetensors").exists()
+
+
+@slow
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, two, stopped):
+    shutil.copytree(stopped[0], tmp_path / "again")
+    folder, weights = train_on_two(tmp_path / "again")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in two[1].items())
+    assert (folder / "curves.csv").read_bytes() == (two[0] / "curves.csv").read_bytes()
+
+
+@slow
+def test_what_two_processes_saved_goes_on_on_one(tmp_path, one, stopped):
+    shutil.copytree(stopped[0], tmp_path / "again")
+    steps = []
+    weights = tiny_run.run(tmp_path / "again", lambda step, metrics: steps.append(step))
+    assert steps[0] > 4
+    assert read_losses(tmp_path / "again") == pytest.approx(read_losses(one[0]), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
+
+
+@slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_one_process_saved_goes_on_on_two(tmp_path, one, stage):
+    def stop(step, metrics):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError):
+        tiny_run.run(tmp_path, stop)
+    folder, weights = train_on_two(tmp_path, zero_stage=stage)
+    assert read_losses(folder) == pytest.approx(read_losses(one[0]), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
+
+
+@pytest.mark.parametrize(
+    ("codes", "told", "expected"),
+    [
+        ([81, 81], False, 81),  # another node was told
+        ([-15, 81], True, 81),
+        ([-15, -15], True, 81),  # before there was anything to save
+        ([-15, -15], False, 143),
+        ([1, 74], False, 74),  # the other lost its connection to who found the damage
+        ([-9], True, 137),
+        ([-15, 1], True, 1),
+    ],
+)
+def test_one_exit_code_speaks_for_all_workers(codes, told, expected):
+    assert exit_code(codes, told) == expected
+
+
+def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(74)\ntime.sleep(300)\n")
+    assert on_two(tmp_path, script=script).returncode == 74
