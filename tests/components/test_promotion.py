@@ -217,8 +217,8 @@ def test_what_a_killed_promotion_left_is_completed_by_the_next(versions, monkeyp
 
 def test_a_promotion_that_breaks_off_before_anything_moved_says_so(versions, monkeypatch):
     versions.add("broken", 10)
-    with monkeypatch.context() as patch, pytest.raises(TransientError, match="nothing was changed"):
-        patch.setattr(ledger, "LEASE_S", -1.0)
+    monkeypatch.setattr(ledger, "LEASE_S", -1.0)
+    with pytest.raises(TransientError, match="nothing was changed"):
         promotion.promote("broken", 1, "the first", root=versions.root)
     assert [line.outcome for line in promotion.history("broken", root=versions.root)] == ["failed"]
     assert versions.aliases("broken") == (None, None)
