@@ -51,12 +51,12 @@ def take_snapshot(root: Path, version: str = "") -> tuple[Snapshot, bool]:
     """
     _require_git(root)
     manifests = {step: _manifest(root, step) for step in STEPS}
-    _require_committed(root)
     _require_in_cache(root)
     digest = manifests["encode-latents"]["digest"]
     known = find_snapshot(root, digest)
     if known:
         return known, False
+    _require_committed(root)
     tag = f"{NAME}@{_next_version(list_snapshots(root), version)}"
     counts = {step: manifests[step]["rows_out"] for step in STEPS}
     message = (
@@ -148,7 +148,7 @@ def _require_in_cache(root: Path) -> None:
     changed = [path for paths in status.get("uncommitted", {}).values() for path in _paths(paths)]
     lost = _paths(status.get("not_in_cache", []))
     for paths, fault in ((changed, "differs from dvc.lock"), (lost, "is not in DVC's cache")):
-        wrong = [path for path in paths if path.rstrip("/") in homes]
+        wrong = [path.rstrip("/") for path in paths if path.rstrip("/") in homes]
         if wrong:
             raise BadInputError(f"{wrong[0]} {fault}; run `dvc repro`, and commit the dvc.lock that it leaves.")
 
