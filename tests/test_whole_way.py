@@ -12,11 +12,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from components.pipeline.digests import file_digest
 from components.pipeline.runner import verify
 from components.pipeline.stages import STAGES
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
+PAGES = (README, REPO / "docs/registry.md")  # whose commands and examples are run; `console` blocks are run elsewhere
 # What the README shows and this test does not repeat: the clone itself, the environment, and the full-size run.
 RUN_ELSEWHERE = ("git clone", "make ", "mlflow ui", "cd ", "source ")
 
@@ -123,16 +125,16 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(clone):
     assert len(page) < 8_000_000
 
 
-def readme_commands():
-    text = README.read_text()
+def shown_commands():
+    text = "\n".join(page.read_text() for page in PAGES)
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.split(" # ")[0].strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     return [line for line in lines if not line.startswith(RUN_ELSEWHERE)]
 
 
-def test_every_command_of_the_readme_runs(clone):
-    commands = readme_commands()
+def test_every_command_of_the_documents_runs(clone):
+    commands = shown_commands()
     assert any(line.startswith("univigu caption") for line in commands)
     for line in commands:
         done = call(shlex.split(line), clone)
@@ -141,9 +143,60 @@ def test_every_command_of_the_readme_runs(clone):
         assert "Warning" not in done.stderr
 
 
-def test_every_python_example_of_the_readme_runs(clone):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+def test_every_python_example_of_the_documents_runs(clone):
+    blocks = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
     assert blocks
     for block in blocks:
         done = call([sys.executable, "-c", block], clone)
         assert done.returncode == 0, said(done)
+
+
+def test_the_champion_leads_back_to_a_tagged_dataset_and_its_prompts(clone):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["git", "add", "-A"], [*git, "commit", "-qm", "The dataset"]):
+        assert call(command, clone).returncode == 0
+    call(["git", "config", "user.name", "a"], clone)
+    call(["git", "config", "user.email", "a@example.com"], clone)
+    done = call(["univigu", "data", "snapshot"], clone)
+    assert done.returncode == 0, said(done)
+    assert done.stdout.startswith("dataset@v1.0.0: ")
+    again = call(["univigu", "data", "snapshot"], clone)
+    assert (again.returncode, "is dataset@v1.0.0 already" in again.stdout) == (0, True), said(again)
+
+    done = call(["univigu", "model", "trace", "--json"], clone)
+    assert done.returncode == 0, said(done)
+    found = json.loads(done.stdout)
+    assert found["model"]["aliases"] == ["candidate", "champion"]
+    assert [run["status"] for run in found["runs"]] == ["FINISHED"] * 2
+    manifests = {stage.name: verify(clone / stage.home, stage.name) for stage in STAGES}
+    assert found["dataset"]["digest"] == manifests["encode-latents"]["digest"]
+    assert found["dataset"]["snapshot"] == "dataset@v1.0.0"
+    assert found["prompts"]["kept"] == manifests["curate-prompts"]["rows_out"]
+    assert sum(row["count"] for row in found["prompts"]["sources"]) == found["prompts"]["kept"]
+    for name, digest in found["prompts"]["files"].items():
+        assert file_digest(clone / "data/prompts" / name) == digest
+
+
+def test_the_plots_of_dvc_are_the_ones_to_look_at(clone):
+    done = call(["dvc", "plots", "show", "--json"], clone)
+    assert done.returncode == 0, said(done)
+    plots = {}
+    for name, parts in json.loads(done.stdout)["data"].items():
+        (part,) = parts
+        content = part["content"]
+        plots[name] = json.loads(content) if isinstance(content, str) else content
+    stages = [1, 2]
+    assert list(plots) == [
+        "Accuracy by attribute",
+        *(f"Losses of stage {n}" for n in stages),
+        *(f"Held-out losses of stage {n} by tau" for n in stages),
+        *(f"What the video tells stage {n} by tau" for n in stages),
+    ]
+    scores = plots["Accuracy by attribute"]
+    assert "<DVC_" not in json.dumps(scores)
+    shown = {(row["score"], row["attribute"]) for row in scores["data"]["values"]}
+    assert {("captions", "digit"), ("generation", "colour"), ("joint", "agreement")} <= shown
+    losses = plots["Losses of stage 2"]["data"]["values"]
+    assert {row["field"] for row in losses} == {"video_mse", "text_mse", "text_ce"}
+    bins = plots["What the video tells stage 1 by tau"]["data"]["values"]
+    assert len({float(row["tau"]) for row in bins}) == 10

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.pipeline import commands, pipeline_commands, train_job
+from components.pipeline import commands, data_commands, model_commands, pipeline_commands, train_job
 from univigu.errors import PreemptedError, UniViGUError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 commands.add_to(app)
 train_job.add_to(app)
 app.add_typer(pipeline_commands.app)
+app.add_typer(model_commands.app, name="model")
+app.add_typer(data_commands.app, name="data")
 
 Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
 Root = Annotated[Path, typer.Option(help="The work root: every path a step reads or writes lies below it.")]

@@ -150,19 +150,10 @@ def _folder(model: str, name: str, root: Path) -> Path:
         if not Path(model).is_dir():
             raise MissingInputError(f"There is no model folder '{model}'; check the path, or leave --model out.")
         return Path(model)
-    from components.tracking import tracking_uri
-
-    uri = tracking_uri(root)
-    database = root / "mlflow.db"
-    if uri.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
-        raise MissingInputError(
-            f"No model is registered below {root.resolve()}, which has no mlflow.db; run `make demo` there, or "
-            f"`univigu run register-model` if a model is trained, or give another --root, or a model's folder with "
-            f"--model."
-        )
+    from components.tracking import existing_store
     from univigu.registry import pipeline_folder
 
-    return pipeline_folder(model or name, uri)
+    return pipeline_folder(model or name, existing_store(root))
 
 
 def _read_moving(path: Path, limit: int) -> "np.ndarray":
