@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.pipeline import commands
+from components.pipeline import commands, pipeline_commands
 from univigu.errors import UniViGUError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 commands.add_to(app)
+app.add_typer(pipeline_commands.app)
 
 Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
 Root = Annotated[Path, typer.Option(help="The work root: every path a step reads or writes lies below it.")]
@@ -31,11 +32,22 @@ def run(
     step: Annotated[str, typer.Argument(help="The step's name; `univigu steps` lists them.")],
     profile: Profile = "tiny",
     root: Root = Path("."),
+    part: Annotated[
+        str,
+        typer.Option(
+            metavar="K/N",
+            help="Only make the K-th of N parts of the step's shards, beside other processes; commit nothing.",
+        ),
+    ] = "",
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import run_stage
+    from components.pipeline.runner import Part, run_part, run_stage
 
+    if part:
+        counts = run_part(step, load_profile(profile), root, Part.parse(part))
+        print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
+        return
     manifest = run_stage(step, load_profile(profile), root)
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
     print(

@@ -7,23 +7,28 @@ At-least-once execution, idempotent commit: a step's output is absent, or comple
   the manifest is removed first and written last, so whoever finds a manifest finds all that it names.
 * Long steps work in shards. A shard is a folder, its record lies beside the run's state; the shard is kept on a re-run
   only where the record's key (input rows, parameters, code) still holds and its bytes still match.
+* Shards can be made ahead, by several processes at once, each its part of them; the run that follows keeps and commits
+  them. A shard is locked while it is made, and nothing is committed while a part is under way.
 * A row that can't be used goes to `rejected.parquet` with its reason; too many of them fail the step.
 * Nothing in an output depends on the clock, the machine, or the order of completion.
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
+from components.pipeline import stages
 from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
 from components.pipeline.progress import progress
 from components.pipeline.stages import Stage, find_stage
@@ -48,6 +53,34 @@ SOURCE_ROOT = Path(__file__).resolve().parents[2]
 ShardWork = Callable[[Sequence[Mapping[str, Any]], Path], Sequence[Mapping[str, Any]]]
 
 
+class Part(NamedTuple):
+    """A share of a step's shards: those whose number, counted from 1, leaves `number` when dealt out to `of` parts."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read ``2/8``, the second of eight parts; raises `ConfigError` for anything else."""
+        try:
+            part = cls(*(int(number) for number in text.split("/")))
+            if not 1 <= part.number <= part.of:
+                raise ValueError(text)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"'{text}' is no part of a step; write 2/8 for the second of eight parts.") from error
+        return part
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+class _PartEnded(Exception):  # noqa: N818 (it is how a step function is left early, and no error)
+    """The shards of a part are there; the step function has nothing more to do."""
+
+    def __init__(self, made: int, kept: int) -> None:
+        self.made, self.kept = made, kept
+
+
 @dataclass
 class Step:
     """What a step function is given: its inputs, its parameters, and the ways to leave something behind."""
@@ -63,6 +96,7 @@ class Step:
     records: Path  # what is known of each finished shard: below the work root, never part of the output
     docs: Path  # pages for people that may carry times: below the work root, never part of the output
     code_digest: str
+    part: Part | None = None  # make only these shards, and commit nothing
     rows_in: int = 0
     rows_out: int = 0
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
@@ -71,6 +105,10 @@ class Step:
     def __getitem__(self, section: str) -> Any:
         """A section of the profile, e.g. ``step["video"]["height"]``."""
         return self.parameters[section]
+
+    def key(self) -> str:
+        """A digest of all that decides the output: parameters, inputs and code."""
+        return json_digest([dict(self.parameters), dict(self.input_digests), self.code_digest])
 
     def read(self, source: str, table: str) -> pa.Table:
         """Read a table out of the input called `source`."""
@@ -94,23 +132,50 @@ class Step:
         """Run `work(rows, folder)` over `rows` in shards of `size`, keeping the finished shards of an earlier run.
 
         `work` fills `folder` (large files: a tar, a safetensors) and returns the output rows; it may call `reject`.
-        The folder ends up as ``<out>/shards/00000`` and so on. Returns all output rows, in shard order.
+        The folder ends up as ``<out>/shards/00000`` and so on. Returns all output rows, in shard order; in a part of
+        a step it doesn't return, as only the whole run has all rows.
         """
-        shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+        shards = [(f"{i:05d}", rows[start : start + size]) for i, start in enumerate(range(0, len(rows), size))]
+        if self.part:
+            self._make_part(shards[self.part.number - 1 :: self.part.of], work)
         results: list[dict[str, Any]] = []
-        for number, shard in enumerate(self.progress(shards, unit="shards")):
-            name = f"{number:05d}"
-            key = json_digest([list(shard), dict(self.parameters), dict(self.input_digests), self.code_digest])
+        for name, shard in self.progress(shards, unit="shards"):
+            key = self._shard_key(shard)
             record = self._kept_shard(name, key) or self._make_shard(name, key, shard, work)
             self._rejected.extend(record["rejected"])
             results.extend(record["rows"])
+        names = {name for name, _ in shards}
         for folder in (self.out / "shards").glob("*"):  # of a killed run over other rows
-            if not (folder.name.isdigit() and int(folder.name) < len(shards)):
+            if folder.name not in names:
                 shutil.rmtree(folder)
         return results
 
+    def _make_part(self, shards: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: ShardWork) -> None:
+        made = 0
+        for name, shard in self.progress(shards, unit="shards"):
+            with _lock(self.root, f"{self.stage.name}/{name}", f"shard {name} of '{self.stage.name}'"):
+                key = self._shard_key(shard)
+                if not self._find_shard(name, key):
+                    self._make_shard(name, key, shard, work)
+                    made += 1
+        raise _PartEnded(made, len(shards) - made)
+
+    def _shard_key(self, shard: Sequence[Mapping[str, Any]]) -> str:
+        return json_digest([list(shard), dict(self.parameters), dict(self.input_digests), self.code_digest])
+
     def _kept_shard(self, name: str, key: str) -> dict[str, Any] | None:
-        """The record of a finished shard whose key still holds and whose bytes still match, else None."""
+        """The record of a finished shard, which then lies in the staging folder, or None."""
+        found = self._find_shard(name, key)
+        if not found:
+            return None
+        record, folder = found
+        if folder != self.out / "shards" / name:
+            shutil.rmtree(self.out / "shards" / name, ignore_errors=True)
+            shutil.copytree(folder, self.out / "shards" / name, copy_function=_link_or_copy)
+        return record
+
+    def _find_shard(self, name: str, key: str) -> tuple[dict[str, Any], Path] | None:
+        """The record and folder of a finished shard whose key still holds and whose bytes still match, or None."""
         try:
             record = json.loads((self.records / f"{name}.json").read_text(encoding="utf-8"))
             if record["key"] != key:
@@ -120,10 +185,7 @@ class Step:
         for home in (self.out, self.previous):
             folder = home / "shards" / name
             if record["files"] == _file_digests(folder):
-                if home is not self.out:
-                    shutil.rmtree(self.out / "shards" / name, ignore_errors=True)
-                    shutil.copytree(folder, self.out / "shards" / name, copy_function=_link_or_copy)
-                return record
+                return record, folder
         return None
 
     def _make_shard(self, name: str, key: str, rows: Sequence[Mapping[str, Any]], work: ShardWork) -> dict[str, Any]:
@@ -153,21 +215,94 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
     Raises an error of `univigu.errors` where the input is missing or damaged, where the step's own gate fails, or where
     another process runs the same step below the same root.
     """
-    from filelock import FileLock, Timeout
-
     stage = find_stage(name)
     root = root.resolve()
     if os.environ.get("RANK", "0") != "0":
         return _help_along(stage, profile, root)
-    locks = root / STATE / "locks"
+    with _expected_failures(name, root), _lock(root, name, f"'{name}'"):
+        return _run_locked(stage, profile, root)
+
+
+def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> dict[str, int]:
+    """Make the shards of one part of a step, for `run_stage` to keep; returns how many were made, and how many kept.
+
+    Parts of one step may run at the same time, on one volume. Raises as `run_stage` does, and `ConfigError` for a step
+    that doesn't work in shards.
+    """
+    stage = find_stage(name)
+    if not stage.sharded:
+        raise ConfigError(f"'{name}' doesn't work in shards, so it has no parts; run it without --part.")
+    root = root.resolve()
+    with _expected_failures(name, root), _lock(root, name, f"'{name}'", fcntl.LOCK_SH):
+        step = _make_step(stage, profile, root)
+        step.part = part
+        step.out.mkdir(parents=True, exist_ok=True)
+        try:
+            _load_function(stage)(step)
+        except _PartEnded as ended:
+            return {"made": ended.made, "kept": ended.kept}
+        raise AssertionError(f"'{name}' is said to work in shards, and called no map_shards")
+
+
+def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any] | None:
+    """The manifest of a step's output if these very inputs, parameters and code made it and all its bytes are there.
+
+    For orchestrators, which may skip such a step; raises as `run_stage` does where an input is missing or damaged.
+    """
+    stage = find_stage(name)
+    root = root.resolve()
     try:
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{name}.lock", timeout=0):
-            return _run_locked(stage, profile, root)
-    except Timeout as error:
-        raise BusyError(
-            f"Another run of '{name}' is under way below {root}; wait for it, or give another --root."
-        ) from error
+        record = json.loads((root / STATE / "runs" / f"{name}.json").read_text(encoding="utf-8"))
+        key, digest = record["key"], record["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    step = _make_step(stage, profile, root)
+    if step.key() != key:
+        return None
+    try:
+        manifest = verify(step.previous, name)
+    except BadInputError:
+        return None
+    return manifest if manifest["digest"] == digest else None
+
+
+def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:
+    """For each step, a digest of what decides its output from the start: parameters, sources and code.
+
+    Those of all steps before it are in it, so it is known before anything has run.
+    """
+    sources = {key: inside(root, _section(profile, key)) for stage in stages.STAGES for key in stage.sources.values()}
+    digests = {key: _source_digest(path) for key, path in sources.items() if path.exists()}
+    known: dict[str, str] = {}
+    for stage in stages.STAGES:
+        own = {section: _section(profile, section) for section in stage.parameters}
+        read = {name: digests.get(key) for name, key in stage.sources.items()}
+        known[stage.name] = json_digest(
+            [own, read, _code_digest(stage), [known[name] for name in stage.inputs.values()]]
+        )
+    return known
+
+
+@contextmanager
+def _lock(root: Path, name: str, what: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a lock that ends with the process; raises `BusyError` where another process holds it."""
+    path = root / STATE / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        try:
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(
+                f"Another run of {what} is under way below {root}; wait for it, or give another --root."
+            ) from error
+        yield
+
+
+@contextmanager
+def _expected_failures(name: str, root: Path) -> Iterator[None]:
+    """Say in one sentence what is no fault of the code: a full disk, a root that can't be written to."""
+    try:
+        yield
     except UniViGUError:
         raise
     except Exception as error:
@@ -175,7 +310,7 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
             raise DiskFullError(
                 f"The disk below {root} is full, so '{name}' left its output as it was; make room and run it again."
             ) from error
-        if isinstance(error, OSError) and not locks.is_dir():
+        if isinstance(error, OSError) and not (root / STATE / "locks").is_dir():
             raise BadInputError(
                 f"Nothing can be written below {root} ({error.strerror}); give another --root."
             ) from error
@@ -202,8 +337,7 @@ def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
 def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     started = time.monotonic()
     step = _make_step(stage, profile, root)
-    run_key = json_digest([dict(step.parameters), dict(step.input_digests), step.code_digest])
-    _prepare_staging(step.out, step.scratch, run_key)
+    _prepare_staging(step.out, step.scratch, step.key())
     try:
         _load_function(stage)(step)
         _write_rejected(step)
@@ -212,7 +346,7 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
         raise
     manifest = _commit(step, inside(root, stage.home))
     shutil.rmtree(step.scratch, ignore_errors=True)
-    _record_run(root, manifest, time.monotonic() - started)
+    _record_run(root, manifest, step.key(), time.monotonic() - started)
     return manifest
 
 
@@ -261,8 +395,12 @@ def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tup
                 f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; check --root."
             )
         inputs[name] = path
-        digests[name] = tree_digest([path], relative_to=path if path.is_dir() else path.parent)
+        digests[name] = _source_digest(path)
     return inputs, digests
+
+
+def _source_digest(path: Path) -> str:
+    return tree_digest([path], relative_to=path if path.is_dir() else path.parent)
 
 
 def verify(folder: Path, maker: str) -> dict[str, Any]:
@@ -384,13 +522,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _record_run(root: Path, manifest: Mapping[str, Any], seconds: float) -> None:
+def _record_run(root: Path, manifest: Mapping[str, Any], key: str, seconds: float) -> None:
     """Keep what the clock said beside the outputs, never in them; `reports/run.json` is made of these records."""
     import resource
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     record = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined", "reasons", "digest")}
-    record = {"name": manifest["step"], "seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1024, 1), **record}
+    clock = {"seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1024, 1)}
+    record = {"name": manifest["step"], "key": key, **clock, **record}
     (root / STATE / "runs").mkdir(parents=True, exist_ok=True)
     write_json(root / STATE / "runs" / f"{manifest['step']}.json", record)
 

@@ -13,9 +13,11 @@ from univigu.errors import ConfigError
 class Resources:
     """What a step asks of a cluster."""
 
+    pool: str = "cpu"  # which kind of node: cpu, gpu or training
     gpus: int = 0
     cpu: str = "2"
     memory: str = "8Gi"
+    hours: int = 4  # after which a cluster takes it for stuck
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Stage:
     sources: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the profile's key with its path
     parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
     code: tuple[str, ...] = ()  # modules and folders whose text decides its output, besides its own file
+    sharded: bool = False  # whether its shards can be made in parts, by several processes at once
     resources: Resources = Resources()
 
     @property
@@ -37,7 +40,8 @@ class Stage:
         return self.function.partition(":")[0]
 
 
-_GPU = Resources(gpus=1, cpu="8", memory="64Gi")
+_GPU = Resources("gpu", gpus=1, cpu="8", memory="64Gi", hours=48)
+_TRAINING = Resources("training", gpus=8, cpu="32", memory="256Gi", hours=24 * 14)
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -65,6 +69,7 @@ STAGES: tuple[Stage, ...] = (
         sources={"base": "base"},
         parameters=("seed", "text", "video", "synthesize_videos"),
         code=("components/videos.py", "model/univigu/video.py", "components/checks", "components/digits"),
+        sharded=True,
         resources=_GPU,
     ),
     Stage(
@@ -90,6 +95,7 @@ STAGES: tuple[Stage, ...] = (
             "components/digits",
             "components/tokens.py",
         ),
+        sharded=True,
     ),
     Stage(
         "validate-pairs",
@@ -115,6 +121,7 @@ STAGES: tuple[Stage, ...] = (
             "model/univigu/wan.py",
             "model/univigu/training/data.py",
         ),
+        sharded=True,
         resources=_GPU,
     ),
     Stage(
@@ -125,7 +132,7 @@ STAGES: tuple[Stage, ...] = (
         sources={"base": "base"},
         parameters=("seed", "text", "video", "model", "train_stage_1"),
         code=("components/tracking.py", "model/univigu"),
-        resources=Resources(gpus=8, cpu="32", memory="256Gi"),
+        resources=_TRAINING,
     ),
     Stage(
         "train-stage-2",
@@ -134,7 +141,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"latents": "encode-latents", "model": "train-stage-1"},
         parameters=("seed", "text", "model", "train_stage_2"),
         code=("components/tracking.py", "model/univigu"),
-        resources=Resources(gpus=8, cpu="32", memory="256Gi"),
+        resources=_TRAINING,
     ),
     Stage(
         "evaluate-model",

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from components.pipeline import runner, stages
+from components.pipeline.runner import Part
 from components.pipeline.stages import Stage
 from components.pipeline.tables import read_table
 from univigu.errors import (
     BadInputError,
     BusyError,
+    ConfigError,
     CorruptDataError,
     DiskFullError,
     GateFailedError,
@@ -27,7 +29,14 @@ from univigu.errors import (
 )
 
 PROFILE = {"double": {"factor": 2, "max_rejected_share": 0.5}, "source": "numbers.json"}
-FIRST = Stage("first", "steps_under_test:double", home="data/first", sources={"raw": "source"}, parameters=("double",))
+FIRST = Stage(
+    "first",
+    "steps_under_test:double",
+    home="data/first",
+    sources={"raw": "source"},
+    parameters=("double",),
+    sharded=True,
+)
 SECOND = Stage(
     "second",
     "steps_under_test:copy",
@@ -205,7 +214,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_output_absent(root, monkeypa
     assert not (root / "data/second").exists()
 
 
-def start(root, **env):
+def start(root, part=None, **env):
+    arguments = f"'first', {PROFILE!r}, root"
+    run = f"run_part({arguments}, runner.Part.parse({part!r}))" if part else f"run_stage({arguments})"
     code = f"""
         import sys
         sys.path.insert(0, {str(root)!r})
@@ -215,7 +226,7 @@ def start(root, **env):
         root = Path({str(root)!r})
         runner.SOURCE_ROOT = root
         stages.STAGES = ({FIRST!r},)
-        runner.run_stage("first", {PROFILE!r}, root)
+        runner.{run}
     """
     code = code.replace("resources=Resources", "resources=stages.Resources")
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **env})
@@ -309,3 +320,110 @@ def test_a_manifest_that_is_not_ours_is_damaged(root):
     (root / "data/first/manifest.json").write_text("[1, 2]")
     with pytest.raises(CorruptDataError, match="damaged"):
         run(root, "second")
+
+
+def test_parts_made_at_once_and_then_committed_give_the_bytes_of_one_run(root, tmp_path_factory):
+    (root / "numbers.json").write_text(json.dumps([*range(30), -1]))
+    processes = [start(root, f"{number}/3") for number in (1, 2, 3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert not (root / "data/first").exists()
+    assert sorted(made(root), key=int) == ["0", "4", "8", "12", "16", "20", "24", "28"]
+    run(root)
+    assert made(root) == []
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "numbers.json").write_text((root / "numbers.json").read_text())
+    run(whole)
+    assert snapshot(root / "data/first") == snapshot(whole / "data/first")
+
+
+def test_a_part_makes_every_nth_shard_and_a_second_time_none(root):
+    assert runner.run_part("first", PROFILE, root, Part(2, 2)) == {"made": 1, "kept": 0}
+    assert made(root) == ["4"]
+    assert runner.run_part("first", PROFILE, root, Part(2, 2)) == {"made": 0, "kept": 1}
+    run(root)
+    assert made(root) == ["0", "8"]
+    assert runner.run_part("first", PROFILE, root, Part(1, 2)) == {"made": 0, "kept": 2}
+    assert runner.run_part("first", PROFILE, root, Part(7, 8)) == {"made": 0, "kept": 0}
+    assert not (root / ".univigu/staging/first/shards").exists()
+
+
+def test_a_killed_part_leaves_its_finished_shards_to_whoever_comes_next(root):
+    process = start(root, "1/2", SLOW=str(root / "at"))
+    wait_for(root / "at", "8")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert made(root) == ["0"]
+    assert runner.run_part("first", PROFILE, root, Part(1, 2)) == {"made": 1, "kept": 1}
+    run(root)
+    assert {path.name for path in (root / "data/first/shards").iterdir()} == {"00000", "00001", "00002"}
+
+
+def test_parts_and_whole_runs_keep_out_of_each_others_way(root):
+    process = start(root, "1/2", SLOW=str(root / "at"))
+    wait_for(root / "at", "0")
+    with pytest.raises(BusyError, match="'first' is under way"):
+        run(root)
+    with pytest.raises(BusyError, match="shard 00000 of 'first' is under way"):
+        runner.run_part("first", PROFILE, root, Part(1, 4))
+    assert runner.run_part("first", PROFILE, root, Part(2, 2)) == {"made": 1, "kept": 0}
+    assert process.wait() == 0
+    made(root)
+    run(root)
+    assert made(root) == []
+
+
+def test_no_part_is_made_while_the_whole_step_runs(root):
+    process = start(root, SLOW=str(root / "at"))
+    wait_for(root / "at", "0")
+    with pytest.raises(BusyError, match="'first' is under way"):
+        runner.run_part("first", PROFILE, root, Part(1, 2))
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "a/b", "1/2/3", "-1/2", "1.5/2"])
+def test_what_is_no_part_is_refused(text):
+    with pytest.raises(ConfigError, match="write 2/8"):
+        Part.parse(text)
+
+
+def test_a_step_without_shards_has_no_parts(root):
+    with pytest.raises(ConfigError, match="'second' doesn't work in shards"):
+        runner.run_part("second", PROFILE, root, Part(1, 2))
+
+
+def test_a_step_is_finished_until_its_inputs_parameters_code_or_bytes_change(root):
+    assert runner.finished("first", PROFILE, root) is None
+    manifest = run(root)
+    assert runner.finished("first", PROFILE, root) == manifest
+    assert runner.finished("first", {**PROFILE, "double": {"factor": 3}}, root) is None
+    numbers = (root / "numbers.json").read_text()
+    (root / "numbers.json").write_text("[1]")
+    assert runner.finished("first", PROFILE, root) is None
+    (root / "numbers.json").write_text(numbers)
+    assert runner.finished("first", PROFILE, root) == manifest
+    with (root / "steps_under_test.py").open("a") as file:
+        file.write("# changed\n")
+    assert runner.finished("first", PROFILE, root) is None
+    run(root)
+    (root / "data/first/shards/00001/data.bin").write_bytes(b"damaged")
+    assert runner.finished("first", PROFILE, root) is None
+
+
+def test_a_step_whose_input_is_damaged_is_not_called_finished(root):
+    run(root)
+    run(root, "second")
+    (root / "data/first/captions.parquet").write_bytes(b"damaged")
+    with pytest.raises(CorruptDataError, match="SHA-256"):
+        runner.finished("second", PROFILE, root)
+
+
+def test_a_recipe_holds_what_decides_a_steps_output_from_the_start_and_nothing_else(root):
+    before = runner.recipes(PROFILE, root)
+    assert set(before) == {"first", "second"}
+    run(root)
+    assert runner.recipes({**PROFILE, "unrelated": 1}, root) == before
+    (root / "numbers.json").write_text("[1]")
+    changed = runner.recipes(PROFILE, root)
+    assert all(changed[name] != before[name] for name in before)
+    (root / "numbers.json").unlink()
+    assert runner.recipes(PROFILE, root)["first"] not in (before["first"], changed["first"])

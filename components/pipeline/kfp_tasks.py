@@ -1,0 +1,295 @@
+"""What each task of the Kubeflow pipeline does; `kfp_pipeline.py` says how the tasks hang together.
+
+A task works below a work root that all of them share (a volume in a cluster, a folder under `kfp.local`). A step is run
+by the same command that people use, `univigu run STEP`, so its promises, its messages and its exit codes are the same.
+What a task hands on is the digest of the output that it left: data stay below the work root. Each line that a task
+prints begins with its name.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from univigu.errors import (
+    BadInputError,
+    ConfigError,
+    DiskFullError,
+    MissingInputError,
+    UniViGUError,
+)
+
+BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob that it starts
+MAX_PARTS = 1000
+NOTIFY_URL = "UNIVIGU_NOTIFY_URL"
+RUN_ID = "UNIVIGU_RUN_ID"
+
+
+def check_prerequisites(
+    profile: str, root: str, parts: int, train_backend: str, required_env: Sequence[str], free_gib: float
+) -> list[str]:
+    """Fail in one sentence for whatever would fail later, on a node with GPUs; returns the parts of a sharded step.
+
+    Checked are the parameters, the work root, the profile's sources, the environment, the disk, and MLflow's tracking
+    server and model registry if MLFLOW_TRACKING_URI names them.
+    """
+    with _failing_as_a_task("check-prerequisites", root):
+        if not 1 <= parts <= MAX_PARTS:
+            raise ConfigError(f"A step can't be split in {parts} parts; give 'parts' a number from 1 to {MAX_PARTS}.")
+        if train_backend not in BACKENDS:
+            raise ConfigError(f"There is no train_backend '{train_backend}'; choose one of {', '.join(BACKENDS)}.")
+        _check_sources(profile, Path(root))
+        if missing := [name for name in required_env if not os.environ.get(name)]:
+            raise MissingInputError(
+                f"The environment lacks {', '.join(missing)}; put them into a Secret that the pods get, "
+                "or take them out of 'required_env'."
+            )
+        _check_disk(Path(root), free_gib)
+        _check_tracking(Path(root))
+    _say("check-prerequisites", f"all prerequisites are there; a step in shards is made in {parts} parts")
+    return [f"{number}/{parts}" for number in range(1, parts + 1)]
+
+
+def cache_keys(profile: str, root: str) -> dict[str, str]:
+    """For each step a key that is the same as the last time only if its output would be, and still lies below the root.
+
+    An orchestrator that keeps results by the inputs of a task would otherwise skip a step whose output has been
+    replaced or wiped since.
+    """
+    from components.pipeline.profiles import load_profile
+    from components.pipeline.runner import recipes
+
+    with _failing_as_a_task("cache-keys", root):
+        known = recipes(load_profile(profile), Path(root).resolve())
+        keys = {}
+        for step, recipe in known.items():
+            kept = _read(_note(root, step))
+            still_there = kept.get("digest") is not None and kept["digest"] == _committed(step, root)
+            same = kept.get("cache_key", "").startswith(f"{recipe}.")
+            keys[step] = kept["cache_key"] if same and still_there else f"{recipe}.{uuid4().hex}"
+    return keys
+
+
+def run_step(
+    step: str,
+    profile: str,
+    root: str,
+    cache_key: str,
+    declared: Mapping[str, Sequence[str]],
+    part: str = "",
+    backend: str = "pod",
+    gpus: int = 1,
+) -> str:
+    """Run a step, or one part of it, unless it is finished; returns the digest of its output ("" for a part).
+
+    `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused.
+    """
+    from components.pipeline.profiles import load_profile
+    from components.pipeline.runner import Part, finished
+
+    with _failing_as_a_task(step, root):
+        if declared != declaration(step):
+            raise ConfigError(
+                f"The pipeline was compiled for another version of '{step}' than the image has; "
+                "run `univigu pipeline compile` with the image's version, and submit that."
+            )
+        if manifest := finished(step, load_profile(profile), Path(root)):
+            _say(step, "finished before, with the same inputs, parameters and code")
+        else:
+            whole = not part or Part.parse(part).of == 1  # one part of one has nothing to leave to another task
+            _call(step, root, command(step, profile, root, "" if whole else part, backend, gpus), part)
+            if not whole:
+                return ""
+            manifest = {"digest": _committed(step, root)}
+        if not part:
+            _write(_note(root, step), {"cache_key": cache_key, "digest": manifest["digest"]})
+    return str(manifest["digest"])
+
+
+def declaration(step: str) -> dict[str, list[str]]:
+    """What the table says of a step, and a compiled pipeline repeats."""
+    from components.pipeline.stages import find_stage
+
+    stage = find_stage(step)
+    return {"inputs": sorted(set(stage.inputs.values())), "parameters": [*stage.sources.values(), *stage.parameters]}
+
+
+def command(step: str, profile: str, root: str, part: str, backend: str, gpus: int) -> list[str]:
+    """The command that runs a step: the one that people use, under torchrun if it has several GPUs to itself."""
+    module = ["-m", "components.pipeline.cli"]
+    where = ["--profile", profile, "--root", root]
+    if backend == "trainjob":
+        return [sys.executable, *module, "train-job", step, *where]
+    if gpus > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        return [sys.executable, *launcher, *module, "run", step, *where]
+    return [sys.executable, *module, "run", step, *where, *(["--part", part] if part else [])]
+
+
+def notify(pipeline: str, root: str, state: str, message: str) -> None:
+    """Say how a run ended, as JSON to the address in UNIVIGU_NOTIFY_URL; without one, on standard output only.
+
+    The address is a secret: it is in no message. A receiver that doesn't answer is said, and fails nothing.
+    """
+    failure = last_failure(root)
+    report = {
+        "pipeline": pipeline,
+        "run_id": _run_id(),
+        "state": state,
+        "failed_step": failure.get("step"),
+        "exit_code": failure.get("exit_code"),
+        "message": failure.get("message") or message or None,
+    }
+    _say("notify", json.dumps(report, ensure_ascii=False))
+    url = os.environ.get(NOTIFY_URL, "")
+    if not url:
+        return
+    if not url.startswith(("http://", "https://")):
+        _say("notify", f"nobody was notified: {NOTIFY_URL} holds no http or https address")
+        return
+    request = urllib.request.Request(
+        url, json.dumps(report).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            _say("notify", "the receiver was notified")
+    except (OSError, ValueError) as error:
+        told = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        _say("notify", f"nobody was notified: the receiver failed ({told})")
+
+
+def last_failure(root: str) -> dict[str, Any]:
+    """The step, exit code and message of the task that failed in the present run, or nothing."""
+    failure = _read(_note(root, "failure"))
+    return failure if failure.get("run_id") == _run_id() else {}
+
+
+# --- what is checked before anything is computed ---------------------------------------------------------------------
+
+
+def _check_sources(profile: str, root: Path) -> None:
+    from components.pipeline.profiles import load_profile
+    from components.pipeline.runner import inside
+    from components.pipeline.stages import STAGES
+
+    if not root.is_dir():
+        raise MissingInputError(f"There is no work root {root}; mount the volume there, or give another 'root'.")
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise BadInputError(f"The work root {root} can't be written to; mend its owner, or give another 'root'.")
+    values = load_profile(profile)
+    for key in sorted({key for stage in STAGES for key in stage.sources.values()}):
+        if not inside(root, values[key]).exists():
+            raise MissingInputError(
+                f"There is no {values[key]} below {root}, which the profile names as '{key}'; copy it there."
+            )
+
+
+def _check_disk(root: Path, free_gib: float) -> None:
+    import shutil
+
+    free = shutil.disk_usage(root).free / 2**30
+    if free < free_gib:
+        raise DiskFullError(
+            f"Only {free:.1f} GiB are free below {root}, and 'free_gib' asks for {free_gib:g}; make room."
+        )
+
+
+def _check_tracking(root: Path) -> None:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return
+    from components.tracking import open_tracking, tracking_uri
+    from univigu.registry import in_a_hurry, store_error
+
+    open_tracking(root)
+    import mlflow
+
+    try:
+        with in_a_hurry():
+            mlflow.MlflowClient().search_registered_models(max_results=1)
+    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
+        raise store_error(error, tracking_uri(root)) from error
+
+
+# --- running a command, and saying why it failed ---------------------------------------------------------------------
+
+
+def _say(task: str, line: str) -> None:
+    print(f"{task} | {line.rstrip()}", flush=True)
+
+
+def _call(step: str, root: str, arguments: Sequence[str], part: str = "") -> None:
+    """Run a command, passing on a request to stop; exits as it does where it fails."""
+    said = ""
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            for line in process.stdout or ():
+                _say(f"{step} {part}".strip(), line)
+                said = line.removeprefix("univigu: ").strip() if line.startswith("univigu: ") else said
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if process.returncode:
+        code = process.returncode if process.returncode > 0 else 128 - process.returncode
+        _exit(step, root, code, said or f"'{step}' ended with exit code {code}; its log says why.")
+
+
+@contextmanager
+def _failing_as_a_task(step: str, root: str) -> Iterator[None]:
+    """Turn an expected failure into one sentence, a note for whoever notifies, and the exit code."""
+    try:
+        yield
+    except UniViGUError as error:
+        _say(step, f"univigu: {error}")
+        _exit(step, root, error.exit_code, str(error))
+
+
+def _exit(step: str, root: str, code: int, message: str) -> None:
+    note = {"run_id": _run_id(), "step": step, "exit_code": code, "message": message}
+    try:
+        _write(_note(root, "failure"), note)
+    except OSError as error:
+        _say(step, f"the failure could not be noted below {root} ({error.strerror})")
+    sys.exit(code)
+
+
+def _run_id() -> str:
+    return os.environ.get(RUN_ID, "")
+
+
+def _committed(step: str, root: str) -> str | None:
+    """The digest in the manifest that lies in a step's place, or None."""
+    from components.pipeline.runner import MANIFEST
+    from components.pipeline.stages import find_stage
+
+    return _read(Path(root) / find_stage(step).home / MANIFEST).get("digest")
+
+
+def _note(root: str, name: str) -> Path:
+    from components.pipeline.runner import STATE
+
+    return Path(root) / STATE / "kfp" / f"{name}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    from components.pipeline.runner import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
