@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components import prompt_filters as filters
+from components.pipeline.digests import file_digest
 from components.pipeline.runner import Step
 from components.tokens import load_tokenizer, token_ids
 from univigu.errors import ConfigError, GateFailedError, MissingInputError
@@ -80,7 +81,10 @@ def curate_prompts(step: Step) -> None:
             f"None of the {step.rows_in} raw prompts in {step.inputs['raw']} is usable; add prompts, or widen the "
             "profile's 'curate_prompts'."
         )
-    step.facts["repaired"] = repaired
+    step.facts |= {
+        "repaired": repaired,
+        "sources": {file.name: file_digest(file) for file in raw_files(step.inputs["raw"])},
+    }
     step.write("prompts", kept)
 
 
@@ -90,16 +94,21 @@ def curate_prompts(step: Step) -> None:
 def read_rows(path: Path) -> Iterator[Row]:
     """Every row of a JSONL file, or of all JSONL files in a folder, by name; blank lines are no rows.
 
-    A line that is not a JSON object comes out with its text as `raw`. Raises `MissingInputError` without any file.
+    A line that is not a JSON object comes out with its text as `raw`. Raises as `raw_files` does.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise MissingInputError(f"There is no *.jsonl file in {path}; put prompts there, one JSON object a line.")
-    for file in files:
+    for file in raw_files(path):
         with file.open("rb") as stream:
             for number, line in enumerate(_bounded_lines(stream), start=1):
                 if line.strip():
                     yield Row(f"{file.name}:{number}", _parse(line))
+
+
+def raw_files(path: Path) -> list[Path]:
+    """A file, or the JSONL files of a folder by name; raises `MissingInputError` without any."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise MissingInputError(f"There is no *.jsonl file in {path}; put prompts there, one JSON object a line.")
+    return files
 
 
 def _bounded_lines(stream: Any) -> Iterator[bytes]:

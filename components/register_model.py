@@ -1,39 +1,34 @@
 """Register the evaluated model in MLflow, with a card made of its run's own facts and tags that lead back to the data.
 
-The same model from the same library code, with the same evaluation, is registered once, however often the step runs. A
-version always gets the alias `candidate`; it gets `champion` where nobody holds it, or where it beats the holder on
-the same held-out items.
+The same model from the same library code, with the same evaluation, is registered once, however often the step runs; a
+version that has lost its files gets them back. A version always gets the alias `candidate`. Whether it is champion is
+decided once, when it is new, and by `components.promotion`, as it would be by hand; where the profile's
+`register_model.promotion` is `manual`, that is left to a person or an orchestrator.
 """
 
 import json
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from components import ledger, promotion
 from components.pipeline.digests import json_digest, tree_digest
 from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step, write_json
 from components.pipeline.stages import find_stage
-from components.pipeline.tables import read_table
-from univigu.errors import BadInputError
+from components.promotion import Evaluation, read_evaluation
+from univigu.errors import BadInputError, ConfigError
 
 PIPELINE = "model"  # the pipeline's folder inside the training step's output
 CARD = "model_card.md.j2"
+PROMPT_SOURCES = "prompts.json"
 EVIDENCE = ("metrics.json", "items.parquet")  # of the evaluation, what a version carries
+DECISION_TAG = "univigu.decision"
+PROMOTIONS = ("automatic", "manual")
 
 Manifests = Mapping[str, Mapping[str, Any]]  # by the step's input name
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured: figures by their dotted names, and the scored items by what was asked of the model."""
-
-    scores: Mapping[str, Mapping[str, float]]
-    items: Mapping[str, Mapping[str, Any]]
-    digest: str  # of what was asked, whatever the model answered
 
 
 def register_model(step: Step) -> None:
@@ -41,7 +36,13 @@ def register_model(step: Step) -> None:
     from components.tracking import flatten, open_tracking
     from univigu import registry
 
-    name, metric = step["register_model"]["name"], step["register_model"]["champion_metric"]
+    settings = step["register_model"]
+    name, metric = settings["name"], settings["champion_metric"]
+    if settings["promotion"] not in PROMOTIONS:
+        raise ConfigError(
+            f"The profile's register_model.promotion is '{settings['promotion']}'; choose one of "
+            f"{', '.join(PROMOTIONS)}."
+        )
     manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}
     lineage = trace_lineage(manifests)
     evaluation = read_evaluation(step.inputs["evaluation"])
@@ -59,32 +60,37 @@ def register_model(step: Step) -> None:
     runs = _training_runs(step.root, manifests["model"])
     commit = _git_commit(SOURCE_ROOT)
     facts = lineage_tags(manifests, lineage, evaluation, runs, commit)
+    card = render_card(step, name, manifests, lineage, evaluation, identity, runs, commit)
+    evidence = {
+        "evaluation": _copy_evaluation(step.inputs["evaluation"], step.scratch),
+        "lineage": _copy_lineage(step, manifests),
+    }
     version = registry.version_with(name, identity)
     if version is None:
-        card = render_card(step, name, manifests, lineage, evaluation, identity, runs, commit)
+        score = evaluation.scores[metric]
         version = registry.register_version(
             step.inputs["model"] / PIPELINE,
             name,
             experiment_id=experiment,
             card=card,
-            evidence={
-                "evaluation": _copy_evaluation(step.inputs["evaluation"], step.scratch),
-                "lineage": _copy_manifests(step, manifests),
+            evidence=evidence,
+            tags={
+                **identity,
+                **facts,
+                promotion.METRIC_TAG: metric,
+                "univigu.score": f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})",
             },
-            tags={**identity, **facts},
             parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in manifests.values()}),
             metrics={score: values["value"] for score, values in evaluation.scores.items()},
             scratch=step.scratch,
         )
-    registry.set_alias(name, registry.CANDIDATE, version)
-    champion = registry.version_at(name, registry.CHAMPION)
-    if champion is not None and champion.version == version.version:
-        decision = version.tags.get("univigu.decision", "champion, as it was before")
-    else:
-        promoted, decision = decide(metric, evaluation, champion and _evaluation_of(champion), champion)
-        registry.set_tags(version, {"univigu.decision": decision})
-        if promoted:
-            registry.set_alias(name, registry.CHAMPION, version)
+    elif not registry.has_files(version):
+        registry.restore_files(version, step.inputs["model"] / PIPELINE, card, evidence, step.scratch)
+    registry.set_alias(name, registry.CANDIDATE, version.version)
+    decision = version.tags.get(DECISION_TAG)
+    if decision is None:  # once a version: running the step again must not undo a rollback
+        decision = _decide(name, version.version, settings["promotion"], step.root)
+        registry.set_tags(version, {DECISION_TAG: decision})
     step.rows_in = step.rows_out = 1
     registration = {
         "name": name,
@@ -97,79 +103,13 @@ def register_model(step: Step) -> None:
     write_json(step.out / "registration.json", registration)
 
 
-# --- who is champion -------------------------------------------------------------------------------------------------
-
-
-def decide(metric: str, challenger: Evaluation, champion: Evaluation | None, holder: Any = None) -> tuple[bool, str]:
-    """Whether the challenger becomes champion, and why, in words that say the figures.
-
-    Only what was measured on the same items is compared: where the champion was measured on a part of the challenger's
-    items, it is that part. `holder` is the champion's version (None: nobody holds the alias).
-    """
-    if holder is None:
-        return True, f"champion, the first one ({metric} {challenger.scores[metric]['value']:.3f})"
-    ours, theirs, count = None, None, 0
-    if champion is not None and metric in champion.scores:
-        theirs, count = champion.scores[metric]["value"], champion.scores[metric]["n"]
-        if champion.digest == challenger.digest:
-            ours = challenger.scores[metric]["value"]
-        else:
-            ours = score_on(metric, challenger, champion)
-    if ours is None:
-        return False, (
-            f"candidate, as the champion, version {holder.version}, was not measured on the same held-out items; "
-            f"compare them yourself and move the alias if it deserves it"
-        )
-    figures = f"{metric} {ours:.3f} against version {holder.version}'s {theirs:.3f} on the same {count} items"
-    return (True, f"champion, with {figures}") if ours > theirs else (False, f"candidate, with {figures}")
-
-
-def score_on(metric: str, challenger: Evaluation, champion: Evaluation) -> float | None:
-    """The challenger's `metric` on the champion's items alone; None where it was not measured on all of them."""
-    from components.evaluate_model import summarise_rows
-
-    if not champion.items.keys() <= challenger.items.keys():
-        return None
-    scores = dict(_scores(summarise_rows([challenger.items[asked] for asked in champion.items], seed=0)))
-    return scores[metric]["value"] if metric in scores else None
-
-
-def read_evaluation(folder: Path) -> Evaluation:
-    """What `evaluate-model` left: ``metrics.json`` and ``items.parquet``.
-
-    Captions in other numbers of steps than the model's own are no part of the comparison.
-    """
-    from components.evaluate_model import STEPS_TASK
-
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    rows = [row for row in read_table(folder, "items").to_pylist() if not STEPS_TASK.fullmatch(row["task"])]
-    items = {_question(row): row for row in rows}
-    return Evaluation(scores=dict(_scores(metrics)), items=items, digest=json_digest(sorted(items)))
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    """A digest of what was asked; the truth about a clip that the model made itself is no part of that."""
-    asked = [row["task"], row["clip_id"], row["prompt"], row["open_attributes"]]
-    return json_digest([*asked, None if row["open_attributes"] else row["truth"]])
-
-
-def _scores(metrics: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, float]]]:
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            if {"value", "low", "high", "n"} <= value.keys():
-                yield f"{path}{key}", value
-            else:
-                yield from _scores(value, f"{path}{key}.")
-
-
-def _evaluation_of(version: Any) -> Evaluation | None:
-    """The evaluation that travels with a registered version; None where it has none that can be read."""
-    from univigu import registry
-
-    try:
-        return read_evaluation(registry.artifact(f"models:/{version.name}/{version.version}", "evaluation"))
-    except (BadInputError, OSError, ValueError):
-        return None
+def _decide(name: str, version: str, how: str, root: Path) -> str:
+    """Whether the new version becomes champion, in words."""
+    if how == "manual":
+        return "candidate, as promotion is manual"
+    entry = promotion.offer(name, version, "register-model offers each new version", root=root)
+    state = "candidate" if entry.outcome == ledger.REFUSED else "champion"
+    return f"{state}, {'with' if entry.scores else 'as'} {entry.reason}"
 
 
 # --- where it came from ----------------------------------------------------------------------------------------------
@@ -276,11 +216,13 @@ def _copy_evaluation(folder: Path, scratch: Path) -> Path:
     return target
 
 
-def _copy_manifests(step: Step, manifests: Manifests) -> Path:
+def _copy_lineage(step: Step, manifests: Manifests) -> Path:
+    """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
     target = step.scratch / "lineage"
     target.mkdir(exist_ok=True)
     for source, manifest in manifests.items():
         shutil.copy(step.inputs[source] / MANIFEST, target / f"{manifest['step']}.json")
+    write_json(target / PROMPT_SOURCES, _sources(step))
     return target
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from univigu.errors import PreemptedError
+from univigu.errors import ConfigError, MissingInputError, PreemptedError, UniViGUError
 from univigu.registry import in_a_hurry, store_error
 
 EXPERIMENT = "uni-vigu"
@@ -26,11 +26,26 @@ def tracking_uri(root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
+def existing_store(root: Path) -> str:
+    """`tracking_uri`, where reading makes sense: raises `MissingInputError` where nothing was ever tracked.
+
+    MLflow would make an empty database and find nothing in it.
+    """
+    uri = tracking_uri(root)
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (root / "mlflow.db").is_file():
+        raise MissingInputError(
+            f"No model is registered below {root.resolve()}, which has no mlflow.db; run `make demo` there, or "
+            f"`univigu run register-model` if a model is trained, or give another --root, or set MLFLOW_TRACKING_URI."
+        )
+    return uri
+
+
 def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     """Point MLflow at the store of the work root, and return the id of `experiment`, which is made if need be.
 
     MLflow calls nobody and unpickles nothing from here on. In a store below the root, artifacts lie in ``mlruns``.
-    Raises `TransientError` where the store can't be reached, and `CorruptDataError` where its database is damaged.
+    Raises `TransientError` where the store can't be reached, `CorruptDataError` where its database is damaged, and
+    `ConfigError` where somebody deleted the experiment.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -47,10 +62,22 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
         with in_a_hurry():
             client = mlflow.MlflowClient()
             found = client.get_experiment_by_name(experiment)
-            if found is not None:
-                return found.experiment_id
-            location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-            return client.create_experiment(experiment, artifact_location=location)
+            if found is None:
+                location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
+                try:
+                    return client.create_experiment(experiment, artifact_location=location)
+                except mlflow.exceptions.MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                found = client.get_experiment_by_name(experiment)  # another process made it meanwhile
+            if found.lifecycle_stage != "active":
+                raise ConfigError(
+                    f"The experiment '{experiment}' in {uri} is deleted; bring it back with "
+                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
+                )
+            return found.experiment_id
+    except UniViGUError:
+        raise
     except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
         raise store_error(error, uri) from error
 

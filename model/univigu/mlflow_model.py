@@ -34,11 +34,13 @@ class UniViGUModel(PythonModel):
         if task not in tasks:
             raise BadInputError(f"There is no task '{task}'; choose one of {', '.join(tasks)}.")
         settings = {
-            # 0 steps and a negative guidance stand for the model's own: MLflow's parameters can't be left open
+            # 0 steps and negative numbers stand for the model's own: MLflow's parameters can't be left open
             "num_inference_steps": params.get("steps") or None,
-            "guidance_scale": params["guidance"] if params.get("guidance", -1.0) >= 0 else None,
+            "guidance_scale": _unless_negative(params.get("guidance", -1.0)),
             "seed": int(params.get("seed", 0)),
         }
+        if task != "generate":  # which writes no words
+            settings["temperature"] = _unless_negative(params.get("temperature", -1.0))
         return pd.DataFrame(tasks[task](model_input, settings), index=model_input.index)
 
     def _caption(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
@@ -60,6 +62,10 @@ class UniViGUModel(PythonModel):
         from univigu.video import encode_mp4
 
         return base64.b64encode(encode_mp4(frames, self.pipeline.config.fps, "yuv420p")).decode("ascii")
+
+
+def _unless_negative(value: float) -> float | None:
+    return value if value >= 0 else None
 
 
 def _column(rows: pd.DataFrame, name: str, task: str) -> list[str]:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from univigu.pipeline import UniViGUPipeline
 
 NAME = "uni-vigu"
-CHAMPION = "champion"
-CANDIDATE = "candidate"
+CHAMPION = "champion"  # what is used
+CANDIDATE = "candidate"  # what was registered last
+PREVIOUS = "previous"  # who was champion before, for a rollback
 # What inference imports; a version pins them at what it was made with.
 REQUIREMENTS = (
     "mlflow",
@@ -109,6 +110,53 @@ def version_with(name: str, tags: Mapping[str, str], tracking_uri: Uri = None) -
         return max(found, key=lambda version: int(version.version), default=None)
 
 
+def versions(name: str, tracking_uri: Uri = None) -> "list[ModelVersion]":
+    """Every version of `name` with its aliases, the newest first."""
+    with _store(tracking_uri):
+        from mlflow import MlflowClient
+
+        client, found, page = MlflowClient(), [], None
+        while page is None or page:
+            listed = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=page)
+            found += listed
+            page = listed.token or ""
+        aliases: dict[str, list[str]] = {}
+        for alias, version in (client.get_registered_model(name).aliases if found else {}).items():
+            aliases.setdefault(str(version), []).append(alias)
+        for version in found:
+            version.aliases = sorted(aliases.get(str(version.version), []))  # a search leaves them out
+        return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def find_version(name: str, version: int | str, tracking_uri: Uri = None) -> "ModelVersion":
+    """The version of `name` with that number or alias; raises `MissingInputError` with those there are."""
+    wanted = str(version)
+    found = versions(name, tracking_uri)
+    for one in found:
+        if wanted == str(one.version) or wanted in one.aliases:
+            return one
+    if not found:
+        raise MissingInputError(
+            f"No model is registered as '{name}'; register one that is trained (`univigu run register-model`)."
+        )
+    named = ", ".join(" ".join([str(one.version), *one.aliases]) for one in found[:10])
+    raise MissingInputError(f"'{name}' has no version or alias '{version}'; there are {named}.")
+
+
+def has_files(version: "ModelVersion", tracking_uri: Uri = None) -> bool:
+    """Whether the version's files still lie where it says; the registry's database outlives a lost folder of them."""
+    with _store(tracking_uri) as store:
+        from mlflow import artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(artifacts.list_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
+        except (MlflowException, OSError) as error:
+            if getattr(error, "error_code", None) == _UNKNOWN[0]:
+                return False
+            raise store_error(error, store) from error
+
+
 def register_version(
     pipeline: Path,
     name: str,
@@ -128,41 +176,64 @@ def register_version(
     their names, for `artifact`. tags: on the version and on the run. parameters, metrics: on the run.
     scratch: a folder for temporary files; on the pipeline's own disk it saves a copy.
     """
-    with _store(tracking_uri), tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with _store(tracking_uri):
         import mlflow
 
+        with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
+            mlflow.log_params(dict(parameters))
+            mlflow.log_metrics(dict(metrics))
+            source = _log_files(pipeline, card, evidence, scratch, name="model")
+            client = mlflow.MlflowClient()
+            _ensure_name(client, name)
+            return client.create_model_version(
+                name, source=source, run_id=run.info.run_id, tags=dict(tags), description=shorten(card)
+            )
+
+
+def restore_files(
+    version: "ModelVersion",
+    pipeline: Path,
+    card: str,
+    evidence: Mapping[str, Path],
+    scratch: Path | None = None,
+    tracking_uri: Uri = None,
+) -> None:
+    """Put back the files of a version that lost them (see `has_files`); its number, aliases and tags stay."""
+    with _store(tracking_uri):
+        _log_files(pipeline, card, evidence, scratch, model_id=version.source.rpartition("/")[2])
+
+
+def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], scratch: Path | None, **where: str) -> str:
+    """Log the model from code with everything that travels with it; returns its address.
+
+    where: the ``name`` of a new model in the run under way, or the ``model_id`` of one that is there.
+    """
+    import mlflow
+
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # hints for a signature, which is given
         readme = Path(folder) / "README.md"
         readme.write_text(card, encoding="utf-8")
         contents = {"card": readme}
         for title, source in {**evidence, "pipeline": pipeline}.items():
             contents[title] = Path(folder) / title  # its name inside the version is the last part of this path
             shutil.copytree(source, contents[title], copy_function=_link_or_copy)
-        with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
-            mlflow.log_params(dict(parameters))
-            mlflow.log_metrics(dict(metrics))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # hints for a signature, which is given
-                info = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                    code_paths=[str(Path(__file__).parent)],
-                    artifacts={title: str(path) for title, path in contents.items()},
-                    pip_requirements=requirements(),
-                    signature=signature(),
-                )
-            client = mlflow.MlflowClient()
-            _ensure_name(client, name)
-            return client.create_model_version(
-                name, source=info.model_uri, run_id=run.info.run_id, tags=dict(tags), description=shorten(card)
-            )
+        return mlflow.pyfunc.log_model(
+            **where,
+            python_model=str(Path(__file__).with_name("mlflow_model.py")),
+            code_paths=[str(Path(__file__).parent)],
+            artifacts={title: str(path) for title, path in contents.items()},
+            pip_requirements=requirements(),
+            signature=signature(),
+        ).model_uri
 
 
-def set_alias(name: str, alias: str, version: "ModelVersion", tracking_uri: Uri = None) -> None:
-    """Point `alias` at this version, and at no other."""
+def set_alias(name: str, alias: str, version: int | str, tracking_uri: Uri = None) -> None:
+    """Point `alias` at this version of `name`, and at no other."""
     with _store(tracking_uri):
         from mlflow import MlflowClient
 
-        MlflowClient().set_registered_model_alias(name, alias, version.version)
+        MlflowClient().set_registered_model_alias(name, alias, str(version))
 
 
 def set_tags(version: "ModelVersion", tags: Mapping[str, str], tracking_uri: Uri = None) -> None:
@@ -180,7 +251,11 @@ def requirements() -> list[str]:
 
 
 def signature() -> "ModelSignature":
-    """Columns in and out, and params with their defaults (steps 0 and guidance -1: the model's own)."""
+    """Columns in and out, and params with their defaults.
+
+    0 steps, a guidance of -1 and a temperature of -1 stand for the model's own. The temperature is of the words, so it
+    counts in the tasks caption and joint.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -191,6 +266,7 @@ def signature() -> "ModelSignature":
         ParamSpec("task", "string", "caption"),
         ParamSpec("steps", "long", 0),
         ParamSpec("guidance", "double", -1.0),
+        ParamSpec("temperature", "double", -1.0),
         ParamSpec("seed", "long", 0),
     ]
     return ModelSignature(columns("video", "prompt"), columns("caption", "video"), ParamSchema(params))
@@ -273,7 +349,7 @@ def _store(tracking_uri: Uri):
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before, chosen = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     if tracking_uri is not None:
         mlflow.set_tracking_uri(tracking_uri)
     try:
@@ -282,3 +358,6 @@ def _store(tracking_uri: Uri):
     finally:
         if tracking_uri is not None:
             mlflow.set_tracking_uri(before)
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow notes the store there, as if the user had chosen it
+            if chosen is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = chosen

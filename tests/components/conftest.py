@@ -1,19 +1,25 @@
 """Work roots for steps under test: the random tiny base, a small profile, and committed outputs of earlier steps."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from components.digits import world
+from components.evaluate_model import summarise_rows
 from components.pipeline.digests import file_digest, tree_files
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import MANIFEST, run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
+from components.tracking import open_tracking, tracking_uri
 from components.videos import write_tar
+from univigu import registry
 from univigu.video import encode_mp4
 
 
@@ -125,3 +131,47 @@ def digits_root(tmp_path, tiny_wan_folder, profile):
     commit(root, "synthesize-videos", {"clips": rows}, write_shards)
     commit(root, "validate-clips", {"clips": rows})
     return root, rows, {row["id"]: one for row, one in zip(rows, attributes, strict=True)}
+
+
+class Versions:
+    """Registered versions that carry an evaluation and no model, which is all that a promotion looks at."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def add(self, name, right, items=range(40), tags=None):
+        """A version of `name` that captions items 0 to `right` rightly; returns its number."""
+        import mlflow
+
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [
+                {
+                    "task": task,
+                    "clip_id": f"heldout-{item:03d}",
+                    "truth": "{}",
+                    "correct": json.dumps({"colour": item < right, "digit": item < right // 2}),
+                    "open_attributes": ["colour"] if task.startswith("joint") else [],
+                }
+                for task in ("captions", "generation", "joint", "joint_shuffled")
+                for item in items
+            ]
+            write_table(Path(folder), "items", rows)
+            (Path(folder) / "metrics.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+            with mlflow.start_run(experiment_id=open_tracking(self.root)) as run:
+                mlflow.log_artifacts(folder, "model/artifacts/evaluation")
+        client = mlflow.MlflowClient()
+        with contextlib.suppress(mlflow.exceptions.MlflowException):
+            client.create_registered_model(name)
+        version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id, tags or {})
+        return int(version.version)
+
+    def aliases(self, name):
+        """Who is champion and who was before."""
+        found = (registry.version_at(name, alias, tracking_uri(self.root)) for alias in ("champion", "previous"))
+        return tuple(version and int(version.version) for version in found)
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory):
+    """A work root whose registry tests may fill with versions, each under a name of its own."""
+    return Versions(tmp_path_factory.mktemp("versions"))

@@ -1,4 +1,4 @@
-"""Shares and means with 95 % intervals, each as ``{"value", "low", "high", "n"}``.
+"""Shares, means and differences with 95 % intervals, each as ``{"value", "low", "high", "n"}``.
 
 A share over independent items has a Wilson interval (Wilson 1927), which stays inside [0, 1] and is honest near its
 ends. The mean over several claims about one clip has a bootstrap over clips, because claims about one clip are not
@@ -38,21 +38,49 @@ def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Scor
     `seed`. Where all claims are right (or all wrong) no resample differs, and the Wilson interval over items, which is
     wider, is given instead.
     """
+    scored, right = _claims(correct)
+    value = float((right.sum(0) / scored.sum(0)).mean())
+    if right.sum() in (0, scored.sum()):
+        return {**share(np.full(len(correct), right.sum() > 0)), "value": round(value, DIGITS)}
+    return _score(value, *_bootstrap(right, scored, seed), len(correct))
+
+
+def paired_difference(ours: Sequence[Mapping[str, bool]], theirs: Sequence[Mapping[str, bool]], seed: int = 0) -> Score:
+    """How much higher the `clustered_mean` of `ours` is than that of `theirs`, over the same items in the same order.
+
+    The interval is the paired bootstrap's (Efron and Tibshirani 1993, chapter 8): each resample draws items, and takes
+    both sides' claims about them, so what makes an item hard for both cancels out. Raises `BadInputError` where the two
+    are not about the same claims.
+    """
+    if [item.keys() for item in ours] != [item.keys() for item in theirs]:
+        raise BadInputError(
+            "Two lists of scored items differ in what was scored; compare evaluations of the same items."
+        )
+    scored, right = _claims(ours)
+    gain = right - _claims(theirs)[1]
+    value = float((gain.sum(0) / scored.sum(0)).mean())
+    return _score(value, *_bootstrap(gain, scored, seed), len(ours))
+
+
+def _claims(correct: Sequence[Mapping[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
+    """Which claims are scored, and which of them are right: 0 or 1, each (items, attributes)."""
     names = sorted({name for item in correct for name in item})
     if not names:
         raise BadInputError("A mean over no scored claims was asked for; evaluate at least one item of each task.")
-    scored = np.array([[name in item for name in names] for item in correct], dtype=np.float64)  # (items, attributes)
+    scored = np.array([[name in item for name in names] for item in correct], dtype=np.float64)
     right = np.array([[bool(item.get(name)) for name in names] for item in correct], dtype=np.float64)
-    value = float((right.sum(0) / scored.sum(0)).mean())
-    items = len(correct)
-    if right.sum() in (0, scored.sum()):
-        return {**share(np.full(items, right.sum() > 0)), "value": round(value, DIGITS)}
+    return scored, right
+
+
+def _bootstrap(points: np.ndarray, scored: np.ndarray, seed: int) -> tuple[float, float]:
+    """The percentile interval, over resampled items, of the mean over attributes of points a scored item."""
+    items = len(points)
     drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
     with np.errstate(invalid="ignore"):  # an attribute that a resample misses altogether has no share there
-        means = np.nanmean((drawn @ right) / (drawn @ scored), axis=1)
+        means = np.nanmean((drawn @ points) / (drawn @ scored), axis=1)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(means, [tail, 100 - tail])
-    return _score(value, low, high, items)
+    return float(low), float(high)
 
 
 def _score(value: float, low: float, high: float, n: int) -> Score:

@@ -1,0 +1,286 @@
+"""Promotion: better beyond doubt or not at all, a line for every decision, and never two at a time."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components import ledger, promotion
+from components.tracking import tracking_uri
+from univigu import registry
+from univigu.errors import BadInputError, BusyError, GateFailedError, MissingInputError, TransientError
+
+REPO = Path(__file__).parents[2]
+
+
+def run_python(script, *arguments, env=None):
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": f"{REPO / 'model'}:{REPO}", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_promotion_says_who_when_why_from_to_and_by_what_scores(versions, monkeypatch):
+    monkeypatch.setenv("UNIVIGU_ACTOR", "ann@example.org")
+    for right in (10, 30):
+        versions.add("said", right)
+    promotion.promote("said", 1, "somebody has to", root=versions.root)
+    line = promotion.promote("said", 2, "it sees more", root=versions.root)
+    assert (line.who, line.why, line.action, line.outcome) == ("ann@example.org", "it sees more", "promote", "promoted")
+    assert (line.replaced, line.version, line.forced, line.metric) == (1, 2, False, "captions.mean")
+    # colours: 10 and 30 of 40, digits: 5 and 15 of 40
+    assert line.scores["champion"] == 0.1875
+    assert line.scores["challenger"] == 0.5625
+    assert line.scores["difference"] == 0.375
+    assert 0 < line.scores["difference_low"] < 0.375 < line.scores["difference_high"]
+    assert line.scores["items"] == 40
+    assert abs(time.time() - time.mktime(time.strptime(line.when, "%Y-%m-%dT%H:%M:%S+00:00")) + time.timezone) < 600
+    assert versions.aliases("said") == (2, 1)
+    assert promotion.history("said", root=versions.root)[0] == line
+
+
+def test_a_line_can_not_be_rewritten(versions):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    versions.add("written", 10)
+    line = promotion.promote("written", 1, "the first", root=versions.root)
+    with pytest.raises(MlflowException, match="already logged"):
+        MlflowClient(tracking_uri(versions.root)).log_param(line.id, "who", "somebody else")
+
+
+def test_only_a_version_that_is_better_beyond_doubt_is_promoted(versions):
+    for right in (20, 21, 12):
+        versions.add("doubt", right)
+    assert promotion.compare("doubt", 2, root=versions.root).better  # than nobody
+    promotion.promote("doubt", 1, "the first", root=versions.root)
+    comparison = promotion.compare("doubt", "2", root=versions.root)
+    assert comparison.scores["difference"]["value"] > 0
+    assert not comparison.better
+    assert comparison.reason.endswith("which may be chance")
+    for version, words in ((2, "may be chance"), (3, r"worse by 0.1\d\d \(")):
+        with pytest.raises(GateFailedError, match=words):
+            promotion.promote("doubt", version, "let us try", root=versions.root)
+    assert versions.aliases("doubt") == (1, None)
+    assert [line.outcome for line in promotion.history("doubt", root=versions.root)] == [
+        *["refused"] * 2,
+        "promoted",
+    ]
+    forced = promotion.promote("doubt", 3, "it is faster", force=True, root=versions.root)
+    assert (forced.forced, forced.outcome, forced.why) == (True, "promoted", "it is faster")
+    assert versions.aliases("doubt") == (3, 1)
+
+
+def test_a_champion_measured_on_fewer_items_is_met_on_those(versions):
+    versions.add("quick", 4, items=range(20))
+    versions.add("quick", 16)
+    versions.add("quick", 16, items=range(15))
+    versions.add("quick", 30, items=range(8))
+    promotion.promote("quick", 1, "the first", root=versions.root)
+    comparison = promotion.compare("quick", 2, root=versions.root)
+    assert (comparison.better, comparison.scores["challenger"]["value"], comparison.scores["difference"]["n"]) == (
+        True,
+        0.6,  # of the champion's 20 items; 0.3 of its own 40
+        20,
+    )
+    fewer = promotion.compare("quick", 3, root=versions.root)
+    assert (fewer.better, fewer.scores) == (False, {})
+    assert "not measured on the same held-out items" in fewer.reason
+    promotion.promote("quick", 4, "to see", force=True, root=versions.root)
+    assert "8 items in common" in promotion.compare("quick", 2, root=versions.root).reason
+
+
+def test_the_score_that_decides_is_the_one_that_the_version_was_registered_with(versions):
+    for right in (10, 30):
+        versions.add("metric", right, tags={promotion.METRIC_TAG: "joint.agreement"})
+    versions.add("metric", 30, tags={promotion.METRIC_TAG: "captions.colour"})
+    promotion.promote("metric", 1, "the first", root=versions.root)
+    assert promotion.compare("metric", 2, root=versions.root).scores["challenger"]["value"] == 0.5625
+    colour = promotion.compare("metric", 3, root=versions.root)
+    assert (colour.metric, colour.scores["challenger"]["value"]) == ("captions.colour", 0.75)
+
+
+def test_a_rollback_swaps_champion_and_previous(versions):
+    for right in (10, 30):
+        versions.add("back", right)
+    promotion.promote("back", 1, "the first", root=versions.root)
+    with pytest.raises(MissingInputError, match="no previous champion"):
+        promotion.rollback("back", "no reason", root=versions.root)
+    promotion.promote("back", "2", "better", root=versions.root)
+    line = promotion.rollback("back", "it swears", who="bob", root=versions.root)
+    assert (line.action, line.outcome, line.replaced, line.version, line.who) == (
+        "rollback",
+        "rolled back",
+        2,
+        1,
+        "bob",
+    )
+    assert line.scores["difference"] == -0.375
+    assert versions.aliases("back") == (1, 2)
+    promotion.rollback("back", "it did not", root=versions.root)
+    assert versions.aliases("back") == (2, 1)
+
+
+def test_a_version_without_files_never_becomes_champion(versions):
+    import shutil
+
+    for right in (10, 30):
+        versions.add("gone", right)
+    promotion.promote("gone", 1, "the first", root=versions.root)
+    store = tracking_uri(versions.root)
+    shutil.rmtree(registry.artifact("models:/gone/2", "evaluation", store).parents[1])
+    with pytest.raises(GateFailedError, match="the evaluation of version 2 can't be read"):
+        promotion.promote("gone", 2, "better", root=versions.root)
+    with pytest.raises(MissingInputError, match="files of version 2 of 'gone' are gone"):
+        promotion.promote("gone", 2, "better", force=True, root=versions.root)
+    assert versions.aliases("gone") == (1, None)
+    assert [line.outcome for line in promotion.history("gone", root=versions.root)] == ["failed", "refused", "promoted"]
+
+
+def test_what_makes_no_sense_is_refused_in_words(versions, tmp_path):
+    versions.add("sense", 10)
+    with pytest.raises(BadInputError, match="needs a reason"):
+        promotion.promote("sense", 1, " ", root=versions.root)
+    with pytest.raises(MissingInputError, match="no version or alias '7'; there are 1"):
+        promotion.promote("sense", 7, "why not", root=versions.root)
+    with pytest.raises(MissingInputError, match="No model is registered as 'nonsense'"):
+        promotion.compare("nonsense", 1, root=versions.root)
+    with pytest.raises(MissingInputError, match=r"no mlflow\.db"):
+        promotion.history("sense", root=tmp_path)
+    assert not (tmp_path / "mlflow.db").exists()
+    assert promotion.history("sense", root=versions.root) == []
+    promotion.promote("sense", 1, "the first", root=versions.root)
+    assert promotion.promote("sense", 1, "again", root=versions.root).outcome == "unchanged"
+
+
+def test_a_server_that_does_not_answer_is_said_and_changes_nothing(versions, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free.getsockname()[1]}")
+    for call in (
+        lambda: promotion.compare("any", 1, root=versions.root),
+        lambda: promotion.promote("any", 1, "why", root=versions.root),
+        lambda: promotion.rollback("any", "why", root=versions.root),
+        lambda: promotion.history("any", root=versions.root),
+    ):
+        with pytest.raises(TransientError, match="does not answer"):
+            call()
+
+
+def test_while_one_has_the_turn_others_wait_and_then_say_who_has_it(versions, monkeypatch):
+    versions.add("busy", 10)
+    with ledger.take_turn("busy", versions.root, action="promote", version=1, who="ann", why="slow"):
+        monkeypatch.setattr(ledger, "PATIENCE_S", 0.5)
+        with pytest.raises(BusyError, match="'promote version 1' by ann"):
+            promotion.promote("busy", 1, "mine", root=versions.root)
+    assert versions.aliases("busy") == (None, None)
+    assert promotion.promote("busy", 1, "now", root=versions.root).outcome == "promoted"
+
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from components import ledger
+from univigu import registry
+name, root = sys.argv[1], Path(sys.argv[2])
+with ledger.take_turn(name, root, action="promote", version=2, who="ann", why="better") as turn:
+    turn.write({"outcome": "promoted", "replaced": 1})
+    registry.set_alias(name, "champion", 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_promotion_left_is_completed_by_the_next(versions, monkeypatch):
+    for right in (10, 30):
+        versions.add("killed", right)
+    promotion.promote("killed", 1, "the first", root=versions.root)
+    killed = run_python(DIE, "killed", versions.root)
+    assert killed.wait(timeout=240) == -signal.SIGKILL, killed.stderr.read()
+    assert promotion.history("killed", root=versions.root)[0].outcome == "under way"
+    assert versions.aliases("killed") == (2, None)
+    monkeypatch.setattr(ledger, "LEASE_S", 0.0)
+    with pytest.raises(GateFailedError):
+        promotion.promote("killed", 1, "back to the first", root=versions.root)
+    lines = promotion.history("killed", root=versions.root)
+    assert [(line.version, line.outcome) for line in lines] == [(1, "refused"), (2, "promoted"), (1, "promoted")]
+    assert versions.aliases("killed") == (2, 1)
+
+
+def test_a_promotion_that_breaks_off_before_anything_moved_says_so(versions, monkeypatch):
+    versions.add("broken", 10)
+    with monkeypatch.context() as patch, pytest.raises(TransientError, match="nothing was changed"):
+        patch.setattr(ledger, "LEASE_S", -1.0)
+        promotion.promote("broken", 1, "the first", root=versions.root)
+    assert [line.outcome for line in promotion.history("broken", root=versions.root)] == ["failed"]
+    assert versions.aliases("broken") == (None, None)
+
+
+COMPETE = """
+import sys, time
+from pathlib import Path
+from components import promotion
+version, root, go = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+import mlflow
+go.with_name(f"ready-{version}").touch()
+while not go.exists():
+    time.sleep(0.01)
+for number in range(3):
+    promotion.promote("race", version, f"round {number}", force=True, root=root)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a real MLflow server with a registry of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'store.db'}", "--artifacts-destination", str(folder)]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_two_processes_that_promote_at_once_on_a_server_leave_one_story(server, versions, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    for right in (10, 20):
+        versions.add("race", right)
+    racers = [run_python(COMPETE, version, versions.root, tmp_path / "go") for version in (1, 2)]
+    while not all((tmp_path / f"ready-{version}").exists() for version in (1, 2)):
+        assert all(racer.poll() is None for racer in racers)
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    for racer in racers:
+        assert racer.wait(timeout=240) == 0, racer.stderr.read()
+    story = promotion.history("race", root=versions.root)[::-1]
+    assert sorted((line.version, line.why) for line in story) == [(v, f"round {n}") for v in (1, 2) for n in range(3)]
+    champion = previous = None
+    for line in story:
+        assert line.replaced == champion
+        assert line.outcome == ("unchanged" if line.version == champion else "promoted")
+        if line.version != champion:
+            champion, previous = line.version, champion
+    assert versions.aliases("race") == (champion, previous)
