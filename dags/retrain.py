@@ -69,11 +69,13 @@ def retrain():
     def begin(**context):
         """Where to run; nowhere for an event about a dataset that was trained before."""
         from components import retraining
+        from components.tracking import open_tracking
 
         params = context["params"]
         events = context["triggering_asset_events"]
         with clear_failures(context):
             root = work_root()
+            open_tracking(root)  # a registry that does not answer is told now, not after hours of training
             for event in events[DATASET][-1:] if DATASET in events else ():
                 digest = str(event.extra.get("digest"))
                 version = retraining.find_trained(root, params["profile"], digest)

@@ -1,5 +1,6 @@
 """All of Airflow, as `make airflow` starts it: from a call of its REST API to a promoted model, through crashes too."""
 
+import json
 import os
 import shutil
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -92,20 +94,26 @@ def champion(root):
     return found and int(found.version)
 
 
-def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root):
-    from components import promotion
-
-    run = ("retrain", trigger(airflow, profile="smoke"))
-    path = f"/api/v2/dags/retrain/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
+def answer(airflow, run, option):
+    """Wait until a run asks a person, and answer as that person; returns what it did when nobody would."""
+    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
 
     def asks():
         assert state(airflow, run) != "failed", tasks(airflow, run)
         return tasks(airflow, run)["approve"]["state"] in ("awaiting_input", "deferred")
 
     wait_for(asks)
+    default = airflow.call("GET", path)["defaults"]
+    airflow.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
+    return default
+
+
+def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root):
+    from components import promotion
+
+    run = ("retrain", trigger(airflow, profile="smoke"))
     assert champion(root) is None
-    assert airflow.call("GET", path)["defaults"] == ["Reject"]
-    airflow.call("PATCH", path, {"chosen_options": ["Approve"], "params_input": {}})
+    assert answer(airflow, run, "Approve") == ["Reject"]
     assert ended(airflow, run) == "success"
     assert champion(root) == 1
     line = promotion.history("uni-vigu", root=root)[0]
@@ -118,10 +126,26 @@ def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root
         print(f"{stage.name:<20} {overhead(root, done, stage):5.1f} s around the step")
 
 
+def test_a_model_that_a_person_rejects_is_not_promoted_and_finished_steps_are_not_run_again(airflow, root):
+    from mlflow import MlflowClient
+
+    from components import promotion
+    from components.tracking import tracking_uri
+
+    MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
+    run = ("retrain", trigger(airflow, profile="smoke"))
+    answer(airflow, run, "Reject")
+    assert ended(airflow, run) == "success"
+    assert champion(root) is None
+    done = tasks(airflow, run)
+    assert done["promote"]["state"] == "skipped"
+    assert "finished before" in log(airflow, run, "local.train-stage-2")
+    assert "'state': 'rejected'" in log(airflow, run, "notify")
+    promotion.promote("uni-vigu", 1, "for the tests that follow", root=root)
+
+
 def overhead(root, done, stage):
     """Seconds that a task took, from the moment when it could begin, beyond the step itself."""
-    import json
-    from datetime import datetime
 
     def at(task, key):
         return datetime.fromisoformat(done[task][key])
