@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 PROFILE ?= tiny
+PORT ?= 8080
 # Which build of torch: `cpu` (at first), a CUDA version such as `cu130`, or `auto` for what this machine's driver has.
 # Once installed, a build stays until another is asked for.
 TORCH ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
@@ -21,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke test lint format clean
+.PHONY: help install demo smoke airflow test lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -30,6 +31,7 @@ help: ## Show this help
 	@echo
 	@echo "  TORCH=cu130     a CUDA build of torch instead of the CPU's (also: TORCH=auto)"
 	@echo "  PROFILE=smoke   another profile for make demo: $(notdir $(basename $(wildcard components/profiles/*.yaml)))"
+	@echo "  PORT=8081       another port than 8080 for make airflow"
 	@echo "  PYTHON=...      another Python 3.11 interpreter than python3.11"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -50,6 +52,9 @@ demo: install ## The main job: prompts in, a trained and registered Uni-ViGU out
 
 smoke: ## The same way with next to no data and steps (two minutes)
 	@$(MAKE) --no-print-directory demo PROFILE=smoke
+
+airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
+	@python -m components.pipeline.airflow_server --port $(PORT)
 
 test: install ## All tests, lint and format included
 	pytest

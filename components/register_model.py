@@ -3,10 +3,12 @@
 The same model from the same library code, with the same evaluation, is registered once, however often the step runs; a
 version that has lost its files gets them back. A version always gets the alias `candidate`. Whether it is champion is
 decided once, when it is new, and by `components.promotion`, as it would be by hand; where the profile's
-`register_model.promotion` is `manual`, that is left to a person or an orchestrator.
+`register_model.promotion` is `manual`, that is left to a person or an orchestrator. An orchestrator that decides sets
+UNIVIGU_PROMOTION to `manual`, whatever the profile says.
 """
 
 import json
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -27,6 +29,7 @@ PROMPT_SOURCES = "prompts.json"
 EVIDENCE = ("metrics.json", "items.parquet")  # of the evaluation, what a version carries
 DECISION_TAG = "univigu.decision"
 PROMOTIONS = ("automatic", "manual")
+PROMOTION = "UNIVIGU_PROMOTION"
 
 Manifests = Mapping[str, Mapping[str, Any]]  # by the step's input name
 
@@ -38,11 +41,10 @@ def register_model(step: Step) -> None:
 
     settings = step["register_model"]
     name, metric = settings["name"], settings["champion_metric"]
-    if settings["promotion"] not in PROMOTIONS:
-        raise ConfigError(
-            f"The profile's register_model.promotion is '{settings['promotion']}'; choose one of "
-            f"{', '.join(PROMOTIONS)}."
-        )
+    how = os.environ.get(PROMOTION) or settings["promotion"]
+    if how not in PROMOTIONS:
+        where = PROMOTION if os.environ.get(PROMOTION) else "The profile's register_model.promotion"
+        raise ConfigError(f"{where} is '{how}'; choose one of {', '.join(PROMOTIONS)}.")
     manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}
     lineage = trace_lineage(manifests)
     evaluation = read_evaluation(step.inputs["evaluation"])
@@ -89,7 +91,7 @@ def register_model(step: Step) -> None:
     registry.set_alias(name, registry.CANDIDATE, version.version)
     decision = version.tags.get(DECISION_TAG)
     if decision is None:  # once a version: running the step again must not undo a rollback
-        decision = _decide(name, version.version, settings["promotion"], step.root)
+        decision = _decide(name, version.version, how, step.root)
         registry.set_tags(version, {DECISION_TAG: decision})
     step.rows_in = step.rows_out = 1
     registration = {

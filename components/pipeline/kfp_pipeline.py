@@ -73,10 +73,11 @@ def run_step(
     train_stage_1: str = "",
     train_stage_2: str = "",
     gpus: str = "1",
+    promotion: str = "",
 ) -> str:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared, gpus=int(gpus))
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, gpus=int(gpus), promotion=promotion)
 
 
 def run_trainjob(
@@ -132,6 +133,7 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         root: str = MOUNT,
         parts: int = 1,
         train_backend: str = "pod",
+        promotion: str = "",
         required_env: list = [],  # noqa: B006 (kfp reads the defaults, and nobody changes them)
         free_gib: float = 1.0,
         work_pvc: str = "univigu-work",
@@ -199,7 +201,9 @@ def make_pipeline(retries: int = RETRIES) -> Any:
                     here = place(tasks["run_step"](**about, gpus=training_gpus), stage, "training")
                     here.set_display_name(stage.name)
                 return dsl.OneOf(elsewhere.output, here.output)
-            return place(tasks["run_step"](**about), stage, stage.resources.pool).set_display_name(stage.name).output
+            asked = {"promotion": promotion} if "register_model" in stage.parameters else {}
+            task = place(tasks["run_step"](**about, **asked), stage, stage.resources.pool)
+            return task.set_display_name(stage.name).output
 
         last = place(tasks["notify"](pipeline=NAME, root=root)).set_caching_options(False)
         kubernetes.use_secret_as_env(

@@ -31,6 +31,7 @@ BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own 
 MAX_PARTS = 1000
 NOTIFY_URL = "UNIVIGU_NOTIFY_URL"
 RUN_ID = "UNIVIGU_RUN_ID"
+PROMOTION = "UNIVIGU_PROMOTION"  # what register-model reads
 
 
 def check_prerequisites(
@@ -87,11 +88,13 @@ def run_step(
     part: str = "",
     gpus: int = 1,
     trainjob: Mapping[str, str] | None = None,
+    promotion: str = "",
 ) -> str:
     """Run a step, or one part of it, unless it is finished; returns the digest of its output ("" for a part).
 
     `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused. `trainjob`, the
-    options of `univigu train-job`, has the step run there.
+    options of `univigu train-job`, has the step run there. promotion: ``manual`` where somebody else decides who is
+    champion; without one the profile says.
     """
     from components.pipeline.profiles import load_profile
     from components.pipeline.runner import Part, finished
@@ -106,7 +109,8 @@ def run_step(
             _say(step, "finished before, with the same inputs, parameters and code")
         else:
             whole = not part or Part.parse(part).of == 1  # one part of one has nothing to leave to another task
-            _call(step, root, command(step, profile, root, "" if whole else part, gpus, trainjob), part)
+            arguments = command(step, profile, root, "" if whole else part, gpus, trainjob)
+            _call(step, root, arguments, part, {PROMOTION: promotion} if promotion else {})
             if not whole:
                 return ""
             manifest = {"digest": _committed(step, root)}
@@ -133,7 +137,7 @@ def command(
         options = [text for name, value in trainjob.items() for text in (f"--{name}", value)]
         return [sys.executable, *module, "train-job", step, *where, *options]
     if gpus > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        launcher = ["-m", "univigu.training.launch", "--standalone", f"--nproc-per-node={gpus}"]
         return [sys.executable, *launcher, *module, "run", step, *where]
     return [sys.executable, *module, "run", step, *where, *(["--part", part] if part else [])]
 
@@ -229,11 +233,18 @@ def _say(task: str, line: str) -> None:
     print(f"{task} | {line.rstrip()}", flush=True)
 
 
-def _call(step: str, root: str, arguments: Sequence[str], part: str = "") -> None:
+def _call(
+    step: str, root: str, arguments: Sequence[str], part: str = "", environment: Mapping[str, str] | None = None
+) -> None:
     """Run a command, passing on a request to stop; exits as it does where it fails."""
     said = ""
     with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(environment or {})},
     ) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:

@@ -1,0 +1,131 @@
+"""What an orchestrator decides around the steps: whether to train, who is to be champion, who is told.
+
+Plain functions without an orchestrator in them; `dags/` calls them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components import promotion
+from components.pipeline.profiles import load_profile
+from components.pipeline.runner import verify
+from components.pipeline.stages import find_stage
+from components.tracking import open_tracking, tracking_uri
+from univigu import registry
+from univigu.errors import BadInputError
+
+DATASET_STEP = "validate-prompts"  # whose output is the dataset that a retraining begins with
+DATASET_STEPS = ("curate-prompts", DATASET_STEP)
+DIGEST = re.compile(r"[0-9a-f]{64}")
+PROFILE_TAG = "univigu.profile"
+NOTIFY_URL = "UNIVIGU_NOTIFY_URL"
+
+
+def dataset(root: Path) -> dict[str, Any]:
+    """The digest and the number of rows of the validated prompts below `root`."""
+    manifest = verify(root / find_stage(DATASET_STEP).home, DATASET_STEP)
+    return {"digest": manifest["digest"], "rows": manifest["rows_out"]}
+
+
+def find_trained(root: Path, profile: str, digest: str) -> int | None:
+    """The newest version that was trained with this profile from the dataset of this digest, if there is one.
+
+    Raises `BadInputError` for what is no digest, and `TransientError` where the registry does not answer.
+    """
+    if not DIGEST.fullmatch(digest):
+        raise BadInputError(
+            f"The event's 'digest' is {json.dumps(digest)}, which is no SHA-256 of a dataset; the DAG `new_data` "
+            f"emits events that have one."
+        )
+    open_tracking(root)
+    tags = {f"univigu.digest.{DATASET_STEP}": digest, PROFILE_TAG: profile}
+    found = registry.version_with(_name(profile), tags, tracking_uri(root))
+    return found and int(found.version)
+
+
+def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
+    """The newest candidate against the champion: ``name``, ``version``, ``champion``, ``better`` and ``reason``.
+
+    The candidate is marked as trained with `profile`; nothing else is changed.
+    """
+    name = _name(profile)
+    open_tracking(root)
+    candidate = registry.find_version(name, registry.CANDIDATE, tracking_uri(root))
+    registry.set_tags(candidate, {PROFILE_TAG: profile}, tracking_uri(root))
+    found = promotion.compare(name, candidate.version, root=root)
+    return {
+        "name": name,
+        "version": found.challenger,
+        "champion": found.champion,
+        "better": found.better,
+        "reason": found.reason,
+    }
+
+
+def promote_version(root: Path, name: str, version: int, who: str, why: str) -> dict[str, Any]:
+    """Make a version champion if it still is better; returns the ledger's ``outcome`` and ``reason``."""
+    entry = promotion.offer(name, version, why, who=who, root=root)
+    return {"outcome": entry.outcome, "reason": entry.reason}
+
+
+def version_dataset(root: Path, profile: str) -> str:
+    """Put the dataset below `root` into DVC's cache and its lock file; returns what was done, in words.
+
+    The lock file is for people to commit: nothing here writes to git. Where the work root is no DVC project, or is set
+    to another profile, nothing is versioned, and the words say why.
+    """
+    if not (root / ".dvc").is_dir() or not (root / "dvc.yaml").is_file():
+        return f"not versioned: {root} is no DVC project, so the dataset is known by its digest alone"
+    chosen = _chosen_profile(root)
+    if chosen != profile:
+        return f"not versioned: params.yaml names the profile '{chosen}', and the dataset is made with '{profile}'"
+    command = [sys.executable, "-m", "dvc", "commit", "--quiet", "--force", *DATASET_STEPS]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "DVC_NO_ANALYTICS": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+        raise BadInputError(f"DVC could not version the dataset below {root} ({said}); run `dvc status` there.")
+    return "in DVC's cache, and named by dvc.lock; `git commit dvc.lock` and `dvc push` make it everybody's"
+
+
+def notify(report: Mapping[str, Any]) -> str:
+    """Send a report as JSON to the address in UNIVIGU_NOTIFY_URL; returns whether anybody was told, in words.
+
+    The address is a secret, and in no message. A receiver that fails is said, and fails nothing.
+    """
+    url = os.environ.get(NOTIFY_URL, "")
+    if not url:
+        return f"nobody was notified: {NOTIFY_URL} is not set"
+    if not url.startswith(("http://", "https://")):
+        return f"nobody was notified: {NOTIFY_URL} holds no http or https address"
+    request = urllib.request.Request(
+        url, json.dumps(report).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            return "the receiver was notified"
+    except (OSError, ValueError) as error:
+        told = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        return f"nobody was notified: the receiver failed ({told})"
+
+
+def _name(profile: str) -> str:
+    return load_profile(profile)["register_model"]["name"]
+
+
+def _chosen_profile(root: Path) -> str | None:
+    import yaml
+
+    try:
+        return yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")).get("profile")
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None

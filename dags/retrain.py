@@ -1,0 +1,192 @@
+"""Retrain: on a calendar, on a new dataset, or by hand; champion only by comparison and a person's word.
+
+docs/airflow.md explains it.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import (
+    Asset,
+    AssetOrTimeSchedule,
+    CronTriggerTimetable,
+    Param,
+    TaskGroup,
+    TriggerRule,
+    chain,
+    dag,
+    task,
+    teardown,
+)
+from airflow.sdk.exceptions import AirflowSkipException
+
+from components.pipeline.airflow_operator import FAILURE, KfpRunOperator, StepOperator, clear_failures, work_root
+from components.pipeline.profiles import profile_names
+from components.pipeline.stages import STAGES
+
+DATASET = Asset("univigu://dataset")
+PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
+BACKENDS = ["local", "kubeflow"]
+PASSING = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
+MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG does, after a person's word
+
+
+@dag(
+    schedule=AssetOrTimeSchedule(
+        timetable=CronTriggerTimetable(os.environ.get("UNIVIGU_RETRAIN_CRON", "0 3 * * 1"), timezone="UTC"),
+        assets=DATASET,
+    ),
+    catchup=False,
+    max_active_runs=1,
+    is_paused_upon_creation=False,
+    params={
+        "profile": Param(
+            os.environ.get("UNIVIGU_PROFILE", "tiny"),
+            type="string",
+            enum=profile_names(),
+            description="Which parameters and sizes: a file of components/profiles.",
+        ),
+        "backend": Param(
+            os.environ.get("UNIVIGU_BACKEND", "local"),
+            type="string",
+            enum=BACKENDS,
+            description="Where the steps run: as processes here, or as a run on Kubeflow Pipelines.",
+        ),
+        "approve": Param(
+            True,
+            type="boolean",
+            description="Ask a person before a better model becomes champion.",
+        ),
+    },
+    default_args=PASSING,
+    doc_md=__doc__,
+    tags=["uni-vigu"],
+)
+def retrain():
+    @task.branch
+    def begin(**context):
+        """Where to run; nowhere for an event about a dataset that was trained before."""
+        from components import retraining
+        from components.tracking import open_tracking
+
+        params = context["params"]
+        events = context["triggering_asset_events"]
+        with clear_failures(context):
+            root = work_root()
+            open_tracking(root)  # a registry that does not answer is told now, not after hours of training
+            for event in events[DATASET][-1:] if DATASET in events else ():
+                digest = str(event.extra.get("digest"))
+                version = retraining.find_trained(root, params["profile"], digest)
+                if version:
+                    outcome = f"nothing to do: version {version} was trained from the dataset {digest[:12]}"
+                    context["ti"].xcom_push(key="outcome", value=outcome)
+                    print(outcome)
+                    return None
+        return "kubeflow" if params["backend"] == "kubeflow" else f"local.{STAGES[0].name}"
+
+    with TaskGroup("local") as local:
+        steps = {}
+        for stage in STAGES:
+            last = stage is STAGES[-1]
+            steps[stage.name] = StepOperator(
+                task_id=stage.name,
+                step=stage.name,
+                profile="{{ params.profile }}",
+                skip_finished=not last,  # its output is the registry, which knows by itself what it has
+                env=MANUAL,
+                execution_timeout=timedelta(hours=stage.resources.hours),
+            )
+            for source in stage.inputs.values():
+                steps[source] >> steps[stage.name]
+
+    kubeflow = KfpRunOperator(
+        task_id="kubeflow",
+        package=os.environ.get("UNIVIGU_PIPELINE", str(PACKAGE)),
+        run_name="{{ dag.dag_id }}-{{ run_id }}",
+        arguments={"profile": "{{ params.profile }}", "promotion": "manual"},
+        namespace=os.environ.get("KFP_NAMESPACE", ""),
+        poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
+    )
+
+    @task.branch(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
+    def gate(**context):
+        """The candidate against the champion; where it isn't better the run ends here, and all stays as it was."""
+        from components import retraining
+
+        with clear_failures(context):
+            found = retraining.compare_candidate(work_root(), context["params"]["profile"])
+        context["ti"].xcom_push(key="comparison", value=found)
+        print(f"version {found['version']}: {found['reason']}")
+        if not found["better"]:
+            return None
+        return "approve" if context["params"]["approve"] else "promote"
+
+    approve = ApprovalOperator(
+        task_id="approve",
+        subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
+        body="{{ ti.xcom_pull('gate', key='comparison')['reason'] }}\n\n"
+        "Champion now: {{ ti.xcom_pull('gate', key='comparison')['champion'] or 'none' }}. "
+        "Without an answer in time it stays.",
+        defaults="Reject",
+        response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
+        retries=0,
+    )
+
+    @task(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
+    def promote(**context):
+        """Make the version that was compared, and no other, champion; the ledger says who approved it."""
+        from components import retraining
+
+        ti, run = context["ti"], context["dag_run"]
+        found = ti.xcom_pull(task_ids="gate", key="comparison")
+        answer = ti.xcom_pull(task_ids="approve")
+        if context["params"]["approve"] and (answer or {}).get("chosen_options") != ["Approve"]:
+            raise AirflowSkipException("nobody approved it")
+        user = (answer or {}).get("responded_by_user") or {}
+        who = user.get("name") or user.get("id") or run.triggering_user_name or "airflow"
+        why = f"{'approved' if answer else 'not to be asked about'} in Airflow's run {run.run_id}"
+        with clear_failures(context):
+            return retraining.promote_version(work_root(), found["name"], found["version"], who, why)
+
+    @teardown
+    def notify(**context):
+        """Say how the run ended, whichever way it did."""
+        from components import retraining
+
+        ti, run = context["ti"], context["dag_run"]
+        report = {"dag": run.dag_id, "run_id": run.run_id, **outcome_of(ti)}
+        print(report)
+        print(retraining.notify(report))
+
+    begun, gated, promoted = begin(), gate(), promote()
+    chain(begun, [local, kubeflow])
+    chain([steps[STAGES[-1].name], kubeflow], gated, approve, promoted)
+    gated >> promoted
+    promoted >> notify()
+
+
+def outcome_of(ti):
+    """How a run ended, from what its tasks have left."""
+    names = ["begin", *(f"local.{stage.name}" for stage in STAGES), "kubeflow", "gate", "promote"]
+    failures = [said for said in ti.xcom_pull(task_ids=names, key=FAILURE) or () if said]
+    compared = ti.xcom_pull(task_ids="gate", key="comparison")
+    promoted = ti.xcom_pull(task_ids="promote")
+    answer = ti.xcom_pull(task_ids="approve")
+    about = {key: compared[key] for key in ("name", "version", "champion")} if compared else {}
+    if promoted:
+        return {"state": promoted["outcome"], "message": promoted["reason"], **about}
+    if failures:
+        return {"state": "failed", "message": failures[-1], **about}
+    if answer:
+        return {"state": "rejected", "message": f"nobody approved it: {compared['reason']}", **about}
+    if compared and not compared["better"]:
+        return {"state": "kept champion", "message": compared["reason"], **about}
+    nothing = ti.xcom_pull(task_ids="begin", key="outcome")
+    if nothing:
+        return {"state": "nothing to do", "message": nothing}
+    return {"state": "stopped", "message": "the run was stopped before it came to a decision", **about}
+
+
+retrain()

@@ -1,0 +1,238 @@
+"""What Airflow's tasks promise: a step ends as its process does, a pipeline is submitted once and waited for."""
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("airflow")
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from airflow.triggers.base import TriggerEvent
+
+from components.pipeline import airflow_operator
+from components.pipeline.airflow_operator import FAILURE, KfpRunOperator, KfpRunTrigger, StepOperator
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = str(ROOT / "infra/pipeline.yaml")
+
+
+class Store(dict):
+    """What a task keeps between its tries."""
+
+    def set(self, key, value):
+        self[key] = value
+
+
+class TaskInstance:
+    def __init__(self):
+        self.pushed = {}
+
+    def xcom_push(self, key, value):
+        self.pushed[key] = value
+
+
+def new_context():
+    return {"task_state_store": Store(), "ti": TaskInstance()}
+
+
+@pytest.fixture
+def endpoint(kfp, monkeypatch):
+    monkeypatch.setenv("KFP_ENDPOINT", kfp.url)
+    return kfp
+
+
+def operator(**changes):
+    arguments = {"package": PACKAGE, "run_name": "retrain-1", "arguments": {"profile": "smoke"}} | changes
+    return KfpRunOperator(task_id="kubeflow", **arguments)
+
+
+def defer(context, **changes):
+    with pytest.raises(TaskDeferred) as deferred:
+        operator(**changes).execute(context)
+    return deferred.value
+
+
+def follow(trigger):
+    async def first():
+        return await anext(trigger.run())
+
+    return asyncio.run(first())
+
+
+def restored(trigger):
+    """The trigger as another triggerer, or the same one after a crash, would make it from Airflow's database."""
+    path, arguments = trigger.serialize()
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules[module], name)(**json.loads(json.dumps(arguments)))
+
+
+# --- Kubeflow Pipelines ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_submitted_noted_and_waited_for_without_a_worker(endpoint):
+    context = new_context()
+    deferred = defer(context, poll_s=0.01)
+    assert context["task_state_store"] == {"kfp_run_id": "run-1"}
+    event = follow(deferred.trigger)
+    assert event.payload == {"run_id": "run-1", "state": "SUCCEEDED", "message": ""}
+    assert getattr(operator(), deferred.method_name)(context, event.payload) == "run-1"
+
+
+def test_after_a_crash_nothing_is_submitted_twice(endpoint):
+    endpoint.states = ["RUNNING"]
+    first = defer(new_context())
+    second = defer(new_context())  # the crash came before the id was noted
+    assert second.trigger.run_id == first.trigger.run_id
+    trigger = restored(first.trigger)
+    trigger.poll_s = 0.01
+    endpoint.states = ["SUCCEEDED"]
+    assert follow(trigger).payload["state"] == "SUCCEEDED"
+    assert len(endpoint.runs) == 1
+    assert operator().execute(new_context()) == "run-1"  # a task that is cleared finds the run that succeeded
+
+
+def test_a_run_that_failed_says_why_and_is_replaced_when_the_task_is_cleared(endpoint):
+    endpoint.states = ["PENDING", "FAILED"]
+    context = new_context()
+    event = follow(defer(context, poll_s=0.01).trigger)
+    with pytest.raises(AirflowFailException, match=r"run-1 ended as FAILED \(main: Error \(exit code 80\)\)"):
+        operator().finish(context, event.payload)
+    assert "exit code 80" in context["ti"].pushed[FAILURE]
+    endpoint.states = ["RUNNING"]
+    assert defer(context).trigger.run_id == "run-2"
+
+
+def test_a_run_that_is_cancelled_on_the_server_is_told_from_one_that_failed(endpoint):
+    endpoint.states = ["PENDING", "CANCELED"]
+    event = follow(defer(new_context(), poll_s=0.01).trigger)
+    with pytest.raises(AirflowFailException, match="was cancelled on the Kubeflow Pipelines server"):
+        operator().finish(new_context(), event.payload)
+
+
+def test_stopping_a_task_that_waits_cancels_its_run_and_a_triggerer_that_restarts_does_not(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = defer(new_context()).trigger
+    asyncio.run(trigger.cleanup())
+    assert endpoint.runs["run-1"]["state"] == "RUNNING"
+    asyncio.run(trigger.on_kill())
+    assert endpoint.runs["run-1"]["state"] in ("CANCELING", "CANCELED")
+
+
+def test_a_server_that_is_away_for_a_while_fails_nothing(endpoint):
+    trigger = defer(new_context(), poll_s=0.01).trigger
+    endpoint.failures = [503] * 4
+    assert follow(trigger).payload["state"] == "SUCCEEDED"
+
+
+def test_a_server_that_stays_away_is_said_and_tried_again_on_the_same_run(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = defer(new_context(), poll_s=0.01, patience_s=0.0).trigger
+    endpoint.failures = [503] * 4
+    event = follow(trigger)
+    assert event.payload["state"] == "UNREACHABLE"
+    with pytest.raises(AirflowException, match="status 503") as failure:
+        operator().finish(new_context(), event.payload)
+    assert not isinstance(failure.value, AirflowFailException)
+    assert defer(new_context()).trigger.run_id == "run-1"
+
+
+def test_a_server_that_cannot_be_reached_submits_nothing_and_is_tried_again(monkeypatch):
+    monkeypatch.setenv("KFP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("components.pipeline.kfp_server.time.sleep", lambda _: None)
+    with pytest.raises(AirflowException, match="does not answer") as failure:
+        operator().execute(new_context())
+    assert not isinstance(failure.value, AirflowFailException)
+
+
+def test_a_run_that_is_gone_from_the_server_ends_the_waiting(endpoint):
+    trigger = defer(new_context(), poll_s=0.01).trigger
+    endpoint.runs.clear()
+    event = follow(trigger)
+    with pytest.raises(AirflowFailException, match="ended as LOST"):
+        operator().finish(new_context(), event.payload)
+
+
+def test_arguments_that_the_pipeline_does_not_take_fail_at_once(endpoint):
+    with pytest.raises(AirflowFailException, match="no parameter 'colour'"):
+        operator(arguments={"colour": "red"}).execute(new_context())
+    assert not endpoint.runs
+
+
+def test_what_airflow_keeps_of_a_trigger_holds_neither_address_nor_token(endpoint, monkeypatch):
+    monkeypatch.setenv("KFP_TOKEN", "a-secret")
+    trigger = defer(new_context()).trigger
+    kept = json.dumps(trigger.serialize())
+    assert "a-secret" not in kept
+    assert endpoint.url not in kept
+    assert isinstance(restored(trigger), KfpRunTrigger)
+    assert endpoint.tokens[-1] == "Bearer a-secret"
+    assert isinstance(follow(trigger), TriggerEvent)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(new_root, monkeypatch):
+    folder = new_root("airflow")
+    monkeypatch.setenv("AIRFLOW_VAR_UNIVIGU_ROOT", str(folder))
+    monkeypatch.setattr(airflow_operator, "work_root", lambda: folder)
+    return folder
+
+
+def step_with(script, monkeypatch):
+    """A `StepOperator` whose process is a script, as steps that fail in every way are hard to come by."""
+    monkeypatch.setattr("components.pipeline.kfp_tasks.command", lambda *_: [sys.executable, "-c", script])
+    return StepOperator(task_id="step", step="train-stage-1", profile="smoke", skip_finished=False)
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(65, False), (66, False), (73, False), (78, False), (80, False), (75, True), (81, True), (82, True)],
+)
+def test_a_step_that_fails_is_tried_again_only_where_that_may_help(root, monkeypatch, code, again):
+    script = f"import sys; print('univigu: the rows are bad.', file=sys.stderr); sys.exit({code})"
+    context = new_context()
+    with pytest.raises(AirflowException, match=r"^the rows are bad\.$") as failure:
+        step_with(script, monkeypatch).execute(context)
+    assert isinstance(failure.value, AirflowFailException) is not again
+    assert context["ti"].pushed == {FAILURE: "the rows are bad."}
+
+
+def test_a_task_that_is_stopped_stops_its_step_which_can_be_run_again(root, monkeypatch):
+    operator = step_with("import time; print('under way', flush=True); time.sleep(60)", monkeypatch)
+    failures = []
+
+    def execute():
+        try:
+            operator.execute(new_context())
+        except AirflowException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=execute)
+    thread.start()
+    give_up = time.monotonic() + 30
+    while operator._process is None and time.monotonic() < give_up:
+        time.sleep(0.05)
+    operator.on_kill()
+    thread.join(30)
+    assert "SIGTERM" in str(failures[0])
+    assert not isinstance(failures[0], AirflowFailException)
+
+
+def test_a_step_whose_input_is_missing_says_so_in_one_sentence(root):
+    context = new_context()
+    with pytest.raises(AirflowFailException, match="run `univigu run synthesize-videos` first"):
+        StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(context)
+    assert "univigu run synthesize-videos" in context["ti"].pushed[FAILURE]
+
+
+def test_a_work_root_that_is_no_folder_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(airflow_operator.Variable, "get", lambda *_, **__: str(tmp_path / "nowhere"))
+    with pytest.raises(AirflowFailException, match="variable 'univigu_root' names no folder"):
+        StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(new_context())

@@ -1,0 +1,130 @@
+"""What an orchestrator decides around the steps, without an orchestrator."""
+
+import json
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from components import promotion, retraining
+from univigu import registry
+from univigu.errors import BadInputError, MissingInputError, TransientError
+
+DIGEST = "ab" * 32
+
+
+@pytest.fixture
+def name(versions, monkeypatch, request):
+    """A name of its own for each test; the profile `smoke` is taken to name it."""
+    monkeypatch.setattr(retraining, "_name", lambda _: request.node.name)
+    return request.node.name
+
+
+def test_a_dataset_counts_as_trained_with_the_profile_it_was_trained_with(versions, name):
+    number = versions.add(name, 10, tags={"univigu.digest.validate-prompts": DIGEST})
+    registry.set_alias(name, registry.CANDIDATE, number)
+    assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # nobody has said with which profile
+    retraining.compare_candidate(versions.root, "smoke")
+    assert retraining.find_trained(versions.root, "smoke", DIGEST) == number
+    assert retraining.find_trained(versions.root, "tiny", DIGEST) is None
+    assert retraining.find_trained(versions.root, "smoke", "cd" * 32) is None
+
+
+def test_in_an_empty_work_root_nothing_was_trained(tmp_path):
+    assert retraining.find_trained(tmp_path, "smoke", DIGEST) is None
+
+
+@pytest.mark.parametrize("digest", ["", "None", "x' OR '1'='1", DIGEST.upper()])
+def test_an_event_without_a_digest_is_refused(tmp_path, digest):
+    with pytest.raises(BadInputError, match="no SHA-256 of a dataset"):
+        retraining.find_trained(tmp_path, "smoke", digest)
+
+
+def test_a_registry_that_does_not_answer_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(TransientError, match="does not answer"):
+        retraining.find_trained(tmp_path, "smoke", DIGEST)
+
+
+def test_comparing_changes_no_champion_and_promoting_says_who(versions, name):
+    registry.set_alias(name, registry.CANDIDATE, versions.add(name, 10))
+    found = retraining.compare_candidate(versions.root, "smoke")
+    assert (found["version"], found["champion"], found["better"]) == (1, None, True)
+    assert versions.aliases(name) == (None, None)
+    done = retraining.promote_version(versions.root, name, 1, "ada", "approved")
+    assert done["outcome"] == "promoted"
+    assert versions.aliases(name) == (1, None)
+    assert [(line.who, line.why) for line in promotion.history(name, root=versions.root)] == [("ada", "approved")]
+    assert retraining.promote_version(versions.root, name, 1, "ada", "again")["outcome"] == "unchanged"
+
+
+def test_a_candidate_that_is_no_better_leaves_the_champion(versions, name):
+    promotion.promote(name, versions.add(name, 30), "the first", root=versions.root)
+    registry.set_alias(name, registry.CANDIDATE, versions.add(name, 5))
+    found = retraining.compare_candidate(versions.root, "smoke")
+    assert (found["version"], found["champion"], found["better"]) == (2, 1, False)
+    assert retraining.promote_version(versions.root, name, 2, "ada", "approved")["outcome"] == "refused"
+    assert versions.aliases(name) == (1, None)
+
+
+def test_the_dataset_is_that_of_the_validated_prompts(new_root, tmp_path):
+    found = retraining.dataset(new_root("dataset"))
+    assert retraining.DIGEST.fullmatch(found["digest"])
+    with pytest.raises(MissingInputError, match="univigu run validate-prompts"):
+        retraining.dataset(tmp_path)
+
+
+def test_outside_a_dvc_project_a_dataset_is_known_by_its_digest(tmp_path):
+    assert "no DVC project" in retraining.version_dataset(tmp_path, "smoke")
+
+
+def test_in_a_dvc_project_the_dataset_is_put_into_cache_and_lock(tmp_path):
+    call(tmp_path, "git", "init", "-q")
+    call(tmp_path, "dvc", "init", "-q")
+    stage = {"cmd": "true", "outs": ["data/{}"]}
+    stages = {
+        "curate-prompts": {**stage, "outs": ["data/curated"]},
+        "validate-prompts": {**stage, "outs": ["data/validated/prompts"]},
+    }
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "params.yaml").write_text("profile: smoke\n")
+    for stage in stages.values():
+        (tmp_path / stage["outs"][0]).mkdir(parents=True)
+        (tmp_path / stage["outs"][0] / "prompts.parquet").write_text("rows")
+    assert "params.yaml names the profile 'smoke'" in retraining.version_dataset(tmp_path, "tiny")
+    assert not (tmp_path / "dvc.lock").exists()
+    assert "named by dvc.lock" in retraining.version_dataset(tmp_path, "smoke")
+    assert "data/validated/prompts" in (tmp_path / "dvc.lock").read_text()
+    assert [*(tmp_path / ".dvc/cache").rglob("*.dir")]
+
+
+def call(folder, *command):
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def test_a_report_reaches_whoever_is_named_and_its_address_is_in_no_message(monkeypatch):
+    received = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200 if len(received) == 1 else 500)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv(retraining.NOTIFY_URL, f"http://127.0.0.1:{server.server_port}/secret")
+    assert retraining.notify({"state": "promoted"}) == "the receiver was notified"
+    assert retraining.notify({"state": "promoted"}) == "nobody was notified: the receiver failed (status 500)"
+    server.shutdown()
+    server.server_close()
+    assert received == [{"state": "promoted"}] * 2
+    assert "URLError" in retraining.notify({})
+    monkeypatch.setenv(retraining.NOTIFY_URL, "ftp://secret")
+    assert retraining.notify({}) == "nobody was notified: UNIVIGU_NOTIFY_URL holds no http or https address"
+    monkeypatch.delenv(retraining.NOTIFY_URL)
+    assert "not set" in retraining.notify({})

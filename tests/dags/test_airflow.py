@@ -1,0 +1,225 @@
+"""All of Airflow, as `make airflow` starts it: from a call of its REST API to a promoted model, through crashes too."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from components.pipeline.airflow_server import AirflowServer
+from components.pipeline.stages import STAGES
+
+pytest.importorskip("airflow")
+
+REPO = Path(__file__).parents[2]
+SETTINGS = {"UNIVIGU_PROFILE": "smoke", "UNIVIGU_KFP_POLL_S": "1"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A work root with the prompts, the held-out set and the bundled base."""
+    folder = tmp_path_factory.mktemp("root")
+    for name in ("data/prompts", "data/heldout.json", "model/tiny-wan"):
+        source = REPO / name
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """(Airflow's home, a port that is free)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return tmp_path_factory.mktemp("airflow"), probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def airflow(place, root):
+    with AirflowServer(place[0], root, place[1], SETTINGS) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def trigger(airflow, dag="retrain", **conf):
+    body = {"logical_date": None, "conf": conf}
+    return airflow.call("POST", f"/api/v2/dags/{dag}/dagRuns", body)["dag_run_id"]
+
+
+def tasks(airflow, run):
+    found = airflow.call("GET", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances?limit=100")
+    return {one["task_id"]: one for one in found["task_instances"]}
+
+
+def state(airflow, run):
+    return airflow.call("GET", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}")["state"]
+
+
+def wait_for(condition, patience_s=600):
+    give_up = time.monotonic() + patience_s
+    while time.monotonic() < give_up:
+        if found := condition():
+            return found
+        time.sleep(1)
+    raise AssertionError(f"not within {patience_s} s")
+
+
+def ended(airflow, run):
+    return wait_for(lambda: state(airflow, run) in ("success", "failed") and state(airflow, run))
+
+
+def xcom(airflow, run, task, key="return_value"):
+    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/{task}/xcomEntries/{key}"
+    return airflow.call("GET", path)["value"]
+
+
+def log(airflow, run, task):
+    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/{task}/logs/1?full_content=true"
+    return "\n".join(str(line.get("event")) for line in airflow.call("GET", path)["content"])
+
+
+def champion(root):
+    from components.tracking import tracking_uri
+    from univigu import registry
+
+    found = registry.version_at("uni-vigu", "champion", tracking_uri(root))
+    return found and int(found.version)
+
+
+def answer(airflow, run, option):
+    """Wait until a run asks a person, and answer as that person; returns what it did when nobody would."""
+    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
+
+    def asks():
+        assert state(airflow, run) != "failed", tasks(airflow, run)
+        return tasks(airflow, run)["approve"]["state"] in ("awaiting_input", "deferred")
+
+    wait_for(asks)
+    default = airflow.call("GET", path)["defaults"]
+    airflow.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
+    return default
+
+
+def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root):
+    from components import promotion
+
+    run = ("retrain", trigger(airflow, profile="smoke"))
+    assert champion(root) is None
+    assert answer(airflow, run, "Approve") == ["Reject"]
+    assert ended(airflow, run) == "success"
+    assert champion(root) == 1
+    line = promotion.history("uni-vigu", root=root)[0]
+    assert (line.outcome, line.version, line.who) == ("promoted", 1, "admin")
+    assert run[1] in line.why
+    done = tasks(airflow, run)
+    assert {done[f"local.{stage.name}"]["state"] for stage in STAGES} == {"success"}
+    assert "'state': 'promoted'" in log(airflow, run, "notify")
+    for stage in STAGES:
+        print(f"{stage.name:<20} {overhead(root, done, stage):5.1f} s around the step")
+
+
+def test_a_model_that_a_person_rejects_is_not_promoted_and_finished_steps_are_not_run_again(airflow, root):
+    from mlflow import MlflowClient
+
+    from components import promotion
+    from components.tracking import tracking_uri
+
+    MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
+    run = ("retrain", trigger(airflow, profile="smoke"))
+    answer(airflow, run, "Reject")
+    assert ended(airflow, run) == "success"
+    assert champion(root) is None
+    done = tasks(airflow, run)
+    assert done["promote"]["state"] == "skipped"
+    assert "finished before" in log(airflow, run, "local.train-stage-2")
+    assert "'state': 'rejected'" in log(airflow, run, "notify")
+    promotion.promote("uni-vigu", 1, "for the tests that follow", root=root)
+
+
+def overhead(root, done, stage):
+    """Seconds that a task took, from the moment when it could begin, beyond the step itself."""
+
+    def at(task, key):
+        return datetime.fromisoformat(done[task][key])
+
+    before = [f"local.{source}" for source in stage.inputs.values()] or ["begin"]
+    began = max(at(task, "end_date") for task in before)
+    seconds = json.loads((root / f".univigu/runs/{stage.name}.json").read_text())["seconds"]
+    return (at(f"local.{stage.name}", "end_date") - began).total_seconds() - seconds
+
+
+def test_a_dataset_that_was_trained_is_not_trained_again(airflow, root):
+    from components import retraining
+
+    digest = retraining.dataset(root)["digest"]
+    assets = airflow.call("GET", "/api/v2/assets?limit=100")["assets"]
+    (asset,) = [one["id"] for one in assets if one["uri"].startswith("univigu://dataset")]
+    for extra in ({"digest": digest}, {"digest": "none"}):
+        airflow.call("POST", "/api/v2/assets/events", {"asset_id": asset, "extra": extra})
+        run = wait_for(lambda: newest(airflow, "asset_triggered"))
+        wanted = "success" if extra["digest"] == digest else "failed"
+        assert ended(airflow, run) == wanted
+        assert tasks(airflow, run)["local.train-stage-1"]["state"] in ("skipped", "upstream_failed")
+        seen.add(run[1])
+    assert champion(root) == 1
+
+
+seen = set()
+
+
+def newest(airflow, kind):
+    runs = airflow.call("GET", f"/api/v2/dags/retrain/dagRuns?run_type={kind}&limit=100")["dag_runs"]
+    return next((("retrain", run["dag_run_id"]) for run in runs if run["dag_run_id"] not in seen), None)
+
+
+@pytest.mark.parametrize("conf", [{"profile": "huge"}, {"backend": "moon"}, {"approve": 3}])
+def test_a_wrong_form_starts_nothing(airflow, conf):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        trigger(airflow, **conf)
+    assert refusal.value.code == 400
+
+
+def test_a_second_airflow_in_the_same_place_is_refused_in_one_sentence(airflow, tmp_path):
+    for home, said in ((airflow.home, "is running in"), (tmp_path, f"The port {airflow.port} is taken")):
+        arguments = ["--home", str(home), "--root", str(airflow.root), "--port", str(airflow.port)]
+        done = subprocess.run(
+            [sys.executable, "-m", "components.pipeline.airflow_server", *arguments],
+            env=os.environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 82
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice(airflow, place, root, kfp):
+    airflow.stop()
+    kfp.states = ["RUNNING"]
+    settings = {**SETTINGS, "KFP_ENDPOINT": kfp.url}
+    with AirflowServer(place[0], root, place[1], settings) as server:
+        server.wait_until_ready()
+        run = ("retrain", trigger(server, profile="smoke", backend="kubeflow"))
+        wait_for(lambda: tasks(server, run)["kubeflow"]["state"] == "deferred")
+        server.kill()
+    assert [one["state"] for one in kfp.runs.values()] == ["RUNNING"]
+    with AirflowServer(place[0], root, place[1], settings) as server:
+        server.wait_until_ready()
+        kfp.states = ["SUCCEEDED"]
+        assert ended(server, run) == "success"
+        assert [*kfp.runs] == ["run-1"]
+        assert kfp.runs["run-1"]["runtime_config"]["parameters"] == {"profile": "smoke", "promotion": "manual"}
+        assert "it is champion already" in log(server, run, "gate")
+        processes = [*server.alive()]
+    assert processes
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    assert champion(root) == 1

@@ -1,0 +1,90 @@
+"""The DAGs as Airflow reads them: they load, hang together as the table of steps says, and refuse what is wrong."""
+
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from components.pipeline.profiles import profile_names
+from components.pipeline.stages import STAGES
+
+pytest.importorskip("airflow")
+
+DAGS = Path(__file__).parents[2] / "dags"
+
+
+@pytest.fixture(scope="module")
+def bag(tmp_path_factory):
+    """Both DAGs, read with an Airflow home of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIRFLOW_HOME", str(tmp_path_factory.mktemp("airflow")))
+        patch.setenv("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
+        for name in ("UNIVIGU_PROFILE", "UNIVIGU_BACKEND"):
+            patch.delenv(name, raising=False)
+        from airflow.dag_processing.dagbag import DagBag
+
+        yield DagBag(str(DAGS))
+
+
+@pytest.fixture
+def retrain(bag):
+    return bag.dags["retrain"]
+
+
+def test_the_dags_load(bag):
+    assert bag.import_errors == {}
+    assert set(bag.dags) == {"retrain", "new_data"}
+
+
+@pytest.mark.parametrize("name", ["new_data", "retrain"])
+def test_reading_a_dag_imports_nothing_heavy(name, tmp_path):
+    heavy = {"torch", "mlflow", "kfp", "kfp_server_api", "pandas", "pyarrow", "diffusers", "great_expectations", "dvc"}
+    script = f"import sys; sys.path.insert(0, {str(DAGS)!r}); import {name}; print(*({heavy!r} & set(sys.modules)))"
+    environment = {"AIRFLOW_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1:] in ([], [""])
+
+
+def test_there_is_a_task_for_each_step_and_it_waits_for_the_steps_of_the_table(retrain):
+    for stage in STAGES:
+        task = retrain.task_dict[f"local.{stage.name}"]
+        assert task.step == stage.name
+        wanted = {f"local.{source}" for source in stage.inputs.values()}
+        assert task.upstream_task_ids - {"begin"} == wanted
+    assert {name for name in retrain.task_dict if name.startswith("local.")} == {f"local.{s.name}" for s in STAGES}
+
+
+def test_a_step_never_promotes_by_itself(retrain):
+    assert retrain.task_dict["local.register-model"].env == {"UNIVIGU_PROMOTION": "manual"}
+    assert retrain.task_dict["kubeflow"].arguments["promotion"] == "manual"
+
+
+def test_nothing_is_promoted_without_gate_and_approval_and_silence_means_no(retrain):
+    assert retrain.task_dict["promote"].upstream_task_ids == {"gate", "approve"}
+    approve = retrain.task_dict["approve"]
+    assert approve.upstream_task_ids == {"gate"}
+    assert approve.defaults == ["Reject"]
+    assert approve.response_timeout == timedelta(hours=24)
+    assert retrain.params["approve"] is True
+
+
+def test_two_retrainings_never_run_at_once(bag):
+    assert {dag.max_active_runs for dag in bag.dags.values()} == {1}
+
+
+def test_the_form_offers_the_profiles_and_backends_there_are(retrain):
+    assert retrain.params.get_param("profile").schema["enum"] == profile_names()
+    assert retrain.params.get_param("backend").schema["enum"] == ["local", "kubeflow"]
+    assert set(retrain.params) == {"profile", "backend", "approve"}
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("profile", "huge"), ("profile", "../x.yaml"), ("backend", "moon"), ("approve", "perhaps")]
+)
+def test_a_wrong_value_in_the_form_is_refused(retrain, field, wrong):
+    from airflow.sdk.exceptions import ParamValidationError
+
+    with pytest.raises(ParamValidationError):
+        retrain.params.get_param(field).resolve(wrong)
