@@ -163,7 +163,7 @@ def test_a_step_runs_by_the_command_that_people_use(root):
 
     assert command() == "-m components.pipeline.cli run train-stage-1 --profile tiny --root /r"
     assert command(part="2/4").endswith("--part 2/4")
-    assert command(gpus=8).startswith("-m torch.distributed.run --standalone --nproc-per-node=8 -m components")
+    assert command(gpus=8).startswith("-m univigu.training.launch --standalone --nproc-per-node=8 -m components")
     sent = command(trainjob={"gpus": "8", "claim": "univigu-work"})
     assert sent.endswith("train-job train-stage-1 --profile tiny --root /r --gpus 8 --claim univigu-work")
 
