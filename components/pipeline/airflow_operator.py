@@ -91,7 +91,7 @@ class StepOperator(BaseOperator):
             if self.skip_finished and finished(self.step, load_profile(self.profile), root):
                 self.log.info("finished before, with the same inputs, parameters and code")
                 return
-            self._run(command(self.step, self.profile, str(root), "", "pod", 1))
+            self._run(command(self.step, self.profile, str(root)))
 
     def on_kill(self) -> None:
         """Ask the step to stop; a training step saves its state."""
