@@ -118,10 +118,12 @@ def train_job(
         Settings.resumes
     ),
     start_timeout: Annotated[
-        float, typer.Option(envvar="UNIVIGU_START_TIMEOUT", help="Seconds without a running pod, outside a queue.")
+        float,
+        typer.Option(envvar="UNIVIGU_START_TIMEOUT", min=0, help="Seconds without a running pod, outside a queue."),
     ] = Settings.start_timeout,
     api_timeout: Annotated[
-        float, typer.Option(envvar="UNIVIGU_API_TIMEOUT", help="Seconds for which the API server may be away.")
+        float,
+        typer.Option(envvar="UNIVIGU_API_TIMEOUT", min=0, help="Seconds for which the API server may be away."),
     ] = Settings.api_timeout,
 ) -> None:
     """Run a training step as a TrainJob on a cluster, and follow it to its end; Ctrl-C or SIGTERM deletes it.
@@ -393,6 +395,7 @@ class _Follower:
     def _clean_up(self, cancelled: "_Cancelled") -> None:
         """Delete the TrainJob; the pods save what they have, as their own SIGTERM asks them to."""
         self._say("told to stop; deleting it")
+        self.cluster.patience = min(self.cluster.patience, 15.0)  # whoever told will not wait for ever
         try:
             self.cluster.delete(self.name, 0)
         except TransientError as error:
