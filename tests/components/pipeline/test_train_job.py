@@ -20,7 +20,8 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from components.pipeline.runner import STATE, verify
 from components.pipeline.stages import find_stage
-from components.pipeline.train_job import Settings, build, follow, run_train_job
+from components.pipeline.train_job import Settings, build, run_train_job
+from components.pipeline.train_job_follower import follow
 from univigu.errors import (
     BadInputError,
     ConfigError,
