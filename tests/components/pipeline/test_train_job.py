@@ -20,7 +20,8 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from components.pipeline.runner import STATE, verify
 from components.pipeline.stages import find_stage
-from components.pipeline.train_job import Settings, build, follow, run_train_job
+from components.pipeline.train_job import Settings, build, run_train_job
+from components.pipeline.train_job_follower import follow
 from univigu.errors import (
     BadInputError,
     ConfigError,
@@ -288,8 +289,13 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
         cluster.condition("Failed" if codes[-1] else "Complete", name=name)
 
     cluster.created = run_pod
-    settings = Settings(**{**QUICK, "poll": 0.2, "gpus": 0, "start_timeout": 600.0, "claim": "work"})
-    manifest = run_train_job("train-stage-1", str(latents_root / "profile.yaml"), latents_root, settings)
+    launcher = [sys.executable, "-m", "components.pipeline.cli", "train-job", "train-stage-1"]
+    where = ["--profile", str(latents_root / "profile.yaml"), "--root", str(latents_root)]
+    asked = {**environment, "UNIVIGU_GPUS": "0", "UNIVIGU_CLAIM": "work", "UNIVIGU_API_TIMEOUT": "60"}
+    done = subprocess.run([*launcher, *where], env=asked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "preempted; submitting it again (1 of 20)" in done.stderr
+    assert done.stdout == "train-stage-1: 6 rows in, 6 out, by a TrainJob\n"
     assert codes == [81, 0], (latents_root / "pod.log").read_text()[-4000:]
     assert cluster.submissions >= 2
     log = (latents_root / "pod.log").read_text()
@@ -304,7 +310,8 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
     command = [*torchrun, "run", "train-stage-1", "--profile", str(root / "profile.yaml"), "--root", str(root)]
     undisturbed = {**environment, "PET_NPROC_PER_NODE": "2", "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}"}
     subprocess.run(command, env=undisturbed, check=True, capture_output=True)
-    assert verify(root / "data/stage1", "train-stage-1")["digest"] == manifest["digest"]
+    first, second = (verify(one / "data/stage1", "train-stage-1")["digest"] for one in (root, latents_root))
+    assert first == second
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
