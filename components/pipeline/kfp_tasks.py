@@ -64,8 +64,8 @@ def cache_keys(profile: str, root: str) -> dict[str, str]:
     An orchestrator that keeps results by the inputs of a task would otherwise skip a step whose output has been
     replaced or wiped since.
     """
+    from components.pipeline.freshness import recipes
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import recipes
 
     with _failing_as_a_task("cache-keys", root):
         known = recipes(load_profile(profile), Path(root).resolve())
@@ -93,8 +93,9 @@ def run_step(
     `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused. `trainjob`, the
     options of `univigu train-job`, has the step run there.
     """
+    from components.pipeline.freshness import finished
+    from components.pipeline.parts import Part
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import Part, finished
 
     with _failing_as_a_task(step, root):
         if declared != declaration(step):
