@@ -6,6 +6,7 @@ What a task hands on is the digest of the output that it left: data stay below t
 prints begins with its name.
 """
 
+import http.client
 import json
 import os
 import signal
@@ -160,13 +161,11 @@ def notify(pipeline: str, root: str, state: str, message: str) -> None:
     if not url.startswith(("http://", "https://")):
         _say("notify", f"nobody was notified: {NOTIFY_URL} holds no http or https address")
         return
-    request = urllib.request.Request(
-        url, json.dumps(report).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
     try:
+        request = urllib.request.Request(url, json.dumps(report).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10):
             _say("notify", "the receiver was notified")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         told = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
         _say("notify", f"nobody was notified: the receiver failed ({told})")
 
