@@ -44,8 +44,9 @@ def run(
     ] = "",
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
+    from components.pipeline.parts import Part
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import Part, run_part, run_stage
+    from components.pipeline.runner import run_part, run_stage
 
     if part:
         counts = run_part(step, load_profile(profile), root, Part.parse(part))

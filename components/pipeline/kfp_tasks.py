@@ -6,6 +6,7 @@ What a task hands on is the digest of the output that it left: data stay below t
 prints begins with its name.
 """
 
+import http.client
 import json
 import os
 import signal
@@ -65,8 +66,8 @@ def cache_keys(profile: str, root: str) -> dict[str, str]:
     An orchestrator that keeps results by the inputs of a task would otherwise skip a step whose output has been
     replaced or wiped since.
     """
+    from components.pipeline.freshness import recipes
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import recipes
 
     with _failing_as_a_task("cache-keys", root):
         known = recipes(load_profile(profile), Path(root).resolve())
@@ -96,8 +97,9 @@ def run_step(
     options of `univigu train-job`, has the step run there. promotion: ``manual`` where somebody else decides who is
     champion; without one the profile says.
     """
+    from components.pipeline.freshness import finished
+    from components.pipeline.parts import Part
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import Part, finished
 
     with _failing_as_a_task(step, root):
         if declared != declaration(step):
@@ -163,13 +165,11 @@ def notify(pipeline: str, root: str, state: str, message: str) -> None:
     if not url.startswith(("http://", "https://")):
         _say("notify", f"nobody was notified: {NOTIFY_URL} holds no http or https address")
         return
-    request = urllib.request.Request(
-        url, json.dumps(report).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
     try:
+        request = urllib.request.Request(url, json.dumps(report).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10):
             _say("notify", "the receiver was notified")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         told = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
         _say("notify", f"nobody was notified: the receiver failed ({told})")
 

@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from components.pipeline import stages
 from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
+from components.pipeline.parts import Part, PartEnded
 from components.pipeline.progress import progress
 from components.pipeline.stages import Stage, find_stage
 from components.pipeline.tables import read_table, write_table
@@ -51,34 +51,6 @@ _SCARCE_BYTES = 64 * 1024
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 ShardWork = Callable[[Sequence[Mapping[str, Any]], Path], Sequence[Mapping[str, Any]]]
-
-
-class Part(NamedTuple):
-    """A share of a step's shards: those whose number, counted from 1, leaves `number` when dealt out to `of` parts."""
-
-    number: int
-    of: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """Read ``2/8``, the second of eight parts; raises `ConfigError` for anything else."""
-        try:
-            part = cls(*(int(number) for number in text.split("/")))
-            if not 1 <= part.number <= part.of:
-                raise ValueError(text)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"'{text}' is no part of a step; write 2/8 for the second of eight parts.") from error
-        return part
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
-
-class _PartEnded(Exception):  # noqa: N818 (it is how a step function is left early, and no error)
-    """The shards of a part are there; the step function has nothing more to do."""
-
-    def __init__(self, made: int, kept: int) -> None:
-        self.made, self.kept = made, kept
 
 
 @dataclass
@@ -158,7 +130,7 @@ class Step:
                 if not self._find_shard(name, key):
                     self._make_shard(name, key, shard, work)
                     made += 1
-        raise _PartEnded(made, len(shards) - made)
+        raise PartEnded(made, len(shards) - made)
 
     def _shard_key(self, shard: Sequence[Mapping[str, Any]]) -> str:
         return json_digest([list(shard), dict(self.parameters), dict(self.input_digests), self.code_digest])
@@ -234,53 +206,14 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
         raise ConfigError(f"'{name}' doesn't work in shards, so it has no parts; run it without --part.")
     root = root.resolve()
     with _expected_failures(name, root), _lock(root, name, f"'{name}'", fcntl.LOCK_SH):
-        step = _make_step(stage, profile, root)
+        step = make_step(stage, profile, root)
         step.part = part
         step.out.mkdir(parents=True, exist_ok=True)
         try:
             _load_function(stage)(step)
-        except _PartEnded as ended:
+        except PartEnded as ended:
             return {"made": ended.made, "kept": ended.kept}
         raise AssertionError(f"'{name}' is said to work in shards, and called no map_shards")
-
-
-def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any] | None:
-    """The manifest of a step's output if these very inputs, parameters and code made it and all its bytes are there.
-
-    For orchestrators, which may skip such a step; raises as `run_stage` does where an input is missing or damaged.
-    """
-    stage = find_stage(name)
-    root = root.resolve()
-    try:
-        record = json.loads((root / STATE / "runs" / f"{name}.json").read_text(encoding="utf-8"))
-        key, digest = record["key"], record["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    step = _make_step(stage, profile, root)
-    if step.key() != key:
-        return None
-    try:
-        manifest = verify(step.previous, name)
-    except BadInputError:
-        return None
-    return manifest if manifest["digest"] == digest else None
-
-
-def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:
-    """For each step, a digest of what decides its output from the start: parameters, sources and code.
-
-    Those of all steps before it are in it, so it is known before anything has run.
-    """
-    sources = {key: inside(root, _section(profile, key)) for stage in stages.STAGES for key in stage.sources.values()}
-    digests = {key: _source_digest(path) for key, path in sources.items() if path.exists()}
-    known: dict[str, str] = {}
-    for stage in stages.STAGES:
-        own = {section: _section(profile, section) for section in stage.parameters}
-        read = {name: digests.get(key) for name, key in stage.sources.items()}
-        known[stage.name] = json_digest(
-            [own, read, _code_digest(stage), [known[name] for name in stage.inputs.values()]]
-        )
-    return known
 
 
 @contextmanager
@@ -329,14 +262,14 @@ def is_disk_full(error: Exception, root: Path) -> bool:
 
 def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Take part in a step that torchrun started as several processes: the first of them prepares and commits."""
-    step = _make_step(stage, profile, root)
+    step = make_step(stage, profile, root)
     _load_function(stage)(step)
     return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
 
 
 def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     started = time.monotonic()
-    step = _make_step(stage, profile, root)
+    step = make_step(stage, profile, root)
     _prepare_staging(step.out, step.scratch, step.key())
     try:
         _load_function(stage)(step)
@@ -350,8 +283,8 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
     return manifest
 
 
-def _make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
-    parameters = {section: _section(profile, section) for section in stage.parameters}
+def make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
+    parameters = {name: section(profile, name) for name in stage.parameters}
     inputs, digests = _resolve_inputs(stage, profile, root)
     return Step(
         stage=stage,
@@ -364,7 +297,7 @@ def _make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
         previous=inside(root, stage.home),
         records=root / STATE / "shards" / stage.name,
         docs=root / STATE / "docs" / stage.name,
-        code_digest=_code_digest(stage),
+        code_digest=code_digest(stage),
     )
 
 
@@ -394,17 +327,17 @@ def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tup
         inputs[name] = inside(root, find_stage(maker).home)
         digests[name] = verify(inputs[name], maker)["digest"]
     for name, key in stage.sources.items():
-        path = inside(root, _section(profile, key))
+        path = inside(root, section(profile, key))
         if not path.exists():
             raise MissingInputError(
                 f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; check --root."
             )
         inputs[name] = path
-        digests[name] = _source_digest(path)
+        digests[name] = source_digest(path)
     return inputs, digests
 
 
-def _source_digest(path: Path) -> str:
+def source_digest(path: Path) -> str:
     return tree_digest([path], relative_to=path if path.is_dir() else path.parent)
 
 
@@ -441,13 +374,13 @@ def inside(root: Path, path: str | Path) -> Path:
     return resolved
 
 
-def _section(profile: Mapping[str, Any], key: str) -> Any:
+def section(profile: Mapping[str, Any], key: str) -> Any:
     if key not in profile:
         raise ConfigError(f"The profile has no '{key}'; add that section (the bundled profile 'tiny' shows it).")
     return profile[key]
 
 
-def _code_digest(stage: Stage) -> str:
+def code_digest(stage: Stage) -> str:
     own = f"{stage.module.replace('.', '/')}.py"
     return tree_digest([_source_path(path) for path in (own, *stage.code)], relative_to=SOURCE_ROOT)
 
@@ -527,14 +460,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _record_run(root: Path, manifest: Mapping[str, Any], key: str, seconds: float) -> None:
+def _record_run(root: Path, manifest: Mapping[str, Any], run_key: str, seconds: float) -> None:
     """Keep what the clock said beside the outputs, never in them; `reports/run.json` is made of these records."""
     import resource
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     record = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined", "reasons", "digest")}
     clock = {"seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1024, 1)}
-    record = {"name": manifest["step"], "key": key, **clock, **record}
+    record = {"name": manifest["step"], "key": run_key, **clock, **record}
     (root / STATE / "runs").mkdir(parents=True, exist_ok=True)
     write_json(root / STATE / "runs" / f"{manifest['step']}.json", record)
 

@@ -211,7 +211,9 @@ def test_the_end_of_a_run_is_told_with_the_step_that_failed(root, profile_file, 
     assert "s3cret" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("url", ["", "ftp://example.com/s3cret", "http://127.0.0.1:9/s3cret", "http://[s3cret"])
+@pytest.mark.parametrize(
+    "url", ["", "ftp://example.com/s3cret", "http://127.0.0.1:9/s3cret", "http://[s3cret", "http://a b/s3cret"]
+)
 def test_a_receiver_that_cannot_be_told_fails_nothing_and_its_address_stays_secret(root, monkeypatch, capsys, url):
     monkeypatch.setenv(kfp_tasks.NOTIFY_URL, url)
     kfp_tasks.notify("uni-vigu", str(root), "FAILED", "a message")

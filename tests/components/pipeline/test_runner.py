@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from components.pipeline import runner, stages
-from components.pipeline.runner import Part
+from components.pipeline import freshness, runner, stages
+from components.pipeline.parts import Part
 from components.pipeline.stages import Stage
 from components.pipeline.tables import read_table
 from univigu.errors import (
@@ -392,21 +392,21 @@ def test_a_step_without_shards_has_no_parts(root):
 
 
 def test_a_step_is_finished_until_its_inputs_parameters_code_or_bytes_change(root):
-    assert runner.finished("first", PROFILE, root) is None
+    assert freshness.finished("first", PROFILE, root) is None
     manifest = run(root)
-    assert runner.finished("first", PROFILE, root) == manifest
-    assert runner.finished("first", {**PROFILE, "double": {"factor": 3}}, root) is None
+    assert freshness.finished("first", PROFILE, root) == manifest
+    assert freshness.finished("first", {**PROFILE, "double": {"factor": 3}}, root) is None
     numbers = (root / "numbers.json").read_text()
     (root / "numbers.json").write_text("[1]")
-    assert runner.finished("first", PROFILE, root) is None
+    assert freshness.finished("first", PROFILE, root) is None
     (root / "numbers.json").write_text(numbers)
-    assert runner.finished("first", PROFILE, root) == manifest
+    assert freshness.finished("first", PROFILE, root) == manifest
     with (root / "steps_under_test.py").open("a") as file:
         file.write("# changed\n")
-    assert runner.finished("first", PROFILE, root) is None
+    assert freshness.finished("first", PROFILE, root) is None
     run(root)
     (root / "data/first/shards/00001/data.bin").write_bytes(b"damaged")
-    assert runner.finished("first", PROFILE, root) is None
+    assert freshness.finished("first", PROFILE, root) is None
 
 
 def test_a_step_whose_input_is_damaged_is_not_called_finished(root):
@@ -414,16 +414,16 @@ def test_a_step_whose_input_is_damaged_is_not_called_finished(root):
     run(root, "second")
     (root / "data/first/captions.parquet").write_bytes(b"damaged")
     with pytest.raises(CorruptDataError, match="SHA-256"):
-        runner.finished("second", PROFILE, root)
+        freshness.finished("second", PROFILE, root)
 
 
 def test_a_recipe_holds_what_decides_a_steps_output_from_the_start_and_nothing_else(root):
-    before = runner.recipes(PROFILE, root)
+    before = freshness.recipes(PROFILE, root)
     assert set(before) == {"first", "second"}
     run(root)
-    assert runner.recipes({**PROFILE, "unrelated": 1}, root) == before
+    assert freshness.recipes({**PROFILE, "unrelated": 1}, root) == before
     (root / "numbers.json").write_text("[1]")
-    changed = runner.recipes(PROFILE, root)
+    changed = freshness.recipes(PROFILE, root)
     assert all(changed[name] != before[name] for name in before)
     (root / "numbers.json").unlink()
-    assert runner.recipes(PROFILE, root)["first"] not in (before["first"], changed["first"])
+    assert freshness.recipes(PROFILE, root)["first"] not in (before["first"], changed["first"])

@@ -1,0 +1,49 @@
+"""Whether a step has to run at all. The runner never asks: skipping whole steps is the orchestrators' business."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.pipeline import stages
+from components.pipeline.digests import json_digest
+from components.pipeline.runner import STATE, code_digest, inside, make_step, section, source_digest, verify
+from univigu.errors import BadInputError
+
+
+def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any] | None:
+    """The manifest of a step's output if these very inputs, parameters and code made it and all its bytes are there.
+
+    Raises as `run_stage` does where an input is missing or damaged.
+    """
+    stage = stages.find_stage(name)
+    root = root.resolve()
+    try:
+        record = json.loads((root / STATE / "runs" / f"{name}.json").read_text(encoding="utf-8"))
+        key, digest = record["key"], record["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    step = make_step(stage, profile, root)
+    if step.key() != key:
+        return None
+    try:
+        manifest = verify(step.previous, name)
+    except BadInputError:
+        return None
+    return manifest if manifest["digest"] == digest else None
+
+
+def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:
+    """For each step, a digest of what decides its output from the start: parameters, sources and code.
+
+    Those of all steps before it are in it, so it is known before anything has run.
+    """
+    sources = {key: inside(root, section(profile, key)) for stage in stages.STAGES for key in stage.sources.values()}
+    digests = {key: source_digest(path) for key, path in sources.items() if path.exists()}
+    known: dict[str, str] = {}
+    for stage in stages.STAGES:
+        own = {name: section(profile, name) for name in stage.parameters}
+        read = {name: digests.get(key) for name, key in stage.sources.items()}
+        before = [known[name] for name in stage.inputs.values()]
+        known[stage.name] = json_digest([own, read, code_digest(stage), before])
+    return known
