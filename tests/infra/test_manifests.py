@@ -244,6 +244,21 @@ def test_each_service_selects_pods_with_the_port_it_leads_to(objects, pods):
         assert {port.get("targetPort", port["port"]) for port in service["spec"]["ports"]} <= ports
 
 
+# --- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_answers_by_the_names_that_the_operators_page_gives_and_by_no_others(objects):
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    settings = named(objects, "ConfigMap")["mlflow", "mlflow"]["data"]
+    allowed = settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
+    addresses = re.findall(r"MLFLOW_TRACKING_URI=http://([\w.:]+)", page)
+    assert set(addresses) == {"mlflow.mlflow:5000", "localhost:5000"}
+    assert all(is_allowed_host_header(allowed, address) for address in addresses)
+    assert not any(is_allowed_host_header(allowed, host) for host in ("example.com", "mlflow.example.com:5000"))
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
