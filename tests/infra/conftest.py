@@ -1,0 +1,62 @@
+"""What the tests of infra/ share: overlays as kustomize renders them, and the values of Airflow's chart."""
+
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def render():
+    """A function: an overlay's name -> all its objects."""
+    return _render
+
+
+@pytest.fixture(scope="session", params=["dev", "gke"])
+def objects(request):
+    """All objects of an overlay, each overlay in turn."""
+    return _render(request.param)
+
+
+@pytest.fixture(scope="session")
+def pod_templates():
+    """A function: objects -> the pod templates in them, with their namespaces, by kind, namespace and name."""
+    return _pod_templates
+
+
+@pytest.fixture(scope="session")
+def airflow_values():
+    return yaml.safe_load((ROOT / "infra/airflow/values.yaml").read_text(encoding="utf-8"))
+
+
+@cache
+def _render(overlay: str) -> list[dict]:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed, and nothing else renders kustomize here")
+    command = ["kubectl", "kustomize", ROOT / "infra/kustomize/overlays" / overlay]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [*yaml.safe_load_all(done.stdout)]
+
+
+def _pod_templates(objects: list[dict]) -> dict[str, dict]:
+    found = {}
+    for one in objects:
+        spec = one.get("spec", {})
+        if one["kind"] == "TrainingRuntime":
+            for job in spec["template"]["spec"]["replicatedJobs"]:
+                found[f"TrainingRuntime/{job['name']}"] = (one, job["template"]["spec"]["template"])
+        elif "template" in spec:
+            found[f"{one['kind']}/{one['metadata']['namespace']}/{one['metadata']['name']}"] = (one, spec["template"])
+    return {
+        name: {
+            **template,
+            "metadata": {**template.get("metadata", {}), "namespace": owner["metadata"]["namespace"]},
+        }
+        for name, (owner, template) in found.items()
+    }
