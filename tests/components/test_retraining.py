@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from components import promotion, retraining
+from components.pipeline.runner import MANIFEST
+from components.pipeline.stages import find_stage
 from univigu import registry
 from univigu.errors import BadInputError, MissingInputError, TransientError
 
@@ -69,8 +71,11 @@ def test_a_candidate_that_is_no_better_leaves_the_champion(versions, name):
 
 
 def test_the_dataset_is_that_of_the_validated_prompts(new_root, tmp_path):
-    found = retraining.dataset(new_root("dataset"))
-    assert retraining.DIGEST.fullmatch(found["digest"])
+    root = new_root("dataset")
+    path = root / find_stage("validate-prompts").home / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "rows_out": 12}))
+    assert retraining.dataset(root) == {"digest": manifest["digest"], "rows": 12}
     with pytest.raises(MissingInputError, match="univigu run validate-prompts"):
         retraining.dataset(tmp_path)
 
