@@ -301,11 +301,6 @@ def make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
     )
 
 
-def prepare(name: str, profile: Mapping[str, Any], root: Path) -> Step:
-    """The step as `run_stage` would run it, with its inputs verified, for who has it run elsewhere."""
-    return _make_step(find_stage(name), profile, root.resolve())
-
-
 def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
     """Keep a killed run's shards and checkpoints; drop what was made for other inputs, parameters or code."""
     shards = staging / "shards"

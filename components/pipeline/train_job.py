@@ -148,7 +148,7 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
     the head of this file says.
     """
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import prepare
+    from components.pipeline.runner import make_step
     from univigu.training.engine import TrainingConfig, micro_batches
 
     stage, root = find_stage(name), root.resolve()
@@ -162,7 +162,7 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
         if not Path(profile).is_relative_to(mount_path):
             raise BadInputError(f"The profile {profile} is not on the volume at {mount_path}; copy it there.")
     values = load_profile(profile)
-    step = prepare(name, values, root)
+    step = make_step(stage, values, root)
     micro_batches(
         TrainingConfig.from_section(step[stage.parameters[-1]], step["seed"]),
         settings.nodes * _processes(stage, settings),

@@ -154,7 +154,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(univigu, speaking_model):
 def test_without_a_registered_model_people_are_told_how_to_get_one(univigu, clips, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = univigu("caption", clips / "clip.mp4", "--root", tmp_path)
-    assert_refused(result, 66, "No model is registered .* `make demo`.* `univigu run register-model`.* --model")
+    assert_refused(result, 66, "No model is registered .* `make demo`.* `univigu run register-model`.* --root")
     assert list(tmp_path.iterdir()) == []
 
 
