@@ -26,16 +26,16 @@ def tracking_uri(root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
-def existing_store(root: Path) -> str:
+def existing_store(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> str:
     """`tracking_uri`, where reading makes sense: raises `MissingInputError` where nothing was ever tracked.
 
-    MLflow would make an empty database and find nothing in it.
+    MLflow would make an empty database and find nothing in it. `otherwise` is the last thing that the error advises.
     """
     uri = tracking_uri(root)
     if "MLFLOW_TRACKING_URI" not in os.environ and not (root / "mlflow.db").is_file():
         raise MissingInputError(
             f"No model is registered below {root.resolve()}, which has no mlflow.db; run `make demo` there, or "
-            f"`univigu run register-model` if a model is trained, or give another --root, or set MLFLOW_TRACKING_URI."
+            f"`univigu run register-model` if a model is trained, or give another --root, or {otherwise}."
         )
     return uri
 

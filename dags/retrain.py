@@ -20,6 +20,7 @@ from airflow.sdk import (
     task,
     teardown,
 )
+from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
 from components.pipeline.airflow_operator import FAILURE, KfpRunOperator, StepOperator, clear_failures, work_root
@@ -173,13 +174,13 @@ def outcome_of(ti):
     failures = [said for said in ti.xcom_pull(task_ids=names, key=FAILURE) or () if said]
     compared = ti.xcom_pull(task_ids="gate", key="comparison")
     promoted = ti.xcom_pull(task_ids="promote")
-    answer = ti.xcom_pull(task_ids="approve")
+    rejected = ti.xcom_pull(task_ids="approve", key=XCOM_SKIPMIXIN_KEY)  # a no has no answer to pull: it only skips
     about = {key: compared[key] for key in ("name", "version", "champion")} if compared else {}
     if promoted:
         return {"state": promoted["outcome"], "message": promoted["reason"], **about}
     if failures:
         return {"state": "failed", "message": failures[-1], **about}
-    if answer:
+    if rejected:
         return {"state": "rejected", "message": f"nobody approved it: {compared['reason']}", **about}
     if compared and not compared["better"]:
         return {"state": "kept champion", "message": compared["reason"], **about}

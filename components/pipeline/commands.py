@@ -153,7 +153,7 @@ def _folder(model: str, name: str, root: Path) -> Path:
     from components.tracking import existing_store
     from univigu.registry import pipeline_folder
 
-    return pipeline_folder(model or name, existing_store(root))
+    return pipeline_folder(model or name, existing_store(root, "a model's folder with --model"))
 
 
 def _read_moving(path: Path, limit: int) -> "np.ndarray":
