@@ -150,6 +150,7 @@ def load_pipeline(step: "Step", number: int) -> "UniViGUPipeline":
 
 def save(step: "Step", pipeline: "UniViGUPipeline") -> None:
     """Leave the whole pipeline, in safetensors, and the run's records in the step's output."""
+    pipeline.vae.register_to_config(_name_or_path="")  # where diffusers read it from: a path of this machine
     pipeline.save_pretrained(step.out / MODEL, safe_serialization=True)
     for name in _RECORDS:
         shutil.copyfile(step.scratch / name, step.out / name)

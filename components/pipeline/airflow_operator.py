@@ -82,9 +82,9 @@ class StepOperator(BaseOperator):
         self._process: subprocess.Popen | None = None
 
     def execute(self, context: Mapping[str, Any]) -> None:
+        from components.pipeline.freshness import finished
         from components.pipeline.kfp_tasks import command
         from components.pipeline.profiles import load_profile
-        from components.pipeline.runner import finished
 
         with clear_failures(context):
             root = work_root()
