@@ -41,7 +41,7 @@ from .errors import BadInputError, ConfigError
 from .text_space import PREDICTIONS, TextPrediction, TextSpace, read_out, row_norm_for
 
 ATTENTION = ("joint", "prefix")
-Rotary = tuple[Tensor, Tensor]  # cos and sin, (1, S, 1, head_dim) each
+Rotary = Tensor  # complex64 (1, S, 1, head_dim / 2): what each pair of channels is turned by
 Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table
 Memory = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
 
@@ -56,22 +56,32 @@ class RotaryTables(WanRotaryPosEmbed):
             self.freqs_cos, self.freqs_sin = cos.to(self.freqs_cos.device), sin.to(self.freqs_sin.device)
         return self
 
+    def video(self, latents: Tensor) -> Rotary:
+        """The table of the patches of latents (B, C, T, H, W), as Wan has it."""
+        return self._turns(*self(latents))
+
     def text(self, grid: tuple[int, int, int], length: int) -> Rotary:
-        """Tables of text tokens at (p, p, p), p = max(grid) + i; the three axes lie side by side in Wan's rows."""
+        """The table of text tokens at (p, p, p), p = max(grid) + i; the three axes lie side by side in Wan's rows."""
         start, end = max(grid), max(grid) + length
         if end > self.max_seq_len:
             raise BadInputError(
                 f"{length} text tokens after a video of {grid} patches need {end} places and the model has"
                 f" {self.max_seq_len}: use a smaller video or a shorter text_length."
             )
-        return self.freqs_cos[None, start:end, None], self.freqs_sin[None, start:end, None]
+        return self._turns(self.freqs_cos[None, start:end, None], self.freqs_sin[None, start:end, None])
+
+    @staticmethod
+    def _turns(cos: Tensor, sin: Tensor) -> Rotary:
+        return torch.complex(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Wan's rotary embedding on interleaved pairs: x (B, S, heads, head_dim)."""
-    cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
+    """Wan's rotary embedding of x (B, S, heads, head_dim): each pair of channels is one complex number.
+
+    In one pass, and with Wan's own rounding where head_dim is a multiple of 16, which fills a processor's vectors.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
 
 
 def attend(attention: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -347,7 +357,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
     def _embed_video(self, latents: Tensor, tau: Tensor, encoder_hidden_states: Tensor):
         grid = self.grid(latents.shape[2:])
         dtype = self.patch_embedding.weight.dtype
-        rotary = self.rope(latents)
+        rotary = self.rope.video(latents)
         hidden = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).contiguous()
         temb, time, context, _ = self.condition_embedder(wan.wan_timestep(tau), encoder_hidden_states.to(dtype))
         return (hidden, time.unflatten(1, (6, -1)), rotary), temb, context, grid

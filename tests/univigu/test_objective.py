@@ -250,6 +250,16 @@ def objective_keys(batch):
     return [(0, 0, i) for i in batch["sample_ids"].tolist()]
 
 
+def test_a_text_that_is_read_from_its_own_state_sends_no_denormal_number_back():
+    model, seen = build(), []
+    model.text_head.register_full_backward_hook(lambda module, inner, outer: seen.append(outer[0].abs()))
+    config = replace(alone("understand"), text_shift=1e-3)  # nearly all times near 1
+    training_loss(model, make_batch(64), config, step=0)["loss"].backward()
+    grads = torch.cat([grad.flatten() for grad in seen])
+    assert grads.max() > 1e-6
+    assert not ((grads > 0) & (grads < torch.finfo(torch.float32).tiny)).any()
+
+
 def test_a_few_steps_teach_a_few_samples():
     model, batch = build(zero_head=True), make_batch(8)
     engine = TrainingObjective(model, DEFAULT)
