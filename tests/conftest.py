@@ -1,6 +1,7 @@
 """What many tests share: a random tiny Wan in diffusers' own layout, and a server that speaks KFP's API."""
 
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -101,9 +102,11 @@ def speaking_model(tiny_wan_folder, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_tracking_store(monkeypatch):
-    """MLflow notes its store in the environment, where the next test would take it for the user's choice."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def own_tracking_store():
+    """MLflow notes its store in the environment, where whatever comes next would take it for the user's choice."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # a monkeypatch puts back what it found, and this was made meanwhile
 
 
 class FakeKfp(ThreadingHTTPServer):

@@ -1,5 +1,6 @@
 """The Kubeflow pipeline on this machine: kfp's local runner, which starts a process a task."""
 
+import builtins
 import contextlib
 import io
 import os
@@ -84,8 +85,12 @@ def _only_what_tasks_say(log: Path) -> Iterator[None]:
             return len(text)
 
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(Filter()):
-        yield
+    plain = builtins.print
+    try:
+        with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(Filter()):
+            yield
+    finally:
+        builtins.print = plain  # kfp's tasks that run at once each swap it for one that indents, and leave one behind
 
 
 @contextlib.contextmanager
