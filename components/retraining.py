@@ -1,4 +1,4 @@
-"""What an orchestrator decides around the steps: whether to train, who is to be champion, who is told.
+"""What an orchestrator decides around the steps: whether to train, and who is to be champion.
 
 Plain functions without an orchestrator in them; `dags/` calls them.
 """
@@ -8,9 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ DATASET_STEP = "validate-prompts"  # whose output is the dataset that a retraini
 DATASET_STEPS = ("curate-prompts", DATASET_STEP)
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PROFILE_TAG = "univigu.profile"
-NOTIFY_URL = "UNIVIGU_NOTIFY_URL"
 
 
 def dataset(root: Path) -> dict[str, Any]:
@@ -95,27 +91,6 @@ def version_dataset(root: Path, profile: str) -> str:
         said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
         raise BadInputError(f"DVC could not version the dataset below {root} ({said}); run `dvc status` there.")
     return "in DVC's cache, and named by dvc.lock; `git commit dvc.lock` and `dvc push` make it everybody's"
-
-
-def notify(report: Mapping[str, Any]) -> str:
-    """Send a report as JSON to the address in UNIVIGU_NOTIFY_URL; returns whether anybody was told, in words.
-
-    The address is a secret, and in no message. A receiver that fails is said, and fails nothing.
-    """
-    url = os.environ.get(NOTIFY_URL, "")
-    if not url:
-        return f"nobody was notified: {NOTIFY_URL} is not set"
-    if not url.startswith(("http://", "https://")):
-        return f"nobody was notified: {NOTIFY_URL} holds no http or https address"
-    request = urllib.request.Request(
-        url, json.dumps(report).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10):
-            return "the receiver was notified"
-    except (OSError, ValueError) as error:
-        told = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        return f"nobody was notified: the receiver failed ({told})"
 
 
 def _name(profile: str) -> str:

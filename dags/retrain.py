@@ -154,12 +154,12 @@ def retrain():
     @teardown
     def notify(**context):
         """Say how the run ended, whichever way it did."""
-        from components import retraining
+        from components.pipeline import notifications
 
         ti, run = context["ti"], context["dag_run"]
         report = {"dag": run.dag_id, "run_id": run.run_id, **outcome_of(ti)}
         print(report)
-        print(retraining.notify(report))
+        print(notifications.send(report))
 
     begun, gated, promoted = begin(), gate(), promote()
     chain(begun, [local, kubeflow])

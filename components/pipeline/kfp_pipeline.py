@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineChannel
 
-from components.pipeline.kfp_tasks import NOTIFY_URL, RUN_ID, declaration
+from components.pipeline.kfp_tasks import RUN_ID, declaration
+from components.pipeline.notifications import NOTIFY_URL
 from components.pipeline.stages import STAGES, Stage, find_stage
 
 NAME = "uni-vigu"

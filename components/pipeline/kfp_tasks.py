@@ -6,20 +6,18 @@ What a task hands on is the digest of the output that it left: data stay below t
 prints begins with its name.
 """
 
-import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from components.pipeline import notifications
 from univigu.errors import (
     BadInputError,
     ConfigError,
@@ -30,7 +28,6 @@ from univigu.errors import (
 
 BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob that it starts
 MAX_PARTS = 1000
-NOTIFY_URL = "UNIVIGU_NOTIFY_URL"
 RUN_ID = "UNIVIGU_RUN_ID"
 PROMOTION = "UNIVIGU_PROMOTION"  # what register-model reads
 
@@ -145,10 +142,7 @@ def command(
 
 
 def notify(pipeline: str, root: str, state: str, message: str) -> None:
-    """Say how a run ended, as JSON to the address in UNIVIGU_NOTIFY_URL; without one, on standard output only.
-
-    The address is a secret: it is in no message. A receiver that doesn't answer is said, and fails nothing.
-    """
+    """Say how a run ended, on standard output and to whoever `notifications` tells."""
     failure = last_failure(root)
     report = {
         "pipeline": pipeline,
@@ -159,19 +153,7 @@ def notify(pipeline: str, root: str, state: str, message: str) -> None:
         "message": failure.get("message") or message or None,
     }
     _say("notify", json.dumps(report, ensure_ascii=False))
-    url = os.environ.get(NOTIFY_URL, "")
-    if not url:
-        return
-    if not url.startswith(("http://", "https://")):
-        _say("notify", f"nobody was notified: {NOTIFY_URL} holds no http or https address")
-        return
-    try:
-        request = urllib.request.Request(url, json.dumps(report).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=10):
-            _say("notify", "the receiver was notified")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        told = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        _say("notify", f"nobody was notified: the receiver failed ({told})")
+    _say("notify", notifications.send(report))
 
 
 def last_failure(root: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -106,30 +104,3 @@ def test_in_a_dvc_project_the_dataset_is_put_into_cache_and_lock(tmp_path):
 
 def call(folder, *command):
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
-
-
-def test_a_report_reaches_whoever_is_named_and_its_address_is_in_no_message(monkeypatch):
-    received = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200 if len(received) == 1 else 500)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv(retraining.NOTIFY_URL, f"http://127.0.0.1:{server.server_port}/secret")
-    assert retraining.notify({"state": "promoted"}) == "the receiver was notified"
-    assert retraining.notify({"state": "promoted"}) == "nobody was notified: the receiver failed (status 500)"
-    server.shutdown()
-    server.server_close()
-    assert received == [{"state": "promoted"}] * 2
-    assert "URLError" in retraining.notify({})
-    monkeypatch.setenv(retraining.NOTIFY_URL, "ftp://secret")
-    assert retraining.notify({}) == "nobody was notified: UNIVIGU_NOTIFY_URL holds no http or https address"
-    monkeypatch.delenv(retraining.NOTIFY_URL)
-    assert "not set" in retraining.notify({})
