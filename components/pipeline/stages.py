@@ -183,6 +183,8 @@ STAGES: tuple[Stage, ...] = (
         parameters=("register_model",),
         code=(
             "components/evaluate_model.py",
+            "components/promotion.py",
+            "components/ledger.py",
             "components/tracking.py",
             "components/model_card.md.j2",
             "model/univigu",
