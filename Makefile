@@ -22,12 +22,12 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow test lint format clean
+.PHONY: help install demo smoke airflow measure-orchestrators test lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TORCH=cu130     a CUDA build of torch instead of the CPU's (also: TORCH=auto)"
 	@echo "  PROFILE=smoke   another profile for make demo: $(notdir $(basename $(wildcard components/profiles/*.yaml)))"
@@ -55,6 +55,9 @@ smoke: ## The same way with next to no data and steps (two minutes)
 
 airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
 	@python -m components.pipeline.airflow_server --port $(PORT)
+
+measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (8 minutes)
+	@python -m components.pipeline.measure_orchestrators
 
 test: install ## All tests, lint and format included
 	pytest

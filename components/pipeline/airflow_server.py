@@ -222,6 +222,13 @@ class AirflowServer:
                 raise UniViGUError(f"Airflow's {command[0]} has ended by itself; {self._log(command[0])} says why.")
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def environment(home: Path, root: Path, port: int) -> dict[str, str]:
     """What makes an Airflow this one: settings by its documented variables, in place of a file."""
     return {

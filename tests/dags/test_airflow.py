@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from statistics import median
 
 import pytest
 
-from components.pipeline.airflow_server import AirflowServer
+from components.pipeline.airflow_server import AirflowServer, free_port
 from components.pipeline.stages import STAGES
 
 pytest.importorskip("airflow")
@@ -38,9 +37,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """(Airflow's home, a port that is free)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return tmp_path_factory.mktemp("airflow"), probe.getsockname()[1]
+    return tmp_path_factory.mktemp("airflow"), free_port()
 
 
 @pytest.fixture(scope="module")
