@@ -93,11 +93,11 @@ def sample_everything(
     pipeline = UniViGUPipeline.from_pretrained(step.inputs["stage2"] / "model").to(device)
     pipeline.set_progress_bar_config(disable=True)
     base = load_generator(step.inputs["base"], "fp32")
-    compared, video_steps = settings["compared_caption_steps"], pipeline.config.num_inference_steps
+    compared = settings["compared_caption_steps"]
     makers: dict[str, tuple[str, Callable[[Sequence[Item]], dict[str, Any]]]] = {
         "captions": ("captions", lambda items: caption_clips(pipeline, benchmark.render(items), items, compared)),
         "generation": ("generations", lambda items: generate_clips(pipeline, items, step["video"])),
-        "generation_base": ("generations", lambda items: generate_with_base(base, items, step, video_steps)),
+        "generation_base": ("generations", lambda items: generate_with_base(base, items, step)),
         "joint": ("joint", lambda items: make_jointly(pipeline, items, step["video"])),
     }
     size = settings["batch_size"]
@@ -168,13 +168,14 @@ def _video_arguments(items: Sequence[Item], video: Mapping[str, Any]) -> dict[st
     }
 
 
-def generate_with_base(base: Any, items: Sequence[Item], step: "Step", video_steps: int) -> dict[str, Any]:
-    """The base generator's clips for the same prompts and seeds in as many steps, by diffusers' own pipeline."""
+def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[str, Any]:
+    """The base generator's clips for the same prompts and seeds, as it makes them best, by diffusers' own pipeline."""
     import numpy as np
 
     from components.synthesize_videos import generate
 
-    sampling = {"steps": video_steps, "guidance_scale": step["evaluate_model"]["base_guidance"]}
+    settings = step["evaluate_model"]
+    sampling = {"steps": settings["base_steps"], "guidance_scale": settings["base_guidance"]}
     videos = generate(base, items, step["video"], sampling, step["text"]["prompt_length"])
     return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}
 
@@ -400,8 +401,8 @@ def page_notes(settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics
         "Without the video: the same model, clips, noise and settings, with the video replaced by noise. Commonest "
         "value: what is right most often when it is said of every clip.",
         f"Generated videos: {metrics['generation']['mean']['n']} prompts that state every attribute; "
-        f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g} for this model and "
-        f"{settings['base_guidance']:g} for its base. "
+        f"{sampling['num_inference_steps']} steps at guidance {sampling['guidance_scale']:g} by this model, "
+        f"{settings['base_steps']} at {settings['base_guidance']:g} by its base. "
         "What a video shows is read by the recogniser, a network that has no part in the training captions. Its "
         "own accuracy is measured on clips rendered from a known truth; generated clips are less clean, and it may err "
         "more often on those.",
