@@ -1,13 +1,19 @@
-"""What many tests share: a random tiny Wan in diffusers' own layout, and a server that speaks KFP's API."""
+"""What many tests share: a random tiny Wan, a pipeline that DVC has run, and a server that speaks KFP's API."""
 
 import json
 import os
 import re
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+from components.pipeline.measure_orchestrators import call, copy_repository
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +105,23 @@ def speaking_model(tiny_wan_folder, tmp_path_factory):
         torch.nn.init.normal_(pipeline.transformer.text_head.proj_out.weight, std=0.3)
     pipeline.save_pretrained(folder)
     return folder
+
+
+class Reproduced(NamedTuple):
+    """A copy of the working tree in which `dvc repro` has run, and how long it took."""
+
+    root: Path
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory):
+    """A copy of the working tree on the profile `smoke`, after `dvc repro`; tests may add to it, and change nothing."""
+    root = tmp_path_factory.mktemp("way") / "uni-vigu"
+    copy_repository(root, "smoke")
+    started = time.monotonic()
+    call([sys.executable, "-m", "dvc", "repro"], root)
+    return Reproduced(root, time.monotonic() - started)
 
 
 @pytest.fixture(autouse=True)

@@ -98,18 +98,18 @@ def copy_repository(root: Path, profile: str) -> None:
     (root / "params.yaml").write_text(f"profile: {profile}\n", encoding="utf-8")
     who = ["-c", "user.name=univigu", "-c", "user.email=univigu@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], [*who, "commit", "--quiet", "--message", "Measure"]):
-        _call(["git", *command], root)
+        call(["git", *command], root)
 
 
 def run_dvc(profile: str, root: Path) -> float:
     started = time.time()
-    _call([sys.executable, "-m", "dvc", "repro", "--quiet"], root)
+    call([sys.executable, "-m", "dvc", "repro", "--quiet"], root)
     return started
 
 
 def run_kfp_local(profile: str, root: Path) -> float:
     started = time.time()
-    _call([sys.executable, "-m", "components.pipeline.cli", "pipeline", "run", "--local", f"profile={profile}"], root)
+    call([sys.executable, "-m", "components.pipeline.cli", "pipeline", "run", "--local", f"profile={profile}"], root)
     return started
 
 
@@ -130,7 +130,7 @@ def run_airflow(profile: str, root: Path) -> float:
 RUNS = {"dvc": run_dvc, "kfp_local": run_kfp_local, "airflow": run_airflow}
 
 
-def _call(command: list[str], root: Path) -> None:
+def call(command: list[str], root: Path) -> None:
     """Run a command of a copy with this environment's packages and the copy's code; its output only if it fails."""
     environment = {
         **{key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
