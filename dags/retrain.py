@@ -132,7 +132,6 @@ def retrain():
         "Without an answer in time it stays.",
         defaults="Reject",
         response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
-        retries=0,
     )
 
     @task(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)

@@ -101,6 +101,7 @@ def answer(airflow, run, option):
         return tasks(airflow, run)["approve"]["state"] in ("awaiting_input", "deferred")
 
     wait_for(asks)
+    time.sleep(3)  # a person is slower than the scheduler, which takes the answer for a failure before it saw the pause
     default = airflow.call("GET", path)["defaults"]
     airflow.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
     return default
@@ -109,8 +110,8 @@ def answer(airflow, run, option):
 def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root):
     from components import promotion
 
-    run = ("retrain", trigger(airflow, profile="smoke"))
     assert champion(root) is None
+    run = ("retrain", trigger(airflow, profile="smoke"))
     assert answer(airflow, run, "Approve") == ["Reject"]
     assert ended(airflow, run) == "success"
     assert champion(root) == 1
