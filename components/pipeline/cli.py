@@ -110,6 +110,22 @@ def pretrain(
         print(f"{name:<22} {value:.3f}")
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure; without a name, the names are listed.")] = "",
+    root: Root = Path("."),
+) -> None:
+    """Measure a claim about speed or cost against something else, and write reports/bench-NAME.json."""
+    import json
+
+    from components import bench
+
+    if not name:
+        print("\n".join(bench.benchmarks()))
+        return
+    print(json.dumps(bench.run(name, root), indent=1, ensure_ascii=False))
+
+
 def keep_libraries_quiet() -> None:
     """Warnings, log lines and loading bars of libraries are for developers; people see what the command says.
 
