@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.pipeline import commands, data_commands, model_commands, pipeline_commands, train_job
+from components.pipeline import commands, data_commands, model_commands, pipeline_commands, plan_commands, train_job
 from univigu.errors import PreemptedError, UniViGUError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 commands.add_to(app)
 train_job.add_to(app)
+plan_commands.add_to(app)
 app.add_typer(pipeline_commands.app)
 app.add_typer(model_commands.app, name="model")
 app.add_typer(data_commands.app, name="data")

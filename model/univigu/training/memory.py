@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from univigu.errors import BadInputError, ConfigError
-from univigu.objective import ObjectiveConfig, Samples, predict_joint, predict_prefix, text_losses, video_losses
-from univigu.transformer import ATTENTION, UniViGUTransformer3DModel
+from univigu.objective import TASKS, ObjectiveConfig, Samples, predict_joint, predict_prefix, text_losses, video_losses
+from univigu.transformer import UniViGUTransformer3DModel
 
 BYTES = {"fp32": 4, "bf16": 2}
+COSTLIEST = ("understand", "joint")  # of the tasks of each attention policy
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # DeepSpeed's defaults, counted in elements: reduce_bucket_size, stage3_max_live_parameters, prefetch_bucket_size
 REDUCE_BUCKET, MAX_LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
@@ -86,12 +87,11 @@ def parameter_count(config: Mapping[str, Any]) -> int:
 
 
 def training_loss_on_fakes(
-    model: UniViGUTransformer3DModel, attention: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
+    model: UniViGUTransformer3DModel, task: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
 ) -> torch.Tensor:
-    """The loss of samples under one policy, for tensors that hold nothing: latents of shape (B, C, T, H, W).
+    """The loss of samples of one of `TASKS`, for tensors that hold nothing: latents of shape (B, C, T, H, W).
 
-    Call it where ``torch.empty`` makes fake or meta tensors. Under ``joint`` both modalities have their loss, under
-    ``prefix`` the text has it.
+    Call it where ``torch.zeros`` makes fake or meta tensors.
     """
     config = model.config
     table = model.text_space()
@@ -110,13 +110,15 @@ def training_loss_on_fakes(
         has_video_loss=torch.zeros(batch, dtype=torch.bool),
         has_text_loss=torch.zeros(batch, dtype=torch.bool),
     )
-    objective = ObjectiveConfig()
-    if attention == "prefix":
-        hidden, loss = predict_prefix(model, samples, table, guessing=False), 0
+    objective, loss = ObjectiveConfig(), table.new_zeros(())
+    if TASKS[task].attention == "prefix":
+        hidden = predict_prefix(model, samples, table, guessing=False)
     else:
         video, hidden = predict_joint(model, samples, table, guessing=False)
-        loss = video_losses(video, samples, objective)[0].sum()
-    return loss + text_losses(hidden, samples, table, model, objective, None)[0].sum()
+        loss = loss + video_losses(video, samples, objective)[0].sum()
+    if "text" in TASKS[task].loss:
+        loss = loss + text_losses(hidden, samples, table, model, objective, None)[0].sum()
+    return loss
 
 
 class LiveBytes(TorchDispatchMode):
@@ -151,7 +153,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tracked_step(
-    model: UniViGUTransformer3DModel, attention: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
+    model: UniViGUTransformer3DModel, task: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
 ) -> tuple[int, int]:
     """Bytes that one training step keeps from its forward pass, and the most it holds at any moment.
 
@@ -161,7 +163,7 @@ def tracked_step(
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with LiveBytes() as memory:
         memory.ignore([*model.parameters(), *model.buffers()])
-        loss = training_loss_on_fakes(model, attention, latents, text_tokens, context_tokens)
+        loss = training_loss_on_fakes(model, task, latents, text_tokens, context_tokens)
         kept = memory.now
         loss.backward()
     return kept, memory.peak
@@ -192,10 +194,10 @@ def _measured(
     config = json.loads(key)
     latents = (batch, config["in_channels"], *latent_size(config, video, text))
     found = []
-    for attention in ATTENTION:
+    for task in COSTLIEST:
         # not from a depth of 1: the last block under ``prefix`` is cut short
         (kept, peak), (deeper, _) = (
-            _on_fakes(config, depth, attention, latents, text, context, precision, checkpointing) for depth in (2, 3)
+            _on_fakes(config, depth, task, latents, text, context, precision, checkpointing) for depth in (2, 3)
         )
         found.append((_line(kept, deeper, 2, config["num_layers"]), peak - kept))
     return max(found, key=sum)
@@ -204,7 +206,7 @@ def _measured(
 def _on_fakes(
     config: Mapping[str, Any],
     depth: int,
-    attention: str,
+    task: str,
     latents: tuple[int, ...],
     text: int,
     context: int,
@@ -218,7 +220,7 @@ def _on_fakes(
         model = _build(config, depth, DTYPES[precision])
         if checkpointing:
             model.enable_gradient_checkpointing()
-        return tracked_step(model, attention, latents, text, context)
+        return tracked_step(model, task, latents, text, context)
 
 
 def _build(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGUTransformer3DModel:

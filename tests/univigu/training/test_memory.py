@@ -47,7 +47,7 @@ def test_activations_are_those_of_a_real_step(checkpointing):
     model = UniViGUTransformer3DModel(**TINY)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    real = [tracked_step(model, attention, (2, 4, 1, 48, 48), 10, 6) for attention in ("joint", "prefix")]
+    real = [tracked_step(model, task, (2, 4, 1, 48, 48), 10, 6) for task in ("joint", "understand")]
     kept, peak = max(real, key=lambda found: found[1])
     said = memory_needed(model.config, **{**ONE_GPU, "video_tokens": 576}, gradient_checkpointing=checkpointing)
     # a checkpoint keeps the generator's state, 5 KB on a CPU, for each of the two passes through a block
