@@ -34,9 +34,39 @@ def plan(
     print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
 
 
+def rehearse(
+    profile: Profile = "wan-1.3b",
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A base's folder, whose files' headers are read. (default: the profile's)"),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs are to train together.")] = 16,
+    gpu: Annotated[str, typer.Option(help="Their name; a wrong one lists those there are.")] = "h800",
+    root: Root = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Walk a profile's whole way without weights, GPUs or a cluster; the exit code is the first failure's, or 0.
+
+    `to do` marks what only you can put there: weights, variables, disk.
+    """
+    from components import rehearsal
+    from components.pipeline.profiles import load_profile
+
+    scene = rehearsal.Scene(profile, load_profile(profile), root, weights, gpus, gpu)
+    lines = rehearsal.rehearse(scene, (lambda line: None) if as_json else _show)
+    if as_json:
+        print(rehearsal.as_json(scene, lines))
+    raise typer.Exit(rehearsal.exit_code(lines))
+
+
+def _show(line: Any) -> None:
+    print(f"{line.state:<7} {line.subject:<26} {line.detail}", flush=True)
+
+
 def add_to(app: typer.Typer) -> None:
     """Make these functions commands of `app`."""
-    app.command(rich_help_panel=PANEL)(plan)
+    for command in (plan, rehearse):
+        app.command(rich_help_panel=PANEL)(command)
 
 
 def as_text(profile: str, plan: Mapping[str, Any]) -> str:

@@ -146,9 +146,15 @@ def local_folder(source: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise MissingInputError(f"There is no model folder at {source}: give a folder in diffusers' layout.")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except GatedRepoError as error:
+        raise MissingInputError(
+            f"The weights of {source} are gated: accept their licence at https://huggingface.co/{source}, then set"
+            " HF_TOKEN to a token of that account."
+        ) from error
     except Exception as error:
         raise MissingInputError(
             f"There is no model folder at {source}, and no hub repository of that name could be fetched"
