@@ -55,7 +55,7 @@ def clone(tmp_path_factory):
         ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "commit", "-qm", "clone"],
     ):
         assert call(command, root).returncode == 0
-    (root / "params.yaml").write_text("profile: smoke\n")
+    assert call(["univigu", "use", "smoke"], root).returncode == 0
     started = time.monotonic()
     done = call(["dvc", "repro"], root)
     assert done.returncode == 0, said(done)

@@ -46,14 +46,16 @@ def run(
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
     from components.pipeline.parts import Part
-    from components.pipeline.profiles import load_profile
+    from components.pipeline.profiles import check_watched, load_profile
     from components.pipeline.runner import run_part, run_stage
 
+    values = load_profile(profile)
+    check_watched(profile, values, root)
     if part:
-        counts = run_part(step, load_profile(profile), root, Part.parse(part))
+        counts = run_part(step, values, root, Part.parse(part))
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
-    manifest = run_stage(step, load_profile(profile), root)
+    manifest = run_stage(step, values, root)
     if not _speaks():
         return
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
@@ -61,6 +63,19 @@ def run(
         f"{step}: {manifest['rows_in']} rows in, {manifest['rows_out']} out, {manifest['quarantined']} quarantined"
         + (f" ({reasons})" if reasons else "")
     )
+
+
+@app.command()
+def use(
+    profile: Annotated[str, typer.Argument(help="A bundled profile's name.")],
+    root: Root = Path("."),
+) -> None:
+    """Choose the profile that `dvc repro` runs; writes params.yaml."""
+    from components.pipeline.profiles import use_profile
+
+    for key, path in use_profile(profile, root).items():
+        there = "" if (root / path).exists() else f" (not there yet: `univigu rehearse --profile {profile}`)"
+        print(f"{key:<12} {path}{there}")
 
 
 @app.command()
