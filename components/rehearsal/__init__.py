@@ -75,7 +75,7 @@ def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "disk", lambda: around.check_disk(scene, model)
     for number in (1, 2):
         yield f"DeepSpeed, stage {number}", lambda number=number: training.check_deepspeed(scene, number)
-    yield "evaluation", lambda: around.check_evaluation(profile)
+    yield "evaluation", lambda: around.check_evaluation(profile, scene.root)
     yield "sampling", lambda: around.check_sampling(profile)
     yield "Kubeflow pipeline", lambda: around.check_pipeline(scene.root)
     yield "TrainJobs", lambda: around.check_train_jobs(scene)

@@ -82,12 +82,16 @@ def check_disk(scene: Scene, models: MetaModels) -> str:
     return f"{wanted / 1e9:,.2g} GB of {free / 1e9:,.0f} free"
 
 
-def check_evaluation(profile: Profile) -> str:
+def check_evaluation(profile: Profile, root: Path) -> str:
+    """The benchmark exists, and so does what it and its scorers read."""
     from components.evaluate_model import load_benchmark
 
-    name = profile["evaluate_model"]["benchmark"]
-    load_benchmark(name)
-    return f"benchmark '{name}'"
+    settings = profile["evaluate_model"]
+    load_benchmark(settings["benchmark"])
+    for what, path in {"heldout": profile["heldout"], **settings["scorers"]}.items():
+        if not (root / path).exists():
+            raise ToDo(f"put {what} at {root / path}, where the evaluation looks for it")
+    return f"benchmark '{settings['benchmark']}', scorers: {', '.join(settings['scorers']) or 'none'}"
 
 
 def check_sampling(profile: Profile) -> str:

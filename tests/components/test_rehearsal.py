@@ -128,7 +128,7 @@ def test_a_share_that_no_task_has_leaves_weights_untrained(tiny_wan_folder):
     profile, models = tiny(tiny_wan_folder)
     trained = set()
     training.check_task(profile, models, "generate", trained)
-    with pytest.raises(BadInputError, match=r"No task of the profile trains text_(head|space)"):
+    with pytest.raises(BadInputError, match=r"No task of the profile trains blocks\.1\.ffn_text"):
         training.check_trained(models, trained)
 
 
@@ -141,6 +141,15 @@ def test_variables_that_a_captioner_reads_are_named_until_they_are_set(monkeypat
     assert "secret-value" not in around.check_captioner({**profile, "caption_videos": captions}, ROOT)
     with pytest.raises(ConfigError, match="no captioner 'nobody'"):
         around.check_captioner({**profile, "caption_videos": {**captions, "captioner": "nobody"}}, ROOT)
+
+
+def test_what_the_evaluation_reads_is_named_until_it_is_there(tmp_path):
+    profile = load_profile("wan-1.3b")
+    with pytest.raises(ToDo, match=r"put heldout at .*evaluation-prompts\.jsonl"):
+        around.check_evaluation(profile, tmp_path)
+    assert "benchmark 'pairs'" in around.check_evaluation(profile, ROOT)
+    with pytest.raises(ConfigError, match="no benchmark 'guesses'"):
+        around.check_evaluation({**profile, "evaluate_model": {"benchmark": "guesses"}}, ROOT)
 
 
 def test_a_batch_that_gpus_can_not_share_fails_as_it_would_in_training():
