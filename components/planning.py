@@ -96,6 +96,24 @@ def describe_models(models: MetaModels, tokens: planning.Tokens) -> Plan:
     }
 
 
+def plan_hours(profile: Profile, models: MetaModels, gpus: int, gpu: str) -> dict[str, float]:
+    """Hours that the long steps take, by their names, with all GPUs sharing them, at the MFU of NeMo's Wan."""
+    from components.train_stage import objective_settings
+    from univigu.training.engine import TrainingConfig
+
+    text, rate = profile["text"], find_gpu(gpu).tflops * 1e12 * MFU
+    tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
+    synthesis = plan_synthesis(profile, models, tokens, gpus * rate, gpus)
+    hours = {"synthesize-videos": 24 * synthesis["gpu_days"] / gpus}
+    for number in (1, 2):
+        section = profile[f"train_stage_{number}"]
+        objective = objective_settings(section, profile["model"], profile["seed"])
+        config = TrainingConfig.from_section(section, profile["seed"])
+        stage = plan_stage(models, tokens, config, objective, gpus, rate)
+        hours[f"train-stage-{number}"] = 24 * stage["days"]
+    return hours
+
+
 def plan_stage(
     models: MetaModels, tokens: planning.Tokens, config: Any, objective: Any, gpus: int, gpu_rate: float
 ) -> Plan:

@@ -46,6 +46,7 @@ def exit_code(lines: list[Line]) -> int:
 def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
     profile = scene.profile
     yield "steps", lambda: around.check_steps(profile)
+    yield "prompts", lambda: around.check_prompts(profile, scene.root)
     yield "token ranges", lambda: around.check_texts(profile)
     yield "checks and captioner", lambda: around.check_captioner(profile, scene.root)
     models: list[MetaModels] = []
@@ -72,6 +73,7 @@ def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "every weight learns", lambda: training.check_trained(model, trained)
         for number in (1, 2):
             yield f"memory, stage {number}", lambda number=number: training.check_memory(scene, model, number)
+        yield "time limits", lambda: around.check_hours(scene, model)
         yield "disk", lambda: around.check_disk(scene, model)
     for number in (1, 2):
         yield f"DeepSpeed, stage {number}", lambda number=number: training.check_deepspeed(scene, number)

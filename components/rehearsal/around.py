@@ -94,6 +94,42 @@ def check_evaluation(profile: Profile, root: Path) -> str:
     return f"benchmark '{settings['benchmark']}', scorers: {', '.join(settings['scorers']) or 'none'}"
 
 
+def check_prompts(profile: Profile, root: Path) -> str:
+    """As many raw prompts as clips are to be made, at least; curation will leave fewer."""
+    folder, wanted = root / profile["raw_prompts"], profile["synthesize_videos"]["clips"]
+    if not folder.exists():
+        raise ToDo(f"put your prompts, as JSONL, CSV or Parquet, into {folder}")
+    files = [path for path in sorted(folder.rglob("*") if folder.is_dir() else [folder]) if path.is_file()]
+    rows = sum(count_rows(path) for path in files if path.suffix in (".jsonl", ".csv", ".parquet"))
+    if rows < wanted:
+        raise ToDo(f"put more prompts into {folder}: there are {rows:,}, and {wanted:,} clips are to be made")
+    return f"{rows:,} for {wanted:,} clips"
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a table of prompts: Parquet's own count, or lines."""
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows
+    with path.open("rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+
+
+def check_hours(scene: Scene, models: MetaModels) -> str:
+    """What the steps that take long would take, against when a cluster takes them for stuck."""
+    from components.pipeline.stages import find_stage
+    from components.planning import plan_hours
+
+    found = []
+    for name, hours in plan_hours(scene.profile, models, scene.gpus, scene.gpu).items():
+        limit = find_stage(name).resources.hours
+        if hours > limit:
+            raise ToDo(f"use more GPUs: {name} takes {hours:,.0f} hours on {scene.gpus} and is stopped after {limit}")
+        found.append(f"{name} {hours:,.3g} of {limit}")
+    return "hours: " + ", ".join(found)
+
+
 def check_sampling(profile: Profile) -> str:
     """What the saved model is told to do by default is what the pipeline knows."""
     import inspect

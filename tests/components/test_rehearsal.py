@@ -152,6 +152,25 @@ def test_what_the_evaluation_reads_is_named_until_it_is_there(tmp_path):
         around.check_evaluation({**profile, "evaluate_model": {"benchmark": "guesses"}}, ROOT)
 
 
+def test_prompts_are_counted_until_there_are_enough(tmp_path):
+    profile = load_profile("wan-1.3b")
+    with pytest.raises(ToDo, match="put your prompts"):
+        around.check_prompts(profile, tmp_path)
+    (tmp_path / "data/raw-prompts").mkdir(parents=True)
+    (tmp_path / "data/raw-prompts/few.jsonl").write_text('{"text": "a"}\n' * 3)
+    with pytest.raises(ToDo, match="there are 3, and 20,000 clips"):
+        around.check_prompts(profile, tmp_path)
+    (tmp_path / "data/raw-prompts/more.csv").write_text("prompt\n" * 20_000)
+    assert around.check_prompts(profile, tmp_path) == "20,003 for 20,000 clips"
+
+
+def test_a_step_that_a_cluster_would_stop_half_way_is_named():
+    profile = load_profile("wan-14b")
+    models = build_models(profile, wan.config_folder(profile["base"]))
+    with pytest.raises(ToDo, match=r"synthesize-videos takes \d+ hours on 4 and is stopped after 336"):
+        around.check_hours(scene("wan-14b", gpus=4), models)
+
+
 def test_a_batch_that_gpus_can_not_share_fails_as_it_would_in_training():
     with pytest.raises(BadInputError, match="can't be split evenly over 5"):
         training.check_deepspeed(scene("wan-1.3b", gpus=5), 1)
