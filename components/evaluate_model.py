@@ -8,6 +8,7 @@ Of a clip only what was read from it is kept, and a small preview of the first f
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -91,11 +92,13 @@ def sample_everything(
     }
     drawn = step.scratch / "base"
     drawn.mkdir(parents=True, exist_ok=True)
-    base = load_generator(step.inputs["base"], precision)
+    base = cache(lambda: load_generator(step.inputs["base"], precision))
     video_steps = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["num_inference_steps"]
     for number, items in enumerate(step.progress(batches["generations"], unit="batches of the base")):
-        np.save(drawn / f"{number}.npy", generate_with_base(base, items, step, video_steps)["frames"])
-    del base
+        if not (drawn / f"{number}.npy").is_file():  # a run that was killed goes on here
+            np.save(drawn / "partial.npy", generate_with_base(base(), items, step, video_steps)["frames"])
+            (drawn / "partial.npy").rename(drawn / f"{number}.npy")
+    base.cache_clear()
     pipeline = UniViGUPipeline.from_pretrained(model, **_precision(precision))
     pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -138,24 +141,24 @@ def _precision(name: str) -> dict[str, Any]:
     if name not in ("fp32", "bf16"):
         raise ConfigError(f"There is no precision '{name}'; choose fp32 or bf16.")
     kinds = {"transformer": torch.bfloat16, "text_encoder": torch.bfloat16, "default": torch.float32}
-    return {} if name == "fp32" else {"torch_dtype": kinds}
+    return {} if name == "fp32" else {"dtype": kinds}
 
 
 def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
     """The profile's scorers, each from its model's folder, whose digest is noted among the step's facts."""
+    from pkgutil import iter_modules
+
+    from components import scorers as scorer_modules
     from components.pipeline.digests import tree_digest
     from components.pipeline.runner import inside
 
+    known = {module.name for module in iter_modules(scorer_modules.__path__)}
     scorers = {}
     for name, folder in folders.items():
-        try:
-            module = import_module(f"components.scorers.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"components.scorers.{name}":
-                raise
-            raise ConfigError(f"There is no scorer '{name}'; name a module of components/scorers.") from error
+        if name not in known:
+            raise ConfigError(f"There is no scorer '{name}'; choose one of {', '.join(sorted(known))}.")
         path = inside(step.root, folder)
-        scorers[name] = module.load(path)
+        scorers[name] = import_module(f"{scorer_modules.__name__}.{name}").load(path)
         step.facts.setdefault("scorers", {})[name] = tree_digest([path], relative_to=path)
     return scorers
 

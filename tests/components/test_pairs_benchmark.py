@@ -166,7 +166,7 @@ def root(digits_root, recommit, speaking_model, clip_folder):
 def real_profile():
     profile = load_profile("smoke")
     sizes = {"captions": 9, "generations": 3, "joint": 2, "batch_size": 2, "compared_caption_steps": [2]}
-    profile["evaluate_model"].update(sizes, benchmark="pairs", scorers={"clip": "model/clip"})
+    profile["evaluate_model"].update(sizes, benchmark="pairs", precision="bf16", scorers={"clip": "model/clip"})
     profile["heldout"] = "data/prompts.jsonl"
     return profile
 
