@@ -60,10 +60,10 @@ def test_people_read_what_machines_read(plan):
     assert all(each in text for each in plan["assumptions"])
 
 
-def test_a_model_that_is_too_large_for_the_gpu_is_said_to_be():
-    found = planning.make_plan(load_profile("wan-14b"), ROOT, 8, "rtx4090")
+def test_a_model_that_is_too_large_for_the_gpu_is_said_to_be_with_what_would_fit():
+    found = planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "rtx4090", zero=1)
     assert not found["memory"]["stage_1"]["fits"]
-    assert "doesn't fit; more GPUs" in as_text("wan-14b", found)
+    assert "The profile's choice doesn't fit; zero 2 recomputed would." in as_text("wan-1.3b", found)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_base_that_is_neither_there_nor_known_is_refused(tmp_path):
         planning.make_plan(profile, tmp_path, 1, "h100")
 
 
-def test_the_command_prints_json():
-    result = CliRunner().invoke(app, ["plan", "--profile", "tiny", "--gpus", "1", "--root", str(ROOT), "--json"])
+def test_the_command_prints_the_same_for_machines(plan):
+    result = CliRunner().invoke(app, ["plan", "--price", "2", "--root", str(ROOT), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["model"]["configs"] == "tiny-wan"
+    assert json.loads(result.stdout) == plan

@@ -27,7 +27,7 @@ def costs(model):
     return planning.task_costs(model, TOKENS, ObjectiveConfig(shares=SHARES))
 
 
-@pytest.mark.parametrize("task", list(SHARES))
+@pytest.mark.parametrize("task", ["understand", "joint"])
 def test_a_training_step_costs_what_torch_counts(model, costs, task):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         training_loss_on_fakes(model, task, LATENTS, TOKENS.text, TOKENS.context).backward()
