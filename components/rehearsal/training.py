@@ -10,11 +10,8 @@ from univigu.errors import BadInputError, ConfigError
 
 def tasks(profile: Profile) -> list[str]:
     """The tasks that a stage gives a share."""
-    return [name for name in profile["train_stage_1"]["tasks"] if any(_shares(profile, name))]
-
-
-def _shares(profile: Profile, task: str) -> list[float]:
-    return [profile[f"train_stage_{number}"]["tasks"].get(task, 0) for number in (1, 2)]
+    shares = [*profile["train_stage_1"]["tasks"].items(), *profile["train_stage_2"]["tasks"].items()]
+    return list(dict.fromkeys(task for task, share in shares if share))
 
 
 def check_task(profile: Profile, models: MetaModels, task: str, trained: set[str]) -> str:
