@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED) ## Make the environment in .venv (the other targets do it when needed)
 
 demo: install ## The main job: prompts in, a trained and registered Uni-ViGU out (12 minutes on two cores)
-	@grep -qx 'profile: $(PROFILE)' params.yaml || echo 'profile: $(PROFILE)' > params.yaml
+	@univigu use $(PROFILE)
 	dvc repro
 	@univigu summary
 

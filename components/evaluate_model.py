@@ -2,11 +2,13 @@
 
 Which world it is measured in is one module, named in the profile (`benchmark`), which knows the held-out items, their
 truth, and how a text and a video are read. Scoring is the library's. Nothing here depends on the clock or the batch.
+Of a clip only what was read from it is kept, and a small preview of the first few, so that clips may be of any size.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from components.pipeline.runner import Step
     from univigu.pipeline import UniViGUPipeline
 
-BENCHMARKS = {"digits": "components.digits.benchmark"}
+BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.pairs_benchmark"}
 KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each
 PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}
 SHEET_COLUMNS = 5
+BASE_TASK = "generation_base"
+SCORED_BY_MODELS = ("generation", BASE_TASK)
 STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
 
 Item = Mapping[str, Any]
@@ -37,8 +41,8 @@ def evaluate_model(step: "Step") -> None:
 
     settings = step["evaluate_model"]
     benchmark = load_benchmark(settings["benchmark"])
-    heldout = benchmark.load_heldout(step.inputs["heldout"])
-    chosen = {kind: first_items(heldout, kind, settings[kind]) for kind in KINDS}
+    heldout = benchmark.open_heldout(step)
+    chosen = {kind: heldout[kind] for kind in KINDS}
     step.rows_in = sum(len(items) for items in chosen.values())
     step.facts |= {"benchmark": settings["benchmark"], "heldout_sha256": heldout["sha256"]}
 
@@ -52,7 +56,8 @@ def evaluate_model(step: "Step") -> None:
     text = json.dumps(metrics, indent=1, sort_keys=True)
     (step.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_plots(step.out / "plots", metrics, training)
-    write_page(step, benchmark, heldout, metrics, rows, made, training, page_notes(settings, sampling, metrics))
+    notes = page_notes(benchmark, settings, sampling, metrics)
+    write_page(step, benchmark, heldout, metrics, rows, made, training, notes)
 
 
 def load_benchmark(name: str) -> ModuleType:
@@ -62,63 +67,99 @@ def load_benchmark(name: str) -> ModuleType:
     return import_module(BENCHMARKS[name])
 
 
-def first_items(heldout: Mapping[str, Any], kind: str, count: int) -> list[Item]:
-    """The first `count` held-out items of a kind; raises `ConfigError` for none, and for more than there are."""
-    if not 1 <= count <= len(heldout[kind]):
-        raise ConfigError(
-            f"The profile asks for {count} held-out items of '{kind}', and there are {len(heldout[kind])}; "
-            "choose a number from 1 to that."
-        )
-    return heldout[kind][:count]
-
-
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
 def sample_everything(
     step: "Step", benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]]
-) -> tuple[dict[str, dict[str, Any]], Mapping[str, Any]]:
-    """What the model and the base make of the held-out items, by task: ``frames`` (B, F, H, W, 3) and ``texts``.
+) -> tuple[dict[str, dict[str, list[Any]]], Mapping[str, Any]]:
+    """What the model and the base make of the held-out items, by task.
 
-    The model samples as it does by default; those settings come second.
+    ``texts``; ``seen``, what the benchmark reads from the clips; ``previews`` of the first, with their frame rate. The
+    model samples as it does by default; those settings come second. The base goes first, as both may fill a GPU.
     """
     import numpy as np
     import torch
 
+    from components.report import preview
     from components.synthesize_videos import load_generator
     from univigu.pipeline import UniViGUPipeline
 
-    settings = step["evaluate_model"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = UniViGUPipeline.from_pretrained(step.inputs["stage2"] / "model").to(device)
+    settings, model = step["evaluate_model"], step.inputs["stage2"] / "model"
+    size, precision = settings["batch_size"], settings["precision"]
+    batches = {
+        kind: [items[start : start + size] for start in range(0, len(items), size)] for kind, items in chosen.items()
+    }
+    drawn = step.scratch / "base"
+    drawn.mkdir(parents=True, exist_ok=True)
+    base = cache(lambda: load_generator(step.inputs["base"], precision))
+    for number, items in enumerate(step.progress(batches["generations"], unit="batches of the base")):
+        if not (drawn / f"{number}.npy").is_file():  # a run that was killed goes on here
+            np.save(drawn / "partial.npy", generate_with_base(base(), items, step)["frames"])
+            (drawn / "partial.npy").rename(drawn / f"{number}.npy")
+    base.cache_clear()
+    pipeline = UniViGUPipeline.from_pretrained(model, **_precision(precision))
+    pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    base = load_generator(step.inputs["base"], "fp32")
-    compared = settings["compared_caption_steps"]
-    makers: dict[str, tuple[str, Callable[[Sequence[Item]], dict[str, Any]]]] = {
-        "captions": ("captions", lambda items: caption_clips(pipeline, benchmark.render(items), items, compared)),
-        "generation": ("generations", lambda items: generate_clips(pipeline, items, step["video"])),
-        "generation_base": ("generations", lambda items: generate_with_base(base, items, step)),
-        "joint": ("joint", lambda items: make_jointly(pipeline, items, step["video"])),
+    read, compared = benchmark.reader(pipeline), settings["compared_caption_steps"]
+    scorers = load_scorers(settings["scorers"], step)
+    makers: dict[str, tuple[str, Callable[[int, Sequence[Item]], dict[str, Any]]]] = {
+        "captions": (
+            "captions",
+            lambda _, items: caption_clips(pipeline, benchmark.render(items, step.inputs["clips"]), items, compared),
+        ),
+        "generation": ("generations", lambda _, items: generate_clips(pipeline, items, step["video"])),
+        BASE_TASK: ("generations", lambda number, _: {"frames": np.load(drawn / f"{number}.npy")}),
+        "joint": ("joint", lambda _, items: make_jointly(pipeline, items, step["video"])),
     }
-    size = settings["batch_size"]
-    work = [
-        (task, chosen[kind][start : start + size])
-        for task, (kind, _) in makers.items()
-        for start in range(0, len(chosen[kind]), size)
-    ]
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for task, items in step.progress(work, unit="batches"):
-        parts.setdefault(task, []).append(makers[task][1](items))
-    made = {
-        task: {
-            name: np.concatenate([part[name] for part in batches])
-            if name == "frames"
-            else [text for part in batches for text in part[name]]
-            for name in batches[0]
-        }
-        for task, batches in parts.items()
-    }
+    work = [(task, number, items) for task, (kind, _) in makers.items() for number, items in enumerate(batches[kind])]
+    made: dict[str, dict[str, list[Any]]] = {}
+    for task, number, items in step.progress(work, unit="batches"):
+        part = makers[task][1](number, items)
+        frames, all_of = part.pop("frames"), made.setdefault(task, {"seen": [], "previews": []})
+        all_of["seen"] += read(frames, None if task != "captions" else part["texts"])
+        wanted = PAGE_SAMPLES.get(task, PAGE_SAMPLES["generation"]) - len(all_of["previews"])
+        all_of["previews"] += [preview(clip, step["video"]["fps"]) for clip in frames[: max(wanted, 0)]]
+        for name, values in part.items():
+            all_of.setdefault(name, []).extend(values)
+        if task in SCORED_BY_MODELS:
+            for name, scorer in scorers.items():
+                all_of.setdefault(f"scored by {name}", []).extend(scorer.videos(frames))
+    for name, scorer in scorers.items():
+        prompts = [item["prompt"] for item in chosen["generations"]]
+        for task in SCORED_BY_MODELS:
+            videos = made[task].pop(f"scored by {name}")
+            made[task][f"nearest by {name}"] = scorer.nearest(videos, prompts)
     return made, pipeline.config
+
+
+def _precision(name: str) -> dict[str, Any]:
+    """How diffusers is told to load a model for ``bf16``: the autoencoder stays in fp32, as in training."""
+    import torch
+
+    if name not in ("fp32", "bf16"):
+        raise ConfigError(f"There is no precision '{name}'; choose fp32 or bf16.")
+    kinds = {"transformer": torch.bfloat16, "text_encoder": torch.bfloat16, "default": torch.float32}
+    return {} if name == "fp32" else {"dtype": kinds}
+
+
+def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
+    """The profile's scorers, each from its model's folder, whose digest is noted among the step's facts."""
+    from pkgutil import iter_modules
+
+    from components import scorers as scorer_modules
+    from components.pipeline.digests import tree_digest
+    from components.pipeline.runner import inside
+
+    known = {module.name for module in iter_modules(scorer_modules.__path__)}
+    scorers = {}
+    for name, folder in folders.items():
+        if name not in known:
+            raise ConfigError(f"There is no scorer '{name}'; choose one of {', '.join(sorted(known))}.")
+        path = inside(step.root, folder)
+        scorers[name] = import_module(f"{scorer_modules.__name__}.{name}").load(path)
+        step.facts.setdefault("scorers", {})[name] = tree_digest([path], relative_to=path)
+    return scorers
 
 
 def caption_clips(
@@ -187,27 +228,29 @@ def score_everything(
     benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]], made: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
     """A row for each task and item: what is true or asked (`truth`), said or seen (`found`), and right (`correct`)."""
-    from univigu.evaluation.claims import majority_values
-
     rows: list[Row] = []
     truths = [benchmark.truth(item) for item in chosen["captions"]]
-    majority = majority_values(truths)
-    seen = benchmark.recognise(made["captions"]["frames"])
+    majority = benchmark.majority(truths)
     for index, (item, truth) in enumerate(zip(chosen["captions"], truths, strict=True)):
         for name in made["captions"]:
-            if name != "frames":
+            if name.startswith("texts"):
                 text = made["captions"][name][index]
                 task = name.replace("texts", "captions", 1)
                 rows.append(make_row(task, item, truth, benchmark.read_text(text), text))
         rows.append(make_row("majority", item, truth, majority))
-        rows.append(make_row("recogniser", item, truth, seen[index]))
-    for task in ("generation", "generation_base"):
-        for item, found in zip(chosen["generations"], benchmark.recognise(made[task]["frames"]), strict=True):
+        if benchmark.HAS_RECOGNISER:
+            rows.append(make_row("recogniser", item, truth, made["captions"]["seen"][index]))
+    for task in SCORED_BY_MODELS:
+        for item, found in zip(chosen["generations"], made[task]["seen"], strict=True):
             rows.append(make_row(task, item, benchmark.asked(item["prompt"]), found))
+        for name, nearest in made[task].items():
+            if name.startswith("nearest by "):
+                scored = f"{task}_{name.removeprefix('nearest by ')}"
+                for item, prompt in zip(chosen["generations"], nearest, strict=True):
+                    rows.append(make_row(scored, item, {"retrieval": item["prompt"]}, {"retrieval": prompt}))
     texts = made["joint"]["texts"]
     others = texts[len(texts) // 2 :] + texts[: len(texts) // 2]
-    seen = benchmark.recognise(made["joint"]["frames"])
-    for item, video, text, other in zip(chosen["joint"], seen, texts, others, strict=True):
+    for item, video, text, other in zip(chosen["joint"], made["joint"]["seen"], texts, others, strict=True):
         rows.append(make_joint_row("joint", benchmark, item, video, text))
         rows.append(make_joint_row("joint_shuffled", benchmark, item, video, other))
         if asked := benchmark.asked(item["prompt"]):
@@ -240,7 +283,7 @@ def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[
     """
     from univigu.evaluation.claims import score_item
 
-    left_open, said = benchmark.left_open(item["prompt"]), benchmark.read_text(text)
+    left_open, said = benchmark.left_open(item["prompt"], video), benchmark.read_text(text)
     seen = {name: video[name] for name in left_open}
     return {
         "task": task,
@@ -328,8 +371,7 @@ def write_page(
     def samples(task: str, clips: Mapping[str, str]) -> list[dict[str, Any]]:
         return [
             report.clip_sample(
-                {label: made[source]["frames"][index] for label, source in clips.items()},
-                benchmark.FPS,
+                {label: made[source]["previews"][index] for label, source in clips.items()},
                 **shown_claims(row),
                 prompt=row["prompt"],
                 text=row["text"],
@@ -368,11 +410,11 @@ def write_page(
     }
     groups = {
         title: [
-            (frames, row[key]) for frames, row in zip(made[task]["frames"][:SHEET_COLUMNS], by_task[task], strict=False)
+            (clip, row[key]) for clip, row in zip(made[task]["previews"][:SHEET_COLUMNS], by_task[task], strict=False)
         ]
         for title, (task, key) in sheet.items()
     }
-    (step.out / "gallery.webp").write_bytes(report.contact_sheet(groups, benchmark.FPS))
+    (step.out / "gallery.webp").write_bytes(report.contact_sheet(groups))
 
 
 def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
@@ -392,22 +434,22 @@ def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[s
     return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []
 
 
-def page_notes(settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics: Metrics) -> list[str]:
+def page_notes(
+    benchmark: ModuleType, settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics: Metrics
+) -> list[str]:
     """How the scores came about, in the page's words."""
+    words = benchmark.WORDS
     return [
-        f"Captions: {metrics['captions']['mean']['n']} clips rendered from handwriting that no model was trained on; "
+        f"Captions: {metrics['captions']['mean']['n']} {words['captions']}; "
         f"Euler steps: {sampling['caption_steps']}; guidance {sampling['caption_guidance_scale']:g}, temperature "
         f"{sampling['caption_temperature']:g}.",
         "Without the video: the same model, clips, noise and settings, with the video replaced by noise. Commonest "
-        "value: what is right most often when it is said of every clip.",
-        f"Generated videos: {metrics['generation']['mean']['n']} prompts that state every attribute; "
+        f"value: {words['majority']}",
+        f"Generated videos: {metrics['generation']['mean']['n']} {words['generation']}; "
         f"{sampling['num_inference_steps']} steps at guidance {sampling['guidance_scale']:g} by this model, "
         f"{settings['base_steps']} at {settings['base_guidance']:g} by its base. "
-        "What a video shows is read by the recogniser, a network that has no part in the training captions. Its "
-        "own accuracy is measured on clips rendered from a known truth; generated clips are less clean, and it may err "
-        "more often on those.",
-        f"Joint: {metrics['joint']['agreement']['n']} prompts that leave attributes open. What the recogniser sees in "
-        "the video is compared with what the caption says, on those attributes alone. The text is written when the "
+        f"{words['reader']}",
+        f"Joint: {metrics['joint']['agreement']['n']} {words['joint']} The text is written when the "
         f"video is at {sampling['joint_text_at']:g} of its way, and the rest of the video follows it.",
         "Intervals: Wilson's for one attribute; for means over attributes a bootstrap over items, because the claims "
         "about one clip go together.",

@@ -10,7 +10,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ TEMPLATE = "report.html.j2"
 WITHHELD = ("unsafe", "personal")  # rejected rows of such reasons are counted, and not shown again
 EXAMPLES_PER_REASON = 2
 LONGEST_TEXT = 160
+LONGEST_PREVIEW, WIDEST_PREVIEW = 24, 256  # frames and pixels of a clip on the page
+CARD_WIDTH = 160  # pixels, of a small clip on the contact sheet
 
 Facts = Mapping[str, Any]
 
@@ -72,6 +74,26 @@ def visible(text: object) -> str:
 # --- clips -----------------------------------------------------------------------------------------------------------
 
 
+class Preview(NamedTuple):
+    """A clip small enough for a page: uint8 (F, H, W, 3)."""
+
+    frames: np.ndarray
+    fps: float
+
+
+def preview(clip: np.ndarray, fps: float) -> Preview:
+    """A clip uint8 (F, H, W, 3) of any size: as it is where it is small, else with fewer frames and pixels."""
+    from PIL import Image
+
+    step = -(-len(clip) // LONGEST_PREVIEW)
+    frames, (height, width) = clip[::step], clip.shape[1:3]
+    if (longest := max(height, width)) > WIDEST_PREVIEW:
+        size = (width * WIDEST_PREVIEW // longest, height * WIDEST_PREVIEW // longest)
+        small = [Image.fromarray(frame).resize(size, Image.Resampling.BOX) for frame in frames]
+        frames = np.stack([np.asarray(frame) for frame in small])
+    return Preview(frames, fps / step)
+
+
 def animation(frames: np.ndarray, fps: float) -> str:
     """A clip, uint8 (F, H, W, 3), as a lossless animated WebP in a data URI."""
     from PIL import Image
@@ -80,16 +102,18 @@ def animation(frames: np.ndarray, fps: float) -> str:
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
-def clip_sample(clips: Mapping[str, np.ndarray], fps: float, **facts: Any) -> dict[str, Any]:
+def clip_sample(clips: Mapping[str, Preview], **facts: Any) -> dict[str, Any]:
     """One sample for the page: its clips by their label, as animations, and what else the template shows of it."""
-    return {"clips": {label: animation(frames, fps) for label, frames in clips.items()}, **facts}
+    return {"clips": {label: animation(*clip) for label, clip in clips.items()}, **facts}
 
 
-def contact_sheet(groups: Mapping[str, Sequence[tuple[np.ndarray, str]]], fps: float, scale: int = 5) -> bytes:
-    """An animated WebP for the README: a row of (clip, text) cards under each title; clips are uint8 (F, H, W, 3)."""
+def contact_sheet(groups: Mapping[str, Sequence[tuple[Preview, str]]]) -> bytes:
+    """An animated WebP for the README: a row of (clip, text) cards under each title; all clips are of one size."""
     from PIL import Image, ImageDraw, ImageFont
 
-    count, height, width, _ = next(clip for cards in groups.values() for clip, _ in cards).shape
+    first = next(clip for cards in groups.values() for clip, _ in cards)
+    count, height, width, _ = first.frames.shape
+    scale = max(1, CARD_WIDTH // width)
     columns = max(len(cards) for cards in groups.values())
     side, tall, gap, title_height, line_height = width * scale, height * scale, 16, 38, 16
     title_font, text_font = ImageFont.load_default(19), ImageFont.load_default(13)
@@ -105,7 +129,7 @@ def contact_sheet(groups: Mapping[str, Sequence[tuple[np.ndarray, str]]], fps: f
         draw.text((gap, top + 12), title, fill="#1f2328", font=title_font)
         for column, ((clip, _), lines) in enumerate(zip(cards, wrapped[title], strict=True)):
             left = gap + column * (side + gap)
-            places.append((left, top + title_height, clip))
+            places.append((left, top + title_height, clip.frames))
             draw.rectangle(
                 (left - 1, top + title_height - 1, left + side, top + title_height + tall), outline="#d1d9e0"
             )
@@ -119,7 +143,7 @@ def contact_sheet(groups: Mapping[str, Sequence[tuple[np.ndarray, str]]], fps: f
         for left, top, clip in places:
             sheet.paste(Image.fromarray(clip[number]).resize((side, tall), Image.Resampling.NEAREST), (left, top))
         sheets.append(sheet)
-    return _webp(sheets, [round(1000 / fps)] * (count - 1) + [700])
+    return _webp(sheets, [round(1000 / first.fps)] * (count - 1) + [700])
 
 
 def _wrap(text: str, font: Any, width: float) -> list[str]:

@@ -9,20 +9,33 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from components.digits import world
 from components.pipeline.digests import json_digest
-from univigu.errors import CorruptDataError, MissingInputError
-from univigu.evaluation.claims import single_values
+from univigu.errors import ConfigError, CorruptDataError, MissingInputError
+from univigu.evaluation.claims import majority_values, single_values
+
+if TYPE_CHECKING:
+    from components.pipeline.runner import Step
 
 SEED = 20_260_412  # nothing that is trained draws from it
 COUNTS = {"captions": 512, "generations": 256, "joint": 256}
 EMPTY_PROMPT_EVERY = 16  # of the joint prompts: everything is open
 ATTRIBUTES = tuple(world.ATTRIBUTES)
-FPS = world.FPS
+HAS_RECOGNISER = True  # that is no part of the model
+WORDS = {  # of the page
+    "captions": "clips rendered from handwriting that no model was trained on",
+    "majority": "what is right most often when it is said of every clip.",
+    "generation": "prompts that state every attribute",
+    "reader": "What a video shows is read by the recogniser, a network that has no part in the training captions. Its "
+    "own accuracy is measured on clips rendered from a known truth; generated clips are less clean, and it may err "
+    "more often on those.",
+    "joint": "prompts that leave attributes open. What the recogniser sees in the video is compared with what the "
+    "caption says, on those attributes alone.",
+}
 
 Item = Mapping[str, Any]
 
@@ -119,6 +132,23 @@ def load_heldout(path: Path) -> dict[str, Any]:
     return heldout
 
 
+def open_heldout(step: "Step") -> dict[str, Any]:
+    """The held-out set of a step, of each kind the first items, as many as its profile says."""
+    heldout = load_heldout(step.inputs["heldout"])
+    settings = step["evaluate_model"]
+    return {**heldout, **{kind: first_items(heldout, kind, settings[kind]) for kind in COUNTS}}
+
+
+def first_items(heldout: Mapping[str, Any], kind: str, count: int) -> list[Item]:
+    """The first `count` held-out items of a kind; raises `ConfigError` for none, and for more than there are."""
+    if not 1 <= count <= len(heldout[kind]):
+        raise ConfigError(
+            f"The profile asks for {count} held-out items of '{kind}', and there are {len(heldout[kind])}; "
+            "choose a number from 1 to that."
+        )
+    return heldout[kind][:count]
+
+
 # --- what is true, what is asked, what is seen -----------------------------------------------------------------------
 
 
@@ -127,8 +157,8 @@ def truth(item: Item) -> dict[str, str]:
     return dict(item["attributes"])
 
 
-def render(items: Sequence[Item]) -> np.ndarray:
-    """Held-out clips as uint8 (B, F, H, W, 3); an item's pixels don't depend on its neighbours."""
+def render(items: Sequence[Item], clips: Path | None = None) -> np.ndarray:
+    """Held-out clips as uint8 (B, F, H, W, 3); an item's pixels don't depend on its neighbours, nor on other clips."""
     scans, _ = world.heldout_scans()
     return np.concatenate([world.render([i["attributes"]], scans[[i["scan"]]], i["seed"]) for i in items])
 
@@ -139,14 +169,20 @@ def read_text(text: str) -> dict[str, str]:
 
 
 asked = read_text
+majority = majority_values
 
 
-def left_open(prompt: str) -> list[str]:
+def left_open(prompt: str, seen: Mapping[str, str] | None = None) -> list[str]:
     """The attributes that a prompt neither states nor settles (where it starts and how it moves settle its end)."""
     said = asked(prompt)
     possible = [m for m in world.motions() if all(m[name] == value for name, value in said.items() if name in m)]
     settled = {name for name in (possible[0] if possible else {}) if len({m[name] for m in possible}) == 1}
     return [name for name in ATTRIBUTES if name not in said and name not in settled]
+
+
+def reader(pipeline: Any) -> Callable[[np.ndarray, Any], list[dict[str, str]]]:
+    """What reads clips: the recogniser, whatever the model or its texts say."""
+    return lambda frames, texts: recognise(frames)
 
 
 def recognise(frames: np.ndarray) -> list[dict[str, str]]:

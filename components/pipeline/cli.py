@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.pipeline import commands, data_commands, model_commands, pipeline_commands, train_job
+from components.pipeline import commands, data_commands, model_commands, pipeline_commands, plan_commands, train_job
 from univigu.errors import PreemptedError, UniViGUError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 commands.add_to(app)
 train_job.add_to(app)
+plan_commands.add_to(app)
 app.add_typer(pipeline_commands.app)
 app.add_typer(model_commands.app, name="model")
 app.add_typer(data_commands.app, name="data")
@@ -45,14 +46,16 @@ def run(
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
     from components.pipeline.parts import Part
-    from components.pipeline.profiles import load_profile
+    from components.pipeline.profiles import check_watched, load_profile
     from components.pipeline.runner import run_part, run_stage
 
+    values = load_profile(profile)
+    check_watched(profile, values, root)
     if part:
-        counts = run_part(step, load_profile(profile), root, Part.parse(part))
+        counts = run_part(step, values, root, Part.parse(part))
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
-    manifest = run_stage(step, load_profile(profile), root)
+    manifest = run_stage(step, values, root)
     if not _speaks():
         return
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
@@ -60,6 +63,19 @@ def run(
         f"{step}: {manifest['rows_in']} rows in, {manifest['rows_out']} out, {manifest['quarantined']} quarantined"
         + (f" ({reasons})" if reasons else "")
     )
+
+
+@app.command()
+def use(
+    profile: Annotated[str, typer.Argument(help="A bundled profile's name.")],
+    root: Root = Path("."),
+) -> None:
+    """Choose the profile that `dvc repro` runs; writes params.yaml."""
+    from components.pipeline.profiles import use_profile
+
+    for key, path in use_profile(profile, root).items():
+        there = "" if (root / path).exists() else f" (not there yet: `univigu rehearse --profile {profile}`)"
+        print(f"{key:<12} {path}{there}")
 
 
 @app.command()
@@ -108,6 +124,22 @@ def pretrain(
     )
     for name, value in scores.items():
         print(f"{name:<22} {value:.3f}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure; without a name, the names are listed.")] = "",
+    root: Root = Path("."),
+) -> None:
+    """Measure a claim about speed or cost against something else, and write reports/bench-NAME.json."""
+    import json
+
+    from components import bench
+
+    if not name:
+        print("\n".join(bench.benchmarks()))
+        return
+    print(json.dumps(bench.run(name, root), indent=1, ensure_ascii=False))
 
 
 def keep_libraries_quiet() -> None:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from components.pipeline.airflow_server import AirflowServer, free_port
+from components.pipeline.profiles import use_profile
 from components.pipeline.runner import MANIFEST, STATE, write_json
 from components.pipeline.stages import STAGES, find_stage
 from univigu.errors import UniViGUError
@@ -95,7 +96,7 @@ def copy_repository(root: Path, profile: str) -> None:
         if name and (REPO / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes((REPO / name).read_bytes())
-    (root / "params.yaml").write_text(f"profile: {profile}\n", encoding="utf-8")
+    use_profile(profile, root)
     who = ["-c", "user.name=univigu", "-c", "user.email=univigu@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], [*who, "commit", "--quiet", "--message", "Measure"]):
         call(["git", *command], root)

@@ -40,8 +40,8 @@ class Stage:
         return self.function.partition(":")[0]
 
 
-_GPU = Resources("gpu", gpus=1, cpu="8", memory="64Gi", hours=48)
-_TRAINING = Resources("training", gpus=8, cpu="32", memory="256Gi", hours=24 * 14)
+_GPU = Resources("gpu", gpus=1, cpu="8", memory="64Gi", hours=24 * 14)
+_TRAINING = Resources("training", gpus=8, cpu="32", memory="256Gi", hours=24 * 28)
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -166,6 +166,10 @@ STAGES: tuple[Stage, ...] = (
             "components/training_figures.py",
             "components/synthesize_videos.py",
             "components/digits",
+            "components/pairs_benchmark.py",
+            "components/prompt_filters.py",
+            "components/wordlists.yaml",
+            "components/scorers",
             "model/univigu",
         ),
         resources=_GPU,

@@ -146,9 +146,15 @@ def local_folder(source: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise MissingInputError(f"There is no model folder at {source}: give a folder in diffusers' layout.")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except GatedRepoError as error:
+        raise MissingInputError(
+            f"The weights of {source} are gated: accept their licence at https://huggingface.co/{source}, then set"
+            " HF_TOKEN to a token of that account."
+        ) from error
     except Exception as error:
         raise MissingInputError(
             f"There is no model folder at {source}, and no hub repository of that name could be fetched"
@@ -205,3 +211,21 @@ def token_rows(folder: Path) -> Tensor | None:
                 if key in tensors.keys():  # noqa: SIM118 (the handle isn't a dict)
                     return tensors.get_tensor(key)
     return None
+
+
+def config_folder(base: str | Path) -> Path:
+    """The folder whose configs describe a base: its own, or the published ones of a base of that name.
+
+    The latter need no weights: Wan2.1's T2V 1.3B and 14B. Raises MissingInputError for any other that isn't there.
+    """
+    folder = Path(base)
+    published = Path(__file__).parent / "published"
+    if folder.is_dir():
+        return folder
+    if (published / folder.name).is_dir():
+        return published / folder.name
+    known = ", ".join(sorted(path.name for path in published.iterdir()))
+    raise MissingInputError(
+        f"There is no base at {base}, and its name is none of the published ones ({known}): put its folder, in"
+        " diffusers' layout, there, or correct the profile's `base`."
+    )

@@ -150,15 +150,18 @@ def test_a_model_that_is_always_right_scores_one_and_one_that_never_looks_the_ma
     drawn = world.render(asked, scans, seed=2)
     made = {
         "captions": {
-            "frames": rendered,
+            "seen": benchmark.recognise(rendered),
             "texts": [world.write_caption(truth, rng) for truth in truths],
             "texts_without_video": [world.write_caption(truths[0], rng)] * 64,
             "texts_in_2_steps": [""] * 64,
             "texts_in_8_steps": [world.write_caption(truth, rng) for truth in truths],
         },
-        "generation": {"frames": drawn},
-        "generation_base": {"frames": np.roll(drawn, 1, axis=0)},
-        "joint": {"frames": rendered, "texts": [world.write_caption(truth, rng) for truth in truths]},
+        "generation": {"seen": benchmark.recognise(drawn)},
+        "generation_base": {"seen": benchmark.recognise(np.roll(drawn, 1, axis=0))},
+        "joint": {
+            "seen": benchmark.recognise(rendered),
+            "texts": [world.write_caption(truth, rng) for truth in truths],
+        },
     }
     metrics = evaluation.summarise_rows(evaluation.score_everything(benchmark, chosen, made), seed=0)
     assert metrics["captions"]["mean"]["value"] == 1.0
@@ -184,7 +187,7 @@ def test_a_joint_caption_that_is_silent_or_says_everything_does_not_agree():
 
 
 def test_an_unknown_benchmark_and_too_many_items_are_refused():
-    with pytest.raises(ConfigError, match="choose one of digits"):
+    with pytest.raises(ConfigError, match="choose one of digits, pairs"):
         evaluation.load_benchmark("sprites")
     with pytest.raises(ConfigError, match="asks for 3 held-out items"):
-        evaluation.first_items({"joint": [{}, {}]}, "joint", 3)
+        benchmark.first_items({"joint": [{}, {}]}, "joint", 3)

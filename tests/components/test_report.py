@@ -39,7 +39,12 @@ def clip(frames=9):
 def test_text_from_data_is_escaped_and_what_hides_is_shown():
     evil = '<script>alert("1")</script>\u202e\x07'
     sample = report.clip_sample(
-        {"video": clip()}, 8, prompt=evil, text=evil, truth={"colour": "red"}, found={}, correct={"colour": False}
+        {"video": report.preview(clip(), 8)},
+        prompt=evil,
+        text=evil,
+        truth={"colour": "red"},
+        found={},
+        correct={"colour": False},
     )
     rejected = report.rejected_examples({"curate": [{"reason": "odd", "detail": evil, "row": f'{{"text": "{evil}'}]})
     page = render(samples={"captions": [sample], "generation": [], "joint": [sample]}, rejected=rejected)
@@ -76,16 +81,25 @@ def test_an_animation_keeps_every_pixel_of_every_frame():
 
 def test_the_contact_sheet_shows_the_clips_scaled_up():
     frames = clip(3)
-    sheet = Image.open(io.BytesIO(report.contact_sheet({"Title": [(frames, "some words")] * 2}, 8, scale=4)))
+    sheet = Image.open(io.BytesIO(report.contact_sheet({"Title": [(report.Preview(frames, 8), "some words")] * 2})))
     sheet.seek(2)
     pixels = np.asarray(sheet.convert("RGB"))
-    big = frames[2].repeat(4, 0).repeat(4, 1)
+    big = frames[2].repeat(5, 0).repeat(5, 1)
     found = [
         (top, left)
         for top, left in np.argwhere((pixels == big[0, 0]).all(-1))
-        if np.array_equal(pixels[top : top + 128, left : left + 128], big)
+        if np.array_equal(pixels[top : top + 160, left : left + 160], big)
     ]
     assert len(found) == 2
+
+
+def test_a_long_wide_clip_is_shown_smaller_and_with_fewer_frames_in_the_same_time():
+    small = clip()
+    assert np.array_equal(report.preview(small, 8).frames, small)
+    frames, fps = report.preview(np.full((81, 480, 832, 3), 7, np.uint8), 16)
+    assert frames.shape == (21, 147, 256, 3)
+    assert abs(len(frames) / fps - 81 / 16) < 0.25
+    assert frames.min() == frames.max() == 7
 
 
 def test_a_line_chart_maps_values_onto_the_plot():

@@ -153,7 +153,8 @@ def pipeline_image(tmp_path_factory):
 def test_the_pipelines_image_runs_a_step_as_a_user_who_may_change_nothing_in_it(pipeline_image):
     root, run = pipeline_image
     assert run("sh", "-c", "id -u; id -g").split() == ["1000", "1000"]
-    sources = "data/prompts data/heldout.json model/tiny-wan"  # as the job univigu-work copies them
+    # as the job univigu-work copies them
+    sources = "data/prompts data/heldout.json data/evaluation-prompts.jsonl model/tiny-wan"
     run("sh", "-c", f"mkdir /tmp/work && cd /opt/univigu && cp -r --no-clobber --parents {sources} /tmp/work")
     said = run("univigu", "run", "curate-prompts", "--profile", "smoke", "--root", "/tmp/work")
     assert "curate-prompts:" in said

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
 from univigu.errors import BadInputError
-from univigu.evaluation.intervals import Score, clustered_mean, share
+from univigu.evaluation.intervals import Score, attribute, clustered_mean, share
 
 Claims = Mapping[str, Set[str]]
 
@@ -25,12 +25,28 @@ def score_item(truth: Mapping[str, str], found: Mapping[str, str]) -> dict[str, 
 
 
 def summarise(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> dict[str, Score]:
-    """One score for each attribute that any item is scored on, and their ``mean`` (see `clustered_mean`)."""
+    """One score for each attribute that any item is scored on, and their ``mean`` (see `clustered_mean`).
+
+    An item may make several claims about an attribute, named ``attribute:claim``.
+    """
     if any("mean" in item for item in correct):
         raise BadInputError("An attribute can't be called 'mean', which is the name of the score over all attributes.")
-    names = dict.fromkeys(name for item in correct for name in item)
-    scores = {name: share([item[name] for item in correct if name in item]) for name in names}
+    grouped: dict[str, list[Mapping[str, bool]]] = {}
+    for item in correct:
+        claims: dict[str, dict[str, bool]] = {}
+        for claim, is_right in item.items():
+            claims.setdefault(attribute(claim), {})[claim] = is_right
+        for name, of_name in claims.items():
+            grouped.setdefault(name, []).append(of_name)
+    scores = {name: _share(items, seed) for name, items in grouped.items()}
     return {"mean": clustered_mean(correct, seed), **scores}
+
+
+def _share(items: Sequence[Mapping[str, bool]], seed: int) -> Score:
+    """The share that is right of one attribute's claims, which go together where an item has several."""
+    if all(len(item) == 1 for item in items):
+        return share([is_right for item in items for is_right in item.values()])
+    return clustered_mean(items, seed)
 
 
 def majority_values(truths: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -34,9 +34,9 @@ def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Scor
     """The mean over attributes of the share of items that are right on them; `n` is the number of items.
 
     `correct` says for each item which of the attributes scored on it are right; items may be scored on different
-    attributes, and every attribute weighs the same. The interval is the percentile bootstrap over items, drawn from
-    `seed`. Where all claims are right (or all wrong) no resample differs, and the Wilson interval over items, which is
-    wider, is given instead.
+    attributes, and every attribute weighs the same. Several claims of one attribute are named ``attribute:claim``. The
+    interval is the percentile bootstrap over items, drawn from `seed`. Where all claims are right (or all wrong) no
+    resample differs, and the Wilson interval over items, which is wider, is given instead.
     """
     scored, right = _claims(correct)
     value = float((right.sum(0) / scored.sum(0)).mean())
@@ -63,13 +63,22 @@ def paired_difference(ours: Sequence[Mapping[str, bool]], theirs: Sequence[Mappi
 
 
 def _claims(correct: Sequence[Mapping[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
-    """Which claims are scored, and which of them are right: 0 or 1, each (items, attributes)."""
-    names = sorted({name for item in correct for name in item})
+    """How many claims are scored, and how many of them are right, each (items, attributes)."""
+    names = sorted({attribute(name) for item in correct for name in item})
     if not names:
         raise BadInputError("A mean over no scored claims was asked for; evaluate at least one item of each task.")
-    scored = np.array([[name in item for name in names] for item in correct], dtype=np.float64)
-    right = np.array([[bool(item.get(name)) for name in names] for item in correct], dtype=np.float64)
+    columns = {name: number for number, name in enumerate(names)}
+    scored, right = np.zeros((2, len(correct), len(names)))
+    for row, item in enumerate(correct):
+        for name, is_right in item.items():
+            scored[row, columns[attribute(name)]] += 1
+            right[row, columns[attribute(name)]] += bool(is_right)
     return scored, right
+
+
+def attribute(name: str) -> str:
+    """The attribute that a claim is about: what stands before the colon of ``attribute:claim``, or all of it."""
+    return name.partition(":")[0]
 
 
 def _bootstrap(points: np.ndarray, scored: np.ndarray, seed: int) -> tuple[float, float]:

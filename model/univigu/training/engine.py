@@ -129,14 +129,10 @@ def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
     return share // size, size
 
 
-def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
-    import deepspeed
-
+def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
     count, size = micro_batches(config, world_size)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(objective, config), lr=config.learning_rate, betas=tuple(config.betas), fused=True
-    )
-    settings = {
+    return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": count,
@@ -146,6 +142,15 @@ def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": 2**31,
     }
+
+
+def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
+    import deepspeed
+
+    settings = engine_settings(config, world_size)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, config), lr=config.learning_rate, betas=tuple(config.betas), fused=True
+    )
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
     _make_moments(engine)
     return engine

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.pipeline.profiles import load_profile, profile_names
+from components.pipeline.profiles import check_watched, load_profile, profile_names, use_profile
 from components.pipeline.stages import STAGES, find_stage
 from univigu.errors import ConfigError
 
@@ -31,7 +31,7 @@ def test_dvc_runs_the_step_with_the_profile(stage):
 def test_dvc_depends_on_the_same_inputs_sources_and_code(stage):
     makers = [find_stage(name) for name in stage.inputs.values()]
     expected = {f"{maker.home}/manifest.json" if maker.outputs else maker.home for maker in makers}
-    expected |= {{"base": "${base}", "heldout": "${heldout}", "raw": "data/prompts"}[name] for name in stage.sources}
+    expected |= {f"${{{key}}}" for key in stage.sources.values()}
     expected |= {stage.module.replace(".", "/") + ".py", *stage.code}
     assert dvc_paths(DVC["stages"][stage.name]["deps"]) == expected
 
@@ -74,11 +74,6 @@ def test_profiles_of_one_world_have_the_same_keys():
     assert keys(load_profile("tiny")) == keys(load_profile("smoke"))
 
 
-@pytest.mark.parametrize("profile", profile_names())
-def test_dvc_and_every_profile_name_the_same_sources(profile):
-    assert DVC["vars"] == [{name: load_profile(profile)[name]} for name in ("base", "heldout")]
-
-
 def test_a_profile_that_lacks_a_parameter_is_told_which(tmp_path):
     profile = load_profile("tiny")
     del profile["text"]["prompt_tokens"], profile["register_model"]
@@ -87,12 +82,44 @@ def test_a_profile_that_lacks_a_parameter_is_told_which(tmp_path):
         load_profile(str(tmp_path / "mine.yaml"))
 
 
-def test_the_profile_in_use_is_there():
-    assert yaml.safe_load((ROOT / "params.yaml").read_text())["profile"] in profile_names()
+def test_the_profile_in_use_is_there_with_the_paths_that_it_names(tmp_path):
+    committed = (ROOT / "params.yaml").read_text()
+    use_profile(yaml.safe_load(committed)["profile"], tmp_path)
+    assert (tmp_path / "params.yaml").read_text() == committed
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_using_a_profile_has_dvc_watch_what_it_reads(name, tmp_path):
+    use_profile(name, tmp_path)
+    profile = load_profile(name)
+    expected = {key: profile[key] for key in ("base", "heldout", "raw_prompts")}
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == {"profile": name, **expected}
+    text = (ROOT / "dvc.yaml").read_text()
+    assert all(f"- ${{{key}}}\n" in text for key in expected)
+
+
+def test_using_a_profile_twice_leaves_the_file_alone(tmp_path):
+    use_profile("smoke", tmp_path)
+    before = (tmp_path / "params.yaml").stat().st_mtime_ns
+    use_profile("smoke", tmp_path)
+    assert (tmp_path / "params.yaml").stat().st_mtime_ns == before
+
+
+def test_dvc_runs_no_profile_whose_paths_it_does_not_watch(tmp_path, monkeypatch):
+    use_profile("tiny", tmp_path)
+    real = load_profile("wan-1.3b")
+    check_watched("wan-1.3b", real, tmp_path)  # outside of DVC, nobody watches anything
+    monkeypatch.setenv("DVC_STAGE", "curate-prompts")
+    check_watched("smoke", load_profile("smoke"), tmp_path)
+    with pytest.raises(ConfigError, match=r"has DVC watch model/tiny-wan; run `univigu use wan-1.3b` first"):
+        check_watched("wan-1.3b", real, tmp_path)
+    use_profile("wan-1.3b", tmp_path)
+    check_watched("wan-1.3b", real, tmp_path)
 
 
 def test_an_unknown_profile_or_step_is_named_with_those_there_are():
-    with pytest.raises(ConfigError, match="no profile 'huge'; choose one of smoke, tiny"):
-        load_profile("huge")
+    for choose in (load_profile, lambda name: use_profile(name, Path("."))):
+        with pytest.raises(ConfigError, match=r"no profile 'huge'.*; choose one of smoke, tiny"):
+            choose("huge")
     with pytest.raises(ConfigError, match="no step 'dance'; the steps are curate-prompts"):
         find_stage("dance")

@@ -1,0 +1,54 @@
+"""Benchmarks: claims about speed and cost, each measured against something else in the same run.
+
+One module a benchmark, with ``measure() -> dict``: at least `ratio` (ours over theirs, or as the module says), and the
+times of both sides in seconds. `univigu bench NAME` runs it and writes ``reports/bench-NAME.json`` with the machine.
+"""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from components.pipeline.runner import write_json
+from univigu.errors import ConfigError
+
+
+def benchmarks() -> list[str]:
+    """The names that `run` takes."""
+    return sorted(module.name.replace("_", "-") for module in iter_modules(__path__))
+
+
+def run(name: str, root: Path) -> dict[str, Any]:
+    """Measure, and write ``reports/bench-NAME.json`` below `root`; returns what is in it."""
+    if name not in benchmarks():
+        raise ConfigError(f"There is no benchmark '{name}'; choose one of {', '.join(benchmarks())}.")
+    measured = import_module(f"{__name__}.{name.replace('-', '_')}").measure()
+    report = {"benchmark": name, **measured, "machine": machine()}
+    (root / "reports").mkdir(parents=True, exist_ok=True)
+    write_json(root / "reports" / f"bench-{name}.json", report)
+    return report
+
+
+def machine() -> Mapping[str, Any]:
+    """Where figures were measured: processor, cores that this process may use, memory, versions."""
+    import psutil
+
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -1,0 +1,76 @@
+"""Retrieval by CLIP (R-precision, arXiv 1711.10485): a clip is right when no other prompt fits its frames better."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from univigu.errors import MissingInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+FRAMES = 8  # of a clip, spread evenly over it
+PROMPTS = 64  # embedded at a time
+
+
+class ClipScorer:
+    """Any model of transformers' with CLIP's interface, such as CLIP or SigLIP."""
+
+    def __init__(self, model: Any, tokenizer: Any, images: Any) -> None:
+        self.model, self.tokenizer, self.images = model, tokenizer, images
+
+    def videos(self, frames: "np.ndarray") -> list["Tensor"]:
+        """The mean of each clip's frames' embeddings, on the CPU; frames uint8 (B, F, H, W, 3)."""
+        import numpy as np
+        import torch
+
+        found = []
+        for clip in frames:
+            chosen = clip[np.linspace(0, len(clip) - 1, min(FRAMES, len(clip))).round().astype(int)]
+            pixels = self.images(list(chosen), return_tensors="pt")["pixel_values"].to(self.model.device)
+            with torch.no_grad():
+                embedded = _features(self.model.get_image_features(pixel_values=pixels))
+            found.append(torch.nn.functional.normalize(embedded.float(), dim=-1).mean(0).cpu())
+        return found
+
+    def nearest(self, videos: Sequence["Tensor"], prompts: Sequence[str]) -> list[str]:
+        """The prompt whose embedding is most like each video's; the first of equal ones."""
+        import torch
+
+        different, texts = list(dict.fromkeys(prompts)), []
+        for start in range(0, len(different), PROMPTS):
+            tokens = self.tokenizer(
+                different[start : start + PROMPTS], padding="max_length", truncation=True, return_tensors="pt"
+            )
+            known = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in tokens}
+            with torch.no_grad():
+                texts.append(_features(self.model.get_text_features(**known)).float().cpu())
+        table = torch.nn.functional.normalize(torch.cat(texts), dim=-1)
+        return [different[int(index)] for index in (torch.stack(list(videos)) @ table.T).argmax(-1)]
+
+
+def load(folder: Path) -> ClipScorer:
+    """The model in `folder`, in transformers' layout and safetensors, on the GPU if there is one."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise MissingInputError(
+            f"There is no CLIP model at {folder} (evaluate_model.scorers.clip); put a folder in transformers' layout"
+            " there, or take the scorer out of the profile."
+        )
+    try:
+        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+    except (OSError, ValueError) as error:
+        raise MissingInputError(
+            f"The CLIP model at {folder} can't be loaded ({str(error).splitlines()[0]}); download it again."
+        ) from error
+    return ClipScorer(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, images)
+
+
+def _features(output: Any) -> "Tensor":
+    """The embeddings, which newer transformers wrap together with hidden states."""
+    return getattr(output, "pooler_output", output)

@@ -1,0 +1,99 @@
+"""What making a Uni-ViGU takes, by arithmetic alone: operations, seconds, bytes.
+
+Operations come from the model's own count (`UniViGUTransformer3DModel.estimate_flops`). A backward pass costs two
+forward passes; a recomputed one costs one more; a text's first guess of itself costs a forward pass without gradient.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from univigu.objective import ObjectiveConfig
+from univigu.transformer import UniViGUTransformer3DModel
+
+CONTEXT_GIB = 1.5  # a CUDA context with its libraries and NCCL's buffers
+FRAGMENTATION = 0.05  # of a GPU's memory, lost between the allocator's blocks
+CLIP_BITS_PER_PIXEL = 0.1  # of an H.264 clip at x264's usual quality
+STATE_BYTES = 12  # of a trained parameter in a checkpoint: fp32 weight and two moments
+
+
+class Tokens(NamedTuple):
+    """How long the three sequences of a sample are."""
+
+    video: int
+    text: int
+    context: int
+
+
+class TaskCost(NamedTuple):
+    """Floating-point operations of one sample of a task."""
+
+    share: float
+    forward: int
+    guess: int  # of a self-conditioned step's extra pass
+
+    def step(self, self_conditioning: float, recomputed: float) -> float:
+        """Of a training step; `recomputed` is the share of forward passes that run again."""
+        return (3 + recomputed) * self.forward + self_conditioning * self.guess
+
+
+def task_costs(model: UniViGUTransformer3DModel, tokens: Tokens, objective: ObjectiveConfig) -> dict[str, TaskCost]:
+    """Operations of a sample by task; ``model`` may be on the meta device.
+
+    Understanding is ``prefix``, where a guess costs the text's tokens alone: the video's keys and values are kept. A
+    generated sample's text is given, so it has no guess.
+    """
+    joint, prefix = (model.estimate_flops(*tokens, policy) for policy in ("joint", "prefix"))
+    text_alone = prefix - model.estimate_flops(tokens.video, 0, tokens.context, "prefix")
+    costs = {"understand": (prefix, text_alone), "joint": (joint, joint), "generate": (joint, 0)}
+    total = sum(objective.shares.values())
+    return {task: TaskCost(share / total, *costs[task]) for task, share in objective.shares.items() if share}
+
+
+def mean_step(costs: Mapping[str, TaskCost], self_conditioning: float, recomputed: float) -> float:
+    """Operations of a training step, a sample, on average over tasks."""
+    return sum(cost.share * cost.step(self_conditioning, recomputed) for cost in costs.values())
+
+
+def slowest_step(
+    costs: Mapping[str, TaskCost], self_conditioning: float, recomputed: float, samples: int, gpus: int
+) -> float:
+    """Operations of the GPU that has most to do in a step of ``samples`` a GPU, expected over draws of tasks.
+
+    Every GPU waits for that one. All guess in the same step, so the two kinds of step are counted apart.
+    """
+    found = 0.0
+    for guessing, probability in ((0.0, 1 - self_conditioning), (1.0, self_conditioning)):
+        sums = {0.0: 1.0}  # what a GPU may have to do, and how probable that is
+        for _ in range(samples):
+            drawn: dict[float, float] = {}
+            for done, chance in sums.items():
+                for cost in costs.values():
+                    work = done + cost.step(guessing, recomputed)
+                    drawn[work] = drawn.get(work, 0.0) + chance * cost.share
+            sums = drawn
+        below = 0.0
+        for work, chance in sorted(sums.items()):
+            up_to = min(1.0, below + chance)
+            found += probability * work * (up_to**gpus - below**gpus)
+            below = up_to
+    return found
+
+
+def count_flops(function: Any, *arguments: Any) -> int:
+    """Operations of a call on meta tensors, as torch counts them."""
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+def usable_memory(memory_gib: float) -> int:
+    """Bytes of a GPU's memory that a program's tensors can have."""
+    return int((memory_gib * (1 - FRAGMENTATION) - CONTEXT_GIB) * 2**30)
+
+
+def clip_bytes(frames: int, height: int, width: int) -> int:
+    """About what an H.264 clip takes."""
+    return int(frames * height * width * CLIP_BITS_PER_PIXEL / 8)
