@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import uniform_filter
 
-from components import checks
 from components.captioners.measured import decide
-from components.checks import degenerate, digits
+from components.checks import degenerate, digits, texts
 from components.digits import measure, world
 from components.digits.measure import Measurement
 
@@ -92,8 +91,8 @@ def test_a_caption_must_say_what_its_prompt_says_and_say_it_once():
 
 
 def test_a_prompt_in_another_dress_is_no_caption():
-    assert checks.repeats_prompt("a red-ish two, moving left", "A red ish two moving left!")
-    assert not checks.repeats_prompt("a red two", "a red two moving left")
+    assert texts.repeats_prompt("a red-ish two, moving left", "A red ish two moving left!")
+    assert not texts.repeats_prompt("a red two", "a red two moving left")
 
 
 def test_the_captioner_believes_clear_frames_then_the_prompt_then_unclear_frames():
