@@ -28,7 +28,8 @@ def caption_videos(step: "Step") -> None:
     tokenizer = load_tokenizer(step.inputs["base"])
     checks = load_caption_checks(settings["checks"])
     answers = step.root / STATE / "answers" / step.stage.name
-    captioner = load_captioner(settings["captioner"], {**settings, "seed": step["seed"], "answers": answers})
+    about = {"seed": step["seed"], "root": step.root, "answers": answers}
+    captioner = load_captioner(settings["captioner"], {**settings, **about})
     # With the digest in its rows, a shard is kept only for as long as the captioner would write the same.
     rows = [
         {**row, "captioner_digest": captioner.digest} for row in step.read("gate", "clips").sort_by("id").to_pylist()

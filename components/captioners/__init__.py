@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Status = Literal["success", "truncated", "blocked", "error", "skipped"]
+Clip = tuple["np.ndarray", float]  # frames uint8 (F, H, W, 3), frames per second
 T = TypeVar("T")
 
 
@@ -26,7 +27,7 @@ class CaptionRequest:
 
     id: str  # the clip's id: keys all randomness
     video_digest: str  # SHA-256 of the clip's file
-    open: Callable[[], "tuple[np.ndarray, float]"]  # frames uint8 (F, H, W, 3), fps; `BadInputError` if damaged
+    open: Callable[[], Clip]  # raises `BadInputError` for a damaged one
     prompt: str
     token_range: tuple[int, int]  # the profile's, EOS included, counted with the base's tokenizer
     attempt: int = 1
@@ -49,7 +50,7 @@ class CaptionResponse:
 
 
 FollowUp = Callable[[CaptionRequest, CaptionResponse], CaptionRequest | None]
-Answer = Callable[[Sequence[CaptionRequest], "Sequence[np.ndarray]"], Sequence[CaptionResponse]]
+Answer = Callable[[Sequence[CaptionRequest], Sequence[Clip]], Sequence[CaptionResponse]]
 
 
 class Captioner(Protocol):
@@ -76,8 +77,8 @@ class Captioner(Protocol):
 def load_captioner(name: str, config: Mapping[str, Any]) -> Captioner:
     """The captioner in ``components/captioners/<name>.py``; raises `ConfigError` where there is none.
 
-    config: the profile's whole `caption_videos` section, with the profile's `seed` added, and `answers`, a folder
-    below the work root that outlives runs, for what a service was paid for.
+    config: the profile's whole `caption_videos` section, with the profile's `seed` added, the work `root`, and
+    `answers`, a folder below it that outlives runs, for what a service was paid for.
     """
     try:
         module = import_module(f"{__name__}.{name}")
@@ -120,23 +121,23 @@ def _has_default(field: Any) -> bool:
 def caption_in_batches(answer: Answer, requests: Iterable[CaptionRequest], follow_up: FollowUp, size: int) -> None:
     """`Captioner.caption` for what answers `size` clips at once; a batch ends when `follow_up` asks no more of it.
 
-    answer: from requests and their clips' frames, uint8 (F, H, W, 3) each, to a response for each, in order.
+    answer: from requests and their clips to a response for each, in order.
     """
     requests = iter(requests)
     while batch := list(islice(requests, size)):
         pending = []
         for request in batch:
             try:
-                pending.append((request, request.open()[0]))
+                pending.append((request, request.open()))
             except BadInputError as error:
                 follow_up(request, damaged(error))
         while pending:
-            responses = answer([request for request, _ in pending], [frames for _, frames in pending])
+            responses = answer([request for request, _ in pending], [clip for _, clip in pending])
             again = [
-                (follow_up(request, response), frames)
-                for (request, frames), response in zip(pending, responses, strict=True)
+                (follow_up(request, response), clip)
+                for (request, clip), response in zip(pending, responses, strict=True)
             ]
-            pending = [(request, frames) for request, frames in again if request]
+            pending = [(request, clip) for request, clip in again if request]
 
 
 def damaged(error: BadInputError) -> CaptionResponse:

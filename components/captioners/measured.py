@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from components.captioners import Captioner, CaptionRequest, CaptionResponse, FollowUp, caption_in_batches
+from components.captioners import Captioner, CaptionRequest, CaptionResponse, Clip, FollowUp, caption_in_batches
 from components.checks.digits import CONFIDENT
 from components.digits import measure, world
 from components.pipeline.digests import file_digest, json_digest
@@ -41,9 +41,9 @@ class Measured:
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         caption_in_batches(self.answer, requests, follow_up, self.batch_size)
 
-    def answer(self, requests: Sequence[CaptionRequest], clips: Sequence[np.ndarray]) -> list[CaptionResponse]:
+    def answer(self, requests: Sequence[CaptionRequest], clips: Sequence[Clip]) -> list[CaptionResponse]:
         """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""
-        measured = measure.measure(np.stack(clips))
+        measured = measure.measure(np.stack([frames for frames, _ in clips]))
         return [self._word(request, seen) for request, seen in zip(requests, measured, strict=True)]
 
     def _word(self, request: CaptionRequest, seen: Mapping[str, measure.Measurement]) -> CaptionResponse:

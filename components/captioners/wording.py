@@ -17,6 +17,7 @@ from univigu.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from components.captioners import CaptionRequest
 
@@ -86,12 +87,18 @@ def sample_frames(frames: "np.ndarray", fps: float, count: int) -> tuple["np.nda
     return frames[indices], [float(index / fps) for index in indices]
 
 
-def jpeg(frame: "np.ndarray", max_side: int, max_bytes: int) -> bytes:
-    """A frame uint8 (H, W, 3) as JPEG, scaled down to sides of `max_side` and, if it must be, to `max_bytes`."""
+def fit(frame: "np.ndarray", max_side: int) -> "Image.Image":
+    """A frame uint8 (H, W, 3) as a picture, scaled down to sides of at most `max_side`."""
     from PIL import Image
 
     picture = Image.fromarray(frame)
     picture.thumbnail((max_side, max_side))
+    return picture
+
+
+def jpeg(frame: "np.ndarray", max_side: int, max_bytes: int) -> bytes:
+    """A frame uint8 (H, W, 3) as JPEG, with sides of at most `max_side`; smaller if it must be, for `max_bytes`."""
+    picture = fit(frame, max_side)
     while True:
         for quality in QUALITIES:
             target = io.BytesIO()

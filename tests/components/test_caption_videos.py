@@ -84,7 +84,7 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
 
     def answer(request):
         if request.complaint:
-            return good.answer([request], [request.open()[0]])[0]
+            return good.answer([request], [request.open()])[0]
         return CaptionResponse("a digit", usage={"tokens": 2})
 
     asked = install(answer)

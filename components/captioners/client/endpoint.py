@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -97,28 +98,24 @@ class Endpoint:
                 raise self.give_up(self._silence(lost)) from lost
             detail = f"{self.terms.tries} tries brought no answer; the last: {lost}"
             raise Refused("error", "no_answer", detail) from lost
-        await self._note(self.journal.keep, key, body, cost=self.cost(body))
         self.answered += 1
         return body
 
     async def probe(self, payload: Mapping[str, Any]) -> Any:
         """The answer to a request that is asked for the sake of asking, and kept nowhere."""
         try:
-            body = await self._try_again(payload)
+            return await self._try_again(payload)
         except Lost as lost:
             raise self.give_up(self._silence(lost)) from lost
-        await self._note(self.journal.charge, cost=self.cost(body))
-        return body
 
     async def _answers(self, probe: Mapping[str, Any]) -> bool:
         try:
-            body = await self._send(json.dumps(probe).encode(), "probe")
+            await self._send(json.dumps(probe).encode())
         except (Lost, Refused):
             return False
-        await self._note(self.journal.charge, cost=self.cost(body))
         return True
 
-    async def _try_again(self, payload: Mapping[str, Any], name: str = "probe") -> Any:
+    async def _try_again(self, payload: Mapping[str, Any], key: str = "") -> Any:
         content = json.dumps(payload).encode()
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Lost),
@@ -127,10 +124,10 @@ class Endpoint:
             sleep=self._sleep,
             reraise=True,
         )
-        return await retrying(self._send, content, name)
+        return await retrying(self._send, content, key)
 
-    async def _send(self, content: bytes, name: str) -> Any:
-        """One try, after as many refusals by a rate limit as patience allows; the decoded answer."""
+    async def _send(self, content: bytes, key: str = "") -> Any:
+        """One try, after as many refusals by a rate limit as patience allows; the decoded answer, kept under `key`."""
         loop = asyncio.get_running_loop()
         patience_ends = loop.time() + self.terms.patience_s
         while True:
@@ -138,7 +135,10 @@ class Endpoint:
                 raise Stopped
             try:
                 self._check_budget()
-                return await self._exchange(content, name)
+                body = await self._exchange(content, key or "probe")
+                write = partial(self.journal.keep, key, body) if key else self.journal.charge
+                await self._note(write, self.cost(body))
+                return body
             except Refused as refused:
                 await self._count(refused.reason)
                 raise
@@ -220,13 +220,13 @@ class Endpoint:
 
     async def _count(self, kind: str) -> None:
         self.failures[kind] += 1
-        await self._note(self.journal.charge, cost={"requests": 1.0})
+        await self._note(self.journal.charge, {"requests": 1.0})
 
-    async def _note(self, write: Callable[..., None], *arguments: Any, cost: Mapping[str, float]) -> None:
+    async def _note(self, write: Callable[[Mapping[str, float]], None], cost: Mapping[str, float]) -> None:
         """Write to the journal in its own thread, and learn what has been spent by all processes."""
 
         def work() -> dict[str, float]:
-            write(*arguments, cost)
+            write(cost)
             return self.journal.spent()
 
         for name in ("tokens", "usd"):
