@@ -33,7 +33,9 @@ from components.pipeline.digests import json_digest
 from univigu.errors import BadInputError, ConfigError
 
 FORMAT = "chat-1"  # how a template becomes a request; a change of it makes every kept answer another request's
-PROBE_COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
+# The two that are shown are none of those that a model without eyes would guess.
+SHOWN = {"orange": (255, 140, 0), "purple": (120, 30, 160)}
+COLOURS = ("black", "blue", "green", "orange", "purple", "red", "white", "yellow")
 PROBE_WORDS = "Answer with the word: ready."
 DECODERS = 2  # clips being decoded at once: each may be 100 MB of frames
 
@@ -196,15 +198,15 @@ class OpenAI:
         """A request that only a model which sees `frames` pictures at once can answer rightly."""
         if not self.options.frames:
             return self._body([{"role": "user", "content": PROBE_WORDS}])
-        pictures = [(_plain_jpeg(PROBE_COLOURS[colour]), 0.0) for colour in self._probe_colours()]
+        pictures = [(_plain_jpeg(SHOWN[colour]), 0.0) for colour in self._probe_colours()]
         asked = (
-            f"Choose from {', '.join(PROBE_COLOURS)}. Which of these colours do the pictures have? "
+            f"Choose from {', '.join(COLOURS)}. Which of these colours do the pictures have? "
             "Answer with their names alone."
         )
         return self._body([{"role": "user", "content": _content(asked, pictures)}])
 
     def _probe_colours(self) -> list[str]:
-        return ["blue", *["red"] * (self.options.frames - 1)]
+        return ["orange", *["purple"] * (self.options.frames - 1)]
 
     def _body(self, messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         return {"model": self.options.model, "messages": list(messages), "stream": False, **self.options.request}
@@ -246,7 +248,7 @@ class OpenAI:
         if not frames or not response.text or response.status != "success":  # a model may think for too long to answer
             return
         shown, named = set(self._probe_colours()), re.findall(r"\w+", response.text.lower())
-        if shown != set(named) & set(PROBE_COLOURS):
+        if shown != set(named) & set(COLOURS):
             raise ConfigError(
                 f"The model '{model}' at {place} doesn't see pictures: of {' and '.join(sorted(shown))} ones it says "
                 f"'{self.endpoint.clean(response.text)}'; name a vision-language model, or set "

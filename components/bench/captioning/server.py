@@ -28,7 +28,7 @@ BAD = ("empty", "too long", "too short", "refusal", "repeats prompt", "wrong fie
 ODD = ("parts", "thought", "legacy field")
 BLOCKED = ("blocked", "policy")
 _MARKED = re.compile(r"^(=== [0-9a-f]{16} ===)\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
-_WORDS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
+_WORDS = {"orange": (255, 140, 0), "purple": (120, 30, 160), "black": (0, 0, 0), "white": (255, 255, 255)}
 REFUSAL = "I'm sorry, but I can't help with describing this video."
 
 

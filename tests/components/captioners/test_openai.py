@@ -218,8 +218,8 @@ def test_a_key_that_a_service_quotes_is_kept_nowhere(serve, caption, capfd):
     [
         ({"model": "another"}, {}, r"has no model 'under-test'.*HTTP 404"),
         ({"sees": "nothing"}, {}, r"doesn't take 2 pictures .*lower `caption_videos.options.frames`"),
-        ({"sees": "words"}, {}, r"doesn't see pictures: of blue and red ones it says 'ready'"),
-        ({"sees": "words"}, {"frames": 1}, r"doesn't see pictures: of blue ones it says 'ready'"),
+        ({"sees": "words"}, {}, r"doesn't see pictures: of orange and purple ones it says 'ready'"),
+        ({"sees": "words"}, {"frames": 1}, r"doesn't see pictures: of orange ones it says 'ready'"),
         ({}, {"key": ""}, r"wants a key \(HTTP 401\)"),
     ],
 )
