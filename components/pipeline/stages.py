@@ -32,6 +32,9 @@ class Stage:
     sources: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the profile's key with its path
     parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
     code: tuple[str, ...] = ()  # modules and folders whose text decides its output, besides its own file
+    secrets: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # on a cluster: name -> variables, if it is there
     sharded: bool = False  # whether its shards can be made in parts, by several processes at once
     resources: Resources = Resources()
 
@@ -97,6 +100,7 @@ STAGES: tuple[Stage, ...] = (
             "components/wordlists.yaml",
             "components/tokens.py",
         ),
+        secrets={"univigu-captioner": ("CAPTION_BASE_URL", "CAPTION_API_KEY")},
         sharded=True,
     ),
     Stage(

@@ -114,6 +114,37 @@ def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digit
     assert set(captions_of(root)) == {row["id"] for row in rows}
 
 
+@pytest.mark.parametrize(
+    ("text", "reason", "status"),
+    [
+        ("", "empty", "error"),
+        ("The digit \0 moves.", "damaged_text", "error"),
+        ("I'm sorry, I can't describe this.", "refusal", "blocked"),
+        (f"Sure! {INSTRUCTIONS}", "echoes_instructions", "error"),
+    ],
+)
+def test_what_is_no_description_is_named_whatever_its_length(digits_root, profile, install, text, reason, status):
+    root, _, _ = digits_root
+    install(lambda request: CaptionResponse(text))
+    manifest = run_stage(STEP, profile, root)
+    assert manifest["reasons"] == {reason: 8}
+    assert manifest["facts"]["statuses"] == {status: 8, "skipped": 4}
+    assert {row["attempts"] for row in captions_of(root).values()} == {0, 3}
+    assert all("<script>" not in row["detail"] for row in rejected_of(root).values())
+
+
+def test_a_shard_is_made_again_for_another_captioner(digits_root, profile, install):
+    root, _, _ = digits_root
+    asked = install(lambda request: CaptionResponse("a digit"))
+    run_stage(STEP, profile, root)
+    before = len(asked)
+    run_stage(STEP, profile, root)
+    assert len(asked) == before
+    sys.modules["components.captioners.under_test"].create({}).digest = "1"
+    run_stage(STEP, profile, root)
+    assert len(asked) == 2 * before
+
+
 def test_the_prompt_given_back_is_no_caption(digits_root, profile, install):
     root, _, _ = digits_root
     install(lambda request: CaptionResponse(request.prompt.upper() + " !"))
