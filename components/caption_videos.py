@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from components.checks import CaptionCheck
 from components.checks.texts import damage, echo, refusal, repeats_prompt
+from univigu.errors import GateFailedError
 
 if TYPE_CHECKING:
     from components.captioners import CaptionRequest, CaptionResponse
     from components.pipeline.runner import Step
+
+HOPELESS = 50  # clips: where none of so many first ones gets a caption, the others aren't paid for
 
 Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slug, complaint in words), or None
 
@@ -40,7 +43,8 @@ def caption_videos(step: "Step") -> None:
         return find_fault(request, text, count_tokens(tokenizer, [text])[0], captioner.instructions, checks)
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-        wanted, conversations = [row for row in shard if row["stage"] == 2], Conversations(judge, settings["attempts"])
+        wanted = [row for row in shard if row["stage"] == 2]
+        conversations = Conversations(judge, settings["attempts"])
         requests = make_requests(step.inputs["clips"], wanted, bounds)
         captioner.caption(step.progress(requests, len(wanted), "clips"), conversations.follow_up)
         captions = []
@@ -90,18 +94,31 @@ class Conversations:
     def __init__(self, judge: Judge, attempts: int) -> None:
         self.judge, self.attempts = judge, attempts
         self.outcomes: dict[str, Outcome] = {}
+        self.failed: Counter[str] = Counter()  # reasons of the clips that were given up
+        self.captioned = False  # whether any clip has a caption
 
     def follow_up(self, request: "CaptionRequest", response: "CaptionResponse") -> "CaptionRequest | None":
-        """Note what an answer earns; the request to be asked next, with the complaint, or None (`FollowUp`)."""
+        """Note what an answer earns; the request to be asked next, with the complaint, or None (`FollowUp`).
+
+        Raises `GateFailedError` where all the first `HOPELESS` clips fail.
+        """
         before = self.outcomes.get(request.id)
         usage = Counter(before.usage if before else {}) + Counter(response.usage or {})
         status, fault = settle(request, response, self.judge)
         reason, detail = fault or (None, "")
         attempts = 0 if reason == "damaged" else request.attempt
         self.outcomes[request.id] = Outcome(response.text or None, status, reason, detail, attempts, usage)
-        if not fault or response.status not in ("success", "truncated") or request.attempt >= self.attempts:
-            return None
-        return replace(request, attempt=request.attempt + 1, last_text=response.text, complaint=detail)
+        if fault and response.status in ("success", "truncated") and request.attempt < self.attempts:
+            return replace(request, attempt=request.attempt + 1, last_text=response.text, complaint=detail)
+        self.captioned |= not fault
+        self.failed.update([reason] if reason else [])
+        if not self.captioned and self.failed.total() >= HOPELESS:
+            counts = ", ".join(f"{name} {count}" for name, count in self.failed.most_common())
+            raise GateFailedError(
+                f"None of the first {HOPELESS} clips got a caption that can be used ({counts}; the last: {detail}), so "
+                "the others weren't asked about; try another model or template, or correct `text.caption_tokens`."
+            )
+        return None
 
 
 def make_requests(

@@ -74,6 +74,8 @@ def create(config: Mapping[str, Any]) -> Captioner:
             "The captioner 'openai' needs at least one of concurrency, tries and max_side, and no negative number of "
             "frames; correct `caption_videos.options`."
         )
+    if taken := sorted({"model", "messages", "stream", "n"} & options.request.keys()):
+        raise ConfigError(f"The option 'request' can't hold '{taken[0]}', which is not yours to set; take it out.")
     for name, known in (("prices", ("prompt", "completion")), ("budget", ("requests", "tokens", "usd"))):
         given = _amounts(getattr(options, name))
         if not set(given) <= set(known) or not all(_is_amount(value) for value in given.values()):

@@ -102,6 +102,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         secrets={"univigu-captioner": ("CAPTION_BASE_URL", "CAPTION_API_KEY")},
         sharded=True,
+        resources=Resources(hours=48),
     ),
     Stage(
         "validate-pairs",

@@ -39,17 +39,17 @@ def _plain(text: Any) -> str:
     return " ".join(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").split())
 
 
-def read_usage(body: Any) -> dict[str, float]:
+def read_usage(body: Any) -> dict[str, int]:
     """Tokens that an answer says it took, `prompt_tokens` and `completion_tokens`; none where it doesn't say."""
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    return {name: float(count) for name, count in counts.items() if isinstance(count, int) and 0 <= count < 1e9}
+    return {name: count for name, count in counts.items() if isinstance(count, int) and 0 <= count < 1e9}
 
 
 def answer_cost(usage: Mapping[str, float], prices: Mapping[str, float]) -> dict[str, float]:
     """Tokens in all, and USD, of one answer."""
-    kinds = {"prompt": usage.get("prompt_tokens", 0.0), "completion": usage.get("completion_tokens", 0.0)}
+    kinds = {"prompt": usage.get("prompt_tokens", 0), "completion": usage.get("completion_tokens", 0)}
     usd = sum(count * prices.get(kind, 0.0) for kind, count in kinds.items()) / 1e6
     return {"tokens": sum(kinds.values()), **({"usd": usd} if prices else {})}

@@ -12,7 +12,7 @@ from components.bench.captioning.server import BAD, LOST, ODD, least_requests
 from components.captioners import CaptionResponse
 from components.captioners.client.answers import read_response
 from components.captioners.openai import Options, read_terms
-from univigu.errors import ConfigError, PreemptedError, TransientError
+from univigu.errors import ConfigError, GateFailedError, PreemptedError, TransientError
 
 from .conftest import KEY, PROMPTS
 
@@ -190,6 +190,16 @@ def test_a_budget_is_never_overrun_and_more_of_it_goes_on(serve, caption, budget
     assert outcomes["c0"].usage == pytest.approx({"prompt_tokens": 100, "completion_tokens": 50, "usd": 0.0005})
 
 
+def test_a_model_that_never_writes_a_caption_is_found_out_early(serve, caption):
+    server = serve(["refusal"] * 9)
+    prompts = [f"{prompt} {n}" for n in range(3) for prompt in PROMPTS]
+    with pytest.raises(
+        GateFailedError, match=r"None of the first 50 clips .*refusal 50; the last: it says 'i'm sorry'"
+    ):
+        caption(server, 72, prompts=prompts, attempts=1)
+    assert 50 <= len(befell(server)) <= 54
+
+
 # --- what a person has to mend ---------------------------------------------------------------------------------------
 
 
@@ -247,6 +257,7 @@ def test_a_model_without_eyes_writes_from_prompts_where_no_frames_are_sent(serve
         ({"CAPTION_API_KEY": "sk-a b\u2026"}, {}, "holds characters that no key has"),
         ({}, {"colour": 3}, "no option 'colour'"),
         ({}, {"model": 3}, "'model' .* must be str"),
+        ({}, {"request": {"stream": True}}, "'request' can't hold 'stream'"),
         ({}, {"concurrency": 0}, "at least one of concurrency"),
         ({}, {"prices": {"prompts": 1}}, "'prices' takes numbers for prompt, completion"),
         ({}, {"budget": {"usd": 5}}, "needs `prices`"),

@@ -67,7 +67,7 @@ def test_a_real_server_is_understood_and_its_model_found_wanting(real_server, ca
     options = {"model": model, "deadline_s": 300, "concurrency": 1, "request": {"max_tokens": 24, "seed": 0}}
     with pytest.raises(ConfigError, match="doesn't see pictures"):
         caption(url, 1, key="", **options)
-    with pytest.raises(ConfigError, match="refuses its first request .*pinned"):
+    with pytest.raises(ConfigError, match=r"refuses its first request .*pinned"):
         caption(url, 1, key="", frames=0, **{**options, "model": "another"})
     outcomes = caption(url, 2, key="", attempts=2, bounds=(400, 500), frames=0, **options)
     assert {one.status for one in outcomes.values()} <= {"truncated", "error"}  # 24 tokens are no 400 characters
