@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from components.captioners import (
@@ -177,7 +178,7 @@ class OpenAI:
             except BadInputError as error:
                 return damaged(error), pictures
             try:
-                body = await self.endpoint.ask(key, self.payload(request, pictures), self.probe())
+                body = await self.endpoint.ask(key, self.payload(request, pictures), self.probe)
             except Refused as refused:
                 return CaptionResponse("", refused.status, str(refused), reason=refused.reason), pictures
         return read_response(body, self.terms.prices), pictures
@@ -196,6 +197,7 @@ class OpenAI:
             for message in messages
         )
 
+    @cached_property
     def probe(self) -> dict[str, Any]:
         """A request that only a model which sees `frames` pictures at once can answer rightly."""
         if not self.options.frames:
@@ -235,7 +237,7 @@ class OpenAI:
     async def _probe(self) -> None:
         place, model, frames = self.endpoint.place, self.options.model, self.options.frames
         try:
-            body = await self.endpoint.probe(self.probe())
+            body = await self.endpoint.probe(self.probe)
         except Refused as refused:
             if frames and await self._reads_text():
                 raise ConfigError(
@@ -249,8 +251,8 @@ class OpenAI:
         response = read_response(body, {})
         if not frames or not response.text or response.status != "success":  # a model may think for too long to answer
             return
-        shown, named = set(self._probe_colours()), re.findall(r"\w+", response.text.lower())
-        if shown != set(named) & set(COLOURS):
+        shown, named = set(self._probe_colours()), {*re.findall(r"\w+", response.text.lower())} & {*COLOURS}
+        if not shown <= named or len(named) > len(shown) + 1:  # "red-orange and purple" will do
             raise ConfigError(
                 f"The model '{model}' at {place} doesn't see pictures: of {' and '.join(sorted(shown))} ones it says "
                 f"'{self.endpoint.clean(response.text)}'; name a vision-language model, or set "

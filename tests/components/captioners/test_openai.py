@@ -243,7 +243,7 @@ def test_what_an_endpoint_lacks_is_told_before_any_clip_is_asked_about(serve, ca
 
 def test_a_model_without_eyes_writes_from_prompts_where_no_frames_are_sent(serve, caption):
     server = serve(sees="words")
-    outcomes = caption(server, 3, frames=0)
+    outcomes = caption(server, 3, frames=0, template="text-caption-1")
     assert {one.status for one in outcomes.values()} == {"success"}
     assert caption.opened == []
     assert all(isinstance(m["content"], str) for body in server.bodies for m in body["messages"])
@@ -261,7 +261,7 @@ def test_a_model_without_eyes_writes_from_prompts_where_no_frames_are_sent(serve
         ({}, {"concurrency": 0}, "at least one of concurrency"),
         ({}, {"prices": {"prompts": 1}}, "'prices' takes numbers for prompt, completion"),
         ({}, {"budget": {"usd": 5}}, "needs `prices`"),
-        ({}, {"template": "mine"}, "no request template 'mine'; choose one of video-caption-1"),
+        ({}, {"template": "mine"}, "no request template 'mine'; choose one of text-caption-1, video-caption-1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_asked(
