@@ -78,7 +78,7 @@ def caption_videos(step: "Step") -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a clip. `attempts` counts the answers that were judged."""
+    """What came of a clip. `attempts` counts how often it was asked about."""
 
     text: str | None
     status: str
