@@ -1,17 +1,21 @@
 """Have every stage-2 clip described in detail, check each description, and ask again with the reason where it fails."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.checks import repeats_prompt
-from univigu.errors import BadInputError
+from components.checks import CaptionCheck
+from components.checks.texts import damage, echo, refusal, repeats_prompt
+from univigu.errors import GateFailedError
 
 if TYPE_CHECKING:
-    from components.captioners import Captioner, CaptionRequest, CaptionResponse
+    from components.captioners import CaptionRequest, CaptionResponse
     from components.pipeline.runner import Step
+
+HOPELESS = 50  # clips: where none of so many first ones gets a caption, the others aren't paid for
 
 Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slug, complaint in words), or None
 
@@ -19,46 +23,47 @@ Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slu
 def caption_videos(step: "Step") -> None:
     """Clips that passed their gate -> a caption row for each, with a status; failures are quarantined as well."""
     from components.captioners import load_captioner
-    from components.checks import load_checks
+    from components.checks import load_caption_checks
+    from components.pipeline.runner import STATE
     from components.tokens import count_tokens, load_tokenizer
 
     settings, bounds = step["caption_videos"], tuple(step["text"]["caption_tokens"])
-    rows = step.read("gate", "clips").sort_by("id").to_pylist()
-    step.rows_in = len(rows)
-    captioner = load_captioner(settings["captioner"], {**settings, "seed": step["seed"]})
     tokenizer = load_tokenizer(step.inputs["base"])
-    checks = load_checks(settings["checks"], "check_caption")
+    checks = load_caption_checks(settings["checks"])
+    answers = step.root / STATE / "answers" / step.stage.name
+    about = {"seed": step["seed"], "root": step.root, "answers": answers}
+    captioner = load_captioner(settings["captioner"], {**settings, **about})
+    # With the digest in its rows, a shard is kept only for as long as the captioner would write the same.
+    rows = [
+        {**row, "captioner_digest": captioner.digest} for row in step.read("gate", "clips").sort_by("id").to_pylist()
+    ]
+    step.rows_in = len(rows)
 
     def judge(request: "CaptionRequest", text: str) -> tuple[str, str] | None:
-        return find_fault(request, text, count_tokens(tokenizer, [text])[0], checks)
+        return find_fault(request, text, count_tokens(tokenizer, [text])[0], captioner.instructions, checks)
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-        wanted, size = [row for row in shard if row["stage"] == 2], settings["batch_size"]
-        batches = [wanted[start : start + size] for start in range(0, len(wanted), size)]
-        answers, damaged, captions = {}, {}, []
-        for batch in step.progress(batches, unit="batches"):
-            requests, unreadable = open_clips(step.inputs["clips"], batch, bounds)
-            answers |= describe(captioner, requests, judge, settings["attempts"])
-            damaged |= unreadable
+        wanted = [row for row in shard if row["stage"] == 2]
+        conversations = Conversations(judge, settings["attempts"])
+        requests = make_requests(step.inputs["clips"], wanted, bounds)
+        captioner.caption(step.progress(requests, len(wanted), "clips"), conversations.follow_up)
+        captions = []
         for row in shard:
-            text, status, attempts, reason, detail, usage = None, "skipped", 0, None, "", {}
-            if row["id"] in damaged:
-                status, reason, detail = "error", "damaged", damaged[row["id"]]
-            elif row["id"] in answers:
-                text, status, attempts, reason, detail, usage = answers[row["id"]]
-            if reason:
-                step.reject(row["id"], reason, detail, {**row, "caption": text})
+            outcome = conversations.outcomes[row["id"]] if row["stage"] == 2 else Outcome(None, "skipped", attempts=0)
+            if outcome.reason:
+                clip = {name: value for name, value in row.items() if name != "captioner_digest"}
+                step.reject(row["id"], outcome.reason, outcome.detail, {**clip, "caption": outcome.text})
             captions.append(
                 {
                     "clip_id": row["id"],
-                    "text": text,
-                    "n_tokens": count_tokens(tokenizer, [text])[0] if text else 0,
-                    "status": status,
-                    "attempts": attempts,
+                    "text": outcome.text,
+                    "n_tokens": count_tokens(tokenizer, [outcome.text])[0] if outcome.text else 0,
+                    "status": outcome.status,
+                    "attempts": outcome.attempts,
                     "captioner": captioner.name,
                     "captioner_digest": captioner.digest,
                     "template_version": captioner.template_version,
-                    "usage": usage,
+                    "usage": dict(outcome.usage),
                 }
             )
         return captions
@@ -66,68 +71,96 @@ def caption_videos(step: "Step") -> None:
     captions = step.map_shards(rows, settings["shard_size"], make_shard)
     step.facts["statuses"] = dict(sorted(Counter(row["status"] for row in captions).items()))
     step.facts["calls"] = sum(row["attempts"] for row in captions)
-    step.facts["usage"] = dict(sorted(sum((Counter(row.pop("usage")) for row in captions), Counter()).items()))
+    usage = sum((Counter(row.pop("usage")) for row in captions), Counter())
+    step.facts["usage"] = {name: round(amount, 6) for name, amount in sorted(usage.items())}
     step.write("captions", captions)
 
 
-def open_clips(
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a clip. `attempts` counts how often it was asked about."""
+
+    text: str | None
+    status: str
+    reason: str | None = None
+    detail: str = ""
+    attempts: int = 1
+    usage: Mapping[str, float] = field(default_factory=Counter)
+
+
+class Conversations:
+    """What has been said about each clip: judges every answer, and asks again where that can help."""
+
+    def __init__(self, judge: Judge, attempts: int) -> None:
+        self.judge, self.attempts = judge, attempts
+        self.outcomes: dict[str, Outcome] = {}
+        self.failed: Counter[str] = Counter()  # reasons of the clips that were given up
+        self.captioned = False  # whether any clip has a caption
+
+    def follow_up(self, request: "CaptionRequest", response: "CaptionResponse") -> "CaptionRequest | None":
+        """Note what an answer earns; the request to be asked next, with the complaint, or None (`FollowUp`).
+
+        Raises `GateFailedError` where all the first `HOPELESS` clips fail.
+        """
+        before = self.outcomes.get(request.id)
+        usage = Counter(before.usage if before else {}) + Counter(response.usage or {})
+        status, fault = settle(request, response, self.judge)
+        reason, detail = fault or (None, "")
+        attempts = 0 if reason == "damaged" else request.attempt
+        self.outcomes[request.id] = Outcome(response.text or None, status, reason, detail, attempts, usage)
+        if fault and response.status in ("success", "truncated") and request.attempt < self.attempts:
+            return replace(request, attempt=request.attempt + 1, last_text=response.text, complaint=detail)
+        self.captioned |= not fault
+        self.failed.update([reason] if reason else [])
+        if not self.captioned and self.failed.total() >= HOPELESS:
+            counts = ", ".join(f"{name} {count}" for name, count in self.failed.most_common())
+            raise GateFailedError(
+                f"None of the first {HOPELESS} clips got a caption that can be used ({counts}; the last: {detail}), so "
+                "the others weren't asked about; try another model or template, or correct `text.caption_tokens`."
+            )
+        return None
+
+
+def make_requests(
     folder: Path, rows: Sequence[Mapping[str, Any]], bounds: tuple[int, int]
-) -> tuple[list["CaptionRequest"], dict[str, str]]:
-    """A request for each clip that can be read, and for each other clip's id what is wrong with it."""
+) -> Iterator["CaptionRequest"]:
+    """A first request for each clip, in order; its frames are decoded when they are needed."""
     from components.captioners import CaptionRequest
     from components.videos import open_clip, read_clips
 
-    requests, damaged = [], {}
     for row, content in read_clips(folder, rows):
-        try:
-            frames, fps = open_clip(row, content)
-        except BadInputError as error:
-            damaged[row["id"]] = str(error)
-            continue
-        requests.append(CaptionRequest(row["id"], frames, fps, row["prompt"], bounds))
-    return requests, damaged
-
-
-def describe(captioner: "Captioner", requests: Sequence["CaptionRequest"], judge: Judge, attempts: int) -> dict:
-    """Ask for all captions, and again (with the complaint) for those that fail, at most `attempts` times each.
-
-    Returns by id: (text, status, attempts, reason slug or None, detail, usage).
-    """
-    answers: dict[str, tuple] = {}
-    usage: dict[str, Counter] = {request.id: Counter() for request in requests}
-    pending = list(requests)
-    while pending:
-        responses = captioner.caption(pending)
-        again = []
-        for request, response in zip(pending, responses, strict=True):
-            usage[request.id].update(response.usage or {})
-            status, fault = settle(request, response, judge)
-            reason, detail = fault or (None, "")
-            answers[request.id] = (response.text, status, request.attempt, reason, detail, dict(usage[request.id]))
-            if fault and status not in ("blocked", "skipped") and request.attempt < attempts:
-                again.append(replace(request, attempt=request.attempt + 1, last_text=response.text, complaint=detail))
-        pending = again
-    return answers
+        yield CaptionRequest(row["id"], row["sha256"], partial(open_clip, row, content), row["prompt"], bounds)
 
 
 def settle(request: "CaptionRequest", response: "CaptionResponse", judge: Judge) -> tuple[str, tuple[str, str] | None]:
-    """The status that one response earns, and its fault: a caption that fails a check is an `error`."""
+    """The status that one response earns, and its fault: a caption that fails a check is an `error`, or `blocked`."""
     if response.status != "success":
-        return response.status, (response.status, response.detail or f"the captioner answered '{response.status}'")
+        detail = response.detail or f"the captioner answered '{response.status}'"
+        return response.status, (response.reason or response.status, detail)
     fault = judge(request, response.text)
-    return ("error" if fault else "success"), fault
+    return ("success" if not fault else "blocked" if fault[0] == "refusal" else "error"), fault
 
 
-def find_fault(request: "CaptionRequest", text: str, n_tokens: int, checks: Sequence[Any]) -> tuple[str, str] | None:
+def find_fault(
+    request: "CaptionRequest", text: str, n_tokens: int, instructions: str, checks: Sequence[CaptionCheck]
+) -> tuple[str, str] | None:
     """Why a caption can't be used, as (reason slug, complaint to the captioner), or None."""
     low, high = request.token_range
+    if not text.strip():
+        return "empty", "it was empty; describe the video"
+    if found := damage(text):
+        return "damaged_text", f"{found}; write plain text"
     if repeats_prompt(request.prompt, text):
         return "repeats_prompt", "it only repeats the prompt; describe the video in more detail"
+    if found := refusal(text):
+        return "refusal", f"it says '{found}'; the video was made by a computer: say what is seen in it"
+    if found := echo(instructions, text):
+        return "echoes_instructions", f"it repeats the instructions ('{found}'); describe the video instead"
     if n_tokens < low:
         return "too_short", f"it has {n_tokens} tokens and should have {low} to {high}; say more"
     if n_tokens > high:
         return "too_long", f"it has {n_tokens} tokens and should have {low} to {high}; say less"
     for check in checks:
-        if complaint := check.check_caption(request.prompt, text):
-            return "misses_prompt", complaint
+        if complaint := check.find(request.prompt, text):
+            return check.reason, complaint
     return None

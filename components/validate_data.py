@@ -85,7 +85,8 @@ def validate_pairs(step: Step) -> None:
     A stage-1 pair has no caption. A stage-2 clip whose caption did not succeed was quarantined where it was captioned,
     and is only counted here. Raises `ConfigError` where the profile's caption range does not lie above its prompts'.
     """
-    from components.checks import load_checks, repeats_prompt
+    from components.checks import load_caption_checks
+    from components.checks.texts import damage, refusal, repeats_prompt
     from components.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
@@ -111,7 +112,7 @@ def validate_pairs(step: Step) -> None:
     tokenizer = load_tokenizer(step.inputs["base"])
     prompt_lengths = count_tokens(tokenizer, [row["prompt"] for row in rows])
     caption_lengths = count_tokens(tokenizer, [row["caption"] or "" for row in rows])
-    checks = load_checks(settings["caption_checks"], "check_caption")
+    checks = load_caption_checks(settings["caption_checks"])
     longest = max(prompt_lengths, default=0)
     for row, prompt_length, caption_length in zip(rows, prompt_lengths, caption_lengths, strict=True):
         captioned = row["stage"] == 2
@@ -122,6 +123,8 @@ def validate_pairs(step: Step) -> None:
         row["tokens_over_longest_prompt"] = row["caption_tokens"] - longest
         row["caption_state"] = row["status"] or "missing" if captioned else "none" if not row["caption"] else "unwanted"
         row["is_prompt"] = captioned and repeats_prompt(row["prompt"], row["caption"] or "")
+        row["damage"] = damage(row["caption"] or "") if captioned else ""
+        row["refusal"] = refusal(row["caption"] or "") if captioned else ""
         row["fault"] = _fault(checks, row["prompt"], row["caption"]) if captioned else ""
     frame = pa.Table.from_pylist(rows).to_pandas() if rows else pa.table({"id": []}).to_pandas()
 
@@ -146,6 +149,8 @@ def validate_pairs(step: Step) -> None:
             column_A="stored_tokens", column_B="caption_tokens", meta={"reason": "token_count"}
         ),
         _one_of(gx, "is_prompt", [False], reason="caption_is_prompt"),
+        _one_of(gx, "damage", [""], reason="damaged_text"),
+        _one_of(gx, "refusal", [""]),
         _one_of(gx, "fault", [""], reason="not_covered"),
         *(
             gx.ExpectColumnDistinctValuesToContainSet(column="part", value_set=[f"{stage} {split}"])
@@ -203,7 +208,7 @@ def assign_splits(rows: Sequence[dict[str, Any]], heldout_share: float) -> None:
 
 def _fault(checks: Sequence[Any], prompt: str, caption: str | None) -> str:
     """What the first of the profile's caption checks finds wrong, or an empty string."""
-    return next((fault for check in checks if (fault := check.check_caption(prompt, caption or ""))), "")
+    return next((fault for check in checks if (fault := check.find(prompt, caption or ""))), "")
 
 
 def _check_captions(step: Step, gx: Any, captions: pa.Table, remedy: str) -> None:

@@ -5,14 +5,14 @@ guess of the measurement stands. The course of the digit is chosen as a whole, s
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from components.captioners import Captioner, CaptionRequest, CaptionResponse
+from components.captioners import Captioner, CaptionRequest, CaptionResponse, Clip, FollowUp, caption_in_batches
 from components.checks.digits import CONFIDENT
 from components.digits import measure, world
 from components.pipeline.digests import file_digest, json_digest
@@ -22,8 +22,8 @@ LOOKS = ("digit", "colour", "background")
 
 
 def create(config: Mapping[str, Any]) -> Captioner:
-    """The captioner; of `config` it reads the `seed`, and `wordings`, in how many ways clips are worded."""
-    return Measured(config["seed"], config["wordings"])
+    """The captioner; of `config` it reads `seed`, `batch_size`, and `wordings`, in how many ways clips are worded."""
+    return Measured(config["seed"], config["wordings"], config["batch_size"])
 
 
 class Measured:
@@ -31,17 +31,19 @@ class Measured:
 
     name = "measured"
     template_version = TEMPLATE_VERSION
+    instructions = ""
 
-    def __init__(self, seed: int, wordings: int) -> None:
-        self.seed, self.wordings = seed, wordings
+    def __init__(self, seed: int, wordings: int, batch_size: int) -> None:
+        self.seed, self.wordings, self.batch_size = seed, wordings, batch_size
         code = [file_digest(Path(module.__file__)) for module in (measure, world)]
         self.digest = json_digest([seed, wordings, *code])
 
-    def caption(self, requests: Sequence[CaptionRequest]) -> list[CaptionResponse]:
+    def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
+        caption_in_batches(self.answer, requests, follow_up, self.batch_size)
+
+    def answer(self, requests: Sequence[CaptionRequest], clips: Sequence[Clip]) -> list[CaptionResponse]:
         """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""
-        if not requests:
-            return []
-        measured = measure.measure(np.stack([request.frames for request in requests]))
+        measured = measure.measure(np.stack([frames for frames, _ in clips]))
         return [self._word(request, seen) for request, seen in zip(requests, measured, strict=True)]
 
     def _word(self, request: CaptionRequest, seen: Mapping[str, measure.Measurement]) -> CaptionResponse:

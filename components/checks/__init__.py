@@ -1,13 +1,15 @@
 """Checks of made clips and captions: one module a check, named in the profile.
 
 A module has ``check(frames, rows) -> list[Finding]`` for clips (frames uint8 (B, F, H, W, 3), one row of the clips
-table each), or ``check_caption(prompt, caption) -> str | None`` for captions (what is wrong, or None), or both.
+table each), or ``check_caption(prompt, caption, **settings) -> str | None`` for captions (what is wrong, or None), or
+both. `REASON` is the slug that captions are quarantined by, ``misses_prompt`` where there is none.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 
 from univigu.errors import ConfigError
@@ -22,9 +24,32 @@ class Finding:
     detail: str = ""
 
 
-def repeats_prompt(prompt: str, caption: str) -> bool:
-    """Whether a caption is its prompt again: the same words, whatever their case and punctuation."""
-    return re.findall(r"\w+", prompt.casefold()) == re.findall(r"\w+", caption.casefold())
+@dataclass(frozen=True)
+class CaptionCheck:
+    """A check of captions with its settings: `find(prompt, caption)` says what is wrong, or None."""
+
+    find: Callable[[str, str], str | None]
+    reason: str
+
+
+def load_caption_checks(entries: Sequence[str | Mapping[str, Mapping]]) -> list[CaptionCheck]:
+    """The caption checks that a profile lists, each by its name or as ``{name: {setting: value}}``.
+
+    Raises `ConfigError` for another name, and for settings that the check doesn't have or needs.
+    """
+    checks = []
+    for entry in entries:
+        ((name, settings),) = entry.items() if isinstance(entry, Mapping) else [(entry, {})]
+        (module,) = load_checks([name], "check_caption")
+        check = module.check_caption
+        try:
+            signature(check).bind("", "", **settings)
+        except TypeError as error:
+            raise ConfigError(
+                f"The check '{name}' has other settings ({error}); correct them in the profile."
+            ) from error
+        checks.append(CaptionCheck(partial(check, **settings), getattr(module, "REASON", "misses_prompt")))
+    return checks
 
 
 def load_checks(names: list[str], kind: str) -> list[ModuleType]:

@@ -59,9 +59,11 @@ def run(
     if not _speaks():
         return
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
+    usage = ", ".join(f"{name} {amount:,.10g}" for name, amount in manifest["facts"].get("usage", {}).items())
     print(
         f"{step}: {manifest['rows_in']} rows in, {manifest['rows_out']} out, {manifest['quarantined']} quarantined"
         + (f" ({reasons})" if reasons else "")
+        + (f"; it took {usage}" if usage else "")
     )
 
 

@@ -162,6 +162,9 @@ def make_pipeline(retries: int = RETRIES) -> Any:
             pools[pool].place(task)
             if stage is not None:
                 kubernetes.set_timeout(task, stage.resources.hours * 3600)
+                for secret, names in stage.secrets.items():
+                    variables = {name: name for name in names}
+                    kubernetes.use_secret_as_env(task, secret, secret_key_to_env=variables, optional=True)
                 if retries:
                     task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
             return task

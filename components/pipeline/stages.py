@@ -32,6 +32,9 @@ class Stage:
     sources: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the profile's key with its path
     parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
     code: tuple[str, ...] = ()  # modules and folders whose text decides its output, besides its own file
+    secrets: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # on a cluster: name -> variables, if it is there
     sharded: bool = False  # whether its shards can be made in parts, by several processes at once
     resources: Resources = Resources()
 
@@ -93,9 +96,13 @@ STAGES: tuple[Stage, ...] = (
             "components/captioners",
             "components/checks",
             "components/digits",
+            "components/prompt_filters.py",
+            "components/wordlists.yaml",
             "components/tokens.py",
         ),
+        secrets={"univigu-captioner": ("CAPTION_BASE_URL", "CAPTION_API_KEY")},
         sharded=True,
+        resources=Resources(hours=48),
     ),
     Stage(
         "validate-pairs",
@@ -104,7 +111,14 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "validate-clips", "captions": "caption-videos"},
         sources={"base": "base"},
         parameters=("text", "validate_data"),
-        code=("components/gates.py", "components/tokens.py", "components/checks", "components/digits"),
+        code=(
+            "components/gates.py",
+            "components/tokens.py",
+            "components/checks",
+            "components/digits",
+            "components/prompt_filters.py",
+            "components/wordlists.yaml",
+        ),
     ),
     Stage(
         "encode-latents",

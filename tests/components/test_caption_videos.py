@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from components.captioners import CaptionResponse
+from components.captioners import CaptionResponse, caption_in_batches
 from components.digits import world
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
@@ -13,6 +13,7 @@ from components.tokens import count_tokens, load_tokenizer
 from univigu.errors import ConfigError
 
 STEP = "caption-videos"
+INSTRUCTIONS = "Write one paragraph of plain prose in the present tense: what is seen, and how it moves."
 
 
 def captions_of(root):
@@ -30,11 +31,15 @@ def install(monkeypatch, profile):
     def make(answer):
         asked = []
 
-        def caption(requests):
+        def answer_all(requests, clips):
             asked.extend(requests)
             return [answer(request) for request in requests]
 
-        captioner = SimpleNamespace(name="under-test", digest="0", template_version="1", caption=caption)
+        def caption(requests, follow_up):
+            caption_in_batches(answer_all, requests, follow_up, 3)
+
+        about = {"name": "under-test", "digest": "0", "template_version": "1", "instructions": INSTRUCTIONS}
+        captioner = SimpleNamespace(**about, caption=caption)
         module = SimpleNamespace(create=lambda config: captioner)
         monkeypatch.setitem(sys.modules, "components.captioners.under_test", module)
         profile["caption_videos"]["captioner"] = "under_test"
@@ -75,8 +80,14 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
     from components.captioners import measured
 
     root, _, _ = digits_root
-    good = measured.create({"seed": 0, "wordings": 6})
-    asked = install(lambda r: good.caption([r])[0] if r.complaint else CaptionResponse("a digit", usage={"tokens": 2}))
+    good = measured.create({"seed": 0, "wordings": 6, "batch_size": 1})
+
+    def answer(request):
+        if request.complaint:
+            return good.answer([request], [request.open()])[0]
+        return CaptionResponse("a digit", usage={"tokens": 2})
+
+    asked = install(answer)
     manifest = run_stage(STEP, profile, root)
     again = [request for request in asked if request.attempt == 2]
     assert len(again) == 8
@@ -101,6 +112,37 @@ def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digit
     assert manifest["reasons"] == {reason: 8}
     assert {row["attempts"] for row in captions_of(root).values() if row["status"] == "error"} == {3}
     assert set(captions_of(root)) == {row["id"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "status"),
+    [
+        ("", "empty", "error"),
+        ("The digit \0 moves.", "damaged_text", "error"),
+        ("I'm sorry, I can't describe this.", "refusal", "blocked"),
+        (f"Sure! {INSTRUCTIONS}", "echoes_instructions", "error"),
+    ],
+)
+def test_what_is_no_description_is_named_whatever_its_length(digits_root, profile, install, text, reason, status):
+    root, _, _ = digits_root
+    install(lambda request: CaptionResponse(text))
+    manifest = run_stage(STEP, profile, root)
+    assert manifest["reasons"] == {reason: 8}
+    assert manifest["facts"]["statuses"] == {status: 8, "skipped": 4}
+    assert {row["attempts"] for row in captions_of(root).values()} == {0, 3}
+    assert all("<script>" not in row["detail"] for row in rejected_of(root).values())
+
+
+def test_a_shard_is_made_again_for_another_captioner(digits_root, profile, install):
+    root, _, _ = digits_root
+    asked = install(lambda request: CaptionResponse("a digit"))
+    run_stage(STEP, profile, root)
+    before = len(asked)
+    run_stage(STEP, profile, root)
+    assert len(asked) == before
+    sys.modules["components.captioners.under_test"].create({}).digest = "1"
+    run_stage(STEP, profile, root)
+    assert len(asked) == 2 * before
 
 
 def test_the_prompt_given_back_is_no_caption(digits_root, profile, install):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import uniform_filter
 
-from components import checks
 from components.captioners.measured import decide
-from components.checks import degenerate, digits
+from components.checks import degenerate, digits, load_caption_checks, texts
 from components.digits import measure, world
 from components.digits.measure import Measurement
+from univigu.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,92 @@ def test_a_caption_must_say_what_its_prompt_says_and_say_it_once():
     assert "more than one" in digits.check_caption(prompt, "The green digit two, or a red two, moves left.")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m unable to view the video you mention.",
+        "I cannot really describe what happens here.",
+        "As an AI language model, I only work with text.",
+        "We are sorry; this violates our content policies.",
+        "No frames were provided, so here is a guess.",
+    ],
+)
+def test_a_refusal_is_found_in_whatever_words(text):
+    assert texts.refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A boy looks sorry for what he did, and his mother smiles at him from the door.",
+        "A robot that cannot see walks into a wall, while a scientist watches it on a screen.",
+        "An eye opens, and a policeman helps a woman across the road. Nothing else is in the frame.",
+    ],
+)
+def test_a_description_is_no_refusal(text):
+    assert texts.refusal(text) == ""
+
+
+def test_an_echo_is_a_run_of_words_from_the_instructions():
+    told = "Write one paragraph of plain prose in the present tense, and do not mention these rules."
+    assert texts.echo(told, "Sure: write ONE paragraph of plain prose, in the present tense!") == (
+        "write one paragraph of plain prose in the"
+    )
+    assert texts.echo(told, "A man writes one paragraph of plain text.") == ""
+    assert texts.echo("", "Anything at all may be said where there are no instructions to be repeated.") == ""
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "الكلب يركض‏", "一只狗", "👩‍🚀 waves", "שלום", "ไทย", "नमस्ते"])
+def test_every_script_is_undamaged(text):
+    assert texts.damage(text) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("a\0b", "U+0000"), ("a\x1bb", "U+001B"), ("a\u202eb", "U+202E"), ("a\ufffdb", "U+FFFD"), ("a\ud83d", "U+D83D")],
+)
+def test_damage_is_named_by_its_character(text, named):
+    assert texts.damage(text) == f"it holds {named}"
+
+
+def test_a_caption_must_be_in_an_allowed_language():
+    english = "A red dog runs along the beach in the evening light while the camera follows it from the side."
+    german = "Ein roter Hund läuft im Abendlicht über den Strand, und die Kamera folgt ihm von der Seite."
+    chinese = "一只红色的狗在宽阔的海滩上奔跑，傍晚的阳光照在它的毛上，镜头从侧面慢慢地跟随着它。"
+    (english_only,) = load_caption_checks([{"language": {"allowed": ["en"]}}])
+    assert english_only.reason == "language"
+    assert [bool(english_only.find("", text)) for text in (english, german, chinese)] == [False, True, True]
+    (both,) = load_caption_checks([{"language": {"allowed": ["de", "zh"]}}])
+    assert [bool(both.find("", text)) for text in (english, german, chinese)] == [True, False, False]
+    assert "'de'" in english_only.find("", german)
+
+
+def test_a_caption_covers_its_prompt_in_other_forms_of_its_words():
+    (check,) = load_caption_checks([{"coverage": {"least": 0.6}}])
+    prompt = "two dogs running on a beach"
+    assert check.find(prompt, "A pair of dogs runs along a sandy beach.") is None
+    assert check.find(prompt, "A dog sleeps in a garden, under two trees.") is not None
+    assert "beach" in check.find(prompt, "A cat sleeps.")
+    assert check.find("", "A cat sleeps.") is None
+
+
+def test_a_prompt_without_spaces_is_covered_by_pairs_of_characters():
+    (check,) = load_caption_checks(["coverage"])
+    caption = "一只红色的狗在宽阔的海滩上奔跑，傍晚的阳光照在它的毛上。"
+    assert check.find("红色的狗在海滩上", caption) is None
+    assert check.find("蓝色汽车停在城市街道", caption) is not None
+
+
+@pytest.mark.parametrize("entry", ["nothing", {"language": {}}, {"coverage": {"most": 1}}, "degenerate"])
+def test_a_check_that_does_not_exist_or_takes_other_settings_is_refused(entry):
+    with pytest.raises(ConfigError):
+        load_caption_checks([entry])
+
+
 def test_a_prompt_in_another_dress_is_no_caption():
-    assert checks.repeats_prompt("a red-ish two, moving left", "A red ish two moving left!")
-    assert not checks.repeats_prompt("a red two", "a red two moving left")
+    assert texts.repeats_prompt("a red-ish two, moving left", "A red ish two moving left!")
+    assert not texts.repeats_prompt("a red two", "a red two moving left")
 
 
 def test_the_captioner_believes_clear_frames_then_the_prompt_then_unclear_frames():

@@ -135,6 +135,18 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(lambda text: text.replace(".", "\u202e", 1), "damaged_text"), (lambda text: f"I am sorry: {text}", "refusal")],
+)
+def test_a_caption_from_anywhere_is_no_refusal_and_undamaged(validate, profile, rows, tiny_wan_folder, spoil, reason):
+    profile["text"]["caption_tokens"] = [32, 80]
+    text = spoil(rows["captions"][1]["text"])
+    count = count_tokens(load_tokenizer(tiny_wan_folder), [text])[0]
+    manifest, _ = validate("validate-pairs", one("captions", 1, text=text, n_tokens=count))
+    assert manifest["reasons"] == {reason: 1}
+
+
 @pytest.mark.parametrize("step", BAD)
 def test_bad_rows_are_quarantined_by_reason_and_the_rest_passes(validate, profile, step):
     profile["validate_data"]["max_rejected_share"] = 0.5

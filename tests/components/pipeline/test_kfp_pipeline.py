@@ -154,7 +154,9 @@ def test_every_parameter_that_a_task_or_its_pod_uses_reaches_it(committed):
 
 
 def test_pods_have_the_volume_no_privileges_and_their_secrets_by_reference(committed, tasks):
-    for group in tasks.values():
+    of_steps = {stage.name: set(stage.secrets) for stage in STAGES}
+    assert any(of_steps.values())
+    for name, group in tasks.items():
         for _, _, component, _ in group:
             pod = platform_of(committed, component)
             assert [mount["mountPath"] for mount in pod["pvcMount"]] == [kfp_pipeline.MOUNT]
@@ -165,7 +167,8 @@ def test_pods_have_the_volume_no_privileges_and_their_secrets_by_reference(commi
             }
             secrets = {secret["secretName"]: secret["optional"] for secret in pod["secretAsEnv"]}
             assert secrets.pop(kfp_pipeline.TRACKING_SECRET) is True
-            assert set(secrets) <= {kfp_pipeline.NOTIFY_SECRET}
+            assert set(secrets) - {kfp_pipeline.NOTIFY_SECRET} == of_steps.get(name, set())
+            assert set(secrets.values()) <= {True}
     ((_, _, last, _),) = tasks["notify"]
     assert kfp_pipeline.NOTIFY_SECRET in {
         secret["secretName"] for secret in platform_of(committed, last)["secretAsEnv"]

@@ -1,0 +1,301 @@
+"""A language model's service that misbehaves as real ones do, on purpose and repeatably, and keeps count.
+
+It speaks the chat completions API on this machine. What befalls a prompt's requests is a list of troubles, drawn from a
+seed and the prompt; when the list is used up, it answers well. On top of that it has a rate limit, which it announces
+in headers and enforces. It knows what a client without fault would have sent, which no client can say of itself.
+"""
+
+import base64
+import io
+import json
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+# The same request has to come again:
+LOST = ("429", "429 date", "500", "hang", "half json", "broken off", "reset", "trickle", "no choices")
+# Another request has to come, with a complaint:
+BAD = ("empty", "too long", "too short", "refusal", "repeats prompt", "wrong field", "cut off")
+# Good, in an unusual shape:
+ODD = ("parts", "thought", "legacy field")
+BLOCKED = ("blocked", "policy")
+_MARKED = re.compile(r"^(=== [0-9a-f]{16} ===)\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
+_WORDS = {"orange": (255, 140, 0), "purple": (120, 30, 160), "black": (0, 0, 0), "white": (255, 255, 255)}
+REFUSAL = "I'm sorry, but I can't help with describing this video."
+
+
+def draw_troubles(seed: int, prompt: str) -> tuple[str, ...]:
+    """What befalls the requests for a prompt, in order: nothing for most, something for three in ten."""
+    rng = random.Random(f"{seed} {prompt}")
+    chance = rng.random()
+    if chance < 0.70:
+        return ()
+    if chance < 0.72:
+        return (rng.choice(BLOCKED),)
+    if chance < 0.73:
+        return ("refusal",) * 3
+    if chance < 0.735:
+        return ("500",) * 99
+    if chance < 0.77:
+        return (rng.choice(ODD),)
+    troubles = rng.sample([*LOST[2:], *BAD], rng.choice((1, 1, 2)))
+    return (*troubles, rng.choice(LOST[:2])) if rng.random() < 0.05 else tuple(troubles)
+
+
+def least_requests(troubles: Sequence[str], tries: int, attempts: int) -> tuple[int, str]:
+    """How many requests a client without fault sends for a clip with these troubles, and the status that it ends with.
+
+    It tries a request `tries` times, not counting refusals by a rate limit, and judges `attempts` answers.
+    """
+    lost = judged = 0
+    for sent, trouble in enumerate(troubles, start=1):
+        if trouble in BLOCKED:
+            return sent, "blocked"
+        if trouble in ODD:
+            return sent, "success"
+        if trouble in BAD:
+            lost, judged = 0, judged + 1
+            if judged == attempts:
+                return sent, {"refusal": "blocked", "cut off": "truncated"}.get(trouble, "error")
+        elif not trouble.startswith("429"):
+            lost += 1
+            if lost == tries:
+                return sent, "error"
+    return len(troubles) + 1, "success"
+
+
+class MisbehavingServer(ThreadingHTTPServer):
+    """Serves from construction to `close`.
+
+    describe: writes a good caption for a prompt. trouble: what befalls a prompt's requests before that, in order.
+    rate: requests a second that it bears, after a burst of a fifth as many; None for no limit. hang_s: how long it
+    leaves a client waiting. sees: "pictures", "nothing" (refuses pictures) or "words" (takes them, and looks at none).
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(
+        self,
+        describe: Callable[[str], str],
+        trouble: Callable[[str], Sequence[str]] = lambda prompt: (),
+        rate: float | None = None,
+        hang_s: float = 30.0,
+        key: str = "",
+        model: str = "under-test",
+        sees: str = "pictures",
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.describe, self.trouble, self.rate, self.hang_s = describe, trouble, rate, hang_s
+        self.key, self.model, self.sees = key, model, sees
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.befallen: Counter[str] = Counter()  # how many requests for a prompt have had their share of trouble
+        self.requests: list[tuple[str, str]] = []  # (what the client calls the request, what befell it)
+        self.bodies: list[dict[str, Any]] = []
+        self.said: dict[str, str] = {}  # how each request was answered
+        self.allowance, self.filled = (rate or 0) / 5, time.monotonic()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+
+    def next_trouble(self, name: str, prompt: str) -> str:
+        """What befalls the next request for a prompt; one that was answered before is answered in the same way."""
+        troubles = self.trouble(prompt)
+        with self.lock:
+            if name not in self.said:
+                number = self.befallen[prompt]
+                self.befallen[prompt] += 1
+                trouble = troubles[number] if number < len(troubles) else ""
+                if trouble in LOST:
+                    return trouble
+                self.said[name] = trouble
+            return self.said[name]
+
+    def note(self, name: str, befell: str, body: dict[str, Any]) -> None:
+        with self.lock:
+            self.requests.append((name, befell))
+            self.bodies.append(body)
+
+    def admit(self) -> dict[str, str] | None:
+        """The headers that tell of the rate limit, or None where the limit is overrun."""
+        if self.rate is None:
+            return {}
+        with self.lock:
+            now, burst = time.monotonic(), self.rate / 5
+            self.allowance = min(burst, self.allowance + (now - self.filled) * self.rate)
+            self.filled = now
+            if self.allowance < 1:
+                return None
+            self.allowance -= 1
+            full = (burst - self.allowance) / self.rate
+            left = {"x-ratelimit-limit-requests": str(int(burst)), "x-ratelimit-reset-requests": f"{full * 1e3:.0f}ms"}
+            return {**left, "x-ratelimit-remaining-requests": str(int(self.allowance))}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away in the middle is what this server is for."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: MisbehavingServer
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        name = self.headers.get("X-Client-Request-Id", "")
+        prompt = _prompt_of(body)
+        limits = server.admit()
+        if limits is None:
+            server.note(name, "limited", body)
+            return self.refuse(429, "Rate limit reached", {"Retry-After": "1", "retry-after-ms": "100"})
+        if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+            server.note(name, "401", body)
+            return self.refuse(401, f"Incorrect API key provided: {self.headers.get('Authorization')}")
+        if body.get("model") != server.model:
+            server.note(name, "404", body)
+            return self.refuse(404, f"The model `{body.get('model')}` does not exist.")
+        pictures = _pictures_of(body)
+        if pictures and server.sees == "nothing":
+            server.note(name, "no pictures", body)
+            return self.refuse(400, "This model does not support image input.")
+        if prompt is None:
+            server.note(name, "probe", body)
+            return self.answer(
+                " ".join(_colours(pictures)) if pictures and server.sees == "pictures" else "ready", limits
+            )
+        trouble = server.next_trouble(name, prompt)
+        server.note(name, trouble, body)
+        self.befall(trouble, prompt, limits)
+
+    def befall(self, trouble: str, prompt: str, limits: dict[str, str]) -> None:
+        good = self.server.describe(prompt)
+        match trouble:
+            case "429":
+                self.refuse(429, "Rate limit reached", {"Retry-After": "1"})
+            case "429 date":
+                self.refuse(429, "Rate limit reached", {"Retry-After": formatdate(time.time() + 1, usegmt=True)})
+            case "500":
+                self.refuse(500, "The server had an error while processing your request")
+            case "hang":
+                self.close_connection = True
+                self.server.closing.wait(self.server.hang_s)
+            case "half json":
+                content = _completion(good)
+                self.send(200, content[: len(content) // 2])
+            case "broken off":
+                self.send(200, _completion(good), length=2 * len(_completion(good)))
+                self.close_connection = True
+            case "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                self.close_connection = True
+            case "trickle":
+                self.trickle(_completion(good))
+            case "no choices":
+                self.send(200, json.dumps({"object": "chat.completion", "choices": []}).encode())
+            case "policy":
+                self.refuse(400, "Your request was rejected", code="content_policy_violation")
+            case "blocked":
+                self.answer(None, limits, finish="content_filter")
+            case "empty":
+                self.answer("", limits)
+            case "too long":
+                self.answer(f"{good} " * 12, limits)
+            case "too short":
+                self.answer(good[:20], limits)
+            case "refusal":
+                self.answer(REFUSAL, limits)
+            case "repeats prompt":
+                self.answer(prompt, limits)
+            case "wrong field":
+                self.answer(None, limits, reasoning_content=good)
+            case "cut off":
+                self.answer(good[: len(good) // 2], limits, finish="length")
+            case "parts":
+                self.answer([{"type": "text", "text": good}], limits)
+            case "thought":
+                self.answer(f"<think>What do I see?</think>\n{good}", limits)
+            case "legacy field":
+                content = {"choices": [{"index": 0, "text": good, "finish_reason": "stop"}]}
+                self.send(200, json.dumps(content).encode(), limits)
+            case text if text.startswith("says "):
+                self.answer(text.removeprefix("says "), limits)
+            case _:
+                self.answer(good, limits)
+
+    def answer(self, text: Any, headers: dict[str, str], finish: str = "stop", **more: Any) -> None:
+        self.send(200, _completion(text, finish, **more), headers)
+
+    def refuse(self, status: int, words: str, headers: dict[str, str] | None = None, code: str = "error") -> None:
+        body = {"error": {"message": words, "type": "error", "code": code}}
+        self.send(status, json.dumps(body).encode(), headers or {})
+
+    def send(
+        self, status: int, content: bytes, headers: dict[str, str] | None = None, length: int | None = None
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def trickle(self, content: bytes) -> None:
+        self.close_connection = True
+        self.send(200, b"", length=len(content))
+        for byte in content:
+            if self.server.closing.wait(self.server.hang_s / len(content)):
+                return
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def _completion(text: Any, finish: str = "stop", **more: Any) -> bytes:
+    message = {"role": "assistant", "content": text, **more}
+    usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode()
+
+
+def _texts_of(body: dict[str, Any]) -> list[str]:
+    contents = [message["content"] for message in body["messages"] if message["role"] == "user"]
+    parts = [[{"type": "text", "text": content}] if isinstance(content, str) else content for content in contents]
+    return [part["text"] for each in parts for part in each if part["type"] == "text"]
+
+
+def _prompt_of(body: dict[str, Any]) -> str | None:
+    """What stands between the marker lines of the first user message; a probe has none."""
+    found = _MARKED.search(_texts_of(body)[0])
+    return found[2] if found else None
+
+
+def _pictures_of(body: dict[str, Any]) -> list[bytes]:
+    contents = [message["content"] for message in body["messages"] if isinstance(message["content"], list)]
+    urls = [part["image_url"]["url"] for each in contents for part in each if part["type"] == "image_url"]
+    return [base64.b64decode(url.partition("base64,")[2]) for url in urls]
+
+
+def _colours(pictures: Sequence[bytes]) -> list[str]:
+    from PIL import Image
+
+    def nearest(content: bytes) -> str:
+        pixel = Image.open(io.BytesIO(content)).convert("RGB").resize((1, 1)).getpixel((0, 0))
+        return min(_WORDS, key=lambda word: sum((a - b) ** 2 for a, b in zip(_WORDS[word], pixel, strict=True)))
+
+    return sorted({nearest(content) for content in pictures})
