@@ -20,7 +20,7 @@ from components.prompt_sources import RawBatch, parse, raw_files, read_batches
 from components.workers import map_in_order, worker_count
 from univigu.errors import GateFailedError
 
-INLINE = 16  # batches that are screened in this process before it is worth starting others
+INLINE = 16  # batches; fewer are screened in this process, as it takes seconds to start others
 EMBEDDED = 256  # prompts that are embedded together
 
 Reading = tuple[RawBatch, int, Accepted]  # a row that is still in the running: its batch, its place there, what it is
