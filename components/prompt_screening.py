@@ -37,6 +37,7 @@ FILTERS: Mapping[str, tuple[str, ...]] = {
 REASONS = ("broken_row", "no_text", "empty", *(reason for reasons in FILTERS.values() for reason in reasons))
 CHARACTERS_PER_TOKEN = 64  # a text longer than this, times the most tokens allowed, is not looked at any closer
 WITHHELD = "[withheld]"  # stands for personal data in the quarantine: the raw file has it, and no copy is needed
+LONGEST_ID = 200  # characters of a row's own id
 LONGEST_QUOTE = 4096  # characters of one value that the quarantine keeps
 
 
@@ -191,7 +192,7 @@ class Screen:
             yield Finding("unsafe", "unsafe", filters.find_unsafe(row.text) or self._unsafe_column(row))
         row.scores |= {"characters": len(row.text), "words": len(row.text.split())}
         if row.raw.get(row.layout.id):
-            row.scores[row.layout.id] = str(row.raw[row.layout.id])
+            row.scores[row.layout.id] = str(row.raw[row.layout.id])[:LONGEST_ID]
         if self.on("language"):
             languages = self.settings["languages"]
             row.language, row.scores["language"] = filters.identify_language(row.text, languages)
