@@ -78,7 +78,7 @@ def read_batches(path: Path, sources: Mapping[str, Any]) -> Iterator[RawBatch]:
             while batch := list(islice(rows, BATCH)):
                 yield RawBatch(file.name, layout, batch)
         except (OSError, pa.ArrowException) as error:
-            said = str(error).strip().splitlines()[0]
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CorruptDataError(f"{file} can't be read to its end ({said}); fetch it again.") from error
 
 
