@@ -7,7 +7,7 @@ lengths are always counted again from the text, with the base's own tokenizer an
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -27,49 +27,51 @@ def validate_prompts(step: Step) -> None:
 
     What a filter of the curation did not enforce is not asked for here either.
     """
-    from components.prompt_filters import UNDECIDED, text_id
+    from components.prompt_filters import text_id
     from components.prompt_screening import ENFORCE, filter_modes
     from components.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
     prompts = step.read("prompts", "prompts")
     curation = step["curate_prompts"]
-    enforced = {name for name, mode in filter_modes(curation).items() if mode == ENFORCE}
-    fewest, most = token_range(step["text"], "prompt_tokens")
     frame = prompts.to_pandas()
     texts = [text or "" for text in prompts["text"].to_pylist()]
     frame["counted_tokens"] = count_tokens(load_tokenizer(step.inputs["base"]), texts)
     frame["text_id"] = [text_id(text) for text in texts]
-    if "exact_duplicates" not in enforced:  # the second row of a text is told from the first by a number
+    if filter_modes(curation)["exact_duplicates"] != ENFORCE:  # then a number tells a text's second row from its first
         frame["text_id"] += frame["id"].str.extract(r"(-\d+)$", expand=False).fillna("")
     suite = [
         *_table_contract(gx, "prompts", ["counted_tokens", "text_id"]),
         *_never_null(gx, SCHEMAS["prompts"].names),
         gx.ExpectColumnPairValuesToBeEqual(column_A="id", column_B="text_id", meta={"reason": "id_mismatch"}),
-        gx.ExpectColumnPairValuesToBeEqual(
-            column_A="n_tokens", column_B="counted_tokens", meta={"reason": "token_count"}
-        ),
+        *_contract_of_filters(gx, curation, token_range(step["text"], "prompt_tokens")),
         _one_of(gx, "verdict", ["keep"]),
     ]
-    if "unicode" in enforced:
-        control = r"[\x00-\x1f\x7f]"
-        suite.append(
-            gx.ExpectColumnValuesToNotMatchRegex(column="text", regex=control, meta={"reason": "control_characters"})
-        )
-    if "length" in enforced:
-        meta = {"reason": "token_range"}
-        suite.append(
-            gx.ExpectColumnValuesToBeBetween(column="counted_tokens", min_value=fewest, max_value=most, meta=meta)
-        )
-    if "licence" in enforced:
-        suite += [
-            gx.ExpectColumnValueLengthsToBeBetween(column="source", min_value=1, meta={"reason": "no_source"}),
-            _one_of(gx, "licence", curation["licences"]),
-        ]
-    if "language" in enforced:
-        suite.append(_one_of(gx, "language", [*curation["languages"], UNDECIDED]))
     remedy = "mend the raw prompts or the profile, then run `univigu run curate-prompts` again"
     _pass_gate(step, "prompts", prompts, frame, suite, remedy)
+
+
+def _contract_of_filters(gx: Any, curation: Mapping[str, Any], tokens: tuple[int, int]) -> Iterator[Any]:
+    """What holds of a prompt that each filter of the curation let pass; nothing for one that it doesn't enforce."""
+    from components.prompt_filters import UNDECIDED
+    from components.prompt_screening import ENFORCE, filter_modes
+
+    enforced = {name for name, mode in filter_modes(curation).items() if mode == ENFORCE}
+    if "unicode" in enforced:
+        control = r"[\x00-\x1f\x7f]"
+        yield gx.ExpectColumnValuesToNotMatchRegex(column="text", regex=control, meta={"reason": "control_characters"})
+    if "length" in enforced:
+        yield gx.ExpectColumnValuesToBeBetween(
+            column="counted_tokens", min_value=tokens[0], max_value=tokens[1], meta={"reason": "token_range"}
+        )
+    yield gx.ExpectColumnPairValuesToBeEqual(
+        column_A="n_tokens", column_B="counted_tokens", meta={"reason": "token_count"}
+    )
+    if "licence" in enforced:
+        yield gx.ExpectColumnValueLengthsToBeBetween(column="source", min_value=1, meta={"reason": "no_source"})
+        yield _one_of(gx, "licence", curation["licences"])
+    if "language" in enforced:
+        yield _one_of(gx, "language", [*curation["languages"], UNDECIDED])
 
 
 def validate_clips(step: Step) -> None:
