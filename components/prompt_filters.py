@@ -6,6 +6,7 @@ compared by `content_phrases`; language by py3langid, which is small, offline, a
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 
 UNDECIDED = "und"  # ISO 639's word for a language that can't be told
 LANGUAGE_CONFIDENCE = 0.5  # below it, a short text's language is left undecided rather than called foreign
+LANGUAGE_CHARACTERS = 200  # of a text, that its language is told from
 CONTROL_SHARE = 0.1  # more control characters than this: the row is binary or was cut, so stripping would be guessing
 
 # The languages that prompts come in. All of py3langid's 97 would have rare ones win on three-word prompts.
@@ -92,7 +94,7 @@ def _identifier(languages: tuple[str, ...]) -> Any:
 
 def identify_language(text: str, accepted: Sequence[str]) -> tuple[str, float]:
     """The ISO 639-1 code of a text's language and its probability; `und` where it is foreign but far from sure."""
-    language, probability = _identifier(tuple({*_LANGUAGES, *accepted})).classify(text)
+    language, probability = _identifier(tuple({*_LANGUAGES, *accepted})).classify(text[:LANGUAGE_CHARACTERS])
     if language not in accepted and probability < LANGUAGE_CONFIDENCE:
         return UNDECIDED, round(float(probability), 3)
     return language, round(float(probability), 3)
@@ -124,7 +126,11 @@ def find_unsafe(text: str) -> str:
 
 @cache
 def _injection_pattern() -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{pattern})" for pattern in _wordlists()["prompt_injection"]))
+    # All that begin at a word's edge share one test for it: the search spends its time on those.
+    patterns = _wordlists()["prompt_injection"]
+    at_edge = [pattern.removeprefix(r"\b") for pattern in patterns if pattern.startswith(r"\b")]
+    others = [pattern for pattern in patterns if not pattern.startswith(r"\b")]
+    return re.compile("|".join([*([rf"\b(?:{'|'.join(at_edge)})"] if at_edge else []), *others]))
 
 
 def find_injection(text: str) -> str:
@@ -136,6 +142,7 @@ def find_injection(text: str) -> str:
 # The look-behind keeps the search linear: without it, every character of a long word would start an attempt of its own.
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+\s?(?:@|\[at\]|\(at\))\s?[\w-]+(?:\s?(?:\.|\[dot\]|\(dot\))\s?[\w-]+)+")
 _NUMBER = re.compile(r"(?<![\w.])\+?\(?\d(?:[\s().-]{0,2}\d){6,18}(?![\w])")
+_DIGIT = re.compile(r"\d")
 _DATE = re.compile(r"\d{4}([-./ ])\d{1,2}\1\d{1,2}|\d{1,2}([-./ ])\d{1,2}\2\d{4}")
 _ADDRESS = re.compile(
     r"\b\d{1,5}[a-z]?\s+(?:[A-Z][\w'-]+\s+){1,3}"
@@ -147,9 +154,9 @@ _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:\s?[A-Z0-9]{4}){3,7}(?:\s?[A-Z0-9]{1,3})?
 
 def find_personal_data(text: str) -> str:
     """Names the kind of personal data in `text`; never quotes it, so that a report does not spread it."""
-    if _EMAIL.search(text):
+    if ("@" in text or "at]" in text or "at)" in text) and _EMAIL.search(text):
         return "e-mail address"
-    if not any(character.isdigit() for character in text):
+    if not _DIGIT.search(text):
         return ""
     if _ADDRESS.search(text):
         return "street address"
@@ -177,6 +184,22 @@ def _luhn_holds(digits: Sequence[int]) -> bool:
 # --- likeness --------------------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"\w+|[^\w\s-]|(?<!\w)-|-(?!\w)")  # a hyphen inside a word is no break
+# Thai, Lao, Burmese, Khmer, kana and Han: written without blanks, so each character is a word.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+
+
+@cache
+def _any_word() -> re.Pattern[str]:
+    """`_WORD` for every script: vowel signs and accents, which are no letters to it, belong to the one before them."""
+    marks = "".join(char for char in map(chr, range(0x20000)) if unicodedata.category(char) in ("Mn", "Mc"))
+    return re.compile(rf"[{_UNSPACED}][{marks}]*|(?:(?![{_UNSPACED}])[\w{marks}])+|[^\w\s-]|(?<!\w)-|-(?!\w)")
+
+
+def _is_sign(char: str) -> bool:
+    """Whether a character that is no letter stands for something, as an emoji does; punctuation doesn't."""
+    return unicodedata.category(char) == "So"
 
 
 @cache
@@ -194,10 +217,11 @@ def content_phrases(text: str) -> list[list[str]]:
     stop_words, determiners, prepositions = _grammar()
     phrases: list[list[str]] = [[]]
     preposition = ""
-    for word in _WORD.findall(text.casefold()):
+    pattern = _WORD if text.isascii() else _any_word()
+    for word in pattern.findall(text.casefold()):
         if word in stop_words:
             continue
-        if word in determiners or word in prepositions or not word[0].isalnum():
+        if word in determiners or word in prepositions or not (word[0].isalnum() or _is_sign(word[0])):
             phrases.append([])
             preposition = f"{word}:" if word in prepositions else preposition
         else:
@@ -212,10 +236,12 @@ def content_features(phrases: Sequence[Sequence[str]]) -> frozenset[str]:
     So the order of phrases does not count while the order in a phrase does: "on grass, a red car" is "a red car on
     grass", and "a dog bites a man" is not "a man bites a dog".
     """
-    seen: Counter[str] = Counter()
-    features = []
+    features: list[str] = []
     for phrase in phrases:
-        for feature in (*phrase, *(f"{left} {right}" for left, right in pairwise(phrase))):
-            seen[feature] += 1
-            features.append(f"{feature}#{seen[feature]}")
-    return frozenset(features)
+        features += phrase
+        features += map(" ".join, pairwise(phrase))
+    found = frozenset(features)
+    if len(found) < len(features):
+        times = Counter(features)
+        found |= {f"{feature}#{number}" for feature in times for number in range(2, times[feature] + 1)}
+    return found

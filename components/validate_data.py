@@ -7,7 +7,7 @@ lengths are always counted again from the text, with the base's own tokenizer an
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -23,38 +23,55 @@ STATUSES = ("success", "truncated", "blocked", "error", "skipped")
 
 
 def validate_prompts(step: Step) -> None:
-    """Curated prompts -> the same table, every row of which keeps the contract of prompts."""
-    from components.prompt_filters import UNDECIDED, text_id
+    """Curated prompts -> the same table, every row of which keeps the contract of prompts.
+
+    What a filter of the curation did not enforce is not asked for here either.
+    """
+    from components.prompt_filters import text_id
+    from components.prompt_screening import ENFORCE, filter_modes
     from components.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
     prompts = step.read("prompts", "prompts")
     curation = step["curate_prompts"]
-    fewest, most = token_range(step["text"], "prompt_tokens")
     frame = prompts.to_pandas()
     texts = [text or "" for text in prompts["text"].to_pylist()]
     frame["counted_tokens"] = count_tokens(load_tokenizer(step.inputs["base"]), texts)
     frame["text_id"] = [text_id(text) for text in texts]
+    if filter_modes(curation)["exact_duplicates"] != ENFORCE:  # then a number tells a text's second row from its first
+        frame["text_id"] += frame["id"].str.extract(r"(-\d+)$", expand=False).fillna("")
     suite = [
         *_table_contract(gx, "prompts", ["counted_tokens", "text_id"]),
         *_never_null(gx, SCHEMAS["prompts"].names),
         gx.ExpectColumnPairValuesToBeEqual(column_A="id", column_B="text_id", meta={"reason": "id_mismatch"}),
-        gx.ExpectColumnValuesToNotMatchRegex(
-            column="text", regex=r"[\x00-\x1f\x7f]", meta={"reason": "control_characters"}
-        ),
-        gx.ExpectColumnValuesToBeBetween(
-            column="counted_tokens", min_value=fewest, max_value=most, meta={"reason": "token_range"}
-        ),
-        gx.ExpectColumnPairValuesToBeEqual(
-            column_A="n_tokens", column_B="counted_tokens", meta={"reason": "token_count"}
-        ),
-        gx.ExpectColumnValueLengthsToBeBetween(column="source", min_value=1, meta={"reason": "no_source"}),
-        _one_of(gx, "licence", curation["licences"]),
-        _one_of(gx, "language", [*curation["languages"], UNDECIDED]),
+        *_contract_of_filters(gx, curation, token_range(step["text"], "prompt_tokens")),
         _one_of(gx, "verdict", ["keep"]),
     ]
     remedy = "mend the raw prompts or the profile, then run `univigu run curate-prompts` again"
     _pass_gate(step, "prompts", prompts, frame, suite, remedy)
+
+
+def _contract_of_filters(gx: Any, curation: Mapping[str, Any], tokens: tuple[int, int]) -> Iterator[Any]:
+    """What holds of a prompt that each filter of the curation let pass; nothing for one that it doesn't enforce."""
+    from components.prompt_filters import UNDECIDED
+    from components.prompt_screening import ENFORCE, filter_modes
+
+    enforced = {name for name, mode in filter_modes(curation).items() if mode == ENFORCE}
+    if "unicode" in enforced:
+        control = r"[\x00-\x1f\x7f]"
+        yield gx.ExpectColumnValuesToNotMatchRegex(column="text", regex=control, meta={"reason": "control_characters"})
+    if "length" in enforced:
+        yield gx.ExpectColumnValuesToBeBetween(
+            column="counted_tokens", min_value=tokens[0], max_value=tokens[1], meta={"reason": "token_range"}
+        )
+    yield gx.ExpectColumnPairValuesToBeEqual(
+        column_A="n_tokens", column_B="counted_tokens", meta={"reason": "token_count"}
+    )
+    if "licence" in enforced:
+        yield gx.ExpectColumnValueLengthsToBeBetween(column="source", min_value=1, meta={"reason": "no_source"})
+        yield _one_of(gx, "licence", curation["licences"])
+    if "language" in enforced:
+        yield _one_of(gx, "language", [*curation["languages"], UNDECIDED])
 
 
 def validate_clips(step: Step) -> None:
@@ -270,16 +287,20 @@ def _pass_gate(step: Step, table: str, rows: pa.Table, frame: Any, suite: Sequen
     gate = run_gate(step.stage.name, frame, suite, step.docs / table, least, remedy, reject)
     _write_report(step, table, gate.report)
     passed = rows.filter(pc.is_in(rows["id"], pa.array(list(gate.passed["id"]), pa.string()))).select(names)
-    step.write(table, passed.to_pylist())
+    step.write(table, (row for batch in passed.to_batches(4096) for row in batch.to_pylist()))
 
 
 def _rejecter(step: Step, table: str, rows: pa.Table) -> Reject:
     """What quarantines one of `rows` by its id, which is the first column of every table."""
-    names = SCHEMAS[table].names
-    by_id = {row[names[0]]: {name: row[name] for name in names} for row in rows.to_pylist()}
+    known = rows.select(SCHEMAS[table].names)
+    places: dict[str | None, int] = {}  # filled when the first row is rejected: mostly none is
 
     def reject(row_id: str | None, reason: str, detail: str) -> None:
-        step.reject(row_id or "(no id)", reason, detail, by_id.get(row_id))
+        if not places:
+            places.update((key, place) for place, key in enumerate(known.column(0).to_pylist()))
+        place = places.get(row_id)
+        row = None if place is None else known.slice(place, 1).to_pylist()[0]
+        step.reject(row_id or "(no id)", reason, detail, row)
 
     return reject
 

@@ -32,7 +32,7 @@ from components.pipeline.digests import file_digest, json_digest, tree_digest, t
 from components.pipeline.parts import Part, PartEnded
 from components.pipeline.progress import progress
 from components.pipeline.stages import Stage, find_stage
-from components.pipeline.tables import read_table, write_table
+from components.pipeline.tables import TableWriter, read_table, write_table
 from univigu.errors import (
     BadInputError,
     BusyError,
@@ -72,7 +72,12 @@ class Step:
     rows_in: int = 0
     rows_out: int = 0
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
-    _rejected: list[dict[str, str]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)  # of the rows that were rejected
+    _rejected: TableWriter = field(init=False)
+    _rejected_of_shard: list[dict[str, str]] | None = None  # while one is made: they go into its record
+
+    def __post_init__(self) -> None:
+        self._rejected = TableWriter("rejected", self.scratch)
 
     def __getitem__(self, section: str) -> Any:
         """A section of the profile, e.g. ``step["video"]["height"]``."""
@@ -94,7 +99,16 @@ class Step:
         """Quarantine a row: `reason` is a short slug to count by, `detail` says what was seen."""
         text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
         text = text.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8, so no Parquet either
-        self._rejected.append({"id": row_id, "reason": reason, "detail": detail, "row": text})
+        rejected = {"id": row_id, "reason": reason, "detail": detail, "row": text}
+        if self._rejected_of_shard is None:
+            self._quarantine([rejected])
+        else:
+            self._rejected_of_shard.append(rejected)
+
+    def _quarantine(self, rejected: Iterable[Mapping[str, str]]) -> None:
+        for row in rejected:
+            self.reasons[row["reason"]] += 1
+            self._rejected.append(row)
 
     def progress(self, items: Iterable[T], total: int | None = None, unit: str = "rows") -> Iterator[T]:
         """Yield `items` with a bar on a terminal, and a line every few seconds otherwise."""
@@ -114,7 +128,7 @@ class Step:
         for name, shard in self.progress(shards, unit="shards"):
             key = self._shard_key(shard)
             record = self._kept_shard(name, key) or self._make_shard(name, key, shard, work)
-            self._rejected.extend(record["rejected"])
+            self._quarantine(record["rejected"])
             results.extend(record["rows"])
         names = {name for name, _ in shards}
         for folder in (self.out / "shards").glob("*"):  # of a killed run over other rows
@@ -164,15 +178,12 @@ class Step:
         partial = self.out / "shards" / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        before = len(self._rejected)
-        made = [dict(row) for row in work(rows, partial)]
-        record = {
-            "key": key,
-            "files": _file_digests(partial),
-            "rows": made,
-            "rejected": self._rejected[before:],
-        }
-        del self._rejected[before:]
+        self._rejected_of_shard = rejected = []
+        try:
+            made = [dict(row) for row in work(rows, partial)]
+        finally:
+            self._rejected_of_shard = None
+        record = {"key": key, "files": _file_digests(partial), "rows": made, "rejected": rejected}
         final = self.out / "shards" / name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -275,8 +286,10 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
         _load_function(stage)(step)
         _write_rejected(step)
     except GateFailedError:
-        write_table(step.scratch, "rejected", step._rejected)
+        step._rejected.write(step.scratch)
         raise
+    finally:
+        step._rejected.close()
     manifest = _commit(step, inside(root, stage.home))
     shutil.rmtree(step.scratch, ignore_errors=True)
     _record_run(root, manifest, step.key(), time.monotonic() - started)
@@ -393,15 +406,13 @@ def _load_function(stage: Stage) -> Callable[[Step], None]:
 
 def _write_rejected(step: Step) -> None:
     """Write the quarantine, and fail the step where it holds too large a share of what came in."""
-    write_table(step.out, "rejected", step._rejected)
+    quarantined = step._rejected.write(step.out)
     limit = step.parameters[step.stage.parameters[-1]].get("max_rejected_share", 1.0)
-    if step._rejected and len(step._rejected) > limit * max(step.rows_in, 1):
-        counts = ", ".join(
-            f"{reason} {count}" for reason, count in Counter(r["reason"] for r in step._rejected).most_common()
-        )
+    if quarantined > limit * max(step.rows_in, 1):
+        counts = ", ".join(f"{reason} {count}" for reason, count in step.reasons.most_common())
         kept = step.scratch / "rejected.parquet"
         raise GateFailedError(
-            f"'{step.stage.name}' rejected {len(step._rejected)} of {step.rows_in} rows, over the profile's share of "
+            f"'{step.stage.name}' rejected {quarantined} of {step.rows_in} rows, over the profile's share of "
             f"{limit:g} ({counts}); look at them in {kept}."
         )
 
@@ -419,8 +430,8 @@ def _commit(step: Step, home: Path) -> dict[str, Any]:
         "digest": json_digest({name: facts["sha256"] for name, facts in files.items()}),
         "rows_in": step.rows_in,
         "rows_out": step.rows_out,
-        "quarantined": len(step._rejected),
-        "reasons": dict(sorted(Counter(row["reason"] for row in step._rejected).items())),
+        "quarantined": step.reasons.total(),
+        "reasons": dict(sorted(step.reasons.items())),
         "inputs": dict(step.input_digests),
         "parameters": dict(step.parameters),
         "facts": step.facts,

@@ -53,7 +53,17 @@ STAGES: tuple[Stage, ...] = (
         home="data/curated",
         sources={"raw": "raw_prompts", "base": "base"},
         parameters=("text", "curate_prompts"),
-        code=("components/prompt_filters.py", "components/wordlists.yaml", "components/tokens.py"),
+        code=(
+            "components/prompt_sources.py",
+            "components/prompt_screening.py",
+            "components/prompt_filters.py",
+            "components/prompt_duplicates.py",
+            "components/prompt_embeddings.py",
+            "components/funnel.py",
+            "components/funnel.svg.j2",
+            "components/wordlists.yaml",
+            "components/tokens.py",
+        ),
     ),
     Stage(
         "validate-prompts",
@@ -62,7 +72,12 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prompts": "curate-prompts"},
         sources={"base": "base"},
         parameters=("text", "curate_prompts", "validate_data"),
-        code=("components/gates.py", "components/prompt_filters.py", "components/tokens.py"),
+        code=(
+            "components/gates.py",
+            "components/prompt_screening.py",
+            "components/prompt_filters.py",
+            "components/tokens.py",
+        ),
     ),
     Stage(
         "synthesize-videos",

@@ -1,10 +1,13 @@
 """The tables that travel between steps: their schemas, and the one way to read and write them.
 
-A table is a Parquet file named after its schema, ``<folder>/<name>.parquet``, sorted by its first column, with the
-schema's fields in the schema's order: equal rows give equal bytes.
+A table is a Parquet file named after its schema, ``<folder>/<name>.parquet``, sorted by its first two columns, with the
+schema's fields in the schema's order: equal rows give equal bytes. A table that doesn't fit into memory is sorted on
+disk.
 """
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +106,136 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 }
 
 
+ROW_GROUP = 65_536  # rows of a table that are in memory at once, and rows of a Parquet row group
+_BATCH = 4096  # rows that are Python objects at once
+_STRIDE = 512  # every so many rows of a sorted run, one says where the row groups may be cut
+
+
 def write_table(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write `rows` as ``folder/name.parquet``, sorted by the schema's first column; returns how many there were.
+    """Write `rows` as ``folder/name.parquet``, sorted by the schema's first two columns; returns how many there were.
 
     Raises `BadInputError` where a row does not fit the schema.
     """
-    schema = SCHEMAS[name]
+    writer = TableWriter(name, folder)
     try:
-        table = pa.Table.from_pylist(list(rows), schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise BadInputError(f"A row of the table '{name}' does not fit its schema ({error}); mend the step.") from error
-    table = table.sort_by([(field, "ascending") for field in schema.names[:2]])
-    pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
-    return table.num_rows
+        writer.extend(rows)
+        return writer.write(folder)
+    finally:
+        writer.close()
+
+
+class TableWriter:
+    """The rows of a table that is being made: they may come in any order, and most of them wait on disk.
+
+    Rows gather in runs of `ROW_GROUP`; each run is sorted and laid into a hidden folder in `folder`, and `write` merges
+    the runs. What is in memory doesn't depend on how many rows there are.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.schema = SCHEMAS[name]
+        self._rows: list[Mapping[str, Any]] = []
+        self._tables: list[pa.Table] = []
+        self._runs: list[Path] = []
+        self._spilled: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; raises `BadInputError` (at once, or later) where it does not fit the schema."""
+        self._rows.append(row)
+        self._count += 1
+        if len(self._rows) == _BATCH:
+            self._gather()
+            if sum(table.num_rows for table in self._tables) >= ROW_GROUP:
+                self._spill()
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows, as `append` does."""
+        for row in rows:
+            self.append(row)
+
+    def write(self, folder: Path) -> int:
+        """Write ``folder/<name>.parquet`` with all rows so far; returns how many they are."""
+        self._gather()
+        path = folder / f"{self.name}.parquet"
+        if not self._runs:
+            pq.write_table(self._sorted(), path, compression="zstd")
+            return self._count
+        if self._tables:
+            self._spill()
+        with pq.ParquetWriter(path, self.schema, compression="zstd") as writer:
+            for group in _row_groups(_merged([_open_run(run) for run in self._runs])):
+                writer.write_table(group, row_group_size=ROW_GROUP)
+        return self._count
+
+    def close(self) -> None:
+        """Remove what waits on disk."""
+        if self._spilled:
+            self._spilled.cleanup()
+
+    def _gather(self) -> None:
+        """Turn the rows that are Python objects into Arrow's, which take a fraction of the memory."""
+        try:
+            self._tables.append(pa.Table.from_pylist(self._rows, schema=self.schema))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise BadInputError(
+                f"A row of the table '{self.name}' does not fit its schema ({error}); mend the step."
+            ) from error
+        self._rows = []
+
+    def _sorted(self) -> pa.Table:
+        return _sort(pa.concat_tables(self._tables, promote_options="none"))
+
+    def _spill(self) -> None:
+        if not self._spilled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._spilled = tempfile.TemporaryDirectory(prefix=f".{self.name}-", dir=self.folder)
+        run = Path(self._spilled.name) / f"{len(self._runs):06d}.arrow"
+        table = self._sorted()
+        with pa.OSFile(str(run), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
+            writer.write_table(table)
+        self._runs.append(run)
+        self._tables = []
+
+
+def _sort(table: pa.Table) -> pa.Table:
+    """Sorted by the first two columns; rows that are equal in both keep their order."""
+    return table.combine_chunks().sort_by([(field, "ascending") for field in table.schema.names[:2]])
+
+
+def _open_run(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _merged(runs: Sequence[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of sorted runs in the order of all of them, in tables of about `ROW_GROUP` rows."""
+
+    def place(value: pa.Scalar) -> tuple[bool, Any]:
+        return not value.is_valid, value.as_py()  # nulls come last
+
+    keys = [run.column(0) for run in runs]
+    cuts = sorted(place(key[at]) for key in keys for at in range(_STRIDE, len(key), _STRIDE))
+    starts = [0] * len(runs)
+    for cut in [*cuts[ROW_GROUP // _STRIDE :: ROW_GROUP // _STRIDE], None]:
+        ends = [len(key) if cut is None else bisect_left(key, cut, key=place) for key in keys]
+        parts = [run.slice(start, end - start) for run, start, end in zip(runs, starts, ends, strict=True)]
+        yield _sort(pa.concat_tables(parts))
+        starts = ends
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `ROW_GROUP`, and one with the rest: where they are cut decides the bytes."""
+    waiting: pa.Table | None = None
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table]) if waiting else table
+        while len(waiting) >= ROW_GROUP:
+            yield waiting.slice(0, ROW_GROUP).combine_chunks()
+            waiting = waiting.slice(ROW_GROUP)
+    if waiting:
+        yield waiting.combine_chunks()
 
 
 def read_table(folder: Path, name: str) -> pa.Table:
