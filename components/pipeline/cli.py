@@ -42,16 +42,30 @@ def run(
             help="Only make the K-th of N parts of the step's shards, beside other processes; commit nothing.",
         ),
     ] = "",
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Make the step's shards with so many processes, and commit them. (default: for a step that wants "
+            "GPUs one a visible GPU, else one)",
+            show_default=False,
+        ),
+    ] = 0,
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
     from components.pipeline.parts import Part
+    from components.pipeline.processes import count_processes, make_parts
     from components.pipeline.profiles import load_profile
     from components.pipeline.runner import run_part, run_stage
+    from components.pipeline.stages import find_stage
 
     if part:
         counts = run_part(step, load_profile(profile), root, Part.parse(part))
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
+    processes = processes or count_processes(find_stage(step))
+    if processes > 1:
+        make_parts(step, profile, root, processes)
     manifest = run_stage(step, load_profile(profile), root)
     if not _speaks():
         return
