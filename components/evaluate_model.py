@@ -85,7 +85,7 @@ def sample_everything(
     import numpy as np
     import torch
 
-    from components.synthesize_videos import load_generator
+    from components.generator import load_generator
     from univigu.pipeline import UniViGUPipeline
 
     settings = step["evaluate_model"]
@@ -172,10 +172,14 @@ def generate_with_base(base: Any, items: Sequence[Item], step: "Step", video_ste
     """The base generator's clips for the same prompts and seeds in as many steps, by diffusers' own pipeline."""
     import numpy as np
 
-    from components.synthesize_videos import generate
+    from components.generator import generate
 
-    sampling = {"steps": video_steps, "guidance_scale": step["evaluate_model"]["base_guidance"]}
-    videos = generate(base, items, step["video"], sampling, step["text"]["prompt_length"])
+    sampling = {
+        "steps": video_steps,
+        "guidance_scale": step["evaluate_model"]["base_guidance"],
+        "arguments": {"max_sequence_length": step["text"]["prompt_length"]},
+    }
+    videos = generate(base, items, step["video"], sampling)
     return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}
 
 

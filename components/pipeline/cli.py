@@ -43,14 +43,14 @@ def run(
         ),
     ] = "",
     processes: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             help="Make the step's shards with so many processes, and commit them. (default: for a step that wants "
             "GPUs one a visible GPU, else one)",
             show_default=False,
         ),
-    ] = 0,
+    ] = None,
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
     from components.pipeline.parts import Part

@@ -35,6 +35,7 @@ from components.pipeline.progress import Meter, progress
 from components.pipeline.stages import Stage, find_stage
 from components.pipeline.state import STATE, lock, write_json
 from components.pipeline.tables import read_table, write_table
+from components.pipeline.weights import how_to_fetch
 from univigu.errors import (
     BadInputError,
     ConfigError,
@@ -137,8 +138,18 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
     root = root.resolve()
     if os.environ.get("RANK", "0") != "0":
         return _help_along(stage, profile, root)
-    with _expected_failures(name, root), lock(root, name, f"'{name}'"):
-        return _run_locked(stage, profile, root)
+    return run_unlisted(stage, profile, root, {})
+
+
+def run_unlisted(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Run a step that need not be in the table of steps, with what `run_stage` promises; returns its manifest.
+
+    paths: inputs by name that may lie outside the work root and have no manifest; the step names what it read of them
+    in the rows of its shards.
+    """
+    root = root.resolve()
+    with _expected_failures(stage.name, root), lock(root, stage.name, f"'{stage.name}'"):
+        return _run_locked(stage, profile, root, paths)
 
 
 def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> dict[str, int]:
@@ -198,9 +209,10 @@ def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
     return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
 
 
-def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
     started = time.monotonic()
     step = make_step(stage, profile, root)
+    step.inputs = {**step.inputs, **paths}
     _prepare_staging(step.out, step.scratch, step.key())
     try:
         _load_function(stage)(step)
@@ -256,7 +268,7 @@ def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tup
         path = inside(root, section(profile, key))
         if not path.exists():
             raise MissingInputError(
-                f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; check --root."
+                f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; {how_to_fetch(path)}."
             )
         inputs[name] = path
         digests[name] = source_digest(path)

@@ -31,7 +31,8 @@ def test_dvc_runs_the_step_with_the_profile(stage):
 def test_dvc_depends_on_the_same_inputs_sources_and_code(stage):
     makers = [find_stage(name) for name in stage.inputs.values()]
     expected = {f"{maker.home}/manifest.json" if maker.outputs else maker.home for maker in makers}
-    expected |= {{"base": "${base}", "heldout": "${heldout}", "raw": "data/prompts"}[name] for name in stage.sources}
+    places = {"base": "${base}", "generator": "${generator}", "heldout": "${heldout}", "raw": "data/prompts"}
+    expected |= {places[name] for name in stage.sources}
     expected |= {stage.module.replace(".", "/") + ".py", *stage.code}
     assert dvc_paths(DVC["stages"][stage.name]["deps"]) == expected
 
@@ -76,7 +77,7 @@ def test_profiles_of_one_world_have_the_same_keys():
 
 @pytest.mark.parametrize("profile", profile_names())
 def test_dvc_and_every_profile_name_the_same_sources(profile):
-    assert DVC["vars"] == [{name: load_profile(profile)[name]} for name in ("base", "heldout")]
+    assert DVC["vars"] == [{name: load_profile(profile)[name]} for name in ("base", "generator", "heldout")]
 
 
 def test_a_profile_that_lacks_a_parameter_is_told_which(tmp_path):
