@@ -65,12 +65,17 @@ def import_folder(
     unused = {use: count for use, count in facts["captions"].items() if use not in ("usable", "none")}
     if unused and texts == "captions":
         print("Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items()))
-    steps = ["validate-prompts", "validate-clips", *(["caption-videos"] if texts == "prompts" else [])]
-    print(
-        "Go on with "
-        + ", ".join(f"`univigu run {step}`" for step in [*steps, "validate-pairs", "encode-latents"])
-        + "."
+    if not facts["stages"]["2"] and texts == "captions":
+        print(
+            "No caption has the length that stage 2 learns from ('text.caption_tokens'): import them with "
+            "`--texts prompts`, and `univigu run caption-videos` writes detailed ones."
+        )
+    captioning = ["caption-videos"] if texts == "prompts" else []
+    where = "".join(
+        f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value}" != "."
     )
+    steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
+    print("Go on with " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

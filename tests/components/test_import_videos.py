@@ -379,7 +379,8 @@ def test_the_command_asks_for_licence_and_source_and_says_what_is_next(folder, r
     assert "'secret' is not among the profile's" in str(refused.exception)
     done = runner.invoke(app, [*given, "CC0-1.0"])
     assert "12 clips from 12 videos, 0 quarantined" in done.output
-    assert "`univigu run validate-clips`, `univigu run validate-pairs`" in done.output
+    where = f" --profile {tmp_path / 'profile.yaml'} --root {root}"
+    assert f"`univigu run validate-clips{where}`, `univigu run validate-pairs{where}`" in done.output
     assert verify(root / "data/captions", "caption-videos")["step"] == "import-captions"
 
 
