@@ -130,7 +130,7 @@ def import_videos(step: "Step") -> None:
     """Videos and texts -> clips in tar shards, and the tables `clips`, `prompts` and `captions`."""
     from components.clip_gate import gate_digests, load_gate
     from components.pipeline.tables import write_table
-    from components.videos import read_tar, write_tar
+    from components.videos import join_tars, write_tar
     from univigu.wan import check_autoencoder
 
     check_autoencoder(step.inputs["base"], list_buckets(step["video"]))
@@ -146,7 +146,7 @@ def import_videos(step: "Step") -> None:
             return [clip_row(row, clip, step["video"]["fps"]) for row, clip in good]
 
         made = step.map_batches(shard, BATCH, folder, make_batch)
-        write_tar(folder / TAR, {name: content for place, _ in made for name, content in read_tar(place / TAR)})
+        join_tars([place / TAR for place, _ in made], folder / TAR)
         return [{**row, "shard": f"shards/{folder.name.removeprefix('.')}/{TAR}"} for _, rows in made for row in rows]
 
     with ThreadPoolExecutor(min(BATCH, len(os.sched_getaffinity(0)))) as pool:

@@ -18,7 +18,7 @@ TAR = "clips.tar"
 def synthesize_videos(step: "Step") -> None:
     """Prompts -> clips. The generator is loaded only when at least one shard has to be made."""
     from components.clip_gate import gate_digests, load_gate
-    from components.videos import read_tar, write_tar
+    from components.videos import join_tars, write_tar
 
     settings = step["synthesize_videos"]
     prompts = step.read("prompts", "prompts").sort_by("id").to_pylist()[: settings["clips"]]
@@ -37,7 +37,7 @@ def synthesize_videos(step: "Step") -> None:
             return clips
 
         batches = step.map_batches(shard, settings["batch_size"], folder, make_batch)
-        write_tar(folder / TAR, {name: content for place, _ in batches for name, content in read_tar(place / TAR)})
+        join_tars([place / TAR for place, _ in batches], folder / TAR)
         shard_name = f"shards/{folder.name.removeprefix('.')}/{TAR}"
         return [{**row, "shard": shard_name} for _, made in batches for row in made]
 

@@ -5,6 +5,7 @@ and commits what they made.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 from components.pipeline.stages import Stage, find_stage
-from univigu.errors import ConfigError, UniViGUError
+from univigu.errors import ConfigError, PreemptedError, UniViGUError
 
 GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -37,7 +38,8 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     """Make all shards of a step with `count` processes, and commit nothing.
 
     Where one fails, the others are stopped, and its sentence and exit code are raised as `UniViGUError`; what was
-    finished by then is kept. Raises `ConfigError` for a step that doesn't work in shards.
+    finished by then is kept. Raises `ConfigError` for a step that doesn't work in shards, and `PreemptedError` when
+    this process is told to stop (SIGTERM).
     """
     if not find_stage(step).sharded:
         raise ConfigError(f"'{step}' doesn't work in shards, so one process runs it; leave --processes out.")
@@ -45,6 +47,7 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     said: dict[int, str] = {}
     processes: list[subprocess.Popen[str]] = []
     readers: list[Thread] = []
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         for number in range(1, count + 1):
             where = {GPUS: gpus[(number - 1) % len(gpus)]} if gpus else {}
@@ -70,7 +73,12 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
             process.wait()
         for reader in readers:
             reader.join()
+        signal.signal(signal.SIGTERM, before)
     _raise_failure(step, processes, said)
+
+
+def _stop(*_: object) -> None:
+    raise PreemptedError("The step was told to stop; run it again, and it goes on with what its processes finished.")
 
 
 def _pass_on(process: "subprocess.Popen[str]", step: str, number: int, count: int, said: dict[int, str]) -> None:

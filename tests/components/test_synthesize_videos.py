@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -18,7 +19,7 @@ from components.pipeline.processes import make_parts
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
-from univigu.errors import ConfigError, GateFailedError, MissingInputError, UniViGUError
+from univigu.errors import ConfigError, GateFailedError, MissingInputError, PreemptedError, UniViGUError
 
 STEP = "synthesize-videos"
 
@@ -173,6 +174,20 @@ def test_a_process_that_fails_says_why_once_and_with_its_own_exit_code(new_root,
         make_parts(STEP, str(root / "profile.yaml"), root, 2)
     assert failure.value.exit_code == ConfigError.exit_code
     assert "beauty" not in capfd.readouterr().err
+
+
+def test_told_to_stop_it_stops_its_processes(new_root, profile):
+    root = new_root("stopped-parts")
+    (root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    command = [sys.executable, "-m", "components.pipeline.cli", "run", STEP, "--processes", "2"]
+    where = ["--root", str(root), "--profile", str(root / "profile.yaml")]
+    with subprocess.Popen([*command, *where], stderr=subprocess.PIPE, text=True) as process:
+        while len(children := psutil.Process(process.pid).children()) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert "told to stop; run it again" in process.stderr.read()
+    assert process.returncode == PreemptedError.exit_code
+    assert not any(child.is_running() for child in children)
 
 
 def test_scores_are_kept_of_clips_that_pass(new_root, profile):
