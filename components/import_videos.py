@@ -158,7 +158,7 @@ def import_videos(step: "Step") -> None:
     step.facts |= {
         "captions": dict(sorted(Counter(plan["caption_use"] for plan in chosen).items())),
         "stages": {str(stage): sum(plan["stage"] == stage for plan in chosen) for stage in (1, 2)},
-        "sizes": dict(sorted(Counter(f"{row['frames']}x{row['height']}x{row['width']}" for row in clips).items())),
+        "buckets": dict(sorted(Counter(f"{row['frames']}x{row['height']}x{row['width']}" for row in clips).items())),
     }
     step.write("clips", clips)
 

@@ -23,7 +23,8 @@ def synthesize_videos(step: "Step") -> None:
     settings = step["synthesize_videos"]
     prompts = step.read("prompts", "prompts").sort_by("id").to_pylist()[: settings["clips"]]
     gate = load_gate(settings["checks"], step.root)
-    models = {"gate_models": gate_digests(gate)} if gate_digests(gate) else {}
+    digests = gate_digests(gate)
+    models = {"gate_models": digests} if digests else {}
     rows = [{**plan_clip(prompt, step["seed"], settings["stage_1_share"]), **models} for prompt in prompts]
     step.rows_in = len(rows)
     step.facts |= models

@@ -60,7 +60,8 @@ def import_folder(
     )
     facts = manifest["facts"]
     print(
-        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: " + ", ".join(facts["sizes"])
+        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
+        + ", ".join(facts["buckets"])
     )
     unused = {use: count for use, count in facts["captions"].items() if use not in ("usable", "none")}
     if unused and texts == "captions":
