@@ -73,6 +73,7 @@ class Step:
     rows_out: int = 0
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
     _rejected: list[dict[str, str]] = field(default_factory=list)
+    _rejected_of_shard: list[dict[str, str]] | None = None  # while one is made: they go into its record
 
     def __getitem__(self, section: str) -> Any:
         """A section of the profile, e.g. ``step["video"]["height"]``."""
@@ -94,7 +95,14 @@ class Step:
         """Quarantine a row: `reason` is a short slug to count by, `detail` says what was seen."""
         text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
         text = text.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8, so no Parquet either
-        self._rejected.append({"id": row_id, "reason": reason, "detail": detail, "row": text})
+        rejected = {"id": row_id, "reason": reason, "detail": detail, "row": text}
+        if self._rejected_of_shard is None:
+            self._quarantine([rejected])
+        else:
+            self._rejected_of_shard.append(rejected)
+
+    def _quarantine(self, rejected: Iterable[Mapping[str, str]]) -> None:
+        self._rejected.extend(dict(row) for row in rejected)
 
     def progress(self, items: Iterable[T], total: int | None = None, unit: str = "rows") -> Iterator[T]:
         """Yield `items` with a bar on a terminal, and a line every few seconds otherwise."""

@@ -41,7 +41,7 @@ def map_shards(
                 step.meter.skip(len(shard))
             else:
                 record = _make_shard(step, name, shard, work)
-            step._rejected.extend(record["rejected"])
+            step._quarantine(record["rejected"])
             results.extend(record["rows"])
     names = {name for name, _ in shards}
     for folder in (step.out / "shards").glob("*"):  # of a killed run over other rows
@@ -68,7 +68,7 @@ def map_batches(
             record = _do(step, key, batch, place, work)
             write_json(path, record)
             step.meter.advance(len(batch))
-        step._rejected.extend(record["rejected"])
+        step._rejected_of_shard.extend(record["rejected"])
         results.append((place, record["rows"]))
     return results
 
@@ -147,11 +147,13 @@ def _make_shard(step: "Step", name: str, rows: Rows, work: Work) -> dict[str, An
 
 def _do(step: "Step", key: str, rows: Rows, folder: Path, work: Work) -> dict[str, Any]:
     """Run `work`, and keep what it rejected in the record: whoever keeps the record counts it."""
-    before = len(step._rejected)
-    made = [dict(row) for row in work(rows, folder)]
-    record = {"key": key, "files": _file_digests(folder), "rows": made, "rejected": step._rejected[before:]}
-    del step._rejected[before:]
-    return record
+    around, step._rejected_of_shard = step._rejected_of_shard, []
+    try:
+        made = [dict(row) for row in work(rows, folder)]
+        rejected = step._rejected_of_shard
+    finally:
+        step._rejected_of_shard = around
+    return {"key": key, "files": _file_digests(folder), "rows": made, "rejected": rejected}
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
