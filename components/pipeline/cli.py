@@ -56,14 +56,18 @@ def run(
     from components.pipeline.parts import Part
     from components.pipeline.processes import count_processes, make_parts
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import run_part, run_stage
+    from components.pipeline.runner import imported, run_part, run_stage
     from components.pipeline.stages import find_stage
 
     if part:
         counts = run_part(step, load_profile(profile), root, Part.parse(part))
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
-    processes = processes or count_processes(find_stage(step))
+    stage = find_stage(step)
+    if imported(stage, root):
+        print(f"{step}: {stage.home} was imported, and is kept as it is; delete it to have it made here")
+        return
+    processes = processes or count_processes(stage)
     if processes > 1:
         make_parts(step, profile, root, processes)
     manifest = run_stage(step, load_profile(profile), root)

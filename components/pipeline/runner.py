@@ -48,6 +48,7 @@ from univigu.errors import (
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
+IMPORTED = "import-"  # begins the names of the steps behind `univigu data import`
 _SCARCE_BYTES = 64 * 1024
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,13 +141,25 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
     """Run the step `name` with a profile below the work root; returns its manifest.
 
     Raises an error of `univigu.errors` where the input is missing or damaged, where the step's own gate fails, or where
-    another process runs the same step below the same root.
+    another process runs the same step below the same root. An output that was imported is kept as it is.
     """
     stage = find_stage(name)
     root = root.resolve()
+    if found := imported(stage, root):
+        return found
     if os.environ.get("RANK", "0") != "0":
         return _help_along(stage, profile, root)
     return run_unlisted(stage, profile, root, {})
+
+
+def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
+    """The manifest of what `univigu data import` put in the place of a step, which is kept instead of running it."""
+    home = inside(root.resolve(), stage.home)
+    try:
+        maker = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return verify(home, stage.name) if str(maker).startswith(IMPORTED) else None
 
 
 def run_unlisted(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -170,6 +183,8 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
     if not stage.sharded:
         raise ConfigError(f"'{name}' doesn't work in shards, so it has no parts; run it without --part.")
     root = root.resolve()
+    if imported(stage, root):
+        return {"made": 0, "kept": 0}
     with _expected_failures(name, root), lock(root, name, f"'{name}'", fcntl.LOCK_SH):
         step = make_step(stage, profile, root)
         step.part = part

@@ -19,7 +19,8 @@ from components.digits import world
 from components.import_texts import Texts, find_videos, read_texts
 from components.import_videos import first_sentence, import_folder
 from components.pipeline.cli import app
-from components.pipeline.runner import run_stage, verify
+from components.pipeline.parts import Part
+from components.pipeline.runner import run_part, run_stage, verify
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
 from univigu.errors import BadInputError, ConfigError, MissingInputError
@@ -119,6 +120,11 @@ def test_what_is_imported_goes_through_the_gates_to_latents(folder, root, profil
     profile["synthesize_videos"]["stage_1_share"] = 0.5
     manifest = import_folder(folder, None, OPTIONS, profile, root)
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (12, 12, 0)
+    before = snapshot(root)
+    for step in ("curate-prompts", "synthesize-videos", "caption-videos"):
+        assert run_stage(step, profile, root)["step"].startswith("import-")
+    assert run_part("synthesize-videos", profile, root, Part(1, 2)) == {"made": 0, "kept": 0}
+    assert snapshot(root) == before
     for step in ("validate-prompts", "validate-clips", "validate-pairs", "encode-latents"):
         run_stage(step, profile, root)
     pairs = read_table(root / "data/pairs", "pairs").to_pylist()
