@@ -1,39 +1,72 @@
 """Encode every pair once, so that training reads tensors only: video latents, prompt states, token ids."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from univigu.errors import BadInputError, ConfigError
+from components.buckets import Misfit, choose_bucket, list_buckets
+from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from components.encoded import Encoded
+    from components.encoders import Encoders
     from components.pipeline.runner import Step
 
-
+Row = Mapping[str, Any]
 SHARD = "latents.safetensors"
-_COPIED = ("id", "stage", "split", "frames", "height", "width")
-
-
-class Encoders(NamedTuple):
-    """The parts of a base that turn samples into tensors."""
-
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
 
 
 def encode_latents(step: "Step") -> None:
-    """Pairs and their clips -> shards of normalised latent means, prompt states and token ids, and a row for each."""
+    """Pairs and their clips -> shards of normalised latent means, prompt states and token ids, and a row for each.
+
+    A shard holds clips of one bucket. What an earlier output holds of the same clips and prompts is taken from it.
+    """
     import shutil
 
-    from components.pipeline.digests import tree_digest
-    from univigu.training.data import EMPTY_PROMPT
+    from components.encoded import Encoded
+    from components.encoders import Encoders
+    from univigu.training.data import EMPTY_PROMPT, write_empty_prompt
+    from univigu.wan import check_autoencoder
 
     settings, base = step["encode_latents"], step.inputs["base"]
+    check_autoencoder(base, list_buckets(step["video"]))
+    rows = fit_to_buckets(step, join_clips(step))
+    if not rows:
+        raise BadInputError("No clip fits a bucket of the profile's 'video'; look at its 'buckets' and 'fit'.")
+    digests = part_digests(base)
+    step.facts |= {"buckets": dict(Counter(str(row["bucket"]) for row in rows)), **code_facts(step)}
+    encoders = Encoders(base, settings["precision"], step["text"])
+    encoded = cache(lambda: Encoded(step.previous, step.facts, settings["batch_size"]))
+
+    @cache
+    def empty() -> "Tensor":
+        found = encoded().empty_states(digests)
+        return encoders.encode_texts([""])[0] if found is None else found
+
+    def make_shard(shard: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
+        # With each shard, so that a resumed run which finds all shards finished needs no encoder.
+        write_empty_prompt(folder, empty())
+        made = encode_shard(step, encoders, encoded(), shard, folder)
+        place = {"shard": f"shards/{folder.name.removeprefix('.')}/{SHARD}"}
+        return [{**row, **place, "row": number} for number, row in enumerate(made)]
+
+    named = [{**row, "latents_row": latents_row(row, digests)} for row in rows]
+    latents = step.map_shards(named, settings["shard_size"], make_shard, unit="clips", group=lambda row: row["bucket"])
+    shutil.copyfile(step.out / "shards" / "00000" / EMPTY_PROMPT, step.out / EMPTY_PROMPT)
+    step.write("latents", latents)
+
+
+# --- what there is to encode -----------------------------------------------------------------------------------------
+
+
+def join_clips(step: "Step") -> list[dict[str, Any]]:
+    """Each pair with its clip's row; raises `BadInputError` for no pair, and for a clip that is no longer there."""
     clips = {row["id"]: row for row in step.read("clips", "clips").to_pylist()}
     pairs = step.read("pairs", "pairs").to_pylist()
     if not pairs:
@@ -43,127 +76,161 @@ def encode_latents(step: "Step") -> None:
             f"The pairs name {len(lost)} clips that are no longer there, such as {min(lost)}; "
             "run the steps since 'synthesize-videos' again, in order."
         )
-    # In the order of the clips' shards, so that each of those is opened once.
-    rows = sorted(
-        ({**clips[p["clip_id"]], **p} for p in pairs), key=lambda row: (row["shard"], row["member"], row["id"])
-    )
-    step.rows_in = len(rows)
-    digests = {
-        "vae_digest": tree_digest([base / "vae"], relative_to=base),
-        "tokenizer_digest": tree_digest([base / "tokenizer"], relative_to=base),
+    step.rows_in = len(pairs)
+    return [{**clips[pair["clip_id"]], **pair} for pair in pairs]
+
+
+def fit_to_buckets(step: "Step", rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with their `bucket`, bucket by bucket, each in the order of the clips' shards, which are opened once.
+
+    A row that fits none is quarantined with what keeps it out.
+    """
+    video, fitted = step["video"], []
+    for row in rows:
+        frames = row["frames"] * video["fps"] / row["fps"]
+        bucket = choose_bucket(frames, row["height"], row["width"], video)
+        if isinstance(bucket, Misfit):
+            step.reject(row["id"], bucket.reason, bucket.detail, row)
+        else:
+            fitted.append({**row, "bucket": bucket})
+    return sorted(fitted, key=lambda row: (row["bucket"], row["shard"], row["member"], row["id"]))
+
+
+def code_facts(step: "Step") -> dict[str, str]:
+    """What decides latents and states beside what their rows name; in the manifest, for the next run to compare."""
+    from components.pipeline.digests import json_digest, tree_digest
+    from components.pipeline.runner import SOURCE_ROOT
+
+    def code(*names: str) -> str:
+        return tree_digest([SOURCE_ROOT / "model/univigu" / name for name in names], relative_to=SOURCE_ROOT)
+
+    settings = step["encode_latents"]
+    video = [code("wan.py", "video.py"), settings["batch_size"]]
+    text = [code("wan.py"), settings["batch_size"], settings["precision"], step["text"]["prompt_length"]]
+    return {"video_code": json_digest(video), "text_code": json_digest(text)}
+
+
+def part_digests(base: Path) -> dict[str, str]:
+    """Digests of the parts of a base that tensors depend on."""
+    from components.pipeline.digests import tree_digest
+
+    parts = {"vae_digest": "vae", "tokenizer_digest": "tokenizer", "text_encoder_digest": "text_encoder"}
+    return {name: tree_digest([base / part], relative_to=base) for name, part in parts.items()}
+
+
+def latents_row(row: Row, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What is known of a sample's row in the table `latents` before it is encoded."""
+    return {
+        **{key: row[key] for key in ("id", "stage", "split")},
+        **digests,
+        **row["bucket"]._asdict(),
+        "video_sha256": row["sha256"],
+        "prompt_sha256": hashlib.sha256(row["prompt"].encode()).hexdigest(),
     }
-    encoders = cache(lambda: load_encoders(base, settings["precision"]))
 
-    def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-        made = encode_shard(step, encoders(), shard, folder)
-        place = {"shard": f"shards/{folder.name.removeprefix('.')}/{SHARD}"}
-        return [
-            {**{key: row[key] for key in _COPIED}, **digests, **place, "video_sha256": row["sha256"], "row": number}
-            for number, row in enumerate(made)
-        ]
 
-    latents = step.map_shards(rows, settings["shard_size"], make_shard)
-    shutil.copyfile(step.out / "shards" / "00000" / EMPTY_PROMPT, step.out / EMPTY_PROMPT)
-    step.write("latents", latents)
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Some rows, and what was read for them: tensors that were encoded before, or the frames of their clips."""
+
+    rows: Sequence[Row]
+    latents: "list[Tensor] | None"  # (C, T, H', W') each
+    states: "list[Tensor] | None"  # (length, D) each
+    frames: "dict[str, Tensor]"  # by id: uint8 (F, H, W, 3), of the bucket's size
+    faults: dict[str, str]  # by id: why a clip can't be read
 
 
 def encode_shard(
-    step: "Step", encoders: Encoders, rows: Sequence[Mapping[str, Any]], folder: Path
-) -> list[Mapping[str, Any]]:
-    """Write the tensors of `rows` into `folder`; returns those that could be read, in the order of the tensors."""
-    import torch
-
-    from univigu.training.data import write_empty_prompt, write_latents
-    from univigu.wan import encode_frames
-
-    text = step["text"]
+    step: "Step", encoders: "Encoders", encoded: "Encoded", rows: Sequence[Row], folder: Path
+) -> list[dict[str, Any]]:
+    """Write the tensors of `rows` into `folder`; returns a row of latents for each, in the order of the tensors."""
     size = step["encode_latents"]["batch_size"]
-    # With each shard, so that a resumed run which finds all shards finished needs no encoder.
-    write_empty_prompt(folder, unpadded_states(encoders, [""], text["prompt_length"])[0])
-    kept: list[Mapping[str, Any]] = []
-    latents, states = [], []
-    for batch in step.progress(_batches(readable_clips(step, rows), size), -(-len(rows) // size), unit="batches"):
-        kept += [row for row, _ in batch]
-        latents.append(encode_frames(encoders.vae, torch.stack([frames for _, frames in batch])).bfloat16().cpu())
-        states += unpadded_states(encoders, [row["prompt"] for row, _ in batch], text["prompt_length"])
-    if kept:
-        length = text["caption_tokens"][1]
-        write_latents(
-            folder / SHARD,
-            latents=torch.cat(latents),
-            prompt_embeds=states,
-            prompt_ids=token_ids(encoders.tokenizer, [row["prompt"] for row in kept], length),
-            target_ids=token_ids(encoders.tokenizer, [target_text(row) for row in kept], length),
-        )
-    return kept
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    numbers = {batch[0]["id"]: number for number, batch in enumerate(batches)}
+    with ThreadPoolExecutor(1) as reader:
+        ahead: dict[int, Future[Batch]] = {}
+
+        def make_batch(batch: Sequence[Row], place: Path) -> list[dict[str, Any]]:
+            number = numbers[batch[0]["id"]]
+            for wanted in range(number, min(number + 2, len(batches))):  # the next is read while this is encoded
+                if wanted not in ahead:
+                    ahead[wanted] = reader.submit(read_batch, step, encoded, batches[wanted])
+            return encode_batch(step, encoders, ahead.pop(number).result(), place / SHARD)
+
+        made = step.map_batches(rows, size, folder, make_batch)
+    full = [place / SHARD for place, kept in made if kept]
+    if full:
+        join_shards(full, folder / SHARD)
+    return [row for _, kept in made for row in kept]
 
 
-def readable_clips(step: "Step", rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], "Tensor"]]:
-    """Each row and its frames uint8 (F, H, W, 3); what can't be read is quarantined as `damaged`."""
+def join_shards(parts: Sequence[Path], path: Path) -> None:
+    """Write the samples of some shards of one size, in order, as one shard at `path`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shards = [load_file(part) for part in parts]
+    save_file({name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}, path)
+
+
+def read_batch(step: "Step", encoded: "Encoded", rows: Sequence[Row]) -> Batch:
+    """Everything that is read from the disk for some rows; their clips are only where no latents are there yet."""
     import torch
 
     from components.videos import open_clip, read_clips
+    from univigu.video import fit_frames
 
-    for row, content in read_clips(step.inputs["clips"], rows):
-        try:
-            frames, _ = open_clip(row, content)
-        except BadInputError as error:
-            step.reject(row["id"], "damaged", str(error), row)
-            continue
-        yield row, torch.from_numpy(frames)
+    named = [row["latents_row"] for row in rows]
+    batch = Batch(rows, encoded.latents(named), encoded.states(named), {}, {})
+    if batch.latents is None:
+        for row, content in read_clips(step.inputs["clips"], rows):
+            try:
+                clip, _ = open_clip(row, content)
+                batch.frames[row["id"]] = torch.from_numpy(fit_frames(clip, *row["bucket"]))
+            except BadInputError as error:
+                batch.faults[row["id"]] = str(error)
+    return batch
 
 
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(islice(items, size)):
-        yield batch
+def encode_batch(step: "Step", encoders: "Encoders", batch: Batch, path: Path) -> list[dict[str, Any]]:
+    """Write the tensors of a batch to `path`, and return a row of latents for each of its samples.
+
+    A clip that can't be read is quarantined as `damaged`, and one that the autoencoder makes no numbers of as
+    `not_finite`; where nothing is left, there is no file.
+    """
+    import torch
+
+    from univigu.training.data import write_latents
+
+    ids = list(batch.frames) if batch.latents is None else [row["id"] for row in batch.rows]
+    latents = encoders.encode_clips(list(batch.frames.values())) if batch.latents is None else batch.latents
+    made = dict(zip(ids, latents, strict=True))
+    states = batch.states or encoders.encode_texts([row["prompt"] for row in batch.rows])
+    kept = []
+    for row, text in zip(batch.rows, states, strict=True):
+        if row["id"] not in made:
+            step.reject(row["id"], "damaged", batch.faults[row["id"]], _plain(row))
+        elif not torch.isfinite(made[row["id"]]).all():
+            step.reject(row["id"], "not_finite", "its latents are not all finite numbers", _plain(row))
+        else:
+            kept.append((row, text))
+    if kept:
+        write_latents(
+            path,
+            latents=torch.stack([made[row["id"]] for row, _ in kept]),
+            prompt_embeds=[text for _, text in kept],
+            prompt_ids=encoders.token_ids([row["prompt"] for row, _ in kept]),
+            target_ids=encoders.token_ids([target_text(row) for row, _ in kept]),
+        )
+    return [dict(row["latents_row"]) for row, _ in kept]
 
 
-def target_text(row: Mapping[str, Any]) -> str:
+def _plain(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "latents_row"}
+
+
+def target_text(row: Row) -> str:
     """What the model should say about the video: the prompt in stage 1, the caption in stage 2."""
     return row["prompt"] if row["stage"] == 1 else row["caption"]
-
-
-def load_encoders(folder: Path, precision: str) -> Encoders:
-    """The VAE (always fp32), the text encoder (in `precision`) and the tokenizer of a base; the rest stays on disk."""
-    import torch
-    from diffusers import AutoencoderKLWan
-    from transformers import UMT5EncoderModel
-
-    from components.tokens import load_tokenizer
-    from univigu.wan import check_text_encoder
-
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if precision not in kinds:
-        raise ConfigError(f"There is no precision '{precision}'; choose one of {', '.join(kinds)}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
-        text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=kinds[precision])
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"There is no Wan base in diffusers' layout at {folder} ({str(error).splitlines()[0]}); "
-            "check the profile's 'base'."
-        ) from error
-    check_text_encoder(text_encoder)
-    return Encoders(vae.to(device).eval(), text_encoder.to(device).eval(), load_tokenizer(folder))
-
-
-def unpadded_states(encoders: Encoders, prompts: Sequence[str], prompt_length: int) -> list["Tensor"]:
-    """Text-encoder states of each prompt, (length, D), without the zeros that Wan pads them with."""
-    from univigu.wan import encode_prompts
-
-    padded = encode_prompts(encoders.tokenizer, encoders.text_encoder, prompts, prompt_length)
-    return [states[: int(states.any(-1).sum())].cpu() for states in padded]
-
-
-def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> "Tensor":
-    """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
-    from components.tokens import count_tokens
-    from univigu.text_space import tokenize
-
-    for text, count in zip(texts, count_tokens(tokenizer, texts), strict=True):
-        if count > length:
-            raise BadInputError(
-                f"A text has {count} tokens, over the profile's {length} ('{text[:60]}'); run the pairs' gate again."
-            )
-    return tokenize(tokenizer, texts, length)

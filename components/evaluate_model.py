@@ -81,8 +81,8 @@ def sample_everything(
     import numpy as np
     import torch
 
+    from components.generator import load_generator
     from components.report import preview
-    from components.synthesize_videos import load_generator
     from univigu.pipeline import UniViGUPipeline
 
     settings, model = step["evaluate_model"], step.inputs["stage2"] / "model"
@@ -213,11 +213,15 @@ def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[s
     """The base generator's clips for the same prompts and seeds, as it makes them best, by diffusers' own pipeline."""
     import numpy as np
 
-    from components.synthesize_videos import generate
+    from components.generator import generate
 
     settings = step["evaluate_model"]
-    sampling = {"steps": settings["base_steps"], "guidance_scale": settings["base_guidance"]}
-    videos = generate(base, items, step["video"], sampling, step["text"]["prompt_length"])
+    sampling = {
+        "steps": settings["base_steps"],
+        "guidance_scale": settings["base_guidance"],
+        "arguments": {"max_sequence_length": step["text"]["prompt_length"]},
+    }
+    videos = generate(base, items, step["video"], sampling)
     return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}
 
 

@@ -30,6 +30,11 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(members[name]))
 
 
+def join_tars(parts: Iterable[Path], path: Path) -> None:
+    """Write the members of some shards as one shard at `path`."""
+    write_tar(path, {name: content for part in parts for name, content in read_tar(part)})
+
+
 def read_tar(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, bytes]]:
     """Each member's name and bytes, in the tar's order or in that of `names`; nothing is extracted to the disk.
 

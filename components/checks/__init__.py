@@ -1,8 +1,9 @@
 """Checks of made clips and captions: one module a check, named in the profile.
 
-A module has ``check(frames, rows) -> list[Finding]`` for clips (frames uint8 (B, F, H, W, 3), one row of the clips
-table each), or ``check_caption(prompt, caption, **settings) -> str | None`` for captions (what is wrong, or None), or
-both. `REASON` is the slug that captions are quarantined by, ``misses_prompt`` where there is none.
+A module has ``check(frames, rows, settings) -> list[Finding]`` for clips (frames uint8 (B, F, H, W, 3), one row of the
+clips table each; its ``DEFAULTS`` are the settings there are), or ``check_caption(prompt, caption, **settings) -> str |
+None`` for captions (what is wrong, or None), or both. `REASON` is the slug that captions are quarantined by,
+``misses_prompt`` where there is none.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,7 @@ from components.digits import measure, world
 CONFIDENT = {**dict.fromkeys(world.ATTRIBUTES, 0.5), "digit": 0.9}
 
 
-def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Finding]:
     """One finding a clip of frames uint8 (B, F, H, W, 3), with `prompt` in its row: `wrong_<attribute>`, or nothing."""
     return [compare(row["prompt"], seen) for row, seen in zip(rows, measure.measure(frames), strict=True)]
 

@@ -43,11 +43,22 @@ def run(
             help="Only make the K-th of N parts of the step's shards, beside other processes; commit nothing.",
         ),
     ] = "",
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Make the step's shards with so many processes, and commit them. (default: for a step that wants "
+            "GPUs one a visible GPU, else one)",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
     from components.pipeline.parts import Part
+    from components.pipeline.processes import count_processes, make_parts
     from components.pipeline.profiles import check_watched, load_profile
-    from components.pipeline.runner import run_part, run_stage
+    from components.pipeline.runner import imported, run_part, run_stage
+    from components.pipeline.stages import find_stage
 
     values = load_profile(profile)
     check_watched(profile, values, root)
@@ -55,6 +66,13 @@ def run(
         counts = run_part(step, values, root, Part.parse(part))
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
+    stage = find_stage(step)
+    if imported(stage, root):
+        print(f"{step}: {stage.home} was imported, and is kept as it is; delete it to have it made here")
+        return
+    processes = processes or count_processes(stage)
+    if processes > 1:
+        make_parts(step, profile, root, processes)
     manifest = run_stage(step, values, root)
     if not _speaks():
         return

@@ -1,4 +1,4 @@
-"""`univigu data`: versions of the dataset, each a git tag that DVC can bring back."""
+"""`univigu data`: a dataset of one's own, and versions of the dataset, each a git tag that DVC can bring back."""
 
 import json
 from dataclasses import asdict
@@ -7,10 +7,76 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Versions of the dataset: tag the one that lies here, list those there are.")
+app = typer.Typer(help="The dataset: bring your own videos in, tag the version that lies here, list those there are.")
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
 Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+
+
+@app.command(
+    "import",
+    epilog='Example: `univigu data import ~/videos --captions captions.csv --licence CC-BY-4.0 --source "my own"`',
+)
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="A folder of videos, looked through with all folders in it.")],
+    licence: Annotated[str, typer.Option(help="Of the videos and texts; one that the profile accepts.")],
+    source: Annotated[str, typer.Option(help="Where they come from: it is kept with every prompt.")],
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV or JSONL file with file_name, caption and (if you have one) prompt. (default: metadata.jsonl "
+            "or metadata.csv in the folder, or else clip.txt beside clip.mp4)",
+            show_default=False,
+        ),
+    ] = None,
+    texts: Annotated[
+        str,
+        typer.Option(
+            help="What the texts are: `captions` (detailed: training learns to write them) or `prompts` (brief: "
+            "`univigu run caption-videos` writes the captions)."
+        ),
+    ] = "captions",
+    profile: Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")] = "tiny",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace clips that lie below the root and were not imported.")
+    ] = False,
+    root: Annotated[Path, typer.Option(help="The work root that the clips go to.")] = Path("."),
+) -> None:
+    """Bring a folder of your own videos in, as if they had been generated here.
+
+    Each becomes a clip of the profile's size and frame rate; what can't be used is quarantined with its reason.
+    """
+    from components.import_videos import check_place, import_folder
+    from components.pipeline.profiles import load_profile
+
+    if not replace:
+        check_place(root)
+    options = {"licence": licence, "source": source, "texts": texts}
+    manifest = import_folder(folder, captions, options, load_profile(profile), root)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
+    print(
+        f"{manifest['rows_out']} clips from {manifest['rows_in']} videos, {manifest['quarantined']} quarantined"
+        + (f" ({reasons}; data/clips/rejected.parquet says more)" if reasons else "")
+    )
+    facts = manifest["facts"]
+    print(
+        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
+        + ", ".join(facts["buckets"])
+    )
+    unused = {use: count for use, count in facts["captions"].items() if use not in ("usable", "none")}
+    if unused and texts == "captions":
+        print("Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items()))
+    if not facts["stages"]["2"] and texts == "captions":
+        print(
+            "No caption has the length that stage 2 learns from ('text.caption_tokens'): import them with "
+            "`--texts prompts`, and `univigu run caption-videos` writes detailed ones."
+        )
+    captioning = ["caption-videos"] if texts == "prompts" else []
+    where = "".join(
+        f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value}" != "."
+    )
+    steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
+    print("Go on with " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

@@ -28,14 +28,16 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from components.pipeline import shards
 from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
 from components.pipeline.parts import Part, PartEnded
-from components.pipeline.progress import progress
+from components.pipeline.progress import Meter, progress
 from components.pipeline.stages import Stage, find_stage
+from components.pipeline.state import STATE, lock, write_json
 from components.pipeline.tables import TableWriter, read_table, write_table
+from components.pipeline.weights import how_to_fetch
 from univigu.errors import (
     BadInputError,
-    BusyError,
     ConfigError,
     CorruptDataError,
     DiskFullError,
@@ -46,11 +48,9 @@ from univigu.errors import (
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
-STATE = ".univigu"  # staging, locks and run records, below the work root
+IMPORTED = "import-"  # begins the names of the steps behind `univigu data import`
 _SCARCE_BYTES = 64 * 1024
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
-
-ShardWork = Callable[[Sequence[Mapping[str, Any]], Path], Sequence[Mapping[str, Any]]]
 
 
 @dataclass
@@ -69,6 +69,7 @@ class Step:
     docs: Path  # pages for people that may carry times: below the work root, never part of the output
     code_digest: str
     part: Part | None = None  # make only these shards, and commit nothing
+    meter: Meter | None = None  # of the shards that are under way
     rows_in: int = 0
     rows_out: int = 0
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
@@ -114,96 +115,68 @@ class Step:
         """Yield `items` with a bar on a terminal, and a line every few seconds otherwise."""
         return progress(items, self.stage.name, total, unit)
 
-    def map_shards(self, rows: Sequence[Mapping[str, Any]], size: int, work: ShardWork) -> list[dict[str, Any]]:
+    def map_shards(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        size: int,
+        work: "shards.Work",
+        unit: str = "rows",
+        group: Callable[[Mapping[str, Any]], Any] | None = None,
+    ) -> list[dict[str, Any]]:
         """Run `work(rows, folder)` over `rows` in shards of `size`, keeping the finished shards of an earlier run.
 
         `work` fills `folder` (large files: a tar, a safetensors) and returns the output rows; it may call `reject`.
-        The folder ends up as ``<out>/shards/00000`` and so on. Returns all output rows, in shard order; in a part of
-        a step it doesn't return, as only the whole run has all rows.
+        The folder ends up as ``<out>/shards/00000`` and so on. With a `group`, a shard holds only neighbours for which
+        it is equal. Returns all output rows, in shard order; in a part of a step it doesn't return, as only the whole
+        run has all rows.
         """
-        shards = [(f"{i:05d}", rows[start : start + size]) for i, start in enumerate(range(0, len(rows), size))]
-        if self.part:
-            self._make_part(shards[self.part.number - 1 :: self.part.of], work)
-        results: list[dict[str, Any]] = []
-        for name, shard in self.progress(shards, unit="shards"):
-            key = self._shard_key(shard)
-            record = self._kept_shard(name, key) or self._make_shard(name, key, shard, work)
-            self._quarantine(record["rejected"])
-            results.extend(record["rows"])
-        names = {name for name, _ in shards}
-        for folder in (self.out / "shards").glob("*"):  # of a killed run over other rows
-            if folder.name not in names:
-                shutil.rmtree(folder)
-        return results
+        return shards.map_shards(self, rows, size, work, unit, group)
 
-    def _make_part(self, shards: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: ShardWork) -> None:
-        made = 0
-        for name, shard in self.progress(shards, unit="shards"):
-            with _lock(self.root, f"{self.stage.name}/{name}", f"shard {name} of '{self.stage.name}'"):
-                key = self._shard_key(shard)
-                if not self._find_shard(name, key):
-                    self._make_shard(name, key, shard, work)
-                    made += 1
-        raise PartEnded(made, len(shards) - made)
+    def map_batches(
+        self, rows: Sequence[Mapping[str, Any]], size: int, folder: Path, work: "shards.Work"
+    ) -> list[tuple[Path, list[dict[str, Any]]]]:
+        """Within `map_shards`, do a shard in batches of `size`, keeping the finished ones of a run that was killed.
 
-    def _shard_key(self, shard: Sequence[Mapping[str, Any]]) -> str:
-        return json_digest([list(shard), dict(self.parameters), dict(self.input_digests), self.code_digest])
-
-    def _kept_shard(self, name: str, key: str) -> dict[str, Any] | None:
-        """The record of a finished shard, which then lies in the staging folder, or None."""
-        found = self._find_shard(name, key)
-        if not found:
-            return None
-        record, folder = found
-        if folder != self.out / "shards" / name:
-            shutil.rmtree(self.out / "shards" / name, ignore_errors=True)
-            shutil.copytree(folder, self.out / "shards" / name, copy_function=_link_or_copy)
-        return record
-
-    def _find_shard(self, name: str, key: str) -> tuple[dict[str, Any], Path] | None:
-        """The record and folder of a finished shard whose key still holds and whose bytes still match, or None."""
-        try:
-            record = json.loads((self.records / f"{name}.json").read_text(encoding="utf-8"))
-            if record["key"] != key:
-                return None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        for home in (self.out, self.previous):
-            folder = home / "shards" / name
-            if record["files"] == _file_digests(folder):
-                return record, folder
-        return None
-
-    def _make_shard(self, name: str, key: str, rows: Sequence[Mapping[str, Any]], work: ShardWork) -> dict[str, Any]:
-        partial = self.out / "shards" / f".{name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self._rejected_of_shard = rejected = []
-        try:
-            made = [dict(row) for row in work(rows, partial)]
-        finally:
-            self._rejected_of_shard = None
-        record = {"key": key, "files": _file_digests(partial), "rows": made, "rejected": rejected}
-        final = self.out / "shards" / name
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        self.records.mkdir(parents=True, exist_ok=True)
-        write_json(self.records / f"{name}.json", record)
-        return record
+        `folder` is the shard's. `work(rows, batch_folder)` is as in `map_shards`. Returns each batch's folder, which
+        goes when the shard is finished, and its output rows.
+        """
+        return shards.map_batches(self, rows, size, folder, work)
 
 
 def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Run the step `name` with a profile below the work root; returns its manifest.
 
     Raises an error of `univigu.errors` where the input is missing or damaged, where the step's own gate fails, or where
-    another process runs the same step below the same root.
+    another process runs the same step below the same root. An output that was imported is kept as it is.
     """
     stage = find_stage(name)
     root = root.resolve()
+    if found := imported(stage, root):
+        return found
     if os.environ.get("RANK", "0") != "0":
         return _help_along(stage, profile, root)
-    with _expected_failures(name, root), _lock(root, name, f"'{name}'"):
-        return _run_locked(stage, profile, root)
+    return run_unlisted(stage, profile, root, {})
+
+
+def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
+    """The manifest of what `univigu data import` put in the place of a step, which is kept instead of running it."""
+    home = inside(root.resolve(), stage.home)
+    try:
+        maker = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return verify(home, stage.name) if str(maker).startswith(IMPORTED) else None
+
+
+def run_unlisted(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Run a step that need not be in the table of steps, with what `run_stage` promises; returns its manifest.
+
+    paths: inputs by name that may lie outside the work root and have no manifest; the step names what it read of them
+    in the rows of its shards.
+    """
+    root = root.resolve()
+    with _expected_failures(stage.name, root), lock(root, stage.name, f"'{stage.name}'"):
+        return _run_locked(stage, profile, root, paths)
 
 
 def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> dict[str, int]:
@@ -216,7 +189,9 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
     if not stage.sharded:
         raise ConfigError(f"'{name}' doesn't work in shards, so it has no parts; run it without --part.")
     root = root.resolve()
-    with _expected_failures(name, root), _lock(root, name, f"'{name}'", fcntl.LOCK_SH):
+    if imported(stage, root):
+        return {"made": 0, "kept": 0}
+    with _expected_failures(name, root), lock(root, name, f"'{name}'", fcntl.LOCK_SH):
         step = make_step(stage, profile, root)
         step.part = part
         step.out.mkdir(parents=True, exist_ok=True)
@@ -225,21 +200,6 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
         except PartEnded as ended:
             return {"made": ended.made, "kept": ended.kept}
         raise AssertionError(f"'{name}' is said to work in shards, and called no map_shards")
-
-
-@contextmanager
-def _lock(root: Path, name: str, what: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold a lock that ends with the process; raises `BusyError` where another process holds it."""
-    path = root / STATE / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(
-                f"Another run of {what} is under way below {root}; wait for it, or give another --root."
-            ) from error
-        yield
 
 
 @contextmanager
@@ -278,9 +238,10 @@ def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
     return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
 
 
-def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
     started = time.monotonic()
     step = make_step(stage, profile, root)
+    step.inputs = {**step.inputs, **paths}
     _prepare_staging(step.out, step.scratch, step.key())
     try:
         _load_function(stage)(step)
@@ -338,7 +299,7 @@ def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tup
         path = inside(root, section(profile, key))
         if not path.exists():
             raise MissingInputError(
-                f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; check --root."
+                f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; {how_to_fetch(path)}."
             )
         inputs[name] = path
         digests[name] = source_digest(path)
@@ -485,25 +446,3 @@ def _process_seconds() -> float | None:
     except OSError:
         return None
     return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 2)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-def _file_digests(folder: Path) -> dict[str, str]:
-    return {file.relative_to(folder).as_posix(): file_digest(file) for file in tree_files(folder)}
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -46,12 +46,13 @@ def check_texts(profile: Profile) -> str:
 def check_captioner(profile: Profile, root: Path) -> str:
     """Every check that is named exists, the captioner too, and the variables that it reads are set."""
     from components.captioners import load_captioner
-    from components.checks import load_checks
+    from components.checks import load_caption_checks
+    from components.clip_gate import load_gate
 
     settings = profile["caption_videos"]
-    load_checks(profile["synthesize_videos"]["checks"], "check")
-    load_checks(settings["checks"], "check_caption")
-    load_checks(profile["validate_data"]["caption_checks"], "check_caption")
+    load_gate(profile["synthesize_videos"]["checks"], root)
+    load_caption_checks(settings["checks"])
+    load_caption_checks(profile["validate_data"]["caption_checks"])
     unset = [name for name in _variables(settings) if not os.environ.get(name)]
     if unset:
         raise ToDo(f"set {' and '.join(unset)} where '{settings['captioner']}' will run")

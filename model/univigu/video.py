@@ -6,10 +6,12 @@ encoder thread, no clock and no host: equal frames, equal bytes.
 """
 
 import io
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,10 @@ _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf
 # On frames of a few macroblocks x264's lookahead weighs memory that nobody wrote, so equal frames gave other bytes.
 _REPEATABLE = "mbtree=0:rc-lookahead=0:weightp=0"
 _BT601, _LIMITED = 6, 1  # SMPTE 170M matrix and limited range, as swscale converts by default: tagged, so players agree
+
+
+class NoVideoError(BadInputError):
+    """A file that can be read, and has no moving pictures in it."""
 
 
 def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") -> bytes:
@@ -69,6 +75,72 @@ def read_video(source: bytes | Path, max_frames: int | None = MAX_FRAMES) -> tup
     more than twice as many are held in memory. A frame with a side over `MAX_SIDE` pixels is scaled down.
     Raises `MissingInputError` where there is no such file, and `BadInputError` where it is not a whole, readable video.
     """
+    with _opened(source) as (container, stream, name):
+        rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
+        frames, share = _thin(_bounded(_decode(container, stream, name)), max_frames)
+    return np.stack(frames), rate * share
+
+
+class VideoFacts(NamedTuple):
+    """What a video file holds: when its last frame appears and goes, and its size upright, in square pixels."""
+
+    last: float  # seconds from the first frame
+    seconds: float  # what a file says of its last frame's duration is often a guess
+    height: int
+    width: int
+
+    def frames(self, fps: float) -> int:
+        """How many frames the video has at another frame rate."""
+        return max(math.floor(self.last * fps + 0.1) + 1, round(self.seconds * fps))
+
+
+def probe_video(source: bytes | Path) -> VideoFacts:
+    """The facts of a video file, of which only the first frame is decoded; raises as `read_video` does."""
+    shown: list[tuple[float, float]] = []
+    first = None
+    with _opened(source) as (container, stream, name):
+        interval = 1 / (float(stream.average_rate or stream.guessed_rate or 0) or 25.0)
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                at = packet.pts if packet.pts is not None else packet.dts
+                start = float(at * packet.time_base) if at is not None else len(shown) * interval
+                shown.append((start, float((packet.duration or 0) * packet.time_base) or interval))
+            if first is None:
+                first = next(iter(packet.decode()), None)
+        if first is None:
+            raise BadInputError(f"There is not a single frame in {name}; give a video that plays.")
+        height, width = first.height, max(1, round(first.width * _pixel_aspect(stream)))
+        if _quarter_turns(first) % 2:
+            height, width = width, height
+    begin = min(shown)[0]
+    return VideoFacts(max(shown)[0] - begin, max(start + length for start, length in shown) - begin, height, width)
+
+
+def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
+    """The frames that a video file shows at `times`, uint8 (F, height, width, 3), whatever its frame rate does.
+
+    times: seconds from the first frame, in order. Each frame is turned upright, its pixels made square, scaled to cover
+    `height` x `width` and cut to it around the centre. All of the file is decoded. Raises as `read_video` does.
+    """
+    chosen: list[np.ndarray] = []
+    with _opened(source) as (container, stream, name):
+        interval = 1 / (float(stream.average_rate or stream.guessed_rate or 0) or 25.0)
+        aspect = _pixel_aspect(stream)
+        held, begin = None, 0.0
+        for number, frame in enumerate(_decode(container, stream, name)):
+            at = float(frame.time) if frame.time is not None else number * interval
+            begin = at if held is None else begin
+            due = sum(time < at - begin for time in times[len(chosen) :])
+            if due and held is not None:
+                chosen += [_cover(held, height, width, aspect)] * due
+            held = frame
+        chosen += [_cover(held, height, width, aspect)] * (len(times) - len(chosen))
+    return np.stack(chosen)
+
+
+@contextmanager
+def _opened(source: bytes | Path) -> Iterator[tuple[Any, Any, str]]:
+    """A video's container, its first stream with moving pictures, and what to call it; names what goes wrong in it."""
     import av
 
     name = "the video" if isinstance(source, bytes) else f"'{source}'"
@@ -78,38 +150,63 @@ def read_video(source: bytes | Path, max_frames: int | None = MAX_FRAMES) -> tup
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
         with av.open(opened, options=options) as container:
-            if not container.streams.video:
-                raise BadInputError(f"There is no picture in {name}, only other streams; give a file with a video.")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"err_detect": "explode"}
-            rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
-            frames, share = _thin(_pictures(container, stream, name), max_frames)
-            promised = stream.frames
+            cover = av.stream.Disposition.attached_pic  # the picture of an album is no video
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                raise NoVideoError(f"There is no picture in {name}, only other streams; give a file with a video.")
+            streams[0].codec_context.thread_count = 1
+            streams[0].codec_context.options = {"err_detect": "explode"}
+            yield container, streams[0], name
     except av.error.FFmpegError as error:
         raise BadInputError(
             f"It was not possible to read {name} as a video ({error.strerror}); check that it is whole and plays."
         ) from error
-    if not frames:
+
+
+def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """Each `av.VideoFrame` in order; raises `BadInputError` unless the whole of the video could be read."""
+    stored = shown = 0
+    end, last, interlaced = 0.0, 0.0, False
+    for packet in container.demux(stream):
+        stored += bool(packet.size) and not packet.is_discard  # what lies before a trimmed video's start is not shown
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise BadInputError(f"A frame in the middle of {name} is damaged; get the file afresh.")
+            shown += 1
+            interlaced = interlaced or frame.interlaced_frame
+            if frame.time is not None:
+                last = float((frame.duration or 0) * frame.time_base)
+                end = max(end, float(frame.time) + last)
+            yield frame
+    if not shown:
         raise BadInputError(f"There is not a single frame in {name}; give a video that plays.")
-    total = round(len(frames) / share)
-    if promised and total < promised:
-        raise BadInputError(f"Only {total} of {promised} frames of {name} can be read; it is damaged, get it afresh.")
-    return np.stack(frames), rate * share
+    if shown < stored and not interlaced:  # a packet may hold one field of two
+        raise BadInputError(f"Only {shown} of {stored} frames of {name} can be read; it is damaged, get it afresh.")
+    promised = float(((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base)
+    if end and end + max(2 * last, 0.1) < promised:
+        raise BadInputError(f"{name} ends after {end:.2f} of {promised:.2f} s; it is damaged, get it afresh.")
 
 
-def _pictures(container: Any, stream: Any, name: str) -> Iterator[np.ndarray]:
-    """Each frame as an upright RGB array, all of the first one's size."""
+def _bounded(frames: Iterable[Any]) -> Iterator[np.ndarray]:
+    """Each frame as an upright RGB array, all of the first one's size, and none with a side over `MAX_SIDE`."""
     size = None
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise BadInputError(f"A frame in the middle of {name} is damaged; get the file afresh.")
+    for frame in frames:
         if size is None:
             scale = min(1.0, MAX_SIDE / max(frame.width, frame.height))
             size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+        turns = _quarter_turns(frame)
         if (frame.width, frame.height) != size:
             frame = frame.reformat(width=size[0], height=size[1], interpolation="AREA")
-        yield np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+        yield np.rot90(frame.to_ndarray(format="rgb24"), k=turns)
+
+
+def _quarter_turns(frame: Any) -> int:
+    return round(frame.rotation / 90) % 4
+
+
+def _pixel_aspect(stream: Any) -> float:
+    """How many times as wide as high a pixel is."""
+    return float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1) or 1.0
 
 
 def _thin(frames: Iterable[np.ndarray], limit: int | None) -> tuple[list[np.ndarray], float]:
@@ -135,12 +232,19 @@ def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.nd
     frames = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     if frames.shape[1:3] == (height, width):
         return frames
-    scale = max(height / frames.shape[1], width / frames.shape[2])
-    tall, wide = max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))
+    pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames)
+    return np.stack([_cover(picture, height, width) for picture in pictures])
+
+
+def _cover(frame: Any, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
+    """A frame turned upright, scaled to cover `height` x `width`, and cut to it around the centre: uint8 RGB."""
+    turns = _quarter_turns(frame)
+    high, broad = frame.height, frame.width * pixel_aspect
+    if turns % 2:
+        high, broad = broad, high
+    scale = max(height / high, width / broad)
+    tall, wide = max(height, round(high * scale)), max(width, round(broad * scale))
     top, left = (tall - height) // 2, (wide - width) // 2
-    fitted = []
-    for array in frames:
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-        scaled = picture.to_ndarray(format="rgb24", width=wide, height=tall, interpolation="AREA")
-        fitted.append(scaled[top : top + height, left : left + width])
-    return np.stack(fitted)
+    stored = (tall, wide) if turns % 2 else (wide, tall)
+    scaled = frame.to_ndarray(format="rgb24", width=stored[0], height=stored[1], interpolation="AREA")
+    return np.rot90(scaled, k=turns)[top : top + height, left : left + width]

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import BadInputError, CorruptDataError, MissingInputError
+from .errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
 
 NUM_TRAIN_TIMESTEPS = 1000
 _SHARED = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "freq_dim": 256}
@@ -79,6 +79,46 @@ def latent_shape(vae, num_frames: int, height: int, width: int) -> tuple[int, in
     config = vae.config
     frames = (num_frames - 1) // config.scale_factor_temporal + 1
     return config.z_dim, frames, height // config.scale_factor_spatial, width // config.scale_factor_spatial
+
+
+def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) -> None:
+    """Whether a base's autoencoder and transformer belong together, and make clips of these sizes.
+
+    folder: in diffusers' layout; only the configs are read. sizes: (frames, height, width) each. Raises BadInputError
+    for an autoencoder that isn't Wan's, doesn't say how its latents are normalised, or makes other latents than the
+    transformer takes, and ConfigError for a size that it only rounds to.
+    """
+    vae, transformer = (read_json(folder / part / "config.json") for part in ("vae", "transformer"))
+    if vae.get("_class_name") != "AutoencoderKLWan":
+        raise BadInputError(f"{folder}/vae is {vae.get('_class_name')}, not AutoencoderKLWan: give a base with Wan's.")
+    channels = vae.get("z_dim", 16)
+    for name in ("latents_mean", "latents_std"):
+        values = vae.get(name)
+        if not isinstance(values, list) or len(values) != channels or (name == "latents_std" and min(values) <= 0):
+            raise BadInputError(
+                f"{folder}/vae/config.json has no '{name}' of {channels} values, so its latents can't be normalised:"
+                " get the base's own autoencoder again."
+            )
+    if transformer.get("in_channels", 16) != channels:
+        raise BadInputError(
+            f"The autoencoder of {folder} makes latents of {channels} channels and its transformer takes"
+            f" {transformer.get('in_channels', 16)}: put the autoencoder there that the transformer was trained with."
+        )
+    spatial = 2 ** (len(vae.get("dim_mult", (1, 2, 4, 4))) - 1) * (vae.get("patch_size") or 1)
+    temporal = 2 ** sum(vae.get("temperal_downsample", (False, True, True)))
+    stated = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    if stated != (spatial, temporal):
+        raise BadInputError(
+            f"The autoencoder of {folder} says that it shrinks clips {stated[0]} times in space and {stated[1]} in"
+            f" time, and is built to do so {spatial} and {temporal} times: mend its config.json."
+        )
+    _, high, wide = transformer.get("patch_size", (1, 2, 2))
+    for frames, height, width in sizes:
+        if (frames - 1) % temporal or height % (spatial * high) or width % (spatial * wide):
+            raise ConfigError(
+                f"{folder} can't take clips of {frames} frames of {height}x{width}: choose {temporal}k + 1 frames, a"
+                f" height that is a multiple of {spatial * high} and a width of {spatial * wide}."
+            )
 
 
 # --- the text encoder -----------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Checks find what they are for, and let good clips pass."""
 
+import shutil
+
 import numpy as np
 import pytest
 from scipy.ndimage import uniform_filter
 
+from components import clip_gate
 from components.captioners.measured import decide
-from components.checks import degenerate, digits, load_caption_checks, texts
+from components.checks import blank, broken, digits, flicker, frozen, load_caption_checks, motion, texts
 from components.digits import measure, world
 from components.digits.measure import Measurement
-from univigu.errors import ConfigError
+from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +22,10 @@ def clips():
     return world.render(attributes, world.draw_scans(attributes, world.heldout_scans(), 3), 3), attributes
 
 
-def reasons(frames):
-    return [finding.reason for finding in degenerate.check(frames, [{}] * len(frames))]
+def reasons(frames, *modules):
+    """The first reason that any of the modules finds, with its own thresholds."""
+    found = [module.check(frames, [{}] * len(frames), module.DEFAULTS) for module in modules or (blank, broken, frozen)]
+    return [next((one.reason for one in each if one.reason), None) for each in zip(*found, strict=True)]
 
 
 def test_clips_that_show_something_pass(clips):
@@ -41,14 +46,123 @@ def test_one_frame_is_not_called_frozen(clips):
     assert reasons(clips[0][:2, :1]) == [None, None]
 
 
+@pytest.fixture(scope="module")
+def panorama():
+    """A smooth picture of 200x400, which clips look at through a window."""
+    return uniform_filter(np.random.default_rng(0).integers(0, 256, (200, 400, 3)).astype(float), (9, 9, 0))
+
+
+def pan(picture, pixels, count=9):
+    """A window of 96x128 that moves over the picture to the right, so what is seen moves to the left."""
+    return np.stack([picture[20:116, 20 + pixels * i : 148 + pixels * i] for i in range(count)]).astype(np.uint8)
+
+
+def test_motion_is_measured_in_pixels_and_judged_by_the_height(panorama):
+    (vectors, *_) = motion.motion_vectors(pan(panorama, 4))
+    assert (np.median(vectors, axis=0) * 96).tolist() == [-4, 0]
+    scores = [motion.check(pan(panorama, n)[None], [{}], motion.DEFAULTS)[0].scores["displacement"] for n in (1, 2, 4)]
+    np.testing.assert_allclose(scores, np.array([1, 2, 4]) / 96, rtol=0.25)
+    still, fast = pan(panorama, 0), pan(panorama, 13)
+    assert reasons(np.stack([still, pan(panorama, 2), fast]), motion) == ["still", None, "hectic"]
+
+
+def test_flicker_is_found_and_a_fade_or_a_pan_is_not_called_so(panorama):
+    clip = pan(panorama, 2).astype(float)
+    fade = clip * np.linspace(1, 0.5, 9)[:, None, None, None]
+    jumps = clip + 20 * (np.arange(9) % 2)[:, None, None, None]
+    found = np.stack([clip, fade, jumps]).clip(0, 255).astype(np.uint8)
+    assert reasons(found, flicker) == [None, None, "flicker"]
+    assert reasons(found[:, :2], flicker) == [None] * 3
+
+
+@pytest.fixture(scope="module")
+def aesthetic_root(tmp_path_factory):
+    """A work root with a random CLIP of 16x16 pixels and a head that reads its first feature."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    root = tmp_path_factory.mktemp("aesthetic")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(root / "scorer")
+    crop = {"height": 16, "width": 16}
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(root / "scorer")
+    head = {"weight": torch.eye(8)[:1], "bias": torch.tensor([5.0])}
+    save_file(head, root / "scorer/head.safetensors")
+    return root
+
+
+def gate_of(root, **checks):
+    return clip_gate.load_gate(checks, root)
+
+
+def test_an_aesthetic_scorer_is_a_folder_and_its_score_the_heads(aesthetic_root, panorama):
+    clips = np.stack([pan(panorama, 2), 255 - pan(panorama, 2)])
+    (check,) = gate_of(aesthetic_root, aesthetic={"mode": "enforce", "model": "scorer", "min_score": 0.0})
+    scores = [found.scores["aesthetic"] for found in check.module.check(clips, [{}] * 2, check.settings)]
+    assert all(4 <= score <= 6 for score in scores)
+    assert scores[0] != scores[1]
+    settings = {**check.settings, "min_score": sum(scores) / 2}
+    assert {found.reason for found in check.module.check(clips, [{}] * 2, settings)} == {None, "unaesthetic"}
+    before = clip_gate.gate_digests([check])
+    (aesthetic_root / "scorer/notes.txt").write_text("another model")
+    assert clip_gate.gate_digests([check]) != before
+
+
+def test_a_scorer_that_is_not_there_or_does_not_fit_is_told_at_once(aesthetic_root, panorama, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    with pytest.raises(MissingInputError, match="'aesthetic' needs a model"):
+        gate_of(aesthetic_root, aesthetic={"mode": "score", "model": "elsewhere"})
+    shutil.copytree(aesthetic_root / "scorer", tmp_path / "wide")
+    save_file({"weight": torch.zeros(1, 12), "bias": torch.zeros(1)}, tmp_path / "wide/head.safetensors")
+    (check,) = gate_of(tmp_path, aesthetic={"mode": "score", "model": "wide"})
+    with pytest.raises(BadInputError, match="holds no image model with a head that fits it"):
+        check.module.check(pan(panorama, 1)[None], [{}], check.settings)
+
+
+def test_a_check_is_off_scores_or_enforces(panorama, tmp_path):
+    videos = np.stack([np.full((9, 96, 128, 3), 0.5), pan(panorama, 2) / 255])
+    rows = [{"id": "grey"}, {"id": "good"}]
+
+    def found(mode):
+        gate = gate_of(tmp_path, blank={"mode": mode, "min_contrast": 6.0})
+        return [(finding.reason, sorted(finding.scores)) for _, _, finding in clip_gate.examine(videos, rows, gate)]
+
+    assert found("enforce") == [("blank", ["contrast"]), (None, ["contrast"])]
+    assert found("score") == [(None, ["contrast"])] * 2
+    assert found("off") == found(False) == [(None, [])] * 2
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ({"beauty": {"mode": "score"}}, "no check 'beauty'"),
+        ({"blank": {"mode": "maybe"}}, "mode 'maybe'; choose one of off, score, enforce"),
+        ({"blank": {"mode": "score", "contrast": 1}}, "no setting 'contrast'; it has min_contrast"),
+    ],
+)
+def test_a_gate_that_makes_no_sense_is_refused(check, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        gate_of(tmp_path, **check)
+
+
 def test_a_true_prompt_passes_and_a_false_one_is_named(clips):
     frames, attributes = clips
     rng = np.random.default_rng(1)
     prompts = [world.write_prompt(one, rng) for one in attributes]
-    kept = [f.reason is None for f in digits.check(frames, [{"prompt": prompt} for prompt in prompts])]
+    kept = [f.reason is None for f in digits.check(frames, [{"prompt": prompt} for prompt in prompts], {})]
     assert np.mean(kept) > 0.95
     others = [next(value for value in world.COLOURS if value != one["colour"]) for one in attributes]
-    found = digits.check(frames, [{"prompt": f"something {colour}"} for colour in others])
+    found = digits.check(frames, [{"prompt": f"something {colour}"} for colour in others], {})
     assert [finding.reason for finding in found] == ["wrong_colour"] * 40
     assert "the frames show" in found[0].detail
 

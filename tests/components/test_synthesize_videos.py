@@ -9,13 +9,17 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
+import yaml
 
 from components import synthesize_videos as module
+from components.clip_gate import examine
+from components.pipeline.processes import make_parts
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
-from univigu.errors import ConfigError, GateFailedError
+from univigu.errors import ConfigError, GateFailedError, MissingInputError, PreemptedError, UniViGUError
 
 STEP = "synthesize-videos"
 
@@ -37,7 +41,7 @@ def test_every_clip_is_what_its_row_says(finished, profile):
     clips = read_table(root / "data/clips", "clips").to_pylist()
     assert (manifest["rows_in"], len(clips)) == (10, 10)
     assert [clip["prompt_id"] for clip in clips] == [f"p{i:02d}" for i in range(10)]
-    assert {clip["generator_digest"] for clip in clips} == {manifest["inputs"]["base"]}
+    assert {clip["generator_digest"] for clip in clips} == {manifest["inputs"]["generator"]}
     assert {clip["stage"] for clip in clips} == {1, 2}
     assert len({clip["seed"] for clip in clips}) == 10
     for clip, content in read_clips(root / "data/clips", clips):
@@ -46,24 +50,32 @@ def test_every_clip_is_what_its_row_says(finished, profile):
         assert json.loads(clip["scores"])["contrast"] > 0
 
 
-def test_killed_after_a_shard_and_run_again_it_ends_with_the_same_bytes(finished, new_root, profile):
+def test_killed_within_a_shard_and_run_again_it_loses_one_batch_and_ends_with_the_same_bytes(
+    finished, new_root, profile, monkeypatch
+):
     root = new_root("killed")
+    batches = root / ".univigu/staging" / STEP / "shards/.00001.batches"
     code = "import json, sys, pathlib; from components.pipeline.runner import run_stage; "
     code += "run_stage(sys.argv[1], json.loads(sys.argv[2]), pathlib.Path(sys.argv[3]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, STEP, json.dumps(profile), str(root)], stderr=subprocess.PIPE
     )
-    first = root / ".univigu/staging" / STEP / "shards/00000"
-    while not (root / ".univigu/shards" / STEP / "00000.json").exists() and process.poll() is None:
-        time.sleep(0.005)
+    while not (batches / "0000.json").exists() and process.poll() is None:
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors.decode()
     assert not (root / "data/clips").exists()
-    made = (first / "clips.tar").stat().st_mtime_ns
+    made = (root / ".univigu/staging" / STEP / "shards/00000/clips.tar").stat().st_mtime_ns
+    asked = []
+    ask = module.generate
+    monkeypatch.setattr(
+        module, "generate", lambda pipeline, rows, *rest: asked.extend(rows) or ask(pipeline, rows, *rest)
+    )
     run_stage(STEP, profile, root)
     assert (root / "data/clips/shards/00000/clips.tar").stat().st_mtime_ns == made
     assert snapshot(root) == snapshot(finished[0])
+    assert {row["prompt_id"] for row in asked}.isdisjoint(["p00", "p01", "p02", "p03", "p04"])
 
 
 def test_a_corrupt_shard_is_made_again_and_the_others_are_not(finished, profile):
@@ -82,20 +94,11 @@ def test_a_corrupt_shard_is_made_again_and_the_others_are_not(finished, profile)
 def test_with_every_shard_finished_the_generator_is_not_loaded(finished, profile, monkeypatch):
     root, manifest = finished
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("the generator was loaded")
 
     monkeypatch.setattr(module, "load_generator", refuse)
     assert run_stage(STEP, profile, root) == manifest
-
-
-def test_a_clip_does_not_depend_on_its_batch(tiny_wan_folder, profile):
-    pipeline = module.load_generator(tiny_wan_folder, "fp32")
-    rows = [module.plan_clip({"id": f"p{i}", "text": f"a red digit {i}"}, 0, 0.5) for i in range(3)]
-    together = module.generate(pipeline, rows, profile["video"], profile["synthesize_videos"], 32)
-    alone = module.generate(pipeline, rows[1:2], profile["video"], profile["synthesize_videos"], 32)
-    np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
-    assert np.abs(together[0] - together[1]).max() > 0.05
 
 
 def test_the_share_of_stage_1_is_kept_and_a_prompt_keeps_its_stage():
@@ -131,7 +134,7 @@ def test_blank_clips_are_quarantined_and_too_many_of_them_fail_the_step(new_root
 def test_a_clip_that_is_not_finite_is_broken(profile):
     videos = np.random.default_rng(0).random((2, 3, 8, 8, 3))
     videos[1, 2, 0, 0, 0] = np.nan
-    results = module.examine(videos, [{"id": "a"}, {"id": "b"}], [])
+    results = examine(videos, [{"id": "a"}, {"id": "b"}], [])
     assert [finding.reason for _, _, finding in results] == [None, "broken"]
 
 
@@ -146,6 +149,59 @@ def test_an_unknown_check_or_precision_is_refused(finished, profile):
     profile["synthesize_videos"]["precision"] = "int4"
     with pytest.raises(ConfigError, match="no precision 'int4'; choose one of fp32, bf16"):
         run_stage(STEP, profile, finished[0])
-    profile["synthesize_videos"]["checks"] = ["beauty"]
+    profile["synthesize_videos"]["checks"] = {"beauty": {"mode": "score"}}
     with pytest.raises(ConfigError, match="no check 'beauty'"):
         run_stage(STEP, profile, finished[0])
+
+
+def test_two_processes_make_the_bytes_of_one_and_one_generator_is_enough_afterwards(
+    finished, new_root, profile, monkeypatch
+):
+    root = new_root("parts")
+    (root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    make_parts(STEP, str(root / "profile.yaml"), root, 2)
+    assert not (root / "data/clips").exists()
+    monkeypatch.setattr(module, "load_generator", lambda *_, **__: pytest.fail("the generator was loaded"))
+    run_stage(STEP, profile, root)
+    assert snapshot(root) == snapshot(finished[0])
+
+
+def test_a_process_that_fails_says_why_once_and_with_its_own_exit_code(new_root, profile, capfd):
+    root = new_root("failing-parts")
+    profile["synthesize_videos"]["checks"] = {"beauty": {"mode": "score"}}
+    (root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    with pytest.raises(UniViGUError, match="no check 'beauty'") as failure:
+        make_parts(STEP, str(root / "profile.yaml"), root, 2)
+    assert failure.value.exit_code == ConfigError.exit_code
+    assert "beauty" not in capfd.readouterr().err
+
+
+def test_told_to_stop_it_stops_its_processes(new_root, profile):
+    root = new_root("stopped-parts")
+    (root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    command = [sys.executable, "-m", "components.pipeline.cli", "run", STEP, "--processes", "2"]
+    where = ["--root", str(root), "--profile", str(root / "profile.yaml")]
+    with subprocess.Popen([*command, *where], stderr=subprocess.PIPE, text=True) as process:
+        while len(children := psutil.Process(process.pid).children()) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert "told to stop; run it again" in process.stderr.read()
+    assert process.returncode == PreemptedError.exit_code
+    assert not any(child.is_running() for child in children)
+
+
+def test_scores_are_kept_of_clips_that_pass(new_root, profile):
+    root = new_root("scored")
+    settings = profile["synthesize_videos"]
+    settings.update(clips=2)
+    settings["checks"]["motion"]["mode"] = settings["checks"]["flicker"]["mode"] = "score"
+    run_stage(STEP, profile, root)
+    clips = read_table(root / "data/clips", "clips").to_pylist()
+    kept = {"contrast", "smoothness", "motion", "flicker", "displacement"}
+    assert [set(json.loads(clip["scores"])) for clip in clips] == [kept] * 2
+
+
+def test_a_base_that_was_not_fetched_comes_with_the_command_that_fetches_it(new_root, profile):
+    profile["generator"] = "model/Wan2.1-T2V-14B-Diffusers"
+    with pytest.raises(MissingInputError, match=r"`hf download Wan-AI/Wan2\.1-T2V-14B-Diffusers --local-dir "):
+        run_stage(STEP, profile, new_root("unfetched"))

@@ -45,6 +45,7 @@ SECOND = Stage(
     inputs={"first": "first"},
     parameters=("double",),
 )
+BATCHES = replace(FIRST, name="batches", function="steps_under_test:batches", home="data/batches")
 MODULE = """
 import json, os, time
 from pathlib import Path
@@ -69,6 +70,27 @@ def double(step):
 
     step.write("captions", step.map_shards([{"n": n} for n in numbers], 4, work))
 
+def batches(step):
+    def work(rows, folder):
+        def batch_work(batch, place):
+            if os.environ.get("SLOW"):
+                Path(os.environ["SLOW"]).write_text(str(batch[0]["n"]))
+                time.sleep(0.5)
+            (place / "data.bin").write_bytes(bytes(row["n"] for row in batch))
+            with open(step.previous.parents[1] / "made.log", "a") as log:
+                log.write(f"{batch[0]['n']} ")
+            if batch[0]["n"] == 2:
+                step.reject("2", "two", "is never used")
+            return [{"clip_id": f"{row['n']:03d}"} for row in batch if row["n"] != 2]
+
+        made = step.map_batches(rows, 2, folder, batch_work)
+        (folder / "data.bin").write_bytes(b"".join((place / "data.bin").read_bytes() for place, _ in made))
+        return [row for _, rows in made for row in rows]
+
+    numbers = json.loads(step.inputs["raw"].read_text())
+    step.rows_in = len(numbers)
+    step.write("captions", step.map_shards([{"n": n} for n in numbers], 5, work, group=lambda row: row["n"] < 7))
+
 def copy(step):
     rows = step.read("first", "captions").to_pylist()
     step.rows_in = len(rows)
@@ -84,7 +106,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "numbers.json").write_text(json.dumps(list(range(12))))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(runner, "SOURCE_ROOT", tmp_path)
-    monkeypatch.setattr(stages, "STAGES", (FIRST, SECOND))
+    monkeypatch.setattr(stages, "STAGES", (FIRST, SECOND, BATCHES))
     yield tmp_path
     sys.modules.pop("steps_under_test", None)
 
@@ -214,8 +236,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_output_absent(root, monkeypa
     assert not (root / "data/second").exists()
 
 
-def start(root, part=None, **env):
-    arguments = f"'first', {PROFILE!r}, root"
+def start(root, part=None, step="first", **env):
+    arguments = f"{step!r}, {PROFILE!r}, root"
     run = f"run_part({arguments}, runner.Part.parse({part!r}))" if part else f"run_stage({arguments})"
     code = f"""
         import sys
@@ -225,7 +247,7 @@ def start(root, part=None, **env):
         from components.pipeline.stages import Stage
         root = Path({str(root)!r})
         runner.SOURCE_ROOT = root
-        stages.STAGES = ({FIRST!r},)
+        stages.STAGES = ({FIRST!r}, {BATCHES!r})
         runner.{run}
     """
     code = code.replace("resources=Resources", "resources=stages.Resources")
@@ -386,6 +408,41 @@ def test_what_is_no_part_is_refused(text):
         Part.parse(text)
 
 
+def test_a_shard_holds_no_rows_of_two_groups(root):
+    run(root, "batches")
+    shards = snapshot(root / "data/batches/shards")
+    assert [list(shards[f"{number:05d}/data.bin"]) for number in range(3)] == [[0, 1, 2, 3, 4], [5, 6], [*range(7, 12)]]
+
+
+def test_a_run_killed_within_a_shard_loses_one_batch(root, tmp_path_factory):
+    process = start(root, step="batches", SLOW=str(root / "at"))
+    wait_for(root / "at", "4")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert made(root) == ["0", "2"]
+    batch = root / ".univigu/staging/batches/shards/.00000.batches"
+    (batch / "0001/data.bin").write_bytes(b"damaged")
+    run(root, "batches")
+    assert made(root) == ["2", "4", "5", "7", "9", "11"]
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "numbers.json").write_text((root / "numbers.json").read_text())
+    manifest = run(whole, "batches")
+    assert snapshot(root / "data/batches") == snapshot(whole / "data/batches")
+    assert (manifest["quarantined"], manifest["rows_out"]) == (1, 11)
+
+
+def test_kept_batches_of_other_rows_are_made_again(root):
+    process = start(root, step="batches", SLOW=str(root / "at"))
+    wait_for(root / "at", "4")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made(root)
+    (root / "numbers.json").write_text("[0, 1, 9]")
+    run(root, "batches")
+    assert made(root) == ["0", "9"]
+    assert {path.name for path in (root / "data/batches/shards").iterdir()} == {"00000", "00001"}
+
+
 def test_a_step_without_shards_has_no_parts(root):
     with pytest.raises(ConfigError, match="'second' doesn't work in shards"):
         runner.run_part("second", PROFILE, root, Part(1, 2))
@@ -419,7 +476,7 @@ def test_a_step_whose_input_is_damaged_is_not_called_finished(root):
 
 def test_a_recipe_holds_what_decides_a_steps_output_from_the_start_and_nothing_else(root):
     before = freshness.recipes(PROFILE, root)
-    assert set(before) == {"first", "second"}
+    assert set(before) == {"first", "second", "batches"}
     run(root)
     assert freshness.recipes({**PROFILE, "unrelated": 1}, root) == before
     (root / "numbers.json").write_text("[1]")

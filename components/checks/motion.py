@@ -1,0 +1,65 @@
+"""How far things move: the motion vectors that FFmpeg's motion estimation finds for each block of a frame."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from components.checks import Finding
+
+DEFAULTS = {
+    "min_displacement": 0.0005,  # share of the frame's height that a block moves between two frames, on average
+    "max_displacement": 0.08,
+}
+HEIGHT = 128  # pixels; larger frames are scaled down to it, so that all clips are searched equally far
+REACH = 16  # pixels in each direction
+BLOCK = 8  # pixels a side
+
+
+def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Finding]:
+    """One finding a clip of frames uint8 (B, F, H, W, 3): its `displacement`; `still` or `hectic` beyond limits."""
+    return [_examine(clip, settings["min_displacement"], settings["max_displacement"]) for clip in frames]
+
+
+def _examine(clip: np.ndarray, least: float, most: float) -> Finding:
+    displacement = float(np.mean([np.hypot(*vectors.T).mean() for vectors in motion_vectors(clip)] or [0.0]))
+    scores = {"displacement": round(displacement, 5)}
+    if len(clip) > 1 and displacement < least:
+        return Finding(scores, "still", f"blocks move by {displacement:.3%} of the height between two frames")
+    if displacement > most:
+        return Finding(scores, "hectic", f"blocks move by {displacement:.1%} of the height between two frames")
+    return Finding(scores)
+
+
+def motion_vectors(clip: np.ndarray) -> Iterator[np.ndarray]:
+    """How far the blocks of each frame but the first and the last came since the frame before.
+
+    (blocks, 2): x and y as shares of the frame's height, by FFmpeg's `mestimate` filter (EPZS) on brightness alone.
+    """
+    import av
+
+    _, height, width, _ = clip.shape
+    tall = min(height, HEIGHT)
+    wide = max(BLOCK, round(width * tall / height))
+    graph = av.filter.Graph()
+    source = graph.add("buffer", f"video_size={wide}x{tall}:pix_fmt=gray:time_base=1/1:pixel_aspect=1/1")
+    estimate = graph.add("mestimate", f"method=epzs:mb_size={BLOCK}:search_param={REACH}")
+    sink = graph.add("buffersink")
+    source.link_to(estimate)
+    estimate.link_to(sink)
+    graph.configure()
+    for number, frame in enumerate(clip):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture = picture.reformat(width=wide, height=tall, format="gray", interpolation="AREA")
+        picture.pts = number
+        source.push(picture)
+        if number < 2:  # it looks one frame ahead, and the first frame has none before it
+            if number:
+                sink.pull()
+            continue
+        found = sink.pull().side_data.get("MOTION_VECTORS")
+        if found is not None:
+            vectors = found.to_ndarray()
+            vectors = vectors[vectors["source"] < 0]  # from the frame before; those from the frame after say it again
+            came = (vectors["dst_x"] - vectors["src_x"], vectors["dst_y"] - vectors["src_y"])
+            yield np.stack(came, axis=1) / tall

@@ -1,0 +1,220 @@
+"""The generator of clips: any text-to-video pipeline in diffusers' layout, called with the arguments that it has."""
+
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.weights import how_to_fetch
+from univigu.errors import ConfigError, MissingInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from diffusers import DiffusionPipeline
+
+OFFLOADS = ("none", "model", "sequential")
+VAE_MEMORY = ("tiling", "slicing")
+PLACEMENT = ("vae_precision", "flow_shift", "offload", "vae_memory", "attention_backend")
+
+
+def load_generator(
+    folder: Path,
+    precision: str,
+    *,
+    vae_precision: str = "fp32",
+    flow_shift: float | None = None,
+    offload: str = "none",
+    vae_memory: Sequence[str] = (),
+    attention_backend: str = "",
+) -> "DiffusionPipeline":
+    """The text-to-video pipeline in `folder`, on the GPU if there is one.
+
+    precision: fp32 or bf16, of all but the autoencoder, which has `vae_precision`. flow_shift: of the scheduler's
+    timesteps, where not its own. offload: `none`, or `model` (whole parts wait in the CPU's memory) or `sequential`
+    (layers do), both of which mean nothing without a GPU. vae_memory: `tiling` and `slicing`, which save memory.
+    attention_backend: one of diffusers', such as `flash` or `sage`. Raises `MissingInputError` where the folder or
+    its weights are not there, and `ConfigError` where it is no such pipeline, or an option is not its.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for given in (precision, vae_precision):
+        if given not in kinds:
+            raise ConfigError(f"There is no precision '{given}'; choose one of {', '.join(kinds)}.")
+    if offload not in OFFLOADS:
+        raise ConfigError(f"There is no offload '{offload}'; choose one of {', '.join(OFFLOADS)}.")
+    check_layout(folder)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            dtype={"default": kinds[precision], "vae": kinds[vae_precision]},
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        if not torch.cuda.is_available():
+            pipeline.to("cpu")
+        elif offload == "none":
+            pipeline.to("cuda")
+        elif offload == "model":
+            pipeline.enable_model_cpu_offload()
+        else:
+            pipeline.enable_sequential_cpu_offload()
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ConfigError(f"The generator {folder.name} doesn't fit the GPU; {_SMALLER}.") from error
+        raise ConfigError(
+            f"The pipeline at {folder} can't be loaded ({_first_line(error)}); it is damaged, not fetched as a whole, "
+            f"or another library's: {how_to_fetch(folder)}."
+        ) from error
+    if flow_shift is not None:
+        pipeline.scheduler = _with_shift(pipeline.scheduler, flow_shift)
+    for way in vae_memory:
+        _save_memory(pipeline, way)
+    if attention_backend:
+        _set_attention(pipeline, attention_backend)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    return pipeline
+
+
+_SMALLER = "lower 'batch_size', set 'vae_memory' to [tiling], or 'offload' to model (then sequential)"
+
+
+def check_layout(folder: Path) -> None:
+    """Whether `folder` has a pipeline's index and a weight file a part; raises as `load_generator` does."""
+    import json
+
+    if (unfinished := sorted(folder.rglob("*.incomplete"))) and not list(folder.glob("*/*.safetensors")):
+        raise MissingInputError(
+            f"The download of {folder} isn't finished ({unfinished[0].name}); {how_to_fetch(folder)}."
+        )
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingInputError(
+            f"There is no pipeline in diffusers' layout at {folder} (no model_index.json); {how_to_fetch(folder)}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'model_index.json'} can't be read as JSON; {how_to_fetch(folder)}.") from error
+    for name, part in index.items():
+        weighty = isinstance(part, list) and part[0] and name in ("transformer", "unet", "vae", "text_encoder")
+        if weighty and not list((folder / name).glob("*.safetensors")):
+            raise MissingInputError(f"There are no weights (*.safetensors) in {folder / name}; {how_to_fetch(folder)}.")
+
+
+def _with_shift(scheduler: Any, flow_shift: float) -> Any:
+    for name in ("flow_shift", "shift"):
+        if name in scheduler.config:
+            return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
+    raise ConfigError(f"The generator's {type(scheduler).__name__} has no shift; set 'flow_shift' to null.")
+
+
+def _save_memory(pipeline: "DiffusionPipeline", way: str) -> None:
+    if way not in VAE_MEMORY:
+        raise ConfigError(f"There is no '{way}' of an autoencoder; choose from {', '.join(VAE_MEMORY)}.")
+    try:
+        getattr(pipeline.vae, f"enable_{way}")()
+    except (AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"The generator's autoencoder has no {way}; take it out of 'vae_memory'.") from error
+
+
+def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    try:
+        denoiser.set_attention_backend(backend)
+    except (AttributeError, ValueError, RuntimeError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"The attention backend '{backend}' can't be used here ({_first_line(error)}); leave it empty for torch's."
+        ) from error
+
+
+def generate(
+    pipeline: "DiffusionPipeline",
+    rows: Sequence[Mapping[str, Any]],
+    video: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> "np.ndarray":
+    """Clips float (B, F, H, W, 3) in [0, 1], one for each row; each has its own noise, so its batch doesn't matter.
+
+    rows: with `prompt` and `seed`. settings: `steps`, `guidance_scale`, `negative_prompt`, and `arguments`, which go to
+    the pipeline as they are. Raises `ConfigError` for what this pipeline can't make or doesn't take.
+    """
+    import numpy as np
+    import torch
+
+    check_size(pipeline, video)
+    arguments = call_arguments(pipeline, rows, video, settings)
+    name = type(pipeline).__name__
+    try:
+        videos = np.asarray(pipeline(**arguments).frames)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"The GPU has too little memory for a batch of {len(rows)} clips; {_SMALLER}.") from error
+    except ValueError as error:  # what a pipeline says of arguments that it can't use
+        raise ConfigError(f"{name} refuses what the profile asks for ({_first_line(error)}); mend it there.") from error
+    wanted = (len(rows), video["frames"], video["height"], video["width"], 3)
+    if videos.shape != wanted:
+        raise ConfigError(
+            f"{name} made clips of the shape {videos.shape} and not {wanted}; choose another size in the profile's "
+            "'video'."
+        )
+    return videos
+
+
+def call_arguments(
+    pipeline: "DiffusionPipeline",
+    rows: Sequence[Mapping[str, Any]],
+    video: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What to call a pipeline with: of all that the profile says, what the pipeline has an argument for."""
+    import torch
+
+    known = inspect.signature(pipeline.__call__).parameters
+    offered = {
+        "prompt": [row["prompt"] for row in rows],
+        "negative_prompt": settings.get("negative_prompt", ""),
+        **dict.fromkeys(("num_frames", "video_length"), video["frames"]),
+        **dict.fromkeys(("frame_rate", "fps"), video["fps"]),
+        "height": video["height"],
+        "width": video["width"],
+        "num_inference_steps": settings["steps"],
+        "guidance_scale": settings["guidance_scale"],
+        "generator": [torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
+        "output_type": "np",
+    }
+    extra = settings.get("arguments", {})
+    name = type(pipeline).__name__
+    if unknown := sorted(extra.keys() - known.keys()):
+        raise ConfigError(f"{name} has no argument '{unknown[0]}'; it has {', '.join(sorted(known))}.")
+    arguments = {**{key: value for key, value in offered.items() if key in known}, **extra}
+    needed = [key for key, parameter in known.items() if parameter.default is inspect.Parameter.empty]
+    missing = [key for key in ("prompt", "generator", *needed) if key not in arguments]
+    if missing or not {"num_frames", "video_length"} & arguments.keys():
+        lack = f"it wants '{missing[0]}'" if missing else "it takes no number of frames"
+        raise ConfigError(f"{name} doesn't make a video of a text alone ({lack}); name a text-to-video pipeline.")
+    return arguments
+
+
+def check_size(pipeline: "DiffusionPipeline", video: Mapping[str, Any]) -> None:
+    """Whether the pipeline makes clips of this very size, which many only round to; raises `ConfigError`."""
+    temporal = _first(pipeline, "vae_scale_factor_temporal", "vae_temporal_compression_ratio") or 1
+    spatial = _first(pipeline, "vae_scale_factor_spatial", "vae_spatial_compression_ratio") or 1
+    denoiser = getattr(pipeline, "transformer", None)
+    patch = getattr(denoiser.config, "patch_size", 1) if denoiser else 1
+    sides = math.lcm(16, spatial * (patch[-1] if isinstance(patch, Sequence) else patch or 1))
+    if video["height"] % sides or video["width"] % sides or (video["frames"] - 1) % temporal:
+        raise ConfigError(
+            f"{type(pipeline).__name__} can't make {video['frames']} frames of {video['height']}x{video['width']}; "
+            f"choose sides that are multiples of {sides} and {temporal}k + 1 frames in the profile's 'video'."
+        )
+
+
+def _first(pipeline: Any, *names: str) -> Any:
+    return next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

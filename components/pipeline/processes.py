@@ -1,0 +1,116 @@
+"""A step's shards made by several processes of this machine, each with a GPU of its own where there are GPUs.
+
+Each process is `univigu run STEP --part K/N`; what it says comes out with its part in front. The run that follows keeps
+and commits what they made.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Thread
+
+from components.pipeline.stages import Stage, find_stage
+from univigu.errors import ConfigError, PreemptedError, UniViGUError
+
+GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get(GPUS, "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]
+
+
+def count_processes(stage: Stage) -> int:
+    """How many processes a step is worth here: one a visible GPU for a step in shards that asks for GPUs, else one."""
+    if not (stage.sharded and stage.resources.gpus) or "RANK" in os.environ:
+        return 1
+    return max(1, len(visible_gpus()))
+
+
+def make_parts(step: str, profile: str, root: Path, count: int) -> None:
+    """Make all shards of a step with `count` processes, and commit nothing.
+
+    Where one fails, the others are stopped, and its sentence and exit code are raised as `UniViGUError`; what was
+    finished by then is kept. Raises `ConfigError` for a step that doesn't work in shards, and `PreemptedError` when
+    this process is told to stop (SIGTERM).
+    """
+    if not find_stage(step).sharded:
+        raise ConfigError(f"'{step}' doesn't work in shards, so one process runs it; leave --processes out.")
+    gpus = visible_gpus()
+    said: dict[int, str] = {}
+    processes: list[subprocess.Popen[str]] = []
+    readers: list[Thread] = []
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        for number in range(1, count + 1):
+            where = {GPUS: gpus[(number - 1) % len(gpus)]} if gpus else {}
+            command = [sys.executable, "-m", "components.pipeline.cli", "run", step, "--profile", profile]
+            process = subprocess.Popen(
+                [*command, "--root", str(root), "--part", f"{number}/{count}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env={**os.environ, **where},
+            )
+            processes.append(process)
+            readers.append(Thread(target=_pass_on, args=(process, step, number, count, said), daemon=True))
+            readers[-1].start()
+        _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            process.wait()
+        for reader in readers:
+            reader.join()
+        signal.signal(signal.SIGTERM, before)
+    _raise_failure(step, processes, said)
+
+
+def _stop(*_: object) -> None:
+    raise PreemptedError("The step was told to stop; run it again, and it goes on with what its processes finished.")
+
+
+def _pass_on(process: "subprocess.Popen[str]", step: str, number: int, count: int, said: dict[int, str]) -> None:
+    """Print what a process says; its last sentence, if it fails, is kept for `_raise_failure`."""
+    for line in process.stdout or ():
+        if line.startswith("univigu: "):
+            said[number] = line.removeprefix("univigu: ").strip()
+        else:
+            print(f"{step} {number}/{count} | {line.rstrip()}", file=sys.stderr, flush=True)
+
+
+def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
+    """Return when all have ended, or the first has failed."""
+    waiting = list(processes)
+    while waiting:
+        for process in waiting:
+            try:
+                if process.wait(timeout=0.2):
+                    return
+            except subprocess.TimeoutExpired:
+                continue
+            waiting.remove(process)
+            break
+
+
+def _raise_failure(step: str, processes: "Sequence[subprocess.Popen[str]]", said: dict[int, str]) -> None:
+    codes = {number: process.returncode for number, process in enumerate(processes, start=1) if process.returncode}
+    if not codes:
+        return
+    number = min(said, default=min(codes, key=lambda each: codes[each] < 0))  # a signal is what the others were sent
+    code = codes.get(number, 1)
+    message = said.get(number) or f"part {number} of '{step}' ended with exit code {code}; what it printed says why."
+    failure = UniViGUError(message)
+    failure.exit_code = code if code > 0 else 128 - code
+    raise failure

@@ -1,0 +1,167 @@
+"""Shards of a step, and batches within a shard: what is kept of an earlier run, and what is made again.
+
+A shard is a folder below ``<out>/shards``; its record lies beside the run's state. A batch is a folder beside the
+shard that is under way, ``.00003.batches/0007``, with its record next to it. Either is kept only where its record's key
+(input rows, parameters, inputs, code) still holds and its bytes still match.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.digests import file_digest, json_digest, tree_files
+from components.pipeline.parts import PartEnded
+from components.pipeline.progress import Meter
+from components.pipeline.state import lock, write_json
+
+if TYPE_CHECKING:
+    from components.pipeline.runner import Step
+
+Rows = Sequence[Mapping[str, Any]]
+Work = Callable[[Rows, Path], Rows]  # fills a folder, returns the rows of what lies there
+
+
+def map_shards(
+    step: "Step", rows: Rows, size: int, work: Work, unit: str, group: Callable[[Mapping[str, Any]], Any] | None
+) -> list[dict[str, Any]]:
+    """What `Step.map_shards` promises."""
+    chunks = [chunk for _, alike in groupby(rows, group or (lambda _: None)) for chunk in _chunks(list(alike), size)]
+    shards = [(f"{number:05d}", chunk) for number, chunk in enumerate(chunks)]
+    if step.part:
+        _make_part(step, shards[step.part.number - 1 :: step.part.of], work, unit)
+    results: list[dict[str, Any]] = []
+    with Meter(step.stage.name, len(rows), unit) as step.meter:
+        for name, shard in shards:
+            record = _kept_shard(step, name, _key(step, shard))
+            if record:
+                step.meter.skip(len(shard))
+            else:
+                record = _make_shard(step, name, shard, work)
+            step._quarantine(record["rejected"])
+            results.extend(record["rows"])
+    names = {name for name, _ in shards}
+    for folder in (step.out / "shards").glob("*"):  # of a killed run over other rows
+        if folder.name not in names:
+            shutil.rmtree(folder)
+    return results
+
+
+def map_batches(
+    step: "Step", rows: Rows, size: int, folder: Path, work: Work
+) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """What `Step.map_batches` promises."""
+    results = []
+    for number, batch in enumerate(_chunks(rows, size)):
+        place = _batches(folder) / f"{number:04d}"
+        path, key = place.with_suffix(".json"), _key(step, batch)
+        record = _read_record(path, key)
+        if record and record["files"] == _file_digests(place):
+            step.meter.skip(len(batch))
+        else:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            record = _do(step, key, batch, place, work)
+            write_json(path, record)
+            step.meter.advance(len(batch))
+        step._rejected_of_shard.extend(record["rejected"])
+        results.append((place, record["rows"]))
+    return results
+
+
+def _chunks(rows: Rows, size: int) -> list[Rows]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _batches(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}.batches")
+
+
+def _make_part(step: "Step", shards: Sequence[tuple[str, Rows]], work: Work, unit: str) -> None:
+    made = 0
+    with Meter(step.stage.name, sum(len(shard) for _, shard in shards), unit) as step.meter:
+        for name, shard in shards:
+            with lock(step.root, f"{step.stage.name}/{name}", f"shard {name} of '{step.stage.name}'"):
+                if _find_shard(step, name, _key(step, shard)):
+                    step.meter.skip(len(shard))
+                else:
+                    _make_shard(step, name, shard, work)
+                    made += 1
+    raise PartEnded(made, len(shards) - made)
+
+
+def _key(step: "Step", rows: Rows) -> str:
+    return json_digest([list(rows), dict(step.parameters), dict(step.input_digests), step.code_digest])
+
+
+def _kept_shard(step: "Step", name: str, key: str) -> dict[str, Any] | None:
+    """The record of a finished shard, which then lies in the staging folder, or None."""
+    found = _find_shard(step, name, key)
+    if not found:
+        return None
+    record, folder = found
+    if folder != step.out / "shards" / name:
+        shutil.rmtree(step.out / "shards" / name, ignore_errors=True)
+        shutil.copytree(folder, step.out / "shards" / name, copy_function=_link_or_copy)
+    return record
+
+
+def _find_shard(step: "Step", name: str, key: str) -> tuple[dict[str, Any], Path] | None:
+    """The record and folder of a finished shard whose key still holds and whose bytes still match, or None."""
+    record = _read_record(step.records / f"{name}.json", key)
+    if record:
+        for home in (step.out, step.previous):
+            folder = home / "shards" / name
+            if record["files"] == _file_digests(folder):
+                return record, folder
+    return None
+
+
+def _read_record(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if record["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _make_shard(step: "Step", name: str, rows: Rows, work: Work) -> dict[str, Any]:
+    partial = step.out / "shards" / f".{name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    done = step.meter.done
+    record = _do(step, _key(step, rows), rows, partial, work)
+    final = step.out / "shards" / name
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    step.records.mkdir(parents=True, exist_ok=True)
+    write_json(step.records / f"{name}.json", record)
+    shutil.rmtree(_batches(partial), ignore_errors=True)
+    step.meter.advance(len(rows) - (step.meter.done - done))
+    return record
+
+
+def _do(step: "Step", key: str, rows: Rows, folder: Path, work: Work) -> dict[str, Any]:
+    """Run `work`, and keep what it rejected in the record: whoever keeps the record counts it."""
+    around, step._rejected_of_shard = step._rejected_of_shard, []
+    try:
+        made = [dict(row) for row in work(rows, folder)]
+        rejected = step._rejected_of_shard
+    finally:
+        step._rejected_of_shard = around
+    return {"key": key, "files": _file_digests(folder), "rows": made, "rejected": rejected}
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in tree_files(folder)}
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
