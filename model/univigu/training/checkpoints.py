@@ -1,9 +1,9 @@
 """Checkpoints of a running training: whole or not there, and the same for any number of processes.
 
 Below one folder lie ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
-weights and of AdamW's moments, each tensor whole), ``loop.json`` (where the loop stands) and, written last by rank 0,
-``manifest.json`` with the size and SHA-256 of every file. Then ``latest`` is replaced atomically. A damaged checkpoint
-means the one before it.
+weights, of AdamW's moments and of the weights' average, each tensor whole), ``loop.json`` (where the loop stands) and,
+written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then ``latest`` is replaced
+atomically. A damaged checkpoint means the one before it.
 
 DeepSpeed's own checkpoints hold slices that fit one number of processes and one stage of ZeRO, and are pickled; these
 are read by any number of processes, in any stage, and nothing is unpickled. All ranks must see the same folder.
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from univigu.errors import ConfigError
-from univigu.training.engine import read_state, write_state
+from univigu.training.state import read_state, write_state
 
 LATEST = "latest"
 MANIFEST = "manifest.json"

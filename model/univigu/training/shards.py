@@ -1,0 +1,208 @@
+"""Shards of latents in an object store: put there once, fetched ahead of their use into a bounded cache, verified.
+
+A folder of latents whose shards lie elsewhere holds ``remote.json`` (their address; size, SHA-256 and number of samples
+of each) and ``target_ids.safetensors``, which is read whole before the first step. What a URL may be is fsspec's
+business: s3, gs, az, http, a mounted folder; keys and endpoints come from the environment, as the store's own client
+reads them.
+
+A cached shard is named by its SHA-256, so processes of one machine share the cache, and so do runs. The least recently
+used go first when there is no room.
+"""
+
+import hashlib
+import json
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError, TransientError
+from univigu.training.data import Shards, open_shard, open_tensors
+
+REMOTE = "remote.json"
+TARGET_IDS = "target_ids.safetensors"
+ATTEMPTS = 4
+_FETCHES_AT_ONCE = 4
+
+
+class RemoteShards(Shards):
+    """The shards that ``folder/remote.json`` names, below `cache` once they are here; at most `cache_bytes` of them.
+
+    Raises `ConfigError` where the cache can't hold two of them.
+    """
+
+    def __init__(self, folder: Path, cache: Path, cache_bytes: int) -> None:
+        self.folder, self.cache, self.cache_bytes = folder, cache, cache_bytes
+        remote = _read_remote(folder)
+        self.url, self._facts = remote["url"], {folder / name: facts for name, facts in remote["shards"].items()}
+        largest = max(facts["size"] for facts in self._facts.values())
+        if cache_bytes < 2 * largest:
+            raise ConfigError(
+                f"A cache of {cache_bytes / 1e9:.3g} GB can't hold two shards of {largest / 1e9:.3g} GB; "
+                "raise `cache_gb`, or encode the latents in smaller shards."
+            )
+        self._targets = open_tensors(folder / TARGET_IDS)
+        self._opened: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
+        self._keep_open = cache_bytes // largest
+        self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch-shard")
+        self._asked: set[Path] = set()
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def open(self, path: Path) -> Mapping[str, Tensor]:
+        if path not in self._opened:
+            self._opened[path] = open_shard(self.fetch(path))
+            if len(self._opened) > self._keep_open:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(path)
+        return self._opened[path]
+
+    def rows(self, path: Path) -> int:
+        return self._of(path)["rows"]
+
+    def target_ids(self, path: Path) -> Tensor:
+        return self._targets[path.relative_to(self.folder).as_posix()]
+
+    def fetch_ahead(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            if path not in self._asked and path not in self._opened:
+                self._asked.add(path)
+                self._fetchers.submit(self._try_to_fetch, path)
+
+    def fetch(self, path: Path) -> Path:
+        """Where a shard lies in the cache, fetched and verified if it wasn't there.
+
+        Raises `MissingInputError` where the store hasn't got it, `CorruptDataError` where its bytes are others than
+        those that were put there, and `TransientError` where the store doesn't answer.
+        """
+        from filelock import FileLock
+
+        facts = self._of(path)
+        home = self.cache / f"{facts['sha256']}.safetensors"
+        if not _touch(home):
+            with FileLock(self.cache / f".{facts['sha256'][:16]}.lock"):
+                if not _touch(home):  # another process may have fetched it meanwhile
+                    self._make_room(facts["size"])
+                    fetch_file(f"{self.url}/{path.relative_to(self.folder).as_posix()}", home, facts)
+        return home
+
+    def _of(self, path: Path) -> Mapping[str, Any]:
+        if path not in self._facts:
+            raise CorruptDataError(f"{self.folder / REMOTE} doesn't name {path}; put the latents into the store again.")
+        return self._facts[path]
+
+    def _try_to_fetch(self, path: Path) -> None:
+        try:
+            self.fetch(path)
+        except Exception:
+            pass  # whoever needs the shard fetches it again, and meets the error
+        finally:
+            self._asked.discard(path)
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was used longest ago until `size` more bytes fit; who has such a file open can go on reading."""
+        found = []
+        for path in self.cache.glob("*.safetensors"):
+            try:
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            except FileNotFoundError:
+                continue  # another process makes room too
+        held = sum(bytes_ for _, bytes_, _ in found)
+        for _, bytes_, path in sorted(found):
+            if held + size <= self.cache_bytes:
+                return
+            path.unlink(missing_ok=True)
+            held -= bytes_
+
+
+def fetch_file(url: str, home: Path, facts: Mapping[str, Any]) -> None:
+    """Bring one file here and verify it; what may work on another try is tried again, after a wait."""
+    from fsspec.core import url_to_fs
+
+    partial = home.with_name(f".{home.name}.{os.getpid()}.partial")
+    try:
+        fault = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(2**attempt * random.uniform(0.25, 0.75))
+            try:
+                store, path = url_to_fs(url)
+                store.get_file(path, str(partial))
+            except FileNotFoundError as error:
+                raise MissingInputError(f"There is no {url}; put the latents into the store again.") from error
+            except (ImportError, ValueError) as error:
+                raise ConfigError(
+                    f"{url} can't be read ({error}); install what it names, or mend the address."
+                ) from error
+            except Exception as error:  # each store's client has its own
+                fault = f"{type(error).__name__}: {error}"
+                continue
+            if partial.stat().st_size == facts["size"] and file_sha256(partial) == facts["sha256"]:
+                partial.replace(home)
+                return
+            fault = ""
+        if not fault:
+            raise CorruptDataError(
+                f"{url} holds other bytes than were put there; put the latents into the store again."
+            )
+        raise TransientError(f"{url} could not be fetched ({fault}); try again later, or check the store.")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def put_shards(folder: Path, names: Iterable[str], url: str) -> int:
+    """Put the shards `names` of a folder of latents below `url`, and leave in the folder where they are.
+
+    Returns the number of bytes. The shards stay in the folder too: removing them is the caller's choice.
+    """
+    from fsspec.core import url_to_fs
+
+    url = url.rstrip("/")
+    shards, targets = {}, {}
+    for name in sorted(names):
+        shard = open_shard(folder / name)
+        store, place = url_to_fs(f"{url}/{name}")
+        store.makedirs(place.rpartition("/")[0], exist_ok=True)
+        store.put_file(str(folder / name), place)
+        size = (folder / name).stat().st_size
+        if store.info(place)["size"] != size:
+            raise TransientError(f"Not all of {folder / name} reached {url}; run the same command again.")
+        shards[name] = {"size": size, "sha256": file_sha256(folder / name), "rows": len(shard["latents"])}
+        targets[name] = shard["target_ids"]
+    if not shards:
+        raise BadInputError(f"There is no shard in {folder}; run encode-latents first.")
+    save_file(targets, folder / TARGET_IDS)
+    partial = folder / f".{REMOTE}.partial"
+    partial.write_text(json.dumps({"url": url, "shards": shards}, indent=1, sort_keys=True), encoding="utf-8")
+    partial.replace(folder / REMOTE)
+    return sum(facts["size"] for facts in shards.values())
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_remote(folder: Path) -> dict[str, Any]:
+    try:
+        remote = json.loads((folder / REMOTE).read_text(encoding="utf-8"))
+        return {"url": str(remote["url"]), "shards": dict(remote["shards"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptDataError(
+            f"{folder / REMOTE} can't be read ({error}); put the latents into the store again."
+        ) from error
+
+
+def _touch(path: Path) -> bool:
+    """Whether a file is there; it then counts as just used."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
