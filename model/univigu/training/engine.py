@@ -98,7 +98,11 @@ def parameter_groups(objective: nn.Module, config: TrainingConfig) -> list[dict[
         if not parameter.requires_grad:
             continue
         key = name.removeprefix("transformer.")
-        decays = parameter.ndim > 1 and "scale_shift_table" not in key and "text_space" not in key
+        decays = (
+            len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            and "scale_shift_table" not in key
+            and "text_space" not in key
+        )
         factor = 1.0 if wan.is_text_side(key) else config.video_lr_factor
         groups.setdefault((config.weight_decay if decays else 0.0, factor), []).append(parameter)
     return [
@@ -183,19 +187,51 @@ def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
     }
     if count > 1 and config.precision == "bf16":
-        settings["data_types"] = {
-            "grad_accum_dtype": "fp32"
-        }  # sums of many micro-batches lose their small ones in bf16
+        # a sum in bf16 loses what is small beside it
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
-def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
+def share_out_weights(objective: nn.Module, config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+    """Cut rank 0's weights into the ranks' parts (ZeRO 3), one at a time: no GPU ever holds all of them."""
     import deepspeed
 
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    zero = deepspeed.zero.Init(
+        config_dict_or_path=dict(settings),
+        remote_device="cpu" if "parameters" in config.offload else None,
+        pin_memory=torch.cuda.is_available(),
+        dtype=dtype,
+    )
+    for module in objective.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=zero.local_device)
+                parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(module, name, parameter)
+            parameter.data = parameter.data.to(dtype)
+            zero._convert_to_zero_parameters([parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(zero.local_device))
+
+
+def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
+    """A DeepSpeed engine that trains `objective`, from rank 0's weights; the other ranks' may be on the meta device."""
+    import deepspeed
+
+    settings = engine_settings(config, world_size)
+    if config.zero_stage == 3:
+        share_out_weights(objective, config, settings)
+    else:
+        for module in objective.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta:  # the engine fills it from rank 0's
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
     optimizer = torch.optim.AdamW(
         parameter_groups(objective, config), lr=config.learning_rate, betas=tuple(config.betas), fused=True
     )
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=engine_settings(config, world_size))
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
     make_moments(engine, averaged=config.ema_decay > 0)
     return engine
 

@@ -36,7 +36,7 @@ from univigu.training.engine import (
 from univigu.training.loader import MicroBatches, load_ahead
 from univigu.training.order import SampleOrder, rank_slice
 from univigu.training.records import Curves, Evaluations, ProgressLine, StepSums, heldout_summary
-from univigu.training.state import averaged_weights, frozen_weights, gather_weights, update_average
+from univigu.training.state import averaged_weights, frozen_weights, gather_weights, swap_average, update_average
 from univigu.training.throughput import Throughput
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -128,8 +128,8 @@ def train(
                     save(step)
                 if stop and step < config.steps:
                     raise _preempted(step, config)
-        with averaged_weights(engine):
-            gather_weights(engine, objective, frozen)
+        swap_average(engine)
+        gather_weights(engine, objective, frozen)
         if rank == 0:
             merge_lora(objective.transformer)
         return order

@@ -150,18 +150,18 @@ def update_average(engine: Any, step: int, decay: float) -> None:
 @contextmanager
 def averaged_weights(engine: Any) -> Iterator[None]:
     """Within it the engine has the average of its weights, if there is one, in their place. All ranks must enter it."""
-    has_average = any(AVERAGE in state for _, state in _fp32_weights(engine))
-    if has_average:
-        _swap_average(engine)
+    swap_average(engine)
     try:
         yield
     finally:
-        if has_average:
-            _swap_average(engine)
+        swap_average(engine)
 
 
 @torch.no_grad()
-def _swap_average(engine: Any) -> None:
+def swap_average(engine: Any) -> None:
+    """Put the average, if there is one, in the weights' place, and the weights in the average's."""
+    if AVERAGE not in _kept(engine):
+        return
     for parameter, state in _fp32_weights(engine):
         weights = parameter.detach().clone()
         parameter.copy_(state[AVERAGE])
