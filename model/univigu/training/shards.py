@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -53,15 +54,19 @@ class RemoteShards(Shards):
         self._keep_open = cache_bytes // largest
         self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch-shard")
         self._asked: set[Path] = set()
+        self._lock = threading.Lock()
         cache.mkdir(parents=True, exist_ok=True)
 
     def open(self, path: Path) -> Mapping[str, Tensor]:
-        if path not in self._opened:
-            self._opened[path] = open_shard(self.fetch(path))
-            if len(self._opened) > self._keep_open:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(path)
-        return self._opened[path]
+        with self._lock:  # the thread that loads ahead, and an evaluation
+            if path in self._opened:
+                _touch(self._home(path))
+            else:
+                self._opened[path] = open_shard(self.fetch(path))
+                if len(self._opened) > self._keep_open:
+                    self._opened.popitem(last=False)
+            self._opened.move_to_end(path)
+            return self._opened[path]
 
     def rows(self, path: Path) -> int:
         return self._of(path)["rows"]
@@ -84,13 +89,16 @@ class RemoteShards(Shards):
         from filelock import FileLock
 
         facts = self._of(path)
-        home = self.cache / f"{facts['sha256']}.safetensors"
+        home = self._home(path)
         if not _touch(home):
             with FileLock(self.cache / f".{facts['sha256'][:16]}.lock"):
                 if not _touch(home):  # another process may have fetched it meanwhile
                     self._make_room(facts["size"])
                     fetch_file(f"{self.url}/{path.relative_to(self.folder).as_posix()}", home, facts)
         return home
+
+    def _home(self, path: Path) -> Path:
+        return self.cache / f"{self._of(path)['sha256']}.safetensors"
 
     def _of(self, path: Path) -> Mapping[str, Any]:
         if path not in self._facts:
