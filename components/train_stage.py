@@ -171,15 +171,11 @@ def text_side(step: "Step", words: int) -> dict[str, Any]:
 
 def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
     """Refuse, before anything is loaded, a run that would need more memory than there is."""
-    from accelerate import init_empty_weights
-
-    from univigu import UniViGUTransformer3DModel
     from univigu.training.adapters import choose_what_learns
     from univigu.training.room import free_memory, needed_memory, require_room
 
-    with init_empty_weights():
-        model = UniViGUTransformer3DModel.from_config(shape)
-        choose_what_learns(model, config.freeze, config.lora, config.seed)
+    model = empty_transformer(shape)
+    choose_what_learns(model, config.freeze, config.lora, config.seed)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     free = free_memory()
     if sum(size for size, _ in sizes) * _BYTES_A_WEIGHT * 100 < free:
@@ -199,13 +195,17 @@ def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "Lat
 
 
 def empty_transformer(config: Mapping[str, Any]) -> "UniViGUTransformer3DModel":
-    """The transformer of a process that is given its weights by another: without any."""
-    from accelerate import init_empty_weights
+    """The transformer of a process that is given its weights by another: on the meta device, but for its tables."""
+    import torch
 
     from univigu import UniViGUTransformer3DModel
+    from univigu.transformer import RotaryTables
 
-    with init_empty_weights():
-        return UniViGUTransformer3DModel.from_config(config)
+    with torch.device("meta"):
+        model = UniViGUTransformer3DModel.from_config(config)
+    own = model.config
+    model.rope = RotaryTables(own.attention_head_dim, own.patch_size, own.rope_max_seq_len)
+    return model
 
 
 def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], seed: int) -> "ObjectiveConfig":

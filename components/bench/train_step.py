@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PAIRS = 5
+PAIRS = 9
 VIDEO_TOKENS, TEXT_TOKENS, CONTEXT_TOKENS = 2048, 64, 128
 OUR_LATENTS, WAN_LATENTS = (8, 32, 32), (11, 24, 32)  # frames, height, width: 2,048 and 2,112 patches of 1 x 2 x 2
 FFN_OF_WIDTH = 8960 / 1536  # Wan2.1 1.3B's

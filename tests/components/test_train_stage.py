@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from components.pipeline import data_commands
 from components.pipeline.runner import STATE, run_stage
@@ -20,6 +24,7 @@ from components.tracking import find_run, flatten, tracking_uri
 from components.train_stage import model_digest
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, PreemptedError, TransientError
+from univigu.training import shards
 from univigu.training.data import write_latents
 
 
@@ -105,14 +110,14 @@ def test_samples_are_shown_in_the_run_as_training_goes_on(latents_root, profile)
         files = client.list_artifacts(run.info.run_id, f"samples/step-{step:08d}")
         assert [Path(file.path).suffix for file in files] == [".mp4"] * 2
         assert all(file.file_size > 200 for file in files)
-    table = mlflow.load_table("samples.json", [run.info.run_id])
-    assert sorted(set(table["step"])) == [2, 4]
-    assert len(table) == 4
-    assert all(isinstance(text, str) for text in table["said"])
-    assert table["target"].str.len().gt(0).all()
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_text())
+    rows = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    assert [row["step"] for row in rows] == [2, 2, 4, 4]
+    assert all(isinstance(row["said"], str) and row["target"] for row in rows)
 
 
-def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile, tmp_path, capsys):
+def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shards.time, "sleep", lambda _: None)
     here = run_stage("train-stage-1", profile, latents_root)["digest"]
     shard = latents_root / "data/latents/shards/00000/latents.safetensors"
     data_commands.offload(str(tmp_path / "store"), remove=True, root=latents_root)
@@ -167,6 +172,25 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_h
     with pytest.raises(ConfigError, match=r"needs .* GiB a process, and 0\.0 are free \(.*zero_stage: 1 on more"):
         run_stage("train-stage-1", profile, latents_root)
     assert not (latents_root / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_only_the_first_of_several_processes_reads_weights_and_the_model_is_the_same(latents_root, profile, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(latents_root, alone)
+    run_stage("train-stage-1", profile, alone)
+    profile["train_stage_1"].update(zero_stage=3, samples_every=4, gradient_checkpointing=True)
+    (latents_root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "components.pipeline.cli", "run", "train-stage-1", "--profile", "profile.yaml", "--root", "."]
+    done = subprocess.run(command, cwd=latents_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = [root / "data/stage1/model/transformer" for root in (alone, latents_root)]
+    expected, found = (load_file(next(folder.glob("*.safetensors"))) for folder in files)
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(found[name], tensor, atol=1e-3) for name, tensor in expected.items())
+    (run,) = runs_of(latents_root)
+    assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "samples/step-00000004")) == 2
 
 
 def test_a_tracking_server_that_is_not_there_stops_training_before_it_begins(latents_root, profile, monkeypatch):
