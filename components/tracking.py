@@ -167,7 +167,8 @@ class TrackedRun:
                     safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:60]
                     path = Path(folder) / f"{number}-{safe}.mp4"
                     path.write_bytes(encode_mp4(frames, fps))
-                self.client.log_artifacts(self.run_id, folder, f"samples/step-{step:08d}")
+                if videos:
+                    self.client.log_artifacts(self.run_id, folder, f"samples/step-{step:08d}")
             table = {name: [row[name] for row in rows] for name in rows[0]}
             self.client.log_table(self.run_id, table, "samples.json")
         except Exception as error:

@@ -5,6 +5,7 @@ be used at once. A killed run goes on from its last good checkpoint; under torch
 only the first writes.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -180,7 +181,7 @@ def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "Lat
     free = free_memory()
     if sum(size for size, _ in sizes) * _BYTES_A_WEIGHT * 100 < free:
         return  # next to nothing: not worth the seconds that counting activations takes
-    largest = max({sample.bucket: index for index, sample in enumerate(dataset.samples)}.items())[1]
+    largest = max(range(len(dataset)), key=lambda index: math.prod(dataset.samples[index].bucket))
     latents = dataset.batch([largest], [0])["latents"].shape[2:]
     frames, height, width = model.grid(latents)
     needed = needed_memory(

@@ -24,6 +24,8 @@ def show_samples(
     tracked: "TrackedRun | None",
 ) -> None:
     """Draw the first held-out samples; all processes do, and the one with a `pipeline` and a run decodes and logs."""
+    import torch
+
     from univigu.training.samples import draw_samples
 
     samples = draw_samples(transformer, tokenizer, heldout, SAMPLES, sampling)
@@ -33,9 +35,12 @@ def show_samples(
         {"step": step, "sample": one.id, "prompt": one.prompt, "target": one.target, "said": one.said}
         for one in samples
     ]
-    for row in rows[:1]:
-        print(f"sample at step {step}: {row['said'][:200]!r}", file=sys.stderr)
-    videos = {one.id: clip for one, clip in zip(samples, decode(pipeline, samples), strict=True)}
+    print(f"sample at step {step}: {rows[0]['said'][:200]!r}", file=sys.stderr)
+    videos = {}
+    try:
+        videos = {one.id: clip for one, clip in zip(samples, decode(pipeline, samples), strict=True)}
+    except torch.OutOfMemoryError:
+        print("There is no room on the GPU to decode sampled clips, so captions alone are logged.", file=sys.stderr)
     tracked.log_samples(step, rows, videos, pipeline.config.fps)
 
 

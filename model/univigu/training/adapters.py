@@ -67,7 +67,7 @@ def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], s
     for target in settings["targets"]:
         if not any(name.endswith(f".{target}") for name in linear):
             raise ConfigError(f"`lora.targets` names '{target}', and no linear layer's name ends so; use e.g. to_q.")
-    learning = [name for name, parameter in transformer.named_parameters() if wan.is_text_side(name)]
+    learning = {name for name, _ in transformer.named_parameters() if wan.is_text_side(name)}
     targets = [
         name
         for name in linear
