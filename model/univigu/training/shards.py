@@ -31,12 +31,13 @@ REMOTE = "remote.json"
 TARGET_IDS = "target_ids.safetensors"
 ATTEMPTS = 4
 _FETCHES_AT_ONCE = 4
+_ABANDONED_S = 60  # a process that can't be seen may be one of another container
 
 
 class RemoteShards(Shards):
     """The shards that ``folder/remote.json`` names, below `cache` once they are here; at most `cache_bytes` of them.
 
-    Raises `ConfigError` where the cache can't hold two of them.
+    Half of the cache is for shards that are ahead of their use. Raises `ConfigError` where it can't hold two.
     """
 
     def __init__(self, folder: Path, cache: Path, cache_bytes: int) -> None:
@@ -50,21 +51,25 @@ class RemoteShards(Shards):
                 "raise `cache_gb`, or encode the latents in smaller shards."
             )
         self._targets = open_tensors(folder / TARGET_IDS)
+        self._room = int(cache_bytes // largest)  # in shards
         self._opened: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
-        self._keep_open = cache_bytes // largest
+        self._wanted: OrderedDict[Path, None] = OrderedDict()
+        self._ahead: set[Path] = set()
+        self._lock = threading.RLock()  # the thread that loads ahead, and an evaluation
         self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch-shard")
-        self._asked: set[Path] = set()
-        self._lock = threading.Lock()
         cache.mkdir(parents=True, exist_ok=True)
 
     def open(self, path: Path) -> Mapping[str, Tensor]:
-        with self._lock:  # the thread that loads ahead, and an evaluation
+        with self._lock:
             if path in self._opened:
                 _touch(self._home(path))
             else:
                 self._opened[path] = open_shard(self.fetch(path))
-                if len(self._opened) > self._keep_open:
+                if len(self._opened) > self._room:
                     self._opened.popitem(last=False)
+                self._wanted.pop(path, None)
+                self._ahead.discard(path)
+                self._fetch_some()
             self._opened.move_to_end(path)
             return self._opened[path]
 
@@ -75,10 +80,15 @@ class RemoteShards(Shards):
         return self._targets[path.relative_to(self.folder).as_posix()]
 
     def fetch_ahead(self, paths: Iterable[Path]) -> None:
-        for path in paths:
-            if path not in self._asked and path not in self._opened:
-                self._asked.add(path)
-                self._fetchers.submit(self._try_to_fetch, path)
+        with self._lock:
+            self._wanted |= {path: None for path in paths if path not in self._opened and path not in self._ahead}
+            self._fetch_some()
+
+    def _fetch_some(self) -> None:
+        while self._wanted and len(self._ahead) < self._room // 2:
+            path, _ = self._wanted.popitem(last=False)
+            self._ahead.add(path)
+            self._fetchers.submit(self.fetch, path)  # what goes wrong, whoever needs the shard will meet
 
     def fetch(self, path: Path) -> Path:
         """Where a shard lies in the cache, fetched and verified if it wasn't there.
@@ -88,13 +98,18 @@ class RemoteShards(Shards):
         """
         from filelock import FileLock
 
-        facts = self._of(path)
-        home = self._home(path)
+        facts, home = self._of(path), self._home(path)
         if not _touch(home):
             with FileLock(self.cache / f".{facts['sha256'][:16]}.lock"):
                 if not _touch(home):  # another process may have fetched it meanwhile
-                    self._make_room(facts["size"])
-                    fetch_file(f"{self.url}/{path.relative_to(self.folder).as_posix()}", home, facts)
+                    partial = self.cache / f".{facts['sha256']}.{facts['size']}.{os.getpid()}.partial"
+                    try:
+                        while not self._reserve(partial, facts["size"]):
+                            time.sleep(0.05)  # others are on their way, and will be done
+                        fetch_file(f"{self.url}/{path.relative_to(self.folder).as_posix()}", partial, facts)
+                        partial.replace(home)
+                    finally:
+                        partial.unlink(missing_ok=True)
         return home
 
     def _home(self, path: Path) -> Path:
@@ -105,63 +120,59 @@ class RemoteShards(Shards):
             raise CorruptDataError(f"{self.folder / REMOTE} doesn't name {path}; put the latents into the store again.")
         return self._facts[path]
 
-    def _try_to_fetch(self, path: Path) -> None:
-        try:
-            self.fetch(path)
-        except Exception:
-            pass  # whoever needs the shard fetches it again, and meets the error
-        finally:
-            self._asked.discard(path)
+    def _reserve(self, partial: Path, size: int) -> bool:
+        """Take room for a shard on its way: what was used longest ago goes; who has it open can go on reading it.
 
-    def _make_room(self, size: int) -> None:
-        """Remove what was used longest ago until `size` more bytes fit; who has such a file open can go on reading."""
-        found = []
-        for path in self.cache.glob("*.safetensors"):
-            try:
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-            except FileNotFoundError:
-                continue  # another process makes room too
-        held = sum(bytes_ for _, bytes_, _ in found)
-        for _, bytes_, path in sorted(found):
-            if held + size <= self.cache_bytes:
-                return
-            path.unlink(missing_ok=True)
-            held -= bytes_
+        Returns whether there is room beside the other shards that are on their way.
+        """
+        import psutil
+        from filelock import FileLock
+
+        with FileLock(self.cache / ".lock"):
+            coming = 0
+            for other in self.cache.glob(".*.partial"):
+                _, _, its_size, process, _ = other.name.split(".")
+                if psutil.pid_exists(int(process)) or time.time() - other.stat().st_mtime < _ABANDONED_S:
+                    coming += int(its_size)
+                else:
+                    other.unlink(missing_ok=True)  # of a killed run
+            here = sorted((path.stat().st_mtime_ns, path) for path in self.cache.glob("*.safetensors"))
+            held = sum(path.stat().st_size for _, path in here)
+            for _, path in here:
+                if held + coming + size <= self.cache_bytes:
+                    break
+                held -= path.stat().st_size
+                path.unlink()
+            fits = held + coming + size <= self.cache_bytes
+            if fits:
+                partial.touch()
+            return fits
 
 
-def fetch_file(url: str, home: Path, facts: Mapping[str, Any]) -> None:
-    """Bring one file here and verify it; what may work on another try is tried again, after a wait."""
+def fetch_file(url: str, path: Path, facts: Mapping[str, Any]) -> None:
+    """Bring one file to `path` and verify it; what may work on another try is tried again, after a wait."""
     from fsspec.core import url_to_fs
 
-    partial = home.with_name(f".{home.name}.{os.getpid()}.partial")
-    try:
+    fault = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(2**attempt * random.uniform(0.25, 0.75))
+        try:
+            store, place = url_to_fs(url)
+            store.get_file(place, str(path))
+        except FileNotFoundError as error:
+            raise MissingInputError(f"There is no {url}; put the latents into the store again.") from error
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{url} can't be read ({error}); install what it names, or mend it.") from error
+        except Exception as error:  # each store's client has its own
+            fault = f"{type(error).__name__}: {error}"
+            continue
+        if path.stat().st_size == facts["size"] and file_sha256(path) == facts["sha256"]:
+            return
         fault = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(2**attempt * random.uniform(0.25, 0.75))
-            try:
-                store, path = url_to_fs(url)
-                store.get_file(path, str(partial))
-            except FileNotFoundError as error:
-                raise MissingInputError(f"There is no {url}; put the latents into the store again.") from error
-            except (ImportError, ValueError) as error:
-                raise ConfigError(
-                    f"{url} can't be read ({error}); install what it names, or mend the address."
-                ) from error
-            except Exception as error:  # each store's client has its own
-                fault = f"{type(error).__name__}: {error}"
-                continue
-            if partial.stat().st_size == facts["size"] and file_sha256(partial) == facts["sha256"]:
-                partial.replace(home)
-                return
-            fault = ""
-        if not fault:
-            raise CorruptDataError(
-                f"{url} holds other bytes than were put there; put the latents into the store again."
-            )
-        raise TransientError(f"{url} could not be fetched ({fault}); try again later, or check the store.")
-    finally:
-        partial.unlink(missing_ok=True)
+    if not fault:
+        raise CorruptDataError(f"{url} isn't what was put there; put the latents into the store again.")
+    raise TransientError(f"{url} could not be fetched ({fault}); try again later, or check the store.")
 
 
 def put_shards(folder: Path, names: Iterable[str], url: str) -> int:

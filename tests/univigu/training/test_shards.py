@@ -152,8 +152,19 @@ def test_processes_that_want_the_same_shard_share_one_fetch(latents, store, tmp_
     assert len(store[0].asked) == 1
 
 
+def test_fetching_ahead_keeps_within_the_bound_and_fetches_each_shard_once(latents, store, tmp_path):
+    dataset = opened(latents, tmp_path, held=2)
+    most = 0
+    order = SampleOrder([()] * 24, 4, 0, [str(ref.shard) for ref in latents[1]], shuffle_shards=1)
+    for _ in load_ahead(dataset, order, range(1, 7), slice(0, 4), 4):
+        held = [path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors")]
+        most = max(most, sum(held))
+    assert size_of(latents[0]) <= most <= 2 * size_of(latents[0])
+    assert len(store[0].asked) == SHARDS
+
+
 def test_shards_are_fetched_before_their_step_comes(latents, store, tmp_path):
-    dataset = opened(latents, tmp_path)
+    dataset = opened(latents, tmp_path, held=2 * SHARDS)
     shards_of = [str(ref.shard) for ref in latents[1]]
     order = SampleOrder([()] * 24, 4, 0, shards_of, shuffle_shards=1)
     batches = load_ahead(dataset, order, range(1, 7), slice(0, 4), 2)
