@@ -57,7 +57,7 @@ class SampleOrder:
         self._shard = _numbered(shards, sorted(set(shards))) if shuffle_shards else None
         self.sizes = self._bucket.bincount().tolist()
         self._epochs: dict[int, list[Tensor]] = {}
-        self._planned: tuple[int, list[tuple[int, int]]] = -1, []
+        self._planned: dict[int, list[tuple[int, int]]] = {}
 
     def batch(self, step: int) -> tuple[list[int], list[int]]:
         """The samples of step 1, 2, ...: their indices, and the epoch that each is met in."""
@@ -103,7 +103,7 @@ class SampleOrder:
 
     def _steps(self, epoch: int) -> list[tuple[int, int]]:
         """(bucket, number of its batch) of each step that an epoch completes, in the order of completion."""
-        if self._planned[0] != epoch:
+        if epoch not in self._planned:
             found = []
             order = self._bucket[self._permutation(epoch)]
             for bucket, size in enumerate(self.sizes):
@@ -111,8 +111,10 @@ class SampleOrder:
                 completing = (order == bucket).nonzero()[:, 0][self.batch_size - 1 - carried :: self.batch_size]
                 first = epoch * size // self.batch_size
                 found += [(place, bucket, first + number) for number, place in enumerate(completing.tolist())]
-            self._planned = epoch, [(bucket, number) for _, bucket, number in sorted(found)]
-        return self._planned[1]
+            planned = [(bucket, number) for _, bucket, number in sorted(found)]
+            # two, as who loads ahead goes back and forth over the end of an epoch
+            self._planned = dict([*self._planned.items()][-1:]) | {epoch: planned}
+        return self._planned[epoch]
 
     def _members(self, epoch: int) -> list[Tensor]:
         """An epoch's samples by bucket, in the order in which they are met."""
