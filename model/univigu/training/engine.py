@@ -116,6 +116,9 @@ def init_distributed() -> torch.device:
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
+    if cuda and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # buckets change the sizes of everything from step to step, which would leave holes in a GPU's memory
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import deepspeed
 
     if not cuda:
