@@ -116,13 +116,13 @@ def _fault(checkpoint: Path) -> str | None:
         return "its manifest is damaged"
     for name, facts in files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
+        if not path.is_file() or path.stat().st_size != facts["size"] or file_sha256(path) != facts["sha256"]:
             return f"{name} is missing or damaged"
     return None
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _sync(path: Path) -> None:
@@ -131,7 +131,8 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

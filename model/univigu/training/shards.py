@@ -9,7 +9,6 @@ A cached shard is named by its SHA-256, so processes of one machine share the ca
 used go first when there is no room.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError, TransientError
+from univigu.training.checkpoints import file_sha256, write_json
 from univigu.training.data import Shards, open_shard, open_tensors
 
 REMOTE = "remote.json"
@@ -197,15 +197,8 @@ def put_shards(folder: Path, names: Iterable[str], url: str) -> int:
     if not shards:
         raise BadInputError(f"There is no shard in {folder}; run encode-latents first.")
     save_file(targets, folder / TARGET_IDS)
-    partial = folder / f".{REMOTE}.partial"
-    partial.write_text(json.dumps({"url": url, "shards": shards}, indent=1, sort_keys=True), encoding="utf-8")
-    partial.replace(folder / REMOTE)
+    write_json(folder / REMOTE, {"url": url, "shards": shards})
     return sum(facts["size"] for facts in shards.values())
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_remote(folder: Path) -> dict[str, Any]:
