@@ -8,6 +8,7 @@ only the first writes.
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,8 @@ def _train(step: "Step", number: int, source: str) -> None:
                 for found in order.report(config.steps)
             ]
         if tracked:
+            for bucket in step.facts.get("buckets", ()):
+                print("bucket", *(f"{name} {value}" for name, value in bucket.items()), file=sys.stderr)
             save(step, pipeline)
             tracked.set_tags({"univigu.model_digest": model_digest(step.out)})
 

@@ -84,6 +84,16 @@ def train(
             loop = {"seed": config.seed, "position": position, "epoch": position // len(dataset)}
             save_checkpoint(engine, folder / "checkpoints", step, loop)
 
+        def look(step: int) -> None:
+            objective.eval()
+            if _is_due(step, config.heldout_every, config):
+                scores = heldout_scores(objective, heldout, micro_size, config.seed, device)
+                if rank == 0:
+                    evaluations.add(step, scores)
+                    report(step, {f"heldout_{name}": value for name, value in heldout_summary(scores).items()})
+            if _is_due(step, config.samples_every, config):
+                sample(step)
+
         steps = range(first + 1, config.steps + 1)
         share, micro_size = rank_slice(config.batch_size, rank, world_size), micro_batches(config, world_size)[1]
         with closing(load_ahead(dataset, order, steps, share, micro_size)) as batches:
@@ -112,15 +122,7 @@ def train(
                 # once in a while: look at what was held out, and at what the model makes
                 if _is_due(step, config.heldout_every, config) or _is_due(step, config.samples_every, config):
                     with averaged_weights(engine):
-                        objective.eval()
-                        if _is_due(step, config.heldout_every, config):
-                            scores = heldout_scores(objective, heldout, micro_size, config.seed, device)
-                            if rank == 0:
-                                evaluations.add(step, scores)
-                                summary = heldout_summary(scores)
-                                report(step, {f"heldout_{name}": value for name, value in summary.items()})
-                        if _is_due(step, config.samples_every, config):
-                            sample(step)
+                        look(step)
 
                 # once in a while, and when told to stop: save
                 stop = _any_rank(told_to_stop(), device)
