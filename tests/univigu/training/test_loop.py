@@ -151,6 +151,8 @@ EVERYTHING = {  # that a run at full size has on
     "lora": {"rank": 4, "targets": ("to_q", "to_v")},
     "freeze": ("token_table",),
     "ema_decay": 0.9,
+    "steps": 4,
+    "sizes": 2,
 }
 
 
@@ -213,15 +215,12 @@ def test_in_bf16_what_is_frozen_keeps_its_own_bits(tmp_path):
 
 
 def test_a_run_with_everything_on_goes_on_where_it_was_stopped(tmp_path):
-    whole = tiny_run.run(tmp_path / "whole", sizes=2, **EVERYTHING)
+    whole = tiny_run.run(tmp_path / "whole", **EVERYTHING)
     with pytest.raises(PreemptedError):
         tiny_run.run(
-            tmp_path / "cut",
-            lambda step, metrics: step == 5 and os.kill(os.getpid(), signal.SIGTERM),
-            sizes=2,
-            **EVERYTHING,
+            tmp_path / "cut", lambda step, metrics: step == 2 and os.kill(os.getpid(), signal.SIGTERM), **EVERYTHING
         )
-    weights = tiny_run.run(tmp_path / "cut", sizes=2, **EVERYTHING)
+    weights = tiny_run.run(tmp_path / "cut", **EVERYTHING)
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
     for name in ("curves.csv", "heldout.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -237,7 +236,7 @@ def test_samples_are_asked_for_now_and_then_and_at_the_end(tmp_path):
 
 def test_a_handful_of_samples_of_two_sizes_is_learnt_by_heart(tmp_path):
     few = slice(0, 6)
-    settings = {"steps": 100, "batch_size": 4, "checkpoint_every": 200, "heldout_every": 25, "learning_rate": 1e-2}
+    settings = {"steps": 60, "batch_size": 4, "checkpoint_every": 99, "heldout_every": 20, "learning_rate": 1e-2}
     tiny_run.run(tmp_path, parts=(few, few), sizes=2, **settings)
     evaluations = json.loads((tmp_path / "evaluations.json").read_text())
     for name in ("text_ce", "video_mse"):
