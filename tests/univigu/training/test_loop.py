@@ -236,7 +236,7 @@ def test_samples_are_asked_for_now_and_then_and_at_the_end(tmp_path):
 
 def test_a_handful_of_samples_of_two_sizes_is_learnt_by_heart(tmp_path):
     few = slice(0, 6)
-    settings = {"steps": 60, "batch_size": 4, "checkpoint_every": 99, "heldout_every": 20, "learning_rate": 1e-2}
+    settings = {"steps": 120, "batch_size": 4, "checkpoint_every": 200, "heldout_every": 30, "learning_rate": 1e-2}
     tiny_run.run(tmp_path, parts=(few, few), sizes=2, **settings)
     evaluations = json.loads((tmp_path / "evaluations.json").read_text())
     for name in ("text_ce", "video_mse"):
