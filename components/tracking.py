@@ -9,13 +9,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from univigu.errors import ConfigError, MissingInputError, PreemptedError, UniViGUError
 from univigu.registry import in_a_hurry, store_error
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EXPERIMENT = "uni-vigu"
 FLUSH_EVERY_S = 10.0
@@ -144,6 +147,32 @@ class TrackedRun:
         self._buffer += [Metric(name, float(value), now, step) for name, value in metrics.items()]
         if time.monotonic() - self._flushed > FLUSH_EVERY_S:
             self.flush()
+
+    def log_samples(
+        self, step: int, rows: Sequence[Mapping[str, Any]], videos: Mapping[str, "np.ndarray"], fps: float
+    ) -> None:
+        """Add `rows` to the table ``samples.json``, and each clip, uint8 (F, H, W, 3), as ``samples/STEP/NAME.mp4``.
+
+        What an interrupted run has logged already is not logged twice; a store that fails now costs the samples.
+        """
+        import tempfile
+
+        from univigu.video import encode_mp4
+
+        if step <= self._logged:
+            return
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for number, (name, frames) in enumerate(videos.items()):
+                    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:60]
+                    path = Path(folder) / f"{number}-{safe}.mp4"
+                    path.write_bytes(encode_mp4(frames, fps))
+                if videos:
+                    self.client.log_artifacts(self.run_id, folder, f"samples/step-{step:08d}")
+            table = {name: [row[name] for row in rows] for name in rows[0]}
+            self.client.log_table(self.run_id, table, "samples.json")
+        except Exception as error:
+            print(f"The samples of step {step} did not reach MLflow ({error}); training goes on.", file=sys.stderr)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():

@@ -1,4 +1,4 @@
-"""`univigu data`: a dataset of one's own, and versions of the dataset, each a git tag that DVC can bring back."""
+"""`univigu data`: a dataset of one's own, its versions (each a git tag that DVC can bring back), where latents lie."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The dataset: bring your own videos in, tag the version that lies here, list those there are.")
+app = typer.Typer(help="The dataset: bring in your own videos, tag the version here, move latents to a store.")
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
 Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
@@ -105,6 +105,32 @@ def snapshot(
         print(f"This dataset is {found.tag} already, tagged on {found.when[:10]}; no other tag was made.")
     if push:
         print("Its data are in the DVC remote.")
+
+
+@app.command(epilog="Example: `univigu data offload s3://bucket/latents --remove`")
+def offload(
+    url: Annotated[str, typer.Argument(help="Where to: s3://, gs://, az://, or a folder; keys are the environment's.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Free the disk: training fetches what it needs.")] = False,
+    root: Root = Path("."),
+) -> None:
+    """Put the shards of latents into an object store, from which training streams them.
+
+    Everything else of the output stays here, with the hashes that each fetched shard is verified against.
+    """
+    from components.pipeline.runner import verify
+    from components.pipeline.stages import find_stage
+    from univigu.training.shards import put_shards
+
+    stage = find_stage("encode-latents")
+    folder = root.resolve() / stage.home
+    shards = [name for name in verify(folder, stage.name)["files"] if name.startswith("shards/")]
+    shards = [name for name in shards if name.endswith("latents.safetensors")]
+    size = put_shards(folder, shards, url)
+    if remove:
+        for name in shards:
+            (folder / name).unlink()
+    kept = "; they are no longer here" if remove else ""
+    print(f"{len(shards)} shards, {size / 1e9:.3g} GB, lie at {url}{kept}.")
 
 
 @app.command("list")

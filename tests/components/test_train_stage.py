@@ -2,19 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
+from components.pipeline import data_commands
 from components.pipeline.runner import STATE, run_stage
+from components.pipeline.tables import read_table
 from components.tracking import find_run, flatten, tracking_uri
 from components.train_stage import model_digest
 from univigu import UniViGUPipeline
-from univigu.errors import BadInputError, PreemptedError, TransientError
+from univigu.errors import BadInputError, ConfigError, CorruptDataError, PreemptedError, TransientError
+from univigu.training import shards
+from univigu.training.data import write_latents
 
 
 @pytest.fixture
@@ -88,6 +99,99 @@ def test_a_stage_told_to_stop_goes_on_in_the_same_mlflow_run(latents_root, profi
     assert (same.info.run_id, same.info.status) == (run.info.run_id, "FINISHED")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(1, 61))
+
+
+def test_samples_are_shown_in_the_run_as_training_goes_on(latents_root, profile):
+    profile["train_stage_1"].update(samples_every=2, ema_decay=0.9)
+    run_stage("train-stage-1", profile, latents_root)
+    (run,) = runs_of(latents_root)
+    client = mlflow.MlflowClient()
+    for step in (2, 4):
+        files = client.list_artifacts(run.info.run_id, f"samples/step-{step:08d}")
+        assert [Path(file.path).suffix for file in files] == [".mp4"] * 2
+        assert all(file.file_size > 200 for file in files)
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_text())
+    rows = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    assert [row["step"] for row in rows] == [2, 2, 4, 4]
+    assert all(isinstance(row["said"], str) and row["target"] for row in rows)
+
+
+def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shards.time, "sleep", lambda _: None)
+    here = run_stage("train-stage-1", profile, latents_root)["digest"]
+    shard = latents_root / "data/latents/shards/00000/latents.safetensors"
+    data_commands.offload(str(tmp_path / "store"), remove=True, root=latents_root)
+    assert "1 shards" in capsys.readouterr().out
+    assert not shard.exists()
+    assert run_stage("train-stage-1", profile, latents_root)["digest"] == here
+
+    stored = tmp_path / "store/shards/00000/latents.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    shutil.rmtree(latents_root / STATE / "cache")
+    with pytest.raises(CorruptDataError, match="put the latents into the store again"):
+        run_stage("train-stage-1", profile, latents_root)
+
+
+def test_sizes_are_trained_in_turn_and_what_is_left_over_is_in_the_manifest(latents_root, profile, recommit):
+    home = latents_root / "data/latents"
+    rows = read_table(home, "latents").to_pylist()
+    generator, length = torch.Generator().manual_seed(1), profile["text"]["caption_tokens"][1]
+    ids = torch.randint(4, 60, (6, length), generator=generator)
+    write_latents(
+        home / "shards/00001/latents.safetensors",
+        latents=torch.randn(6, 4, 2, 8, 12, generator=generator),
+        prompt_embeds=[torch.randn(5, 32, generator=generator) for _ in range(6)],
+        prompt_ids=ids,
+        target_ids=ids,
+    )
+    wide = {"frames": 5, "height": 32, "width": 48, "shard": "shards/00001/latents.safetensors"}
+    rows += [
+        {**rows[0], **wide, "id": f"wide-{row}", "row": row, "split": "heldout" if row > 4 else "train"}
+        for row in range(6)
+    ]
+    recommit(latents_root, "encode-latents", {"latents": rows})
+    manifest = run_stage("train-stage-1", profile, latents_root)
+    assert manifest["facts"]["training_samples"] == 11
+    small, large = manifest["facts"]["buckets"]
+    assert (small["frames_height_width"], small["samples"]) == ([5, 32, 48], 5)
+    assert small["batches"] + large["batches"] == 4
+    assert (small["batches"] * 4 + small["left_over"]) % 5 == 0
+    assert json.loads((latents_root / "data/stage1/heldout.json").read_text())["samples"] == 3
+
+
+def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(latents_root, profile):
+    config = latents_root / profile["base"] / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "CogVideoXTransformer3DModel"}))
+    with pytest.raises(BadInputError, match="is CogVideoXTransformer3DModel, not WanTransformer3DModel"):
+        run_stage("train-stage-1", profile, latents_root)
+    assert not (latents_root / "mlflow.db").exists()
+
+
+def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(latents_root, profile, monkeypatch):
+    monkeypatch.setattr("univigu.training.room.free_memory", lambda: 10**6)
+    with pytest.raises(ConfigError, match=r"needs .* GiB a process, and 0\.0 are free \(.*zero_stage: 1 on more"):
+        run_stage("train-stage-1", profile, latents_root)
+    assert not (latents_root / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_only_the_first_of_several_processes_reads_weights_and_the_model_is_the_same(latents_root, profile, tmp_path):
+    profile["train_stage_1"].update(steps=2, heldout_every=2)
+    alone = tmp_path / "alone"
+    shutil.copytree(latents_root, alone)
+    run_stage("train-stage-1", profile, alone)
+    profile["train_stage_1"].update(zero_stage=3, samples_every=2, gradient_checkpointing=True)
+    (latents_root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "components.pipeline.cli", "run", "train-stage-1", "--profile", "profile.yaml", "--root", "."]
+    done = subprocess.run(command, cwd=latents_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = [root / "data/stage1/model/transformer" for root in (alone, latents_root)]
+    expected, found = (load_file(next(folder.glob("*.safetensors"))) for folder in files)
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(found[name], tensor, atol=1e-3) for name, tensor in expected.items())
+    (run,) = runs_of(latents_root)
+    assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "samples/step-00000002")) == 2
 
 
 def test_a_tracking_server_that_is_not_there_stops_training_before_it_begins(latents_root, profile, monkeypatch):

@@ -1,9 +1,9 @@
 """Checkpoints of a running training: whole or not there, and the same for any number of processes.
 
 Below one folder lie ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
-weights and of AdamW's moments, each tensor whole), ``loop.json`` (where the loop stands) and, written last by rank 0,
-``manifest.json`` with the size and SHA-256 of every file. Then ``latest`` is replaced atomically. A damaged checkpoint
-means the one before it.
+weights, of AdamW's moments and of the weights' average, each tensor whole), ``loop.json`` (where the loop stands) and,
+written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then ``latest`` is replaced
+atomically. A damaged checkpoint means the one before it.
 
 DeepSpeed's own checkpoints hold slices that fit one number of processes and one stage of ZeRO, and are pickled; these
 are read by any number of processes, in any stage, and nothing is unpickled. All ranks must see the same folder.
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from univigu.errors import ConfigError
-from univigu.training.engine import read_state, write_state
+from univigu.training.state import read_state, write_state
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -116,13 +116,13 @@ def _fault(checkpoint: Path) -> str | None:
         return "its manifest is damaged"
     for name, facts in files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
+        if not path.is_file() or path.stat().st_size != facts["size"] or file_sha256(path) != facts["sha256"]:
             return f"{name} is missing or damaged"
     return None
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _sync(path: Path) -> None:
@@ -131,7 +131,8 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

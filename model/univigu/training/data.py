@@ -1,4 +1,4 @@
-"""Encoded samples: how they lie on disk, and the order in which a training run meets them.
+"""Encoded samples: how they lie on disk, and how they are read.
 
 A shard is one safetensors file of N samples:
 
@@ -12,14 +12,11 @@ A shard is one safetensors file of N samples:
 
 The states of the empty prompt, which replace a dropped one, lie once beside the shards (`write_empty_prompt`).
 
-The order: one endless stream, the permutations of (seed, 0), (seed, 1), ... one after the other. A step takes the next
-`batch_size` of it, so the last batch of an epoch is filled up with the first samples of the next: nothing is dropped,
-nothing is padded, and a position in the stream is all that a resumed run needs to know. Ranks split a step's samples,
-so what is in a step does not depend on how many there are.
+All samples of a shard have one shape. Shards lie on this machine, or are fetched when they are needed (`shards`).
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +33,12 @@ _SHARD = {"latents": 5, "prompt_embeds": 2, "prompt_lengths": 1, "prompt_ids": 2
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where one sample lies: its id, its shard's file, and its row in there."""
+    """Where one sample lies: its id, its shard's file, its row in there, and its clip's frames, height and width."""
 
     id: str
     shard: Path
     row: int
+    bucket: tuple[int, ...] = ()
 
 
 def write_latents(
@@ -74,26 +72,50 @@ def write_empty_prompt(folder: Path, states: Tensor) -> None:
     save_file({"prompt_embeds": states.detach().cpu().to(torch.bfloat16).contiguous()}, folder / EMPTY_PROMPT)
 
 
+class Shards:
+    """Shards on this machine's disk, all of them open: mapped, so bytes are read when rows are."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._open = {path: open_shard(path) for path in sorted(set(paths))}
+
+    def open(self, path: Path) -> Mapping[str, Tensor]:
+        """The tensors of a shard, and ``offsets`` of its prompts."""
+        return self._open[path]
+
+    def rows(self, path: Path) -> int:
+        """How many samples a shard holds."""
+        return len(self._open[path]["latents"])
+
+    def target_ids(self, path: Path) -> Tensor:
+        """A shard's targets, (samples, text_length)."""
+        return self._open[path]["target_ids"]
+
+    def fetch_ahead(self, paths: Iterable[Path]) -> None:
+        """Be told which shards will be needed soon."""
+
+
 class LatentDataset:
     """The samples of some shards, mapped into memory and read row by row; the table itself is never loaded.
 
     samples: which rows, in a fixed order. empty_prompt: the file of `write_empty_prompt`. prompt_length: the length to
-    which text-encoder states are padded with zeros, as Wan does.
+    which text-encoder states are padded with zeros, as Wan does. shards: where they are, if not all on this disk.
     """
 
-    def __init__(self, samples: Sequence[SampleRef], empty_prompt: Path, prompt_length: int) -> None:
+    def __init__(
+        self, samples: Sequence[SampleRef], empty_prompt: Path, prompt_length: int, shards: Shards | None = None
+    ) -> None:
         if not samples:
             raise BadInputError("There is no sample to train on; check the step that encodes the latents.")
         self.samples = list(samples)
         self.prompt_length = prompt_length
-        self._shards = {path: _open_shard(path) for path in sorted({sample.shard for sample in self.samples})}
+        self.shards = shards or Shards(sample.shard for sample in self.samples)
         for sample in self.samples:
-            if not 0 <= sample.row < len(self._shards[sample.shard]["latents"]):
+            if not 0 <= sample.row < self.shards.rows(sample.shard):
                 raise CorruptDataError(
                     f"{sample.shard} has no row {sample.row} (sample {sample.id}); encode the latents again."
                 )
         self._ids = torch.tensor([sample_key(sample.id) for sample in self.samples])
-        states = _open_tensors(empty_prompt).get("prompt_embeds")
+        states = open_tensors(empty_prompt).get("prompt_embeds")
         if states is None or states.ndim != 2:
             raise CorruptDataError(f"{empty_prompt} holds no states of the empty prompt; encode the latents again.")
         self.empty_embeds = self._padded(states)
@@ -104,21 +126,21 @@ class LatentDataset:
     @property
     def text_length(self) -> int:
         """Tokens a text has here, EOS and PAD included."""
-        return self._shards[self.samples[0].shard]["target_ids"].shape[1]
+        return self.shards.target_ids(self.samples[0].shard).shape[1]
 
     @property
     def target_ids(self) -> Tensor:
         """All targets, (samples, text_length) int64."""
-        return torch.stack([self._shards[s.shard]["target_ids"][s.row] for s in self.samples]).long()
+        return torch.stack([self.shards.target_ids(s.shard)[s.row] for s in self.samples]).long()
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, Tensor]:
         """Read samples into one batch.
 
-        Returns latents (B, C, T, H, W), prompt_embeds (B, prompt_length, D) and empty_embeds (prompt_length, D) in
-        fp32; prompt_ids and target_ids (B, text_length) in int64; and what noise is drawn from: sample_ids and epochs
-        (B,) in int64.
+        They are of one bucket. Returns latents (B, C, T, H, W), prompt_embeds (B, prompt_length, D) and empty_embeds
+        (prompt_length, D) in fp32; prompt_ids and target_ids (B, text_length) in int64; and what noise is drawn from:
+        sample_ids and epochs (B,) in int64.
         """
-        chosen = [(self._shards[self.samples[i].shard], self.samples[i].row) for i in indices]
+        chosen = [(self.shards.open(self.samples[i].shard), self.samples[i].row) for i in indices]
         return {
             "latents": torch.stack([shard["latents"][row] for shard, row in chosen]).float(),
             "prompt_embeds": torch.stack([self._padded(_states(shard, row)) for shard, row in chosen]),
@@ -143,43 +165,6 @@ class LatentDataset:
 def sample_key(sample_id: str) -> int:
     """A sample's id as a number below 2^63, the same on every machine: the key of all noise that it meets."""
     return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") >> 1
-
-
-class SampleStream:
-    """The endless order of (index, epoch), a pure function of (seed, position): see the head of this file."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        if size < 1:
-            raise BadInputError("There is no sample to train on; check the step that encodes the latents.")
-        self.size = size
-        self.seed = seed
-        self._order: dict[int, list[int]] = {}
-
-    def take(self, position: int, count: int) -> tuple[list[int], list[int]]:
-        """The `count` samples from `position` on: their indices, and the epoch that each is met in."""
-        epochs = [at // self.size for at in range(position, position + count)]
-        return [
-            self._epoch(epoch)[at % self.size]
-            for epoch, at in zip(epochs, range(position, position + count), strict=True)
-        ], epochs
-
-    def _epoch(self, epoch: int) -> list[int]:
-        if epoch not in self._order:
-            digest = hashlib.sha256(f"order {self.seed} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            self._order = {kept: order for kept, order in self._order.items() if kept >= epoch - 1}
-            self._order[epoch] = torch.randperm(self.size, generator=generator).tolist()
-        return self._order[epoch]
-
-
-def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
-    """The part of a step's samples that one of `world_size` processes takes; raises where it can't be split evenly."""
-    if batch_size % world_size:
-        raise BadInputError(
-            f"A batch of {batch_size} can't be split evenly over {world_size} processes; choose a multiple of it."
-        )
-    share = batch_size // world_size
-    return slice(rank * share, (rank + 1) * share)
 
 
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -213,8 +198,9 @@ def _states(shard: Mapping[str, Tensor], row: int) -> Tensor:
     return shard["prompt_embeds"][shard["offsets"][row] : shard["offsets"][row + 1]]
 
 
-def _open_shard(path: Path) -> dict[str, Tensor]:
-    shard = _open_tensors(path)
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, and ``offsets`` of its prompts; raises `CorruptDataError` where it isn't one."""
+    shard = open_tensors(path)
     wrong = [name for name, dims in _SHARD.items() if name not in shard or shard[name].ndim != dims]
     if wrong:
         raise CorruptDataError(
@@ -228,7 +214,7 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
     return shard
 
 
-def _open_tensors(path: Path) -> dict[str, Tensor]:
+def open_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, mapped: bytes are read when rows are."""
     if not path.is_file():
         raise MissingInputError(f"There is no file {path}; run the step that encodes the latents first.")

@@ -2,19 +2,21 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from univigu import wan
 from univigu.errors import ConfigError
-from univigu.training.data import rank_slice
+from univigu.training.order import rank_slice
+from univigu.training.state import make_moments
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, besides the number of steps
+OFFLOAD = ("optimizer", "parameters")
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,17 @@ class TrainingConfig:
     grad_clip: float = 1.0
     video_lr_factor: float = 1.0  # learning rate of Wan's own weights relative to the text side's
     zero_stage: int = 0
+    offload: tuple[str, ...] = ()  # to the CPU's memory: the optimizer (ZeRO 1 to 3), and parameters (ZeRO 3)
     precision: str = "fp32"  # or bf16: weights and activations; the optimizer keeps fp32 either way
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    gradient_checkpointing: int = 0  # every block (1, true), or every k-th, recomputes its activations backward
+    freeze: tuple[str, ...] = ()  # parts that don't learn, see `adapters`
+    lora: Mapping[str, Any] | None = None  # the video side learns through adapters, see `adapters`
+    ema_decay: float = 0.0  # above 0: a running average of the weights is what is evaluated and saved
+    shuffle_shards: int = 0  # shuffle within so many shards at a time; 0: over all samples
     checkpoint_every: int = 100
     heldout_every: int = 100  # and once at the end
+    samples_every: int = 0  # show samples so often; 0: never
+    peak_tflops: float | None = None  # of one GPU, for the MFU; None: by its name
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
@@ -47,6 +56,16 @@ class TrainingConfig:
             raise ConfigError(f"There is no ZeRO stage {self.zero_stage}; use 0, 1, 2 or 3.")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ConfigError("bf16 without ZeRO keeps no fp32 weights; set zero_stage to 1 or higher.")
+        if unknown := set(self.offload) - set(OFFLOAD):
+            raise ConfigError(f"`offload` names {', '.join(sorted(unknown))}; use {' and '.join(OFFLOAD)}, or neither.")
+        needed = 3 if "parameters" in self.offload else 1 if self.offload else 0
+        if self.zero_stage < needed:
+            raise ConfigError(f"To offload {' and '.join(self.offload)}, set zero_stage to {needed} or higher.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"`ema_decay` is {self.ema_decay}; use 0 for none, or a number below 1, as 0.9999.")
+        for name in ("gradient_checkpointing", "shuffle_shards", "samples_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; use 0 for none, or a number above it.")
         for name in ("steps", "batch_size", "learning_rate", "checkpoint_every", "heldout_every"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}` is {getattr(self, name)} and must be above zero; mend the profile.")
@@ -56,7 +75,8 @@ class TrainingConfig:
         """The part of a profile's training section that is the loop's; other keys are left to who knows them."""
         known = {field.name for field in fields(cls)}
         try:
-            return cls(**{key: value for key, value in section.items() if key in known}, seed=seed)
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in known}
+            return cls(**values, seed=seed)
         except TypeError as error:
             raise ConfigError(f"The profile's training section does not fit ({error}); mend it.") from error
 
@@ -78,7 +98,11 @@ def parameter_groups(objective: nn.Module, config: TrainingConfig) -> list[dict[
         if not parameter.requires_grad:
             continue
         key = name.removeprefix("transformer.")
-        decays = parameter.ndim > 1 and "scale_shift_table" not in key and "text_space" not in key
+        decays = (
+            len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            and "scale_shift_table" not in key
+            and "text_space" not in key
+        )
         factor = 1.0 if wan.is_text_side(key) else config.video_lr_factor
         groups.setdefault((config.weight_decay if decays else 0.0, factor), []).append(parameter)
     return [
@@ -92,6 +116,9 @@ def init_distributed() -> torch.device:
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
+    if cuda and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # buckets change the sizes of everything from step to step, which would leave holes in a GPU's memory
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import deepspeed
 
     if not cuda:
@@ -129,30 +156,86 @@ def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
     return share // size, size
 
 
+def recompute_activations(transformer: nn.Module, every: int) -> None:
+    """Have each `every`-th block forget its activations, and compute them again in the backward pass.
+
+    Not the reentrant kind, which silently drops gradients where the input needs none.
+    """
+    chosen = set(transformer.blocks[::every])
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
+
+    transformer.enable_gradient_checkpointing(run)
+
+
 def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     count, size = micro_batches(config, world_size)
-    return {
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    offload = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
+    settings = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": count,
         "gradient_clipping": 0.0 if _clips_itself(config) else config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            **{key: to_cpu for key, part in offload.items() if part in config.offload},
+        },
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW runs on the CPU too; DeepSpeed's own would have to be compiled there
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": 2**31,
     }
+    if count > 1 and config.precision == "bf16":
+        # a sum in bf16 loses what is small beside it
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def share_out_weights(objective: nn.Module, config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+    """Cut rank 0's weights into the ranks' parts (ZeRO 3), one at a time: no GPU ever holds all of them."""
+    import deepspeed
+
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    zero = deepspeed.zero.Init(
+        config_dict_or_path=dict(settings),
+        remote_device="cpu" if "parameters" in config.offload else None,
+        pin_memory=torch.cuda.is_available(),
+        dtype=dtype,
+    )
+    for module in objective.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=zero.local_device)
+                parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(module, name, parameter)
+            parameter.data = parameter.data.to(dtype)
+            zero._convert_to_zero_parameters([parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(zero.local_device))
 
 
 def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
+    """A DeepSpeed engine that trains `objective`, from rank 0's weights; the other ranks' may be on the meta device."""
     import deepspeed
 
     settings = engine_settings(config, world_size)
+    if config.zero_stage == 3:
+        share_out_weights(objective, config, settings)
+    else:
+        for module in objective.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta:  # the engine fills it from rank 0's
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
     optimizer = torch.optim.AdamW(
         parameter_groups(objective, config), lr=config.learning_rate, betas=tuple(config.betas), fused=True
     )
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
-    _make_moments(engine)
+    make_moments(engine, averaged=config.ema_decay > 0)
     return engine
 
 
@@ -174,109 +257,3 @@ def clip_gradients(engine: Any, config: TrainingConfig) -> float | None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     return float(nn.utils.clip_grad_norm_(parameters, config.grad_clip))
-
-
-def gather_weights(engine: Any, objective: nn.Module) -> None:
-    """Put the whole fp32 weights back into `objective` on rank 0, wherever ZeRO and bf16 had left them."""
-    for parameter in objective.parameters():
-        full = _read(engine, parameter, None)
-        if dist.get_rank() == 0:
-            parameter.data = full.cpu().clone()
-
-
-def read_state(engine: Any) -> dict[str, Tensor]:
-    """This rank's share of what training goes on from: whole fp32 tensors on the CPU, as ``name`` and ``name.moment``.
-
-    Ranks take turns, parameter by parameter, so all of them must call this, after a step. Nothing in it depends on how
-    many ranks there are, nor on the stage of ZeRO.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    state = {}
-    for index, (name, parameter) in enumerate(_trained(engine)):
-        for key in (None, *MOMENTS):
-            full = _read(engine, parameter, key)
-            if index % world_size == rank:
-                state[_key(name, key)] = full.float().cpu().contiguous()
-    return state
-
-
-def write_state(engine: Any, step: int, tensor: Callable[[str], Tensor]) -> None:
-    """Bring the engine to where `read_state` found one after `step`.
-
-    `tensor(name)` gives any rank's entries of `read_state`. All ranks must call this.
-    """
-    for state in _adamw(engine).state.values():
-        state["step"].fill_(step)
-    for name, parameter in _trained(engine):
-        for key in (None, *MOMENTS):
-            _write(engine, parameter, key, tensor(_key(name, key)))
-
-
-def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
-
-
-def _key(name: str, key: str | None) -> str:
-    return name if key is None else f"{name}.{key}"
-
-
-def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """A parameter in fp32, or one of its moments, whole; from all ranks that hold a part of it."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if not _is_partitioned(parameter):
-        return parameter.detach() if key is None else engine.optimizer.state[parameter][key]
-    if key is None:
-        return safe_get_full_fp32_param(parameter).detach()
-    return safe_get_full_optimizer_state(parameter, key)
-
-
-@torch.no_grad()
-def _write(engine: Any, parameter: nn.Parameter, key: str | None, full: Tensor) -> None:
-    import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param
-    from deepspeed.utils import safe_set_local_optimizer_state as safe_set_local_state
-
-    if not _is_partitioned(parameter):
-        (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(full)
-        return
-    if hasattr(parameter, "ds_id"):  # ZeRO 3 cuts parameters into equal parts, the last of which is padded
-        size = parameter.ds_tensor.numel()
-        part = torch.zeros(size * dist.get_world_size())
-        part[: full.numel()] = full.flatten()
-        part = part[size * dist.get_rank() :][:size]
-        if key is not None:
-            safe_set_local_state(parameter, part, key)
-            return
-        safe_set_local_fp32_param(parameter, part)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(full)
-    elif key is None:
-        safe_set_full_fp32_param(parameter, full)
-        parameter.copy_(full)  # what the next step computes with
-    else:
-        safe_set_full_optimizer_state(parameter, full, key)
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed keeps the fp32 weights of a parameter elsewhere, shared out over the ranks."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def _adamw(engine: Any) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO's optimizers wrap it
-
-
-def _make_moments(engine: Any) -> None:
-    """Give AdamW its state before its first step, which would make it: a checkpoint is read into it.
-
-    DeepSpeed, too, looks for the moments after the first step, but only those of the first group of parameters are
-    there by then, and it would never find the others.
-    """
-    adamw = _adamw(engine)
-    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 leaves the groups empty
-    for parameter in flat or [parameter for group in adamw.param_groups for parameter in group["params"]]:
-        moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
-        adamw.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()

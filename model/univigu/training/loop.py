@@ -1,17 +1,18 @@
 """The training loop: one engine, one order of samples, and once in a while an evaluation, a checkpoint, a line.
 
 The same code runs as one process on a CPU and under torchrun on many GPUs. What a step computes depends on its number
-alone: the samples come from a stream (`SampleStream`), noise and tau from each sample's id and epoch, the learning rate
-from the step. So a run that was killed goes on from its checkpoint as if nothing had happened, and ends with the same
-weights, bit for bit on one process.
+alone: the samples come from an endless order (`SampleOrder`), noise and tau from each sample's id and epoch, the
+learning rate from the step. So a run that was killed goes on from its checkpoint as if nothing had happened, and ends
+with the same weights, bit for bit on one process.
 """
 
 import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,23 @@ import torch.distributed as dist
 
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
 from univigu.objective import TrainingObjective, evaluate_heldout
+from univigu.training.adapters import choose_what_learns, merge_lora
 from univigu.training.checkpoints import load_checkpoint, save_checkpoint
-from univigu.training.data import LatentDataset, SampleStream, rank_slice
+from univigu.training.data import LatentDataset
 from univigu.training.engine import (
     TrainingConfig,
     clip_gradients,
-    gather_weights,
     init_distributed,
     learning_rate,
     make_engine,
+    micro_batches,
+    recompute_activations,
 )
+from univigu.training.loader import MicroBatches, load_ahead
+from univigu.training.order import SampleOrder, rank_slice
 from univigu.training.records import Curves, Evaluations, ProgressLine, StepSums, heldout_summary
+from univigu.training.state import averaged_weights, frozen_weights, gather_weights, swap_average, update_average
+from univigu.training.throughput import Throughput
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -42,23 +49,25 @@ def train(
     config: TrainingConfig,
     folder: Path,
     report: Report = lambda step, metrics: None,
-) -> None:
+    sample: Callable[[int], None] = lambda step: None,
+) -> SampleOrder:
     """Train `objective` in place for `config.steps` steps, going on from the newest good checkpoint in `folder`.
 
     Rank 0 calls `report(step, metrics)` for each row and leaves in `folder`: ``curves.csv``, a row a step;
     ``heldout.json``, what the last `evaluate_heldout` said, and ``heldout.csv``, all of them, a row a (step, bin).
-    Raises `PreemptedError` after SIGTERM, with everything saved.
+    All ranks call `sample(step)` every `config.samples_every` steps, with the weights that would be saved. Returns the
+    order that the samples came in. Raises `PreemptedError` after SIGTERM, with everything saved.
     """
     with _termination_flag() as told_to_stop:
         device = init_distributed()
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        choose_what_learns(objective.transformer, config.freeze, config.lora, config.seed)
         if config.gradient_checkpointing:
-            objective.transformer.enable_gradient_checkpointing()
-        engine = make_engine(objective.to(device), config, world_size)
-        share = rank_slice(config.batch_size, rank, world_size)
-        micro_steps = engine.gradient_accumulation_steps()
-        micro_size = (share.stop - share.start) // micro_steps
-        stream = SampleStream(len(dataset), config.seed)
+            recompute_activations(objective.transformer, config.gradient_checkpointing)
+        throughput = Throughput(objective, config, device)
+        frozen = frozen_weights(objective, config.precision)
+        engine = make_engine(objective, config, world_size)
+        order = sample_order(dataset, config)
 
         state = load_checkpoint(engine, folder / "checkpoints") or {"step": 0}
         if state["step"] and state["seed"] != config.seed:
@@ -75,73 +84,143 @@ def train(
             loop = {"seed": config.seed, "position": position, "epoch": position // len(dataset)}
             save_checkpoint(engine, folder / "checkpoints", step, loop)
 
-        for step in range(first + 1, config.steps + 1):
-            rate = learning_rate(step, config)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate * group["lr_factor"]
-            indices, epochs = stream.take((step - 1) * config.batch_size, config.batch_size)
-            indices, epochs = indices[share], epochs[share]
-            sums = StepSums()
-            objective.train()
-            for start in range(0, len(indices), micro_size):
-                part = slice(start, start + micro_size)
-                batch = {k: v.to(device) for k, v in dataset.batch(indices[part], epochs[part]).items()}
-                out = engine(batch, step)
-                engine.backward(out["loss"])
-                sums.add(out, len(batch["latents"]))
-                if start + micro_size >= len(indices):
-                    grad_norm = clip_gradients(engine, config)
-                engine.step()
-                if _any_rank(told_to_stop(), device) and start + micro_size < len(indices):
-                    if step - 1 > first:
-                        save(step - 1)  # the weights are still those of the last whole step
-                    raise _preempted(step - 1, config)
-
-            row = sums.means(device)
-            row["grad_norm"] = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
-            row["learning_rate"] = rate
-            if not math.isfinite(row["loss"]):
-                raise CorruptDataError(
-                    f"The loss is {row['loss']} at step {step}; lower the learning rate, or check the latents."
-                )
-            if rank == 0:
-                curves.add(step, row)
-                report(step, {**row, "samples_per_second": line.samples_per_second(step)})
-                line.show(step, row)
-
-            # once in a while: look at what was held out
-            if step % config.heldout_every == 0 or step == config.steps:
+        def look(step: int) -> None:
+            objective.eval()
+            if _is_due(step, config.heldout_every, config):
                 scores = heldout_scores(objective, heldout, micro_size, config.seed, device)
                 if rank == 0:
                     evaluations.add(step, scores)
                     report(step, {f"heldout_{name}": value for name, value in heldout_summary(scores).items()})
+            if _is_due(step, config.samples_every, config):
+                sample(step)
 
-            # once in a while, and when told to stop: save
-            stop = _any_rank(told_to_stop(), device)
-            if step % config.checkpoint_every == 0 or step == config.steps or stop:
-                save(step)
-            if stop and step < config.steps:
-                raise _preempted(step, config)
-        gather_weights(engine, objective)
+        steps = range(first + 1, config.steps + 1)
+        share, micro_size = rank_slice(config.batch_size, rank, world_size), micro_batches(config, world_size)[1]
+        with closing(load_ahead(dataset, order, steps, share, micro_size)) as batches:
+            for step in steps:
+                started = time.monotonic()
+                micro = next(batches)
+                waited = time.monotonic() - started
+                row = run_step(engine, config, step, micro, device, told_to_stop)
+                if row is None:
+                    if step - 1 > first:
+                        save(step - 1)  # the weights are still those of the last whole step
+                    raise _preempted(step - 1, config)
+                if not math.isfinite(row["loss"]):
+                    raise CorruptDataError(
+                        f"The loss is {row['loss']} at step {step}; lower the learning rate, or check the latents."
+                    )
+                if config.ema_decay:
+                    update_average(engine, step, config.ema_decay)
+                shape, context = micro[0]["latents"].shape[2:], micro[0]["prompt_embeds"].shape[1]
+                throughput.add(time.monotonic() - started, waited, shape, context)
+                if rank == 0:
+                    curves.add(step, row)
+                    report(step, {**row, **throughput.figures()})
+                    line.show(step, row, throughput.figures())
+
+                # once in a while: look at what was held out, and at what the model makes
+                if _is_due(step, config.heldout_every, config) or _is_due(step, config.samples_every, config):
+                    with averaged_weights(engine):
+                        look(step)
+
+                # once in a while, and when told to stop: save
+                stop = _any_rank(told_to_stop(), device)
+                if step % config.checkpoint_every == 0 or step == config.steps or stop:
+                    save(step)
+                if stop and step < config.steps:
+                    raise _preempted(step, config)
+        swap_average(engine)
+        gather_weights(engine, objective, frozen)
+        if rank == 0:
+            merge_lora(objective.transformer)
+        return order
+
+
+def sample_order(dataset: LatentDataset, config: TrainingConfig) -> SampleOrder:
+    """The order in which a run with this configuration meets the samples."""
+    samples = dataset.samples
+    shards = [str(sample.shard) for sample in samples] if config.shuffle_shards else []
+    return SampleOrder(
+        [sample.bucket for sample in samples], config.batch_size, config.seed, shards, config.shuffle_shards
+    )
+
+
+def run_step(
+    engine: Any,
+    config: TrainingConfig,
+    step: int,
+    micro: MicroBatches,
+    device: torch.device,
+    told_to_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """One step; returns its metrics over all ranks, or None where they agreed to stop before its last micro-batch."""
+    rate = learning_rate(step, config)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
+    engine.module.train()
+    sums = StepSums()
+    for number, batch in enumerate(micro, 1):
+        out = engine({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, step)
+        engine.backward(out["loss"])
+        sums.add(out, len(batch["latents"]))
+        if number == len(micro):
+            grad_norm = clip_gradients(engine, config)
+        engine.step()
+        if _any_rank(told_to_stop(), device) and number < len(micro):
+            return None
+    row = sums.means(device)
+    row["grad_norm"] = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+    row["learning_rate"] = rate
+    return row
 
 
 def heldout_scores(
     objective: TrainingObjective, heldout: LatentDataset, batch_size: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
     """`evaluate_heldout` on all of `heldout`, shared out over the processes; all get the whole result."""
+    buckets: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(heldout.samples):
+        buckets.setdefault(sample.bucket, []).append(index)
+    scores = []
+    for _, indices in sorted(buckets.items()):
+        gathered = _bucket_scores(objective, heldout, indices, batch_size, seed, device)
+        scores.append(_weighted_mean(gathered) | {"samples": len(indices)})
+    return _weighted_mean(scores)
+
+
+def _bucket_scores(
+    objective: TrainingObjective,
+    heldout: LatentDataset,
+    indices: Sequence[int],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> list[Any]:
+    """What each process found on its part of samples of one size; of too few samples, each takes all."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    objective.eval()
-    mine = torch.arange(len(heldout))
-    if len(heldout) >= world_size:
+    mine = torch.tensor(indices)
+    if len(indices) >= world_size:
         mine = mine[rank::world_size]
     # every process goes through equally many batches: under ZeRO 3 they gather each other's weights in step
-    count = max(1, math.ceil(math.ceil(len(heldout) / world_size) / batch_size))
-    batches = (heldout.batch(part.tolist(), [0] * len(part)) for part in mine.tensor_split(count) if len(part))
-    moved = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
-    scores = evaluate_heldout(objective.transformer, moved, seed)
+    count = max(1, math.ceil(math.ceil(len(indices) / world_size) / batch_size))
+    parts = [part.tolist() for part in mine.tensor_split(count) if len(part)]
+
+    def evaluate(parts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        batches = (heldout.batch(part, [0] * len(part)) for part in parts)
+        moved = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
+        return evaluate_heldout(objective.transformer, moved, seed)
+
+    scores = evaluate(parts)
+    if count > len(parts):
+        evaluate([indices[:1]] * (count - len(parts)))
     gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, scores)
-    return _weighted_mean(gathered)
+    return gathered
+
+
+def _is_due(step: int, every: int, config: TrainingConfig) -> bool:
+    return every > 0 and (step % every == 0 or step == config.steps)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

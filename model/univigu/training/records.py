@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,18 @@ class ProgressLine:
         self.started = time.monotonic()
         self.shown = -math.inf
 
-    def samples_per_second(self, step: int) -> float:
-        return (step - self.first) * self.config.batch_size / max(time.monotonic() - self.started, 1e-9)
-
-    def show(self, step: int, row: Mapping[str, float]) -> None:
+    def show(self, step: int, row: Mapping[str, float], figures: Mapping[str, float]) -> None:
+        """`figures`: `Throughput.figures`. What is left is by the clock, evaluations and checkpoints included."""
         now = time.monotonic()
         if now - self.shown < LINE_EVERY_S and step < self.config.steps:
             return
         self.shown = now
-        left = (self.config.steps - step) * self.config.batch_size / self.samples_per_second(step)
+        left = timedelta(seconds=round((self.config.steps - step) * (now - self.started) / (step - self.first)))
         parts = " ".join(f"{name} {value:.4g}" for name, value in row.items())
-        print(
-            f"step {step}/{self.config.steps} {parts} {self.samples_per_second(step):.1f} samples/s {left:.0f} s left",
-            file=sys.stderr,
-        )
+        speed = f"{figures['samples_per_second']:.3g} samples/s {figures['tokens_per_second']:.4g} tokens/s"
+        speed += f" {figures['tflops_per_process']:.3g} TFLOP/s"
+        if "mfu" in figures:
+            speed += f" MFU {figures['mfu']:.1%}"
+        if figures["loading_share"] >= 0.005:
+            speed += f" waiting for data {figures['loading_share']:.1%}"
+        print(f"step {step}/{self.config.steps} {parts} {speed} {left} left", file=sys.stderr)

@@ -8,8 +8,6 @@ from univigu.training.data import (
     EMPTY_PROMPT,
     LatentDataset,
     SampleRef,
-    SampleStream,
-    rank_slice,
     sample_key,
     token_weights,
     write_empty_prompt,
@@ -55,33 +53,6 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
     for name in "ab":
         make_shard(tmp_path / name, 3)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_every_sample_is_met_once_an_epoch_though_batches_do_not_divide_it():
-    stream = SampleStream(10, seed=3)
-    met = [pair for step in range(10) for pair in zip(*stream.take(step * 4, 4), strict=True)]
-    assert sorted(met) == [(index, epoch) for index in range(10) for epoch in range(4)]
-    orders = [[index for index, epoch in met if epoch == e] for e in range(4)]
-    assert len({tuple(order) for order in orders}) == 4
-
-
-def test_the_stream_is_the_same_wherever_it_is_entered():
-    whole, _ = SampleStream(7, seed=1).take(0, 30)
-    assert SampleStream(7, seed=1).take(11, 19)[0] == whole[11:]
-    assert SampleStream(7, seed=2).take(0, 30)[0] != whole
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_together_take_a_steps_samples_once(world_size):
-    step, _ = SampleStream(50, seed=0).take(16, 8)
-    shares = [step[rank_slice(8, rank, world_size)] for rank in range(world_size)]
-    assert [index for share in shares for index in share] == step
-    assert len({len(share) for share in shares}) == 1
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(BadInputError, match="multiple"):
-        rank_slice(9, 0, 2)
 
 
 def test_a_sample_key_does_not_change():

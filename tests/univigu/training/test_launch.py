@@ -130,6 +130,32 @@ def test_what_one_process_saved_goes_on_on_two(tmp_path, one, stage):
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
 
 
+EVERYTHING = {
+    "zero_stage": 3,
+    "offload": ["optimizer", "parameters"],
+    "micro_batch_size": 2,
+    "gradient_checkpointing": 2,
+    "lora": {"rank": 4, "targets": ["to_q", "to_v"]},
+    "freeze": ["token_table"],
+    "ema_decay": 0.9,
+    "sizes": 2,
+    "steps": 5,
+}
+
+
+@slow
+def test_with_everything_on_two_processes_are_stopped_and_one_goes_on_with_the_same_curve(tmp_path):
+    whole = tiny_run.run(tmp_path / "one", **EVERYTHING)
+    done = on_two(tmp_path / "two", json.dumps(EVERYTHING), "2", "TERM")
+    assert done.returncode == 81, done.stderr[-4000:]
+    steps = []
+    settings = EVERYTHING | {"zero_stage": 2, "offload": ["optimizer"]}
+    weights = tiny_run.run(tmp_path / "two", lambda step, metrics: steps.append(step), **settings)
+    assert steps[0] > 2
+    assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize(
     ("codes", "told", "expected"),
     [

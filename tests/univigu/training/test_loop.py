@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from univigu import wan
 from univigu.errors import ConfigError, PreemptedError
 from univigu.training import checkpoints
 from univigu.training.engine import TrainingConfig, learning_rate, parameter_groups
+from univigu.training.loop import train
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 spec = importlib.util.spec_from_file_location("tiny_run", SCRIPT)
@@ -140,6 +142,109 @@ def test_in_bf16_the_curve_is_near_and_the_weights_that_are_left_are_fp32(tmp_pa
     assert weights["blocks.0.ffn.net.2.weight"].dtype == torch.float32
 
 
+EVERYTHING = {  # that a run at full size has on
+    "precision": "bf16",
+    "zero_stage": 3,
+    "offload": ("optimizer", "parameters"),
+    "micro_batch_size": 4,
+    "gradient_checkpointing": 2,
+    "lora": {"rank": 4, "targets": ("to_q", "to_v")},
+    "freeze": ("token_table",),
+    "ema_decay": 0.9,
+    "steps": 4,
+    "sizes": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 2, "offload": ("optimizer",)},
+        {"zero_stage": 3, "offload": ("optimizer", "parameters")},
+        {"gradient_checkpointing": 1},
+        {"gradient_checkpointing": 2, "zero_stage": 3},
+    ],
+)
+def test_saving_memory_does_not_change_the_curve(tmp_path, whole_run, settings):
+    weights = tiny_run.run(tmp_path, **settings)
+    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-5)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-5) for name, tensor in whole_run[1].items())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_what_is_saved_and_evaluated_is_the_average_of_the_weights(tmp_path, whole_run, zero_stage):
+    seen = []
+
+    def note_weights(module, _):
+        seen.append({name: tensor.clone() for name, tensor in module.transformer.state_dict().items()})
+
+    tiny_run.run(tmp_path / "seen", before_forward=note_weights)
+    seen = [*seen[::1], whole_run[1]]
+    assert len(seen) == 9
+    expected = dict(seen[0])
+    for step, weights in enumerate(seen[1:], 1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = {name: decay * tensor + (1 - decay) * weights[name] for name, tensor in expected.items()}
+
+    weights = tiny_run.run(tmp_path / "average", ema_decay=0.8, zero_stage=zero_stage)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in expected.items())
+    assert not all(torch.allclose(weights[name], tensor, atol=1e-4) for name, tensor in whole_run[1].items())
+    assert read_losses(tmp_path / "average") == pytest.approx(read_losses(whole_run[0]), rel=1e-5)
+    averaged, plain = ((folder / "heldout.json").read_text() for folder in (tmp_path / "average", whole_run[0]))
+    assert averaged != plain
+
+
+def test_adapters_stand_in_for_the_video_side_and_are_merged_in_the_end(tmp_path, whole_run):
+    weights = tiny_run.run(tmp_path, lora={"rank": 4, "targets": ["to_q"]}, freeze=["token_table"])
+    assert weights.keys() == whole_run[1].keys()
+    start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
+    changed = {name for name, tensor in start.items() if not torch.equal(weights[name], tensor)}
+    assert {name for name in changed if not wan.is_text_side(name)} == {
+        f"blocks.{block}.{attention}.to_q.weight" for block in (0, 1) for attention in ("attn1", "attn2")
+    }
+    assert "blocks.0.ffn_text.net.2.weight" in changed
+    assert "text_space.weight" not in changed
+
+
+def test_in_bf16_what_is_frozen_keeps_its_own_bits(tmp_path):
+    start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
+    weights = tiny_run.run(tmp_path, steps=2, precision="bf16", zero_stage=1, freeze=["video"])
+    for name, tensor in start.items():
+        assert wan.is_text_side(name) or torch.equal(weights[name], tensor), name
+    assert not torch.equal(weights["text_embedder.proj_in.weight"], start["text_embedder.proj_in.weight"])
+
+
+def test_a_run_with_everything_on_goes_on_where_it_was_stopped(tmp_path):
+    whole = tiny_run.run(tmp_path / "whole", **EVERYTHING)
+    with pytest.raises(PreemptedError):
+        tiny_run.run(
+            tmp_path / "cut", lambda step, metrics: step == 2 and os.kill(os.getpid(), signal.SIGTERM), **EVERYTHING
+        )
+    weights = tiny_run.run(tmp_path / "cut", **EVERYTHING)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+    for name in ("curves.csv", "heldout.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_samples_are_asked_for_now_and_then_and_at_the_end(tmp_path):
+    steps = []
+    dataset, heldout = tiny_run.open_data(tmp_path)
+    config = TrainingConfig(**{**tiny_run.SETTINGS, "steps": 5, "samples_every": 2})
+    train(tiny_run.make_objective(dataset), dataset, heldout, config, tmp_path, sample=steps.append)
+    assert steps == [2, 4, 5]
+
+
+def test_a_handful_of_samples_of_two_sizes_is_learnt_by_heart(tmp_path):
+    few = slice(0, 6)
+    settings = {"steps": 120, "batch_size": 4, "checkpoint_every": 200, "heldout_every": 30, "learning_rate": 1e-2}
+    tiny_run.run(tmp_path, parts=(few, few), sizes=2, **settings)
+    evaluations = json.loads((tmp_path / "evaluations.json").read_text())
+    for name in ("text_ce", "video_mse"):
+        first, last = (sum(scores[name]) for scores in (evaluations[0], evaluations[-1]))
+        assert last < 0.97 * first, name
+    assert evaluations[-1]["samples"] == 6
+
+
 def test_training_learns_what_it_is_shown(tmp_path):
     few = slice(0, 4)
     settings = {"steps": 80, "checkpoint_every": 100, "heldout_every": 20, "learning_rate": 1e-2}
@@ -180,12 +285,45 @@ def test_tables_norms_and_biases_do_not_decay_and_the_video_side_has_its_own_rat
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"freeze": ["no_such_part"]},
+        {"freeze": ["video", "text"]},
+        {"lora": {"rank": 0}},
+        {"lora": {"targets": ["to_nothing"]}},
+        {"lora": {"ranks": 4}},
+    ],
+)
+def test_what_would_learn_nothing_is_refused(tmp_path, wrong):
+    with pytest.raises(ConfigError):
+        tiny_run.run(tmp_path, **wrong)
+
+
+def test_a_checkpoint_of_another_width_is_refused(tmp_path):
+    tiny_run.run(tmp_path, steps=1)
+    (saved,) = (tmp_path / "checkpoints").glob("step-*")
+    tensors = load_file(saved / "rank-00000.safetensors")
+    tensors["transformer.proj_out.weight"] = torch.zeros(16, 48)
+    save_file(tensors, saved / "rank-00000.safetensors")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["rank-00000.safetensors"] = checkpoints._describe(saved / "rank-00000.safetensors")
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"'transformer\.proj_out\.weight' is \(16, 48\)"):
+        tiny_run.run(tmp_path, steps=2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
         {"schedule": "steps"},
         {"precision": "fp8"},
         {"zero_stage": 4},
         {"precision": "bf16"},
         {"steps": 0},
         {"learning_rate": 0.0},
+        {"offload": ("optimizer",)},
+        {"offload": ("parameters",), "zero_stage": 2},
+        {"offload": ("gradients",), "zero_stage": 3},
+        {"ema_decay": 1.0},
+        {"gradient_checkpointing": -1},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):

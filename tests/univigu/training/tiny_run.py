@@ -41,18 +41,25 @@ SETTINGS = {
 }
 
 
-def open_data(folder: Path, train=slice(0, 20), heldout=slice(20, 24)) -> tuple[LatentDataset, LatentDataset]:
-    """20 samples to train on and 4 held out, the same whenever and wherever they are made."""
-    shard = folder / "latents.safetensors"
-    if not shard.is_file():
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(2, VOCABULARY, (24, LENGTH), generator=generator)
-        ids[:, 7], ids[:, 8:] = 1, 0
-        prompts = [torch.randn(3, 16, generator=generator) for _ in range(24)]
-        latents = torch.randn(24, 4, 2, 4, 4, generator=generator)
-        write_latents(shard, latents=latents, prompt_embeds=prompts, prompt_ids=ids, target_ids=ids)
-        write_empty_prompt(folder, torch.randn(1, 16, generator=generator))
-    refs = [SampleRef(f"sample-{row}", shard, row) for row in range(24)]
+def open_data(folder: Path, train=slice(0, 20), heldout=slice(20, 24), sizes=1) -> tuple[LatentDataset, LatentDataset]:
+    """20 samples to train on and 4 held out, the same whenever and wherever they are made.
+
+    With two `sizes`, every third is larger, and the two lie in a shard each.
+    """
+    refs = []
+    for size in range(sizes):
+        shard = folder / ("latents.safetensors" if not size else f"latents-{size}.safetensors")
+        rows = [row for row in range(24) if sizes == 1 or (row % 3 == 2) == (size == 1)]
+        if not shard.is_file():
+            generator = torch.Generator().manual_seed(size)
+            ids = torch.randint(2, VOCABULARY, (len(rows), LENGTH), generator=generator)
+            ids[:, 7], ids[:, 8:] = 1, 0
+            prompts = [torch.randn(3, 16, generator=generator) for _ in rows]
+            latents = torch.randn(len(rows), 4, 2 + size, 4, 4 + 2 * size, generator=generator)
+            write_latents(shard, latents=latents, prompt_embeds=prompts, prompt_ids=ids, target_ids=ids)
+            write_empty_prompt(folder, torch.randn(1, 16, generator=generator))
+        refs += [(n, SampleRef(f"sample-{n}", shard, row, (size,) * (sizes > 1))) for row, n in enumerate(rows)]
+    refs = [ref for _, ref in sorted(refs, key=lambda pair: pair[0])]
     return tuple(LatentDataset(part, folder / EMPTY_PROMPT, prompt_length=4) for part in (refs[train], refs[heldout]))
 
 
@@ -81,10 +88,10 @@ def make_objective(dataset: LatentDataset) -> TrainingObjective:
 def nothing(*_) -> None: ...
 
 
-def run(folder: Path, report=nothing, before_forward=nothing, parts=(), **settings) -> dict[str, torch.Tensor]:
+def run(folder: Path, report=nothing, before_forward=nothing, parts=(), sizes=1, **settings) -> dict[str, torch.Tensor]:
     """Train below `folder`, going on where a run there stopped; returns the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    dataset, heldout = open_data(folder, *parts)
+    dataset, heldout = open_data(folder, *parts, sizes=sizes)
     objective = make_objective(dataset)
     objective.register_forward_pre_hook(before_forward)
     train(objective, dataset, heldout, TrainingConfig(**{**SETTINGS, **settings}), folder, report)

@@ -1,0 +1,138 @@
+"""How much of a training step's time is spent waiting for its batch, with latents of Wan2.1's real size.
+
+A sample is what `encode-latents` leaves of 81 frames of 480x832: 16 x 21 x 60 x 104 normalised means in bf16 (4.19 MB),
+and a prompt's states of 64 x 4,096. Shards of eight lie on disk (``local``), or come over HTTP from a server process on
+this machine, through a cache that holds three of them (``streamed``), so shards are fetched, hashed and dropped all
+along. The training loop's own loader and step take one sample a step.
+
+A step is as long as its FLOPs: a transformer of one block of width 24, which attends to all 32,760 tokens of such a
+clip, takes some seconds of a CPU - like a step of the paper's on its GPUs, which is at most 6.05 s (100,000 in a week).
+A faster step hides less, so ``prepare_seconds`` says what one sample costs with nothing hidden: a step of that
+length or more can hide it.
+
+`ratio` is the waiting share of all steps but the first, of the worse of the two ways; ``first_wait_seconds`` is what
+the first step waits for, as nothing is ahead of it.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+STEPS = 7
+SHARDS, ROWS = 6, 8
+LATENTS = (16, 21, 60, 104)  # channels, frames, height, width
+PROMPT, PROMPT_LENGTH, STATES, TEXT_LENGTH, VOCABULARY = 64, 512, 4096, 256, 512
+
+
+def measure() -> dict[str, Any]:
+    import torch
+
+    from univigu.training.shards import REMOTE, RemoteShards, put_shards
+
+    with tempfile.TemporaryDirectory() as home:
+        folder, bucket = Path(home) / "latents", Path(home) / "bucket"
+        names = write_shards(folder)
+        local = run(folder, names, None)
+        put_shards(folder, names, str(bucket))
+        size = (folder / names[0]).stat().st_size
+        with server(bucket) as url:
+            remote = (folder / REMOTE).read_text(encoding="utf-8").replace(str(bucket), url)
+            (folder / REMOTE).write_text(remote, encoding="utf-8")
+            streamed = run(folder, names, RemoteShards(folder, Path(home) / "cache", 3 * size))
+    return {
+        "ratio": max(local["waiting_share"], streamed["waiting_share"]),
+        "local": local,
+        "streamed": streamed,
+        "sample_megabytes": round(2 * torch.Size(LATENTS).numel() / 1e6, 2),
+        "shard_megabytes": round(size / 1e6, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_shards(folder: Path) -> list[str]:
+    import torch
+
+    from univigu.training.data import write_empty_prompt, write_latents
+
+    names = [f"shards/{number:05d}/latents.safetensors" for number in range(SHARDS)]
+    for number, name in enumerate(names):
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(2, VOCABULARY, (ROWS, TEXT_LENGTH), generator=generator)
+        write_latents(
+            folder / name,
+            latents=torch.randn(ROWS, *LATENTS, generator=generator),
+            prompt_embeds=[torch.randn(PROMPT, STATES, generator=generator) for _ in range(ROWS)],
+            prompt_ids=ids,
+            target_ids=ids,
+        )
+    write_empty_prompt(folder, torch.zeros(1, STATES))
+    return names
+
+
+def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
+    """Some steps as the training loop takes them; seconds a step, and how much of them it waited for data."""
+    import torch
+
+    from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
+    from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
+    from univigu.training.engine import TrainingConfig, init_distributed, make_engine
+    from univigu.training.loader import load_ahead
+    from univigu.training.loop import run_step, sample_order
+
+    refs = [SampleRef(f"{name}-{row}", folder / name, row) for name in names for row in range(ROWS)]
+    dataset = LatentDataset(refs, folder / EMPTY_PROMPT, PROMPT_LENGTH, shards)
+    torch.manual_seed(0)
+    model = UniViGUTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=24,
+        num_layers=1,
+        ffn_dim=96,
+        text_dim=STATES,
+        text_latent_dim=16,
+        vocab_size=VOCABULARY,
+        tokenizer_length=VOCABULARY,
+        text_length=TEXT_LENGTH,
+    )
+    device = init_distributed()
+    config = TrainingConfig(steps=STEPS + 1, batch_size=1, learning_rate=1e-4, shuffle_shards=1)
+    engine = make_engine(TrainingObjective(model, ObjectiveConfig(shares={"generate": 1.0})), config, 1)
+    seconds, waits = [], []
+    steps = range(1, config.steps + 1)
+    with closing(load_ahead(dataset, sample_order(dataset, config), steps, slice(0, 1), 1)) as batches:
+        for step in steps:
+            started = time.perf_counter()
+            micro = next(batches)
+            waits.append(time.perf_counter() - started)
+            run_step(engine, config, step, micro, device, lambda: False)
+            seconds.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    for index in range(ROWS):
+        dataset.batch([index], [0])
+    prepare = (time.perf_counter() - started) / ROWS
+    return {
+        "waiting_share": round(sum(waits[1:]) / sum(seconds[1:]), 6),
+        "step_seconds": round(statistics.median(seconds[1:]), 3),
+        "longest_wait_seconds": round(max(waits[1:]), 4),
+        "first_wait_seconds": round(waits[0], 3),
+        "prepare_seconds": round(prepare, 4),
+    }
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """An HTTP server over a folder, in a process of its own; its URL."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        port = re.search(r"port (\d+)", process.stdout.readline())[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,64 @@
+"""Samples as training goes on: what the model says of held-out clips, and the clips it makes, in the MLflow run."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from components.tracking import TrackedRun
+    from univigu import UniViGUPipeline, UniViGUTransformer3DModel
+    from univigu.training.data import LatentDataset
+
+SAMPLES = 4
+
+
+def show_samples(
+    transformer: "UniViGUTransformer3DModel",
+    tokenizer: Any,
+    heldout: "LatentDataset",
+    sampling: Mapping[str, Any],
+    step: int,
+    pipeline: "UniViGUPipeline | None",
+    tracked: "TrackedRun | None",
+) -> None:
+    """Draw the first held-out samples; all processes do, and the one with a `pipeline` and a run decodes and logs."""
+    import torch
+
+    from univigu.training.samples import draw_samples
+
+    samples = draw_samples(transformer, tokenizer, heldout, SAMPLES, sampling)
+    if tracked is None or pipeline is None:
+        return
+    rows = [
+        {"step": step, "sample": one.id, "prompt": one.prompt, "target": one.target, "said": one.said}
+        for one in samples
+    ]
+    print(f"sample at step {step}: {rows[0]['said'][:200]!r}", file=sys.stderr)
+    videos = {}
+    try:
+        videos = {one.id: clip for one, clip in zip(samples, decode(pipeline, samples), strict=True)}
+    except torch.OutOfMemoryError:
+        print("There is no room on the GPU to decode sampled clips, so captions alone are logged.", file=sys.stderr)
+    tracked.log_samples(step, rows, videos, pipeline.config.fps)
+
+
+def decode(pipeline: "UniViGUPipeline", samples: Sequence[Any]) -> list["np.ndarray"]:
+    """The clips, uint8 (F, H, W, 3): the autoencoder visits the transformer's device, and works in tiles there."""
+    import torch
+
+    from univigu import wan
+
+    vae, home = pipeline.vae, pipeline.vae.device
+    device = pipeline.transformer.text_space.weight.device
+    vae.to(device)
+    if device.type == "cuda":
+        vae.enable_tiling()
+    try:
+        return [wan.decode_latents(vae, one.latents[None].to(device))[0].numpy() for one in samples]
+    finally:
+        vae.disable_tiling()
+        vae.to(home)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,83 @@
+"""What of the model learns: all of it, what is not frozen, or small adapters in place of the video side's weights."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from univigu import wan
+from univigu.errors import ConfigError
+from univigu.transformer import UniViGUTransformer3DModel
+
+PARTS = {  # names for `freeze`; anything else is a pattern of parameter names, as `blocks.0.*`
+    "video": lambda name: not wan.is_text_side(name),
+    "text": wan.is_text_side,
+    "self_attention": lambda name: ".attn1." in name,
+    "cross_attention": lambda name: ".attn2." in name,
+    "video_feed_forward": lambda name: ".ffn." in name,
+    "text_feed_forward": lambda name: ".ffn_text." in name,
+    "token_table": lambda name: name.startswith("text_space."),
+}
+LORA = {"rank": 32, "alpha": 32.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+def choose_what_learns(
+    transformer: UniViGUTransformer3DModel, freeze: Sequence[str], lora: Mapping[str, Any] | None, seed: int
+) -> None:
+    """Freeze the named parts; with `lora`, the video side learns through adapters alone.
+
+    lora: ``rank``, ``alpha`` (the adapters count alpha / rank times) and ``targets``, the linear layers that get one,
+    by the end of their names. Adapters start at zero, so the model is what it was. Raises `ConfigError` where a name
+    fits nothing, and where nothing is left to learn.
+    """
+    if lora is not None:
+        _add_lora(transformer, lora, seed)
+    names = [name for name, _ in transformer.named_parameters()]
+    for part in freeze:
+        fits = PARTS.get(part, lambda name, pattern=part: fnmatchcase(name, pattern))
+        chosen = {name for name in names if fits(name)}
+        if not chosen:
+            raise ConfigError(
+                f"`freeze` names '{part}', which fits no weight; use {', '.join(PARTS)}, or a pattern like blocks.0.*."
+            )
+        for name, parameter in transformer.named_parameters():
+            if name in chosen:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in transformer.parameters()):
+        raise ConfigError("Everything is frozen, so nothing would be learnt; take something out of `freeze`.")
+
+
+def merge_lora(transformer: UniViGUTransformer3DModel) -> None:
+    """Add the adapters, if there are any, to the weights that they stand beside: a model without adapters is left."""
+    if getattr(transformer, "peft_config", None):
+        transformer.fuse_lora()
+        transformer.unload_lora()
+
+
+def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], seed: int) -> None:
+    from peft import LoraConfig
+
+    unknown = set(lora) - set(LORA)
+    settings = LORA | lora
+    if unknown or not settings["rank"] >= 1 or not settings["targets"]:
+        raise ConfigError(f"`lora` is {dict(lora)}; give a rank of 1 or more, an alpha and targets, or null for none.")
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for target in settings["targets"]:
+        if not any(name.endswith(f".{target}") for name in linear):
+            raise ConfigError(f"`lora.targets` names '{target}', and no linear layer's name ends so; use e.g. to_q.")
+    learning = {name for name, _ in transformer.named_parameters() if wan.is_text_side(name)}
+    targets = [
+        name
+        for name in linear
+        if not wan.is_text_side(f"{name}.weight") and any(name.endswith(f".{t}") for t in settings["targets"])
+    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            LoraConfig(r=settings["rank"], lora_alpha=settings["alpha"], target_modules=targets, bias="none")
+        )
+    for name, parameter in transformer.named_parameters():
+        if name in learning:
+            parameter.requires_grad_(True)  # peft freezes all that is no adapter

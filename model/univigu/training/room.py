@@ -1,0 +1,81 @@
+"""Whether a run fits into the memory there is, before anything is loaded."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from univigu.errors import ConfigError
+from univigu.training.engine import TrainingConfig, micro_batches
+
+
+def needed_memory(
+    transformer: Mapping[str, Any],
+    config: TrainingConfig,
+    *,
+    video_tokens: int,
+    context_tokens: int,
+    world_size: int,
+    learning: int | None = None,
+) -> dict[str, int]:
+    """`memory_needed` of a training configuration: bytes on one GPU, by part.
+
+    transformer: the model's config. learning: how many of its parameters learn; None: all.
+    """
+    from univigu.training.memory import memory_needed
+
+    def needed(recompute: bool) -> dict[str, int]:
+        return memory_needed(
+            transformer,
+            video_tokens=video_tokens,
+            text_tokens=transformer["text_length"],
+            context_tokens=context_tokens,
+            micro_batch_size=micro_batches(config, world_size)[1],
+            world_size=world_size,
+            zero_stage=config.zero_stage,
+            precision=config.precision,
+            offload_optimizer="optimizer" in config.offload,
+            offload_parameters="parameters" in config.offload,
+            gradient_checkpointing=recompute,
+            trainable_parameters=learning,
+            ema=config.ema_decay > 0,
+        )
+
+    every = int(config.gradient_checkpointing)
+    if every <= 1:
+        return needed(bool(every))
+    least, most = needed(True), needed(False)  # every k-th block forgets its activations, the others keep theirs
+    return {part: least[part] + (most[part] - least[part]) * (every - 1) // every for part in least}
+
+
+def free_memory() -> int:
+    """Bytes that this process may use: of its GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def require_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -> None:
+    """Raises `ConfigError` where a run needs more than there is, with what takes it and what would help."""
+    if needed["total"] <= free:
+        return
+    gib = {part: size / 2**30 for part, size in needed.items()}
+    parts = ", ".join(f"{part} {gib[part]:.1f}" for part in sorted(gib, key=lambda part: -gib[part]) if part != "total")
+    help_with = []
+    if not config.gradient_checkpointing or config.gradient_checkpointing > 1:
+        help_with.append("gradient_checkpointing: true")
+    if config.micro_batch_size != 1:
+        help_with.append("micro_batch_size: 1")
+    if config.zero_stage < 3:
+        help_with.append(f"zero_stage: {config.zero_stage + 1} on more GPUs")
+    if config.zero_stage and "optimizer" not in config.offload:
+        help_with.append("offload: [optimizer]")
+    if config.lora is None:
+        help_with.append("lora: {rank: 32}")
+    raise ConfigError(
+        f"Training needs {gib['total']:.1f} GiB a process, and {free / 2**30:.1f} are free ({parts}); "
+        f"set {', or '.join(help_with) or 'smaller clips'}."
+    )

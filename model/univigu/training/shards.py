@@ -1,0 +1,220 @@
+"""Shards of latents in an object store: put there once, fetched ahead of their use into a bounded cache, verified.
+
+A folder of latents whose shards lie elsewhere holds ``remote.json`` (their address; size, SHA-256 and number of samples
+of each) and ``target_ids.safetensors``, which is read whole before the first step. What a URL may be is fsspec's
+business: s3, gs, az, http, a mounted folder; keys and endpoints come from the environment, as the store's own client
+reads them.
+
+A cached shard is named by its SHA-256, so processes of one machine share the cache, and so do runs. The least recently
+used go first when there is no room.
+"""
+
+import json
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError, TransientError
+from univigu.training.checkpoints import file_sha256, write_json
+from univigu.training.data import Shards, open_shard, open_tensors
+
+REMOTE = "remote.json"
+TARGET_IDS = "target_ids.safetensors"
+ATTEMPTS = 4
+_FETCHES_AT_ONCE = 4
+_ABANDONED_S = 60  # a process that can't be seen may be one of another container
+
+
+class RemoteShards(Shards):
+    """The shards that ``folder/remote.json`` names, below `cache` once they are here; at most `cache_bytes` of them.
+
+    Half of the cache is for shards that are ahead of their use. Raises `ConfigError` where it can't hold two.
+    """
+
+    def __init__(self, folder: Path, cache: Path, cache_bytes: int) -> None:
+        self.folder, self.cache, self.cache_bytes = folder, cache, cache_bytes
+        remote = _read_remote(folder)
+        self.url, self._facts = remote["url"], {folder / name: facts for name, facts in remote["shards"].items()}
+        largest = max(facts["size"] for facts in self._facts.values())
+        if cache_bytes < 2 * largest:
+            raise ConfigError(
+                f"A cache of {cache_bytes / 1e9:.3g} GB can't hold two shards of {largest / 1e9:.3g} GB; "
+                "raise `cache_gb`, or encode the latents in smaller shards."
+            )
+        self._targets = open_tensors(folder / TARGET_IDS)
+        self._room = int(cache_bytes // largest)  # in shards
+        self._opened: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
+        self._wanted: OrderedDict[Path, None] = OrderedDict()
+        self._ahead: set[Path] = set()
+        self._lock = threading.RLock()  # the thread that loads ahead, and an evaluation
+        self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch-shard")
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def open(self, path: Path) -> Mapping[str, Tensor]:
+        with self._lock:
+            if path in self._opened:
+                _touch(self._home(path))
+            else:
+                self._opened[path] = open_shard(self.fetch(path))
+                if len(self._opened) > self._room:
+                    self._opened.popitem(last=False)
+                self._wanted.pop(path, None)
+                self._ahead.discard(path)
+                self._fetch_some()
+            self._opened.move_to_end(path)
+            return self._opened[path]
+
+    def rows(self, path: Path) -> int:
+        return self._of(path)["rows"]
+
+    def target_ids(self, path: Path) -> Tensor:
+        return self._targets[path.relative_to(self.folder).as_posix()]
+
+    def fetch_ahead(self, paths: Iterable[Path]) -> None:
+        with self._lock:
+            self._wanted |= {path: None for path in paths if path not in self._opened and path not in self._ahead}
+            self._fetch_some()
+
+    def _fetch_some(self) -> None:
+        while self._wanted and len(self._ahead) < self._room // 2:
+            path, _ = self._wanted.popitem(last=False)
+            self._ahead.add(path)
+            self._fetchers.submit(self.fetch, path)  # what goes wrong, whoever needs the shard will meet
+
+    def fetch(self, path: Path) -> Path:
+        """Where a shard lies in the cache, fetched and verified if it wasn't there.
+
+        Raises `MissingInputError` where the store hasn't got it, `CorruptDataError` where its bytes are others than
+        those that were put there, and `TransientError` where the store doesn't answer.
+        """
+        from filelock import FileLock
+
+        facts, home = self._of(path), self._home(path)
+        if not _touch(home):
+            with FileLock(self.cache / f".{facts['sha256'][:16]}.lock"):
+                if not _touch(home):  # another process may have fetched it meanwhile
+                    partial = self.cache / f".{facts['sha256']}.{facts['size']}.{os.getpid()}.partial"
+                    try:
+                        while not self._reserve(partial, facts["size"]):
+                            time.sleep(0.05)  # others are on their way, and will be done
+                        fetch_file(f"{self.url}/{path.relative_to(self.folder).as_posix()}", partial, facts)
+                        partial.replace(home)
+                    finally:
+                        partial.unlink(missing_ok=True)
+        return home
+
+    def _home(self, path: Path) -> Path:
+        return self.cache / f"{self._of(path)['sha256']}.safetensors"
+
+    def _of(self, path: Path) -> Mapping[str, Any]:
+        if path not in self._facts:
+            raise CorruptDataError(f"{self.folder / REMOTE} doesn't name {path}; put the latents into the store again.")
+        return self._facts[path]
+
+    def _reserve(self, partial: Path, size: int) -> bool:
+        """Take room for a shard on its way: what was used longest ago goes; who has it open can go on reading it.
+
+        Returns whether there is room beside the other shards that are on their way.
+        """
+        import psutil
+        from filelock import FileLock
+
+        with FileLock(self.cache / ".lock"):
+            coming = 0
+            for other in self.cache.glob(".*.partial"):
+                _, _, its_size, process, _ = other.name.split(".")
+                if psutil.pid_exists(int(process)) or time.time() - other.stat().st_mtime < _ABANDONED_S:
+                    coming += int(its_size)
+                else:
+                    other.unlink(missing_ok=True)  # of a killed run
+            here = sorted((path.stat().st_mtime_ns, path) for path in self.cache.glob("*.safetensors"))
+            held = sum(path.stat().st_size for _, path in here)
+            for _, path in here:
+                if held + coming + size <= self.cache_bytes:
+                    break
+                held -= path.stat().st_size
+                path.unlink()
+            fits = held + coming + size <= self.cache_bytes
+            if fits:
+                partial.touch()
+            return fits
+
+
+def fetch_file(url: str, path: Path, facts: Mapping[str, Any]) -> None:
+    """Bring one file to `path` and verify it; what may work on another try is tried again, after a wait."""
+    from fsspec.core import url_to_fs
+
+    fault = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(2**attempt * random.uniform(0.25, 0.75))
+        try:
+            store, place = url_to_fs(url)
+            store.get_file(place, str(path))
+        except FileNotFoundError as error:
+            raise MissingInputError(f"There is no {url}; put the latents into the store again.") from error
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{url} can't be read ({error}); install what it names, or mend it.") from error
+        except Exception as error:  # each store's client has its own
+            fault = f"{type(error).__name__}: {error}"
+            continue
+        if path.stat().st_size == facts["size"] and file_sha256(path) == facts["sha256"]:
+            return
+        fault = ""
+    if not fault:
+        raise CorruptDataError(f"{url} isn't what was put there; put the latents into the store again.")
+    raise TransientError(f"{url} could not be fetched ({fault}); try again later, or check the store.")
+
+
+def put_shards(folder: Path, names: Iterable[str], url: str) -> int:
+    """Put the shards `names` of a folder of latents below `url`, and leave in the folder where they are.
+
+    Returns the number of bytes. The shards stay in the folder too: removing them is the caller's choice.
+    """
+    from fsspec.core import url_to_fs
+
+    url = url.rstrip("/")
+    shards, targets = {}, {}
+    for name in sorted(names):
+        shard = open_shard(folder / name)
+        store, place = url_to_fs(f"{url}/{name}")
+        store.makedirs(place.rpartition("/")[0], exist_ok=True)
+        store.put_file(str(folder / name), place)
+        size = (folder / name).stat().st_size
+        if store.info(place)["size"] != size:
+            raise TransientError(f"Not all of {folder / name} reached {url}; run the same command again.")
+        shards[name] = {"size": size, "sha256": file_sha256(folder / name), "rows": len(shard["latents"])}
+        targets[name] = shard["target_ids"]
+    if not shards:
+        raise BadInputError(f"There is no shard in {folder}; run encode-latents first.")
+    save_file(targets, folder / TARGET_IDS)
+    write_json(folder / REMOTE, {"url": url, "shards": shards})
+    return sum(facts["size"] for facts in shards.values())
+
+
+def _read_remote(folder: Path) -> dict[str, Any]:
+    try:
+        remote = json.loads((folder / REMOTE).read_text(encoding="utf-8"))
+        return {"url": str(remote["url"]), "shards": dict(remote["shards"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptDataError(
+            f"{folder / REMOTE} can't be read ({error}); put the latents into the store again."
+        ) from error
+
+
+def _touch(path: Path) -> bool:
+    """Whether a file is there; it then counts as just used."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True

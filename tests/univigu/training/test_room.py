@@ -1,0 +1,49 @@
+import pytest
+
+from univigu import UniViGUTransformer3DModel, wan
+from univigu.errors import ConfigError
+from univigu.training.engine import TrainingConfig
+from univigu.training.room import needed_memory, require_room
+
+GIB = 2**30
+SETTINGS = {"steps": 1, "batch_size": 16, "learning_rate": 1.0, "precision": "bf16", "micro_batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def shape():
+    import torch
+
+    with torch.device("meta"):
+        return dict(UniViGUTransformer3DModel(**(wan.WAN_14B | {"num_layers": 1})).config) | {"num_layers": 40}
+
+
+def needed(shape, learning=None, **settings):
+    config = TrainingConfig(**SETTINGS | {"zero_stage": 3, "gradient_checkpointing": 1} | settings)
+    sizes = {"video_tokens": 32760, "context_tokens": 512, "world_size": 16}
+    return config, needed_memory(shape, config, learning=learning, **sizes)
+
+
+def test_the_14b_fits_16_gpus_of_80_gb_as_its_profile_says_and_not_without_recomputation(shape):
+    config, memory = needed(shape)
+    require_room(memory, int(79.1 * GIB), config)
+    config, memory = needed(shape, gradient_checkpointing=0)
+    with pytest.raises(ConfigError, match="gradient_checkpointing: true, or offload"):
+        require_room(memory, int(79.1 * GIB), config)
+
+
+def test_every_other_block_lies_half_way(shape):
+    none, some, every = (needed(shape, gradient_checkpointing=k)[1]["activations"] for k in (0, 2, 1))
+    assert some == pytest.approx((none + every) / 2, rel=1e-6)
+
+
+def test_offloading_and_adapters_take_less(shape):
+    plain = needed(shape)[1]["total"]
+    assert needed(shape, offload=("optimizer",))[1]["total"] < plain - 10 * GIB
+    assert needed(shape, learning=10**8)[1]["total"] < plain - 10 * GIB
+
+
+def test_what_takes_the_memory_is_said_largest_first():
+    config = TrainingConfig(**SETTINGS | {"zero_stage": 2})
+    parts = {"parameters": 2 * GIB, "activations": 5 * GIB, "total": 7 * GIB}
+    with pytest.raises(ConfigError, match=r"needs 7\.0 GiB a process, and 6\.0 are free \(activations 5\.0, param"):
+        require_room(parts, 6 * GIB, config)
