@@ -6,6 +6,7 @@ SXM and PCIe, H200 SXM, H20, HGX B200, L40S, GeForce RTX 4090; AMD Instinct MI30
 with slower links between GPUs.
 """
 
+import re
 from typing import NamedTuple
 
 from univigu.errors import ConfigError
@@ -41,3 +42,10 @@ def find_gpu(name: str) -> Gpu:
     if gpu is None:
         raise ConfigError(f"There is no GPU '{name}' in the table; choose one of {', '.join(GPUS)}.")
     return gpu
+
+
+def recognise_gpu(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls so, such as "NVIDIA H100 80GB HBM3"; None for one that isn't in the table."""
+    said = re.sub(r"[^a-z0-9]", "", device_name.lower())
+    found = [name for name in GPUS if all(part in said for part in name.split("-"))]
+    return GPUS[max(found, key=len)] if found else None

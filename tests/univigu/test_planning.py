@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from univigu import ObjectiveConfig, UniViGUTransformer3DModel, planning, wan
 from univigu.errors import ConfigError, MissingInputError
-from univigu.hardware import GPUS, find_gpu
+from univigu.hardware import GPUS, find_gpu, recognise_gpu
 from univigu.training.memory import training_loss_on_fakes
 
 TOKENS = planning.Tokens(video=4 * 16 * 16, text=64, context=32)
@@ -78,3 +78,19 @@ def test_gpus_are_found_in_any_case_and_others_are_listed():
     assert all(gpu.tflops > 100 and gpu.memory_gib >= 24 for gpu in GPUS.values())
     with pytest.raises(ConfigError, match=r"no GPU 'abacus'.*h100"):
         find_gpu("abacus")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(device, name):
+    assert recognise_gpu(device) == GPUS[name]
+    assert recognise_gpu("NVIDIA GeForce GT 1030") is None

@@ -9,31 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from univigu.hardware import recognise_gpu
 from univigu.objective import ObjectiveConfig, TrainingObjective
+from univigu.planning import Tokens, mean_step, task_costs
 from univigu.training.engine import TrainingConfig
 from univigu.transformer import UniViGUTransformer3DModel
-
-# Dense bf16 TFLOP/s, from NVIDIA's data sheets; the first name that the GPU's contains
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "H800": 989.4,
-    "H200": 989.4,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
-}
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """What a GPU can do at most, or None where that isn't known: on a CPU, on a GPU that isn't in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = recognise_gpu(torch.cuda.get_device_name(device))
+    return gpu and gpu.tflops
 
 
 def sample_flops(
@@ -48,16 +36,8 @@ def sample_flops(
     latents: (T, H, W). learning_share: of the weights, that learn; for the others no gradient is computed, though it
     is passed on through them.
     """
-    video, text = video_tokens(transformer, latents), transformer.config.text_length
-    prefix, joint = (transformer.estimate_flops(video, text, context_tokens, kind) for kind in ("prefix", "joint"))
-    text_alone = prefix - transformer.estimate_flops(video, 0, context_tokens, "prefix")
-    both_ways = 2 + learning_share
-    cost = {
-        "understand": both_ways * prefix + objective.self_conditioning * text_alone,
-        "joint": (both_ways + objective.self_conditioning) * joint,
-        "generate": both_ways * joint,
-    }
-    return sum(share * cost[task] for task, share in objective.shares.items()) / sum(objective.shares.values())
+    tokens = Tokens(video_tokens(transformer, latents), transformer.config.text_length, context_tokens)
+    return mean_step(task_costs(transformer, tokens, objective), objective.self_conditioning, learning_share - 1)
 
 
 def video_tokens(transformer: UniViGUTransformer3DModel, latents: Sequence[int]) -> int:
