@@ -122,9 +122,12 @@ def _save_memory(pipeline: "DiffusionPipeline", way: str) -> None:
 
 
 def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     try:
-        denoiser.set_attention_backend(backend)
+        with attention_backend():  # else it would become the backend of every model in this process
+            denoiser.set_attention_backend(backend)
     except (AttributeError, ValueError, RuntimeError, ImportError, OSError) as error:
         raise ConfigError(
             f"The attention backend '{backend}' can't be used here ({_first_line(error)}); leave it empty for torch's."

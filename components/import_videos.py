@@ -235,7 +235,7 @@ def plan_clip(
 
 def caption_use(prompt: str, caption: str, tokens: int, allowed: Sequence[int]) -> str:
     """Whether a caption can teach stage 2: `usable`, or why not."""
-    from components.checks import repeats_prompt
+    from components.checks.texts import repeats_prompt
 
     if not caption:
         return "none"

@@ -6,6 +6,7 @@ spaces are compared by pairs of characters.
 
 import re
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 from components.prompt_filters import content_phrases
@@ -30,7 +31,13 @@ def check_caption(prompt: str, caption: str, least: float = 0.5, stemmer: str = 
 
 
 def _content_words(prompt: str) -> list[str]:
-    return [word.rpartition(":")[2] for phrase in content_phrases(prompt) for word in phrase if re.search(r"\w", word)]
+    """The words of its phrases, where neighbours in a script without spaces are one word."""
+    words: list[str] = []
+    for phrase in content_phrases(prompt):
+        bare = (word.rpartition(":")[2] for word in phrase if re.search(r"\w", word))
+        for unspaced, run in groupby(bare, key=lambda word: bool(_UNSPACED.match(word))):
+            words += ["".join(run)] if unspaced else run
+    return words
 
 
 def _units(word: str, stemmer: str) -> list[str]:

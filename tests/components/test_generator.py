@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 
 from components import generator
 from components.pipeline.profiles import load_profile
@@ -175,6 +176,7 @@ def test_what_saves_memory_changes_no_clip(folders):
         folders["wan"], "fp32", vae_memory=["tiling", "slicing"], attention_backend="_native_math", offload="model"
     )
     assert thrifty.vae.use_tiling
+    assert attention_dispatch._AttentionBackendRegistry.get_active_backend()[0] == "native"  # of other models
     np.testing.assert_allclose(generator.generate(thrifty, ROWS, VIDEO, settings), plain, atol=1e-4)
 
 

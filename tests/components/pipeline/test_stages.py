@@ -92,7 +92,7 @@ def test_the_profile_in_use_is_there_with_the_paths_that_it_names(tmp_path):
 def test_using_a_profile_has_dvc_watch_what_it_reads(name, tmp_path):
     use_profile(name, tmp_path)
     profile = load_profile(name)
-    expected = {key: profile[key] for key in ("base", "heldout", "raw_prompts")}
+    expected = {key: profile[key] for key in ("base", "generator", "heldout", "raw_prompts")}
     assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == {"profile": name, **expected}
     text = (ROOT / "dvc.yaml").read_text()
     assert all(f"- ${{{key}}}\n" in text for key in expected)
