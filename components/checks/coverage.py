@@ -34,9 +34,10 @@ def _content_words(prompt: str) -> list[str]:
     """The words of its phrases, where neighbours in a script without spaces are one word."""
     words: list[str] = []
     for phrase in content_phrases(prompt):
-        bare = (word.rpartition(":")[2] for word in phrase if re.search(r"\w", word))
-        for unspaced, run in groupby(bare, key=lambda word: bool(_UNSPACED.match(word))):
-            words += ["".join(run)] if unspaced else run
+        bare = [word.rpartition(":")[2] for word in phrase if re.search(r"\w", word)]
+        runs = [[*run] for _, run in groupby(bare, key=lambda word: bool(_UNSPACED.match(word)))]
+        for run in runs:
+            words += ["".join(run)] if _UNSPACED.match(run[0]) else run
     return words
 
 
