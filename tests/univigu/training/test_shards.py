@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -157,8 +158,11 @@ def test_fetching_ahead_keeps_within_the_bound_and_fetches_each_shard_once(laten
     most = 0
     order = SampleOrder([()] * 24, 4, 0, [str(ref.shard) for ref in latents[1]], shuffle_shards=1)
     for _ in load_ahead(dataset, order, range(1, 7), slice(0, 4), 4):
-        held = [path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors")]
-        most = max(most, sum(held))
+        held = 0
+        for path in (tmp_path / "cache").glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # evicted between the two looks
+                held += path.stat().st_size
+        most = max(most, held)
     assert size_of(latents[0]) <= most <= 2 * size_of(latents[0])
     assert len(store[0].asked) == SHARDS
 
