@@ -45,7 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## Make the environment in .venv (the other targets do it when needed)
 
-demo: install ## The main job: prompts in, a trained and registered Uni-ViGU out (12 minutes on two cores)
+demo: install ## The main job: prompts in, a trained and registered Uni-ViGU out (14 minutes on two cores)
 	@univigu use $(PROFILE)
 	dvc repro
 	@univigu summary
@@ -56,7 +56,7 @@ smoke: ## The same way with next to no data and steps (two minutes)
 airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
 	@python -m components.pipeline.airflow_server --port $(PORT)
 
-measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (8 minutes)
+measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (6 minutes)
 	@python -m components.pipeline.measure_orchestrators
 
 test: install ## All tests, lint and format included
