@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class RemoteShards(Shards):
         self._room = int(cache_bytes // largest)  # in shards
         self._opened: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
         self._wanted: OrderedDict[Path, None] = OrderedDict()
-        self._ahead: set[Path] = set()
+        self._ahead: dict[Path, Future[Path]] = {}
         self._lock = threading.RLock()  # the thread that loads ahead, and an evaluation
         self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch-shard")
         cache.mkdir(parents=True, exist_ok=True)
@@ -64,11 +64,13 @@ class RemoteShards(Shards):
             if path in self._opened:
                 _touch(self._home(path))
             else:
+                self._wanted.pop(path, None)
+                coming = self._ahead.pop(path, None)
+                if coming and not coming.cancel():
+                    wait([coming])
                 self._opened[path] = open_shard(self.fetch(path))
                 if len(self._opened) > self._room:
                     self._opened.popitem(last=False)
-                self._wanted.pop(path, None)
-                self._ahead.discard(path)
                 self._fetch_some()
             self._opened.move_to_end(path)
             return self._opened[path]
@@ -87,8 +89,7 @@ class RemoteShards(Shards):
     def _fetch_some(self) -> None:
         while self._wanted and len(self._ahead) < self._room // 2:
             path, _ = self._wanted.popitem(last=False)
-            self._ahead.add(path)
-            self._fetchers.submit(self.fetch, path)  # what goes wrong, whoever needs the shard will meet
+            self._ahead[path] = self._fetchers.submit(self.fetch, path)  # what goes wrong, `open` will meet
 
     def fetch(self, path: Path) -> Path:
         """Where a shard lies in the cache, fetched and verified if it wasn't there.

@@ -167,6 +167,20 @@ def test_fetching_ahead_keeps_within_the_bound_and_fetches_each_shard_once(laten
     assert len(store[0].asked) == SHARDS
 
 
+def test_a_shard_that_was_needed_before_its_turn_to_be_fetched_is_not_fetched_again(latents, store, tmp_path):
+    dataset, busy = opened(latents, tmp_path, held=2), threading.Event()
+    fetchers = dataset.shards._fetchers
+    for _ in range(fetchers._max_workers):
+        fetchers.submit(busy.wait)
+    paths = [dataset.samples[index].shard for index in (0, 4, 8, 12)]
+    dataset.shards.fetch_ahead(paths)
+    for path in paths:  # the first are out of the cache again at the end
+        dataset.shards.open(path)
+    busy.set()
+    fetchers.shutdown()
+    assert len(store[0].asked) == len(paths)
+
+
 def test_shards_are_fetched_before_their_step_comes(latents, store, tmp_path):
     dataset = opened(latents, tmp_path, held=2 * SHARDS)
     shards_of = [str(ref.shard) for ref in latents[1]]
