@@ -25,18 +25,22 @@ spec.loader.exec_module(tiny_run)
 slow = pytest.mark.slow
 
 
-def on_two(folder, *arguments, script=SCRIPT):
-    """Run the script in two processes to its end; returns what has become of it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def on_two(folder, settings, *arguments):
+    """A run of two processes to its end, on data that lie there before; returns what has become of it."""
+    tiny_run.open_data(folder, sizes=settings.get("sizes", 1))
+    return launch(SCRIPT, folder, json.dumps(settings), *arguments)
+
+
+def launch(script, *arguments):
     command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(
-        [*command, str(folder), *arguments], capture_output=True, text=True, timeout=900, env=environment
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=900, env=environment
     )
 
 
 def train_on_two(folder, **settings):
-    done = on_two(folder, json.dumps(settings))
+    done = on_two(folder, settings)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, load_file(folder / "weights.safetensors")
 
@@ -63,7 +67,7 @@ def two(tmp_path_factory):
 def stopped(tmp_path_factory):
     """A run of two processes that was told to stop after step 4: its folder, and how it ended."""
     folder = tmp_path_factory.mktemp("stopped")
-    return folder, on_two(folder, "{}", "4", "TERM")
+    return folder, on_two(folder, {}, 4, "TERM")
 
 
 @slow
@@ -146,7 +150,7 @@ EVERYTHING = {
 @slow
 def test_with_everything_on_two_processes_are_stopped_and_one_goes_on_with_the_same_curve(tmp_path):
     whole = tiny_run.run(tmp_path / "one", **EVERYTHING)
-    done = on_two(tmp_path / "two", json.dumps(EVERYTHING), "2", "TERM")
+    done = on_two(tmp_path / "two", EVERYTHING, 2, "TERM")
     assert done.returncode == 81, done.stderr[-4000:]
     steps = []
     settings = EVERYTHING | {"zero_stage": 2, "offload": ["optimizer"]}
@@ -175,4 +179,4 @@ def test_one_exit_code_speaks_for_all_workers(codes, told, expected):
 def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(74)\ntime.sleep(300)\n")
-    assert on_two(tmp_path, script=script).returncode == 74
+    assert launch(script).returncode == 74
