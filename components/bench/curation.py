@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.pipeline.profiles import load_profile
 from components.prompt_duplicates import ExactTexts, Fingerprint, NearDuplicates, fingerprints
 from components.prompt_sources import RawBatch, parse, read_batches
 from components.synthetic_prompts import raw_prompts, write_raw_prompts
@@ -22,6 +23,7 @@ from components.workers import map_in_order, worker_count
 from univigu.errors import ConfigError, MissingInputError, UniViGUError
 
 ROWS = "UNIVIGU_BENCH_ROWS"
+PROFILE = "wan-1.3b"
 SEED = 0
 JACCARD = 0.9  # the profiles' own
 SAMPLE = 10_000  # texts whose every pair is compared
@@ -41,9 +43,9 @@ def measure() -> dict[str, Any]:
         write_raw_prompts(folder / "prompts", rows, SEED)
         ours = _in_process("search", folder)
         theirs = _in_process("datatrove", folder)
-        steps = {}
+        steps, raw = {}, load_profile(PROFILE)["raw_prompts"]
         for count in sorted({max(rows // 100, 1), max(rows // 10, 1), rows}):
-            write_raw_prompts(folder / f"root-{count}" / "data" / "prompts", count, SEED)
+            write_raw_prompts(folder / f"root-{count}" / raw, count, SEED)
             steps[str(count)] = _in_process("step", folder / f"root-{count}")
     return {
         "rows": rows,
@@ -171,10 +173,9 @@ def datatrove(folder: Path) -> dict[str, Any]:
 def step(root: Path) -> dict[str, Any]:
     """The whole step `curate-prompts`, every filter but the two that need a sentence model."""
     from components.digits.tokenizer import build_tokenizer
-    from components.pipeline.profiles import load_profile
     from components.pipeline.runner import run_stage
 
-    profile = load_profile("wan-1.3b")
+    profile = load_profile(PROFILE)
     profile["curate_prompts"]["max_rejected_share"] = 1.0
     texts = [*raw_prompts(2000, SEED), *(f"{number:x}" for number in range(TOKENS))]
     tokenizer, warm = build_tokenizer(texts, 512), root / "warm"

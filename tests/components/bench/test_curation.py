@@ -6,6 +6,7 @@ import pytest
 
 from components import synthetic_prompts
 from components.bench import curation
+from components.pipeline.profiles import load_profile
 from components.prompt_sources import parse, read_batches
 from univigu.errors import ConfigError, MissingInputError
 
@@ -37,6 +38,13 @@ def test_a_side_runs_in_a_process_of_its_own_and_its_memory_is_measured(tmp_path
     figures = curation._in_process("search", tmp_path)
     assert 50 < figures["removed"] < 250
     assert figures["peak_memory_gib"] > 0.02
+
+
+def test_the_whole_step_is_measured_where_its_profile_has_the_prompts(tmp_path):
+    synthetic_prompts.write_raw_prompts(tmp_path / load_profile(curation.PROFILE)["raw_prompts"], 500, seed=0)
+    figures = curation._in_process("step", tmp_path)
+    assert figures["kept"] > 100
+    assert figures["kept"] + sum(figures["rejected"].values()) == 500
 
 
 def test_datatrove_sees_the_same_files(tmp_path):
