@@ -1,5 +1,7 @@
 """The `univigu` command. Each command imports what it needs when it runs, so that `univigu --help` answers at once."""
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -185,6 +187,7 @@ def _speaks() -> bool:
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
     keep_libraries_quiet()
+    atexit.register(gc.freeze)  # else the interpreter's last collection goes through all of torch: seconds
     try:
         app()
     except UniViGUError as error:
