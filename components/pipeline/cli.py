@@ -187,7 +187,9 @@ def _speaks() -> bool:
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
     keep_libraries_quiet()
-    atexit.register(gc.freeze)  # else the interpreter's last collection goes through all of torch: seconds
+    # Collections while torch is imported, and the last one through all of it, take seconds.
+    gc.set_threshold(10_000)
+    atexit.register(gc.freeze)
     try:
         app()
     except UniViGUError as error:
