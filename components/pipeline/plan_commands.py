@@ -122,13 +122,13 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
 def memory_lines(memory: Mapping[str, Any]) -> list[str]:
     """A row for each ZeRO stage, with and without recomputation; an arrow marks the profile's."""
     parts = ("parameters", "gradients", "optimizer", "activations", "workspace", "total")
-    lines = ["    " + " " * 18 + "".join(f"{part:>12}" for part in parts)]
+    lines = ["    " + " " * 20 + "".join(f"{part:>12}" for part in parts)]
     for name, row in memory["by_stage"].items():
         zero, activations = name.removeprefix("zero_").split("_")
         mark = "->" if name == memory["chosen"] else "  "
         figures = "".join(f"{row[part] / 2**30:>12.1f}" for part in parts)
         verdict = "fits" if row["fits"] else "doesn't fit"
-        lines.append(f"  {mark} ZeRO {zero}, {activations:<10}{figures}   {verdict}")
+        lines.append(f"  {mark} ZeRO {zero}, {activations:<12}{figures}   {verdict}")
     if not memory["fits"]:
         others = [name for name, row in memory["by_stage"].items() if row["fits"]]
         remedy = f"{others[0].replace('_', ' ')} would" if others else "more GPUs, a smaller clip or adapters might"

@@ -71,6 +71,7 @@ def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
         for task in training.tasks(profile):
             yield f"training step, {task}", lambda task=task: training.check_task(profile, model, task, trained)
         yield "every weight learns", lambda: training.check_trained(model, trained)
+        yield "sampling", lambda: model_checks.check_sampling(profile, model)
         for number in (1, 2):
             yield f"memory, stage {number}", lambda number=number: training.check_memory(scene, model, number)
         yield "time limits", lambda: around.check_hours(scene, model)
@@ -78,6 +79,5 @@ def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
     for number in (1, 2):
         yield f"DeepSpeed, stage {number}", lambda number=number: training.check_deepspeed(scene, number)
     yield "evaluation", lambda: around.check_evaluation(profile, scene.root)
-    yield "sampling", lambda: around.check_sampling(profile)
     yield "Kubeflow pipeline", lambda: around.check_pipeline(scene.root)
     yield "TrainJobs", lambda: around.check_train_jobs(scene)

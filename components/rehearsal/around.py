@@ -10,7 +10,7 @@ from typing import Any
 
 from components.meta_models import MetaModels
 from components.rehearsal.lines import Profile, Scene, ToDo
-from univigu.errors import ConfigError
+from univigu.errors import ConfigError, MissingInputError
 
 
 def check_steps(profile: Profile) -> str:
@@ -96,25 +96,20 @@ def check_evaluation(profile: Profile, root: Path) -> str:
 
 
 def check_prompts(profile: Profile, root: Path) -> str:
-    """As many raw prompts as clips are to be made, at least; curation will leave fewer."""
+    """As many raw prompts as clips are to be made, at least, as curation reads them; it will leave fewer."""
+    from components.prompt_sources import raw_files, read_batches
+
     folder, wanted = root / profile["raw_prompts"], profile["synthesize_videos"]["clips"]
-    if not folder.exists():
+    try:
+        here = folder.exists() and raw_files(folder)
+    except MissingInputError:
+        here = False
+    if not here:
         raise ToDo(f"put your prompts, as JSONL, CSV or Parquet, into {folder}")
-    files = [path for path in sorted(folder.rglob("*") if folder.is_dir() else [folder]) if path.is_file()]
-    rows = sum(count_rows(path) for path in files if path.suffix in (".jsonl", ".csv", ".parquet"))
+    rows = sum(len(batch.rows) for batch in read_batches(folder, profile["curate_prompts"]["sources"]))
     if rows < wanted:
         raise ToDo(f"put more prompts into {folder}: there are {rows:,}, and {wanted:,} clips are to be made")
     return f"{rows:,} for {wanted:,} clips"
-
-
-def count_rows(path: Path) -> int:
-    """Rows of a table of prompts: Parquet's own count, or lines."""
-    import pyarrow.parquet as pq
-
-    if path.suffix == ".parquet":
-        return pq.read_metadata(path).num_rows
-    with path.open("rb") as stream:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
 
 
 def check_hours(scene: Scene, models: MetaModels) -> str:
@@ -129,20 +124,6 @@ def check_hours(scene: Scene, models: MetaModels) -> str:
             raise ToDo(f"use more GPUs: {name} takes {hours:,.0f} hours on {scene.gpus} and is stopped after {limit}")
         found.append(f"{name} {hours:,.3g} of {limit}")
     return "hours: " + ", ".join(found)
-
-
-def check_sampling(profile: Profile) -> str:
-    """What the saved model is told to do by default is what the pipeline knows."""
-    import inspect
-
-    from univigu import UniViGUPipeline, flow
-
-    sampling = profile["model"]["sampling"]
-    known = inspect.signature(UniViGUPipeline.__init__).parameters
-    if unknown := sorted(set(sampling) - set(known)):
-        raise ConfigError(f"The profile's model.sampling has '{unknown[0]}', which sampling doesn't know; take it out.")
-    flow.tau_grid(sampling["num_inference_steps"], sampling["shift"])
-    return f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}"
 
 
 def check_pipeline(root: Path) -> str:
@@ -165,10 +146,12 @@ def check_train_jobs(scene: Scene) -> str:
     from components.pipeline.stages import find_stage
     from components.pipeline.train_job import Settings, build
 
-    nodes = max(1, scene.gpus // 8)
+    nodes, each = max(1, scene.gpus // 8), min(8, scene.gpus)
+    if nodes * each != scene.gpus:
+        raise ConfigError(f"{scene.gpus} GPUs don't fill nodes of {each}; take a multiple of {each}.")
     for name in ("train-stage-1", "train-stage-2"):
-        settings = Settings(nodes=nodes, gpus=min(8, scene.gpus), claim="work")
+        settings = Settings(nodes=nodes, gpus=each, claim="work")
         job = build(find_stage(name), "0" * 64, scene.name, scene.root.resolve(), settings)
         if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
             raise ConfigError(f"The TrainJob of '{name}' has a field that its API doesn't know; mend train_job.py.")
-    return f"2, on {nodes} node{'s' * (nodes > 1)} of {min(8, scene.gpus)} GPUs"
+    return f"2, on {nodes} node{'s' * (nodes > 1)} of {each} GPUs"

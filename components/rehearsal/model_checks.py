@@ -98,5 +98,39 @@ def check_autoencoder(profile: Profile, models: MetaModels) -> str:
     return f"{video['frames']} frames of {video['height']}x{video['width']} and back"
 
 
+def check_sampling(profile: Profile, models: MetaModels) -> str:
+    """One step of each way to sample, at full size with the profile's settings: what evaluation and users run."""
+    import inspect
+
+    import torch
+
+    from univigu import UniViGUPipeline
+
+    sampling, video = profile["model"]["sampling"], profile["video"]
+    if unknown := sorted(set(sampling) - set(inspect.signature(UniViGUPipeline.__init__).parameters)):
+        raise ConfigError(f"The profile's model.sampling has '{unknown[0]}', which sampling doesn't know; take it out.")
+    config, length = models.transformer.config, profile["text"]["prompt_length"]
+
+    class Unread(UniViGUPipeline):
+        def _encode(self, prompts):  # that words can be looked up says `check_text_encoder`
+            return torch.empty(len(prompts), length, config.text_dim, device="meta")
+
+    sizes = {"num_frames": video["frames"], "height": video["height"], "width": video["width"]}
+    pipeline = Unread(None, None, models.vae, models.transformer, **sizes, **sampling)
+    settings = pipeline.config
+    clip = torch.empty(1, *models.latents, device="meta")
+    text = torch.empty(1, config.text_length, config.text_latent_dim, device="meta")
+    with torch.no_grad():
+        say = pipeline._text_field(clip, [0], settings.caption_guidance_scale, settings.caption_temperature)
+        draw = pipeline._video_field(pipeline._encode([""]), text, 1.0, [0], settings.guidance_scale)
+        for field, state in ((say, text), (draw, clip)):
+            if (velocity := field(state, 0.0)).shape != state.shape:
+                raise BadInputError(f"A velocity is {tuple(velocity.shape)} where its state is {tuple(state.shape)}.")
+    return (
+        f"video in {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}; "
+        f"text in {settings.caption_steps}, guidance {settings.caption_guidance_scale:g}"
+    )
+
+
 def count(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

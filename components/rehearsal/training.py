@@ -53,12 +53,10 @@ def check_memory(scene: Scene, models: MetaModels, number: int) -> str:
     """What a step needs on the GPU that was named, against what that GPU has."""
     from components.planning import plan_memory
     from univigu.hardware import find_gpu
-    from univigu.training.engine import micro_batches
 
     config, text = _training_config(scene.profile, number), scene.profile["text"]
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
-    _, micro = micro_batches(config, scene.gpus)
-    memory = plan_memory(models, tokens, config, micro, scene.gpus, find_gpu(scene.gpu), None)
+    memory = plan_memory(models, tokens, config, scene.gpus, find_gpu(scene.gpu), None)
     needed, usable = memory["by_stage"][memory["chosen"]]["total"] / 2**30, memory["usable"] / 2**30
     if not memory["fits"]:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Rehearsals: the bundled profiles pass, and what would fail on a GPU fails here, with its sentence."""
 
+import gzip
 import json
 import os
 import shutil
@@ -160,8 +161,33 @@ def test_prompts_are_counted_until_there_are_enough(tmp_path):
     (tmp_path / "data/raw-prompts/few.jsonl").write_text('{"text": "a"}\n' * 3)
     with pytest.raises(ToDo, match="there are 3, and 20,000 clips"):
         around.check_prompts(profile, tmp_path)
-    (tmp_path / "data/raw-prompts/more.csv").write_text("prompt\n" * 20_000)
+    with gzip.open(tmp_path / "data/raw-prompts/more.csv.gz", "wt") as stream:
+        stream.write("prompt\n" + "a cat\n" * 20_000)
+    (tmp_path / "data/raw-prompts/deeper").mkdir()
+    (tmp_path / "data/raw-prompts/deeper/none.jsonl").write_text('{"text": "a"}\n')  # curation reads no folders
     assert around.check_prompts(profile, tmp_path) == "20,003 for 20,000 clips"
+    (tmp_path / "data/raw-prompts/other.csv").write_text("width,height\n1,2\n")
+    with pytest.raises(BadInputError, match=r"other\.csv"):
+        around.check_prompts(profile, tmp_path)
+
+
+def test_gpus_that_do_not_fill_nodes_are_refused():
+    with pytest.raises(ConfigError, match="12 GPUs don't fill nodes of 8"):
+        around.check_train_jobs(scene("wan-1.3b", gpus=12))
+    assert around.check_train_jobs(scene("wan-1.3b", gpus=6)) == "2, on 1 node of 6 GPUs"
+
+
+@pytest.mark.parametrize("sampling", [{}, {"guidance_scale": 1.0, "caption_guidance_scale": 3.0}])
+def test_a_step_of_each_way_to_sample_is_taken(tiny_wan_folder, sampling):
+    profile, models = tiny(tiny_wan_folder)
+    profile["model"]["sampling"] |= sampling
+    calls = []
+    models.transformer.register_forward_hook(lambda *_: calls.append("video"))
+    assert "text in" in model_checks.check_sampling(profile, models)
+    assert len(calls) == (1 if sampling else 2)  # with guidance once more, without the text
+    profile["model"]["sampling"]["luck"] = 7
+    with pytest.raises(ConfigError, match="'luck', which sampling doesn't know"):
+        model_checks.check_sampling(profile, models)
 
 
 def test_a_step_that_a_cluster_would_stop_half_way_is_named():

@@ -16,7 +16,7 @@ from univigu.errors import ConfigError
 from univigu.training.order import rank_slice
 from univigu.training.state import make_moments
 
-OFFLOAD = ("optimizer", "parameters")
+OFFLOAD = {"optimizer": 1, "parameters": 3}  # what can be, from which ZeRO stage on
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainingConfig:
             raise ConfigError("bf16 without ZeRO keeps no fp32 weights; set zero_stage to 1 or higher.")
         if unknown := set(self.offload) - set(OFFLOAD):
             raise ConfigError(f"`offload` names {', '.join(sorted(unknown))}; use {' and '.join(OFFLOAD)}, or neither.")
-        needed = 3 if "parameters" in self.offload else 1 if self.offload else 0
+        needed = max((OFFLOAD[part] for part in self.offload), default=0)
         if self.zero_stage < needed:
             raise ConfigError(f"To offload {' and '.join(self.offload)}, set zero_stage to {needed} or higher.")
         if not 0 <= self.ema_decay < 1:

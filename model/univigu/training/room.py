@@ -49,6 +49,17 @@ def needed_memory(
     return {part: least[part] + (most[part] - least[part]) * (every - 1) // every for part in least}
 
 
+def count_learning(transformer: Mapping[str, Any], config: TrainingConfig) -> int:
+    """How many parameters learn: of a model with this config (the first argument), by `freeze` and `lora`."""
+    from univigu.training.adapters import choose_what_learns
+    from univigu.transformer import UniViGUTransformer3DModel
+
+    with torch.device("meta"):
+        model = UniViGUTransformer3DModel.from_config(transformer)
+        choose_what_learns(model, config.freeze, config.lora, config.seed)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def free_memory() -> int:
     """Bytes that this process may use: of its GPU, or of the machine where there is none."""
     if torch.cuda.is_available():
