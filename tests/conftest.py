@@ -13,6 +13,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+# Before torch is imported, and for every process that a test starts: on models this small a second thread costs more
+# than it brings, and next to another busy process many times more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from components.pipeline.measure_orchestrators import call, copy_repository
 
 
