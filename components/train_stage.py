@@ -89,14 +89,13 @@ def _train(step: "Step", number: int, source: str) -> None:
         )
         step.rows_in = step.rows_out = len(dataset)
         step.facts |= {"training_samples": len(dataset), "heldout_samples": len(heldout)}
-        if len(order.labels) > 1:
-            step.facts["buckets"] = [
-                {"frames_height_width": list(found.bucket), "samples": found.samples, "batches": found.batches}
-                | {"left_over": found.left_over}
-                for found in order.report(config.steps)
-            ]
+        step.facts["buckets"] = [
+            {"frames_height_width": list(found.bucket), "samples": found.samples, "batches": found.batches}
+            | {"left_over": found.left_over}
+            for found in order.report(config.steps)
+        ]
         if tracked:
-            for bucket in step.facts.get("buckets", ()):
+            for bucket in step.facts["buckets"]:
                 print("bucket", *(f"{name} {value}" for name, value in bucket.items()), file=sys.stderr)
             save(step, pipeline)
             tracked.set_tags({"univigu.model_digest": model_digest(step.out)})

@@ -159,6 +159,15 @@ def test_sizes_are_trained_in_turn_and_what_is_left_over_is_in_the_manifest(late
     assert json.loads((latents_root / "data/stage1/heldout.json").read_text())["samples"] == 3
 
 
+def test_what_is_left_over_of_the_only_size_is_said_too(latents_root, profile, capsys):
+    profile["train_stage_1"]["steps"] = 1
+    manifest = run_stage("train-stage-1", profile, latents_root)
+    size = [profile["video"][name] for name in ("frames", "height", "width")]
+    (bucket,) = manifest["facts"]["buckets"]
+    assert bucket == {"frames_height_width": size, "samples": 6, "batches": 1, "left_over": 2}
+    assert f"bucket frames_height_width {size} samples 6 batches 1 left_over 2" in capsys.readouterr().err
+
+
 def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(latents_root, profile):
     config = latents_root / profile["base"] / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "CogVideoXTransformer3DModel"}))
