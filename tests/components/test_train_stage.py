@@ -183,6 +183,18 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_h
     assert not (latents_root / "mlflow.db").exists()
 
 
+def test_a_run_that_offloads_more_than_the_machine_has_is_refused_by_one_process_for_all(
+    latents_root, profile, monkeypatch
+):
+    profile["train_stage_1"].update(zero_stage=2, offload=["optimizer"])
+    monkeypatch.setattr("univigu.training.room.free_host_memory", lambda: 10**6)
+    monkeypatch.setattr("univigu.training.room.free_memory", lambda: 10**12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"machine's own memory for all its processes, .*set offload: \[\], or lora"):
+        run_stage("train-stage-1", profile, latents_root)
+    assert not (latents_root / "mlflow.db").exists()
+
+
 @pytest.mark.slow
 def test_only_the_first_of_several_processes_reads_weights_and_the_model_is_the_same(latents_root, profile, tmp_path):
     profile["train_stage_1"].update(steps=2, heldout_every=2)
