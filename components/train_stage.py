@@ -89,14 +89,13 @@ def _train(step: "Step", number: int, source: str) -> None:
         )
         step.rows_in = step.rows_out = len(dataset)
         step.facts |= {"training_samples": len(dataset), "heldout_samples": len(heldout)}
-        if len(order.labels) > 1:
-            step.facts["buckets"] = [
-                {"frames_height_width": list(found.bucket), "samples": found.samples, "batches": found.batches}
-                | {"left_over": found.left_over}
-                for found in order.report(config.steps)
-            ]
+        step.facts["buckets"] = [
+            {"frames_height_width": list(found.bucket), "samples": found.samples, "batches": found.batches}
+            | {"left_over": found.left_over}
+            for found in order.report(config.steps)
+        ]
         if tracked:
-            for bucket in step.facts.get("buckets", ()):
+            for bucket in step.facts["buckets"]:
                 print("bucket", *(f"{name} {value}" for name, value in bucket.items()), file=sys.stderr)
             save(step, pipeline)
             tracked.set_tags({"univigu.model_digest": model_digest(step.out)})
@@ -176,14 +175,27 @@ def text_side(step: "Step", words: int) -> dict[str, Any]:
 def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
     """Refuse, before anything is loaded, a run that would need more memory than there is."""
     from univigu.training.adapters import choose_what_learns
-    from univigu.training.room import free_memory, needed_memory, require_room
+    from univigu.training.room import (
+        free_host_memory,
+        free_memory,
+        needed_host_memory,
+        needed_memory,
+        require_host_room,
+        require_room,
+    )
 
     model = empty_transformer(shape)
     choose_what_learns(model, config.freeze, config.lora, config.seed)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    free = free_memory()
-    if sum(size for size, _ in sizes) * _BYTES_A_WEIGHT * 100 < free:
+    free, free_host = free_memory(), free_host_memory()
+    if sum(size for size, _ in sizes) * _BYTES_A_WEIGHT * 100 < min(free, free_host):
         return  # next to nothing: not worth the seconds that counting activations takes
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    learning = sum(size for size, learns in sizes if learns)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # speaks for its machine's others; rank 0 loads only after this
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host = needed_host_memory(shape, config, world_size=world_size, processes=processes, learning=learning)
+        require_host_room(host, free_host, config)
     largest = max(range(len(dataset)), key=lambda index: math.prod(dataset.samples[index].bucket))
     latents = dataset.batch([largest], [0])["latents"].shape[2:]
     frames, height, width = model.grid(latents)
@@ -192,8 +204,8 @@ def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "Lat
         config,
         video_tokens=frames * height * width,
         context_tokens=dataset.prompt_length,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        learning=sum(size for size, learns in sizes if learns),
+        world_size=world_size,
+        learning=learning,
     )
     require_room(needed, free, config)
 

@@ -1,14 +1,15 @@
 """How much of a training step's time is spent waiting for its batch, with latents of Wan2.1's real size.
 
 A sample is what `encode-latents` leaves of 81 frames of 480x832: 16 x 21 x 60 x 104 normalised means in bf16 (4.19 MB),
-and a prompt's states of 64 x 4,096. Shards of eight lie on disk (``local``), or come over HTTP from a server process on
-this machine, through a cache that holds three of them (``streamed``), so shards are fetched, hashed and dropped all
-along. The training loop's own loader and step take one sample a step.
+and a prompt's states of 64 x 4,096. Six shards of two lie on disk (``local``), or come over HTTP from a server process
+on this machine, through a cache that holds three of them (``streamed``). The training loop's own loader and step take
+one sample a step, shard by shard, so every second step begins another: one is fetched and hashed, and an older one
+dropped. ``shards_fetched`` and ``shards_dropped`` count that over the steps that are timed; a run without is an error.
 
 A step is as long as its FLOPs: a transformer of one block of width 24, which attends to all 32,760 tokens of such a
 clip, takes some seconds of a CPU - like a step of the paper's on its GPUs, which is at most 6.05 s (100,000 in a week).
-A faster step hides less, so ``prepare_seconds`` says what one sample costs with nothing hidden: a step of that
-length or more can hide it.
+A faster step hides less, so ``prepare_seconds`` says what one sample costs with nothing hidden, its part of its
+shard's way included: a step of that length or more can hide it.
 
 `ratio` is the waiting share of all steps but the first, of the worse of the two ways; ``first_wait_seconds`` is what
 the first step waits for, as nothing is ahead of it.
@@ -22,11 +23,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-STEPS = 7
-SHARDS, ROWS = 6, 8
+STEPS = 11  # that are timed, after one that is not
+SHARDS, ROWS, CACHED = 6, 2, 3
 LATENTS = (16, 21, 60, 104)  # channels, frames, height, width
 PROMPT, PROMPT_LENGTH, STATES, TEXT_LENGTH, VOCABULARY = 64, 512, 4096, 256, 512
 
@@ -45,7 +47,7 @@ def measure() -> dict[str, Any]:
         with server(bucket) as url:
             remote = (folder / REMOTE).read_text(encoding="utf-8").replace(str(bucket), url)
             (folder / REMOTE).write_text(remote, encoding="utf-8")
-            streamed = run(folder, names, RemoteShards(folder, Path(home) / "cache", 3 * size))
+            streamed = run(folder, names, RemoteShards(folder, Path(home) / "cache", CACHED * size))
     return {
         "ratio": max(local["waiting_share"], streamed["waiting_share"]),
         "local": local,
@@ -77,10 +79,14 @@ def write_shards(folder: Path) -> list[str]:
 
 
 def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
-    """Some steps as the training loop takes them; seconds a step, and how much of them it waited for data."""
+    """Some steps as the training loop takes them; seconds a step, and how much of them it waited for data.
+
+    Raises `UniViGUError` where `shards` come from a store and none is fetched, or none dropped, while steps are timed.
+    """
     import torch
 
     from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
+    from univigu.errors import UniViGUError
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
     from univigu.training.engine import TrainingConfig, init_distributed, make_engine
     from univigu.training.loader import load_ahead
@@ -103,25 +109,37 @@ def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
     device = init_distributed()
     config = TrainingConfig(steps=STEPS + 1, batch_size=1, learning_rate=1e-4, shuffle_shards=1)
     engine = make_engine(TrainingObjective(model, ObjectiveConfig(shares={"generate": 1.0})), config, 1)
-    seconds, waits = [], []
-    steps = range(1, config.steps + 1)
-    with closing(load_ahead(dataset, sample_order(dataset, config), steps, slice(0, 1), 1)) as batches:
+    seconds, waits, cached = [], [], []
+    order, steps = sample_order(dataset, config), range(1, config.steps + 1)
+    with closing(load_ahead(dataset, order, steps, slice(0, 1), 1)) as batches:
         for step in steps:
             started = time.perf_counter()
             micro = next(batches)
             waits.append(time.perf_counter() - started)
             run_step(engine, config, step, micro, device, lambda: False)
             seconds.append(time.perf_counter() - started)
+            cached.append({path.name for path in shards.cache.glob("*.safetensors")} if shards else set())
+    counts = {}
+    if shards:
+        changes = list(pairwise(cached))
+        counts["shards_fetched"] = sum(len(after - before) for before, after in changes)
+        counts["shards_dropped"] = sum(len(before - after) for before, after in changes)
+        if not all(counts.values()):
+            raise UniViGUError(
+                f"{counts['shards_fetched']} shards were fetched and {counts['shards_dropped']} dropped in {STEPS} "
+                "timed steps, which say nothing of streaming; time more, or have more shards than the cache holds."
+            )
     started = time.perf_counter()
-    for index in range(ROWS):
-        dataset.batch([index], [0])
-    prepare = (time.perf_counter() - started) / ROWS
+    for step in steps:
+        dataset.batch(*order.batch(step))
+    prepare = (time.perf_counter() - started) / len(steps)
     return {
         "waiting_share": round(sum(waits[1:]) / sum(seconds[1:]), 6),
         "step_seconds": round(statistics.median(seconds[1:]), 3),
         "longest_wait_seconds": round(max(waits[1:]), 4),
         "first_wait_seconds": round(waits[0], 3),
         "prepare_seconds": round(prepare, 4),
+        **counts,
     }
 
 

@@ -159,6 +159,15 @@ def test_sizes_are_trained_in_turn_and_what_is_left_over_is_in_the_manifest(late
     assert json.loads((latents_root / "data/stage1/heldout.json").read_text())["samples"] == 3
 
 
+def test_what_is_left_over_of_the_only_size_is_said_too(latents_root, profile, capsys):
+    profile["train_stage_1"]["steps"] = 1
+    manifest = run_stage("train-stage-1", profile, latents_root)
+    size = [profile["video"][name] for name in ("frames", "height", "width")]
+    (bucket,) = manifest["facts"]["buckets"]
+    assert bucket == {"frames_height_width": size, "samples": 6, "batches": 1, "left_over": 2}
+    assert f"bucket frames_height_width {size} samples 6 batches 1 left_over 2" in capsys.readouterr().err
+
+
 def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(latents_root, profile):
     config = latents_root / profile["base"] / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "CogVideoXTransformer3DModel"}))
@@ -170,6 +179,18 @@ def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(lat
 def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(latents_root, profile, monkeypatch):
     monkeypatch.setattr("univigu.training.room.free_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match=r"needs .* GiB a process, and 0\.0 are free \(.*zero_stage: 1 on more"):
+        run_stage("train-stage-1", profile, latents_root)
+    assert not (latents_root / "mlflow.db").exists()
+
+
+def test_a_run_that_offloads_more_than_the_machine_has_is_refused_by_one_process_for_all(
+    latents_root, profile, monkeypatch
+):
+    profile["train_stage_1"].update(zero_stage=2, offload=["optimizer"])
+    monkeypatch.setattr("univigu.training.room.free_host_memory", lambda: 10**6)
+    monkeypatch.setattr("univigu.training.room.free_memory", lambda: 10**12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"machine's own memory for all its processes, .*set offload: \[\], or lora"):
         run_stage("train-stage-1", profile, latents_root)
     assert not (latents_root / "mlflow.db").exists()
 

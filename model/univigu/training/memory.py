@@ -56,29 +56,70 @@ def memory_needed(
     """
     if zero_stage not in (0, 1, 2, 3) or precision not in BYTES:
         raise ConfigError(f"There is no ZeRO stage {zero_stage} in {precision}; use 0 to 3, and fp32 or bf16.")
-    size, key = BYTES[precision], _key(config)
-    parameters = parameter_count(config)
-    trained = parameters if trainable_parameters is None else trainable_parameters
-    share = world_size if zero_stage else 1
-    held = parameters if zero_stage < 3 else math.ceil(parameters / world_size)
-    graded = trained if zero_stage < 2 else math.ceil(trained / world_size)
-    # ZeRO keeps fp32 weights beside the model's own, whatever its precision; plain training does not
-    kept = (12 if zero_stage else 8) + (4 if ema else 0)
+    size = BYTES[precision]
+    states, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
+    moved = _moved(zero_stage, offload_optimizer, offload_parameters)
     activations, backward = _measured(
-        key, video_tokens, text_tokens, context_tokens, micro_batch_size, precision, gradient_checkpointing
+        _key(config), video_tokens, text_tokens, context_tokens, micro_batch_size, precision, gradient_checkpointing
     )
-    gathered = min(parameters, MAX_LIVE + PREFETCH) * size if zero_stage == 3 else 0
+    gathered = min(parameter_count(config), MAX_LIVE + PREFETCH) * size if zero_stage == 3 else 0
     bucket = REDUCE_BUCKET * size if world_size > 1 or zero_stage else 0
-    # before its step, AdamW reads this rank's gradients in fp32; by then the activations are gone
-    upcast = 4 * math.ceil(trained / share) if zero_stage and not offload_optimizer else 0
+    upcast = 0 if offload_optimizer else upcast
     parts = {
-        "parameters": 0 if offload_parameters and zero_stage == 3 else held * size,
-        "gradients": 0 if offload_optimizer and zero_stage > 1 else graded * size,
-        "optimizer": 0 if offload_optimizer else kept * math.ceil(trained / share),
+        **{part: 0 if part in moved else states[part] for part in states},
         "activations": activations,
+        # when AdamW steps, the activations are gone
         "workspace": max(backward + bucket + gathered, upcast + bucket - activations),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def offloaded_memory(
+    config: Mapping[str, Any],
+    *,
+    world_size: int,
+    zero_stage: int,
+    precision: str,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+    trainable_parameters: int | None = None,
+    ema: bool = False,
+) -> dict[str, int]:
+    """Bytes of the CPU's memory that a process takes for what is offloaded: the parts that `memory_needed` leaves out.
+
+    ``gradients`` are the fp32 ones that AdamW reads, with a buffer in the model's own precision: of its gradients (ZeRO
+    3), or of its new weights on their way to the GPU (1 and 2).
+    """
+    states, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
+    moved = _moved(zero_stage, offload_optimizer, offload_parameters)
+    parts = {part: states[part] if part in moved else 0 for part in states}
+    parts["gradients"] = upcast + upcast // 4 * BYTES[precision] if offload_optimizer else 0
+    return parts
+
+
+def _model_states(
+    config: Mapping[str, Any], world_size: int, zero_stage: int, precision: str, trained: int | None, ema: bool
+) -> tuple[dict[str, int], int]:
+    """Bytes of one process's weights, gradients and optimizer state, and of the fp32 gradients that AdamW reads."""
+    size, parameters = BYTES[precision], parameter_count(config)
+    trained = parameters if trained is None else trained
+    stepped = math.ceil(trained / world_size) if zero_stage else trained
+    held = parameters if zero_stage < 3 else math.ceil(parameters / world_size)
+    graded = trained if zero_stage < 2 else stepped
+    # ZeRO keeps fp32 weights beside the model's own, whatever its precision; plain training does not
+    kept = (12 if zero_stage else 8) + (4 if ema else 0)
+    states = {"parameters": held * size, "gradients": graded * size, "optimizer": kept * stepped}
+    return states, 4 * stepped if zero_stage else 0
+
+
+def _moved(zero_stage: int, offload_optimizer: bool, offload_parameters: bool) -> set[str]:
+    """The parts that lie in the CPU's memory."""
+    moved = {
+        "parameters": offload_parameters and zero_stage == 3,
+        "gradients": offload_optimizer and zero_stage > 1,
+        "optimizer": offload_optimizer,
+    }
+    return {part for part, is_moved in moved.items() if is_moved}
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:

@@ -60,10 +60,45 @@ def count_learning(transformer: Mapping[str, Any], config: TrainingConfig) -> in
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def needed_host_memory(
+    transformer: Mapping[str, Any],
+    config: TrainingConfig,
+    *,
+    world_size: int,
+    processes: int,
+    learning: int | None = None,
+) -> dict[str, int]:
+    """Bytes of a machine's own memory, by part, for what its `processes` offload, and ``weights``: rank 0's in fp32.
+
+    Rank 0 reads all of them, has all of them back in the end, and keeps those that don't learn meanwhile (bf16).
+    """
+    from univigu.training.memory import offloaded_memory, parameter_count
+
+    offloaded = offloaded_memory(
+        transformer,
+        world_size=world_size,
+        zero_stage=config.zero_stage,
+        precision=config.precision,
+        offload_optimizer="optimizer" in config.offload,
+        offload_parameters="parameters" in config.offload,
+        trainable_parameters=learning,
+        ema=config.ema_decay > 0,
+    )
+    count = parameter_count(transformer)
+    frozen = max(count - learning, 0) if learning is not None and config.precision == "bf16" else 0
+    parts = {**{part: size * processes for part, size in offloaded.items()}, "weights": 4 * (count + frozen)}
+    return {**parts, "total": sum(parts.values())}
+
+
 def free_memory() -> int:
     """Bytes that this process may use: of its GPU, or of the machine where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes of the machine's own memory that may be used."""
     import psutil
 
     return psutil.virtual_memory().available
@@ -73,8 +108,6 @@ def require_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -
     """Raises `ConfigError` where a run needs more than there is, with what takes it and what would help."""
     if needed["total"] <= free:
         return
-    gib = {part: size / 2**30 for part, size in needed.items()}
-    parts = ", ".join(f"{part} {gib[part]:.1f}" for part in sorted(gib, key=lambda part: -gib[part]) if part != "total")
     help_with = []
     if not config.gradient_checkpointing or config.gradient_checkpointing > 1:
         help_with.append("gradient_checkpointing: true")
@@ -87,6 +120,33 @@ def require_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -
     if config.lora is None:
         help_with.append("lora: {rank: 32}")
     raise ConfigError(
-        f"Training needs {gib['total']:.1f} GiB a process, and {free / 2**30:.1f} are free ({parts}); "
+        f"Training needs {_gib(needed['total'])} GiB a process, and {_gib(free)} are free ({_largest_first(needed)}); "
         f"set {', or '.join(help_with) or 'smaller clips'}."
     )
+
+
+def require_host_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -> None:
+    """Raises `ConfigError`, like `require_room`, where a machine's processes need more of its own memory than there is.
+
+    ``needed``: see `needed_host_memory`.
+    """
+    if needed["total"] <= free:
+        return
+    help_with = ["use a machine with more"]
+    if config.offload:
+        help_with = ["set offload: []", "use more machines"]
+    if "optimizer" in config.offload and config.lora is None:
+        help_with.insert(1, "lora: {rank: 32}")
+    raise ConfigError(
+        f"Training needs {_gib(needed['total'])} GiB of the machine's own memory for all its processes, and "
+        f"{_gib(free)} are free ({_largest_first(needed)}); {', or '.join(help_with)}."
+    )
+
+
+def _largest_first(needed: Mapping[str, int]) -> str:
+    parts = sorted(needed.keys() - {"total"}, key=lambda part: (-needed[part], part))
+    return ", ".join(f"{part} {_gib(needed[part])}" for part in parts)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"

@@ -1,4 +1,7 @@
+import pytest
+
 from components.bench import loading
+from univigu.errors import UniViGUError
 from univigu.training.checkpoints import file_sha256
 from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
 from univigu.training.shards import fetch_file
@@ -20,3 +23,26 @@ def test_the_server_serves_a_folder_until_it_is_left(tmp_path):
     with loading.server(tmp_path) as url:
         fetch_file(f"{url}/a", tmp_path / "b", facts)
     assert (tmp_path / "b").read_bytes() == b"some bytes"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(loading, "LATENTS", (16, 2, 4, 4))
+    monkeypatch.setattr(loading, "PROMPT", 4)
+    monkeypatch.setattr(loading, "PROMPT_LENGTH", 8)
+    monkeypatch.setattr(loading, "STATES", 16)
+    monkeypatch.setattr(loading, "TEXT_LENGTH", 8)
+
+
+def test_shards_are_fetched_and_dropped_while_steps_are_timed(small):
+    figures = loading.measure()
+    assert figures["streamed"]["shards_fetched"] >= 3
+    assert figures["streamed"]["shards_dropped"] >= 3
+    assert "shards_fetched" not in figures["local"]
+    assert figures["ratio"] == max(figures[side]["waiting_share"] for side in ("local", "streamed"))
+
+
+def test_steps_that_drop_nothing_are_no_measurement(small, monkeypatch):
+    monkeypatch.setattr(loading, "CACHED", loading.SHARDS)
+    with pytest.raises(UniViGUError, match=r"fetched and 0 dropped in 11 timed steps"):
+        loading.measure()

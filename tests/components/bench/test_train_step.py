@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from components.bench import train_step
 
@@ -39,3 +40,10 @@ def test_a_comparison_says_times_and_bytes_of_both_sides(monkeypatch):
     assert figures["ratio"] == pytest.approx(figures["ours_seconds"] / figures["wan_seconds"], rel=0.02)
     assert 0.9 < figures["saved_ratio"] < 1.2
     assert figures["ours_peak_bytes"] > figures["ours_saved_bytes"]
+
+
+@pytest.mark.parametrize("size", train_step.SIZES.values(), ids=str)
+def test_our_step_peaks_at_most_a_twentieth_above_wans(size):
+    with FakeTensorMode():  # the same bytes as of real tensors, and nothing is computed
+        ours, theirs = (train_step.peak_bytes(*side(*size)) for side in (train_step.our_step, train_step.wan_step))
+    assert ours <= 1.05 * theirs

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from univigu import UniViGUTransformer3DModel, wan
 from univigu.errors import BadInputError, ConfigError
 from univigu.training.engine import TrainingConfig, init_distributed, make_engine
-from univigu.training.memory import latent_size, memory_needed, parameter_count, tracked_step
+from univigu.training.memory import latent_size, memory_needed, offloaded_memory, parameter_count, tracked_step
 
 spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
 tiny_run = importlib.util.module_from_spec(spec)
@@ -86,6 +86,32 @@ def test_weights_and_optimizer_take_what_a_real_engine_holds(stage, precision, t
     assert said["parameters"] == sum(tensor.nbytes for tensor in held)
     padding = 64 * len(masters)
     assert said["optimizer"] == pytest.approx(sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_offloaded_takes_what_a_real_engine_holds(stage, tmp_path):
+    init_distributed()
+    dataset, _ = tiny_run.open_data(tmp_path)
+    objective = tiny_run.make_objective(dataset)
+    config = copy.deepcopy(objective.transformer.config)
+    offload = ("optimizer", "parameters")[: 1 + (stage == 3)]
+    settings = {"zero_stage": stage, "precision": "bf16"}
+    training = TrainingConfig(steps=1, batch_size=2, learning_rate=1e-3, offload=offload, **settings)
+    engine = make_engine(objective, training, dist.get_world_size())
+    flat = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
+    masters = getattr(engine.optimizer, flat)
+    moments = [
+        tensor for state in engine.optimizer.optimizer.state.values() for tensor in state.values() if tensor.ndim
+    ]
+    said = offloaded_memory(
+        config, world_size=1, **settings, offload_optimizer=True, offload_parameters="parameters" in offload
+    )
+    padding = 64 * len(masters)
+    assert said["optimizer"] == pytest.approx(sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding)
+    buffers = "grad_partitions_flat_buffer" if stage == 3 else "param_buffer_of_bit16_for_cpu_offload_groups"
+    buffers = getattr(engine.optimizer, buffers)
+    gradients = [*(tensor.grad for tensor in masters), *([buffers] if stage == 3 else buffers)]
+    assert said["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
 
 
 def test_each_stage_of_zero_shares_out_more():

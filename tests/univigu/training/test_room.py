@@ -3,7 +3,8 @@ import pytest
 from univigu import UniViGUTransformer3DModel, wan
 from univigu.errors import ConfigError
 from univigu.training.engine import TrainingConfig
-from univigu.training.room import needed_memory, require_room
+from univigu.training.memory import parameter_count
+from univigu.training.room import needed_host_memory, needed_memory, require_host_room, require_room
 
 GIB = 2**30
 SETTINGS = {"steps": 1, "batch_size": 16, "learning_rate": 1.0, "precision": "bf16", "micro_batch_size": 1}
@@ -47,3 +48,35 @@ def test_what_takes_the_memory_is_said_largest_first():
     parts = {"parameters": 2 * GIB, "activations": 5 * GIB, "total": 7 * GIB}
     with pytest.raises(ConfigError, match=r"needs 7\.0 GiB a process, and 6\.0 are free \(activations 5\.0, param"):
         require_room(parts, 6 * GIB, config)
+
+
+def host(shape, processes=8, learning=None, **settings):
+    config = TrainingConfig(**SETTINGS | {"zero_stage": 3} | settings)
+    return config, needed_host_memory(shape, config, world_size=16, processes=processes, learning=learning)
+
+
+def test_what_is_offloaded_is_asked_of_the_machine_for_all_its_processes(shape):
+    count = parameter_count(shape)
+    config, memory = host(shape, offload=("optimizer", "parameters"))
+    # half of the 16 processes: bf16 weights and gradients, fp32 gradients, weights and moments; and what rank 0 reads
+    assert memory["total"] == pytest.approx((2 + 2 + 4 + 12) * count / 2 + 4 * count, rel=1e-6)
+    require_host_room(memory, memory["total"], config)
+    message = (
+        r"of the machine's own memory .* \(optimizer .*, weights .*\); set offload: \[\], or lora: .*more machines"
+    )
+    with pytest.raises(ConfigError, match=message):
+        require_host_room(memory, memory["total"] - 1, config)
+    assert host(shape, processes=4, offload=("optimizer",))[1]["optimizer"] == memory["optimizer"] / 2
+
+
+def test_a_machine_that_cannot_hold_the_weights_that_rank_0_reads_is_refused(shape):
+    config, memory = host(shape)
+    assert memory["total"] == 4 * parameter_count(shape)
+    with pytest.raises(ConfigError, match="use a machine with more"):
+        require_host_room(memory, 50 * GIB, config)
+
+
+def test_weights_that_do_not_learn_stay_in_the_machine_in_fp32(shape):
+    count = parameter_count(shape)
+    assert host(shape, learning=count // 4)[1]["weights"] == pytest.approx(4 * count * 1.75, rel=1e-6)
+    assert host(shape, learning=count // 4, precision="fp32")[1]["weights"] == 4 * count
