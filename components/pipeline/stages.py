@@ -152,7 +152,7 @@ STAGES: tuple[Stage, ...] = (
         code=(
             "components/buckets.py",
             "components/encoded.py",
-            "components/generator.py",
+            "components/encoders.py",
             "components/tokens.py",
             "components/videos.py",
             "model/univigu/text_space.py",
@@ -170,7 +170,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"latents": "encode-latents"},
         sources={"base": "base"},
         parameters=("seed", "text", "video", "model", "train_stage_1"),
-        code=("components/tracking.py", "model/univigu"),
+        code=("components/tracking.py", "components/training_samples.py", "model/univigu"),
         resources=_TRAINING,
     ),
     Stage(
@@ -179,7 +179,7 @@ STAGES: tuple[Stage, ...] = (
         home="data/stage2",
         inputs={"latents": "encode-latents", "model": "train-stage-1"},
         parameters=("seed", "text", "model", "train_stage_2"),
-        code=("components/tracking.py", "model/univigu"),
+        code=("components/tracking.py", "components/training_samples.py", "model/univigu"),
         resources=_TRAINING,
     ),
     Stage(
@@ -209,6 +209,7 @@ STAGES: tuple[Stage, ...] = (
             "components/prompt_filters.py",
             "components/wordlists.yaml",
             "components/scorers",
+            "components/videos.py",
             "model/univigu",
         ),
         resources=_GPU,

@@ -1,5 +1,8 @@
-"""The table of steps and `dvc.yaml` say the same."""
+"""The table of steps, `dvc.yaml` and what the steps' code uses say the same."""
 
+import ast
+from functools import cache
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ from univigu.errors import ConfigError
 ROOT = Path(__file__).parents[3]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 IDS = [stage.name for stage in STAGES]
+MACHINERY = ("components/pipeline", "components/workers.py", "model/univigu/errors.py")  # runs steps, decides nothing
+UNUSED = {  # by the step, although its code could reach it: only checks of captions read these
+    "synthesize-videos": {"components/prompt_filters.py", "components/wordlists.yaml"}
+}
 
 
 def dvc_paths(entries):
@@ -56,6 +63,89 @@ def test_what_a_step_names_exists(stage):
     assert [path for path in stage.code if not (ROOT / path).exists()] == []
     earlier = IDS[: IDS.index(stage.name)]
     assert set(stage.inputs.values()) <= set(earlier)
+
+
+def source_file(module):
+    """The file of a module of this project, or None."""
+    if module.partition(".")[0] not in ("components", "univigu"):
+        return None
+    place = ROOT / ("model" if module.startswith("univigu") else "") / module.replace(".", "/")
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def definitions(module):
+    """What each name at the top of a module stands for; what is there for type checkers alone is left out."""
+    found = {}
+    for node in ast.parse(source_file(module).read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                one = ast.Import([alias])
+                if isinstance(node, ast.ImportFrom):
+                    one = ast.ImportFrom(node.module, [alias], node.level)
+                found[alias.asname or alias.name] = one
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif not isinstance(node, ast.If):
+            stored = (one for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+            found |= {one.id: node for one in stored}
+    return found
+
+
+@cache
+def used_by(module, name):
+    """What a definition uses: (module, name), with None for the whole module, and (module, path) for a data file.
+
+    A whole package is all that is in it, and so is a package whose code asks for its own name, to import by it.
+    """
+    file, known = source_file(module), definitions(module)
+    if name not in known:
+        package = file.parent.glob("*.py") if file.name == "__init__.py" else ()
+        inner = {(f"{module}.{one.stem}", None) for one in package if one != file}
+        return inner | {(module, one) for one in known}
+    used = set()
+    for node in ast.walk(known[name]):
+        match node:
+            case ast.Import():
+                used |= {(alias.name, None) for alias in node.names}
+            case ast.ImportFrom():
+                package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+                origin = resolve_name("." * node.level + (node.module or ""), package)
+                for alias in node.names:
+                    inner = f"{origin}.{alias.name}"
+                    used.add((inner, None) if source_file(inner) else (origin, alias.name))
+            case ast.Name(id=one) if one in known or one == "__name__":
+                used.add((module, one))
+            case ast.Constant(value=str(text)) if "." in text[1:-1] and text.isprintable() and len(text) < 100:
+                used.add((text, None))  # a module that is imported by its name
+                if (file.parent / text).is_file():
+                    used.add((module, file.parent / text))
+    return {(origin, one) for origin, one in used if source_file(origin)}
+
+
+def files_behind(stage):
+    """Every file that the step's function reaches through what it calls and imports; `MACHINERY` is not entered."""
+    files, seen, ahead = set(), set(), {tuple(stage.function.split(":"))}
+    while ahead:
+        module, name = found = ahead.pop()
+        seen.add(found)
+        path = (name if isinstance(name, Path) else source_file(module)).relative_to(ROOT).as_posix()
+        if not covers(MACHINERY, path):
+            files.add(path)
+            ahead |= set() if isinstance(name, Path) else used_by(module, name) - seen
+    return files
+
+
+def covers(paths, file):
+    return any(file == path or file.startswith(f"{path}/") for path in paths)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=IDS)
+def test_a_step_names_the_code_that_it_uses_and_no_other(stage):
+    files = files_behind(stage) - UNUSED.get(stage.name, set())
+    named = [stage.module.replace(".", "/") + ".py", *stage.code]
+    assert {file for file in files if not covers(named, file)} == set()
+    assert [path for path in named if not any(covers([path], file) for file in files)] == []
 
 
 @pytest.mark.parametrize("name", profile_names())
