@@ -102,11 +102,12 @@ def code_facts(step: "Step") -> dict[str, str]:
     from components.pipeline.runner import SOURCE_ROOT
 
     def code(*names: str) -> str:
-        return tree_digest([SOURCE_ROOT / "model/univigu" / name for name in names], relative_to=SOURCE_ROOT)
+        return tree_digest([SOURCE_ROOT / name for name in names], relative_to=SOURCE_ROOT)
 
-    settings = step["encode_latents"]
-    video = [code("wan.py", "video.py"), settings["batch_size"]]
-    text = [code("wan.py"), settings["batch_size"], settings["precision"], step["text"]["prompt_length"]]
+    settings, encoding = step["encode_latents"], ("components/encoders.py", "model/univigu/wan.py")
+    video = [code(*encoding, "model/univigu/video.py"), settings["batch_size"]]
+    text = [code(*encoding, "components/tokens.py"), settings["batch_size"]]
+    text += [settings["precision"], step["text"]["prompt_length"]]
     return {"video_code": json_digest(video), "text_code": json_digest(text)}
 
 

@@ -8,10 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from components import encoders
+from components.encode_latents import code_facts
 from components.encoders import Encoders, load_text_encoder, load_vae
+from components.pipeline import runner
+from components.pipeline.processes import make_parts
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips, read_tar, write_tar
@@ -126,11 +130,28 @@ def test_equal_pairs_give_equal_bytes_and_finished_shards_need_no_encoder(encode
     assert snapshot(root) == before
 
 
+def fresh(root, profile, copy):
+    """Another work root with what the step reads, and nothing that it has made."""
+    for name in (profile["base"], "data/clips", "data/pairs"):
+        shutil.copytree(root / name, copy / name)
+    return copy
+
+
+def test_two_processes_make_the_bytes_of_one_and_no_encoder_is_needed_afterwards(
+    encoded, profile, monkeypatch, tmp_path
+):
+    root = fresh(encoded[0], profile, tmp_path / "parts")
+    (root / "profile.yaml").write_text(yaml.safe_dump(profile))
+    make_parts(STEP, str(root / "profile.yaml"), root, 2)
+    assert not (root / "data/latents").exists()
+    with not_loaded(monkeypatch, "vae", "text_encoder"):
+        run_stage(STEP, profile, root)
+    assert snapshot(root) == snapshot(encoded[0])
+
+
 def elsewhere(root, profile, tmp_path):
     """What a run without anything to take from leaves, in another work root."""
-    for name in (profile["base"], "data/clips", "data/pairs"):
-        shutil.copytree(root / name, tmp_path / "fresh" / name)
-    run_stage(STEP, profile, tmp_path / "fresh")
+    run_stage(STEP, profile, fresh(root, profile, tmp_path / "fresh"))
     return snapshot(tmp_path / "fresh")
 
 
@@ -165,6 +186,24 @@ def test_another_autoencoder_encodes_every_video_and_no_text_again(encoded, prof
     assert after["shards/00000/latents.safetensors"] != before["shards/00000/latents.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("file", "facts"),
+    [
+        ("components/encoders.py", {"video_code", "text_code"}),
+        ("model/univigu/wan.py", {"video_code", "text_code"}),
+        ("model/univigu/video.py", {"video_code"}),
+        ("components/tokens.py", {"text_code"}),
+    ],
+)
+def test_tensors_are_kept_only_where_the_code_that_made_them_is_the_same(file, facts, profile, tmp_path, monkeypatch):
+    for folder in ("components", "model/univigu"):
+        shutil.copytree(runner.SOURCE_ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(runner, "SOURCE_ROOT", tmp_path)
+    before = code_facts(profile)
+    (tmp_path / file).write_text("")
+    assert {name for name, digest in code_facts(profile).items() if digest != before[name]} == facts
+
+
 def test_each_clip_is_kept_by_itself_or_with_its_batch_and_damaged_tensors_are_not_taken(
     encoded, profile, recommit, monkeypatch, tmp_path
 ):
@@ -194,9 +233,7 @@ def test_each_clip_is_kept_by_itself_or_with_its_batch_and_damaged_tensors_are_n
 def test_killed_within_a_shard_and_run_again_it_loses_one_batch_and_ends_with_the_same_bytes(
     encoded, profile, tmp_path, monkeypatch
 ):
-    root, _, _ = encoded
-    for name in (profile["base"], "data/clips", "data/pairs"):
-        shutil.copytree(root / name, tmp_path / "killed" / name)
+    root = fresh(encoded[0], profile, tmp_path / "killed")
     asked, ask = [], Encoders.encode_clips
 
     def stop_at_third(self, clips):
@@ -208,11 +245,11 @@ def test_killed_within_a_shard_and_run_again_it_loses_one_batch_and_ends_with_th
     with monkeypatch.context() as context:
         context.setattr(Encoders, "encode_clips", stop_at_third)
         with pytest.raises(KeyboardInterrupt):
-            run_stage(STEP, profile, tmp_path / "killed")
+            run_stage(STEP, profile, root)
     monkeypatch.setattr(Encoders, "encode_clips", lambda self, clips: asked.append(len(clips)) or ask(self, clips))
-    run_stage(STEP, profile, tmp_path / "killed")
+    run_stage(STEP, profile, root)
     assert sum(asked) == 12
-    assert snapshot(tmp_path / "killed") == snapshot(root)
+    assert snapshot(root) == snapshot(encoded[0])
 
 
 def test_every_shard_holds_one_bucket_and_what_fits_none_is_counted(encoded, profile, recommit):
