@@ -157,7 +157,7 @@ def plan_memory(
     They are `needed_memory`'s, which training itself asks before it starts.
     """
     from univigu.training.engine import OFFLOAD
-    from univigu.training.room import count_learning, needed_memory
+    from univigu.training.room import count_learning, needed_host_memory, needed_memory
 
     usable = planning.usable_memory(device.memory_gib)
     model, table = models.transformer.config, {}
@@ -176,6 +176,8 @@ def plan_memory(
     if chosen not in table:
         raise BadInputError(f"There is no ZeRO stage {zero} in {config.precision}; use one of 1, 2 and 3.")
     encoders = sum(p.numel() for m in (models.text_encoder, models.vae) for p in m.parameters())
+    processes = min(gpus, 8)  # of a machine
+    host = needed_host_memory(model, config, world_size=gpus, processes=processes, learning=learning)
     return {
         "usable": usable,
         "chosen": chosen,
@@ -183,7 +185,7 @@ def plan_memory(
         "by_stage": table,
         "learning": learning,
         "encoders": 0,  # latents and states are made beforehand
-        "host_bytes_per_process": 4 * (parameter_count(model) + encoders),
+        "host_bytes_per_machine": host["total"] + 4 * encoders,
     }
 
 

@@ -83,7 +83,8 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
     for stages, table in tables.items():
         lines += ["", f"Memory of one GPU in {stages} (GiB; {_gib(table['usable'])} can be used)", *memory_lines(table)]
     lines += [
-        f"  Each process also takes {_gib(memory['host_bytes_per_process'])} GiB of the host's memory while it loads.",
+        f"  A machine's own memory: {_gib(memory['host_bytes_per_machine'])} GiB, for all weights on the first one, and"
+        " for what its processes offload.",
         "",
         "Operations of a sample (PFLOP)   share  forward  backward  recomputed  first guess",
     ]
