@@ -174,8 +174,9 @@ def text_side(step: "Step", words: int) -> dict[str, Any]:
 
 def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
     """Refuse, before anything is loaded, a run that would need more memory than there is."""
-    from univigu.training.adapters import choose_what_learns
+    from univigu.training.memory import parameter_count
     from univigu.training.room import (
+        count_learning,
         free_host_memory,
         free_memory,
         needed_host_memory,
@@ -184,21 +185,18 @@ def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "Lat
         require_room,
     )
 
-    model = empty_transformer(shape)
-    choose_what_learns(model, config.freeze, config.lora, config.seed)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    learning = count_learning(shape, config)
     free, free_host = free_memory(), free_host_memory()
-    if sum(size for size, _ in sizes) * _BYTES_A_WEIGHT * 100 < min(free, free_host):
+    if parameter_count(shape) * _BYTES_A_WEIGHT * 100 < min(free, free_host):
         return  # next to nothing: not worth the seconds that counting activations takes
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    learning = sum(size for size, learns in sizes if learns)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # speaks for its machine's others; rank 0 loads only after this
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         host = needed_host_memory(shape, config, world_size=world_size, processes=processes, learning=learning)
         require_host_room(host, free_host, config)
     largest = max(range(len(dataset)), key=lambda index: math.prod(dataset.samples[index].bucket))
     latents = dataset.batch([largest], [0])["latents"].shape[2:]
-    frames, height, width = model.grid(latents)
+    frames, height, width = empty_transformer(shape).grid(latents)
     needed = needed_memory(
         shape,
         config,

@@ -32,14 +32,8 @@ def needed_memory(
             text_tokens=transformer["text_length"],
             context_tokens=context_tokens,
             micro_batch_size=micro_batches(config, world_size)[1],
-            world_size=world_size,
-            zero_stage=config.zero_stage,
-            precision=config.precision,
-            offload_optimizer="optimizer" in config.offload,
-            offload_parameters="parameters" in config.offload,
             gradient_checkpointing=recompute,
-            trainable_parameters=learning,
-            ema=config.ema_decay > 0,
+            **_shares(config, world_size, learning),
         )
 
     every = int(config.gradient_checkpointing)
@@ -50,7 +44,7 @@ def needed_memory(
 
 
 def count_learning(transformer: Mapping[str, Any], config: TrainingConfig) -> int:
-    """How many parameters learn: of a model with this config (the first argument), by `freeze` and `lora`."""
+    """How many parameters learn, adapters included, of a model whose config `transformer` is."""
     from univigu.training.adapters import choose_what_learns
     from univigu.transformer import UniViGUTransformer3DModel
 
@@ -74,20 +68,24 @@ def needed_host_memory(
     """
     from univigu.training.memory import offloaded_memory, parameter_count
 
-    offloaded = offloaded_memory(
-        transformer,
-        world_size=world_size,
-        zero_stage=config.zero_stage,
-        precision=config.precision,
-        offload_optimizer="optimizer" in config.offload,
-        offload_parameters="parameters" in config.offload,
-        trainable_parameters=learning,
-        ema=config.ema_decay > 0,
-    )
+    offloaded = offloaded_memory(transformer, **_shares(config, world_size, learning))
     count = parameter_count(transformer)
     frozen = max(count - learning, 0) if learning is not None and config.precision == "bf16" else 0
     parts = {**{part: size * processes for part, size in offloaded.items()}, "weights": 4 * (count + frozen)}
     return {**parts, "total": sum(parts.values())}
+
+
+def _shares(config: TrainingConfig, world_size: int, learning: int | None) -> dict[str, Any]:
+    """What says, to `memory_needed` and `offloaded_memory`, who holds which part of weights, gradients and states."""
+    return {
+        "world_size": world_size,
+        "zero_stage": config.zero_stage,
+        "precision": config.precision,
+        "offload_optimizer": "optimizer" in config.offload,
+        "offload_parameters": "parameters" in config.offload,
+        "trainable_parameters": learning,
+        "ema": config.ema_decay > 0,
+    }
 
 
 def free_memory() -> int:
