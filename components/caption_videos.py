@@ -12,7 +12,7 @@ from components.checks.texts import damage, echo, refusal, repeats_prompt
 from univigu.errors import GateFailedError
 
 if TYPE_CHECKING:
-    from components.captioners import CaptionRequest, CaptionResponse
+    from components.captioners import Captioner, CaptionRequest, CaptionResponse
     from components.pipeline.runner import Step
 
 HOPELESS = 50  # clips: where none of so many first ones gets a caption, the others aren't paid for
@@ -22,17 +22,13 @@ Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slu
 
 def caption_videos(step: "Step") -> None:
     """Clips that passed their gate -> a caption row for each, with a status; failures are quarantined as well."""
-    from components.captioners import load_captioner
     from components.checks import load_caption_checks
-    from components.pipeline.runner import STATE
     from components.tokens import count_tokens, load_tokenizer
 
     settings, bounds = step["caption_videos"], tuple(step["text"]["caption_tokens"])
     tokenizer = load_tokenizer(step.inputs["base"])
     checks = load_caption_checks(settings["checks"])
-    answers = step.root / STATE / "answers" / step.stage.name
-    about = {"seed": step["seed"], "root": step.root, "answers": answers}
-    captioner = load_captioner(settings["captioner"], {**settings, **about})
+    captioner = open_captioner(step, step.root)
     # With the digest in its rows, a shard is kept only for as long as the captioner would write the same.
     rows = [
         {**row, "captioner_digest": captioner.digest} for row in step.read("gate", "clips").sort_by("id").to_pylist()
@@ -74,6 +70,17 @@ def caption_videos(step: "Step") -> None:
     usage = sum((Counter(row.pop("usage")) for row in captions), Counter())
     step.facts["usage"] = {name: round(amount, 6) for name, amount in sorted(usage.items())}
     step.write("captions", captions)
+
+
+def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":
+    """The profile's captioner, with what it was answered before below `root`; raises as its `create` does."""
+    from components.captioners import load_captioner
+    from components.pipeline.runner import STATE
+
+    settings, answers = profile["caption_videos"], root / STATE / "answers" / "caption-videos"
+    return load_captioner(
+        settings["captioner"], {**settings, "seed": profile["seed"], "root": root, "answers": answers}
+    )
 
 
 @dataclass(frozen=True)

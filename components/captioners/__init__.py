@@ -64,6 +64,10 @@ class Captioner(Protocol):
     template_version: str
     instructions: str
 
+    def check(self) -> None:
+        """Raise as `caption` would, before there is a clip, for a service that can't be reached or can't do the job."""
+        ...
+
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         """Answer every request, and every request that `follow_up` returns for an answer, in any order.
 

@@ -38,6 +38,9 @@ class Measured:
         code = [file_digest(Path(module.__file__)) for module in (measure, world)]
         self.digest = json_digest([seed, wordings, *code])
 
+    def check(self) -> None:
+        """Nothing is needed that `create` has not found."""
+
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         caption_in_batches(self.answer, requests, follow_up, self.batch_size)
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -128,6 +129,17 @@ class OpenAI:
         asked = (options.model, options.frames, options.max_side, options.max_image_bytes, options.request)
         self.digest = json_digest([FORMAT, self.template.digest, *asked])
         self.probed = False
+
+    def check(self) -> None:
+        asyncio.run(self._check())
+        if self.endpoint.fault:
+            raise self.endpoint.fault
+
+    async def _check(self) -> None:
+        self.probing = asyncio.Lock()
+        async with self.endpoint.open():
+            with suppress(Stopped):
+                await self._ready()
 
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         before = (self.endpoint.answered, self.endpoint.kept, self.endpoint.failures.copy())

@@ -76,6 +76,9 @@ class Transformers:
         asked = (options.frames, options.max_side, options.precision, options.generation)
         self.digest = json_digest([self.template.digest, tree_digest([folder], relative_to=folder), *asked])
 
+    def check(self) -> None:
+        """Nothing is needed that `create` has not found."""
+
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         caption_in_batches(self.answer, requests, follow_up, self.batch_size)
 

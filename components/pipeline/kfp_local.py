@@ -19,7 +19,10 @@ from components.pipeline.runner import STATE
 from components.pipeline.stages import STAGES
 from univigu.errors import PreemptedError, UniViGUError
 
-CLUSTER_ONLY = ("root", "image", "gpu_image", "work_pvc", "train_backend")
+CLUSTER_ONLY = (
+    *("root", "image", "gpu_image", "work_pvc", "train_backend"),
+    *("training_nodes", "training_runtime", "training_queue"),
+)
 LOG = "kfp.log"
 STOP_S = 300  # how long steps may take to save their state
 

@@ -16,6 +16,7 @@ from kfp.dsl.pipeline_channel import PipelineChannel
 from components.pipeline.kfp_tasks import RUN_ID, declaration
 from components.pipeline.notifications import NOTIFY_URL
 from components.pipeline.stages import STAGES, Stage, find_stage
+from components.pipeline.train_job import Settings
 
 NAME = "uni-vigu"
 IMAGE = "ghcr.io/uni-vigu/uni-vigu:0.1.0"
@@ -33,11 +34,29 @@ NOTIFY_SECRET = "univigu-notify"
 
 
 def check_prerequisites(
-    profile: str, root: str, parts: int, train_backend: str, required_env: list, free_gib: float
+    profile: str,
+    root: str,
+    parts: int,
+    train_backend: str,
+    required_env: list,
+    free_gib: float,
+    image: str,
+    claim: str,
+    mount_path: str,
+    gpu_resource: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: int,
+    runtime: str,
+    queue: str,
 ) -> list:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.check_prerequisites(profile, root, parts, train_backend, required_env, free_gib)
+    options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
+    options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
+    trainjob = options if train_backend == "trainjob" else None
+    return kfp_tasks.check_prerequisites(profile, root, parts, train_backend, required_env, free_gib, trainjob)
 
 
 def cache_keys(profile: str, root: str, checked: list) -> NamedTuple(
@@ -90,15 +109,20 @@ def run_trainjob(
     inputs: str,
     image: str,
     claim: str,
+    mount_path: str,
     gpu_resource: str,
     gpus: str,
     cpu: str,
     memory: str,
+    nodes: int,
+    runtime: str,
+    queue: str,
     train_stage_1: str = "",
 ) -> str:
     from components.pipeline import kfp_tasks
 
-    options = {"image": image, "claim": claim, "gpu-resource": gpu_resource, "gpus": gpus, "cpu": cpu, "memory": memory}
+    options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
+    options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
     return kfp_tasks.run_step(step, profile, root, cache_key, declared, trainjob=options)
 
 
@@ -150,11 +174,26 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         training_cpu: str = default["training"].cpu,
         training_memory: str = default["training"].memory,
         training_node_selector: dict = {},  # noqa: B006
+        training_nodes: int = 1,
+        training_runtime: str = Settings.runtime,
+        training_queue: str = "",
     ):
         gpu = Pool(gpu_image, gpu_cpu, gpu_memory, accelerator, gpus, gpu_node_selector, tolerations)
         training = Pool(
             gpu_image, training_cpu, training_memory, accelerator, training_gpus, training_node_selector, tolerations
         )
+        trainjob = {
+            "image": gpu_image,
+            "claim": work_pvc,
+            "mount_path": MOUNT,
+            "gpu_resource": accelerator,
+            "gpus": training_gpus,
+            "cpu": training_cpu,
+            "memory": training_memory,
+            "nodes": training_nodes,
+            "runtime": training_runtime,
+            "queue": training_queue,
+        }
         pools = {"cpu": Pool(image, default["cpu"].cpu, default["cpu"].memory), "gpu": gpu, "training": training}
 
         def place(task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
@@ -162,12 +201,16 @@ def make_pipeline(retries: int = RETRIES) -> Any:
             pools[pool].place(task)
             if stage is not None:
                 kubernetes.set_timeout(task, stage.resources.hours * 3600)
-                for secret, names in stage.secrets.items():
-                    variables = {name: name for name in names}
-                    kubernetes.use_secret_as_env(task, secret, secret_key_to_env=variables, optional=True)
+                give_secrets(task, stage)
                 if retries:
                     task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
             return task
+
+        def give_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
+            for secret, names in stage.secrets.items():
+                kubernetes.use_secret_as_env(
+                    task, secret, secret_key_to_env={name: name for name in names}, optional=True
+                )
 
         def run(stage: Stage, digests: Mapping[str, Any], cache_key: Any) -> Any:
             """Add the tasks of a step; returns the channel with the digest of its output."""
@@ -190,16 +233,7 @@ def make_pipeline(retries: int = RETRIES) -> Any:
                 return task.set_display_name(stage.name).output
             if stage.resources.pool == "training":
                 with dsl.If(train_backend == "trainjob", name=f"{stage.name}-as-trainjob"):
-                    elsewhere = tasks["run_trainjob"](
-                        **about,
-                        image=gpu_image,
-                        claim=work_pvc,
-                        gpu_resource=accelerator,
-                        gpus=training_gpus,
-                        cpu=training_cpu,
-                        memory=training_memory,
-                    )
-                    place(elsewhere, stage)
+                    elsewhere = place(tasks["run_trainjob"](**about, **trainjob), stage)
                     elsewhere.set_display_name(stage.name)
                 with dsl.Else(name=f"{stage.name}-in-pod"):
                     here = place(tasks["run_step"](**about, gpus=training_gpus), stage, "training")
@@ -221,8 +255,11 @@ def make_pipeline(retries: int = RETRIES) -> Any:
                 train_backend=train_backend,
                 required_env=required_env,
                 free_gib=free_gib,
+                **trainjob,
             )
             place(checked).set_caching_options(False)
+            for stage in STAGES:
+                give_secrets(checked, stage)
             keys = place(tasks["cache_keys"](profile=profile, root=root, checked=checked.output))
             keys.set_caching_options(False)
             digests: dict[str, Any] = {}

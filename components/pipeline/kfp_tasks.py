@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,12 +33,19 @@ PROMOTION = "UNIVIGU_PROMOTION"  # what register-model reads
 
 
 def check_prerequisites(
-    profile: str, root: str, parts: int, train_backend: str, required_env: Sequence[str], free_gib: float
+    profile: str,
+    root: str,
+    parts: int,
+    train_backend: str,
+    required_env: Sequence[str],
+    free_gib: float,
+    trainjob: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Fail in one sentence for whatever would fail later, on a node with GPUs; returns the parts of a sharded step.
 
-    Checked are the parameters, the work root, the profile's sources, the environment, the disk, and MLflow's tracking
-    server and model registry if MLFLOW_TRACKING_URI names them.
+    Checked are the parameters, the work root, the profile's sources, the environment, the disk, MLflow's tracking
+    server and model registry if MLFLOW_TRACKING_URI names them, the captioner unless its captions are there, and with
+    `trainjob` (the options of `univigu train-job`) whether the cluster would take the TrainJobs.
     """
     with _failing_as_a_task("check-prerequisites", root):
         if not 1 <= parts <= MAX_PARTS:
@@ -53,6 +60,9 @@ def check_prerequisites(
             )
         _check_disk(Path(root), free_gib)
         _check_tracking(Path(root))
+        _check_captioner(profile, Path(root))
+        if trainjob is not None:
+            _check_train_jobs(profile, root, trainjob)
     _say("check-prerequisites", f"all prerequisites are there; a step in shards is made in {parts} parts")
     return [f"{number}/{parts}" for number in range(1, parts + 1)]
 
@@ -133,7 +143,7 @@ def command(
     module = ["-m", "components.pipeline.cli"]
     where = ["--profile", profile, "--root", root]
     if trainjob is not None:
-        options = [text for name, value in trainjob.items() for text in (f"--{name}", value)]
+        options = [text for name, value in trainjob.items() if value for text in (f"--{name}", value)]
         return [sys.executable, *module, "train-job", step, *where, *options]
     if gpus > 1:
         launcher = ["-m", "univigu.training.launch", "--standalone", f"--nproc-per-node={gpus}"]
@@ -206,6 +216,27 @@ def _check_tracking(root: Path) -> None:
             mlflow.MlflowClient().search_registered_models(max_results=1)
     except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
         raise store_error(error, tracking_uri(root)) from error
+
+
+def _check_captioner(profile: str, root: Path) -> None:
+    from components.caption_videos import open_captioner
+    from components.pipeline.freshness import finished
+    from components.pipeline.profiles import load_profile
+
+    values = load_profile(profile)
+    with suppress(BadInputError):  # of the step's inputs, which may have to be made
+        if finished("caption-videos", values, root):
+            return
+    open_captioner(values, root).check()
+
+
+def _check_train_jobs(profile: str, root: str, options: Mapping[str, str]) -> None:
+    from components.pipeline.stages import STAGES
+
+    for stage in STAGES:
+        if stage.resources.pool == "training":
+            arguments = command(stage.name, profile, root, trainjob=options)
+            _call("check-prerequisites", root, [*arguments, "--dry-run"])
 
 
 # --- running a command, and saying why it failed ---------------------------------------------------------------------

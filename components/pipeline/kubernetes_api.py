@@ -51,10 +51,12 @@ class Cluster:
         with client.ApiClient(configuration) as connected:
             yield cls(connected, namespace or present, patience)
 
-    def create(self, job: Mapping[str, Any]) -> bool:
-        """Create a TrainJob; False where there is one of that name."""
+    def create(self, job: Mapping[str, Any], dry_run: bool = False) -> bool:
+        """Create a TrainJob; False where there is one of that name. A dry run has it checked, and not created."""
         where = (GROUP, VERSION, self.namespace, PLURAL)
-        created = self._ask(self.custom.create_namespaced_custom_object, *where, dict(job), expected=(404, 409))
+        how = {"dry_run": "All"} if dry_run else {}
+        request = self.custom.create_namespaced_custom_object
+        created = self._ask(request, *where, dict(job), expected=(404, 409), **how)
         if created == 404:
             raise ConfigError(
                 f"The cluster has no TrainJobs ({GROUP}/{VERSION}), or no namespace '{self.namespace}'; install "

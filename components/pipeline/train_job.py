@@ -8,8 +8,8 @@ report that it runs). The work root is a volume that this process and the pods s
 =======================================  ============================================================================
 what happens                             what becomes of it
 =======================================  ============================================================================
-pods end with 81, or a node goes away    submitted again, and goes on from its checkpoint; after `--resumes`: exit 81
-pods end with another code               that code and their last words; the TrainJob stays to be looked at
+all stop with 81, or a node goes away    submitted again, and goes on from its checkpoint; after `--resumes`: exit 81
+a pod ends with another code             that code and its last words; the TrainJob stays to be looked at
 no pod runs for `--start-timeout`        deleted, exit 75, with what Kubernetes says about it
 the TrainJob is deleted from outside     exit 81: the pods were told to stop, so they saved
 SIGTERM or Ctrl-C here                   deleted, exit 81 or 130: the same
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components.pipeline.kubernetes_api import GROUP, NODE, VERSION, import_extra
+from components.pipeline.kubernetes_api import GROUP, NODE, VERSION, Cluster, import_extra
 from components.pipeline.stages import Stage, find_stage
 from components.pipeline.train_job_follower import follow
 from univigu.errors import BadInputError, ConfigError
@@ -109,6 +109,9 @@ def train_job(
         float,
         typer.Option(envvar="UNIVIGU_API_TIMEOUT", min=0, help="Seconds for which the API server may be away."),
     ] = Settings.api_timeout,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only ask the cluster whether it would take the job; create nothing.")
+    ] = False,
 ) -> None:
     """Run a training step as a TrainJob on a cluster, and follow it to its end; Ctrl-C or SIGTERM deletes it.
 
@@ -132,6 +135,10 @@ def train_job(
         start_timeout=start_timeout,
         api_timeout=api_timeout,
     )
+    if dry_run:
+        try_train_job(step, profile, root, settings)
+        print(f"{step}: the cluster would take this TrainJob")
+        return
     manifest = run_train_job(step, profile, root, settings)
     print(f"{step}: {manifest['rows_in']} rows in, {manifest['rows_out']} out, by a TrainJob")
 
@@ -149,6 +156,25 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
     """
     from components.pipeline.profiles import load_profile
     from components.pipeline.runner import make_step
+
+    stage, profile, root = _check(name, profile, root, settings)
+    step = make_step(stage, load_profile(profile), root)
+    return follow(build(stage, step.key(), profile, root, settings), settings, lambda: _output_of(step))
+
+
+def try_train_job(name: str, profile: str, root: Path, settings: Settings) -> None:
+    """Have the API server check such a TrainJob as it would a real one; raises as `run_train_job` does.
+
+    The step's inputs don't have to be there yet.
+    """
+    stage, profile, root = _check(name, profile, root, settings)
+    with Cluster.connect(settings.namespace, settings.api_timeout) as cluster:
+        cluster.create(build(stage, "dry-run", profile, root, settings), dry_run=True)
+
+
+def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Stage, str, Path]:
+    """The stage, the profile's name or absolute path, and the absolute root; raises for what can't be trained there."""
+    from components.pipeline.profiles import load_profile
     from univigu.training.engine import TrainingConfig, micro_batches
 
     stage, root = find_stage(name), root.resolve()
@@ -162,12 +188,11 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
         if not Path(profile).is_relative_to(mount_path):
             raise BadInputError(f"The profile {profile} is not on the volume at {mount_path}; copy it there.")
     values = load_profile(profile)
-    step = make_step(stage, values, root)
     micro_batches(
-        TrainingConfig.from_section(step[stage.parameters[-1]], step["seed"]),
+        TrainingConfig.from_section(values[stage.parameters[-1]], values["seed"]),
         settings.nodes * _processes(stage, settings),
     )
-    return follow(build(stage, step.key(), profile, root, settings), settings, lambda: _output_of(step))
+    return stage, profile, root
 
 
 def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) -> dict[str, Any]:

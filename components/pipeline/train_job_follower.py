@@ -129,7 +129,7 @@ class _Follower:
         condition = one_line(_condition(job, "Failed").get("message") or "no reason given")
         if not ended:
             return UniViGUError(f"The {self.called} failed ({condition}), and no pod is left that says why.")
-        name, code, reason = max(ended, key=lambda end: end[1])
+        name, code, reason = max(ended, key=lambda end: (_is_own_fault(*end[1:]), end[1]))
         if reason == "OOMKilled":
             limit = self.job["spec"]["trainer"]["resourcesPerNode"]["limits"]["memory"]
             return UniViGUError(
@@ -220,10 +220,18 @@ def _end(pod: Any) -> tuple[int, str] | None:
 
 def _is_preempted(pods: Sequence[Any]) -> bool:
     """Whether pods saved and left, or were taken away: what comes of it is not the training's own fault."""
-    if any((end := _end(pod)) and end[0] == PreemptedError.exit_code for pod in pods):
-        return True
     disrupted = {c.type for pod in pods for c in pod.status.conditions or [] if c.status == "True"}
-    return "DisruptionTarget" in disrupted or any(pod.status.reason in _DISRUPTIONS for pod in pods)
+    if "DisruptionTarget" in disrupted or any(pod.status.reason in _DISRUPTIONS for pod in pods):
+        return True
+    ends = [end for pod in pods if (end := _end(pod))]
+    saved = any(code == PreemptedError.exit_code for code, _ in ends)
+    return saved and not any(_is_own_fault(code, reason) for code, reason in ends)
+
+
+def _is_own_fault(code: int, reason: str) -> bool:
+    """Whether a pod failed by itself: neither was it told to stop, nor killed because it hadn't stopped in time."""
+    stopped = {0, PreemptedError.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
+    return reason == "OOMKilled" or code not in stopped
 
 
 def _error_class(code: int) -> type[UniViGUError]:

@@ -84,6 +84,20 @@ def test_a_service_that_is_gone_stops_the_step_and_blames_no_clip(serve, caption
     assert set(caption.conversations.outcomes) == {"c0", "c1"}  # these were kept
 
 
+def test_a_service_is_checked_with_one_probe_before_there_are_clips(serve, caption):
+    server = serve()
+    caption(server, 0)
+    caption.captioner.check()
+    assert befell(server, but=()) == ["probe"]
+    caption(server, 0, key="wrong")
+    with pytest.raises(ConfigError, match="refuses the key in CAPTION_API_KEY"):
+        caption.captioner.check()
+    server.close()
+    caption(server, 0, tries=1)
+    with pytest.raises(TransientError, match="doesn't answer"):
+        caption.captioner.check()
+
+
 # --- nothing is paid for twice ---------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,18 @@ def test_a_tracking_server_that_does_not_answer_is_found_out_at_once(root, profi
     assert "does not answer" in capsys.readouterr().out
 
 
+def test_a_captioner_that_does_not_answer_is_found_out_at_once(root, profile, tmp_path, monkeypatch, capsys):
+    profile["caption_videos"].update(captioner="openai", options={"model": "m", "tries": 1, "backoff_s": 0.01})
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    for address, code, said in (("", 78, "CAPTION_BASE_URL"), ("http://127.0.0.1:9/v1", 75, "doesn't answer")):
+        monkeypatch.setenv("CAPTION_BASE_URL", address)
+        with pytest.raises(SystemExit) as stop:
+            check(root, str(path))
+        assert stop.value.code == code
+        assert said in capsys.readouterr().out
+
+
 def test_a_step_in_parts_is_committed_by_a_task_that_makes_nothing(root, profile_file, profile, finished_clips, capfd):
     for part in ("1/2", "2/2"):
         assert step("synthesize-videos", root, profile_file, part=part) == ""

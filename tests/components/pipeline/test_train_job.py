@@ -18,9 +18,10 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
+from components.pipeline import kfp_tasks
 from components.pipeline.runner import STATE, verify
 from components.pipeline.stages import find_stage
-from components.pipeline.train_job import Settings, build, run_train_job
+from components.pipeline.train_job import Settings, build, run_train_job, try_train_job
 from components.pipeline.train_job_follower import follow
 from univigu.errors import (
     BadInputError,
@@ -195,7 +196,7 @@ class Requests(BaseHTTPRequestHandler):
             return self.answer({"kind": "EventList", "apiVersion": "v1", "items": server.events})
         return self.refuse(404, "NotFound", "the server could not find the requested resource")
 
-    def post(self, path, _, job):
+    def post(self, path, query, job):
         if not self.JOBS.match(path) or not self.server.installed:
             return self.answer("404 page not found\n", 404)
         if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
@@ -203,6 +204,8 @@ class Requests(BaseHTTPRequestHandler):
         name = job["metadata"]["name"]
         if name in self.server.jobs:
             return self.refuse(409, "AlreadyExists", f'trainjobs.trainer.kubeflow.org "{name}" already exists')
+        if query.get("dryRun") == "All":
+            return self.answer(job, 201)
         self.server.jobs[name] = job
         self.server.pods, self.server.logs = {}, {}
         self.server.created(job)
@@ -253,9 +256,9 @@ def launch(output=lambda: MANIFEST, **settings):
 
 @pytest.mark.slow
 def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undisturbed_one(
-    cluster, latents_root, profile, tmp_path
+    cluster, latents_root, profile, tmp_path, monkeypatch, capfd
 ):
-    """The fake cluster runs what the TrainJob asks for: torchrun with two processes, which SIGTERM stops midway."""
+    """A pipeline's task, and a cluster that runs what its TrainJob asks for: two processes, which SIGTERM stops."""
     profile["train_stage_1"].update(steps=30, batch_size=4, checkpoint_every=1000, heldout_every=30)
     for root in (latents_root, shutil.copytree(latents_root, tmp_path / "undisturbed")):
         (root / "profile.yaml").write_text(yaml.safe_dump(profile))
@@ -289,13 +292,20 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
         cluster.condition("Failed" if codes[-1] else "Complete", name=name)
 
     cluster.created = run_pod
-    launcher = [sys.executable, "-m", "components.pipeline.cli", "train-job", "train-stage-1"]
-    where = ["--profile", str(latents_root / "profile.yaml"), "--root", str(latents_root)]
-    asked = {**environment, "UNIVIGU_GPUS": "0", "UNIVIGU_CLAIM": "work", "UNIVIGU_API_TIMEOUT": "60"}
-    done = subprocess.run([*launcher, *where], env=asked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "preempted; submitting it again (1 of 20)" in done.stderr
-    assert done.stdout == "train-stage-1: 6 rows in, 6 out, by a TrainJob\n"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
+    monkeypatch.setenv("UNIVIGU_API_TIMEOUT", "60")
+    task = ("train-stage-1", str(latents_root / "profile.yaml"), str(latents_root), "key")
+    options = {"claim": "work", "mount-path": str(tmp_path), "gpus": "0", "nodes": "1", "queue": ""}
+    digest = kfp_tasks.run_step(*task, kfp_tasks.declaration("train-stage-1"), trainjob=options)
+    said = capfd.readouterr().out
+    assert "preempted; submitting it again (1 of 20)" in said
+    assert "train-stage-1 | train-stage-1: 6 rows in, 6 out, by a TrainJob\n" in said
+    (job,) = cluster.jobs.values()
+    ((node,),) = [
+        patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"] for patch in job["spec"]["runtimePatches"]
+    ]
+    (mount,) = node["template"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert mount["mountPath"] == str(tmp_path)  # the volume lies where it lies for the pipeline, above the root
     assert codes == [81, 0], (latents_root / "pod.log").read_text()[-4000:]
     assert cluster.submissions >= 2
     log = (latents_root / "pod.log").read_text()
@@ -310,8 +320,7 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
     command = [*torchrun, "run", "train-stage-1", "--profile", str(root / "profile.yaml"), "--root", str(root)]
     undisturbed = {**environment, "PET_NPROC_PER_NODE": "2", "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}"}
     subprocess.run(command, env=undisturbed, check=True, capture_output=True)
-    first, second = (verify(one / "data/stage1", "train-stage-1")["digest"] for one in (root, latents_root))
-    assert first == second
+    assert verify(root / "data/stage1", "train-stage-1")["digest"] == digest
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
@@ -375,8 +384,32 @@ def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
     (tmp_path / "mine.yaml").write_text("seed: 0")
     with pytest.raises(BadInputError, match=r"mine.yaml is not on the volume"):
         run_train_job("train-stage-1", str(tmp_path / "mine.yaml"), tmp_path / "root", Settings())
+    with pytest.raises(BadInputError, match="split evenly over 56 processes"):
+        run_train_job("train-stage-1", "tiny", tmp_path, Settings(nodes=7))
     with pytest.raises(MissingInputError, match="univigu run encode-latents"):
         run_train_job("train-stage-1", "tiny", tmp_path, Settings())
+
+
+def test_a_dry_run_has_the_job_checked_and_creates_nothing(cluster, tmp_path, capfd):
+    settings = Settings(**QUICK)
+    try_train_job("train-stage-1", "tiny", tmp_path, settings)
+    assert (cluster.submissions, cluster.jobs) == (1, {})
+    cluster.failures = [(403, "admission webhook denied the request: TrainingRuntime univigu-torchrun not found")]
+    with pytest.raises(ConfigError, match="TrainingRuntime univigu-torchrun not found"):
+        try_train_job("train-stage-1", "tiny", tmp_path, settings)
+
+
+def test_a_pipelines_first_task_asks_the_cluster_for_both_stages(cluster, capfd, tmp_path):
+    options = {"image": "i", "claim": "work", "mount-path": "/", "gpus": "8", "nodes": "1", "queue": ""}
+    with pytest.raises(SystemExit) as stop:
+        kfp_tasks._check_train_jobs("tiny", str(tmp_path), {**options, "nodes": "7"})
+    assert stop.value.code == 65
+    assert "split evenly over 56 processes" in kfp_tasks.last_failure(str(tmp_path))["message"]
+    kfp_tasks._check_train_jobs("tiny", str(tmp_path), options)
+    said = capfd.readouterr().out
+    for stage in ("train-stage-1", "train-stage-2"):
+        assert f"check-prerequisites | {stage}: the cluster would take this TrainJob" in said
+    assert cluster.jobs == {}
 
 
 # --- following -------------------------------------------------------------------------------------------------------
@@ -455,6 +488,20 @@ def test_a_preempted_job_is_submitted_again_and_goes_on(cluster, capsys):
     said = capsys.readouterr().err
     assert "preempted; submitting it again (1 of 20)" in said
     assert "preempted; submitting it again (2 of 20)" in said
+
+
+@pytest.mark.parametrize("codes", [(81, 74), (74, 81)], ids=str)
+def test_a_pod_that_failed_by_itself_outweighs_others_that_saved_and_left(cluster, codes):
+    def fail(job):
+        for index, code in enumerate(codes):
+            cluster.pod(index, "Failed", exit_code=code)
+        cluster.condition("Failed")
+
+    cluster.created = fail
+    with pytest.raises(UniViGUError, match="ended with exit code 74") as failed:
+        launch(nodes=2)
+    assert failed.value.exit_code == 74
+    assert cluster.submissions == 1
 
 
 def test_a_job_that_is_preempted_for_ever_is_given_up_and_can_be_resumed(cluster):
