@@ -112,9 +112,10 @@ def speaking_model(tiny_wan_folder, tmp_path_factory):
 
 
 class Reproduced(NamedTuple):
-    """A copy of the working tree in which `dvc repro` has run, and how long it took."""
+    """A copy of the working tree in which `dvc repro` has run: since which Unix time, and how long it took."""
 
     root: Path
+    started: float
     seconds: float
 
 
@@ -123,9 +124,9 @@ def reproduced(tmp_path_factory):
     """A copy of the working tree on the profile `smoke`, after `dvc repro`; tests may add to it, and change nothing."""
     root = tmp_path_factory.mktemp("way") / "uni-vigu"
     copy_repository(root, "smoke")
-    started = time.monotonic()
+    started = time.time()
     call([sys.executable, "-m", "dvc", "repro"], root)
-    return Reproduced(root, time.monotonic() - started)
+    return Reproduced(root, started, time.time() - started)
 
 
 @pytest.fixture(autouse=True)

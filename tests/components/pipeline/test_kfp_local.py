@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from components.pipeline.measure_orchestrators import overheads
 from components.pipeline.runner import verify
 from components.pipeline.stages import STAGES, find_stage
 
@@ -78,11 +80,14 @@ def test_a_run_that_is_told_to_stop_leaves_no_process_and_goes_on_where_it_was(m
 @pytest.mark.slow
 def test_the_whole_pipeline_ends_with_the_dataset_of_dvc_repro_and_the_second_time_runs_none(make_root, reproduced):
     root = make_root("pipeline")
+    started = time.time()
     done = run(root, "parts=2")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert done.stdout.splitlines()[-1] == "SUCCEEDED"
     assert "synthesize-videos 1/2 | synthesize-videos 1/2: 1 shards made, 0 kept" in done.stdout
     assert "KFP Executor" not in done.stdout
+    added = overheads(root, started)
+    assert statistics.median(added.values()) < 6, added  # twice what is promised of a machine with nothing else to do
     for stage in STAGES:
         manifest = verify(root / stage.home, stage.name)
         if stage in STAGES[: STAGES.index(find_stage("train-stage-1"))]:
