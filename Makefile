@@ -59,8 +59,8 @@ airflow: install ## Airflow on this machine, with the DAGs that retrain and prom
 measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (6 minutes)
 	@python -m components.pipeline.measure_orchestrators
 
-test: install ## All tests, lint and format included
-	pytest
+test: install ## All tests, lint and format included, two files at a time
+	pytest --numprocesses 2 --dist loadfile
 
 lint: install ## Check style, types of imports, and who may import whom
 	ruff check .
