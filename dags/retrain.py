@@ -23,7 +23,14 @@ from airflow.sdk import (
 from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
-from components.pipeline.airflow_operator import FAILURE, KfpRunOperator, StepOperator, clear_failures, work_root
+from components.pipeline.airflow_operator import (
+    FAILURE,
+    KFP_ARGUMENTS,
+    KfpRunOperator,
+    StepOperator,
+    clear_failures,
+    work_root,
+)
 from components.pipeline.profiles import profile_names
 from components.pipeline.stages import STAGES
 
@@ -111,6 +118,8 @@ def retrain():
         package=os.environ.get("UNIVIGU_PIPELINE", str(PACKAGE)),
         run_name="{{ dag.dag_id }}-{{ run_id }}",
         arguments={"profile": PROFILE, "promotion": "manual"},
+        more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
+        service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
         namespace=os.environ.get("KFP_NAMESPACE", ""),
         poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
     )
