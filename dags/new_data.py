@@ -65,7 +65,8 @@ def new_data():
         event = {**dataset, "profile": context["params"]["profile"]}
         known = context["inlet_events"][DATASET]
         if len(known) and event.items() <= known[-1].extra.items():
-            raise AirflowSkipException(f"nothing new: the dataset {dataset['digest'][:12]} was announced before")
+            print(f"nothing new: the dataset {dataset['digest'][:12]} was announced before")
+            raise AirflowSkipException
         yield Metadata(DATASET, event)
 
     chain(wait_for_retraining(), curate, validate, version_dataset(), announce())
