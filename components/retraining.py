@@ -8,11 +8,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from components import promotion
-from components.pipeline.profiles import load_profile
+from components.pipeline.profiles import load_profile, profile_names
 from components.pipeline.runner import verify
 from components.pipeline.stages import find_stage
 from components.tracking import open_tracking, tracking_uri
@@ -29,6 +30,20 @@ def dataset(root: Path) -> dict[str, Any]:
     """The digest and the number of rows of the validated prompts below `root`."""
     manifest = verify(root / find_stage(DATASET_STEP).home, DATASET_STEP)
     return {"digest": manifest["digest"], "rows": manifest["rows_out"]}
+
+
+def announced_profile(extra: Mapping[str, Any], default: str) -> str:
+    """The profile that the event of a dataset says it was made with, or `default` where it says none.
+
+    Raises `BadInputError` for one that isn't the project's.
+    """
+    profile = extra.get("profile", default)
+    if profile not in profile_names():
+        raise BadInputError(
+            f"The event's 'profile' is {json.dumps(profile)}, which is none of {', '.join(profile_names())}; emit the "
+            f"event again with one of these."
+        )
+    return profile
 
 
 def find_trained(root: Path, profile: str, digest: str) -> int | None:

@@ -57,15 +57,17 @@ def new_data():
 
     @task(inlets=[DATASET], outlets=[DATASET])
     def announce(**context):
-        """Emit the dataset with its digest, unless that was done before: then there is nothing new."""
+        """Emit the dataset with its digest and profile, unless that was done before: then there is nothing new."""
         from components import retraining
 
         with clear_failures(context):
             dataset = retraining.dataset(work_root())
+        event = {**dataset, "profile": context["params"]["profile"]}
         known = context["inlet_events"][DATASET]
-        if len(known) and known[-1].extra.get("digest") == dataset["digest"]:
-            raise AirflowSkipException(f"nothing new: the dataset {dataset['digest'][:12]} was announced before")
-        yield Metadata(DATASET, {**dataset, "profile": context["params"]["profile"]})
+        if len(known) and event.items() <= known[-1].extra.items():
+            print(f"nothing new: the dataset {dataset['digest'][:12]} was announced before")
+            raise AirflowSkipException
+        yield Metadata(DATASET, event)
 
     chain(wait_for_retraining(), curate, validate, version_dataset(), announce())
 

@@ -23,7 +23,14 @@ from airflow.sdk import (
 from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
-from components.pipeline.airflow_operator import FAILURE, KfpRunOperator, StepOperator, clear_failures, work_root
+from components.pipeline.airflow_operator import (
+    FAILURE,
+    KFP_ARGUMENTS,
+    KfpRunOperator,
+    StepOperator,
+    clear_failures,
+    work_root,
+)
 from components.pipeline.profiles import profile_names
 from components.pipeline.stages import STAGES
 
@@ -31,6 +38,7 @@ DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
 BACKENDS = ["local", "kubeflow"]
 PASSING = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
+PROFILE = "{{ ti.xcom_pull('begin', key='profile') }}"  # not params.profile: a dataset's event may name another
 MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG does, after a person's word
 
 
@@ -47,7 +55,7 @@ MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG doe
             os.environ.get("UNIVIGU_PROFILE", "tiny"),
             type="string",
             enum=profile_names(),
-            description="Which parameters and sizes: a file of components/profiles.",
+            description="Which parameters and sizes: a file of components/profiles. A new dataset brings its own.",
         ),
         "backend": Param(
             os.environ.get("UNIVIGU_BACKEND", "local"),
@@ -68,23 +76,26 @@ MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG doe
 def retrain():
     @task.branch
     def begin(**context):
-        """Where to run; nowhere for an event about a dataset that was trained before."""
+        """Where to run and with which profile; nowhere for an event about a dataset that was trained before."""
         from components import retraining
         from components.tracking import open_tracking
 
-        params = context["params"]
-        events = context["triggering_asset_events"]
+        params, events = context["params"], context["triggering_asset_events"]
+        profile = params["profile"]
         with clear_failures(context):
             root = work_root()
             open_tracking(root)  # a registry that does not answer is told now, not after hours of training
             for event in events[DATASET][-1:] if DATASET in events else ():
+                profile = retraining.announced_profile(event.extra, profile)
                 digest = str(event.extra.get("digest"))
-                version = retraining.find_trained(root, params["profile"], digest)
+                version = retraining.find_trained(root, profile, digest)
                 if version:
                     outcome = f"nothing to do: version {version} was trained from the dataset {digest[:12]}"
                     context["ti"].xcom_push(key="outcome", value=outcome)
                     print(outcome)
                     return None
+        print(f"training with the profile '{profile}'")
+        context["ti"].xcom_push(key="profile", value=profile)
         return "kubeflow" if params["backend"] == "kubeflow" else f"local.{STAGES[0].name}"
 
     with TaskGroup("local") as local:
@@ -94,7 +105,7 @@ def retrain():
             steps[stage.name] = StepOperator(
                 task_id=stage.name,
                 step=stage.name,
-                profile="{{ params.profile }}",
+                profile=PROFILE,
                 skip_finished=not last,  # its output is the registry, which knows by itself what it has
                 env=MANUAL,
                 execution_timeout=timedelta(hours=stage.resources.hours),
@@ -106,7 +117,9 @@ def retrain():
         task_id="kubeflow",
         package=os.environ.get("UNIVIGU_PIPELINE", str(PACKAGE)),
         run_name="{{ dag.dag_id }}-{{ run_id }}",
-        arguments={"profile": "{{ params.profile }}", "promotion": "manual"},
+        arguments={"profile": PROFILE, "promotion": "manual"},
+        more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
+        service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
         namespace=os.environ.get("KFP_NAMESPACE", ""),
         poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
     )
@@ -116,8 +129,9 @@ def retrain():
         """The candidate against the champion; where it isn't better the run ends here, and all stays as it was."""
         from components import retraining
 
+        profile = context["ti"].xcom_pull(task_ids="begin", key="profile")
         with clear_failures(context):
-            found = retraining.compare_candidate(work_root(), context["params"]["profile"])
+            found = retraining.compare_candidate(work_root(), profile)
         context["ti"].xcom_push(key="comparison", value=found)
         print(f"version {found['version']}: {found['reason']}")
         if not found["better"]:

@@ -137,6 +137,9 @@ def own_tracking_store():
     os.environ.pop("MLFLOW_TRACKING_URI", None)  # a monkeypatch puts back what it found, and this was made meanwhile
 
 
+CREATED = "2026-01-01T00:00:00Z"
+
+
 class FakeKfp(ThreadingHTTPServer):
     """Experiments and runs in memory; a run goes through `states`, one further each time it is looked at."""
 
@@ -144,7 +147,7 @@ class FakeKfp(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), KfpHandler)
         self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
         self.states = ["PENDING", "RUNNING", "SUCCEEDED"]
-        self.task_details, self.logs, self.lose_answers = [], {}, 0
+        self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -170,20 +173,23 @@ class KfpHandler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         if server.failures:
             return self.refuse(server.failures.pop(0), "upstream connect error")
+        if server.page:
+            return self.answer(200, server.page)
         if path == "/apis/v2beta1/healthz":
             return self.answer(200, {"multi_user": False})
         if path == "/apis/v2beta1/experiments" and method == "GET":
             found = [each for each in server.experiments.values() if each["display_name"] == self.query("display_name")]
             return self.answer(200, {"experiments": found} if found else {})
         if path == "/apis/v2beta1/experiments":
-            made = {**body, "experiment_id": f"experiment-{len(server.experiments) + 1}"}
+            made = {**body, "experiment_id": f"experiment-{len(server.experiments) + 1}", "created_at": CREATED}
             server.experiments[made["experiment_id"]] = made
             return self.answer(200, made)
         if path == "/apis/v2beta1/runs" and method == "GET":
             found = [run for run in server.runs.values() if run["display_name"] == self.query("display_name")]
             return self.answer(200, {"runs": [self.shown(run) for run in reversed(found)]} if found else {})
         if path == "/apis/v2beta1/runs":
-            made = {**body, "run_id": f"run-{len(server.runs) + 1}", "looks": 0, "state": server.states[0]}
+            made = {**body, "run_id": f"run-{len(server.runs) + 1}", "created_at": CREATED}
+            made |= {"looks": 0, "state": server.states[0]}
             server.runs[made["run_id"]] = made
             if server.lose_answers:
                 server.lose_answers -= 1

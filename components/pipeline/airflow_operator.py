@@ -6,6 +6,7 @@ after Airflow was killed, finds its run instead of starting another.
 """
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from univigu.errors import BusyError, ConfigError, PreemptedError, TransientErro
 ROOT_VARIABLE = "univigu_root"
 FAILURE = "failure"  # the XCom with a failed task's sentence
 RUN_ID = "kfp_run_id"
+KFP_ARGUMENTS = "UNIVIGU_KFP_ARGUMENTS"
 POLL_S = 15.0
 PATIENCE_S = 6 * 3600.0
 UNREACHABLE = "UNREACHABLE"  # beside KFP's own states: the server did not answer for too long
@@ -39,6 +41,27 @@ def work_root() -> Path:
             f"AIRFLOW_VAR_{ROOT_VARIABLE.upper()} in Airflow's environment."
         )
     return Path(value).resolve()
+
+
+def merge_arguments(package: Path, own: Mapping[str, Any], more: str) -> dict[str, Any]:
+    """A run's own arguments with those of `more`, the JSON object in UNIVIGU_KFP_ARGUMENTS.
+
+    Raises `ConfigError` for what is none, and for a parameter that the pipeline lacks or that `own` has.
+    """
+    from components.pipeline.kfp_server import typed_arguments
+
+    try:
+        found = json.loads(more or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{KFP_ARGUMENTS} holds no JSON object; write it as {{"parts": 4, "gpus": "2"}}.')
+    if taken := sorted(own.keys() & found.keys()):
+        raise ConfigError(f"{KFP_ARGUMENTS} sets '{taken[0]}', which each run sets for itself; leave it out.")
+    try:
+        return {**own, **typed_arguments(package, found)}
+    except ConfigError as error:
+        raise ConfigError(f"{KFP_ARGUMENTS}: {error}") from None
 
 
 @contextmanager
@@ -127,6 +150,9 @@ class KfpRunOperator(BaseOperator):
     scheduler and triggerer alike. A run of `run_name` that lives or succeeded is that run; one that failed or was
     cancelled is replaced when the task is cleared, and goes on from what its steps have finished. Stopping the task,
     or marking it, cancels the run. Returns the run's id.
+
+    more_arguments: JSON that `merge_arguments` adds to `arguments`. service_account: the account of the run's pods, in
+    place of the server's.
     """
 
     template_fields = ("run_name", "arguments")
@@ -137,6 +163,8 @@ class KfpRunOperator(BaseOperator):
         package: str,
         run_name: str,
         arguments: Mapping[str, Any],
+        more_arguments: str = "",
+        service_account: str = "",
         namespace: str = "",
         poll_s: float = POLL_S,
         patience_s: float = PATIENCE_S,
@@ -144,6 +172,7 @@ class KfpRunOperator(BaseOperator):
     ) -> None:
         super().__init__(**kwargs)
         self.package, self.run_name, self.arguments = package, run_name, dict(arguments)
+        self.more_arguments, self.service_account = more_arguments, service_account
         self.namespace, self.poll_s, self.patience_s = namespace, poll_s, patience_s
         self._run_id = ""
 
@@ -151,9 +180,11 @@ class KfpRunOperator(BaseOperator):
         from components.pipeline.kfp_server import KfpServer
 
         with clear_failures(context):
+            package = Path(self.package)
+            arguments = merge_arguments(package, self.arguments, self.more_arguments)
             server = KfpServer(namespace=self.namespace)
             # submitting is idempotent by name: a run that is under way, or has succeeded, is found again
-            self._run_id = server.submit(Path(self.package), self.run_name, self.arguments)
+            self._run_id = server.submit(package, self.run_name, arguments, service_account=self.service_account)
             context["task_state_store"].set(RUN_ID, self._run_id)
             context["ti"].xcom_push(key=RUN_ID, value=self._run_id)
             self.log.info("run %s on %s is called '%s'", self._run_id, server.host, self.run_name)

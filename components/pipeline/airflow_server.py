@@ -165,7 +165,8 @@ class AirflowServer:
             method=method,
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+            text = answer.read()
+            return json.loads(text) if text else None
 
     def _is_ready(self) -> bool:
         try:

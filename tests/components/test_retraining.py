@@ -41,6 +41,14 @@ def test_an_event_without_a_digest_is_refused(tmp_path, digest):
         retraining.find_trained(tmp_path, "smoke", digest)
 
 
+def test_the_profile_of_an_event_goes_before_the_runs_own_and_has_to_be_the_projects():
+    assert retraining.announced_profile({"digest": DIGEST, "profile": "smoke"}, "tiny") == "smoke"
+    assert retraining.announced_profile({"digest": DIGEST}, "tiny") == "tiny"
+    for wrong in ("huge", "../smoke.yaml", "", None, ["smoke"]):
+        with pytest.raises(BadInputError, match=r"'profile' is .* none of smoke, tiny, .* emit the event again"):
+            retraining.announced_profile({"digest": DIGEST, "profile": wrong}, "tiny")
+
+
 def test_a_registry_that_does_not_answer_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(TransientError, match="does not answer"):

@@ -19,7 +19,13 @@ from components.pipeline.stages import STAGES
 pytest.importorskip("airflow")
 
 REPO = Path(__file__).parents[2]
-SETTINGS = {"UNIVIGU_PROFILE": "smoke", "UNIVIGU_KFP_POLL_S": "1"}
+RARELY = "0 0 29 2 *"
+SETTINGS = {  # runs are of the profile `smoke` by their form or event, and of `tiny` where nothing says so
+    "UNIVIGU_PROFILE": "tiny",
+    "UNIVIGU_KFP_POLL_S": "1",
+    "UNIVIGU_RETRAIN_CRON": RARELY,
+    "UNIVIGU_NEW_DATA_CRON": RARELY,
+}
 pytestmark = pytest.mark.slow
 
 
@@ -41,7 +47,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def airflow(place, root):
+def started():
+    """When Airflow was started."""
+    return time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def airflow(place, root, started):
     with AirflowServer(place[0], root, place[1], SETTINGS) as server:
         server.wait_until_ready()
         yield server
@@ -61,7 +73,7 @@ def state(airflow, run):
     return airflow.call("GET", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}")["state"]
 
 
-def wait_for(condition, patience_s=600):
+def wait_for(condition, patience_s=360):
     give_up = time.monotonic() + patience_s
     while time.monotonic() < give_up:
         if found := condition():
@@ -72,11 +84,6 @@ def wait_for(condition, patience_s=600):
 
 def ended(airflow, run):
     return wait_for(lambda: state(airflow, run) in ("success", "failed") and state(airflow, run))
-
-
-def xcom(airflow, run, task, key="return_value"):
-    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/{task}/xcomEntries/{key}"
-    return airflow.call("GET", path)["value"]
 
 
 def log(airflow, run, task):
@@ -92,9 +99,8 @@ def champion(root):
     return found and int(found.version)
 
 
-def answer(airflow, run, option):
-    """Wait until a run asks a person, and answer as that person; returns what it did when nobody would."""
-    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
+def wait_for_question(airflow, run):
+    """Wait until a run asks a person."""
 
     def asks():
         assert state(airflow, run) != "failed", tasks(airflow, run)
@@ -102,18 +108,55 @@ def answer(airflow, run, option):
 
     wait_for(asks)
     time.sleep(3)  # a person is slower than the scheduler, which takes the answer for a failure before it saw the pause
+
+
+def answer(airflow, run, option):
+    """Answer as the person that a run asks; returns what it would do if nobody did."""
+    path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
     default = airflow.call("GET", path)["defaults"]
     airflow.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
     return default
 
 
-def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root):
+def stop(airflow, run):
+    airflow.call("PATCH", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}", {"state": "failed"})
+    ended(airflow, run)
+
+
+def asset(airflow, name):
+    (found,) = [one for one in airflow.call("GET", "/api/v2/assets?limit=100")["assets"] if one["name"] == name]
+    return found["id"]
+
+
+def emit(airflow, name, **extra):
+    airflow.call("POST", "/api/v2/assets/events", {"asset_id": asset(airflow, name), "extra": extra})
+
+
+def events(airflow, name):
+    """The extras of an asset's events, as far as a DAG emitted them."""
+    path = f"/api/v2/assets/events?asset_id={asset(airflow, name)}&source_dag_id=new_data&limit=100"
+    return [event["extra"] for event in airflow.call("GET", path)["asset_events"]]
+
+
+def started_by_events(airflow, dag):
+    """The runs of a DAG that asset events have started, the newest first."""
+    found = airflow.call("GET", f"/api/v2/dags/{dag}/dagRuns?run_type=asset_triggered&order_by=-run_after&limit=100")
+    return [(dag, run["dag_run_id"]) for run in found["dag_runs"]]
+
+
+def started_by_next_event(airflow, dag, before):
+    return wait_for(lambda: next(iter(set(started_by_events(airflow, dag)) - set(before)), None))
+
+
+def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root, started):
     from components import promotion
 
     assert champion(root) is None
     run = ("retrain", trigger(airflow, profile="smoke"))
+    wait_for_question(airflow, run)
     assert answer(airflow, run, "Approve") == ["Reject"]
     assert ended(airflow, run) == "success"
+    assert time.monotonic() - started <= 360
     assert champion(root) == 1
     line = promotion.history("uni-vigu", root=root)[0]
     assert (line.outcome, line.version, line.who) == ("promoted", 1, "admin")
@@ -126,14 +169,17 @@ def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root
     assert median(around.values()) < 10
 
 
-def test_a_model_that_a_person_rejects_is_not_promoted_and_finished_steps_are_not_run_again(airflow, root):
+def test_a_rejected_model_is_not_promoted_finished_steps_do_not_run_again_and_a_second_run_waits(airflow, root):
     from mlflow import MlflowClient
 
     from components import promotion
     from components.tracking import tracking_uri
 
     MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
-    run = ("retrain", trigger(airflow, profile="smoke"))
+    run, second = (("retrain", trigger(airflow, profile="smoke")) for _ in range(2))
+    wait_for_question(airflow, run)
+    assert state(airflow, second) == "queued"
+    airflow.call("DELETE", f"/api/v2/dags/retrain/dagRuns/{second[1]}")
     answer(airflow, run, "Reject")
     assert ended(airflow, run) == "success"
     assert champion(root) is None
@@ -156,28 +202,48 @@ def overhead(root, done, stage):
     return (at(f"local.{stage.name}", "end_date") - began).total_seconds() - seconds
 
 
-def test_a_dataset_that_was_trained_is_not_trained_again(airflow, root):
+def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflow, root):
     from components import retraining
 
     digest = retraining.dataset(root)["digest"]
-    assets = airflow.call("GET", "/api/v2/assets?limit=100")["assets"]
-    (asset,) = [one["id"] for one in assets if one["uri"].startswith("univigu://dataset")]
-    for extra in ({"digest": digest}, {"digest": "none"}):
-        airflow.call("POST", "/api/v2/assets/events", {"asset_id": asset, "extra": extra})
-        run = wait_for(lambda: newest(airflow, "asset_triggered"))
-        wanted = "success" if extra["digest"] == digest else "failed"
+    for profile, wanted in (("smoke", "success"), ("huge", "failed")):
+        before = started_by_events(airflow, "retrain")
+        emit(airflow, "univigu://dataset", digest=digest, profile=profile)
+        run = started_by_next_event(airflow, "retrain", before)
         assert ended(airflow, run) == wanted
         assert tasks(airflow, run)["local.train-stage-1"]["state"] in ("skipped", "upstream_failed")
-        seen.add(run[1])
     assert champion(root) == 1
 
 
-seen = set()
+def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retraining(airflow, root):
+    from components import retraining
 
+    known = retraining.dataset(root)
+    prompt = {"text": "a clip of a red nine that turns over black", "source": "test", "licence": "CC0-1.0"}
+    (root / "data/prompts/new.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
+    retrainings = started_by_events(airflow, "retrain")
+    airflow.call("PATCH", "/api/v2/dags/new_data", {"is_paused": False})
 
-def newest(airflow, kind):
-    runs = airflow.call("GET", f"/api/v2/dags/retrain/dagRuns?run_type={kind}&limit=100")["dag_runs"]
-    return next((("retrain", run["dag_run_id"]) for run in runs if run["dag_run_id"] not in seen), None)
+    emit(airflow, "univigu://prompts")
+    first = started_by_next_event(airflow, "new_data", [])
+    assert ended(airflow, first) == "success"
+    found = retraining.dataset(root)
+    assert found["digest"] != known["digest"]
+    assert found["rows"] == known["rows"] + 1
+    assert "no DVC project, so the dataset is known by its digest alone" in log(airflow, first, "version_dataset")
+    assert events(airflow, "univigu://dataset") == [{**found, "profile": "tiny"}]
+    run = started_by_next_event(airflow, "retrain", retrainings)
+    wait_for(lambda: tasks(airflow, run)["local.validate-prompts"]["state"] == "success")
+    assert "training with the profile 'tiny'" in log(airflow, run, "begin")
+    assert "finished before" in log(airflow, run, "local.validate-prompts")
+    stop(airflow, run)
+
+    emit(airflow, "univigu://prompts")
+    second = started_by_next_event(airflow, "new_data", [first])
+    assert ended(airflow, second) == "success"
+    assert "announced before" in log(airflow, second, "announce")
+    assert len(events(airflow, "univigu://dataset")) == 1
+    assert {*started_by_events(airflow, "retrain")} == {*retrainings, run}
 
 
 @pytest.mark.parametrize("conf", [{"profile": "huge"}, {"backend": "moon"}, {"approve": 3}])
@@ -202,10 +268,22 @@ def test_a_second_airflow_in_the_same_place_is_refused_in_one_sentence(airflow, 
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice(airflow, place, root, kfp):
+def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice_and_silence_promotes_nobody(
+    airflow, place, root, kfp
+):
+    from mlflow import MlflowClient
+
+    from components.tracking import tracking_uri
+
     airflow.stop()
     kfp.states = ["RUNNING"]
-    settings = {**SETTINGS, "KFP_ENDPOINT": kfp.url}
+    settings = {
+        **SETTINGS,
+        "KFP_ENDPOINT": kfp.url,
+        "UNIVIGU_KFP_ARGUMENTS": '{"parts": 2}',
+        "UNIVIGU_KFP_SERVICE_ACCOUNT": "univigu-launcher",
+        "UNIVIGU_APPROVAL_HOURS": "0.001",
+    }
     with AirflowServer(place[0], root, place[1], settings) as server:
         server.wait_until_ready()
         run = ("retrain", trigger(server, profile="smoke", backend="kubeflow"))
@@ -217,9 +295,19 @@ def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice(airflo
         kfp.states = ["SUCCEEDED"]
         assert ended(server, run) == "success"
         assert [*kfp.runs] == ["run-1"]
-        assert kfp.runs["run-1"]["runtime_config"]["parameters"] == {"profile": "smoke", "promotion": "manual"}
+        submitted = kfp.runs["run-1"]
+        wanted = {"profile": "smoke", "promotion": "manual", "parts": 2}
+        assert submitted["runtime_config"]["parameters"] == wanted
+        assert submitted["service_account"] == "univigu-launcher"
         assert "it is champion already" in log(server, run, "gate")
+        assert champion(root) == 1
+
+        MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
+        run = ("retrain", trigger(server, profile="smoke", backend="kubeflow"))
+        assert ended(server, run) == "success"
+        assert tasks(server, run)["promote"]["state"] == "skipped"
+        assert "'state': 'rejected'" in log(server, run, "notify")
+        assert champion(root) is None
         processes = [*server.alive()]
     assert processes
     assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
-    assert champion(root) == 1

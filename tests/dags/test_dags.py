@@ -4,6 +4,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from components.pipeline.stages import STAGES
 pytest.importorskip("airflow")
 
 DAGS = Path(__file__).parents[2] / "dags"
+DIGEST = "ab" * 32
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,61 @@ def test_nothing_is_promoted_without_gate_and_approval_and_silence_means_no(retr
     assert approve.defaults == ["Reject"]
     assert approve.response_timeout == timedelta(hours=24)
     assert retrain.params["approve"] is True
+
+
+class TaskInstance:
+    """Keeps what a task pushes, and gives it to whoever pulls."""
+
+    def __init__(self):
+        self.pushed = {}
+
+    def xcom_push(self, key, value):
+        self.pushed[key] = value
+
+    def xcom_pull(self, task_ids, key):
+        assert task_ids == "begin"
+        return self.pushed[key]
+
+
+@pytest.fixture
+def begin(retrain, tmp_path, monkeypatch):
+    """A function: the extras of the events that start a run -> what `begin` returns, and its task instance."""
+
+    def call(*extras):
+        ti = TaskInstance()
+        events = {Asset("univigu://dataset"): [SimpleNamespace(extra=extra) for extra in extras]} if extras else {}
+        params = {"profile": "tiny", "backend": "local"}
+        return task.python_callable(ti=ti, params=params, triggering_asset_events=events), ti
+
+    from airflow.sdk import Asset
+
+    task = retrain.task_dict["begin"]
+    monkeypatch.setitem(task.python_callable.__globals__, "work_root", lambda: tmp_path)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("extras", "profile"),
+    [
+        ([], "tiny"),
+        ([{"digest": DIGEST}], "tiny"),
+        ([{"digest": DIGEST, "profile": "smoke"}], "smoke"),
+        ([{"digest": DIGEST, "profile": "smoke"}, {"digest": DIGEST, "profile": "wan-14b"}], "wan-14b"),
+    ],
+)
+def test_every_task_of_a_run_uses_the_profile_of_the_newest_event_or_else_the_forms(retrain, begin, extras, profile):
+    following, ti = begin(*extras)
+    assert following == "local.curate-prompts"
+    tasks = retrain.task_dict
+    used = [tasks["kubeflow"].arguments["profile"], *(tasks[f"local.{stage.name}"].profile for stage in STAGES)]
+    assert {tasks["begin"].render_template(text, {"ti": ti}) for text in used} == {profile}
+
+
+def test_an_event_with_a_profile_that_there_is_not_trains_nothing(begin):
+    from airflow.sdk.exceptions import AirflowFailException
+
+    with pytest.raises(AirflowFailException, match="The event's 'profile' is \"huge\", which is none of"):
+        begin({"digest": DIGEST, "profile": "huge"})
 
 
 def test_two_retrainings_never_run_at_once(bag):

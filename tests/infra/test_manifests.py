@@ -1,5 +1,6 @@
 """Every object is valid in the strictest sense that can be checked without a cluster, and as closed as it claims."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -9,6 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from kubeflow_trainer_api import models
+
+from components.pipeline import kfp_pipeline, kfp_server, notifications
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.34"
@@ -192,6 +195,29 @@ def test_each_secret_that_a_pod_wants_is_made_by_the_operators_page(pods, airflo
         wanted.setdefault(("kubeflow", name), set()).add(key)
     for secret, keys in wanted.items():
         assert keys <= documented_secrets.get(secret, {"<not made>"}), secret
+
+
+def test_airflow_tells_the_address_that_the_operators_page_names_if_there_is_one(airflow_values):
+    (variable,) = yaml.safe_load(airflow_values["extraEnv"])  # the chart puts this text among each container's `env`
+    assert variable["name"] == notifications.NOTIFY_URL
+    reference = variable["valueFrom"]["secretKeyRef"]
+    assert reference == {"name": kfp_pipeline.NOTIFY_SECRET, "key": notifications.NOTIFY_URL, "optional": True}
+    page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
+    assert f"`{reference['name']}` with `{reference['key']}`" in page
+
+
+def test_the_arguments_that_airflow_gives_its_runs_are_the_pipelines_and_so_are_those_of_the_operators_page(
+    airflow_values,
+):
+    settings = {one["name"]: one["value"] for one in airflow_values["env"]}
+    page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
+    for text in (settings["UNIVIGU_KFP_ARGUMENTS"], *re.findall(r"```json\n(.*?)```", page, re.S)):
+        kfp_server.typed_arguments(ROOT / "infra/pipeline.yaml", json.loads(text))
+
+
+def test_the_account_of_airflows_runs_is_there(objects, airflow_values):
+    settings = {one["name"]: one["value"] for one in airflow_values["env"]}
+    assert ("kubeflow", settings["UNIVIGU_KFP_SERVICE_ACCOUNT"]) in named(objects, "ServiceAccount")
 
 
 def test_no_secret_is_in_the_manifests(objects, airflow_values):

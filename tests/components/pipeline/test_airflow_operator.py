@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 import threading
 import time
@@ -160,6 +161,31 @@ def test_a_run_that_is_gone_from_the_server_ends_the_waiting(endpoint):
 def test_arguments_that_the_pipeline_does_not_take_fail_at_once(endpoint):
     with pytest.raises(AirflowFailException, match="no parameter 'colour'"):
         operator(arguments={"colour": "red"}).execute(new_context())
+    assert not endpoint.runs
+
+
+def test_a_run_has_the_settings_arguments_and_account_too(endpoint):
+    defer(new_context(), more_arguments='{"parts": 4, "gpus": 2}', service_account="univigu-launcher")
+    run = endpoint.runs["run-1"]
+    assert run["runtime_config"]["parameters"] == {"profile": "smoke", "parts": 4, "gpus": "2"}
+    assert run["service_account"] == "univigu-launcher"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("parts=4", "holds no JSON object; write it as"),
+        ("[4]", "holds no JSON object; write it as"),
+        ('{"prats": 4}', "The pipeline has no parameter 'prats'; it has accelerator, "),
+        ('{"parts": "four"}', "'parts' takes JSON of type NUMBER_INTEGER"),
+        ('{"profile": "tiny"}', "sets 'profile', which each run sets for itself; leave it out"),
+    ],
+)
+def test_a_wrong_setting_of_arguments_fails_at_once_in_one_sentence(endpoint, text, said):
+    context = new_context()
+    with pytest.raises(AirflowFailException, match=f"^UNIVIGU_KFP_ARGUMENTS[: ]+{re.escape(said)}"):
+        operator(more_arguments=text).execute(context)
+    assert context["ti"].pushed[FAILURE].count("\n") == 0
     assert not endpoint.runs
 
 

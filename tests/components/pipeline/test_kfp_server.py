@@ -1,17 +1,13 @@
 """Runs on a Kubeflow Pipelines server: submitted once, watched to their end, with honest exit codes.
 
-The server here speaks the v2beta1 API over HTTP as the real one does, for experiments and runs, without a cluster.
+The server here (`kfp`, in conftest.py) speaks the v2beta1 API over HTTP as the real one does, without a cluster.
 """
 
-import json
 import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -28,114 +24,6 @@ from univigu.errors import BadInputError, ConfigError, MissingInputError, Transi
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "infra/pipeline.yaml"
-
-
-class FakeKfp(ThreadingHTTPServer):
-    """Experiments and runs in memory; a run goes through `states`, one further each time it is looked at."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
-        self.states = ["PENDING", "RUNNING", "SUCCEEDED"]
-        self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def answer(self, status, value):
-        body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain" if isinstance(value, bytes) else "application/json")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def refuse(self, status, message):
-        self.answer(status, {"error": message, "code": 5, "message": message, "details": []})
-
-    def query(self, key):
-        text = parse_qs(urlsplit(self.path).query).get("filter", ["{}"])[0]
-        wanted = {each["key"]: each["stringValue"] for each in json.loads(text).get("predicates", [])}
-        return wanted.get(key)
-
-    def handle_request(self, method):
-        server, path = self.server, urlsplit(self.path).path
-        server.tokens.append(self.headers.get("Authorization"))
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-        if server.failures:
-            return self.refuse(server.failures.pop(0), "upstream connect error")
-        if server.page:
-            return self.answer(200, server.page)
-        if path == "/apis/v2beta1/healthz":
-            return self.answer(200, {"multi_user": False})
-        if path == "/apis/v2beta1/experiments" and method == "GET":
-            found = [each for each in server.experiments.values() if each["display_name"] == self.query("display_name")]
-            return self.answer(200, {"experiments": found} if found else {})
-        if path == "/apis/v2beta1/experiments":
-            made = {**body, "experiment_id": f"experiment-{len(server.experiments) + 1}", "created_at": "2026-01-01"}
-            server.experiments[made["experiment_id"]] = made
-            return self.answer(200, made)
-        if path == "/apis/v2beta1/runs" and method == "GET":
-            found = [run for run in server.runs.values() if run["display_name"] == self.query("display_name")]
-            return self.answer(200, {"runs": [self.shown(run) for run in reversed(found)]} if found else {})
-        if path == "/apis/v2beta1/runs":
-            made = {**body, "run_id": f"run-{len(server.runs) + 1}", "looks": 0, "state": server.states[0]}
-            made["created_at"] = "2026-01-01T00:00:00Z"
-            server.runs[made["run_id"]] = made
-            if server.lose_answers:
-                server.lose_answers -= 1
-                return self.close_without_answer()
-            return self.answer(200, self.shown(made))
-        if match := re.fullmatch(r"/apis/v2beta1/runs/([^/:]+)(:terminate)?", path):
-            run = server.runs.get(match[1])
-            if run is None:
-                return self.refuse(404, f"Run {match[1]} not found")
-            if match[2]:
-                run["state"] = "CANCELING"
-                return self.answer(200, {})
-            self.move_on(run)
-            return self.answer(200, self.shown(run))
-        if match := re.fullmatch(r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", path):
-            text = server.logs.get(match[2])
-            return self.answer(200, text.encode()) if text else self.refuse(404, "log not found")
-        return self.refuse(404, "no such path")
-
-    def close_without_answer(self):
-        self.close_connection = True
-        self.connection.close()
-
-    def move_on(self, run):
-        if run["state"] == "CANCELING":
-            run["state"] = "CANCELED"
-        elif run["state"] not in ("SUCCEEDED", "FAILED", "CANCELED"):
-            run["state"] = self.server.states[min(run["looks"], len(self.server.states) - 1)]
-            run["looks"] += 1
-
-    def shown(self, run):
-        shown = {key: value for key, value in run.items() if key not in ("looks", "pipeline_spec")}
-        if run["state"] == "FAILED":
-            shown["error"] = {"code": 13, "message": "main: Error (exit code 80)"}
-        return {**shown, "run_details": {"task_details": self.server.task_details}}
-
-    def do_GET(self):
-        self.handle_request("GET")
-
-    def do_POST(self):
-        self.handle_request("POST")
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def kfp(monkeypatch):
-    for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    server = FakeKfp()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
