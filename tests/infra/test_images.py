@@ -1,4 +1,4 @@
-"""Container files are pinned and not for root; the pipeline image is built, as far as that goes without a registry."""
+"""Container files are pinned and not for root, and what they build runs as that user."""
 
 import os
 import re
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from components.pipeline.airflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "infra/images"
@@ -49,7 +51,7 @@ def test_packages_are_locked_and_nothing_is_fetched_by_address(name):
             assert re.fullmatch(r"#.*|apache-airflow|[\w.-]+==[\w.]+", line), line
 
 
-@pytest.mark.parametrize("name", ["pipeline", "training", "mlflow"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_copied_is_in_the_build_context(name):
     kept = [
         line[1:] for line in (ROOT / ".containerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"
@@ -63,30 +65,43 @@ def test_what_is_copied_is_in_the_build_context(name):
 
 # --- a real build ----------------------------------------------------------------------------------------------------
 
-DEBIAN = ["base-files", "bash", "ca-certificates", "coreutils", "dash", "libc-bin", "libc6", "libgcc-s1", "libstdc++6"]
+WHO = ("python", "-c", "import os; print(os.getuid(), os.getgid())")
 
 
 def make_base(folder):
-    """What python:3.11-slim is, out of this Debian machine's own files: a few packages, and Python in /usr/local."""
+    """What python:3.11-slim is, out of this Debian machine's own files: its essential packages and apt; Python."""
     python = Path(sys.base_prefix)
-    folder.mkdir()
-    for name in ("etc", "tmp", "proc", "sys", "dev", "usr/local"):
+    for name in ("etc", "tmp", "proc", "sys", "dev", "usr/local", "var/lib/dpkg/triggers", "var/cache/apt/archives"):
         (folder / name).mkdir(parents=True)
-    listed = subprocess.run(["dpkg", "--listfiles", *DEBIAN], capture_output=True, text=True, check=True).stdout
-    files = {line for line in listed.splitlines() if Path(line).exists() and not line.startswith("/usr/share/")}
+    form = "--showformat=${Essential} ${db:Status-Status} ${Package}\n"
+    known = [line.split() for line in output("dpkg-query", "--show", form).splitlines()]
+    wanted = [name for essential, _, name in known if essential == "yes"] + ["apt", "mawk"]
+    closure = output("apt-cache", "depends", "--recurse", "--installed", "--important", *wanted).splitlines()
+    names = [name for _, status, name in known if status == "installed" and name in closure]
+    unneeded = re.compile("/usr/share/(doc|info|lintian|locale|man)/")
+    files = {line for line in output("dpkg", "--listfiles", *names).splitlines() if Path(line).exists()}
+    files |= {str(path) for path in Path("/var/lib/dpkg/info").iterdir() if path.stem.split(":")[0] in names}
+    files |= {str(path) for path in Path("/etc/apt").glob("sources.list.d/debian.sources")}
+    files |= {"/etc/ssl/certs/ca-certificates.crt", "/var/lib/dpkg/info/format", "/var/lib/dpkg/triggers/ldconfig"}
     binaries = [python / "bin/python3.11", *python.glob("lib/python3.11/lib-dynload/*.so")]
     binaries += [file for file in files if "/bin/" in file]
-    needed = subprocess.run(["ldd", *binaries], capture_output=True, text=True, check=False).stdout
-    libraries = {word for line in needed.splitlines() for word in line.split() if re.match(r"/.*[^:]$", word)}
-    files |= {file for file in libraries if not file.startswith(str(python))} | {"/etc/ssl/certs/ca-certificates.crt"}
+    linked = subprocess.run(["ldd", *binaries], capture_output=True, text=True, check=False).stdout
+    libraries = {word for line in linked.splitlines() for word in line.split() if re.match(r"/.*[^:]$", word)}
+    files = {file for file in files if not unneeded.match(file)}
+    files |= {file for file in libraries if not file.startswith(str(python))}
     copy(["--no-recursion", "--dereference", "--files-from=-"], folder, "\n".join(sorted(files)))
     left_out = ["test", "site-packages", "idlelib", "tkinter"]
     excluded = [f"--exclude=lib/python3.11/{name}" for name in left_out]
     copy([f"--directory={python}", *excluded, "--exclude=__pycache__", "bin", "lib"], folder / "usr/local")
+    (folder / "var/lib/dpkg/status").write_text(output("dpkg", "--status", *names))
     (folder / "etc/ld.so.conf").write_text("/usr/local/lib\n")
     subprocess.run(["/sbin/ldconfig", "-r", folder], check=True)
     (folder / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     (folder / "etc/group").write_text("root:x:0:\n")
+
+
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def copy(what, target, names=""):
@@ -108,51 +123,70 @@ def installer_settings(folder):
     return wheels
 
 
-@pytest.fixture(scope="session")
-def pipeline_image(tmp_path_factory):
-    """The pipeline's image, built from the repository: its root file system, and a function that runs a command in it.
+class Store:
+    """A store of images below a folder, in which this repository's are built, as far as that goes without a registry.
 
-    Its base is made from this machine, torch is whichever build this machine's pip finds, and nothing is compiled to
-    bytecode; all else is as in a release.
+    Their base is made from this machine, torch is whichever build this machine's pip finds, and nothing is compiled to
+    bytecode; all else is as in a release. Wheels stay in buildah's cache, for the next time.
     """
-    if shutil.which("buildah") is None or os.geteuid() != 0 or shutil.which("dpkg") is None:
-        pytest.skip("building an image takes Debian's buildah, and root: apt-get install buildah")
-    folder = tmp_path_factory.mktemp("image")
-    make_base(folder / "base")
-    wheels = installer_settings(folder)
-    store = ["--root", folder / "storage", "--runroot", folder / "run", "--storage-driver", "vfs"]
 
-    def buildah(*arguments):
-        command = ["buildah", *store, *arguments]
+    def __init__(self, folder):
+        self.folder, self.wheels = folder, installer_settings(folder)
+        nested = output("stat", "--file-system", "--format=%T", folder).strip() == "overlayfs"
+        self.driver = "vfs" if nested else "overlay"
+        make_base(folder / "base")
+        base = self.buildah("from", "scratch")
+        self.buildah("add", "--quiet", base, folder / "base", "/")
+        self.buildah("commit", "--quiet", "--rm", base, "localhost/base:0.0.0")
+        shutil.rmtree(folder / "base")
+
+    def remove(self):
+        self.buildah("rm", "--all")
+        subprocess.run(["umount", "--quiet", self.folder / "storage/overlay"], check=False)  # a mount of buildah's own
+        subprocess.run(["rm", "-rf", self.folder], check=False)
+
+    def buildah(self, *arguments):
+        where = ["--root", self.folder / "storage", "--runroot", self.folder / "run", "--storage-driver", self.driver]
+        command = ["buildah", *where, *arguments]
         done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout.strip()
 
-    base = buildah("from", "scratch")
-    buildah("add", "--quiet", base, folder / "base", "/")
-    buildah("commit", "--quiet", "--rm", base, "localhost/base:0.0.0")
-    shutil.rmtree(folder / "base")
-    try:
-        buildah(
-            *["bud", "--isolation", "chroot", "--layers=false", "--tag", "localhost/pipeline:0.0.0"],
-            *["--file", IMAGES / "pipeline/Containerfile", "--build-arg", "BASE=localhost/base:0.0.0"],
-            *["--build-arg", "TORCH=", "--build-arg", "BYTECODE=0"],
-            *["--secret", f"id=pip,src={folder}/pip.conf", "--secret", f"id=uv,src={folder}/uv.toml"],
-            *(f"--volume={path}:{path}:ro" for path in wheels),
+    def build(self, name):
+        """Build an image; returns its root file system, and a function that runs a command in it as its user."""
+        given = {"BASE": "localhost/base:0.0.0", "PIPELINE": "localhost/pipeline:0.0.0", "TORCH": "", "BYTECODE": "0"}
+        declared = {value.split("=")[0] for instruction, value in instructions(name) if instruction == "ARG"}
+        self.buildah(
+            *["bud", "--isolation", "chroot", "--layers=false", "--tag", f"localhost/{name}:0.0.0"],
+            *["--file", IMAGES / name / "Containerfile"],
+            *(f"--build-arg={argument}={given[argument]}" for argument in sorted(declared)),
+            *["--secret", f"id=pip,src={self.folder}/pip.conf", "--secret", f"id=uv,src={self.folder}/uv.toml"],
+            *(f"--volume={path}:{path}:ro" for path in self.wheels),
             ".",
         )
-        container = buildah("from", "localhost/pipeline:0.0.0")
-        root = Path(buildah("mount", container))
-        yield root, lambda *command: buildah("run", "--isolation", "chroot", container, "--", *command)
-        buildah("umount", container)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        container = self.buildah("from", f"localhost/{name}:0.0.0")
+        root = Path(self.buildah("mount", container))
+        return root, lambda *command: self.buildah("run", "--isolation", "chroot", container, "--", *command)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    if shutil.which("buildah") is None or os.geteuid() != 0 or shutil.which("dpkg") is None:
+        pytest.skip("building an image takes Debian's buildah, and root: apt-get install buildah")
+    made = Store(tmp_path_factory.mktemp("images"))
+    yield made
+    made.remove()
+
+
+@pytest.fixture(scope="session")
+def pipeline_image(store):
+    return store.build("pipeline")
 
 
 @pytest.mark.slow
 def test_the_pipelines_image_runs_a_step_as_a_user_who_may_change_nothing_in_it(pipeline_image):
     root, run = pipeline_image
-    assert run("sh", "-c", "id -u; id -g").split() == ["1000", "1000"]
+    assert run(*WHO) == "1000 1000"
     # as the job univigu-work copies them
     sources = "data/prompts data/heldout.json data/evaluation-prompts.jsonl model/tiny-wan"
     run("sh", "-c", f"mkdir /tmp/work && cd /opt/univigu && cp -r --no-clobber --parents {sources} /tmp/work")
@@ -172,3 +206,47 @@ def test_the_pipelines_image_holds_neither_the_builders_settings_nor_other_files
     assert sorted(path.name for path in (root / "opt/univigu").iterdir() if not path.name.endswith(".egg-info")) == [
         *["LICENSE", "README.md", "components", "constraints.txt", "data", "model", "pyproject.toml"]
     ]
+
+
+@pytest.mark.slow
+def test_the_training_image_has_what_rdma_needs_and_the_launcher_of_training(store, pipeline_image):
+    """Built with the pipeline's own torch in place of a CUDA build, which is gigabytes and needs a GPU."""
+    _, run = store.build("training")
+    assert run(*WHO) == "1000 1000"
+    run("python", "-c", "import ctypes; ctypes.CDLL('libibverbs.so.1')")
+    assert "--nproc-per-node" in run("python", "-m", "univigu.training.launch", "--help")
+
+
+@pytest.mark.slow
+def test_the_airflow_image_loads_the_dags(store, pipeline_image):
+    _, run = store.build("airflow")
+    assert run(*WHO) == "1000 1000"
+    load = "from airflow.dag_processing.dagbag import DagBag as B; b = B(); print(sorted(b.dags), b.import_errors)"
+    said = run("env", "AIRFLOW_HOME=/tmp/airflow", "AIRFLOW_VAR_UNIVIGU_ROOT=/tmp/work", "python", "-c", load)
+    assert said.splitlines()[-1] == "['new_data', 'retrain'] {}"
+
+
+SERVE = """
+import os, signal, subprocess, sys, time, urllib.request
+server = subprocess.Popen(["mlflow", "server", "--port", sys.argv[1], "--workers", "1"], start_new_session=True)
+try:
+    for _ in range(240):
+        try:
+            print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health").read().decode())
+            break
+        except OSError:
+            assert server.poll() is None
+            time.sleep(0.5)
+finally:
+    os.killpg(server.pid, signal.SIGTERM)
+    server.wait()
+"""
+
+
+@pytest.mark.slow
+def test_the_mlflow_image_serves_and_has_the_drivers_of_its_stores(store):
+    _, run = store.build("mlflow")
+    assert run(*WHO) == "1000 1000"
+    settings = ["env", "MLFLOW_BACKEND_STORE_URI=sqlite:////tmp/mlflow.db"]
+    assert "OK" in run(*settings, "python", "-c", SERVE, str(free_port())).splitlines()
+    run("python", "-c", "import boto3, google.cloud.storage, psycopg2")

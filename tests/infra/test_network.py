@@ -173,16 +173,23 @@ def test_the_kubernetes_api_is_reached_by_runs_alone_and_at_the_overlays_address
             assert not cluster.reaches(pod, address, 443), pod
 
 
-def test_on_gke_only_steps_reach_the_internet_and_nobody_the_metadata_server_but_mlflow(gke):
-    internet = {
-        pod for pod in gke.pods if gke.pods[pod][0] in ("kubeflow", "mlflow") and gke.reaches(pod, "8.8.8.8", 443)
-    }
-    assert internet - {"kfp", "kfp-mysql"} == {"step"}
-    assert not gke.reaches("step", "169.254.169.254", 80)
-    assert not gke.reaches("step", "10.10.0.5", 443)
+def test_on_gke_runs_training_and_airflow_reach_public_addresses_by_https_alone(gke):
+    ours = {pod for pod in gke.pods if gke.pods[pod][0] in ("kubeflow", "mlflow")} - {"kfp", "kfp-mysql"}
+    assert {pod for pod in ours if gke.reaches(pod, "8.8.8.8", 443)} == {"step", "training", "airflow"}
+    private = ["10.10.0.5", "100.64.0.5", "172.16.0.5", "192.168.0.5", "169.254.169.252", "169.254.169.254"]
+    for pod in ours:
+        assert not any(gke.reaches(pod, "8.8.8.8", port) for port in (22, 80, 8080, 8333)), pod
+        assert not any(gke.reaches(pod, address, 443) for address in private), pod
+
+
+def test_on_gke_mlflow_alone_reaches_the_metadata_server_and_its_database_is_reached_by_airflow_too(gke):
+    for pod in ("step", "training", "seeding", "airflow"):
+        for address in ("169.254.169.252", "169.254.169.254"):
+            assert not any(gke.reaches(pod, address, port) for port in (80, 443, 987, 988)), pod
     assert gke.reaches("mlflow", "169.254.169.254", 80)
-    assert gke.reaches("mlflow", "10.10.0.5", 5432)
-    assert gke.reaches("airflow", "10.10.0.5", 5432)
+    assert {pod for pod in ("step", "training", "mlflow", "airflow") if gke.reaches(pod, "10.10.0.5", 5432)} == {
+        *("mlflow", "airflow")
+    }
 
 
 @pytest.mark.parametrize("overlay", ["dev", "gke"])
