@@ -222,7 +222,7 @@ def test_the_airflow_image_loads_the_dags(store, pipeline_image):
     _, run = store.build("airflow")
     assert run(*WHO) == "1000 1000"
     load = "from airflow.dag_processing.dagbag import DagBag as B; b = B(); print(sorted(b.dags), b.import_errors)"
-    said = run("env", "AIRFLOW_HOME=/tmp/airflow", "AIRFLOW_VAR_UNIVIGU_ROOT=/tmp/work", "python", "-c", load)
+    said = run("env", "AIRFLOW_HOME=/tmp/airflow", "python", "-c", load)
     assert said.splitlines()[-1] == "['new_data', 'retrain'] {}"
 
 
