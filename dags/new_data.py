@@ -39,8 +39,8 @@ DATASET = Asset("univigu://dataset")
 def new_data():
     @task.sensor(poke_interval=30, timeout=timedelta(days=7).total_seconds(), mode="reschedule")
     def wait_for_retraining(**context):
-        """A retraining under way reads what these steps would replace."""
-        return context["ti"].get_dr_count(dag_id="retrain", states=["running"]) == 0
+        """A retraining under way, or about to begin, reads what these steps would replace."""
+        return context["ti"].get_dr_count(dag_id="retrain", states=["queued", "running"]) == 0
 
     profile = "{{ params.profile }}"
     curate, validate = (
