@@ -2,20 +2,22 @@
 
 What the frames show clearly is taken from them; elsewhere the prompt is believed, and where it is silent too, the best
 guess of the measurement stands. The course of the digit is chosen as a whole, so that place, direction and speed agree.
+What measures needs torch and scikit-learn, so it is loaded where there are clips: a pipeline's first task is quick.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from components.captioners import Captioner, CaptionRequest, CaptionResponse, Clip, FollowUp, caption_in_batches
-from components.checks.digits import CONFIDENT
-from components.digits import measure, world
 from components.pipeline.digests import file_digest, json_digest
+
+if TYPE_CHECKING:
+    from components.digits.measure import Measurement
 
 TEMPLATE_VERSION = "digits-2"
 LOOKS = ("digit", "colour", "background")
@@ -35,8 +37,13 @@ class Measured:
 
     def __init__(self, seed: int, wordings: int, batch_size: int) -> None:
         self.seed, self.wordings, self.batch_size = seed, wordings, batch_size
+
+    @cached_property
+    def digest(self) -> str:
+        from components.digits import measure, world
+
         code = [file_digest(Path(module.__file__)) for module in (measure, world)]
-        self.digest = json_digest([seed, wordings, *code])
+        return json_digest([self.seed, self.wordings, *code])
 
     def check(self) -> None:
         """Nothing is needed that `create` has not found."""
@@ -46,10 +53,14 @@ class Measured:
 
     def answer(self, requests: Sequence[CaptionRequest], clips: Sequence[Clip]) -> list[CaptionResponse]:
         """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""
+        from components.digits import measure
+
         measured = measure.measure(np.stack([frames for frames, _ in clips]))
         return [self._word(request, seen) for request, seen in zip(requests, measured, strict=True)]
 
-    def _word(self, request: CaptionRequest, seen: Mapping[str, measure.Measurement]) -> CaptionResponse:
+    def _word(self, request: CaptionRequest, seen: "Mapping[str, Measurement]") -> CaptionResponse:
+        from components.digits import world
+
         key = hashlib.sha256(f"{self.seed} {request.id}".encode()).digest()
         wording = int.from_bytes(key[:8], "big") % self.wordings + request.attempt - 1
         facts = decide(seen, world.read_text(request.prompt))
@@ -58,15 +69,17 @@ class Measured:
         return CaptionResponse(world.write_caption(facts, np.random.default_rng([self.seed, wording])))
 
 
-def decide(seen: Mapping[str, measure.Measurement], asked: Mapping[str, set[str]]) -> dict[str, str]:
+def decide(seen: "Mapping[str, Measurement]", asked: Mapping[str, set[str]]) -> dict[str, str]:
     """The seven attributes of a clip, from its measurements and from what its prompt says of it."""
-    looks = {name: max(world.ATTRIBUTES[name], key=partial(_belief, name, seen, asked)) for name in LOOKS}
-    course = max(world.motions(), key=lambda motion: sum(_belief(n, seen, asked, v) for n, v in motion.items()))
+    from components.checks.digits import CONFIDENT
+    from components.digits import world
+
+    def belief(name: str, value: str) -> float:
+        """How much speaks for a value: a clear measurement most, then the prompt, then an unclear measurement."""
+        found = seen[name]
+        clear = found.confidence >= CONFIDENT[name]
+        return (value == found.value) * (100.0 * clear + found.confidence) + 10.0 * (value in asked[name])
+
+    looks = {name: max(world.ATTRIBUTES[name], key=partial(belief, name)) for name in LOOKS}
+    course = max(world.motions(), key=lambda motion: sum(belief(name, value) for name, value in motion.items()))
     return {**looks, **course}
-
-
-def _belief(name: str, seen: Mapping[str, measure.Measurement], asked: Mapping[str, set[str]], value: str) -> float:
-    """How much speaks for a value: a clear measurement most, then the prompt, then an unclear measurement."""
-    found = seen[name]
-    clear = found.confidence >= CONFIDENT[name]
-    return (value == found.value) * (100.0 * clear + found.confidence) + 10.0 * (value in asked[name])
