@@ -56,7 +56,7 @@ smoke: ## The same way with next to no data and steps (two minutes)
 airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
 	@python -m components.pipeline.airflow_server --port $(PORT)
 
-measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (6 minutes)
+measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (5 minutes)
 	@python -m components.pipeline.measure_orchestrators
 
 test: install ## All tests, lint and format included, two files at a time
