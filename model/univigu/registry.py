@@ -302,7 +302,10 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
     """What to tell people of a store that failed: its disk is full, its database damaged, or it is not there."""
     from sqlalchemy.exc import DatabaseError
 
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = error  # MLflow's and requests' own words repeat the whole query
+    while before := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
+        first = before
+    reason = str(first).splitlines()[0] if str(first) else type(first).__name__
     if "disk is full" in reason:  # SQLite's words; there is no errno
         return DiskFullError(f"The disk is full, so MLflow's store at {uri} can't be used; make room and run it again.")
     # the class itself: those below it say that a database is busy, or not to be reached
