@@ -302,10 +302,10 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
     """What to tell people of a store that failed: its disk is full, its database damaged, or it is not there."""
     from sqlalchemy.exc import DatabaseError
 
-    first = error  # MLflow's and requests' own words repeat the whole query
-    while before := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
-        first = before
-    reason = str(first).splitlines()[0] if str(first) else type(first).__name__
+    cause = error  # the first one: MLflow's and requests' own words repeat the whole query
+    while earlier := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+        cause = earlier
+    reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     if "disk is full" in reason:  # SQLite's words; there is no errno
         return DiskFullError(f"The disk is full, so MLflow's store at {uri} can't be used; make room and run it again.")
     # the class itself: those below it say that a database is busy, or not to be reached
