@@ -248,16 +248,20 @@ def _weighted_mean(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 @contextmanager
 def _termination_flag() -> Iterator[Callable[[], bool]]:
     """Note SIGTERM instead of dying of it; the loop asks when it can stop cleanly."""
-    told = threading.Event()
+    signals: list[int] = []  # an Event has a lock, at which a second signal would wait for the first for ever
+
+    def told() -> bool:
+        return bool(signals)
+
     if threading.current_thread() is not threading.main_thread():
-        yield told.is_set  # signals can't be caught here; whoever owns the main thread decides
+        yield told  # signals can't be caught here; whoever owns the main thread decides
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
-        yield told.is_set
+        yield told
     finally:
         # under torchrun the rest get another as soon as one rank has left, and rank 0 may have more to write down
-        if not (told.is_set() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (told() and dist.is_initialized() and dist.get_world_size() > 1):
             signal.signal(signal.SIGTERM, before)
 
 

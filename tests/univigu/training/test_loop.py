@@ -92,6 +92,16 @@ def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsy
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
 
 
+def test_signals_that_come_in_a_burst_stop_it_once(tmp_path):
+    def burst(step, metrics):
+        if step == 2:
+            command = "import os; [os.kill(os.getppid(), 15) for _ in range(20_000)]"
+            subprocess.run([sys.executable, "-c", command], check=True)
+
+    with pytest.raises(PreemptedError, match="saved step 2"):
+        tiny_run.run(tmp_path, burst)
+
+
 def test_without_a_good_checkpoint_training_begins_again(tmp_path, whole_run):
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, lambda step, metrics: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
