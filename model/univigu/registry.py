@@ -81,8 +81,8 @@ def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
             if isinstance(error, RequestException) or getattr(error, "error_code", _UNKNOWN[0]) not in _UNKNOWN:
                 raise store_error(error, store) from error
             raise MissingInputError(
-                f"There is no model at {uri} in {store}; register one that is trained (`univigu run register-model`), "
-                f"train one (`make demo`), or give a model's folder."
+                f"There is no model at {uri} in {shown(store)}; register one that is trained (`univigu run "
+                f"register-model`), train one (`make demo`), or give a model's folder."
             ) from error
 
 
@@ -298,24 +298,38 @@ def _ensure_name(client: Any, name: str) -> None:
             raise
 
 
+def shown(uri: str) -> str:
+    """The address of a store as messages and logs may have it: with asterisks for a password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(uri).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):  # no URL: a folder, or a word that MLflow knows
+        return uri.rpartition("@")[2]
+
+
 def store_error(error: Exception, uri: str) -> UniViGUError:
     """What to tell people of a store that failed: its disk is full, its database damaged, or it is not there."""
     from sqlalchemy.exc import DatabaseError
 
+    place = shown(uri)
     cause = error  # the first one: MLflow's and requests' own words repeat the whole query
     while earlier := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
         cause = earlier
     reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     if "disk is full" in reason:  # SQLite's words; there is no errno
-        return DiskFullError(f"The disk is full, so MLflow's store at {uri} can't be used; make room and run it again.")
+        return DiskFullError(
+            f"The disk is full, so MLflow's store at {place} can't be used; make room and run it again."
+        )
     # the class itself: those below it say that a database is busy, or not to be reached
     if any(type(one) is DatabaseError for one in (error, error.__cause__, error.__context__)):
         return CorruptDataError(
-            f"MLflow's database {uri} can't be read ({reason}); put back a copy of it, or move it away and run "
+            f"MLflow's database {place} can't be read ({reason}); put back a copy of it, or move it away and run "
             f"`univigu run register-model`, which begins a new one."
         )
     return TransientError(
-        f"MLflow's store at {uri} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
+        f"MLflow's store at {place} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
     )
 
 

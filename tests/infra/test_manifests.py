@@ -196,13 +196,15 @@ def test_each_secret_that_a_pod_wants_is_made_by_the_operators_page(pods, airflo
         assert keys <= documented_secrets.get(secret, {"<not made>"}), secret
 
 
-def test_airflow_tells_the_address_that_the_operators_page_names_if_there_is_one(airflow_values):
-    (variable,) = yaml.safe_load(airflow_values["extraEnv"])  # the chart puts this text among each container's `env`
-    assert variable["name"] == notifications.NOTIFY_URL
-    reference = variable["valueFrom"]["secretKeyRef"]
-    assert reference == {"name": kfp_pipeline.NOTIFY_SECRET, "key": notifications.NOTIFY_URL, "optional": True}
+def test_airflow_has_the_address_to_notify_and_the_login_of_mlflow_where_there_are_such(airflow_values):
+    variables = yaml.safe_load(airflow_values["extraEnv"])  # the chart puts this text among each container's `env`
+    found = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in variables}
+    required = {one["envName"] for one in airflow_values["secret"]}
+    wanted = {notifications.NOTIFY_URL: kfp_pipeline.NOTIFY_SECRET}
+    wanted |= {key: kfp_pipeline.TRACKING_SECRET for key in kfp_pipeline.TRACKING_KEYS if key not in required}
+    assert found == {key: {"name": name, "key": key, "optional": True} for key, name in wanted.items()}
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
-    assert f"`{reference['name']}` with `{reference['key']}`" in page
+    assert f"`{kfp_pipeline.NOTIFY_SECRET}` with `{notifications.NOTIFY_URL}`" in page
 
 
 def test_the_arguments_that_airflow_gives_its_runs_are_the_pipelines_and_so_are_those_of_the_operators_page(
