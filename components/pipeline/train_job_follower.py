@@ -104,14 +104,15 @@ class _Follower:
                 return job
             running = [pod for pod in pods if pod.status.phase != "Pending"]
             queued = job["spec"].get("suspend") or _condition(job, "Suspended")
-            if running or queued:
+            if len(running) >= self.settings.nodes or queued:
                 alive = time.monotonic()
             if time.monotonic() - alive > self.settings.start_timeout:
                 why = self.cluster.why_not_started(self.name, pods)
                 self.cluster.delete(self.name, 0)
                 raise TransientError(
-                    f"The {self.called} had no running pod for {self.settings.start_timeout:g} s and was deleted "
-                    f"({why}); mend that, or wait for room, and run the same command."
+                    f"The {self.called} had {len(running)} of {self.settings.nodes} pods running for "
+                    f"{self.settings.start_timeout:g} s and was deleted ({why}); mend that, or wait for room, and run "
+                    "the same command."
                 )
             if queued:
                 self._say("waiting in its queue")

@@ -587,6 +587,17 @@ def test_a_job_that_never_starts_is_deleted_with_what_kubernetes_says(cluster, p
     assert "deletionTimestamp" in cluster.jobs[NAME]["metadata"]
 
 
+def test_a_job_of_which_only_some_nodes_start_does_not_hold_them_for_ever(cluster):
+    def start_one(job):
+        cluster.pod(0)
+        cluster.pod(1, "Pending", unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+
+    cluster.created = start_one
+    with pytest.raises(TransientError, match=r"had 1 of 2 pods running for 0\.2 s .*Insufficient nvidia.com/gpu"):
+        launch(start_timeout=0.2, nodes=2)
+    assert "deletionTimestamp" in cluster.jobs[NAME]["metadata"]
+
+
 def test_waiting_in_a_queue_is_not_taken_for_a_job_that_never_starts(cluster, capsys):
     def suspend(job):
         job["spec"]["suspend"] = True
