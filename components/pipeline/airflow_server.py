@@ -88,17 +88,25 @@ class AirflowServer:
         if not self.root.is_dir():
             raise ConfigError(f"There is no work root {self.root}; give another --root.")
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = (self.home / "lock").open("w")
+        self._lock = (self.home / "lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BusyError(f"Airflow is running in {self.home} already; stop it, or give another --home.") from error
+            self._lock.seek(0)
+            processes = self._lock.read()
+            how = f" (`kill {processes}`)" if processes else ""
+            raise BusyError(
+                f"Airflow is running in {self.home} already; stop it{how}, or give another --home."
+            ) from error
+        self._lock.truncate(0)
         try:
             self._require_port()
             if self._start("db", "migrate").wait() != 0:
                 raise UniViGUError(f"Airflow's database could not be made; {self._log('db')} says why.")
             for command in PROCESSES:
                 self._start(*command)
+            self._lock.write(" ".join(str(self._processes[name].pid) for name, *_ in PROCESSES))
+            self._lock.flush()
         except BaseException:
             self.stop()
             raise
@@ -210,6 +218,7 @@ class AirflowServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(self._lock.fileno(),),  # who holds `home` as long as one of them lives
             )
         self._processes[command[0]] = process
         return process
