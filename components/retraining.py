@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from components import promotion
+from components.pipeline.freshness import finished
 from components.pipeline.profiles import load_profile, profile_names
-from components.pipeline.runner import verify
+from components.pipeline.runner import imported, verify
 from components.pipeline.stages import find_stage
 from components.tracking import open_tracking, tracking_uri
 from univigu import registry
@@ -22,13 +23,23 @@ from univigu.errors import BadInputError
 
 DATASET_STEP = "validate-prompts"  # whose output is the dataset that a retraining begins with
 DATASET_STEPS = ("curate-prompts", DATASET_STEP)
+REGISTRATION_STEP = "register-model"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PROFILE_TAG = "univigu.profile"
 
 
-def dataset(root: Path) -> dict[str, Any]:
-    """The digest and the number of rows of the validated prompts below `root`."""
-    manifest = verify(root / find_stage(DATASET_STEP).home, DATASET_STEP)
+def dataset(root: Path, profile: str) -> dict[str, Any]:
+    """The digest and the number of rows of the validated prompts that `profile` has made below `root`.
+
+    Raises `MissingInputError` where there are none, and `BadInputError` where others lie there.
+    """
+    manifest = imported(find_stage(DATASET_STEP), root) or finished(DATASET_STEP, load_profile(profile), root)
+    if manifest is None:
+        verify(root / find_stage(DATASET_STEP).home, DATASET_STEP)
+        raise BadInputError(
+            f"The validated prompts below {root} are not what the profile '{profile}' makes: another run has replaced "
+            f"them; run this again."
+        )
     return {"digest": manifest["digest"], "rows": manifest["rows_out"]}
 
 
@@ -63,13 +74,24 @@ def find_trained(root: Path, profile: str, digest: str) -> int | None:
 
 
 def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
-    """The newest candidate against the champion: ``name``, ``version``, ``champion``, ``better`` and ``reason``.
+    """The version registered from below `root` against the champion: ``name``, ``version``, ``champion``, ``better``
+    and ``reason``.
 
-    The candidate is marked as trained with `profile`; nothing else is changed.
+    Whoever else has registered a candidate meanwhile is left alone. The version is marked as trained with `profile`;
+    nothing else is changed. Raises `MissingInputError` where nothing was registered from here, and `BadInputError`
+    where it was under another name.
     """
     name = _name(profile)
+    home = root / find_stage(REGISTRATION_STEP).home
+    verify(home, REGISTRATION_STEP)
+    registered = json.loads((home / "registration.json").read_text(encoding="utf-8"))
+    if registered["name"] != name:
+        raise BadInputError(
+            f"What was registered from {root} is called '{registered['name']}', and the profile '{profile}' says "
+            f"'{name}': another run has replaced it; run this again."
+        )
     open_tracking(root)
-    candidate = registry.find_version(name, registry.CANDIDATE, tracking_uri(root))
+    candidate = registry.find_version(name, registered["version"], tracking_uri(root))
     registry.set_tags(candidate, {PROFILE_TAG: profile}, tracking_uri(root))
     found = promotion.compare(name, candidate.version, root=root)
     return {

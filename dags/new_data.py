@@ -61,7 +61,7 @@ def new_data():
         from components import retraining
 
         with clear_failures(context):
-            dataset = retraining.dataset(work_root())
+            dataset = retraining.dataset(work_root(), context["params"]["profile"])
         event = {**dataset, "profile": context["params"]["profile"]}
         known = context["inlet_events"][DATASET]
         if len(known) and event.items() <= known[-1].extra.items():

@@ -37,6 +37,7 @@ from components.pipeline.stages import STAGES
 DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
 BACKENDS = ["local", "kubeflow"]
+HOURS = sum(stage.resources.hours for stage in STAGES)  # that a run on Kubeflow may take
 PASSING = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
 PROFILE = "{{ ti.xcom_pull('begin', key='profile') }}"  # not params.profile: a dataset's event may name another
 MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG does, after a person's word
@@ -101,12 +102,11 @@ def retrain():
     with TaskGroup("local") as local:
         steps = {}
         for stage in STAGES:
-            last = stage is STAGES[-1]
             steps[stage.name] = StepOperator(
                 task_id=stage.name,
                 step=stage.name,
                 profile=PROFILE,
-                skip_finished=not last,  # its output is the registry, which knows by itself what it has
+                skip_finished=not stage.external,  # the registry knows by itself what it has
                 env=MANUAL,
                 execution_timeout=timedelta(hours=stage.resources.hours),
             )
@@ -121,6 +121,8 @@ def retrain():
         more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
         service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
         namespace=os.environ.get("KFP_NAMESPACE", ""),
+        limit_s=3600 * float(os.environ.get("UNIVIGU_KFP_HOURS", HOURS)),
+        retries=6,  # half an hour, as a run that is being cancelled has to end before another begins
         poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
     )
 

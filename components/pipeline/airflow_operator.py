@@ -12,15 +12,15 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator, Variable
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from univigu.errors import BusyError, ConfigError, PreemptedError, TransientError, UniViGUError
+from univigu.errors import BusyError, ConfigError, MissingInputError, PreemptedError, TransientError, UniViGUError
 
 ROOT_VARIABLE = "univigu_root"
 FAILURE = "failure"  # the XCom with a failed task's sentence
@@ -28,8 +28,12 @@ RUN_ID = "kfp_run_id"
 KFP_ARGUMENTS = "UNIVIGU_KFP_ARGUMENTS"
 POLL_S = 15.0
 PATIENCE_S = 6 * 3600.0
-UNREACHABLE = "UNREACHABLE"  # beside KFP's own states: the server did not answer for too long
-TRY_AGAIN = frozenset(error.exit_code for error in (TransientError, BusyError, PreemptedError))
+GONE_S = 600.0  # after which a run that the server doesn't know is taken for deleted
+BUSY_S = 15.0
+STOP_S = 300.0  # how long a step may take to save its state
+# Beside KFP's own states: the server was of no help for too long, it knows no such run, the run took too long.
+UNREACHABLE, GONE, OVERDUE = "UNREACHABLE", "GONE", "OVERDUE"
+TRY_AGAIN = frozenset(error.exit_code for error in (TransientError, PreemptedError))
 
 
 def work_root() -> Path:
@@ -76,6 +80,9 @@ def clear_failures(context: Mapping[str, Any]) -> Iterator[None]:
         context["ti"].xcom_push(key=FAILURE, value=str(error))
         passing = isinstance(error, (TransientError, PreemptedError))
         raise (AirflowException if passing else AirflowFailException)(str(error)) from None
+    except AirflowTaskTimeout:
+        context["ti"].xcom_push(key=FAILURE, value="the task took longer than its time limit, and was stopped")
+        raise
 
 
 class StepFailedError(UniViGUError):
@@ -86,7 +93,8 @@ class StepOperator(BaseOperator):
     """Runs one step as `univigu run STEP` in a process of its own, unless its output is there and up to date.
 
     The step's lines go to the task's log. It ends as the step does: a passing failure is tried again, any other fails
-    at once with the step's own sentence. When the task is stopped the step is too, and goes on where it was next time.
+    at once with the step's own sentence. While another process makes the same step, it waits. When the task is stopped,
+    or its time is over, the step is stopped too, and goes on where it was next time.
     """
 
     template_fields = ("profile",)
@@ -103,25 +111,54 @@ class StepOperator(BaseOperator):
         super().__init__(**kwargs)
         self.step, self.profile, self.skip_finished, self.env = step, profile, skip_finished, dict(env or {})
         self._process: subprocess.Popen | None = None
+        self._stopped = False
 
-    def execute(self, context: Mapping[str, Any]) -> None:
-        from components.pipeline.freshness import finished
+    def execute(self, context: Mapping[str, Any]) -> str:
+        """Returns the digest of the step's output; those of its inputs have to be what this DAG run's tasks left."""
+        from components.pipeline.freshness import committed, finished, require_inputs
         from components.pipeline.kfp_tasks import command
         from components.pipeline.profiles import load_profile
 
         with clear_failures(context):
-            root = work_root()
-            if self.skip_finished and finished(self.step, load_profile(self.profile), root):
-                self.log.info("finished before, with the same inputs, parameters and code")
-                return
-            self._run(command(self.step, self.profile, str(root)))
+            root, expected = work_root(), self._inputs(context)
+            while True:
+                require_inputs(self.step, root, expected)
+                if self.skip_finished and (manifest := finished(self.step, load_profile(self.profile), root)):
+                    self.log.info("finished before, with the same inputs, parameters and code")
+                    return manifest["digest"]
+                code, said = self._run(command(self.step, self.profile, str(root)))
+                if code != BusyError.exit_code:
+                    break
+                self.log.info("waiting, as another process makes this step")
+                time.sleep(BUSY_S)
+                if self._stopped:
+                    raise PreemptedError(f"'{self.step}' was stopped before it could begin.")
+            if code < 0:
+                killer = signal.Signals(-code).name
+                raise PreemptedError(f"'{self.step}' was stopped by {killer}; it goes on where it was.")
+            if code:
+                failure = PreemptedError if code in TRY_AGAIN else StepFailedError
+                raise failure(said or f"'{self.step}' ended with exit code {code}; its log says why.")
+            require_inputs(self.step, root, expected, made=True)
+            return committed(self.step, root)["digest"]
+
+    def _inputs(self, context: Mapping[str, Any]) -> dict[str, str]:
+        """What the tasks of this DAG run have returned that make this step's inputs; they lie in the same group."""
+        from components.pipeline.stages import find_stage
+
+        group = self.task_id.removesuffix(self.step)
+        makers = sorted(set(find_stage(self.step).inputs.values()))
+        digests = (context["ti"].xcom_pull(task_ids=group + maker) for maker in makers)
+        return {maker: digest for maker, digest in zip(makers, digests, strict=True) if digest}
 
     def on_kill(self) -> None:
         """Ask the step to stop; a training step saves its state."""
+        self._stopped = True
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
-    def _run(self, arguments: list[str]) -> None:
+    def _run(self, arguments: list[str]) -> tuple[int, str]:
+        """Run a command to its end; returns its exit code and the last sentence that it said."""
         said = ""
         with subprocess.Popen(
             arguments,
@@ -132,15 +169,18 @@ class StepOperator(BaseOperator):
             env={**os.environ, **self.env},
         ) as process:
             self._process = process
-            for line in process.stdout or ():
-                self.log.info("%s", line.rstrip())
-                said = line.removeprefix("univigu: ").strip() if line.startswith("univigu: ") else said
-        code = process.returncode
-        if code < 0:
-            raise PreemptedError(f"'{self.step}' was stopped by {signal.Signals(-code).name}; it goes on where it was.")
-        if code:
-            failure = PreemptedError if code in TRY_AGAIN else StepFailedError
-            raise failure(said or f"'{self.step}' ended with exit code {code}; its log says why.")
+            try:
+                for line in process.stdout or ():
+                    self.log.info("%s", line.rstrip())
+                    said = line.removeprefix("univigu: ").strip() if line.startswith("univigu: ") else said
+            except BaseException:  # AirflowTaskTimeout, which comes from a signal
+                process.terminate()
+                try:
+                    process.communicate(timeout=STOP_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                raise
+        return process.returncode, said
 
 
 class KfpRunOperator(BaseOperator):
@@ -149,7 +189,7 @@ class KfpRunOperator(BaseOperator):
     The server's address is in KFP_ENDPOINT and its token where `KfpServer` looks for it, in the environment of
     scheduler and triggerer alike. A run of `run_name` that lives or succeeded is that run; one that failed or was
     cancelled is replaced when the task is cleared, and goes on from what its steps have finished. Stopping the task,
-    or marking it, cancels the run. Returns the run's id.
+    or marking it, cancels the run, and so does `limit_s`, the longest that it may take. Returns the run's id.
 
     more_arguments: JSON that `merge_arguments` adds to `arguments`. service_account: the account of the run's pods, in
     place of the server's.
@@ -166,6 +206,7 @@ class KfpRunOperator(BaseOperator):
         more_arguments: str = "",
         service_account: str = "",
         namespace: str = "",
+        limit_s: float,
         poll_s: float = POLL_S,
         patience_s: float = PATIENCE_S,
         **kwargs: Any,
@@ -173,7 +214,7 @@ class KfpRunOperator(BaseOperator):
         super().__init__(**kwargs)
         self.package, self.run_name, self.arguments = package, run_name, dict(arguments)
         self.more_arguments, self.service_account = more_arguments, service_account
-        self.namespace, self.poll_s, self.patience_s = namespace, poll_s, patience_s
+        self.namespace, self.limit_s, self.poll_s, self.patience_s = namespace, limit_s, poll_s, patience_s
         self._run_id = ""
 
     def execute(self, context: Mapping[str, Any]) -> str:
@@ -191,8 +232,9 @@ class KfpRunOperator(BaseOperator):
             now = server.state(self._run_id)
         if now.is_terminal:
             return self.finish(context, {"run_id": self._run_id, "state": now.state, "message": now.message})
+        end = time.time() + self.limit_s
         self.defer(
-            trigger=KfpRunTrigger(self._run_id, self.namespace, self.poll_s, self.patience_s), method_name="finish"
+            trigger=KfpRunTrigger(self._run_id, self.namespace, end, self.poll_s, self.patience_s), method_name="finish"
         )
         raise AssertionError("unreachable")
 
@@ -204,6 +246,16 @@ class KfpRunOperator(BaseOperator):
         with clear_failures(context):
             if state == UNREACHABLE:
                 raise TransientError(message)
+            if state == GONE:
+                raise RunFailedError(
+                    f"The Kubeflow Pipelines server no longer knows the run {run_id} ({message}); clear this task to "
+                    f"submit another, which goes on from what is finished."
+                )
+            if state == OVERDUE:
+                raise RunFailedError(
+                    f"The run {run_id} had not ended after {self.limit_s / 3600:g} hours, and was cancelled; `univigu "
+                    f"pipeline status {run_id}` shows how far it came, and clearing this task goes on from there."
+                )
             if state == "CANCELED":
                 raise RunCanceledError(
                     f"The run {run_id} was cancelled on the Kubeflow Pipelines server; clear this task to go on from "
@@ -225,19 +277,19 @@ class KfpRunOperator(BaseOperator):
 
 
 class KfpRunTrigger(BaseTrigger):
-    """Looks at a run every `poll_s` seconds until it has ended.
+    """Looks at a run every `poll_s` seconds until it has ended; at the Unix time `end` it is cancelled.
 
-    A server that does not answer is asked again for `patience_s` seconds: the run goes on without us.
+    A server that does not answer, or refuses to, is asked again for `patience_s` seconds: the run goes on without us.
     """
 
-    def __init__(self, run_id: str, namespace: str, poll_s: float, patience_s: float) -> None:
+    def __init__(self, run_id: str, namespace: str, end: float, poll_s: float, patience_s: float) -> None:
         super().__init__()
-        self.run_id, self.namespace, self.poll_s, self.patience_s = run_id, namespace, poll_s, patience_s
+        self.run_id, self.namespace, self.end, self.poll_s, self.patience_s = run_id, namespace, end, poll_s, patience_s
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """What Airflow keeps of the trigger; no address and no token is in it."""
         path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return path, {name: getattr(self, name) for name in ("run_id", "namespace", "poll_s", "patience_s")}
+        return path, {name: getattr(self, name) for name in ("run_id", "namespace", "end", "poll_s", "patience_s")}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         answered = time.monotonic()
@@ -245,13 +297,18 @@ class KfpRunTrigger(BaseTrigger):
             try:
                 state, message = await asyncio.to_thread(self._look)
                 answered = time.monotonic()
-            except TransientError as error:
+            except UniViGUError as error:  # a token that is renewed, or a gateway that starts, helps itself too
                 state, message = "", ""
                 self.log.warning("%s", error)
-                if time.monotonic() - answered > self.patience_s:
+                silent = time.monotonic() - answered
+                if isinstance(error, MissingInputError) and silent > min(GONE_S, self.patience_s):
+                    state, message = GONE, str(error)
+                elif silent > self.patience_s:
                     state, message = UNREACHABLE, str(error)
-            except UniViGUError as error:
-                state, message = "LOST", str(error)
+            if not state and time.time() > self.end:
+                with suppress(UniViGUError):
+                    await self.on_kill()
+                state, message = OVERDUE, ""
             if state:
                 yield TriggerEvent({"run_id": self.run_id, "state": state, "message": message})
                 return

@@ -1,4 +1,7 @@
-"""Whether a step has to run at all. The runner never asks: skipping whole steps is the orchestrators' business."""
+"""Whether a step has to run at all, and whether its inputs are still the same run's.
+
+The runner never asks: skipping whole steps, and runs that share a work root, are the orchestrators' business.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +10,7 @@ from typing import Any
 
 from components.pipeline import stages
 from components.pipeline.digests import json_digest
-from components.pipeline.runner import STATE, code_digest, inside, make_step, section, source_digest, verify
+from components.pipeline.runner import MANIFEST, STATE, code_digest, inside, make_step, section, source_digest, verify
 from univigu.errors import BadInputError
 
 
@@ -31,6 +34,33 @@ def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any
     except BadInputError:
         return None
     return manifest if manifest["digest"] == digest else None
+
+
+def committed(name: str, root: Path) -> dict[str, Any]:
+    """The manifest that lies in a step's place, or nothing; its files are not verified."""
+    try:
+        manifest = json.loads((root / stages.find_stage(name).home / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def require_inputs(name: str, root: Path, expected: Mapping[str, str], made: bool = False) -> None:
+    """Raise `BadInputError` where a step would read, or with `made` has read, another output than this run's.
+
+    expected: the digest of what this run has made, by the step that made it; what it doesn't name is not looked at.
+    """
+    if made:
+        read = committed(name, root).get("inputs", {})  # nothing where it was imported
+        found = {maker: read[key] for key, maker in stages.find_stage(name).inputs.items() if key in read}
+    else:
+        found = {maker: committed(maker, root).get("digest") for maker in expected}
+    # where nothing lies, the step says so itself
+    if others := [maker for maker, digest in expected.items() if (found.get(maker) or digest) != digest]:
+        raise BadInputError(
+            f"The output of {', '.join(others)} was replaced by another run before '{name}' had read it; when no other "
+            "run uses this work root, start this one anew, and it goes on with what is finished."
+        )
 
 
 def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ HEADER = (
 MOUNT = "/mnt/univigu"  # where pods find the volume
 USER = 1000  # the image's user
 RETRIES = 2
+CONTROL_HOURS = 1  # for the tasks that are no steps
 TRACKING_SECRET = "univigu-tracking"
 TRACKING_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 NOTIFY_SECRET = "univigu-notify"
@@ -97,7 +98,8 @@ def run_step(
 ) -> str:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared, gpus=int(gpus), promotion=promotion)
+    inputs += f" train-stage-1={train_stage_1} train-stage-2={train_stage_2}"
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, gpus=int(gpus), promotion=promotion)
 
 
 def run_trainjob(
@@ -123,19 +125,20 @@ def run_trainjob(
 
     options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
     options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared, trainjob=options)
+    inputs += f" train-stage-1={train_stage_1}"
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, trainjob=options)
 
 
 def run_part(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, part: str) -> str:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared, part)
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, part)
 
 
 def commit_parts(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, made: list) -> str:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared)
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs)
 
 
 def notify(pipeline: str, root: str, status: dsl.PipelineTaskFinalStatus):
@@ -199,11 +202,11 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         def place(task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
             kubernetes.mount_pvc(task, pvc_name=work_pvc, mount_path=MOUNT)
             pools[pool].place(task)
+            kubernetes.set_timeout(task, (stage.resources.hours if stage else CONTROL_HOURS) * 3600)
+            if retries:
+                task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
             if stage is not None:
-                kubernetes.set_timeout(task, stage.resources.hours * 3600)
                 give_secrets(task, stage)
-                if retries:
-                    task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
             return task
 
         def give_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
@@ -241,6 +244,8 @@ def make_pipeline(retries: int = RETRIES) -> Any:
                 return dsl.OneOf(elsewhere.output, here.output)
             asked = {"promotion": promotion} if "register_model" in stage.parameters else {}
             task = place(tasks["run_step"](**about, **asked), stage, stage.resources.pool)
+            if stage.external:
+                task.set_caching_options(False)
             return task.set_display_name(stage.name).output
 
         last = place(tasks["notify"](pipeline=NAME, root=root)).set_caching_options(False)

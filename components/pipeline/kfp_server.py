@@ -23,6 +23,7 @@ TOKEN_FILE, TOKEN = "KF_PIPELINES_SA_TOKEN_PATH", "KFP_TOKEN"
 MOUNTED_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 EXPERIMENT = "uni-vigu"
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
+CANCELING = "CANCELING"  # asked to stop, and not ended yet
 ATTEMPTS = 4
 _TYPES = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float), "BOOLEAN": bool, "LIST": list, "STRUCT": dict}
 
@@ -64,6 +65,11 @@ class KfpServer:
         if not host:
             raise ConfigError(f"No Kubeflow Pipelines server is named; give --host, or set {ENDPOINTS[0]}.")
         self.host = (host if "://" in host else f"https://{host}").rstrip("/")
+        if "@" in urlsplit(self.host).netloc:
+            raise ConfigError(
+                f"The address of the Kubeflow Pipelines server holds a user or a password; leave them out, and set "
+                f"{TOKEN} or {TOKEN_FILE}."
+            )
         if urlsplit(self.host).scheme not in ("http", "https") or not urlsplit(self.host).hostname:
             raise ConfigError(f"'{host}' is no address of a server; give one such as https://kfp.example.com.")
         self.namespace, self.timeout_s, self.delay_s = namespace, timeout_s, delay_s
@@ -82,8 +88,8 @@ class KfpServer:
     ) -> str:
         """Start a run of a compiled pipeline and return its id; a run of this name that lives or succeeded is that run.
 
-        Raises `ConfigError` for arguments that the pipeline doesn't take, and `BadInputError` where the run of this
-        name has other arguments.
+        Raises `ConfigError` for arguments that the pipeline doesn't take, `BadInputError` where the run of this name
+        has other arguments, and `TransientError` while it is being cancelled.
         """
         import kfp_server_api as api
 
@@ -101,6 +107,11 @@ class KfpServer:
             # Also before another attempt: the server may have taken the last one, and only its answer been lost.
             if found := self._live_run(run_name, experiment_id):
                 _check_same(found, run_name, parameters)
+                if found.state == CANCELING:
+                    raise TransientError(
+                        f"The run {found.run_id} of this name is being cancelled, and its steps save what they have; "
+                        "run the same command again when that is done."
+                    )
                 return found.run_id
             try:
                 return self._call(self._runs.run_service_create_run, body, attempts=1).run_id

@@ -29,6 +29,8 @@ from univigu.errors import (
 BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob that it starts
 MAX_PARTS = 1000
 RUN_ID = "UNIVIGU_RUN_ID"
+FAILURE = "failure"  # the note of what failed
+SUCCEEDED = "SUCCEEDED"  # KFP's word
 PROMOTION = "UNIVIGU_PROMOTION"  # what register-model reads
 
 
@@ -73,7 +75,7 @@ def cache_keys(profile: str, root: str) -> dict[str, str]:
     An orchestrator that keeps results by the inputs of a task would otherwise skip a step whose output has been
     replaced or wiped since.
     """
-    from components.pipeline.freshness import recipes
+    from components.pipeline.freshness import committed, recipes
     from components.pipeline.profiles import load_profile
 
     with _failing_as_a_task("cache-keys", root):
@@ -81,7 +83,7 @@ def cache_keys(profile: str, root: str) -> dict[str, str]:
         keys = {}
         for step, recipe in known.items():
             kept = _read(_note(root, step))
-            still_there = kept.get("digest") is not None and kept["digest"] == _committed(step, root)
+            still_there = kept.get("digest") is not None and kept["digest"] == committed(step, Path(root)).get("digest")
             same = kept.get("cache_key", "").startswith(f"{recipe}.")
             keys[step] = kept["cache_key"] if same and still_there else f"{recipe}.{uuid4().hex}"
     return keys
@@ -93,6 +95,7 @@ def run_step(
     root: str,
     cache_key: str,
     declared: Mapping[str, Sequence[str]],
+    inputs: str = "",
     part: str = "",
     gpus: int = 1,
     trainjob: Mapping[str, str] | None = None,
@@ -100,21 +103,25 @@ def run_step(
 ) -> str:
     """Run a step, or one part of it, unless it is finished; returns the digest of its output ("" for a part).
 
-    `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused. `trainjob`, the
-    options of `univigu train-job`, has the step run there. promotion: ``manual`` where somebody else decides who is
-    champion; without one the profile says.
+    `declared` is what the compiled pipeline says of the step; an image that says otherwise is refused. inputs: each
+    step that it reads with the digest that this run's task left, as ``curate-prompts=e3b0…``, separated by blanks;
+    where another run has replaced one of them, the task fails. `trainjob`, the options of `univigu train-job`, has the
+    step run there. promotion: ``manual`` where somebody else decides who is champion; without one the profile says.
     """
-    from components.pipeline.freshness import finished
+    from components.pipeline.freshness import committed, finished, require_inputs
     from components.pipeline.parts import Part
     from components.pipeline.profiles import load_profile
+    from components.pipeline.stages import find_stage
 
+    expected = {name: digest for name, _, digest in (pair.partition("=") for pair in inputs.split()) if digest}
     with _failing_as_a_task(step, root):
         if declared != declaration(step):
             raise ConfigError(
                 f"The pipeline was compiled for another version of '{step}' than the image has; "
                 "run `univigu pipeline compile` with the image's version, and submit that."
             )
-        if manifest := finished(step, load_profile(profile), Path(root)):
+        require_inputs(step, Path(root), expected)
+        if not find_stage(step).external and (manifest := finished(step, load_profile(profile), Path(root))):
             _say(step, "finished before, with the same inputs, parameters and code")
         else:
             whole = not part or Part.parse(part).of == 1  # one part of one has nothing to leave to another task
@@ -122,9 +129,12 @@ def run_step(
             _call(step, root, arguments, part, {PROMOTION: promotion} if promotion else {})
             if not whole:
                 return ""
-            manifest = {"digest": _committed(step, root)}
+            require_inputs(step, Path(root), expected, made=True)
+            manifest = committed(step, Path(root))
         if not part:
             _write(_note(root, step), {"cache_key": cache_key, "digest": manifest["digest"]})
+            if last_failure(root).get("step") == step:
+                _note(root, FAILURE).unlink(missing_ok=True)  # an earlier try's
     return str(manifest["digest"])
 
 
@@ -153,7 +163,7 @@ def command(
 
 def notify(pipeline: str, root: str, state: str, message: str) -> None:
     """Say how a run ended, on standard output and to whoever `notifications` tells."""
-    failure = last_failure(root)
+    failure = last_failure(root) if state != SUCCEEDED else {}  # which a later try has mended
     report = {
         "pipeline": pipeline,
         "run_id": _run_id(),
@@ -168,7 +178,7 @@ def notify(pipeline: str, root: str, state: str, message: str) -> None:
 
 def last_failure(root: str) -> dict[str, Any]:
     """The step, exit code and message of the task that failed in the present run, or nothing."""
-    failure = _read(_note(root, "failure"))
+    failure = _read(_note(root, FAILURE))
     return failure if failure.get("run_id") == _run_id() else {}
 
 
@@ -284,7 +294,7 @@ def _failing_as_a_task(step: str, root: str) -> Iterator[None]:
 def _exit(step: str, root: str, code: int, message: str) -> None:
     note = {"run_id": _run_id(), "step": step, "exit_code": code, "message": message}
     try:
-        _write(_note(root, "failure"), note)
+        _write(_note(root, FAILURE), note)
     except OSError as error:
         _say(step, f"the failure could not be noted below {root} ({error.strerror})")
     sys.exit(code)
@@ -292,14 +302,6 @@ def _exit(step: str, root: str, code: int, message: str) -> None:
 
 def _run_id() -> str:
     return os.environ.get(RUN_ID, "")
-
-
-def _committed(step: str, root: str) -> str | None:
-    """The digest in the manifest that lies in a step's place, or None."""
-    from components.pipeline.runner import MANIFEST
-    from components.pipeline.stages import find_stage
-
-    return _read(Path(root) / find_stage(step).home / MANIFEST).get("digest")
 
 
 def _note(root: str, name: str) -> Path:

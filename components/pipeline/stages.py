@@ -35,6 +35,7 @@ class Stage:
     secrets: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # on a cluster: name -> variables, if it is there
+    external: bool = False  # whether it also changes what lies elsewhere, so that its output doesn't say all is done
     sharded: bool = False  # whether its shards can be made in parts, by several processes at once
     resources: Resources = Resources()
 
@@ -225,6 +226,7 @@ STAGES: tuple[Stage, ...] = (
             "prompts": "curate-prompts",
         },
         parameters=("register_model",),
+        external=True,
         code=(
             "components/evaluate_model.py",
             "components/promotion.py",

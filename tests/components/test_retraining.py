@@ -1,17 +1,20 @@
 """What an orchestrator decides around the steps, without an orchestrator."""
 
 import json
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from components import promotion, retraining
-from components.pipeline.runner import MANIFEST
-from components.pipeline.stages import find_stage
+from components.pipeline.profiles import load_profile
+from components.pipeline.runner import run_stage
 from univigu import registry
 from univigu.errors import BadInputError, MissingInputError, TransientError
 
 DIGEST = "ab" * 32
+REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -21,9 +24,22 @@ def name(versions, monkeypatch, request):
     return request.node.name
 
 
-def test_a_dataset_counts_as_trained_with_the_profile_it_was_trained_with(versions, name):
-    number = versions.add(name, 10, tags={"univigu.digest.validate-prompts": DIGEST})
-    registry.set_alias(name, registry.CANDIDATE, number)
+@pytest.fixture
+def register(versions, recommit, name):
+    """Register a version as the step does: it is the candidate, and what the step leaves names it."""
+
+    def register(right, name=name, **more):
+        number = versions.add(name, right, **more)
+        registry.set_alias(name, registry.CANDIDATE, number)
+        text = json.dumps({"name": name, "version": number})
+        recommit(versions.root, "register-model", {}, lambda home: (home / "registration.json").write_text(text))
+        return number
+
+    return register
+
+
+def test_a_dataset_counts_as_trained_with_the_profile_it_was_trained_with(versions, register):
+    number = register(10, tags={"univigu.digest.validate-prompts": DIGEST})
     assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # nobody has said with which profile
     retraining.compare_candidate(versions.root, "smoke")
     assert retraining.find_trained(versions.root, "smoke", DIGEST) == number
@@ -50,13 +66,13 @@ def test_the_profile_of_an_event_goes_before_the_runs_own_and_has_to_be_the_proj
 
 
 def test_a_registry_that_does_not_answer_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(TransientError, match="does not answer"):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    with pytest.raises(TransientError, match=r"http://me:\*\*\*@127.0.0.1:9 does not answer"):
         retraining.find_trained(tmp_path, "smoke", DIGEST)
 
 
-def test_comparing_changes_no_champion_and_promoting_says_who(versions, name):
-    registry.set_alias(name, registry.CANDIDATE, versions.add(name, 10))
+def test_comparing_changes_no_champion_and_promoting_says_who(versions, name, register):
+    register(10)
     found = retraining.compare_candidate(versions.root, "smoke")
     assert (found["version"], found["champion"], found["better"]) == (1, None, True)
     assert versions.aliases(name) == (None, None)
@@ -67,23 +83,45 @@ def test_comparing_changes_no_champion_and_promoting_says_who(versions, name):
     assert retraining.promote_version(versions.root, name, 1, "ada", "again")["outcome"] == "unchanged"
 
 
-def test_a_candidate_that_is_no_better_leaves_the_champion(versions, name):
+def test_a_candidate_that_is_no_better_leaves_the_champion(versions, name, register):
     promotion.promote(name, versions.add(name, 30), "the first", root=versions.root)
-    registry.set_alias(name, registry.CANDIDATE, versions.add(name, 5))
+    register(5)
     found = retraining.compare_candidate(versions.root, "smoke")
     assert (found["version"], found["champion"], found["better"]) == (2, 1, False)
     assert retraining.promote_version(versions.root, name, 2, "ada", "approved")["outcome"] == "refused"
     assert versions.aliases(name) == (1, None)
 
 
-def test_the_dataset_is_that_of_the_validated_prompts(new_root, tmp_path):
-    root = new_root("dataset")
-    path = root / find_stage("validate-prompts").home / MANIFEST
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "rows_out": 12}))
-    assert retraining.dataset(root) == {"digest": manifest["digest"], "rows": 12}
+def test_whoever_else_registers_a_candidate_is_neither_compared_nor_marked(versions, name, register):
+    ours = register(10)
+    theirs = versions.add(name, 40)
+    registry.set_alias(name, registry.CANDIDATE, theirs)
+    assert retraining.compare_candidate(versions.root, "smoke")["version"] == ours
+    marked = {one.version: retraining.PROFILE_TAG in one.tags for one in registry.versions(name)}
+    assert marked == {ours: True, theirs: False}
+
+
+def test_what_was_registered_from_elsewhere_or_under_another_name_is_not_compared(versions, register, tmp_path):
+    with pytest.raises(MissingInputError, match="univigu run register-model"):
+        retraining.compare_candidate(tmp_path, "smoke")
+    register(10, name="another")
+    with pytest.raises(BadInputError, match="is called 'another'"):
+        retraining.compare_candidate(versions.root, "smoke")
+
+
+def test_the_dataset_is_what_the_profile_has_made_of_the_prompts(tmp_path):
+    for source in ("data/prompts", "model/tiny-wan"):
+        shutil.copytree(REPO / source, tmp_path / source)
+    profile = load_profile("smoke")
     with pytest.raises(MissingInputError, match="univigu run validate-prompts"):
-        retraining.dataset(tmp_path)
+        retraining.dataset(tmp_path, "smoke")
+    run_stage("curate-prompts", profile, tmp_path)
+    made = run_stage("validate-prompts", profile, tmp_path)
+    assert retraining.dataset(tmp_path, "smoke") == {"digest": made["digest"], "rows": made["rows_out"]}
+    profile["validate_data"]["min_rows"] += 1
+    run_stage("validate-prompts", profile, tmp_path)
+    with pytest.raises(BadInputError, match="not what the profile 'smoke' makes"):
+        retraining.dataset(tmp_path, "smoke")
 
 
 def test_outside_a_dvc_project_a_dataset_is_known_by_its_digest(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -209,7 +210,7 @@ def overhead(root, done, stage):
 def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflow, root):
     from components import retraining
 
-    digest = retraining.dataset(root)["digest"]
+    digest = retraining.dataset(root, "smoke")["digest"]
     for profile, wanted in (("smoke", "success"), ("huge", "failed")):
         before = started_by_events(airflow, "retrain")
         emit(airflow, "univigu://dataset", digest=digest, profile=profile)
@@ -222,7 +223,7 @@ def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflo
 def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retraining(airflow, root):
     from components import retraining
 
-    known = retraining.dataset(root)
+    known = retraining.dataset(root, "smoke")
     prompt = {"text": "a clip of a red nine that turns over black", "source": "test", "licence": "CC0-1.0"}
     (root / "data/prompts/new.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
     retrainings = started_by_events(airflow, "retrain")
@@ -231,7 +232,7 @@ def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retr
     emit(airflow, "univigu://prompts")
     first = started_by_next_event(airflow, "new_data", [])
     assert ended(airflow, first) == "success"
-    found = retraining.dataset(root)
+    found = retraining.dataset(root, "tiny")
     assert found["digest"] != known["digest"]
     assert found["rows"] == known["rows"] + 1
     assert "no DVC project, so the dataset is known by its digest alone" in log(airflow, first, "version_dataset")
@@ -270,6 +271,12 @@ def test_a_second_airflow_in_the_same_place_is_refused_in_one_sentence(airflow, 
         assert done.returncode == 82
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == 1
+        if named := re.search(r"\(`kill ([\d ]+)`\)", done.stderr):
+            processes = named[1].split()
+    assert {*map(int, processes)} <= {*airflow.alive()}
+    for pid in processes:  # so that what outlives a killed `make airflow` still keeps others out
+        held = {os.path.realpath(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+        assert str(airflow.home / "lock") in held
 
 
 def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice_and_silence_promotes_nobody(

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("airflow")
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout, TaskDeferred
+from airflow.sdk.execution_time.timeout import timeout
 from airflow.triggers.base import TriggerEvent
 
 from components.pipeline import airflow_operator
@@ -33,8 +35,13 @@ class TaskInstance:
     def __init__(self):
         self.pushed = {}
 
+        self.returned = {}
+
     def xcom_push(self, key, value):
         self.pushed[key] = value
+
+    def xcom_pull(self, task_ids):
+        return self.returned.get(task_ids)
 
 
 def new_context():
@@ -49,7 +56,7 @@ def endpoint(kfp, monkeypatch):
 
 def operator(**changes):
     arguments = {"package": PACKAGE, "run_name": "retrain-1", "arguments": {"profile": "smoke"}} | changes
-    return KfpRunOperator(task_id="kubeflow", **arguments)
+    return KfpRunOperator(task_id="kubeflow", **{"limit_s": 3600, **arguments})
 
 
 def defer(context, **changes):
@@ -151,11 +158,47 @@ def test_a_server_that_cannot_be_reached_submits_nothing_and_is_tried_again(monk
 
 
 def test_a_run_that_is_gone_from_the_server_ends_the_waiting(endpoint):
-    trigger = defer(new_context(), poll_s=0.01).trigger
+    trigger = defer(new_context(), poll_s=0.01, patience_s=0.1).trigger
     endpoint.runs.clear()
     event = follow(trigger)
-    with pytest.raises(AirflowFailException, match="ended as LOST"):
+    with pytest.raises(AirflowFailException, match=r"no longer knows the run run-1 \(.*not found.*clear this task"):
         operator().finish(new_context(), event.payload)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_for_a_while_fails_nothing(endpoint, status):
+    trigger = defer(new_context(), poll_s=0.01).trigger
+    endpoint.failures = [status] * 3
+    assert follow(trigger).payload["state"] == "SUCCEEDED"
+
+
+def test_a_server_that_keeps_refusing_is_said_and_asked_again(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = defer(new_context(), poll_s=0.01, patience_s=0.1).trigger
+    endpoint.failures = [401] * 1000
+    with pytest.raises(AirflowException, match="set KFP_TOKEN") as failure:
+        operator().finish(new_context(), follow(trigger).payload)
+    assert not isinstance(failure.value, AirflowFailException)
+
+
+def test_a_run_that_takes_too_long_is_cancelled_and_said(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = restored(defer(new_context(), poll_s=0.01, limit_s=0.2).trigger)
+    event = follow(trigger)
+    with pytest.raises(AirflowFailException, match="run-1 had not ended after 1 hours, and was cancelled"):
+        operator().finish(new_context(), event.payload)
+    assert endpoint.runs["run-1"]["state"] == "CANCELED"
+
+
+def test_a_task_that_is_cleared_while_its_run_is_being_cancelled_waits_for_that(endpoint):
+    endpoint.states = ["RUNNING"]
+    defer(new_context())
+    endpoint.runs["run-1"]["state"] = "CANCELING"
+    with pytest.raises(AirflowException, match="run-1 of this name is being cancelled") as failure:
+        operator().execute(new_context())
+    assert not isinstance(failure.value, AirflowFailException)
+    endpoint.runs["run-1"]["state"] = "CANCELED"
+    assert defer(new_context()).trigger.run_id == "run-2"
 
 
 def test_arguments_that_the_pipeline_does_not_take_fail_at_once(endpoint):
@@ -219,7 +262,7 @@ def step_with(script, monkeypatch):
 
 @pytest.mark.parametrize(
     ("code", "again"),
-    [(65, False), (66, False), (73, False), (78, False), (80, False), (75, True), (81, True), (82, True)],
+    [(65, False), (66, False), (73, False), (78, False), (80, False), (75, True), (81, True)],
 )
 def test_a_step_that_fails_is_tried_again_only_where_that_may_help(root, monkeypatch, code, again):
     script = f"import sys; print('univigu: the rows are bad.', file=sys.stderr); sys.exit({code})"
@@ -228,6 +271,42 @@ def test_a_step_that_fails_is_tried_again_only_where_that_may_help(root, monkeyp
         step_with(script, monkeypatch).execute(context)
     assert isinstance(failure.value, AirflowFailException) is not again
     assert context["ti"].pushed == {FAILURE: "the rows are bad."}
+
+
+def test_while_another_process_makes_the_step_the_task_waits(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(airflow_operator, "BUSY_S", 0.01)
+    tried = tmp_path / "tried"
+    script = (
+        "import pathlib, sys\n"
+        f"tried = pathlib.Path({str(tried)!r})\n"
+        "code = 65 if tried.exists() else 82\n"
+        "tried.touch()\n"
+        "print('univigu: the rows are bad.')\n"
+        "sys.exit(code)"
+    )
+    with pytest.raises(AirflowFailException, match="the rows are bad"):
+        step_with(script, monkeypatch).execute(new_context())
+    monkeypatch.setattr(airflow_operator, "BUSY_S", 60)
+    busy = step_with("import sys; sys.exit(82)", monkeypatch)
+    monkeypatch.setattr(airflow_operator.time, "sleep", lambda _: busy.on_kill())
+    with pytest.raises(AirflowException, match="was stopped before it could begin"):
+        busy.execute(new_context())
+
+
+def test_a_step_whose_time_is_over_is_asked_to_stop(root, monkeypatch, tmp_path):
+    saved = tmp_path / "saved"
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(saved)!r}, 'w'), print('saved'), sys.exit(81)))\n"
+        "print('under way', flush=True)\n"
+        "time.sleep(60)"
+    )
+    context, began = new_context(), time.monotonic()
+    with pytest.raises(AirflowTaskTimeout), timeout(2):
+        step_with(script, monkeypatch).execute(context)
+    assert time.monotonic() - began < 20
+    assert saved.exists()
+    assert "longer than its time limit" in context["ti"].pushed[FAILURE]
 
 
 def test_a_task_that_is_stopped_stops_its_step_which_can_be_run_again(root, monkeypatch):
@@ -256,6 +335,22 @@ def test_a_step_whose_input_is_missing_says_so_in_one_sentence(root):
     with pytest.raises(AirflowFailException, match="run `univigu run synthesize-videos` first"):
         StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(context)
     assert "univigu run synthesize-videos" in context["ti"].pushed[FAILURE]
+
+
+def test_a_step_hands_on_its_digest_and_refuses_what_another_run_has_put_in_the_place_of_its_input(
+    root, profile, tmp_path
+):
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    context, name = new_context(), "synthesize-videos"
+    operator = StepOperator(task_id=f"local.{name}", step=name, profile=str(tmp_path / "profile.yaml"))
+    context["ti"].returned = {"local.validate-prompts": "ab" * 32}
+    with pytest.raises(AirflowFailException, match="output of validate-prompts was replaced by another run"):
+        operator.execute(context)
+    assert not (root / "data/clips").exists()
+    ours = json.loads((root / "data/validated/prompts/manifest.json").read_text())["digest"]
+    context["ti"].returned = {"local.validate-prompts": ours}
+    digest = operator.execute(context)
+    assert digest == operator.execute(context) == json.loads((root / "data/clips/manifest.json").read_text())["digest"]
 
 
 def test_a_work_root_that_is_no_folder_is_said(monkeypatch, tmp_path):

@@ -78,7 +78,9 @@ def test_a_run_that_is_told_to_stop_leaves_no_process_and_goes_on_where_it_was(m
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_ends_with_the_dataset_of_dvc_repro_and_the_second_time_runs_none(make_root, reproduced):
+def test_the_whole_pipeline_ends_with_the_dataset_of_dvc_repro_and_the_second_time_only_asks_the_registry(
+    make_root, reproduced
+):
     root = make_root("pipeline")
     started = time.time()
     done = run(root, "parts=2")
@@ -96,6 +98,7 @@ def test_the_whole_pipeline_ends_with_the_dataset_of_dvc_repro_and_the_second_ti
     assert again.returncode == 0, again.stderr
     assert {line.split(" | ")[0] for line in again.stdout.splitlines()} == {
         "check-prerequisites",
+        "register-model",
         "notify",
         "SUCCEEDED",
     }

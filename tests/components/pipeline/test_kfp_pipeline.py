@@ -7,7 +7,7 @@ import yaml
 
 from components.pipeline import kfp_pipeline
 from components.pipeline.kfp_tasks import declaration
-from components.pipeline.stages import STAGES
+from components.pipeline.stages import STAGES, find_stage
 
 ROOT = Path(__file__).parents[3]
 IDS = [stage.name for stage in STAGES]
@@ -198,22 +198,24 @@ def test_a_pod_with_gpus_has_its_pool_and_shared_memory(committed, tasks):
     assert seen == 5
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_a_step_is_tried_again_with_growing_pauses_and_not_for_ever(committed, tasks, stage):
-    for _, task, component, _ in tasks[stage.name]:
+@pytest.mark.parametrize("name", [*IDS, *CONTROL])
+def test_a_task_is_tried_again_with_growing_pauses_and_not_for_ever(committed, tasks, name):
+    hours = kfp_pipeline.CONTROL_HOURS if name in CONTROL else find_stage(name).resources.hours
+    for _, task, component, _ in tasks[name]:
         assert task["retryPolicy"] == {
             "maxRetryCount": kfp_pipeline.RETRIES,
             "backoffDuration": "60s",
             "backoffFactor": 2.0,
             "backoffMaxDuration": "900s",
         }
-        assert platform_of(committed, component)["activeDeadlineSeconds"] == str(stage.resources.hours * 3600)
+        assert platform_of(committed, component)["activeDeadlineSeconds"] == str(hours * 3600)
 
 
 def test_steps_are_cached_by_their_key_and_what_looks_at_the_present_is_not(tasks):
     for name, group in tasks.items():
         for _, task, _, _ in group:
-            assert task["cachingOptions"].get("enableCache", False) == (name not in CONTROL)
+            cached = name not in CONTROL and not find_stage(name).external
+            assert task["cachingOptions"].get("enableCache", False) == cached
             if name not in CONTROL:
                 assert task["inputs"]["parameters"]["cache_key"].keys() & {
                     "taskOutputParameter",

@@ -60,6 +60,16 @@ def test_a_run_that_did_not_succeed_can_be_submitted_again(kfp, client, state):
     assert client.submit(PACKAGE, "same", {}) != first
 
 
+def test_a_run_that_is_being_cancelled_is_neither_followed_nor_doubled(kfp, client):
+    kfp.states = ["CANCELING"]
+    first = client.submit(PACKAGE, "same", {})
+    with pytest.raises(TransientError, match=f"{first} of this name is being cancelled"):
+        client.submit(PACKAGE, "same", {})
+    assert client.state(first) == RunState("CANCELED", "")
+    assert client.submit(PACKAGE, "same", {}) != first
+    assert len(kfp.runs) == 2
+
+
 def test_a_name_that_is_taken_by_other_arguments_is_refused(client):
     client.submit(PACKAGE, "same", {"profile": "smoke"})
     with pytest.raises(BadInputError, match=r"other arguments \(parts, profile\): run-1"):
@@ -153,6 +163,12 @@ def test_logs_are_those_of_the_pods_that_the_server_still_has(kfp, client):
     kfp.logs = {"pod-2": "curated\n", "pod-3": "captioned\n"}
     assert list(client.logs(run_id)) == [("curate-prompts", "curated\n"), ("caption-videos", "captioned\n")]
     assert list(client.logs(run_id, "caption-videos")) == [("caption-videos", "captioned\n")]
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="holds a user or a password") as refusal:
+        KfpServer("https://me:s3cret@kfp.example.com")
+    assert "s3cret" not in str(refusal.value)
 
 
 def test_the_address_comes_from_the_environment_and_has_to_be_one(kfp, monkeypatch):

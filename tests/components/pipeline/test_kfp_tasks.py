@@ -120,6 +120,41 @@ def test_the_only_part_does_the_whole_step_and_the_commit_finds_it_finished(root
     assert "finished before" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("part", ["", "1/2"])
+def test_what_another_run_has_put_in_the_place_of_an_input_is_not_worked_on(root, profile_file, capfd, part):
+    with pytest.raises(SystemExit) as stop:
+        step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32} train-stage-1=", part=part)
+    assert stop.value.code == 65
+    assert "validate-prompts was replaced by another run before 'synthesize-videos'" in capfd.readouterr().out
+    assert not (root / "data/clips").exists()
+
+
+def test_a_step_that_read_another_runs_input_fails_though_it_was_made(root, profile_file, monkeypatch, capfd):
+    prompts = root / "data/validated/prompts/manifest.json"
+    ours, run = json.loads(prompts.read_text()), kfp_tasks._call
+
+    def after_another_run(*arguments):
+        prompts.write_text(json.dumps({**ours, "digest": "ab" * 32}))
+        run(*arguments)
+
+    monkeypatch.setattr(kfp_tasks, "_call", after_another_run)
+    with pytest.raises(SystemExit) as stop:
+        step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={ours['digest']}")
+    assert stop.value.code == 65
+    assert (root / "data/clips/manifest.json").is_file()
+    assert "was replaced by another run" in capfd.readouterr().out
+
+
+def test_a_failure_that_the_next_try_mends_is_told_to_nobody(root, profile_file, capfd):
+    with pytest.raises(SystemExit):
+        step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32}")
+    kfp_tasks.notify("uni-vigu", str(root), "SUCCEEDED", "")
+    assert '"failed_step": null, "exit_code": null' in capfd.readouterr().out
+    assert kfp_tasks.last_failure(str(root))["step"] == "synthesize-videos"
+    step("synthesize-videos", root, profile_file)
+    assert kfp_tasks.last_failure(str(root)) == {}
+
+
 def test_a_failed_step_ends_its_task_with_its_own_exit_code_and_sentence(root, profile_file, profile, capfd):
     (root / "data/validated/prompts/prompts.parquet").write_bytes(b"damaged")
     with pytest.raises(SystemExit) as stop:
