@@ -198,7 +198,7 @@ def test_a_pod_with_gpus_has_its_pool_and_shared_memory(committed, tasks):
     assert seen == 5
 
 
-@pytest.mark.parametrize("name", [*IDS, *CONTROL])
+@pytest.mark.parametrize("name", [*IDS, *sorted(CONTROL)])
 def test_a_task_is_tried_again_with_growing_pauses_and_not_for_ever(committed, tasks, name):
     hours = kfp_pipeline.CONTROL_HOURS if name in CONTROL else find_stage(name).resources.hours
     for _, task, component, _ in tasks[name]:
