@@ -132,7 +132,8 @@ def run_trainjob(
 def run_part(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, part: str) -> str:
     from components.pipeline import kfp_tasks
 
-    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, part)
+    # the task that commits looks at `inputs`: in a loop, kfp's local runner puts the loop's item in their place
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, part=part)
 
 
 def commit_parts(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, made: list) -> str:
