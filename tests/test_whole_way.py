@@ -23,8 +23,6 @@ README = REPO / "README.md"
 PAGES = (README, REPO / "docs/registry.md")  # whose commands and examples are run; `console` blocks are run elsewhere
 # What the README shows and this test does not repeat: the clone itself, the environment, and the full-size run.
 RUN_ELSEWHERE = ("git clone", "make ", "mlflow ui", "cd ", "source ")
-# Times are promised of a machine with nothing else to do; beside these tests run others, each with half of two cores.
-SHARED = 2
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +41,13 @@ def said(done):
     return f"{done.args}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
-def test_the_smoke_profile_takes_no_longer_than_is_promised(reproduced):
-    assert reproduced.seconds < 120 * SHARED
+def test_the_smoke_profile_takes_under_two_minutes(reproduced):
+    assert reproduced.seconds < 120
 
 
 def test_dvc_adds_little_to_a_step(reproduced):
     added = overheads(reproduced.root, reproduced.started)
-    assert statistics.median(added.values()) < 2 * SHARED, added
+    assert statistics.median(added.values()) < 4, added  # twice what is promised of a machine with nothing else to do
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
