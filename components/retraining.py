@@ -15,7 +15,7 @@ from typing import Any
 from components import promotion
 from components.pipeline.freshness import finished
 from components.pipeline.profiles import load_profile, profile_names
-from components.pipeline.runner import imported, verify
+from components.pipeline.runner import verify
 from components.pipeline.stages import find_stage
 from components.tracking import open_tracking, tracking_uri
 from univigu import registry
@@ -33,7 +33,7 @@ def dataset(root: Path, profile: str) -> dict[str, Any]:
 
     Raises `MissingInputError` where there are none, and `BadInputError` where others lie there.
     """
-    manifest = imported(find_stage(DATASET_STEP), root) or finished(DATASET_STEP, load_profile(profile), root)
+    manifest = finished(DATASET_STEP, load_profile(profile), root)
     if manifest is None:
         verify(root / find_stage(DATASET_STEP).home, DATASET_STEP)
         raise BadInputError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univigu.errors import ConfigError, MissingInputError, PreemptedError, UniViGUError
-from univigu.registry import in_a_hurry, shown, store_error
+from univigu.registry import in_a_hurry, store_error, without_password
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
                 found = client.get_experiment_by_name(experiment)  # another process made it meanwhile
             if found.lifecycle_stage != "active":
                 raise ConfigError(
-                    f"The experiment '{experiment}' in {shown(uri)} is deleted; bring it back with "
+                    f"The experiment '{experiment}' in {without_password(uri)} is deleted; bring it back with "
                     f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
                 )
             return found.experiment_id

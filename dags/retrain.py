@@ -37,7 +37,7 @@ from components.pipeline.stages import STAGES
 DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
 BACKENDS = ["local", "kubeflow"]
-HOURS = sum(stage.resources.hours for stage in STAGES)  # that a run on Kubeflow may take
+RUN_HOURS = sum(stage.resources.hours for stage in STAGES)  # that a run on Kubeflow may take
 PASSING = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
 PROFILE = "{{ ti.xcom_pull('begin', key='profile') }}"  # not params.profile: a dataset's event may name another
 MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG does, after a person's word
@@ -121,7 +121,7 @@ def retrain():
         more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
         service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
         namespace=os.environ.get("KFP_NAMESPACE", ""),
-        limit_s=3600 * float(os.environ.get("UNIVIGU_KFP_HOURS", HOURS)),
+        limit_s=3600 * float(os.environ.get("UNIVIGU_KFP_HOURS", RUN_HOURS)),
         retries=6,  # half an hour, as a run that is being cancelled has to end before another begins
         poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
     )

@@ -30,7 +30,6 @@ POLL_S = 15.0
 PATIENCE_S = 6 * 3600.0
 GONE_S = 600.0  # after which a run that the server doesn't know is taken for deleted
 BUSY_S = 15.0
-STOP_S = 300.0  # how long a step may take to save its state
 # Beside KFP's own states: the server was of no help for too long, it knows no such run, the run took too long.
 UNREACHABLE, GONE, OVERDUE = "UNREACHABLE", "GONE", "OVERDUE"
 TRY_AGAIN = frozenset(error.exit_code for error in (TransientError, PreemptedError))
@@ -159,6 +158,8 @@ class StepOperator(BaseOperator):
 
     def _run(self, arguments: list[str]) -> tuple[int, str]:
         """Run a command to its end; returns its exit code and the last sentence that it said."""
+        from components.pipeline.kfp_tasks import STOP_S
+
         said = ""
         with subprocess.Popen(
             arguments,

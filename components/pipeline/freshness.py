@@ -10,17 +10,30 @@ from typing import Any
 
 from components.pipeline import stages
 from components.pipeline.digests import json_digest
-from components.pipeline.runner import MANIFEST, STATE, code_digest, inside, make_step, section, source_digest, verify
+from components.pipeline.runner import (
+    MANIFEST,
+    STATE,
+    code_digest,
+    imported,
+    inside,
+    make_step,
+    section,
+    source_digest,
+    verify,
+)
 from univigu.errors import BadInputError
 
 
 def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any] | None:
     """The manifest of a step's output if these very inputs, parameters and code made it and all its bytes are there.
 
-    Raises as `run_stage` does where an input is missing or damaged.
+    So it is where the output was imported, which stands in for the step whatever its inputs are. Raises as `run_stage`
+    does where an input is missing or damaged.
     """
     stage = stages.find_stage(name)
     root = root.resolve()
+    if manifest := imported(stage, root):
+        return manifest
     try:
         record = json.loads((root / STATE / "runs" / f"{name}.json").read_text(encoding="utf-8"))
         key, digest = record["key"], record["digest"]

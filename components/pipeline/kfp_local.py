@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from components.pipeline.kfp_tasks import RUN_ID, last_failure
+from components.pipeline.kfp_tasks import RUN_ID, STOP_S, last_failure
 from components.pipeline.runner import STATE
 from components.pipeline.stages import STAGES
 from univigu.errors import PreemptedError, UniViGUError
@@ -24,7 +24,6 @@ CLUSTER_ONLY = (
     *("training_nodes", "training_runtime", "training_queue"),
 )
 LOG = "kfp.log"
-STOP_S = 300  # how long steps may take to save their state
 
 
 class TaskFailedError(UniViGUError):

@@ -28,6 +28,7 @@ from univigu.errors import (
 
 BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob that it starts
 MAX_PARTS = 1000
+STOP_S = 300  # how long a step that is told to stop may take to save its state
 RUN_ID = "UNIVIGU_RUN_ID"
 FAILURE = "failure"  # the note of what failed
 SUCCEEDED = "SUCCEEDED"  # KFP's word

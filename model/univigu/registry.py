@@ -81,7 +81,7 @@ def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
             if isinstance(error, RequestException) or getattr(error, "error_code", _UNKNOWN[0]) not in _UNKNOWN:
                 raise store_error(error, store) from error
             raise MissingInputError(
-                f"There is no model at {uri} in {shown(store)}; register one that is trained (`univigu run "
+                f"There is no model at {uri} in {without_password(store)}; register one that is trained (`univigu run "
                 f"register-model`), train one (`make demo`), or give a model's folder."
             ) from error
 
@@ -298,8 +298,8 @@ def _ensure_name(client: Any, name: str) -> None:
             raise
 
 
-def shown(uri: str) -> str:
-    """The address of a store as messages and logs may have it: with asterisks for a password."""
+def without_password(uri: str) -> str:
+    """The address of a store as messages and logs may have it: with asterisks in the password's place."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -313,7 +313,7 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
     """What to tell people of a store that failed: its disk is full, its database damaged, or it is not there."""
     from sqlalchemy.exc import DatabaseError
 
-    place = shown(uri)
+    place = without_password(uri)
     cause = error  # the first one: MLflow's and requests' own words repeat the whole query
     while earlier := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
         cause = earlier
