@@ -19,6 +19,7 @@ from components.digits import world
 from components.import_texts import Texts, find_videos, read_texts
 from components.import_videos import first_sentence, import_folder
 from components.pipeline.cli import app
+from components.pipeline.freshness import finished
 from components.pipeline.parts import Part
 from components.pipeline.runner import run_part, run_stage, verify
 from components.pipeline.tables import read_table
@@ -123,6 +124,7 @@ def test_what_is_imported_goes_through_the_gates_to_latents(folder, root, profil
     before = snapshot(root)
     for step in ("curate-prompts", "synthesize-videos", "caption-videos"):
         assert run_stage(step, profile, root)["step"].startswith("import-")
+        assert finished(step, profile, root)["step"].startswith("import-")
     assert run_part("synthesize-videos", profile, root, Part(1, 2)) == {"made": 0, "kept": 0}
     assert snapshot(root) == before
     for step in ("validate-prompts", "validate-clips", "validate-pairs", "encode-latents"):
