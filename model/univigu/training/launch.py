@@ -6,6 +6,7 @@ It takes torchrun's own options and environment (PET_NNODES and so on), and diff
   81. torchrun would kill them 30 seconds later. How long they have is up to whoever sent the signal.
 * The exit code is the workers' own, not 1 for all that can go wrong: a scheduler can tell 81 (run it again, it goes on)
   from what no second try will mend.
+* A worker that has done its work is not aborted by gloo's threads as it leaves (`univigu.training.worker`).
 """
 
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from univigu.errors import PreemptedError
 
 STOPPED = PreemptedError.exit_code
+WORKER = "univigu.training.worker"
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -35,7 +37,11 @@ def launch(arguments: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, pass_on)
     try:
-        run.main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
+        options = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
+        if not (options.no_python or options.run_path):
+            start = [*(["-m"] if options.module else []), options.training_script, *options.training_script_args]
+            options.module, options.training_script, options.training_script_args = True, WORKER, start
+        run.run(options)
     except ChildFailedError as error:
         return exit_code((failure.exitcode for failure in error.failures.values()), bool(told))
     return 0

@@ -132,6 +132,7 @@ def train(
                     raise _preempted(step, config)
         swap_average(engine)
         gather_weights(engine, objective, frozen)
+        dist.barrier()  # a rank that left now might take along what another is still reading from it
         if rank == 0:
             merge_lora(objective.transformer)
         return order

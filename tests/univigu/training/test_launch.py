@@ -180,3 +180,26 @@ def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(74)\ntime.sleep(300)\n")
     assert launch(script).returncode == 74
+
+
+LATE = """
+import atexit, ctypes, time
+
+atexit.register(ctypes.PyDLL(None).sleep, 3)  # keeps the interpreter's lock until the interpreter is torn down
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    time.sleep(1)
+    dist.all_reduce(torch.ones(4))
+else:
+    dist.all_reduce(torch.ones(4), async_op=True)
+"""
+
+
+def test_a_worker_that_has_done_its_work_is_not_aborted_by_a_thread_of_gloos_that_is_late(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LATE)
+    done = launch(script)
+    assert done.returncode == 0, done.stderr[-4000:]

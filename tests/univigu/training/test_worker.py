@@ -1,0 +1,58 @@
+"""A rank's process ends as Python ends, in all but what gloo's threads could abort."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+def work(*command):
+    return python("-m", "univigu.training.worker", *command)
+
+
+ENDS = """
+import atexit, sys, threading, time
+
+import beside
+
+def finish():
+    time.sleep(0.2)
+    print("the thread has ended")
+
+atexit.register(print, "at exit", __name__, sys.argv)
+threading.Thread(target=finish).start()
+sys.stdout.write("no newline yet ")
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("", 0, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(81)", 81, ""),
+        ("sys.exit('a word')", 1, "a word\n"),
+        ("raise ValueError('not caught')", 1, "ValueError: not caught\n"),
+    ],
+)
+def test_a_script_ends_as_under_python_itself(tmp_path, end, code, said):
+    (tmp_path / "beside.py").touch()
+    script = tmp_path / "script.py"
+    script.write_text(ENDS.format(end))
+    done, plain = work(script, "--option"), python(script, "--option")
+    assert (done.returncode, done.stdout) == (plain.returncode, plain.stdout)
+    assert done.stdout == f"no newline yet the thread has ended\nat exit __main__ {[str(script), '--option']}\n"
+    assert done.returncode == code
+    assert done.stderr.endswith(said)
+
+
+def test_a_module_gets_its_own_arguments():
+    done = work("-m", "components.pipeline.cli", "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert work("-m", "components.pipeline.cli", "--no-such-option").returncode == 2
