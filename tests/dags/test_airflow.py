@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import yaml
 
 from components.pipeline.airflow_server import AirflowServer, free_port
 from components.pipeline.stages import STAGES
@@ -151,6 +152,14 @@ def started_by_events(airflow, dag):
 
 def started_by_next_event(airflow, dag, before):
     return wait_for(lambda: next(iter(set(started_by_events(airflow, dag)) - set(before)), None))
+
+
+@pytest.mark.parametrize("part", ["scheduler", "triggerer", "dagProcessor"])
+def test_the_probes_of_a_cluster_find_each_part_alive(airflow, part):
+    values = yaml.safe_load((REPO / "infra/airflow/values.yaml").read_text(encoding="utf-8"))
+    command = values[part]["livenessProbe"]["command"]
+    found = subprocess.run(command, env=airflow.environment, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
 
 
 def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root, started):

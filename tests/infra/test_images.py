@@ -218,12 +218,19 @@ def test_the_training_image_has_what_rdma_needs_and_the_launcher_of_training(sto
 
 
 @pytest.mark.slow
-def test_the_airflow_image_loads_the_dags(store, pipeline_image):
+def test_the_airflow_image_loads_the_dags_and_grooms_its_logs(store, pipeline_image, airflow_values):
     _, run = store.build("airflow")
     assert run(*WHO) == "1000 1000"
     load = "from airflow.dag_processing.dagbag import DagBag as B; b = B(); print(sorted(b.dags), b.import_errors)"
     said = run("env", "AIRFLOW_HOME=/tmp/airflow", "python", "-c", load)
     assert said.splitlines()[-1] == "['new_data', 'retrain'] {}"
+    groomer = airflow_values["scheduler"]["logGroomerSidecar"]
+    (script,) = groomer["args"]
+    logs = "/tmp/groomed/logs"
+    run("sh", "-c", f"mkdir -p {logs} && touch {logs}/new && touch -d '16 days ago' {logs}/old")
+    settings = ["env", "AIRFLOW_HOME=/tmp/groomed", "AIRFLOW__LOG_RETENTION_DAYS=15"]
+    run(*settings, *groomer["command"], f"sleep() {{ exit 0; }}; {script}")
+    assert run("ls", logs) == "new"
 
 
 SERVE = """

@@ -207,6 +207,14 @@ def test_airflow_has_the_address_to_notify_and_the_login_of_mlflow_where_there_a
     assert f"`{kfp_pipeline.NOTIFY_SECRET}` with `{notifications.NOTIFY_URL}`" in page
 
 
+def test_the_probes_and_the_groomer_of_airflows_pods_need_no_file_of_airflows_own_image(airflow_values):
+    # tests/dags runs the probes, and test_images.py the groomer
+    for name in ("scheduler", "triggerer", "dagProcessor"):
+        assert airflow_values[name]["livenessProbe"]["command"][:3] == ["airflow", "jobs", "check"]
+        assert airflow_values[name]["logGroomerSidecar"]["command"] == ["bash", "-c"]
+    assert airflow_values["scheduler"]["startupProbe"] == airflow_values["scheduler"]["livenessProbe"]
+
+
 def test_the_arguments_that_airflow_gives_its_runs_are_the_pipelines_and_so_are_those_of_the_operators_page(
     airflow_values,
 ):
