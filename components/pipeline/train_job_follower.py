@@ -102,7 +102,7 @@ class _Follower:
             self.logs.pass_on(pods)
             if _condition(job, "Complete") or _condition(job, "Failed"):
                 return job
-            running = [pod for pod in pods if pod.status.phase != "Pending"]
+            running = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded")]  # a replaced one has Failed
             queued = job["spec"].get("suspend") or _condition(job, "Suspended")
             if len(running) >= self.settings.nodes or queued:
                 alive = time.monotonic()

@@ -222,6 +222,19 @@ def test_a_job_of_which_only_some_nodes_start_does_not_hold_them_for_ever(cluste
     assert "deletionTimestamp" in cluster.jobs[cluster.job_name]["metadata"]
 
 
+def test_a_pod_that_was_evicted_is_not_taken_for_its_replacement_that_never_starts(cluster, capsys):
+    def evict(job):
+        evicted = cluster.pods[cluster.pod(0, "Failed", exit_code=137, disrupted=True)]
+        evicted["metadata"]["name"] = "evicted"
+        cluster.pods["evicted"] = evicted
+        cluster.pod(0, "Pending", unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+
+    cluster.created = evict
+    with pytest.raises(TransientError, match=r"had 0 of 1 pods running for 0\.2 s .*Insufficient nvidia.com/gpu"):
+        launch(start_timeout=0.2)
+    assert "pods have started" not in capsys.readouterr().err
+
+
 def test_waiting_in_a_queue_is_not_taken_for_a_job_that_never_starts(cluster, capsys):
     def suspend(job):
         job["spec"]["suspend"] = True
