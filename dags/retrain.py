@@ -23,6 +23,7 @@ from airflow.sdk import (
 from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
+from components.ledger import PROMOTED, REFUSED
 from components.pipeline.airflow_operator import (
     FAILURE,
     KFP_ARGUMENTS,
@@ -192,7 +193,9 @@ def outcome_of(ti):
     rejected = ti.xcom_pull(task_ids="approve", key=XCOM_SKIPMIXIN_KEY)  # a no has no answer to pull: it only skips
     about = {key: compared[key] for key in ("name", "version", "champion")} if compared else {}
     if promoted:
-        return {"state": promoted["outcome"], "message": promoted["reason"], **about}
+        # refused: the champion changed while a person thought; unchanged: an earlier try of the task promoted it
+        state = "kept champion" if promoted["outcome"] == REFUSED else PROMOTED
+        return {"state": state, "message": promoted["reason"], **about}
     if failures:
         return {"state": "failed", "message": failures[-1], **about}
     if rejected:

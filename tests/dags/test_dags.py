@@ -127,6 +127,17 @@ def test_an_event_with_a_profile_that_there_is_not_trains_nothing(begin):
         begin({"digest": DIGEST, "profile": "huge"})
 
 
+@pytest.mark.parametrize(
+    ("outcome", "state"), [("promoted", "promoted"), ("unchanged", "promoted"), ("refused", "kept champion")]
+)
+def test_what_the_promotion_said_is_told_in_one_of_the_documented_states(retrain, outcome, state):
+    pulled = {"gate": {"name": "uni-vigu", "version": 2, "champion": 1}, "promote": {"outcome": outcome, "reason": "r"}}
+    ti = SimpleNamespace(xcom_pull=lambda task_ids, key=None: pulled.get(task_ids) if isinstance(task_ids, str) else [])
+    said = retrain.task_dict["notify"].python_callable.__globals__["outcome_of"](ti)
+    assert said == {"state": state, "message": "r", "name": "uni-vigu", "version": 2, "champion": 1}
+    assert f"`{state}`" in (DAGS.parent / "docs/airflow.md").read_text(encoding="utf-8")
+
+
 def test_two_retrainings_never_run_at_once(bag):
     assert {dag.max_active_runs for dag in bag.dags.values()} == {1}
 
