@@ -51,13 +51,18 @@ def check_prerequisites(
     nodes: int,
     runtime: str,
     queue: str,
+    pool_gpus: str,
+    pool_cpu: str,
+    pool_memory: str,
 ) -> list:
     from components.pipeline import kfp_tasks
 
+    asked = {"gpus": pool_gpus, "gpu_cpu": pool_cpu, "gpu_memory": pool_memory}
+    asked |= {"training_gpus": gpus, "training_cpu": cpu, "training_memory": memory}
     options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
     options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
     trainjob = options if train_backend == "trainjob" else None
-    return kfp_tasks.check_prerequisites(profile, root, parts, train_backend, required_env, free_gib, trainjob)
+    return kfp_tasks.check_prerequisites(profile, root, parts, train_backend, required_env, free_gib, asked, trainjob)
 
 
 def cache_keys(profile: str, root: str, checked: list) -> NamedTuple(
@@ -261,6 +266,9 @@ def make_pipeline(retries: int = RETRIES) -> Any:
                 train_backend=train_backend,
                 required_env=required_env,
                 free_gib=free_gib,
+                pool_gpus=gpus,
+                pool_cpu=gpu_cpu,
+                pool_memory=gpu_memory,
                 **trainjob,
             )
             place(checked).set_caching_options(False)

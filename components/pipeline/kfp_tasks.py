@@ -42,20 +42,25 @@ def check_prerequisites(
     train_backend: str,
     required_env: Sequence[str],
     free_gib: float,
+    asked: Mapping[str, str],
     trainjob: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Fail in one sentence for whatever would fail later, on a node with GPUs; returns the parts of a sharded step.
 
-    Checked are the parameters, the work root, the profile's sources, the environment, the disk, MLflow's tracking
-    server and model registry if MLFLOW_TRACKING_URI names them, the captioner unless its captions are there, and with
-    `trainjob` (the options of `univigu train-job`) whether the cluster would take the TrainJobs.
+    Checked are the parameters, `asked` of Kubernetes among them (``training_gpus`` and so on), the work root, the
+    profile's sources, the environment, the disk, MLflow's tracking server and model registry if MLFLOW_TRACKING_URI
+    names them, the captioner unless its captions are there, whether the GPUs can share out the profile's batches, and
+    with `trainjob` (the options of `univigu train-job`) whether the cluster would take the TrainJobs.
     """
     with _failing_as_a_task("check-prerequisites", root):
         if not 1 <= parts <= MAX_PARTS:
             raise ConfigError(f"A step can't be split in {parts} parts; give 'parts' a number from 1 to {MAX_PARTS}.")
         if train_backend not in BACKENDS:
             raise ConfigError(f"There is no train_backend '{train_backend}'; choose one of {', '.join(BACKENDS)}.")
+        _check_quantities(asked)
         _check_sources(profile, Path(root))
+        if trainjob is None:
+            _check_batches(profile, int(asked["training_gpus"]))
         if missing := [name for name in required_env if not os.environ.get(name)]:
             raise MissingInputError(
                 f"The environment lacks {', '.join(missing)}; put them into a Secret that the pods get, "
@@ -115,7 +120,7 @@ def run_step(
     from components.pipeline.stages import find_stage
 
     expected = {name: digest for name, _, digest in (pair.partition("=") for pair in inputs.split()) if digest}
-    with _failing_as_a_task(step, root):
+    with _failing_as_a_task(step, root, part):
         if declared != declaration(step):
             raise ConfigError(
                 f"The pipeline was compiled for another version of '{step}' than the image has; "
@@ -134,8 +139,6 @@ def run_step(
             manifest = committed(step, Path(root))
         if not part:
             _write(_note(root, step), {"cache_key": cache_key, "digest": manifest["digest"]})
-            if last_failure(root).get("step") == step:
-                _note(root, FAILURE).unlink(missing_ok=True)  # an earlier try's
     return str(manifest["digest"])
 
 
@@ -201,6 +204,32 @@ def _check_sources(profile: str, root: Path) -> None:
             raise MissingInputError(
                 f"There is no {values[key]} below {root}, which the profile names as '{key}'; copy it there."
             )
+
+
+def _check_quantities(asked: Mapping[str, str]) -> None:
+    from kubernetes.utils.quantity import parse_quantity
+
+    for name, text in asked.items():
+        gpus = name.endswith("gpus")
+        try:
+            good = text.isdecimal() if gpus else parse_quantity(text) > 0
+        except ValueError:
+            good = False
+        if not good:
+            example = "a whole number of GPUs, such as 8" if gpus else "a quantity of Kubernetes', such as 500m or 64Gi"
+            raise ConfigError(f"'{name}' is '{text}'; give it {example}.")
+
+
+def _check_batches(profile: str, gpus: int) -> None:
+    from components.pipeline.profiles import load_profile
+    from components.pipeline.stages import STAGES
+    from univigu.training.engine import TrainingConfig, micro_batches
+
+    values = load_profile(profile)
+    for stage in STAGES:
+        if stage.resources.pool == "training":
+            section = values[stage.parameters[-1]]
+            micro_batches(TrainingConfig.from_section(section, values["seed"]), max(gpus, 1))
 
 
 def _check_disk(root: Path, free_gib: float) -> None:
@@ -283,13 +312,18 @@ def _call(
 
 
 @contextmanager
-def _failing_as_a_task(step: str, root: str) -> Iterator[None]:
-    """Turn an expected failure into one sentence, a note for whoever notifies, and the exit code."""
+def _failing_as_a_task(step: str, root: str, part: str = "") -> Iterator[None]:
+    """Turn an expected failure into one sentence, a note for whoever notifies, and the exit code.
+
+    A task that succeeds takes back an earlier try's note; one of several parts leaves that to the task that commits.
+    """
     try:
         yield
     except UniViGUError as error:
         _say(step, f"univigu: {error}")
         _exit(step, root, error.exit_code, str(error))
+    if not part and last_failure(root).get("step") == step:
+        _note(root, FAILURE).unlink(missing_ok=True)
 
 
 def _exit(step: str, root: str, code: int, message: str) -> None:

@@ -33,8 +33,11 @@ def root(new_root, tmp_path, profile, monkeypatch):
     return folder
 
 
+ASKED = {"gpus": "1", "gpu_cpu": "8", "gpu_memory": "64Gi", "training_gpus": "0", "training_memory": "1Ti"}
+
+
 def check(root, profile, **changes):
-    arguments = {"parts": 3, "train_backend": "pod", "required_env": [], "free_gib": 0.001} | changes
+    arguments = {"parts": 3, "train_backend": "pod", "required_env": [], "free_gib": 0.001, "asked": ASKED} | changes
     return kfp_tasks.check_prerequisites(profile, str(root), **arguments)
 
 
@@ -58,6 +61,11 @@ def test_with_all_prerequisites_the_parts_are_handed_on(root, profile_file, monk
         ({"required_env": ["NOT_THERE_1", "NOT_THERE_2"]}, 66, "lacks NOT_THERE_1, NOT_THERE_2"),
         ({"free_gib": 1e9}, 73, "GiB are free"),
         ({"profile": "huge"}, 78, "no profile 'huge'"),
+        ({"asked": ASKED | {"training_gpus": "eight"}}, 78, "'training_gpus' is 'eight'; give it a whole number"),
+        ({"asked": ASKED | {"gpus": "-1"}}, 78, "'gpus' is '-1'; give it a whole number"),
+        ({"asked": ASKED | {"gpu_memory": "lots"}}, 78, "'gpu_memory' is 'lots'; give it a quantity of Kubernetes'"),
+        ({"asked": ASKED | {"gpu_cpu": "0"}}, 78, "'gpu_cpu' is '0'"),
+        ({"asked": ASKED | {"training_gpus": "7"}}, 65, "can't be split evenly over 7 processes"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said_before_anything_runs(root, profile_file, capsys, changes, code, message):
@@ -153,6 +161,14 @@ def test_a_failure_that_the_next_try_mends_is_told_to_nobody(root, profile_file,
     assert kfp_tasks.last_failure(str(root))["step"] == "synthesize-videos"
     step("synthesize-videos", root, profile_file)
     assert kfp_tasks.last_failure(str(root)) == {}
+
+
+def test_a_prerequisite_that_was_not_there_at_first_is_not_blamed_for_what_fails_later(root, profile_file, capsys):
+    with pytest.raises(SystemExit):
+        check(root, profile_file, required_env=["NOT_THERE"])
+    check(root, profile_file)
+    kfp_tasks.notify("uni-vigu", str(root), "FAILED", "main: OOMKilled")
+    assert '"failed_step": null, "exit_code": null, "message": "main: OOMKilled"' in capsys.readouterr().out
 
 
 def test_a_failed_step_ends_its_task_with_its_own_exit_code_and_sentence(root, profile_file, profile, capfd):
