@@ -196,6 +196,8 @@ class FakeKfp(ThreadingHTTPServer):
         self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
         self.states = ["PENDING", "RUNNING", "SUCCEEDED"]
         self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
+        self.meet = {}  # by path, a barrier at which the first who ask for a list wait for one another
+        self.turn = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -225,10 +227,19 @@ class KfpHandler(BaseHTTPRequestHandler):
             return self.answer(200, server.page)
         if path == "/apis/v2beta1/healthz":
             return self.answer(200, {"multi_user": False})
+        if method == "GET" and (barrier := server.meet.get(path)):
+            barrier.wait(timeout=10)
+            server.meet.pop(path, None)
+        with server.turn:
+            return self.handle_in_turn(server, method, path, body)
+
+    def handle_in_turn(self, server, method, path, body):
         if path == "/apis/v2beta1/experiments" and method == "GET":
             found = [each for each in server.experiments.values() if each["display_name"] == self.query("display_name")]
             return self.answer(200, {"experiments": found} if found else {})
         if path == "/apis/v2beta1/experiments":
+            if body["display_name"] in {each["display_name"] for each in server.experiments.values()}:
+                return self.refuse(409, "Already exist error: an experiment of this name")
             made = {**body, "experiment_id": f"experiment-{len(server.experiments) + 1}", "created_at": CREATED}
             server.experiments[made["experiment_id"]] = made
             return self.answer(200, made)

@@ -55,10 +55,13 @@ class KfpServer:
     """The server at `host`; without one, at the address in KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
 
     `namespace` is for servers with several users. A call that fails for a passing reason is made again, after `delay_s`
-    and then twice as long each time; after that it raises `TransientError`. Nothing is submitted twice for it.
+    and then twice as long each time; after that it raises `TransientError`. Nothing is submitted twice for it. Who has
+    submitted looks once more after `settle_s`, longer than the server's clock ticks, whether somebody else was first.
     """
 
-    def __init__(self, host: str = "", namespace: str = "", timeout_s: int = 30, delay_s: float = 1.0) -> None:
+    def __init__(
+        self, host: str = "", namespace: str = "", timeout_s: int = 30, delay_s: float = 1.0, settle_s: float = 1.5
+    ) -> None:
         import kfp_server_api as api
 
         host = host or next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
@@ -72,7 +75,7 @@ class KfpServer:
             )
         if urlsplit(self.host).scheme not in ("http", "https") or not urlsplit(self.host).hostname:
             raise ConfigError(f"'{host}' is no address of a server; give one such as https://kfp.example.com.")
-        self.namespace, self.timeout_s, self.delay_s = namespace, timeout_s, delay_s
+        self.namespace, self.timeout_s, self.delay_s, self.settle_s = namespace, timeout_s, delay_s, settle_s
         self._config = api.Configuration(host=self.host)
         self._config.retries = False
         self._client = api.ApiClient(self._config)
@@ -105,27 +108,25 @@ class KfpServer:
         )
         for attempt in range(ATTEMPTS):
             # Also before another attempt: the server may have taken the last one, and only its answer been lost.
-            if found := self._live_run(run_name, experiment_id):
-                _check_same(found, run_name, parameters)
-                if found.state == CANCELING:
-                    raise TransientError(
-                        f"The run {found.run_id} of this name is being cancelled, and its steps save what they have; "
-                        "run the same command again when that is done."
-                    )
-                return found.run_id
+            if found := self._first_run(run_name, experiment_id):
+                return _followed(found, run_name, parameters)
             try:
-                return self._call(self._runs.run_service_create_run, body, attempts=1).run_id
+                own = self._call(self._runs.run_service_create_run, body, attempts=1).run_id
             except TransientError:
                 if attempt == ATTEMPTS - 1:
                     raise
                 time.sleep(self.delay_s * 2**attempt)
+                continue
+            time.sleep(self.settle_s)
+            found = self._first_run(run_name, experiment_id)
+            return own if found is None or found.run_id == own else _followed(found, run_name, parameters)
         raise AssertionError("unreachable")
 
     def find_run(self, run_name: str, experiment: str = EXPERIMENT) -> str | None:
-        """The id of the newest run of this name that is under way or succeeded, or None."""
+        """The id of the run of this name that is under way or succeeded, or None."""
         experiment_id = self._experiment_id(experiment)
-        found = self._live_run(run_name, experiment_id) if experiment_id else None
-        return found.run_id if found else None
+        found = self._live_runs(run_name, experiment_id) if experiment_id else []
+        return found[0].run_id if found else None
 
     def state(self, run_id: str) -> RunState:
         """How a run is; raises `MissingInputError` where the server has none of this id."""
@@ -139,6 +140,11 @@ class KfpServer:
         if not self.state(run_id).is_terminal:
             self._call(self._runs.run_service_terminate_run, run_id)
         return self.state(run_id)
+
+    def arguments(self, run_id: str) -> dict[str, Any]:
+        """The pipeline's parameters that a run was submitted with."""
+        config = self._run(run_id).runtime_config
+        return dict((config.parameters if config else None) or {})
 
     def logs(self, run_id: str, task: str = "") -> Iterator[tuple[str, str]]:
         """(task, log) for each pod of a run that the server knows, or of one task; a log that is gone is left out."""
@@ -178,10 +184,24 @@ class KfpServer:
         import kfp_server_api as api
 
         body = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-        return self._call(self._experiments.experiment_service_create_experiment, body).experiment_id
+        try:
+            return self._call(self._experiments.experiment_service_create_experiment, body).experiment_id
+        except BadInputError:  # perhaps since it is there: somebody else's, or an answer was lost
+            if found := self._experiment_id(name):
+                return found
+            raise
 
-    def _live_run(self, run_name: str, experiment_id: str) -> "V2beta1Run | None":
-        page = ""
+    def _first_run(self, run_name: str, experiment_id: str) -> "V2beta1Run | None":
+        """The first of the live runs of this name; the others, submitted at the same time, are cancelled."""
+        first, *others = self._live_runs(run_name, experiment_id) or [None]
+        for run in others:
+            if run.state != CANCELING and run.state not in TERMINAL:
+                self._call(self._runs.run_service_terminate_run, run.run_id)
+        return first
+
+    def _live_runs(self, run_name: str, experiment_id: str) -> list["V2beta1Run"]:
+        """The runs of this name that are under way or succeeded: first what isn't being cancelled, the oldest first."""
+        found, page = [], ""
         while True:
             answer = self._call(
                 self._runs.run_service_list_runs,
@@ -192,12 +212,14 @@ class KfpServer:
                 page_size=100,
                 page_token=page,
             )
-            for run in answer.runs or []:
-                if run.display_name == run_name and run.state not in TERMINAL - {"SUCCEEDED"}:
-                    return run
+            found += [
+                run
+                for run in answer.runs or []
+                if run.display_name == run_name and run.state not in TERMINAL - {"SUCCEEDED"}
+            ]
             page = answer.next_page_token
             if not page:
-                return None
+                return sorted(found, key=lambda run: (run.state == CANCELING, run.created_at, run.run_id))
 
     def _call(self, method: Callable, *arguments: Any, attempts: int = ATTEMPTS, **options: Any) -> Any:
         from kfp_server_api import ApiException
@@ -309,13 +331,19 @@ def default_run_name(package: Path, arguments: Mapping[str, Any]) -> str:
     return f"{pipeline['pipelineInfo']['name']}-{digest[:10]}"
 
 
-def _check_same(run: "V2beta1Run", name: str, parameters: Mapping[str, Any]) -> None:
+def _followed(run: "V2beta1Run", name: str, parameters: Mapping[str, Any]) -> str:
+    """The id of a run that was there before, if it does what is asked for."""
     there = (run.runtime_config.parameters if run.runtime_config else None) or {}
     if there != parameters:
         differing = sorted(key for key in {*there, *parameters} if there.get(key) != parameters.get(key))
         raise BadInputError(
             f"There is a run '{name}' with other arguments ({', '.join(differing)}): {run.run_id}; give another name."
         )
+    if run.state == CANCELING:
+        raise TransientError(
+            f"The run {run.run_id} of this name is being cancelled; run the same command again when that is done."
+        )
+    return run.run_id
 
 
 def _named(name: str) -> str:

@@ -1,5 +1,6 @@
 """`univigu pipeline`: the steps as a Kubeflow pipeline, run here or on a server."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,8 +101,17 @@ def status(run_id: RunId, host: Host = "", namespace: Namespace = "", wait: Wait
 def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
     """Stop a run; what its steps have finished is kept, and another run goes on from there."""
     from components.pipeline.kfp_server import KfpServer
+    from components.pipeline.train_job import RUN_LABEL
 
-    print(KfpServer(host, namespace).cancel(run_id).state)
+    server = KfpServer(host, namespace)
+    print(server.cancel(run_id).state)
+    if server.arguments(run_id).get("train_backend") == "trainjob":
+        where = f" --namespace {namespace}" if namespace else ""
+        print(
+            "Its TrainJob is deleted by the pod that follows it, which has a second for that; to be sure:\n"
+            f"kubectl delete trainjob{where} --selector {RUN_LABEL}={run_id}",
+            file=sys.stderr,
+        )
 
 
 @app.command()

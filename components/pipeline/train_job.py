@@ -30,6 +30,7 @@ from components.pipeline.train_job_follower import follow
 from univigu.errors import BadInputError, ConfigError
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+RUN_LABEL = "univigu/run-id"
 TRAINING_MODULE = "components.train_stage"
 
 
@@ -48,6 +49,7 @@ class Settings:
     cpu: str | None = None
     memory: str | None = None
     queue: str | None = None  # Kueue's LocalQueue
+    run_id: str | None = None  # of the pipeline's run that this is part of
     env: Mapping[str, str] = field(default_factory=dict)  # nothing secret: the runtime takes secrets by reference
     grace: int = 600  # seconds in which a pod that is told to stop may save
     resumes: int = 20
@@ -92,6 +94,9 @@ def train_job(
     queue: Annotated[
         str | None, typer.Option(envvar="UNIVIGU_QUEUE", help="Kueue's LocalQueue, if the cluster has one.")
     ] = None,
+    run_id: Annotated[
+        str | None, typer.Option(envvar="UNIVIGU_RUN_ID", help="The pipeline's run that this is part of, for a label.")
+    ] = None,
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the pods; may be given again. Nothing secret.")
     ] = None,
@@ -129,6 +134,7 @@ def train_job(
         cpu=cpu,
         memory=memory,
         queue=queue,
+        run_id=run_id,
         env=_parse_env(env or []),
         grace=grace,
         resumes=resumes,
@@ -222,6 +228,8 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
     }
     if settings.queue:
         labels[QUEUE_LABEL] = settings.queue
+    if settings.run_id:
+        labels[RUN_LABEL] = settings.run_id
     node = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
     job = {
         "apiVersion": f"{GROUP}/{VERSION}",

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ PACKAGE = ROOT / "infra/pipeline.yaml"
 
 @pytest.fixture
 def client(kfp):
-    return KfpServer(kfp.url, delay_s=0.01, timeout_s=5)
+    return KfpServer(kfp.url, delay_s=0.01, timeout_s=5, settle_s=0.01)
 
 
 def test_a_run_is_submitted_with_the_pipeline_and_its_typed_arguments(kfp, client):
@@ -79,6 +81,27 @@ def test_a_name_that_is_taken_by_other_arguments_is_refused(client):
 def test_an_answer_that_is_lost_submits_nothing_twice(kfp, client):
     kfp.lose_answers = 1
     assert client.submit(PACKAGE, "lost", {}) == "run-1"
+    assert len(kfp.runs) == 1
+
+
+@pytest.mark.parametrize("path", ["runs", "experiments"])
+def test_of_two_who_submit_at_the_same_time_one_follows_the_other(kfp, path):
+    kfp.states = ["RUNNING"]
+    kfp.meet[f"/apis/v2beta1/{path}"] = threading.Barrier(2)
+
+    def submit(_):
+        return KfpServer(kfp.url, delay_s=0.01, timeout_s=20, settle_s=0.5).submit(PACKAGE, "same", {})
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(submit, range(2))
+    assert first == second
+    assert [run_id for run_id, run in kfp.runs.items() if run["state"] == "RUNNING"] == [first]
+    assert len(kfp.experiments) == 1
+
+
+def test_a_run_that_fails_at_once_is_not_submitted_a_second_time(kfp, client):
+    kfp.states = ["FAILED"]
+    assert client.submit(PACKAGE, "same", {}) == "run-1"
     assert len(kfp.runs) == 1
 
 
@@ -264,8 +287,17 @@ def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
     assert "kubectl logs -l pipeline/runid=run-1" in done.stderr
     kfp.task_details, kfp.logs = [{"display_name": "notify", "pod_name": "pod"}], {"pod": "one\ntwo\n"}
     assert univigu("logs", "run-1", *at).stdout == "notify | one\nnotify | two\n"
-    assert univigu("cancel", "run-1", *at).stdout == "CANCELED\n"
+    done = univigu("cancel", "run-1", *at)
+    assert (done.stdout, done.stderr) == ("CANCELED\n", "")
     assert univigu("status", "run-1", *at).returncode == 84
+
+
+def test_who_cancels_a_run_that_trains_elsewhere_hears_how_to_be_sure_that_it_ends(kfp):
+    kfp.states = ["RUNNING"]
+    univigu("submit", "train_backend=trainjob", "--host", kfp.url)
+    done = univigu("cancel", "run-1", "--host", kfp.url, "--namespace", "team")
+    assert done.stdout == "CANCELED\n"
+    assert "kubectl delete trainjob --namespace team --selector univigu/run-id=run-1\n" in done.stderr
 
 
 @pytest.mark.parametrize(

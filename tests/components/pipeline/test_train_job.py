@@ -127,10 +127,12 @@ def test_the_api_knows_every_field_of_a_train_job(settings):
 
 
 def test_a_train_job_says_what_runs_where_and_on_which_volume():
-    job = make_job(claim="work", mount_path=Path("/work"), nodes=2, gpus=4, queue="gpus", image="i", grace=120)
+    asked = {"nodes": 2, "gpus": 4, "queue": "gpus", "image": "i", "grace": 120, "run_id": "run-1"}
+    job = make_job(claim="work", mount_path=Path("/work"), **asked)
     trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
     assert job["metadata"]["name"] == "train-stage-1-0123456789"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert job["metadata"]["labels"]["univigu/run-id"] == "run-1"
     assert job["spec"]["runtimeRef"] == {
         "apiGroup": "trainer.kubeflow.org",
         "kind": "TrainingRuntime",
