@@ -32,6 +32,8 @@ class Cluster:
             "kfp-mysql": ("kubeflow", {"app": "mysql"}),
             "airflow": ("kubeflow", {"tier": "airflow", **airflow_labels}),
             "dns": ("kube-system", {"k8s-app": "kube-dns"}),
+            "node-dns": ("kube-system", {"k8s-app": "node-local-dns"}),
+            "konnectivity": ("kube-system", {"k8s-app": "konnectivity-agent"}),
             "captioner": ("models", {"app": "vllm"}),
             "stranger": ("strangers", {}),
         }
@@ -120,8 +122,7 @@ def gke(cluster_of):
 
 
 NEEDED = [
-    ("step", "kfp", 8888),
-    ("step", "kfp", 8887),
+    *(("step", "kfp", port) for port in (8080, 8333, 8887, 8888)),  # metadata, objects, and the API's two
     ("step", "mlflow", 5000),
     ("step", "captioner", 8000),
     ("training", "training", ANY),
@@ -138,7 +139,8 @@ NEEDED = [
 
 def test_what_is_needed_is_allowed(dev):
     assert [one for one in NEEDED if not dev.reaches(*one)] == []
-    assert [pod for pod in dev.pods if not dev.reaches(pod, "dns", "dns")] == []
+    for name in ("dns", "node-dns", "169.254.20.10"):
+        assert [pod for pod in dev.pods if not dev.reaches(pod, name, "dns")] == [], name
 
 
 def test_nothing_else_is(dev):
@@ -149,7 +151,7 @@ def test_nothing_else_is(dev):
         for source in ours
         for target in dev.pods
         for port in ports
-        if target != "dns" and dev.reaches(source, target, port)
+        if target not in ("dns", "node-dns") and dev.reaches(source, target, port)
     }
     allowed = {
         *NEEDED,
@@ -159,7 +161,7 @@ def test_nothing_else_is(dev):
     # Pods of a run may use the ports of KFP's services on any of KFP's own pods.
     allowed |= {("step", target, port) for target in ("kfp", "kfp-mysql") for port in (8080, 8333, 8887, 8888)}
     assert open_ways - allowed == set()
-    for target in set(dev.pods) - {"dns", "captioner", "stranger"}:
+    for target in set(dev.pods) - {"dns", "node-dns", "konnectivity", "captioner", "stranger"}:
         assert not any(dev.reaches("stranger", target, port) for port in ports), target
     for source in ours:
         assert not dev.reaches(source, "198.51.100.7", 443), source
@@ -171,6 +173,12 @@ def test_the_kubernetes_api_is_reached_by_runs_alone_and_at_the_overlays_address
         assert cluster.allows("Ingress", "kfp", address, "TCP", 8443)
         for pod in ("training", "mlflow", "airflow", "seeding"):
             assert not cluster.reaches(pod, address, 443), pod
+
+
+def test_on_gke_names_are_found_by_cloud_dns_too_and_webhooks_are_called_through_konnectivity(gke):
+    ours = [pod for pod in gke.pods if gke.pods[pod][0] in ("kubeflow", "mlflow")]
+    assert [pod for pod in ours if not gke.reaches(pod, "169.254.169.254", "dns")] == []
+    assert {pod for pod in gke.pods if gke.reaches("konnectivity", pod, 8443) and pod in ours} == {"kfp", "kfp-mysql"}
 
 
 def test_on_gke_runs_training_and_airflow_reach_public_addresses_by_https_alone(gke):
