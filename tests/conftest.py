@@ -191,6 +191,8 @@ CREATED = "2026-01-01T00:00:00Z"
 class FakeKfp(ThreadingHTTPServer):
     """Experiments and runs in memory; a run goes through `states`, one further each time it is looked at."""
 
+    page_size = 3  # however many are asked for
+
     def __init__(self):
         super().__init__(("127.0.0.1", 0), KfpHandler)
         self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
@@ -212,10 +214,19 @@ class KfpHandler(BaseHTTPRequestHandler):
     def refuse(self, status, message):
         self.answer(status, {"error": message, "code": 5, "message": message, "details": []})
 
-    def query(self, key):
-        text = parse_qs(urlsplit(self.path).query).get("filter", ["{}"])[0]
-        wanted = {each["key"]: each["stringValue"] for each in json.loads(text).get("predicates", [])}
-        return wanted.get(key)
+    def list(self, kind, scope):
+        """A page of those that the query's filter names, within its `scope`, the newest first."""
+        query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
+        wanted = {each["key"]: each["stringValue"] for each in json.loads(query["filter"])["predicates"]}
+        wanted[scope] = query.get(scope)
+        found = [
+            each
+            for each in reversed(getattr(self.server, kind).values())
+            if all(each.get(key) == value for key, value in wanted.items())
+        ]
+        start = int(query.get("page_token", 0))
+        end = start + self.server.page_size
+        return {kind: found[start:end]} | ({"next_page_token": str(end)} if end < len(found) else {})
 
     def handle_request(self, method):
         server, path = self.server, urlsplit(self.path).path
@@ -235,17 +246,17 @@ class KfpHandler(BaseHTTPRequestHandler):
 
     def handle_in_turn(self, server, method, path, body):
         if path == "/apis/v2beta1/experiments" and method == "GET":
-            found = [each for each in server.experiments.values() if each["display_name"] == self.query("display_name")]
-            return self.answer(200, {"experiments": found} if found else {})
+            return self.answer(200, self.list("experiments", "namespace"))
         if path == "/apis/v2beta1/experiments":
-            if body["display_name"] in {each["display_name"] for each in server.experiments.values()}:
+            named = [(each["display_name"], each.get("namespace")) for each in server.experiments.values()]
+            if (body["display_name"], body.get("namespace")) in named:
                 return self.refuse(409, "Already exist error: an experiment of this name")
             made = {**body, "experiment_id": f"experiment-{len(server.experiments) + 1}", "created_at": CREATED}
             server.experiments[made["experiment_id"]] = made
             return self.answer(200, made)
         if path == "/apis/v2beta1/runs" and method == "GET":
-            found = [run for run in server.runs.values() if run["display_name"] == self.query("display_name")]
-            return self.answer(200, {"runs": [self.shown(run) for run in reversed(found)]} if found else {})
+            found = self.list("runs", "experiment_id")
+            return self.answer(200, found | {"runs": [self.shown(run) for run in found.get("runs", [])]})
         if path == "/apis/v2beta1/runs":
             made = {**body, "run_id": f"run-{len(server.runs) + 1}", "created_at": CREATED}
             made |= {"looks": 0, "state": server.states[0]}

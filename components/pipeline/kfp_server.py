@@ -108,8 +108,9 @@ class KfpServer:
         )
         for attempt in range(ATTEMPTS):
             # Also before another attempt: the server may have taken the last one, and only its answer been lost.
-            if found := self._first_run(run_name, experiment_id):
-                return _followed(found, run_name, parameters)
+            if live := self._live_runs(run_name, experiment_id):
+                same = [run for run in live if _parameters(run) == parameters]
+                return _followed((same or live)[0], parameters)
             try:
                 own = self._call(self._runs.run_service_create_run, body, attempts=1).run_id
             except TransientError:
@@ -118,15 +119,12 @@ class KfpServer:
                 time.sleep(self.delay_s * 2**attempt)
                 continue
             time.sleep(self.settle_s)
-            found = self._first_run(run_name, experiment_id)
-            return own if found is None or found.run_id == own else _followed(found, run_name, parameters)
+            live = self._live_runs(run_name, experiment_id)
+            if not live or live[0].run_id == own:
+                return own
+            self._call(self._runs.run_service_terminate_run, own)  # somebody else was first
+            return _followed(live[0], parameters)
         raise AssertionError("unreachable")
-
-    def find_run(self, run_name: str, experiment: str = EXPERIMENT) -> str | None:
-        """The id of the run of this name that is under way or succeeded, or None."""
-        experiment_id = self._experiment_id(experiment)
-        found = self._live_runs(run_name, experiment_id) if experiment_id else []
-        return found[0].run_id if found else None
 
     def state(self, run_id: str) -> RunState:
         """How a run is; raises `MissingInputError` where the server has none of this id."""
@@ -143,8 +141,7 @@ class KfpServer:
 
     def arguments(self, run_id: str) -> dict[str, Any]:
         """The pipeline's parameters that a run was submitted with."""
-        config = self._run(run_id).runtime_config
-        return dict((config.parameters if config else None) or {})
+        return _parameters(self._run(run_id))
 
     def logs(self, run_id: str, task: str = "") -> Iterator[tuple[str, str]]:
         """(task, log) for each pod of a run that the server knows, or of one task; a log that is gone is left out."""
@@ -190,14 +187,6 @@ class KfpServer:
             if found := self._experiment_id(name):
                 return found
             raise
-
-    def _first_run(self, run_name: str, experiment_id: str) -> "V2beta1Run | None":
-        """The first of the live runs of this name; the others, submitted at the same time, are cancelled."""
-        first, *others = self._live_runs(run_name, experiment_id) or [None]
-        for run in others:
-            if run.state != CANCELING and run.state not in TERMINAL:
-                self._call(self._runs.run_service_terminate_run, run.run_id)
-        return first
 
     def _live_runs(self, run_name: str, experiment_id: str) -> list["V2beta1Run"]:
         """The runs of this name that are under way or succeeded: first what isn't being cancelled, the oldest first."""
@@ -331,13 +320,18 @@ def default_run_name(package: Path, arguments: Mapping[str, Any]) -> str:
     return f"{pipeline['pipelineInfo']['name']}-{digest[:10]}"
 
 
-def _followed(run: "V2beta1Run", name: str, parameters: Mapping[str, Any]) -> str:
+def _parameters(run: "V2beta1Run") -> dict[str, Any]:
+    return dict((run.runtime_config.parameters if run.runtime_config else None) or {})
+
+
+def _followed(run: "V2beta1Run", parameters: Mapping[str, Any]) -> str:
     """The id of a run that was there before, if it does what is asked for."""
-    there = (run.runtime_config.parameters if run.runtime_config else None) or {}
+    there = _parameters(run)
     if there != parameters:
         differing = sorted(key for key in {*there, *parameters} if there.get(key) != parameters.get(key))
         raise BadInputError(
-            f"There is a run '{name}' with other arguments ({', '.join(differing)}): {run.run_id}; give another name."
+            f"There is a run '{run.display_name}' with other arguments ({', '.join(differing)}): {run.run_id}; give "
+            "another name."
         )
     if run.state == CANCELING:
         raise TransientError(

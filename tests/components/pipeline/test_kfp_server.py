@@ -47,18 +47,40 @@ def test_a_run_is_submitted_with_the_pipeline_and_its_typed_arguments(kfp, clien
 def test_a_name_is_submitted_once_while_its_run_lives_or_succeeded(kfp, client):
     kfp.states = ["RUNNING"]
     first = client.submit(PACKAGE, "same", {"profile": "smoke"})
-    assert client.submit(PACKAGE, "same", {"profile": "smoke"}) == first == client.find_run("same")
+    assert client.submit(PACKAGE, "same", {"profile": "smoke"}) == first
     kfp.runs[first]["state"] = "SUCCEEDED"
     assert client.submit(PACKAGE, "same", {"profile": "smoke"}) == first
-    assert client.find_run("other") is None
-    assert client.find_run("same", "another experiment") is None
+    assert client.submit(PACKAGE, "other", {"profile": "smoke"}) != first
+    assert client.submit(PACKAGE, "same", {"profile": "smoke"}, experiment="another") != first
+
+
+def test_a_run_is_found_in_ones_own_namespace_and_behind_any_number_of_newer_ones(kfp):
+    ours, theirs = (KfpServer(kfp.url, team, delay_s=0.01, timeout_s=5, settle_s=0.01) for team in ("ours", "theirs"))
+    first = ours.submit(PACKAGE, "same", {})
+    assert theirs.submit(PACKAGE, "same", {}) != first
+    for _ in range(2 * kfp.page_size):
+        kfp.runs[f"later-{len(kfp.runs)}"] = kfp.runs[first] | {"run_id": f"later-{len(kfp.runs)}", "state": "FAILED"}
+    assert ours.submit(PACKAGE, "same", {}) == first
+
+
+def test_other_runs_of_a_name_are_left_alone(kfp, client):
+    kfp.states = ["RUNNING"]
+    first = client.submit(PACKAGE, "weekly", {"profile": "smoke"})
+    # as kfp's own command submits: whatever there is
+    kfp.runs["theirs"] = kfp.runs[first] | {"run_id": "theirs", "runtime_config": {"parameters": {"profile": "tiny"}}}
+    assert client.submit(PACKAGE, "weekly", {"profile": "tiny"}) == "theirs"
+    assert client.submit(PACKAGE, "weekly", {"profile": "smoke"}) == first
+    with pytest.raises(BadInputError, match="other arguments"):
+        client.submit(PACKAGE, "weekly", {"profile": "wan-14b"})
+    kfp.runs[first]["state"] = "SUCCEEDED"
+    assert client.submit(PACKAGE, "weekly", {"profile": "smoke"}) == first
+    assert [run["state"] for run in kfp.runs.values()] == ["SUCCEEDED", "RUNNING"]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
 def test_a_run_that_did_not_succeed_can_be_submitted_again(kfp, client, state):
     first = client.submit(PACKAGE, "same", {})
     kfp.runs[first]["state"] = state
-    assert client.find_run("same") is None
     assert client.submit(PACKAGE, "same", {}) != first
 
 
@@ -152,21 +174,23 @@ def test_a_login_page_is_not_taken_for_an_empty_answer(kfp, client):
 
 
 def test_tokens_are_read_anew_and_never_said(kfp, client, tmp_path, monkeypatch):
+    run_id = client.submit(PACKAGE, "a", {})
+    kfp.tokens.clear()
     monkeypatch.setenv("KFP_TOKEN", "from-the-environment")
-    client.find_run("a")
+    client.state(run_id)
     (tmp_path / "token").write_text("first\n")
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
-    client.find_run("a")
+    client.state(run_id)
     (tmp_path / "token").write_text("second\n")
-    client.find_run("a")
+    client.state(run_id)
     assert kfp.tokens == ["Bearer from-the-environment", "Bearer first", "Bearer second"]
     kfp.failures = [401]
     with pytest.raises(ConfigError) as refused:
-        client.find_run("a")
+        client.state(run_id)
     assert "second" not in str(refused.value)
     (tmp_path / "token").unlink()
     with pytest.raises(ConfigError, match="KF_PIPELINES_SA_TOKEN_PATH names can't be read"):
-        client.find_run("a")
+        client.state(run_id)
 
 
 def test_cancelling_ends_a_run_and_leaves_an_ended_one_alone(kfp, client):
