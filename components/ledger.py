@@ -99,7 +99,10 @@ def take_turn(name: str, root: Path, *, action: str, version: int, who: str, why
 
     client = MlflowClient()
     tags = {"mlflow.user": who, "mlflow.note.content": why}
-    run_id = _begin(client, experiment, name, f"{action} version {version}", tags)
+    try:
+        run_id = _begin(client, experiment, name, f"{action} version {version}", tags)
+    except MlflowException as error:
+        raise registry.store_error(error, tracking_uri(root)) from error
     turn = Turn(client, run_id, name)
     try:
         turn.write({"action": action, "version": version, "who": who, "why": why})

@@ -10,12 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univigu.errors import ConfigError, MissingInputError, PreemptedError, UniViGUError
-from univigu.registry import in_a_hurry, store_error, without_password
+from univigu.registry import in_a_hurry, store_error, without_login, without_password
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ FLUSH_EVERY_S = 10.0
 
 def tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI if it is set, else ``mlflow.db`` in the work root, which `mlflow ui` finds there too."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return without_login(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}")
 
 
 def existing_store(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> str:
@@ -35,7 +35,7 @@ def existing_store(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> st
     MLflow would make an empty database and find nothing in it. `otherwise` is the last thing that the error advises.
     """
     uri = tracking_uri(root)
-    if "MLFLOW_TRACKING_URI" not in os.environ and not (root / "mlflow.db").is_file():
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").is_file():
         raise MissingInputError(
             f"No model is registered below {root.resolve()}, which has no mlflow.db; run `make demo` there, or "
             f"`univigu run register-model` if a model is trained, or give another --root, or {otherwise}."
@@ -57,7 +57,7 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(root)
-    chosen = "MLFLOW_TRACKING_URI" in os.environ
+    chosen = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     if not chosen:
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, and another root would take it for the user's
@@ -103,34 +103,40 @@ def start_run(
     experiment = open_tracking(root)
     import mlflow
 
-    known = _noted_run(mlflow, note)
-    run = mlflow.start_run(run_id=known, experiment_id=experiment, run_name=None if known else name)
-    status = "FAILED"
+    store, status = tracking_uri(root), "FAILED"
     try:
-        if note is not None:
-            note.write_text(json.dumps({"run_id": run.info.run_id}), encoding="utf-8")
-        if not known:
-            mlflow.log_params(flatten(parameters))
-            for dataset, (source, digest) in datasets.items():
-                mlflow.log_input(_dataset(dataset, source, digest), context="training")
-        mlflow.set_tags(dict(tags))
-        tracked = TrackedRun(mlflow.MlflowClient(), run.info.run_id)
+        with _explained(store):
+            known = _noted_run(mlflow, note)
+            run = mlflow.start_run(run_id=known, experiment_id=experiment, run_name=None if known else name)
+            if note is not None:
+                note.write_text(json.dumps({"run_id": run.info.run_id}), encoding="utf-8")
+            if not known:
+                mlflow.log_params(flatten(parameters))
+                for dataset, (source, digest) in datasets.items():
+                    mlflow.log_input(_dataset(dataset, source, digest), context="training")
+            mlflow.set_tags(dict(tags))
+            tracked = TrackedRun(mlflow.MlflowClient(), run.info.run_id, store)
         yield tracked
         tracked.flush(wait=True)
         status = "FINISHED"
     except PreemptedError:
-        tracked.flush(wait=True)
         status = "KILLED"
+        with in_a_hurry():  # whoever told us to stop will not wait for ever
+            tracked.flush(wait=True)
         raise
     finally:
-        mlflow.end_run(status)
+        try:
+            with nullcontext() if status == "FINISHED" else in_a_hurry():
+                mlflow.end_run(status)
+        except Exception as error:
+            print(f"MLflow will show the run as unfinished: {store_error(error, store)}", file=sys.stderr)
 
 
 class TrackedRun:
     """Metrics on their way to MLflow: kept for some seconds, then sent in one batch, without holding up who logs."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
-        self.client, self.run_id = client, run_id
+    def __init__(self, client: Any, run_id: str, store: str) -> None:
+        self.client, self.run_id, self.store = client, run_id, store
         self._buffer: list[Any] = []
         self._pending: list[Any] = []
         self._flushed = time.monotonic()
@@ -172,11 +178,14 @@ class TrackedRun:
             table = {name: [row[name] for row in rows] for name in rows[0]}
             self.client.log_table(self.run_id, table, "samples.json")
         except Exception as error:
-            print(f"The samples of step {step} did not reach MLflow ({error}); training goes on.", file=sys.stderr)
+            said = store_error(error, self.store)
+            print(f"The samples of step {step} did not reach MLflow; training goes on. {said}", file=sys.stderr)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
-            self.client.set_tag(self.run_id, name, value)
+        """Add tags to the run; raises `TransientError` where the store does not answer."""
+        with _explained(self.store):
+            for name, value in tags.items():
+                self.client.set_tag(self.run_id, name, value)
 
     def flush(self, wait: bool = False) -> None:
         """Send what is kept; a store that fails now costs the curves in MLflow, never the training."""
@@ -191,7 +200,8 @@ class TrackedRun:
             for operation in self._pending:
                 operation.wait()
         except Exception as error:
-            print(f"Some metrics did not reach MLflow ({error}); the step's own curves are whole.", file=sys.stderr)
+            said = store_error(error, self.store)
+            print(f"Some metrics did not reach MLflow; the step's own curves are whole. {said}", file=sys.stderr)
         self._pending = []
 
 
@@ -222,12 +232,25 @@ def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextmanager
+def _explained(store: str) -> Iterator[None]:
+    """Turn what MLflow raises into one sentence about its store."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise store_error(error, store) from error
+
+
 def _noted_run(mlflow: Any, note: Path | None) -> str | None:
+    """The run that `note` names, unless somebody has deleted it."""
     try:
         run_id = json.loads(note.read_text(encoding="utf-8"))["run_id"] if note is not None else None
-        return mlflow.MlflowClient().get_run(run_id).info.run_id if run_id else None
+        run = mlflow.MlflowClient().get_run(run_id).info if run_id else None
     except (OSError, ValueError, KeyError, mlflow.exceptions.MlflowException):
         return None
+    return run.run_id if run and run.lifecycle_stage == "active" else None
 
 
 def _dataset(name: str, source: str, digest: str) -> Any:

@@ -180,9 +180,12 @@ def reproduced(tmp_path_factory, worker_id, pytestconfig):
 @pytest.fixture(autouse=True)
 def own_tracking_store():
     """MLflow notes its store in the environment, where whatever comes next would take it for the user's choice."""
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    names = [f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD")]
+    for name in names:
+        os.environ.pop(name, None)
     yield
-    os.environ.pop("MLFLOW_TRACKING_URI", None)  # a monkeypatch puts back what it found, and this was made meanwhile
+    for name in names:  # a monkeypatch puts back what it found, and these were made meanwhile
+        os.environ.pop(name, None)
 
 
 CREATED = "2026-01-01T00:00:00Z"

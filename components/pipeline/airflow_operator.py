@@ -1,8 +1,8 @@
 """What Airflow's tasks are made of: a step as a process of its own, and a Kubeflow pipeline that is waited for.
 
 The operator for Kubeflow Pipelines is deferrable: while a run is under way it holds no worker. It submits under a name
-that follows from the DAG run, and notes the run's id before it waits, so that a task that is tried again, by itself or
-after Airflow was killed, finds its run instead of starting another.
+that follows from the DAG run, so that a task that is tried again, by itself or after Airflow was killed, finds its run
+instead of starting another.
 """
 
 import asyncio
@@ -24,7 +24,6 @@ from univigu.errors import BusyError, ConfigError, MissingInputError, PreemptedE
 
 ROOT_VARIABLE = "univigu_root"
 FAILURE = "failure"  # the XCom with a failed task's sentence
-RUN_ID = "kfp_run_id"
 KFP_ARGUMENTS = "UNIVIGU_KFP_ARGUMENTS"
 POLL_S = 15.0
 PATIENCE_S = 6 * 3600.0
@@ -225,10 +224,7 @@ class KfpRunOperator(BaseOperator):
             package = Path(self.package)
             arguments = merge_arguments(package, self.arguments, self.more_arguments)
             server = KfpServer(namespace=self.namespace)
-            # submitting is idempotent by name: a run that is under way, or has succeeded, is found again
             self._run_id = server.submit(package, self.run_name, arguments, service_account=self.service_account)
-            context["task_state_store"].set(RUN_ID, self._run_id)
-            context["ti"].xcom_push(key=RUN_ID, value=self._run_id)
             self.log.info("run %s on %s is called '%s'", self._run_id, server.host, self.run_name)
             now = server.state(self._run_id)
         if now.is_terminal:

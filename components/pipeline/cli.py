@@ -4,6 +4,7 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -196,9 +197,10 @@ def main() -> None:
         if _speaks() or not isinstance(error, PreemptedError):
             print(f"univigu: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # what typer makes of a KeyboardInterrupt
+            print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -106,10 +106,10 @@ def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
     server = KfpServer(host, namespace)
     print(server.cancel(run_id).state)
     if server.arguments(run_id).get("train_backend") == "trainjob":
-        where = f" --namespace {namespace}" if namespace else ""
+        where = namespace or "NAMESPACE"
         print(
             "Its TrainJob is deleted by the pod that follows it, which has a second for that; to be sure:\n"
-            f"kubectl delete trainjob{where} --selector {RUN_LABEL}={run_id}",
+            f"kubectl delete trainjob --namespace {where} --selector {RUN_LABEL}={run_id}",
             file=sys.stderr,
         )
 

@@ -420,7 +420,7 @@ def _owned_entries(home: Path) -> set[str]:
         files = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return set()
-    return {name.split("/", 1)[0] for name in files}
+    return {name.split("/", 1)[0] for name in files} & {path.name for path in home.iterdir()}
 
 
 def _remove(path: Path) -> None:

@@ -165,7 +165,8 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
 
     stage, profile, root = _check(name, profile, root, settings)
     step = make_step(stage, load_profile(profile), root)
-    return follow(build(stage, step.key(), profile, root, settings), settings, lambda: _output_of(step))
+    job = build(stage, _work_key(step.key(), root, settings), profile, root, settings)
+    return follow(job, settings, lambda: _output_of(step))
 
 
 def try_train_job(name: str, profile: str, root: Path, settings: Settings) -> None:
@@ -202,7 +203,7 @@ def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Sta
 
 
 def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) -> dict[str, Any]:
-    """The TrainJob that runs a stage, as the API takes it; `key` is the digest of all that decides the output."""
+    """The TrainJob that runs a stage, as the API takes it; `key` says which work it is, and nothing else has it."""
     models = import_extra("kubeflow_trainer_api.models")
     gpus, mount_path = _gpus(stage, settings), str((settings.mount_path or root).resolve())
     resources = {"cpu": settings.cpu or stage.resources.cpu, "memory": settings.memory or stage.resources.memory}
@@ -237,7 +238,7 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
         "metadata": {
             "name": f"{stage.name}-{key[:10]}",
             "labels": labels,
-            "annotations": {"univigu/run-key": key},
+            "annotations": {"univigu/work-key": key},
         },
         "spec": {
             "runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": settings.runtime},
@@ -251,6 +252,13 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
         },
     }
     return models.TrainerV1alpha1TrainJob.from_dict(job).to_dict()
+
+
+def _work_key(run_key: str, root: Path, settings: Settings) -> str:
+    """A digest of all that decides the output, and of where it goes: two roots may make the same."""
+    from components.pipeline.digests import json_digest
+
+    return json_digest([run_key, str(root), settings.claim])
 
 
 def _gpus(stage: Stage, settings: Settings) -> int:

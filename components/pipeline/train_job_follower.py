@@ -8,12 +8,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from components.pipeline.kubernetes_api import NODE, Cluster, one_line
-from univigu.errors import MissingInputError, PreemptedError, TransientError, UniViGUError
+from univigu.errors import (
+    BadInputError,
+    ConfigError,
+    CorruptDataError,
+    MissingInputError,
+    PreemptedError,
+    TransientError,
+    UniViGUError,
+)
 
 if TYPE_CHECKING:
     from components.pipeline.train_job import Settings
 
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+_HOPELESS = {error.exit_code for error in (BadInputError, ConfigError, CorruptDataError, MissingInputError)}
 _DISRUPTIONS = {"Evicted", "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated"}  # why a pod was ended
 
 
@@ -221,10 +230,12 @@ def _end(pod: Any) -> tuple[int, str] | None:
 
 def _is_preempted(pods: Sequence[Any]) -> bool:
     """Whether pods saved and left, or were taken away: what comes of it is not the training's own fault."""
+    ends = [end for pod in pods if (end := _end(pod))]
+    if any(code in _HOPELESS for code, _ in ends):
+        return False
     disrupted = {c.type for pod in pods for c in pod.status.conditions or [] if c.status == "True"}
     if "DisruptionTarget" in disrupted or any(pod.status.reason in _DISRUPTIONS for pod in pods):
-        return True
-    ends = [end for pod in pods if (end := _end(pod))]
+        return True  # and who was left alone may have ended with any code
     saved = any(code == PreemptedError.exit_code for code, _ in ends)
     return saved and not any(_is_own_fault(code, reason) for code, reason in ends)
 

@@ -13,8 +13,16 @@ from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
-from univigu.errors import CorruptDataError, DiskFullError, MissingInputError, TransientError, UniViGUError
+from univigu.errors import (
+    ConfigError,
+    CorruptDataError,
+    DiskFullError,
+    MissingInputError,
+    TransientError,
+    UniViGUError,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -73,12 +81,11 @@ def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
     with _store(tracking_uri) as store:
         from mlflow import artifacts
         from mlflow.exceptions import MlflowException
-        from requests import RequestException
 
         try:
             return Path(artifacts.download_artifacts(artifact_uri=f"{uri}/artifacts/{name}"))
         except (MlflowException, OSError) as error:
-            if isinstance(error, RequestException) or getattr(error, "error_code", _UNKNOWN[0]) not in _UNKNOWN:
+            if not isinstance(error, FileNotFoundError) and getattr(error, "error_code", "") not in _UNKNOWN:
                 raise store_error(error, store) from error
             raise MissingInputError(
                 f"There is no model at {uri} in {without_password(store)}; register one that is trained (`univigu run "
@@ -105,7 +112,7 @@ def version_with(name: str, tags: Mapping[str, str], tracking_uri: Uri = None) -
     with _store(tracking_uri):
         from mlflow import MlflowClient
 
-        conditions = [f"name = '{name}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())]
+        conditions = [f"name = '{_quotable(name)}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())]
         found = MlflowClient().search_model_versions(" AND ".join(conditions))
         return max(found, key=lambda version: int(version.version), default=None)
 
@@ -117,7 +124,7 @@ def versions(name: str, tracking_uri: Uri = None) -> "list[ModelVersion]":
 
         client, found, page = MlflowClient(), [], None
         while page is None or page:
-            listed = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=page)
+            listed = client.search_model_versions(f"name = '{_quotable(name)}'", max_results=1000, page_token=page)
             found += listed
             page = listed.token or ""
         aliases: dict[str, list[str]] = {}
@@ -298,6 +305,28 @@ def _ensure_name(client: Any, name: str) -> None:
             raise
 
 
+def _quotable(name: str) -> str:
+    if "'" in name:
+        raise ConfigError(f'"{name}" is no name of a model, as it has a quotation mark in it; give another.')
+    return name
+
+
+def without_login(uri: str) -> str:
+    """The address of an MLflow server without the login in it, which goes to the variables that MLflow reads it from.
+
+    MLflow's own messages and logs repeat whole addresses.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    if os.environ.get("MLFLOW_TRACKING_URI") == uri:
+        os.environ["MLFLOW_TRACKING_URI"] = bare
+    return bare
+
+
 def without_password(uri: str) -> str:
     """The address of a store as messages and logs may have it: with asterisks in the password's place."""
     from sqlalchemy.engine import make_url
@@ -318,7 +347,7 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
     while earlier := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
         cause = earlier
     reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-    if "disk is full" in reason:  # SQLite's words; there is no errno
+    if "disk is full" in reason or "No space left" in str(error):  # without an errno
         return DiskFullError(
             f"The disk is full, so MLflow's store at {place} can't be used; make room and run it again."
         )
@@ -359,7 +388,8 @@ def _require_answer(uri: str) -> None:
 def _store(tracking_uri: Uri):
     """MLflow pointed at `tracking_uri` (None: where it points already); it calls nobody and unpickles nothing.
 
-    Raises `TransientError` where the store does not answer, and `CorruptDataError` where its database is damaged.
+    Raises `TransientError` where the store does not answer, or stops answering within the block, and `CorruptDataError`
+    where its database is damaged.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -368,10 +398,12 @@ def _store(tracking_uri: Uri):
 
     before, chosen = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     if tracking_uri is not None:
-        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_tracking_uri(without_login(tracking_uri))
     try:
         _require_answer(mlflow.get_tracking_uri())
         yield mlflow.get_tracking_uri()
+    except mlflow.exceptions.MlflowException as error:
+        raise store_error(error, mlflow.get_tracking_uri()) from error
     finally:
         if tracking_uri is not None:
             mlflow.set_tracking_uri(before)

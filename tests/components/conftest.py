@@ -1,10 +1,18 @@
-"""Work roots for steps under test: the random tiny base, a small profile, and committed outputs of earlier steps."""
+"""Work roots for steps under test, with a tiny base and committed outputs of earlier steps; servers of MLflow's."""
 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +223,67 @@ class Versions:
 def versions(tmp_path_factory):
     """A work root whose registry tests may fill with versions, each under a name of its own."""
     return Versions(tmp_path_factory.mktemp("versions"))
+
+
+class MlflowServer:
+    """A real MLflow server with a registry of its own, at `url`."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}"]
+        command += ["--artifacts-destination", str(folder)]
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            assert self.process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+
+    def stop(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def mlflow_server(tmp_path_factory):
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+class Failing(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.handle_request()
+
+    def do_POST(self):
+        self.handle_request()
+
+    def handle_request(self):
+        self.server.answers -= 1
+        body = b"{}"
+        self.send_response(200 if self.server.answers >= 0 else 500)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_): ...
+
+
+@pytest.fixture
+def failing_after_one_answer():
+    """An HTTP server that gives `answers` empty answers, and fails from then on."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    server.answers, server.url = 1, f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

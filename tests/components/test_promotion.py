@@ -238,34 +238,9 @@ for number in range(3):
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a real MLflow server with a registry of its own."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'store.db'}", "--artifacts-destination", str(folder)]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
-
-
 @pytest.mark.slow
-def test_two_processes_that_promote_at_once_on_a_server_leave_one_story(server, versions, monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+def test_two_processes_that_promote_at_once_on_a_server_leave_one_story(mlflow_server, versions, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     for right in (10, 20):
         versions.add("race", right)
     racers = [run_python(COMPETE, version, versions.root, tmp_path / "go") for version in (1, 2)]

@@ -67,7 +67,7 @@ def test_the_profile_of_an_event_goes_before_the_runs_own_and_has_to_be_the_proj
 
 def test_a_registry_that_does_not_answer_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    with pytest.raises(TransientError, match=r"http://me:\*\*\*@127.0.0.1:9 does not answer"):
+    with pytest.raises(TransientError, match=r"http://127.0.0.1:9 does not answer"):
         retraining.find_trained(tmp_path, "smoke", DIGEST)
 
 

@@ -103,7 +103,7 @@ def train(
                 waited = time.monotonic() - started
                 row = run_step(engine, config, step, micro, device, told_to_stop)
                 if row is None:
-                    if step - 1 > first:
+                    if step - 1 > first and (step - 1) % config.checkpoint_every:
                         save(step - 1)  # the weights are still those of the last whole step
                     raise _preempted(step - 1, config)
                 if not math.isfinite(row["loss"]):

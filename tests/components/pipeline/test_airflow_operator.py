@@ -24,17 +24,9 @@ ROOT = Path(__file__).parents[3]
 PACKAGE = str(ROOT / "infra/pipeline.yaml")
 
 
-class Store(dict):
-    """What a task keeps between its tries."""
-
-    def set(self, key, value):
-        self[key] = value
-
-
 class TaskInstance:
     def __init__(self):
         self.pushed = {}
-
         self.returned = {}
 
     def xcom_push(self, key, value):
@@ -45,7 +37,7 @@ class TaskInstance:
 
 
 def new_context():
-    return {"task_state_store": Store(), "ti": TaskInstance()}
+    return {"ti": TaskInstance()}
 
 
 @pytest.fixture
@@ -85,7 +77,6 @@ def restored(trigger):
 def test_a_run_is_submitted_noted_and_waited_for_without_a_worker(endpoint):
     context = new_context()
     deferred = defer(context, poll_s=0.01)
-    assert context["task_state_store"] == {"kfp_run_id": "run-1"}
     event = follow(deferred.trigger)
     assert event.payload == {"run_id": "run-1", "state": "SUCCEEDED", "message": ""}
     assert getattr(operator(), deferred.method_name)(context, event.payload) == "run-1"

@@ -5,6 +5,7 @@ The server here (`kfp`, in conftest.py) speaks the v2beta1 API over HTTP as the 
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -299,6 +300,16 @@ def test_waiting_ends_with_the_exit_code_of_the_runs_end(kfp):
         assert (done.returncode, done.stdout.split()[1:]) == (code, ["RUNNING", state])
         assert re.fullmatch(r"univigu: [^\n]+[.]\n", done.stderr)
         assert message in done.stderr
+
+
+def test_who_waits_may_stop_waiting_and_is_told_how_to_go_on(kfp):
+    kfp.states = ["RUNNING"]
+    command = [sys.executable, "-m", "components.pipeline.cli", "pipeline", "submit", "--wait", "--host", kfp.url]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
+        assert [waiting.stdout.readline() for _ in range(2)] == ["run-1\n", "RUNNING\n"]
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.stderr.read() == "univigu: stopped; the same command goes on where it was.\n"
+    assert waiting.returncode == 130
 
 
 def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):

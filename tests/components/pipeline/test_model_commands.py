@@ -27,6 +27,18 @@ def univigu(versions, monkeypatch, capsys):
     return run
 
 
+def test_what_can_be_no_name_and_an_empty_address_are_told_in_a_sentence(versions, univigu, tmp_path, monkeypatch):
+    versions.add("any", 10)
+    code, _, err = univigu("model", "list", "--name", "it's")
+    assert (code, err.count("\n")) == (78, 1)
+    assert "has a quotation mark in it" in err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    code, _, err = univigu("model", "list", root=tmp_path)
+    assert code == 66
+    assert "which has no mlflow.db" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_champion_is_made_refused_forced_and_taken_back(versions, univigu):
     for right in (10, 30, 28):
         versions.add("by-hand", right)

@@ -1,5 +1,6 @@
 """TrainJobs through the real Kubernetes client, against a server that answers as the API server does."""
 
+import inspect
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from pathlib import Path
 
 import mlflow
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-from components.pipeline import kfp_tasks
+from components.pipeline import kfp_tasks, train_job
 from components.pipeline.runner import STATE, verify
 from components.pipeline.stages import find_stage
 from components.pipeline.train_job import Settings, build, run_train_job, try_train_job
@@ -159,6 +161,14 @@ def test_other_work_has_another_name():
         build(find_stage("train-stage-1"), "f" * 64, "tiny", Path("/work"), Settings())["metadata"]["name"]
         == "train-stage-1-ffffffffff"
     )
+    places = [("/work/a", "one"), ("/work/b", "one"), ("/work/a", "two")]  # which may hold the same inputs
+    keys = [train_job._work_key("f" * 64, Path(root), Settings(claim=claim)) for root, claim in places]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_run_that_a_train_job_is_part_of_comes_from_the_variable_that_a_task_has():
+    option = inspect.signature(train_job.train_job).parameters["run_id"].annotation
+    assert typing.get_args(option)[1].envvar == kfp_tasks.RUN_ID
 
 
 def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):

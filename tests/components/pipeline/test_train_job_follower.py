@@ -20,9 +20,6 @@ from univigu.errors import (
     UniViGUError,
 )
 
-"""How a launcher follows its TrainJob, through the real Kubernetes client and the server of conftest.py."""
-
-
 QUICK = {"namespace": "team", "poll": 0.01, "api_timeout": 20.0, "grace": 5, "start_timeout": 30.0}
 MANIFEST = {"rows_in": 6, "rows_out": 6}
 
@@ -114,11 +111,11 @@ def test_a_preempted_job_is_submitted_again_and_goes_on(cluster, capsys):
     assert "preempted; submitting it again (2 of 20)" in said
 
 
-@pytest.mark.parametrize("codes", [(81, 74), (74, 81)], ids=str)
+@pytest.mark.parametrize("codes", [(81, 74), (74, 81), (137, 74)], ids=str)
 def test_a_pod_that_failed_by_itself_outweighs_others_that_saved_and_left(cluster, codes):
     def fail(job):
         for index, code in enumerate(codes):
-            cluster.pod(index, "Failed", exit_code=code)
+            cluster.pod(index, "Failed", exit_code=code, disrupted=code == 137)
         cluster.condition("Failed")
 
     cluster.created = fail

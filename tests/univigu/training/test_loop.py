@@ -80,6 +80,22 @@ def test_stopping_between_micro_batches_keeps_the_last_whole_step(tmp_path):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_stopping_right_after_a_checkpoint_leaves_it_as_it_is(tmp_path):
+    passes, saved = [], []
+
+    def stop_in_the_third_step(*_):
+        passes.append(1)
+        if len(passes) == 5:
+            saved.extend((path, path.stat().st_ino) for path in (tmp_path / "checkpoints").rglob("rank-*"))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = {"micro_batch_size": 4, "steps": 4, "checkpoint_every": 2}
+    with pytest.raises(PreemptedError, match="saved step 2 of 4"):
+        tiny_run.run(tmp_path, before_forward=stop_in_the_third_step, **settings)
+    assert saved
+    assert saved == [(path, path.stat().st_ino) for path in (tmp_path / "checkpoints").rglob("rank-*")]
+
+
 def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsys):
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, lambda step, metrics: step == 7 and os.kill(os.getpid(), signal.SIGTERM))

@@ -1,0 +1,79 @@
+"""Runs in MLflow: what happens to them, and what is said, when the store or somebody else gets in the way."""
+
+import errno
+import json
+
+import mlflow
+import pytest
+
+from components import promotion, tracking
+from univigu import registry
+from univigu.errors import DiskFullError, PreemptedError, TransientError
+
+
+def start(root, **changes):
+    return tracking.start_run(root, "train-stage-1", parameters={}, tags={}, datasets={}, **changes)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """MLflow asks a server that fails once more, and no longer."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+@pytest.mark.slow
+def test_a_store_that_goes_away_costs_the_curves_alone(mlflow_server, tmp_path, monkeypatch, impatient, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url.replace("//", "//me:s3cret@"))
+
+    def train():
+        with start(tmp_path) as run:
+            run.log(1, {"loss": 2.0})
+            run.flush(wait=True)
+            mlflow_server.stop()
+            run.log(2, {"loss": 1.0})
+            run.log_samples(2, [{"caption": "a six"}], {}, 8)
+            for ask in (
+                lambda: run.set_tags({"univigu.model_digest": "0"}),
+                lambda: registry.version_at("uni-vigu", "champion", tracking.tracking_uri(tmp_path)),
+                lambda: promotion.promote("uni-vigu", 1, "why not", root=tmp_path),
+            ):
+                with pytest.raises(TransientError, match="does not answer"):
+                    ask()
+            raise PreemptedError("saved step 2")
+
+    with pytest.raises(PreemptedError, match="saved step 2"):
+        train()
+    said = "".join(capfd.readouterr())
+    for part in ("The samples of step 2 did not", "Some metrics did not", "MLflow will show the run as unfinished"):
+        assert part in said
+    assert "s3cret" not in said
+
+
+def test_a_server_that_fails_in_the_middle_is_a_transient_error(failing_after_one_answer, monkeypatch, impatient):
+    for ask in (registry.versions, lambda name, uri: registry.version_at(name, "champion", uri)):
+        failing_after_one_answer.answers = 1
+        with pytest.raises(TransientError, match=r"MLflow's store at .* does not answer"):
+            ask("uni-vigu", failing_after_one_answer.url)
+
+
+def test_a_run_that_somebody_deleted_is_not_gone_on_with(tmp_path):
+    note = tmp_path / "mlflow.json"
+    with pytest.raises(PreemptedError), start(tmp_path, note=note):
+        raise PreemptedError("told to stop")
+    first = json.loads(note.read_text())["run_id"]
+    with start(tmp_path, note=note) as run:
+        assert run.run_id == first
+    mlflow.MlflowClient().delete_run(first)
+    with start(tmp_path, note=note) as run:
+        assert run.run_id != first
+    assert json.loads(note.read_text())["run_id"] == run.run_id
+
+
+def test_a_disk_that_fills_while_a_model_is_fetched_is_not_a_model_that_is_missing(tmp_path, monkeypatch):
+    def fill(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracking.open_tracking(tmp_path)
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", fill)
+    with pytest.raises(DiskFullError, match="make room"):
+        registry.artifact("models:/uni-vigu@champion", "pipeline", tracking.tracking_uri(tmp_path))
