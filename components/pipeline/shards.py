@@ -6,7 +6,6 @@ shard that is under way, ``.00003.batches/0007``, with its record next to it. Ei
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -17,6 +16,7 @@ from components.pipeline.digests import file_digest, json_digest, tree_files
 from components.pipeline.parts import PartEnded
 from components.pipeline.progress import Meter
 from components.pipeline.state import lock, write_json
+from univigu.registry import link_or_copy
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Step
@@ -106,7 +106,7 @@ def _kept_shard(step: "Step", name: str, key: str) -> dict[str, Any] | None:
     record, folder = found
     if folder != step.out / "shards" / name:
         shutil.rmtree(step.out / "shards" / name, ignore_errors=True)
-        shutil.copytree(folder, step.out / "shards" / name, copy_function=_link_or_copy)
+        shutil.copytree(folder, step.out / "shards" / name, copy_function=link_or_copy)
     return record
 
 
@@ -158,10 +158,3 @@ def _do(step: "Step", key: str, rows: Rows, folder: Path, work: Work) -> dict[st
 
 def _file_digests(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): file_digest(file) for file in tree_files(folder)}
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -224,7 +224,7 @@ def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], scratch:
         contents = {"card": readme}
         for title, source in {**evidence, "pipeline": pipeline}.items():
             contents[title] = Path(folder) / title  # its name inside the version is the last part of this path
-            shutil.copytree(source, contents[title], copy_function=_link_or_copy)
+            shutil.copytree(source, contents[title], copy_function=link_or_copy)
         return mlflow.pyfunc.log_model(
             **where,
             python_model=str(Path(__file__).with_name("mlflow_model.py")),
@@ -288,7 +288,8 @@ def shorten(card: str) -> str:
     return text[: text.rfind("\n## ", 0, LONGEST_DESCRIPTION - len(more))] + more
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """A `copy_function` of `shutil.copytree` that takes no room on the same disk, for files that nobody changes."""
     try:
         os.link(source, target)
     except OSError:
