@@ -30,6 +30,7 @@ from components.pipeline.airflow_operator import (
     KfpRunOperator,
     StepOperator,
     clear_failures,
+    require_known_fields,
     work_root,
 )
 from components.pipeline.profiles import profile_names
@@ -85,6 +86,7 @@ def retrain():
         params, events = context["params"], context["triggering_asset_events"]
         profile = params["profile"]
         with clear_failures(context):
+            require_known_fields(context)
             root = work_root()
             open_tracking(root)  # a registry that does not answer is told now, not after hours of training
             for event in events[DATASET][-1:] if DATASET in events else ():

@@ -66,6 +66,12 @@ def merge_arguments(package: Path, own: Mapping[str, Any], more: str) -> dict[st
         raise ConfigError(f"{KFP_ARGUMENTS}: {error}") from None
 
 
+def require_known_fields(context: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a field that the DAG's form doesn't have: Airflow checks the values of those it has."""
+    if unknown := sorted(set(context["dag_run"].conf or {}) - set(context["dag"].params)):
+        raise ConfigError(f"The form has no field '{unknown[0]}'; it has {', '.join(sorted(context['dag'].params))}.")
+
+
 @contextmanager
 def clear_failures(context: Mapping[str, Any]) -> Iterator[None]:
     """Fail a task in one sentence, which later tasks find as its XCom `failure`.

@@ -1,6 +1,7 @@
 """The `univigu` command. Each command imports what it needs when it runs, so that `univigu --help` answers at once."""
 
 import atexit
+import errno
 import gc
 import logging
 import os
@@ -8,12 +9,12 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from components.pipeline import commands, data_commands, model_commands, pipeline_commands, plan_commands, train_job
-from univigu.errors import PreemptedError, UniViGUError
+from univigu.errors import BadInputError, ConfigError, DiskFullError, PreemptedError, UniViGUError
 
 app = typer.Typer(
     name="univigu",
@@ -56,7 +57,10 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Run one step of the pipeline on the outputs of the steps before it (`dvc repro` runs them all)."""
+    """Run one step of the pipeline on the outputs of the steps before it, whether or not its own is up to date.
+
+    `dvc repro` runs all steps whose output isn't.
+    """
     from components.pipeline.parts import Part
     from components.pipeline.processes import count_processes, make_parts
     from components.pipeline.profiles import check_watched, load_profile
@@ -96,6 +100,8 @@ def use(
     """Choose the profile that `dvc repro` runs; writes params.yaml."""
     from components.pipeline.profiles import use_profile
 
+    if not (root / "dvc.yaml").is_file():
+        raise ConfigError(f"There is no dvc.yaml in {root.resolve()}; go to the project's folder, or give its --root.")
     for key, path in use_profile(profile, root).items():
         there = "" if (root / path).exists() else f" (not there yet: `univigu rehearse --profile {profile}`)"
         print(f"{key:<12} {path}{there}")
@@ -185,6 +191,21 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+_FOLDERS_FAULTS = {
+    errno.EACCES: BadInputError,
+    errno.EPERM: BadInputError,
+    errno.EROFS: BadInputError,
+    errno.ENOSPC: DiskFullError,
+    errno.EDQUOT: DiskFullError,
+}
+
+
+def _end(error: UniViGUError) -> NoReturn:
+    if _speaks() or not isinstance(error, PreemptedError):
+        print(f"univigu: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
     keep_libraries_quiet()
@@ -194,9 +215,11 @@ def main() -> None:
     try:
         app()
     except UniViGUError as error:
-        if _speaks() or not isinstance(error, PreemptedError):
-            print(f"univigu: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error)
+    except OSError as error:
+        if error.filename is None or error.errno not in _FOLDERS_FAULTS:
+            raise
+        _end(_FOLDERS_FAULTS[error.errno](f"{error.filename}: {error.strerror}; make room, or mend its rights."))
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of a KeyboardInterrupt
             print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)

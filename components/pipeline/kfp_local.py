@@ -39,17 +39,23 @@ def run_locally(root: Path, arguments: Mapping[str, Any]) -> None:
 
     Steps that are finished are skipped, by kfp's cache below the root.
     """
-    from kfp import local
-
-    from components.pipeline.kfp_pipeline import compile_to, make_pipeline
+    from components.pipeline.kfp_pipeline import compile_to
     from components.pipeline.kfp_server import typed_arguments
     from univigu.errors import ConfigError
 
     if refused := [name for name in CLUSTER_ONLY if name in arguments]:
         raise ConfigError(f"On this machine there is no choice of {', '.join(refused)}; leave it out (or give --root).")
-    with tempfile.TemporaryDirectory() as folder:
-        compile_to(Path(folder) / "pipeline.yaml")
-        typed = typed_arguments(Path(folder) / "pipeline.yaml", arguments)
+    with _temporary_folder() as folder:
+        compile_to(folder / "pipeline.yaml")
+        typed = typed_arguments(folder / "pipeline.yaml", arguments)
+        _run_below(root, typed)
+
+
+def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
+    from kfp import local
+
+    from components.pipeline.kfp_pipeline import make_pipeline
+
     home = root.resolve() / STATE / "kfp"
     os.environ[RUN_ID] = uuid4().hex
     local.init(
@@ -69,6 +75,20 @@ def run_locally(root: Path, arguments: Mapping[str, Any]) -> None:
                 "exit_code": UniViGUError.exit_code,
             }
             raise TaskFailedError(failure["message"], failure["exit_code"]) from error
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder that takes all temporary files of this process and of its tasks along: kfp leaves one of each task."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("TMPDIR")
+        os.environ["TMPDIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("TMPDIR")
+            if before is not None:
+                os.environ["TMPDIR"] = before
 
 
 @contextlib.contextmanager

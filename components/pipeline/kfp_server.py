@@ -308,6 +308,8 @@ def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, An
             raise ConfigError(f"'{name}' takes JSON of type {kind}, which '{value}' is not.") from error
         if not isinstance(typed[name], _TYPES[kind]) or (kind != "BOOLEAN" and isinstance(typed[name], bool)):
             raise ConfigError(f"'{name}' takes a value of type {kind}, which {json.dumps(typed[name])} is not.")
+        if kind == "NUMBER_DOUBLE":
+            typed[name] = float(typed[name])  # kfp's local runner takes no other for one
     return typed
 
 

@@ -1,7 +1,9 @@
 """Profiles: one YAML file of parameters each; code never asks which one it is in."""
 
+import functools
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,10 @@ def load_profile(name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(profile, dict):
         raise ConfigError(f"The profile {path} is not a table of parameters; see {profile_names()} for examples.")
-    missing = sorted(_keys(yaml.safe_load(_bundled("tiny").read_text(encoding="utf-8"))) - _keys(profile))
+    missing = sorted(_keys(_examples()["tiny"]) - _keys(profile))
     if missing:
         raise ConfigError(f"The profile {path} lacks {', '.join(missing)}; the bundled profile 'tiny' shows them.")
+    _check_kinds(profile, list(_examples().values()), str(path), "")
     return profile
 
 
@@ -90,6 +93,44 @@ def check_watched(name: str, profile: Mapping[str, Any], root: Path) -> None:
 
 def _bundled(name: str) -> Path:
     return Path(str(resources.files("components") / "profiles" / f"{name}.yaml"))
+
+
+@functools.cache
+def _examples() -> dict[str, dict[str, Any]]:
+    """The bundled profiles by name; nobody changes them."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return {name: yaml.load(_bundled(name).read_text(encoding="utf-8"), loader) for name in profile_names()}
+
+
+def _check_kinds(value: Any, examples: Sequence[Any], path: str, key: str) -> None:
+    """Raise `ConfigError` where a profile has another kind of value than the bundled ones have in that place."""
+    if isinstance(value, Mapping) and {} not in examples:  # else it is somebody else's, as a captioner's options are
+        for name, entry in value.items():
+            found = [example[name] for example in examples if isinstance(example, Mapping) and name in example]
+            _check_kinds(entry, found, path, f"{key}.{name}" if key else name)
+    known = [example for example in examples if example is not None]
+    if not known or (value is None and len(known) < len(examples)):
+        return
+    wrong = f"'{key}' in the profile {path} is {json.dumps(value, default=str)}"
+    kinds = {type(example) for example in known}
+    if kinds <= {int, float}:
+        whole = kinds == {int}
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            hint = " (to YAML, 2e-3 is a text, and 2.0e-3 a number)" if "e" in str(value) and not whole else ""
+            raise ConfigError(f"{wrong}; give it a {'whole ' if whole else ''}number, such as {known[0]}{hint}.")
+        if value < 0 <= min(known) or (value == 0 and key.endswith("_size")):
+            raise ConfigError(f"{wrong}; give it a number above that, such as {known[0]}.")
+    elif kinds == {list}:
+        if not isinstance(value, list):
+            raise ConfigError(f"{wrong}; give it a list, such as {json.dumps(known[0])}.")
+        entries = [entry for example in known for entry in example]
+        for entry in value:
+            if not isinstance(entry, list):
+                _check_kinds(entry, entries, path, key)
+    elif kinds == {dict} and not isinstance(value, Mapping):
+        raise ConfigError(f"{wrong}; give it a table, as the bundled profile 'tiny' does.")
 
 
 def _keys(profile: dict[str, Any]) -> set[str]:

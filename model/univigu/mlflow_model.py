@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 
@@ -25,10 +27,20 @@ class UniViGUModel(PythonModel):
         self.pipeline.set_progress_bar_config(disable=True)
 
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One output row an input row, with the same index; the row at position i draws from the seed + i."""
+        """One output row an input row, with the same index; the row at position i draws from the seed + i.
+
+        Raises MLflow's own exception for what makes no sense: of any other, its server shows callers a stack trace.
+        """
+        from univigu.errors import UniViGUError
+
+        try:
+            return self._predict(model_input, params or {})
+        except UniViGUError as error:
+            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
+
+    def _predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> pd.DataFrame:
         from univigu.errors import BadInputError
 
-        params = params or {}
         task = params.get("task", "caption")
         tasks = {"caption": self._caption, "generate": self._generate, "joint": self._joint}
         if task not in tasks:

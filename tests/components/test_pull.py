@@ -134,6 +134,11 @@ def test_a_served_model_answers_over_http(clean, clip, expected, tmp_path):
         (row,) = json.loads(answer)["predictions"]
         assert (status, decode_mp4(base64.b64decode(row["video"]))[0].shape) == (200, (9, 32, 32, 3))
         assert ask(url, {"dataframe_records": [{"film": video}]})[0] == 400
+        status, answer = ask(url, {"dataframe_records": [{"video": "none.mp4"}]})
+        refused = json.loads(answer)
+        assert (status, refused["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+        assert "There is no video file 'none.mp4'" in refused["message"]
+        assert "Traceback" not in answer
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)

@@ -90,11 +90,12 @@ class TaskInstance:
 def begin(retrain, tmp_path, monkeypatch):
     """A function: the extras of the events that start a run -> what `begin` returns, and its task instance."""
 
-    def call(*extras):
+    def call(*extras, conf=None):
         ti = TaskInstance()
         events = {Asset("univigu://dataset"): [SimpleNamespace(extra=extra) for extra in extras]} if extras else {}
         params = {"profile": "tiny", "backend": "local"}
-        return task.python_callable(ti=ti, params=params, triggering_asset_events=events), ti
+        run = SimpleNamespace(conf=conf or {})
+        return task.python_callable(ti=ti, params=params, triggering_asset_events=events, dag_run=run, dag=retrain), ti
 
     from airflow.sdk import Asset
 
@@ -136,6 +137,14 @@ def test_what_the_promotion_said_is_told_in_one_of_the_documented_states(retrain
     said = retrain.task_dict["notify"].python_callable.__globals__["outcome_of"](ti)
     assert said == {"state": state, "message": "r", "name": "uni-vigu", "version": 2, "champion": 1}
     assert f"`{state}`" in (DAGS.parent / "docs/airflow.md").read_text(encoding="utf-8")
+
+
+def test_a_field_that_the_form_does_not_have_trains_nothing(begin):
+    from airflow.sdk.exceptions import AirflowFailException
+
+    with pytest.raises(AirflowFailException, match="The form has no field 'prof'; it has approve, backend, profile"):
+        begin(conf={"prof": "smoke"})
+    begin(conf={"profile": "smoke"})
 
 
 def test_two_retrainings_never_run_at_once(bag):

@@ -61,6 +61,8 @@ class TrainingConfig:
         needed = max((OFFLOAD[part] for part in self.offload), default=0)
         if self.zero_stage < needed:
             raise ConfigError(f"To offload {' and '.join(self.offload)}, set zero_stage to {needed} or higher.")
+        if len(self.betas) != 2:
+            raise ConfigError(f"`betas` is {list(self.betas)}; give it two numbers, such as [0.9, 0.95].")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"`ema_decay` is {self.ema_decay}; use 0 for none, or a number below 1, as 0.9999.")
         for name in ("gradient_checkpointing", "shuffle_shards", "samples_every"):

@@ -21,6 +21,8 @@ WORKER = "univigu.training.worker"
 
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun with these arguments in this process; returns the exit code that speaks for all workers."""
+    import tempfile
+
     import psutil
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,14 +38,18 @@ def launch(arguments: Sequence[str]) -> int:
             worker.send_signal(number)
 
     signal.signal(signal.SIGTERM, pass_on)
+    folder = tempfile.TemporaryDirectory(prefix="univigu-launch-")  # torchrun leaves what it makes itself
     try:
         options = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
         if not (options.no_python or options.run_path):
             start = [*(["-m"] if options.module else []), options.training_script, *options.training_script_args]
             options.module, options.training_script, options.training_script_args = True, WORKER, start
+        options.log_dir = options.log_dir or folder.name
         run.run(options)
     except ChildFailedError as error:
         return exit_code((failure.exitcode for failure in error.failures.values()), bool(told))
+    finally:
+        folder.cleanup()
     return 0
 
 

@@ -189,3 +189,16 @@ def assert_refused(result, code, message):
     assert (result[0], result[1]) == (code, "")
     assert re.fullmatch(r"univigu: [^\n]+[.]\n", result[2])
     assert re.search(message, result[2])
+
+
+def test_a_file_that_cannot_be_written_is_told_in_one_sentence(univigu):
+    code, _, err = univigu("pipeline", "compile", "--output", "/sys/pipeline.yaml")  # not even by root
+    assert (code, err.count("\n")) == (65, 1)
+    assert err.startswith("univigu: /sys/pipeline.yaml: Permission denied; ")
+
+
+def test_choosing_a_profile_elsewhere_than_in_the_project_writes_nothing(univigu, tmp_path):
+    code, _, err = univigu("use", "smoke", "--root", tmp_path)
+    assert code == 78
+    assert f"There is no dvc.yaml in {tmp_path}" in err
+    assert list(tmp_path.iterdir()) == []

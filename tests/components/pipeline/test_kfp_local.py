@@ -26,9 +26,9 @@ def environment():
 
 
 def run(root, *arguments):
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=root, env=environment(), capture_output=True, text=True, check=False
-    )
+    (root / "tmp").mkdir(exist_ok=True)
+    env = environment() | {"TMPDIR": str(root / "tmp")}
+    return subprocess.run([*COMMAND, *arguments], cwd=root, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_whole_pipeline_ends_with_the_dataset_of_dvc_repro_and_the_second_ti
 ):
     root = make_root("pipeline")
     started = time.time()
-    done = run(root, "parts=2")
+    done = run(root, "parts=2", "free_gib=1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert done.stdout.splitlines()[-1] == "SUCCEEDED"
     assert "synthesize-videos 1/2 | synthesize-videos 1/2: 1 shards made, 0 kept" in done.stdout
@@ -94,6 +94,7 @@ def test_the_whole_pipeline_ends_with_the_dataset_of_dvc_repro_and_the_second_ti
         manifest = verify(root / stage.home, stage.name)
         if stage in STAGES[: STAGES.index(find_stage("train-stage-1"))]:
             assert manifest == verify(reproduced.root / stage.home, stage.name)
+    assert list((root / "tmp").iterdir()) == []
     again = run(root, "parts=2")
     assert again.returncode == 0, again.stderr
     assert {line.split(" | ")[0] for line in again.stdout.splitlines()} == {

@@ -122,6 +122,11 @@ def test_of_two_who_submit_at_the_same_time_one_follows_the_other(kfp, path):
     assert len(kfp.experiments) == 1
 
 
+def test_a_whole_number_will_do_for_a_number():
+    typed = typed_arguments(PACKAGE, {"free_gib": "2"})
+    assert (typed, type(typed["free_gib"])) == ({"free_gib": 2.0}, float)
+
+
 def test_a_run_that_fails_at_once_is_not_submitted_a_second_time(kfp, client):
     kfp.states = ["FAILED"]
     assert client.submit(PACKAGE, "same", {}) == "run-1"

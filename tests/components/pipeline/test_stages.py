@@ -172,6 +172,51 @@ def test_a_profile_that_lacks_a_parameter_is_told_which(tmp_path):
         load_profile(str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("train_stage_1", "learning_rate", "2e-3", r"is \"2e-3\"; give it a number, .* 2.0e-3 a number\)"),
+        ("train_stage_1", "steps", "eight", r'is "eight"; give it a whole number, such as'),
+        ("train_stage_1", "weight_decay", -3, "is -3; give it a number above that"),
+        ("train_stage_1", "betas", ["x", 0.9], 'is "x"; give it a number'),
+        ("synthesize_videos", "shard_size", 3.5, "is 3.5; give it a whole number"),
+        ("encode_latents", "batch_size", 0, "is 0; give it a number above that"),
+        ("encode_latents", "batch_size", -1, "is -1; give it a number above that"),
+        ("curate_prompts", "languages", "en", r'is "en"; give it a list, such as \["en"\]'),
+        ("curate_prompts", "licences", None, "is null; give it a list"),
+        ("train_stage_1", "loss_weights", 3, "is 3; give it a table"),
+    ],
+)
+def test_a_value_of_another_kind_than_the_bundled_profiles_have_is_told(tmp_path, section, key, value, said):
+    profile = load_profile("smoke")
+    profile[section][key] = value
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(profile))
+    with pytest.raises(ConfigError, match=rf"'{section}.{key}' in the profile .*mine.yaml {said}"):
+        load_profile(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train_stage_1", "learning_rate", 1),
+        ("train_stage_1", "micro_batch_size", 4),
+        ("train_stage_1", "micro_batch_size", None),
+        ("train_stage_1", "lora", {"rank": 4, "alpha": 4, "targets": ["to_q"]}),
+        ("train_stage_1", "gradient_checkpointing", 2),
+        ("train_stage_1", "samples_every", 0),
+        ("train_stage_1", "cache_gb", 0.5),
+        ("synthesize_videos", "flow_shift", 3.0),
+        ("video", "buckets", [[9, 32, 32]]),
+        ("evaluate_model", "scorers", {"clip": "model/clip"}),
+    ],
+)
+def test_what_only_other_profiles_need_is_taken(tmp_path, section, key, value):
+    profile = load_profile("smoke")
+    profile[section][key] = value
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(profile))
+    assert load_profile(str(tmp_path / "mine.yaml")) == profile
+
+
 def test_the_profile_in_use_is_there_with_the_paths_that_it_names(tmp_path):
     committed = (ROOT / "params.yaml").read_text()
     use_profile(yaml.safe_load(committed)["profile"], tmp_path)

@@ -31,9 +31,9 @@ def on_two(folder, settings, *arguments):
     return launch(SCRIPT, folder, json.dumps(settings), *arguments)
 
 
-def launch(script, *arguments):
+def launch(script, *arguments, **variables):
     command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | variables
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=900, env=environment
     )
@@ -179,7 +179,9 @@ def test_one_exit_code_speaks_for_all_workers(codes, told, expected):
 def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(74)\ntime.sleep(300)\n")
-    assert launch(script).returncode == 74
+    (tmp_path / "tmp").mkdir()
+    assert launch(script, TMPDIR=str(tmp_path / "tmp")).returncode == 74
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 LATE = """
