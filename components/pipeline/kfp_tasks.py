@@ -8,6 +8,7 @@ prints begins with its name.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def check_prerequisites(
             raise ConfigError(f"There is no train_backend '{train_backend}'; choose one of {', '.join(BACKENDS)}.")
         _check_quantities(asked)
         _check_sources(profile, Path(root))
-        if trainjob is None:
+        if trainjob is None and int(asked["training_gpus"]) > 1:
             _check_batches(profile, int(asked["training_gpus"]))
         if missing := [name for name in required_env if not os.environ.get(name)]:
             raise MissingInputError(
@@ -206,16 +207,13 @@ def _check_sources(profile: str, root: Path) -> None:
             )
 
 
-def _check_quantities(asked: Mapping[str, str]) -> None:
-    from kubernetes.utils.quantity import parse_quantity
+_QUANTITY = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?")  # Kubernetes', above zero, without exponents
 
+
+def _check_quantities(asked: Mapping[str, str]) -> None:
     for name, text in asked.items():
         gpus = name.endswith("gpus")
-        try:
-            good = text.isdecimal() if gpus else parse_quantity(text) > 0
-        except ValueError:
-            good = False
-        if not good:
+        if not (text.isdecimal() if gpus else _QUANTITY.fullmatch(text)):
             example = "a whole number of GPUs, such as 8" if gpus else "a quantity of Kubernetes', such as 500m or 64Gi"
             raise ConfigError(f"'{name}' is '{text}'; give it {example}.")
 
@@ -229,7 +227,7 @@ def _check_batches(profile: str, gpus: int) -> None:
     for stage in STAGES:
         if stage.resources.pool == "training":
             section = values[stage.parameters[-1]]
-            micro_batches(TrainingConfig.from_section(section, values["seed"]), max(gpus, 1))
+            micro_batches(TrainingConfig.from_section(section, values["seed"]), gpus)
 
 
 def _check_disk(root: Path, free_gib: float) -> None:
