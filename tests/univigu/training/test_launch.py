@@ -187,7 +187,7 @@ def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
 LATE = """
 import atexit, ctypes, time
 
-atexit.register(ctypes.PyDLL(None).sleep, 3)  # keeps the interpreter's lock until the interpreter is torn down
+atexit.register(ctypes.PyDLL(None).sleep, 6)  # keeps the interpreter's lock until the interpreter is torn down
 import torch
 import torch.distributed as dist
 
