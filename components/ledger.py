@@ -99,21 +99,17 @@ def take_turn(name: str, root: Path, *, action: str, version: int, who: str, why
 
     client = MlflowClient()
     tags = {"mlflow.user": who, "mlflow.note.content": why}
-    try:
+    with registry.explained(tracking_uri(root)):
         run_id = _begin(client, experiment, name, f"{action} version {version}", tags)
-    except MlflowException as error:
-        raise registry.store_error(error, tracking_uri(root)) from error
-    turn = Turn(client, run_id, name)
-    try:
-        turn.write({"action": action, "version": version, "who": who, "why": why})
-        yield turn
-        client.set_terminated(run_id, "FINISHED")
-    except BaseException as error:
-        with suppress(MlflowException, UniViGUError):  # if the server is gone, the next turn settles this one
-            _settle(client, client.get_run(run_id), name)
-        if isinstance(error, MlflowException):
-            raise registry.store_error(error, tracking_uri(root)) from error
-        raise
+        turn = Turn(client, run_id, name)
+        try:
+            turn.write({"action": action, "version": version, "who": who, "why": why})
+            yield turn
+            client.set_terminated(run_id, "FINISHED")
+        except BaseException:
+            with suppress(MlflowException, UniViGUError):  # if the server is gone, the next turn settles this one
+                _settle(client, client.get_run(run_id), name)
+            raise
 
 
 def read_ledger(name: str, root: Path) -> list[Entry]:

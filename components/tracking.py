@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univigu.errors import ConfigError, MissingInputError, PreemptedError, UniViGUError
-from univigu.registry import in_a_hurry, store_error, without_login, without_password
+from univigu.registry import explained, in_a_hurry, store_error, without_login, without_password
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def start_run(
 
     store, status = tracking_uri(root), "FAILED"
     try:
-        with _explained(store):
+        with explained(store):
             known = _noted_run(mlflow, note)
             run = mlflow.start_run(run_id=known, experiment_id=experiment, run_name=None if known else name)
             if note is not None:
@@ -183,7 +183,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags to the run; raises `TransientError` where the store does not answer."""
-        with _explained(self.store):
+        with explained(self.store):
             for name, value in tags.items():
                 self.client.set_tag(self.run_id, name, value)
 
@@ -230,17 +230,6 @@ def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-@contextmanager
-def _explained(store: str) -> Iterator[None]:
-    """Turn what MLflow raises into one sentence about its store."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        raise store_error(error, store) from error
 
 
 def _noted_run(mlflow: Any, note: Path | None) -> str | None:

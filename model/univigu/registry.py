@@ -364,6 +364,17 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
 
 
 @contextmanager
+def explained(uri: str):
+    """Turn what MLflow raises about its store into what `store_error` says of it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise store_error(error, uri) from error
+
+
+@contextmanager
 def in_a_hurry():
     """Let MLflow give up on a server within seconds, not minutes, where the user has not said how patient to be."""
     hurried = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
@@ -401,10 +412,10 @@ def _store(tracking_uri: Uri):
     if tracking_uri is not None:
         mlflow.set_tracking_uri(without_login(tracking_uri))
     try:
-        _require_answer(mlflow.get_tracking_uri())
-        yield mlflow.get_tracking_uri()
-    except mlflow.exceptions.MlflowException as error:
-        raise store_error(error, mlflow.get_tracking_uri()) from error
+        store = mlflow.get_tracking_uri()
+        _require_answer(store)
+        with explained(store):
+            yield store
     finally:
         if tracking_uri is not None:
             mlflow.set_tracking_uri(before)
