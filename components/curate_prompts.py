@@ -12,13 +12,13 @@ from itertools import chain, islice
 from typing import Any
 
 from components.funnel import Funnel
-from components.pipeline.digests import file_digest
 from components.pipeline.runner import Step, inside
 from components.prompt_duplicates import ExactTexts, NearDuplicates
 from components.prompt_screening import ENFORCE, Accepted, Finding, Rejected, Screen, quotable_row
 from components.prompt_sources import RawBatch, parse, raw_files, read_batches
 from components.workers import map_in_order, worker_count
 from univigu.errors import GateFailedError
+from univigu.files import file_sha256
 
 INLINE = 16  # batches; fewer are screened in this process, as it takes seconds to start others
 EMBEDDED = 256  # prompts that are embedded together
@@ -44,7 +44,7 @@ def curate_prompts(step: Step) -> None:
     step.facts |= {
         "repaired": curation.repaired,
         "not_in_near_duplicate_index": curation.near.left_out if curation.near else 0,
-        "sources": {file.name: file_digest(file) for file in raw_files(step.inputs["raw"])},
+        "sources": {file.name: file_sha256(file) for file in raw_files(step.inputs["raw"])},
     }
     curation.funnel.write(step.out)
     curation.funnel.show()

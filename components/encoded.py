@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.digests import file_digest
 from components.pipeline.runner import MANIFEST
 from components.pipeline.tables import read_table
 from univigu.errors import BadInputError
+from univigu.files import file_sha256
 from univigu.training.data import EMPTY_PROMPT
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Encoded:
 
         if name not in self._opened:
             path = self._folder / name
-            whole = name in self._files and path.is_file() and file_digest(path) == self._files[name]["sha256"]
+            whole = name in self._files and path.is_file() and file_sha256(path) == self._files[name]["sha256"]
             self._opened[name] = safe_open(path, framework="pt") if whole else None
         return self._opened[name]
 

@@ -20,6 +20,7 @@ from components.buckets import Bucket, Misfit, choose_bucket, list_buckets
 from components.import_texts import Fault, Texts, find_videos, printable, read_texts
 from components.pipeline.stages import Stage
 from univigu.errors import BadInputError, ConfigError
+from univigu.files import file_sha256
 
 if TYPE_CHECKING:
     from components.checks import Finding
@@ -256,10 +257,9 @@ def first_sentence(text: str) -> str:
 
 def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each name and the SHA-256 of its file, in order."""
-    from components.pipeline.digests import file_digest
 
     with ThreadPoolExecutor(min(BATCH, len(os.sched_getaffinity(0)))) as pool:
-        digests = pool.map(lambda name: file_digest(folder / name), names)
+        digests = pool.map(lambda name: file_sha256(folder / name), names)
         yield from zip(names, step.progress(digests, len(names), unit="files"), strict=True)
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from components import ledger, promotion
 from components.pipeline.digests import json_digest, tree_digest
-from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step, write_json
+from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step
 from components.pipeline.stages import find_stage
 from components.promotion import Evaluation, read_evaluation
 from univigu.errors import BadInputError, ConfigError
+from univigu.files import write_json
 
 PIPELINE = "model"  # the pipeline's folder inside the training step's output
 CARD = "model_card.md.j2"

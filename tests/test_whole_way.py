@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from components.pipeline.digests import file_digest
 from components.pipeline.measure_orchestrators import overheads
 from components.pipeline.runner import verify
 from components.pipeline.stages import STAGES
+from univigu.files import file_sha256
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
@@ -157,7 +157,7 @@ def test_the_champion_leads_back_to_a_tagged_dataset_and_its_prompts(clone):
     assert found["prompts"]["kept"] == manifests["curate-prompts"]["rows_out"]
     assert sum(row["count"] for row in found["prompts"]["sources"]) == found["prompts"]["kept"]
     for name, digest in found["prompts"]["files"].items():
-        assert file_digest(clone / "data/prompts" / name) == digest
+        assert file_sha256(clone / "data/prompts" / name) == digest
 
 
 def test_the_plots_of_dvc_are_the_ones_to_look_at(clone):

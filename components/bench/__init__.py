@@ -12,8 +12,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from components.pipeline.runner import write_json
 from univigu.errors import ConfigError
+from univigu.files import write_json
 
 
 def benchmarks() -> list[str]:

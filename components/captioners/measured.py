@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from components.captioners import Captioner, CaptionRequest, CaptionResponse, Clip, FollowUp, caption_in_batches
-from components.pipeline.digests import file_digest, json_digest
+from components.pipeline.digests import json_digest
+from univigu.files import file_sha256
 
 if TYPE_CHECKING:
     from components.digits.measure import Measurement
@@ -42,7 +43,7 @@ class Measured:
     def digest(self) -> str:
         from components.digits import measure, world
 
-        code = [file_digest(Path(module.__file__)) for module in (measure, world)]
+        code = [file_sha256(Path(module.__file__)) for module in (measure, world)]
         return json_digest([self.seed, self.wordings, *code])
 
     def check(self) -> None:

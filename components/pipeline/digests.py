@@ -6,11 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+from univigu.files import file_sha256
 
 
 def tree_files(path: Path) -> list[Path]:
@@ -28,7 +24,7 @@ def tree_files(path: Path) -> list[Path]:
 def tree_digest(paths: Iterable[Path], relative_to: Path) -> str:
     """One SHA-256 over the names (relative to `relative_to`) and bytes of all files at or below `paths`."""
     files = sorted({file for path in paths for file in tree_files(path)})
-    return json_digest({file.relative_to(relative_to).as_posix(): file_digest(file) for file in files})
+    return json_digest({file.relative_to(relative_to).as_posix(): file_sha256(file) for file in files})
 
 
 def json_digest(value: Any) -> str:

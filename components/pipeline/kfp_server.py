@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError, UniViGUError
+from univigu.files import file_sha256
 
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1Run
@@ -315,10 +316,10 @@ def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, An
 
 def default_run_name(package: Path, arguments: Mapping[str, Any]) -> str:
     """A name that says what is run: the same pipeline with the same arguments has the same name."""
-    from components.pipeline.digests import file_digest, json_digest
+    from components.pipeline.digests import json_digest
 
     pipeline, _ = read_package(package)
-    digest = json_digest([file_digest(package), typed_arguments(package, arguments)])
+    digest = json_digest([file_sha256(package), typed_arguments(package, arguments)])
     return f"{pipeline['pipelineInfo']['name']}-{digest[:10]}"
 
 

@@ -26,6 +26,7 @@ from univigu.errors import (
     MissingInputError,
     UniViGUError,
 )
+from univigu.files import write_json
 
 BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob that it starts
 MAX_PARTS = 1000
@@ -352,7 +353,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    from components.pipeline.runner import write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, value)

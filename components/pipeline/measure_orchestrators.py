@@ -21,9 +21,10 @@ import typer
 
 from components.pipeline.airflow_server import AirflowServer, free_port
 from components.pipeline.profiles import use_profile
-from components.pipeline.runner import MANIFEST, STATE, write_json
+from components.pipeline.runner import MANIFEST, STATE
 from components.pipeline.stages import STAGES, find_stage
 from univigu.errors import UniViGUError
+from univigu.files import write_json
 
 REPO = Path(__file__).resolve().parents[2]
 DATASET = "encode-latents"  # the step whose output is the dataset

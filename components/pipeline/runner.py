@@ -29,11 +29,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from components.pipeline import shards
-from components.pipeline.digests import file_digest, json_digest, tree_digest, tree_files
+from components.pipeline.digests import json_digest, tree_digest, tree_files
 from components.pipeline.parts import Part, PartEnded
 from components.pipeline.progress import Meter, progress
 from components.pipeline.stages import Stage, find_stage
-from components.pipeline.state import STATE, lock, write_json
+from components.pipeline.state import STATE, lock
 from components.pipeline.tables import TableWriter, read_table, write_table
 from components.pipeline.weights import how_to_fetch
 from univigu.errors import (
@@ -45,6 +45,7 @@ from univigu.errors import (
     MissingInputError,
     UniViGUError,
 )
+from univigu.files import file_sha256, write_json
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -330,7 +331,7 @@ def verify(folder: Path, maker: str) -> dict[str, Any]:
             raise CorruptDataError(
                 f"{path} is missing from a finished output; delete {folder} and run `univigu run {maker}`."
             )
-        if path.stat().st_size != facts["size"] or file_digest(path) != facts["sha256"]:
+        if path.stat().st_size != facts["size"] or file_sha256(path) != facts["sha256"]:
             raise CorruptDataError(
                 f"{path} is not the file that its manifest names (size or SHA-256 differs); "
                 f"delete {folder} and run `univigu run {maker}`."
@@ -386,7 +387,7 @@ def _commit(step: Step, home: Path) -> dict[str, Any]:
     for shard in (step.out / "shards").glob(".*"):
         shutil.rmtree(shard)
     files = {
-        file.relative_to(step.out).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        file.relative_to(step.out).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in tree_files(step.out)
     }
     manifest = {

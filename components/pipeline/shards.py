@@ -12,11 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.digests import file_digest, json_digest, tree_files
+from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.parts import PartEnded
 from components.pipeline.progress import Meter
-from components.pipeline.state import lock, write_json
-from univigu.registry import link_or_copy
+from components.pipeline.state import lock
+from univigu.files import file_sha256, link_or_copy, write_json
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Step
@@ -157,4 +157,4 @@ def _do(step: "Step", key: str, rows: Rows, folder: Path, work: Work) -> dict[st
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    return {file.relative_to(folder).as_posix(): file_digest(file) for file in tree_files(folder)}
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in tree_files(folder)}

@@ -1,12 +1,9 @@
-"""What is kept below the work root's `.univigu` while steps run: locks, and records in JSON."""
+"""What is kept below the work root's `.univigu` while steps run: locks."""
 
 import fcntl
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from univigu.errors import BusyError
 
@@ -26,14 +23,3 @@ def lock(root: Path, name: str, what: str, kind: int = fcntl.LOCK_EX) -> Iterato
                 f"Another run of {what} is under way below {root}; wait for it, or give another --root."
             ) from error
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)

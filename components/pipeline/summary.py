@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.runner import MANIFEST, STATE, write_json
+from components.pipeline.runner import MANIFEST, STATE
 from components.pipeline.stages import STAGES, Stage, find_stage
 from univigu.errors import MissingInputError
+from univigu.files import write_json
 
 SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
 

@@ -4,6 +4,11 @@ The codes follow BSD's ``sysexits.h`` where it has a word for the case, so that 
 from "try again" from "resume".
 """
 
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UniViGUError(Exception):
     """Base of every expected failure. Its message is one sentence that is shown to the user without a traceback."""
@@ -30,7 +35,7 @@ class DiskFullError(UniViGUError):
 
 
 class CorruptDataError(BadInputError):
-    """Bytes differ from what their manifest says (EX_IOERR)."""
+    """Bytes differ from what their manifest says, or the disk can't read or write them (EX_IOERR)."""
 
     exit_code = 74
 
@@ -63,3 +68,49 @@ class BusyError(TransientError):
     """Another run holds the work root."""
 
     exit_code = 82
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BROKEN = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What libraries say that don't pass the number on: torch, safetensors (Rust), SQLite, Arrow.
+_SAID = {
+    _FULL: ("no space left", "disk is full", "disk full", "disk quota exceeded", "file too large"),
+    _BROKEN: ("input/output error", "disk i/o error", "stale file handle"),
+    _FORBIDDEN: ("read-only file system", "readonly database"),
+}
+_SCARCE_BYTES = 64 * 1024
+
+
+def storage_fault(error: BaseException, place: Path) -> UniViGUError | None:
+    """What a failing disk means to people, in one sentence; None where an error is about something else.
+
+    place: what was to be read or written, for errors that don't name a file. A full disk is a `DiskFullError`, one that
+    doesn't read or write a `CorruptDataError`, and one that may not be written a `BadInputError`.
+    """
+    for cause in _causes(error):
+        number = cause.errno if isinstance(cause, OSError) else None
+        where = cause.filename if isinstance(cause, OSError) and cause.filename else place
+        words = str(cause).lower()
+        kind = next((known for known in _SAID if number in known or any(one in words for one in _SAID[known])), None)
+        if kind is _FULL:
+            return DiskFullError(f"The disk is full at {where}; make room and run it again.")
+        if kind is _BROKEN:
+            return CorruptDataError(
+                f"The disk fails at {where} (input/output error); check it and its connection, and run it again."
+            )
+        if kind is _FORBIDDEN:
+            why = cause.strerror if isinstance(cause, OSError) and cause.strerror else "read-only"
+            return BadInputError(f"{where} can't be used ({why}); correct its permissions, or choose another place.")
+    if place.is_dir() and shutil.disk_usage(place).free < _SCARCE_BYTES:
+        return DiskFullError(f"The disk is full at {place}; make room and run it again.")
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it came from."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

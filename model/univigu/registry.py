@@ -23,6 +23,7 @@ from univigu.errors import (
     TransientError,
     UniViGUError,
 )
+from univigu.files import link_or_copy
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -286,14 +287,6 @@ def shorten(card: str) -> str:
         return text
     more = "\n\nThe whole card is `artifacts/README.md` of this version.\n"
     return text[: text.rfind("\n## ", 0, LONGEST_DESCRIPTION - len(more))] + more
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A `copy_function` of `shutil.copytree` that takes no room on the same disk, for files that nobody changes."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _ensure_name(client: Any, name: str) -> None:

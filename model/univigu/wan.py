@@ -4,7 +4,6 @@ Wan writes sigma = 1 for noise and 0 for data, feeds the transformer t = 1000 si
 writes tau = 1 - sigma and predicts data - noise, so u = -model_out at t = 1000 (1 - tau). That meeting is here alone.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
+from .files import read_json_object
 
 NUM_TRAIN_TIMESTEPS = 1000
 _SHARED = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "freq_dim": 256}
@@ -226,7 +226,7 @@ def transformer_folder(source: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; one sentence where it isn't one."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise CorruptDataError(f"{path} can't be read as JSON ({error}): download or build the model again.") from error
 

@@ -21,7 +21,7 @@ import torch
 
 from components.digits import world
 from components.evaluate_model import summarise_rows
-from components.pipeline.digests import file_digest, tree_files
+from components.pipeline.digests import tree_files
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import MANIFEST, run_stage
 from components.pipeline.stages import find_stage
@@ -29,6 +29,7 @@ from components.pipeline.tables import write_table
 from components.tracking import open_tracking, tracking_uri
 from components.videos import write_tar
 from univigu import registry
+from univigu.files import file_sha256
 from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
 
@@ -41,7 +42,7 @@ def commit(root, step, tables, write_more=lambda home: None):
     for name, rows in tables.items():
         write_table(home, name, rows)
     files = {
-        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in tree_files(home)
         if file.name != MANIFEST
     }

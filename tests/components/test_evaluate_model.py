@@ -11,13 +11,14 @@ import pytest
 
 from components import evaluate_model as evaluation
 from components.digits import benchmark, world
-from components.pipeline.digests import file_digest, json_digest, tree_files
+from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from univigu.errors import ConfigError
 from univigu.evaluation.claims import summarise
+from univigu.files import file_sha256
 
 HELDOUT = Path(__file__).parents[2] / "data" / "heldout.json"
 GROUPS = {"captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser", "joint"}
@@ -30,7 +31,7 @@ def commit(root, name, rejected=()):
     home.mkdir(parents=True, exist_ok=True)
     write_table(home, "rejected", rejected)
     files = {
-        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in tree_files(home)
     }
     reasons = dict.fromkeys((row["reason"] for row in rejected), 1)

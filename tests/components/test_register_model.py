@@ -13,7 +13,7 @@ import pytest
 
 from components import promotion
 from components.evaluate_model import summarise_rows
-from components.pipeline.digests import file_digest, json_digest, tree_files
+from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.runner import MANIFEST, run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
@@ -22,6 +22,7 @@ from components.tracking import start_run, tracking_uri
 from components.train_stage import model_digest
 from univigu import registry
 from univigu.errors import BadInputError, ConfigError
+from univigu.files import file_sha256
 from univigu.video import decode_mp4, encode_mp4
 
 TASKS = ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
@@ -33,7 +34,7 @@ def commit(root, step, inputs):
     home = root / find_stage(step).home
     (home / MANIFEST).unlink(missing_ok=True)
     files = {
-        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_digest(file)}
+        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in tree_files(home)
     }
     manifest = {

@@ -9,9 +9,7 @@ DeepSpeed's own checkpoints hold slices that fit one number of processes and one
 are read by any number of processes, in any stage, and nothing is unpickled. All ranks must see the same folder.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from univigu.errors import ConfigError
+from univigu.files import file_sha256, sync, write_json
 from univigu.training.state import read_state, write_state
 
 LATEST = "latest"
@@ -45,7 +44,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: Mapping[str, An
     dist.barrier()
     path = home / f"rank-{dist.get_rank():05d}.safetensors"
     save_file(read_state(engine), path)
-    _sync(path)
+    sync(path)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, ({path.name: _describe(path)}, _generator_states()))
     if dist.get_rank() == 0:
@@ -125,18 +124,6 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _sync(path: Path) -> None:
-    """Be sure that a file has reached the disk before a manifest names it."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _generator_states() -> dict[str, str]:
     """torch's random generators of this rank, as hex."""
     states = {"cpu": torch.get_rng_state()}
@@ -150,13 +137,3 @@ def _restore_generators(states: Mapping[str, str]) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically, and be sure that it reached the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from univigu.training.checkpoints import write_json
+from univigu.files import write_json
 from univigu.training.engine import TrainingConfig
 
 LINE_EVERY_S = 5.0

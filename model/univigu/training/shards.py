@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError, TransientError
-from univigu.training.checkpoints import file_sha256, write_json
+from univigu.files import file_sha256, write_json
 from univigu.training.data import Shards, open_shard, open_tensors
 
 REMOTE = "remote.json"

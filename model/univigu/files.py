@@ -1,0 +1,97 @@
+"""Files that must be whole: hashed, replaced at once, on the disk before anything names them, and bounded when read."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LARGEST_JSON = 256 * 2**20  # bytes of a JSON file that is read as a whole: more is none of ours
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises `OSError` where the file can't be read, and `ValueError` for anything that is no JSON of ours: damaged,
+    not UTF-8, nested without end, or larger than `LARGEST_JSON`.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"{path} is larger than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises as `read_json` does, and `ValueError` where it holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file at once; it is on the disk when this returns."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    with replaced(path) as stream:
+        stream.write(text.encode(errors="surrogatepass") + b"\n")  # as `json.loads` reads bytes
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that takes its place at once when the block ends well, and leaves nothing behind otherwise.
+
+    A reader sees the old file or the new one, never half of it, also after a power cut.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Be sure that a file's bytes, or a folder's names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't, for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` everything below a folder, and the folder itself."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A `copy_function` of `shutil.copytree` that takes no room on the same disk, for files that nobody changes."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

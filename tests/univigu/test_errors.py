@@ -1,0 +1,41 @@
+"""What a failing disk means is told in one sentence, whoever reports it."""
+
+import errno
+import sqlite3
+
+import pytest
+
+from univigu.errors import BadInputError, CorruptDataError, DiskFullError, storage_fault
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), DiskFullError, 73),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFullError, 73),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), DiskFullError, 73),
+        (sqlite3.OperationalError("database or disk is full"), DiskFullError, 73),
+        (OSError(errno.EIO, "Input/output error", "/data/x"), CorruptDataError, 74),
+        (sqlite3.OperationalError("disk I/O error"), CorruptDataError, 74),
+        (RuntimeError("I/O error: Input/output error (os error 5)"), CorruptDataError, 74),
+        (OSError(errno.EROFS, "Read-only file system", "/data/x"), BadInputError, 65),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), BadInputError, 65),
+        (sqlite3.OperationalError("attempt to write a readonly database"), BadInputError, 65),
+    ],
+)
+def test_a_failing_disk_has_its_sentence_and_exit_code(tmp_path, error, kind, code):
+    fault = storage_fault(error, tmp_path)
+    assert type(fault) is kind
+    assert fault.exit_code == code
+    assert ("/data/x" if getattr(error, "filename", None) else str(tmp_path)) in str(fault)
+
+
+def test_a_failing_disk_is_recognised_behind_what_a_library_made_of_it(tmp_path):
+    wrapped = RuntimeError("the store said no")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert isinstance(storage_fault(wrapped, tmp_path), DiskFullError)
+
+
+@pytest.mark.parametrize("error", [ValueError("shape mismatch"), KeyError("x"), FileNotFoundError(2, "gone", "/x")])
+def test_other_errors_are_no_fault_of_the_disk(tmp_path, error):
+    assert storage_fault(error, tmp_path) is None

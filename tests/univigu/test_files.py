@@ -1,0 +1,57 @@
+"""Files are whole or not there, and what is read of them is bounded."""
+
+import json
+import os
+
+import pytest
+
+from univigu import files
+
+
+def test_a_file_that_fails_halfway_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "notes.json"
+    files.write_json(path, {"a": 1})
+
+    def fail():
+        with files.replaced(path) as stream:
+            stream.write(b"half")
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        fail()
+    assert files.read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["notes.json"]
+
+
+def test_a_value_survives_writing_and_reading(tmp_path):
+    value = {"text": "é – 映画", "list": [1, 2.5, None], "table": {"b": True}}
+    files.write_json(tmp_path / "value.json", value)
+    assert files.read_json_object(tmp_path / "value.json") == value
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}}', b"\0" * 300])
+def test_what_is_no_json_is_a_value_error(tmp_path, content):
+    (tmp_path / "broken.json").write_bytes(content)
+    with pytest.raises(ValueError):  # noqa: PT011 (its words are json's)
+        files.read_json(tmp_path / "broken.json")
+
+
+def test_a_json_file_without_an_object_is_told(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        files.read_json_object(tmp_path / "list.json")
+
+
+def test_no_more_than_the_limit_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST_JSON", 1000)
+    (tmp_path / "fits.json").write_text(json.dumps("x" * 998))
+    (tmp_path / "too_large.json").write_text(json.dumps("x" * 999))
+    assert len(files.read_json(tmp_path / "fits.json")) == 998
+    with pytest.raises(ValueError, match="larger than"):
+        files.read_json(tmp_path / "too_large.json")
+
+
+def test_a_link_takes_no_room_on_one_disk(tmp_path):
+    (tmp_path / "a").write_text("x")
+    files.link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a").stat().st_ino == (tmp_path / "b").stat().st_ino
