@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,89 @@ def test_an_evaluation_of_another_model_is_refused(world):
     with pytest.raises(BadInputError, match="no score 'captions"):
         world.register("mixed", metric="captions.beauty")
     assert world.version("mixed", "candidate") is None
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import mlflow.pyfunc, scipy.stats, sqlalchemy.orm  # once, not in each child
+import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
+from components import promotion, register_model
+from components.pipeline.runner import run_stage
+from univigu import registry
+sqlalchemy.orm.configure_mappers()
+root, calls = Path(sys.argv[1]), {"n": 0}
+
+def kill_at(owner, name, call):  # right before that call, as a machine that loses its power does
+    real = getattr(owner, name)
+    def die(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, die)
+
+for name, place, attribute, call in (
+    ("kill-uploading", mlflow.models.model, "_use_logged_model", 1),
+    ("kill-uploaded", mlflow.tracking.fluent, "finalize_logged_model", 1),
+    ("kill-entered", registry, "set_alias", 1),
+    ("kill-decided", registry, "set_alias", 2),
+    ("kill-untagged", registry, "set_tags", 1),
+    ("kill-unwritten", register_model, "write_json", 2),
+):
+    if not (child := os.fork()):
+        kill_at(place, attribute, call)
+        settings = {"name": name, "champion_metric": "captions.mean", "promotion": "automatic"}
+        run_stage("register-model", {"register_model": settings}, root)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
+"""
+KILL_POINTS = ("uploading", "uploaded", "entered", "decided", "untagged", "unwritten")
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """Names under which a registration was killed, each at another write; and the folder for temporary files."""
+    world.train("killed")
+    temporary = tmp_path_factory.mktemp("temporary")
+    repo = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(world.root)],
+        env={**os.environ, "PYTHONPATH": f"{repo / 'model'}:{repo}", "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return temporary
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_a_registration_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(world, killed, point):
+    name = f"kill-{point}"
+    facts = world.register(name)
+    assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
+    version = registry.find_version(name, 1, tracking_uri(world.root))
+    assert version.aliases == ["candidate", "champion"]
+    assert version.tags["univigu.decision"] == facts["decision"]
+    assert [(line.version, line.outcome) for line in promotion.history(name, root=world.root)] == [(1, "promoted")]
+    runs = (
+        "SELECT runs.name, status FROM runs JOIN experiments USING (experiment_id) WHERE "
+        "runs.lifecycle_stage = 'active' AND (runs.name = ? OR experiments.name = ?) ORDER BY runs.start_time"
+    )
+    with sqlite3.connect(world.root / "mlflow.db") as database:
+        found = database.execute(runs, (f"register {name}", f"{name}/promotions")).fetchall()
+    assert found == [(f"register {name}", "FINISHED"), ("promote version 1", "FINISHED")]
+
+
+def test_killed_registrations_leave_no_files(world, killed):
+    for point in KILL_POINTS:
+        world.register(f"kill-{point}")
+    with sqlite3.connect(world.root / "mlflow.db") as database:
+        sources = database.execute("SELECT source FROM model_versions").fetchall()
+    models = {source.rpartition("/")[2] for (source,) in sources}
+    assert {folder.name for folder in (world.root / "mlruns/models").iterdir()} == models
+    assert list(killed.iterdir()) == []
+    assert not (world.root / ".univigu/scratch/register-model").exists()
 
 
 PULL = """
