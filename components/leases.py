@@ -40,9 +40,9 @@ def hold(
         _held.discard(run_id)
 
 
-def drop(client: Any, run_id: str) -> None:
-    """Delete the run of a lease that says nothing (`mlflow gc` removes it for good)."""
-    client.set_terminated(run_id, "KILLED")
+def drop(client: Any, run_id: str, status: str = "KILLED") -> None:
+    """Delete the run of a lease that says nothing, ended with MLflow's `status` (`mlflow gc` removes it for good)."""
+    client.set_terminated(run_id, status)
     client.delete_run(run_id)
 
 

@@ -106,7 +106,7 @@ class Lease:
         if self._line == self._run_id:
             self._client.set_terminated(self._run_id, "FINISHED")
             return
-        leases.drop(self._client, self._run_id)
+        leases.drop(self._client, self._run_id, "FINISHED")
         if self._line is not None:  # last of all: until here whoever asked may be killed, and ask once more
             self._forget(self._line)
 
