@@ -37,17 +37,7 @@ _VIDEOS = Stage(
     home="data/clips",
     sources={"base": "base"},
     parameters=("text", "video", "curate_prompts", "synthesize_videos", "import_options", "import_videos"),
-    code=(
-        "components/buckets.py",
-        "components/checks",
-        "components/clip_gate.py",
-        "components/digits",
-        "components/import_texts.py",
-        "components/prompt_filters.py",
-        "components/tokens.py",
-        "components/videos.py",
-        "model/univigu/video.py",
-    ),
+    plugins={"components.checks": "synthesize_videos.checks"},
 )
 _TABLES = {
     "prompts": ("import-prompts", "data/curated"),

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from components import ledger, promotion
-from components.pipeline.digests import json_digest, tree_digest
-from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step
+from components.pipeline.digests import json_digest
+from components.pipeline.fingerprint import code_digest, fingerprint, modules_of
+from components.pipeline.manifests import MANIFEST
+from components.pipeline.runner import SOURCE_ROOT, Step
 from components.pipeline.stages import find_stage
 from components.promotion import Evaluation, read_evaluation
 from univigu.errors import BadInputError, ConfigError
@@ -57,7 +59,7 @@ def register_model(step: Step) -> None:
     experiment = open_tracking(step.root)
     identity = {
         "univigu.model_digest": _model_digest(manifests["model"]),
-        "univigu.library_digest": tree_digest([SOURCE_ROOT / "model/univigu"], relative_to=SOURCE_ROOT),
+        "univigu.library_digest": code_digest(fingerprint(modules_of("univigu"))),
         "univigu.evaluation_digest": _evaluation_digest(manifests["evaluation"]),
     }
     runs = _training_runs(step.root, manifests["model"])

@@ -117,7 +117,7 @@ def offload(
 
     Everything else of the output stays here, with the hashes that each fetched shard is verified against.
     """
-    from components.pipeline.runner import verify
+    from components.pipeline.manifests import verify
     from components.pipeline.stages import find_stage
     from univigu.training.shards import put_shards
 

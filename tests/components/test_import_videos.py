@@ -20,8 +20,9 @@ from components.import_texts import Texts, find_videos, read_texts
 from components.import_videos import first_sentence, import_folder
 from components.pipeline.cli import app
 from components.pipeline.freshness import finished
+from components.pipeline.manifests import verify
 from components.pipeline.parts import Part
-from components.pipeline.runner import run_part, run_stage, verify
+from components.pipeline.runner import run_part, run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
 from univigu.errors import BadInputError, ConfigError, MissingInputError

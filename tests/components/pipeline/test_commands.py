@@ -194,7 +194,7 @@ def assert_refused(result, code, message):
 def test_a_file_that_cannot_be_written_is_told_in_one_sentence(univigu):
     code, _, err = univigu("pipeline", "compile", "--output", "/sys/pipeline.yaml")  # not even by root
     assert (code, err.count("\n")) == (65, 1)
-    assert err.startswith("univigu: /sys/pipeline.yaml: Permission denied; ")
+    assert err.startswith("univigu: /sys/pipeline.yaml can't be used (Permission denied); ")
 
 
 def test_choosing_a_profile_elsewhere_than_in_the_project_writes_nothing(univigu, tmp_path):
