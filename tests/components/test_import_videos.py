@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from components import import_videos as module
 from components.digits import world
-from components.import_texts import Texts, find_videos, read_texts
+from components.import_files import list_videos
+from components.import_texts import Texts, read_texts
 from components.import_videos import first_sentence, import_folder
 from components.pipeline.cli import app
 from components.pipeline.freshness import finished
@@ -335,7 +336,7 @@ def test_a_folder_says_who_wrote_about_it_without_being_told(tmp_path):
     (tmp_path / ".hidden/b.mp4").touch()
     (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,said here\n")
     (tmp_path / "a.txt").write_text("not here")
-    assert find_videos(tmp_path) == ["a.mp4"]
+    assert list_videos(tmp_path) == (["a.mp4"], {})
     assert read_texts(tmp_path, ["a.mp4"], None)[0] == {"a.mp4": Texts("said here", "")}
 
 
