@@ -51,6 +51,7 @@ _VIDEOS = Stage(
         "components/videos.py",
         "model/univigu/containers.py",
         "model/univigu/decoding.py",
+        "model/univigu/tone_mapping.py",
         "model/univigu/video.py",
     ),
 )

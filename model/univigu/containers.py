@@ -2,13 +2,14 @@
 
 A demuxer plays what is there of a file that was cut off, and reserves memory for as many frames as a header claims. The
 declared sizes tell both: a part that ends after the file does was cut off, and a file has no more samples than bytes.
-MPEG transport and program streams declare nothing: a part of one is one.
+MPEG transport and program streams declare nothing: whatever is a whole number of packets of one is one.
 
 Sources: ISO/IEC 14496-12 (MP4, MOV), RFC 8794 and RFC 9559 (Matroska, WebM), GIF89a, RIFF (AVI), RFC 3533 (Ogg),
-Adobe's FLV 10.1 and Microsoft's ASF 1.20.3 specifications.
+ISO/IEC 13818-1 (transport streams), Adobe's FLV 10.1, Microsoft's ASF 1.20.3 and yuv4mpeg(5).
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ FEWEST_SAMPLES = 10_000  # so many may be claimed in a file of any size
 _MEDIA_BOXES = (b"moov", b"mdat", b"moof")  # behind the last of these may be anything that a tool appended
 _BOX_FOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 _SAMPLE_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # where in a box's content the number of samples is
+_TS_PACKETS = {188: 188, 192: 188, 204: 204}  # length, and from the sync byte: plain, Blu-ray's, with parity
+_TS_SYNC, _TS_RUN = 0x47, 4  # so many sync bytes at the same distance make a transport stream
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 
 
@@ -38,7 +41,7 @@ def check_container(file: BinaryIO, size: int, name: str) -> None:
 
     What is no container that is known here is left to the demuxer.
     """
-    walk = _choose_walker(file.read(12))
+    walk = _choose_walker(file.read((_TS_RUN + 1) * max(_TS_PACKETS)))
     try:
         for visited, _ in enumerate(walk(file, size) if walk else ()):
             if visited >= MAX_PARTS:
@@ -63,8 +66,9 @@ def _choose_walker(start: bytes) -> Walker | None:
         b"OggS": _walk_ogg,
         b"FLV\x01": _walk_flv,
         b"\x30\x26\xb2\x75": _walk_asf,
+        b"YUV4": _walk_y4m,
     }
-    return known.get(start[:4])
+    return known.get(start[:4]) or (_walk_ts if _is_ts(start) else None)
 
 
 def _check_end(end: int, size: int) -> None:
@@ -201,7 +205,7 @@ def _walk_sub_blocks(file: BinaryIO, at: int) -> Iterator[int]:
     raise _CutOffError("it has no end")
 
 
-# --- AVI, FLV, ASF, Ogg ----------------------------------------------------------------------------------------------
+# --- AVI, FLV, ASF, Ogg, transport streams, yuv4mpeg -----------------------------------------------------------------
 
 
 def _walk_riff(file: BinaryIO, size: int) -> Iterator[int]:
@@ -254,3 +258,42 @@ def _walk_ogg(file: BinaryIO, size: int) -> Iterator[int]:
         raise _CutOffError("its last page isn't whole")
     if not head[5] & 4:
         raise _CutOffError("its last page is not the end of a stream")
+
+
+def _is_ts(start: bytes) -> bool:
+    """Whether sync bytes follow each other at a fixed distance; a recording may start anywhere in a packet."""
+    return any(
+        len(run := start[at::length][:_TS_RUN]) == _TS_RUN and set(run) == {_TS_SYNC}
+        for length in _TS_PACKETS
+        for at in range(length)
+    )
+
+
+def _walk_ts(file: BinaryIO, size: int) -> Iterator[int]:
+    """A transport stream ends with a whole packet, wherever it begins."""
+    start = max(0, size - _TS_RUN * max(_TS_PACKETS))
+    yield start
+    file.seek(start)
+    tail = file.read()
+    runs = ((len(tail) - rest - length * k for k in range(_TS_RUN)) for length, rest in _TS_PACKETS.items())
+    if not any(all(at >= 0 and tail[at] == _TS_SYNC for at in run) for run in runs):
+        raise _CutOffError("its last packet isn't whole")
+
+
+def _walk_y4m(file: BinaryIO, size: int) -> Iterator[int]:
+    """Each frame of a yuv4mpeg file, all of one length, ends within it."""
+    file.seek(0)
+    fields = {word[:1]: word[1:].decode("latin-1") for word in file.readline(256).split()[1:]}
+    kind = re.fullmatch(r"(420|422|444|411|mono)(?:jpeg|mpeg2|paldv|p(\d+))?", fields.get(b"C", "420"))
+    if not kind or not all(re.fullmatch(r"\d{1,6}", fields.get(key, "")) for key in (b"W", b"H")):
+        return  # the demuxer knows more kinds
+    width, height = int(fields[b"W"]), int(fields[b"H"])
+    across, down = {"420": (2, 2), "422": (2, 1), "444": (1, 1), "411": (4, 1), "mono": (0, 0)}[kind[1]]
+    chroma = 2 * -(-width // across) * -(-height // down) if across else 0
+    length = (width * height + chroma) * (2 if kind[2] else 1)
+    while line := file.readline(256):
+        yield file.tell()
+        if not line.startswith(b"FRAME"):
+            return
+        _check_end(file.tell() + length, size)
+        file.seek(length, io.SEEK_CUR)

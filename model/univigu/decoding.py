@@ -6,6 +6,7 @@ It knows PyAV, and no torch.
 """
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,12 @@ from univigu.errors import MissingInputError, UniViGUError, VideoError
 
 MAX_PIXELS = 8192 * 4352  # of one frame: 8K in every usual shape; a decoder holds up to sixteen such frames
 MAX_FRAMES_READ = 500_000  # of one file: more than two hours at 60 a second
-MAX_PIXELS_READ = 2 * 10**12  # of all frames of one file: two hours of 4K
+MAX_PIXELS_READ = 5 * 10**11  # of all frames of one file: two hours of 1920x1080 at 30 a second
 LONGEST_GAP = 10.0  # seconds in a broadcast stream; a longer one is a clock that was set anew, as FFmpeg takes it too
 # Demuxers that hold media themselves. Playlists (HLS, concat ...) are left out: they can name other files and hosts.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
 _BROADCAST = ("mpegts", "mpeg")  # whose clocks may jump
+_LATE_STREAMS = (b"FLV\x01", b"\x00\x00\x01\xba")  # FFmpeg would decode some of these when it opens them, unbounded
 _MAKE_UP_TIMES = 0x1  # AVFMT_FLAG_GENPTS, which PyAV sets: in an AVI with B-frames it gives the wrong order
 
 
@@ -30,6 +32,7 @@ class Video(NamedTuple):
     container: Any
     stream: Any
     name: str
+    pixels: int  # of all frames together, that are read at most
     transfer: int  # of the stream's colours, by ITU-T H.273: a decoder forgets it where frames don't say it
 
     @property
@@ -44,17 +47,17 @@ class Video(NamedTuple):
 
 
 @contextmanager
-def open_video(source: bytes | Path) -> Iterator[Video]:
+def open_video(source: bytes | Path, pixels: int = MAX_PIXELS_READ) -> Iterator[Video]:
     """A video file, opened within bounds; whatever goes wrong with it inside of the `with` is a `VideoError` of it.
 
-    Raises `MissingInputError` where there is no such file. Reasons: `damaged`; `no_video` (nothing that moves is in
-    it); `codec` (FFmpeg has no decoder for it); `too_large` (more than `MAX_PIXELS`, `MAX_FRAMES_READ` or
-    `MAX_PIXELS_READ`).
+    pixels: of all frames together, that are read at most. Raises `MissingInputError` where there is no such file.
+    Reasons: `damaged`; `no_video` (nothing that moves is in it); `codec` (FFmpeg has no decoder for it); `too_large`
+    (more pixels, or more than `MAX_PIXELS` in a frame, or more than `MAX_FRAMES_READ` frames).
     """
     import av
 
     name = "the video" if isinstance(source, bytes) else f"'{source}'"
-    if not isinstance(source, bytes) and not Path(source).is_file():
+    if not isinstance(source, bytes) and not os.path.isfile(source):
         raise MissingInputError(f"There is no video file {name}; check the path.")
     try:
         with _bytes_of(source) as file:
@@ -66,7 +69,7 @@ def open_video(source: bytes | Path) -> Iterator[Video]:
             _check_size(stream, name)
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
-            yield Video(container, stream, name, stream.codec_context.color_trc)
+            yield Video(container, stream, name, pixels, stream.codec_context.color_trc)
     except (UniViGUError, MemoryError) as error:
         if not isinstance(error, av.error.FFmpegError):
             raise
@@ -92,6 +95,9 @@ def _demuxer(source: bytes | Path) -> Iterator[Any]:
 
     opened = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+    with _bytes_of(source) as file:
+        if file.read(4) in _LATE_STREAMS:
+            options["codec_whitelist"] = "none"
     with av.open(opened, options=options, metadata_errors="replace") as container:
         container.flags &= ~_MAKE_UP_TIMES
         yield container
@@ -147,8 +153,7 @@ def _check_size(stream: Any, name: str) -> None:
 
 def _too_many(name: str) -> VideoError:
     return VideoError(
-        f"{name} has more frames or pixels than are read of one file ({MAX_FRAMES_READ} frames, {MAX_PIXELS_READ:.0e}"
-        " pixels in all); cut it into shorter videos.",
+        f"{name} has more frames, or more pixels in all of them, than are read of one file; cut it into shorter ones.",
         "too_large",
     )
 
@@ -167,7 +172,7 @@ def read_packets(video: Video) -> Iterator[tuple[Any, bool]]:
     for count, packet in enumerate(_continuous(video)):
         if count > MAX_FRAMES_READ:
             raise _too_many(video.name)
-        at = packet.pts if packet.pts is not None else packet.dts
+        at = stamp_of(packet)
         if packet.is_keyframe and not keyed:
             keyed, start = True, at
         elif keyed and at is not None and start is not None and at > start:
@@ -175,6 +180,11 @@ def read_packets(video: Video) -> Iterator[tuple[Any, bool]]:
         leading = not keyed or (start is not None and (not settled if at is None else at < start))
         hidden = hides and packet.size and not bytes(memoryview(packet)[:1])[0] & 0x10  # RFC 6386, 9.1: show_frame
         yield packet, bool(packet.size) and not (packet.is_discard or leading or hidden)
+
+
+def stamp_of(packet: Any) -> int | None:
+    """When a packet's frame is shown, in the stream's time base, as far as the file says."""
+    return packet.pts if packet.pts is not None else packet.dts
 
 
 def _continuous(video: Video) -> Iterator[Any]:
@@ -207,14 +217,20 @@ def read_frames(video: Video) -> Iterator[tuple[float, Any]]:
     clock = _Clock(video.interval)
     shown = expected = pixels = 0
     interlaced = False
+    first: list[int | None] = []  # the time stamps of packets before a frame is shown
     for packet, needed in read_packets(video):
         expected += needed
-        for frame in _decode(packet, needed):
+        if needed and not shown:
+            first.append(packet.pts)
+        for frame in _decode(packet, needed, video.name):
             if frame.is_corrupt:
                 raise VideoError(f"A frame in the middle of {video.name} is damaged; get the file afresh.")
+            if not shown:  # what a decoder needs to begin, no player shows
+                start = frame.pts if frame.pts is not None else frame.dts
+                expected -= sum(start is not None and stamp is not None and stamp < start for stamp in first)
             shown += 1
             pixels += frame.width * frame.height
-            if pixels > MAX_PIXELS_READ:
+            if pixels > video.pixels:
                 raise _too_many(video.name)
             interlaced = interlaced or frame.interlaced_frame
             yield clock.time(frame), frame
@@ -228,7 +244,7 @@ def read_frames(video: Video) -> Iterator[tuple[float, Any]]:
         raise VideoError(f"{video.name} ends after {clock.end:.2f} of {promised:.2f} s; get the whole file.")
 
 
-def _decode(packet: Any, needed: bool) -> list[Any]:
+def _decode(packet: Any, needed: bool, name: str) -> list[Any]:
     """The frames that are ready after a packet; none where a packet can't be decoded that nobody needs to see."""
     import av
 
@@ -238,6 +254,9 @@ def _decode(packet: Any, needed: bool) -> list[Any]:
         if needed or packet.is_keyframe or not packet.size:
             raise
         return []
+    except av.error.ArgumentError:  # what FFmpeg says of a size over `max_pixels`
+        said = f"A frame of {name} is larger than the {MAX_PIXELS} pixels that are read, or of no size at all"
+        raise VideoError(f"{said}; convert it with a tool that you trust.", "too_large") from None
 
 
 class _Clock:
@@ -250,7 +269,7 @@ class _Clock:
         self.interval = interval
         self.last: dict[str, int] = {}
         self.faults = {"pts": 0, "dts": 0}
-        self.at = float("-inf")
+        self.at, self.gap = float("-inf"), 0.0
         self.end, self.step = 0.0, 0.0  # when the last frame goes, in seconds, and how long it was shown
 
     def time(self, frame: Any) -> float:
@@ -261,8 +280,9 @@ class _Clock:
             self.faults[kind] += stamp <= self.last.get(kind, stamp - 1)
         self.last |= stamps
         kinds = [kind for kind in sorted(self.faults, key=self.faults.get) if kind in stamps]
-        at = stamps[kinds[0]] * base if kinds else self.end
-        self.at = max(self.at, at)
+        before = self.at
+        self.at = max(before, stamps[kinds[0]] * base if kinds else max(self.end, before + self.gap))
+        self.gap = self.at - before if self.last else 0.0
         self.step = (frame.duration or 0) * base or self.interval
         self.end = self.at + self.step
         return self.at

@@ -5,20 +5,22 @@ factor, which keeps the colours of a small picture; a clip made for a person is 
 encoder thread, no clock and no host: equal frames, equal bytes.
 
 Pixels are FFmpeg's own: the matrix and range that a frame is tagged with (BT.601 and limited where it isn't, at any
-size), the same chroma filter, alpha left out. HDR is tone-mapped to BT.709 by swscale's perceptual intent.
+size), the same chroma filter, alpha left out. HDR is tone-mapped to BT.709.
 """
 
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from univigu.decoding import Video, open_video, read_frames, read_packets
+from univigu.decoding import MAX_PIXELS_READ, Video, open_video, read_frames, read_packets, stamp_of
 from univigu.errors import BadInputError, VideoError
+from univigu.tone_mapping import to_sdr
 
 RATE_FACTOR = 6  # x264's crf: under one grey level of mean error on 32x32 clips, at about 2 KB a clip
 MAX_SIDE = 1280  # larger user frames are scaled down while they are read: no model here looks at more pixels
@@ -28,8 +30,9 @@ _REPEATABLE = "mbtree=0:rc-lookahead=0:weightp=0"
 _BT601, _LIMITED = 6, 1  # SMPTE 170M matrix and limited range, as swscale converts by default: tagged, so players agree
 
 
+MAX_SIDE_DATA_KINDS = 64  # FFmpeg 8.1 has 33
 _HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of ITU-T H.273: SMPTE ST 2084 and ARIB STD-B67
-_BT2020_NCL, _BT2020, _UNTAGGED = 9, 9, 2  # matrix and primaries of HDR that doesn't name its own
+_BT2020_NCL, _UNTAGGED = 9, 2  # the matrix of HDR that doesn't name its own
 
 
 def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") -> bytes:
@@ -81,15 +84,17 @@ def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
 # --- people's videos -------------------------------------------------------------------------------------------------
 
 
-def read_video(source: bytes | Path, max_frames: int | None = MAX_FRAMES) -> tuple[np.ndarray, float]:
+def read_video(
+    source: bytes | Path, max_frames: int | None = MAX_FRAMES, pixels: int = MAX_PIXELS_READ
+) -> tuple[np.ndarray, float]:
     """A video file of any common kind as frames uint8 (F, H, W, 3), upright, and the frame rate of what is returned.
 
     Pixels are made square, and a frame with a side over `MAX_SIDE` of them is scaled down. Of a video with more than
     `max_frames` frames, that many are kept, evenly spread over its whole length, and never more than twice as many are
     held in memory. Raises `MissingInputError` where there is no such file, and `VideoError` where it is not a whole,
-    readable video within the bounds of `univigu.decoding`.
+    readable video within the bounds of `univigu.decoding`, or has more `pixels` than these in all its frames.
     """
-    with open_video(source) as video:
+    with open_video(source, pixels) as video:
         frames, share = _thin(_bounded(video), max_frames)
         return np.stack(frames), share / video.interval
 
@@ -112,24 +117,32 @@ def probe_video(source: bytes | Path) -> VideoFacts:
     """The facts of a video file, of which only the first frame is decoded; raises as `read_video` does."""
     with open_video(source) as video:
         _, first = next(read_frames(video))
-        height, width = _upright_size(first, video.pixel_aspect)
-        hdr = _find_hdr(first, video)
+        painter = _Painter(video)
+        height, width = painter.size(first)
+        hdr = painter.hdr(first)
     with open_video(source) as video:
-        begin, last, end = _find_times(video)
+        begin, last, end = _find_times(video, first.pts)
     return VideoFacts(last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
 
 
-def _find_times(video: Video) -> tuple[float, float, float]:
-    """When the first frame and the last one appear, and when the last one goes, in seconds, by the packets alone."""
+def _find_times(video: Video, first: int | None) -> tuple[float, float, float]:
+    """When the first frame and the last one appear, and when the last one goes, in seconds, by the packets alone.
+
+    first: the time stamp of the first frame that is shown; packets before it only prepare it.
+    """
     shown, others = [], []
+    stream, promised = video.stream, 0.0
     for packet, needed in read_packets(video):
         if packet.size:
-            at = packet.pts if packet.pts is not None else packet.dts
-            start = float(at * packet.time_base) if at is not None else len(shown) * video.interval
+            stamp = stamp_of(packet)
+            start = float(stamp * packet.time_base) if stamp is not None else len(shown) * video.interval
             length = float((packet.duration or 0) * packet.time_base) or video.interval
+            needed = needed and (first is None or stamp is None or stamp >= first)
             (shown if needed else others).append((start, start + length))
+    if first is None and stream.duration:  # as in an AVI: packets say when they are decoded
+        promised = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     starts, ends = zip(*(shown or others), strict=True)
-    return min(starts), max(starts), max(ends)
+    return min(starts), max(starts), max((*ends, promised))
 
 
 def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
@@ -140,36 +153,36 @@ def sample_video(source: bytes | Path, times: Sequence[float], height: int, widt
     """
     chosen: list[np.ndarray] = []
     with open_video(source) as video:
-        to_rgb, aspect = _converter(video), video.pixel_aspect
+        painter = _Painter(video)
         held, begin = None, 0.0
         for at, frame in read_frames(video):
             begin = at if held is None else begin
             due = sum(time < at - begin for time in times[len(chosen) :])
             if due and held is not None:
-                chosen += [_cover(held, height, width, aspect, to_rgb)] * due
+                chosen += [painter.cover(held, height, width)] * due
             held = frame
-        chosen += [_cover(held, height, width, aspect, to_rgb)] * (len(times) - len(chosen))
+        chosen += [painter.cover(held, height, width)] * (len(times) - len(chosen))
         return np.stack(chosen)
 
 
-def _bounded(video: Video) -> Iterator[np.ndarray]:
-    """Each frame as an upright RGB array, all of the first one's size, and none with a side over `MAX_SIDE`."""
-    to_rgb, size = _converter(video), None
+def _bounded(video: Video) -> Iterator[Callable[[], np.ndarray]]:
+    """What makes each frame an upright RGB array, all of the first one's size, and none with a side over `MAX_SIDE`."""
+    painter, size = _Painter(video), None
     for _, frame in read_frames(video):
         if size is None:
-            height, width = _upright_size(frame, video.pixel_aspect)
+            height, width = painter.size(frame)
             scale = min(1.0, MAX_SIDE / max(height, width))
             size = max(1, round(height * scale)), max(1, round(width * scale))
-        yield _draw(frame, *size, to_rgb)
+        yield partial(painter.draw, frame, *size)
 
 
-def _thin(frames: Iterable[np.ndarray], limit: int | None) -> tuple[list[np.ndarray], float]:
-    """At most `limit` of the frames, evenly spread, and the share that they are; holds at most twice as many."""
+def _thin(frames: Iterable[Callable[[], np.ndarray]], limit: int | None) -> tuple[list[np.ndarray], float]:
+    """At most `limit` of the frames, evenly spread, and the share that they are; makes and holds few others."""
     kept: list[np.ndarray] = []
     stride, total = 1, 0
     for frame in frames:
         if total % stride == 0:
-            kept.append(frame)
+            kept.append(frame())
         total += 1
         if limit is not None and len(kept) > 2 * limit:
             kept, stride = kept[::2], stride * 2
@@ -180,8 +193,6 @@ def _thin(frames: Iterable[np.ndarray], limit: int | None) -> tuple[list[np.ndar
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
-ToRGB = Callable[[Any, int, int], np.ndarray]  # a frame, the width and height to scale it to -> (height, width, 3)
-
 
 def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.ndarray:
     """Frames (F, H, W, 3) as a model takes them: `count` evenly spaced ones (some twice if F is less), each scaled to
@@ -191,40 +202,109 @@ def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.nd
     frames = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     if frames.shape[1:3] == (height, width):
         return frames
-    pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames)
-    return np.stack([_cover(picture, height, width, 1.0, _to_rgb) for picture in pictures])
+    tall, wide = _covering_size(*frames.shape[1:3], height, width)
+    pictures = [av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames]
+    size = {"width": wide, "height": tall, "interpolation": _choose_filter(pictures[0], wide, tall).upper()}
+    return np.stack([_cut(picture.to_ndarray(format="rgb24", **size), height, width) for picture in pictures])
 
 
-def _cover(frame: Any, height: int, width: int, pixel_aspect: float, to_rgb: ToRGB) -> np.ndarray:
-    """A frame turned upright, scaled to cover `height` x `width`, and cut to it around the centre: uint8 RGB."""
-    high, broad = _upright_size(frame, pixel_aspect)
+def _covering_size(high: float, broad: float, height: int, width: int) -> tuple[int, int]:
+    """The height and width that `high` x `broad` is scaled to, so that it covers `height` x `width`."""
     scale = max(height / high, width / broad)
-    tall, wide = max(height, round(high * scale)), max(width, round(broad * scale))
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return _draw(frame, tall, wide, to_rgb)[top : top + height, left : left + width]
+    return max(height, round(high * scale)), max(width, round(broad * scale))
 
 
-def _draw(frame: Any, height: int, width: int, to_rgb: ToRGB) -> np.ndarray:
-    """A frame turned upright, scaled to `height` x `width`: uint8 RGB."""
-    sideways, mirrored, upside_down = _find_orientation(frame)
-    pixels = to_rgb(frame, *((height, width) if sideways else (width, height)))
-    pixels = pixels.swapaxes(0, 1) if sideways else pixels
-    return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+def _cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of a picture."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
-def _upright_size(frame: Any, pixel_aspect: float) -> tuple[float, float]:
-    """Height and width of a frame as it is shown, in square pixels."""
-    height, width = frame.height, frame.width * pixel_aspect
-    return (width, height) if _find_orientation(frame)[0] else (height, width)
+def _choose_filter(frame: Any, width: int, height: int) -> str:
+    """FFmpeg's own filter; for a smaller picture the one that averages, as others alias in a moving picture."""
+    return "area" if width * height < frame.width * frame.height else "bicubic"
 
 
-def _find_orientation(frame: Any) -> tuple[bool, bool, bool]:
+class _Painter:
+    """The frames of one video as upright RGB pixels; what is known of its frames is kept from one to the next.
+
+    PyAV ties a frame to its side data in a circle, which holds the frame's memory for long: it is asked for once.
+    """
+
+    def __init__(self, video: Video) -> None:
+        self.video = video
+        self.orientations: dict[int, tuple[bool, bool, bool]] = {}  # by the rotation, which each frame tells cheaply
+        self.graphs: dict[tuple[Any, ...], Any] = {}  # the filter graph in use: frames may change their size or colours
+        self.dolby_vision: bool | None = None
+
+    def size(self, frame: Any) -> tuple[float, float]:
+        """Height and width of a frame as it is shown, in square pixels."""
+        height, width = frame.height, frame.width * self.video.pixel_aspect
+        return (width, height) if self._orientation(frame)[0] else (height, width)
+
+    def cover(self, frame: Any, height: int, width: int) -> np.ndarray:
+        """A frame scaled to cover `height` x `width`, and cut to it around the centre."""
+        return _cut(self.draw(frame, *_covering_size(*self.size(frame), height, width)), height, width)
+
+    def draw(self, frame: Any, height: int, width: int) -> np.ndarray:
+        """A frame scaled to `height` x `width`."""
+        sideways, mirrored, upside_down = self._orientation(frame)
+        pixels = self._to_rgb(frame, *((height, width) if sideways else (width, height)))
+        pixels = pixels.swapaxes(0, 1) if sideways else pixels
+        return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+
+    def hdr(self, frame: Any) -> str:
+        """Which transfer function of HDR a frame has, by its own tag or else by its stream's; empty for none.
+
+        Raises `VideoError` (`hdr`) for Dolby Vision that comes without a picture for other screens.
+        """
+        transfer = frame.color_trc if frame.color_trc != _UNTAGGED else self.video.transfer
+        if self.dolby_vision is None:
+            self.dolby_vision = transfer not in _HDR and bool(_side_data(frame, "DOVI_METADATA"))
+        if self.dolby_vision:
+            raise VideoError(f"{self.video.name} is in Dolby Vision alone; convert it to HDR10 or SDR.", "hdr")
+        return _HDR.get(transfer, "")
+
+    def _orientation(self, frame: Any) -> tuple[bool, bool, bool]:
+        if frame.rotation not in self.orientations:
+            self.orientations[frame.rotation] = _find_orientation(_side_data(frame, "DISPLAYMATRIX"))
+        return self.orientations[frame.rotation]
+
+    def _to_rgb(self, frame: Any, width: int, height: int) -> np.ndarray:
+        hdr = self.hdr(frame)
+        if hdr and frame.colorspace == _UNTAGGED:
+            frame.colorspace = _BT2020_NCL
+        key = hdr, frame.format.name, frame.colorspace, frame.color_range, frame.width, frame.height, width, height
+        if key not in self.graphs:
+            self.graphs.clear()
+            self.graphs[key] = _make_graph(frame, width, height, "rgb48le" if hdr else "rgb24")
+        self.graphs[key].push(frame)
+        pixels = self.graphs[key].pull().to_ndarray()
+        return to_sdr(pixels, hdr) if hdr else pixels
+
+
+def _make_graph(frame: Any, width: int, height: int, pixel_format: str) -> Any:
+    """An FFmpeg filter graph from frames like this one to RGB of that size and kind.
+
+    Unlike PyAV's own way from YUV to RGB, it knows where a frame's chroma samples are.
+    """
+    import av
+
+    graph = av.filter.Graph()
+    graph.threads = 1
+    scale = f"w={width}:h={height}:flags={_choose_filter(frame, width, height)}"
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
+    nodes = source, graph.add("scale", scale), graph.add("format", pixel_format), graph.add("buffersink")
+    graph.link_nodes(*nodes).configure()
+    return graph
+
+
+def _find_orientation(matrix: bytes) -> tuple[bool, bool, bool]:
     """What makes a frame upright, in this order: to swap rows and columns, to mirror it, to turn it upside down.
 
     The display matrix maps (x, y) to (a x + c y, b x + d y), y downwards (ISO/IEC 14496-12, 6.2.2); of the eight
     orientations of a picture, the one nearest to it counts. One of zeros, which some tools write, says nothing.
     """
-    matrix = _side_data(frame, "DISPLAYMATRIX")
     if len(matrix) < 36:
         return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, "=i4", 5).astype(float)
@@ -236,58 +316,22 @@ def _find_orientation(frame: Any) -> tuple[bool, bool, bool]:
 def _side_data(frame: Any, kind: str) -> bytes:
     """The bytes of one kind of a frame's side data, empty where it has none."""
     try:
-        return bytes(frame.side_data[kind])
-    except KeyError:
-        return b""
+        found = frame.side_data
+    except ValueError:  # PyAV has no name for one of the kinds, such as the EXIF of a JPEG
+        found = _drop_unnamed(frame).side_data
+    return bytes(found[kind]) if kind in {data.type.name for data in found} else b""
 
 
-def _to_rgb(frame: Any, width: int, height: int) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=_filter(frame, width, height))
-
-
-def _filter(frame: Any, width: int, height: int) -> str:
-    """FFmpeg's own filter; for a smaller picture the one that averages, as others alias in a moving picture."""
-    return "AREA" if width * height < frame.width * frame.height else "BICUBIC"
-
-
-def _find_hdr(frame: Any, video: Video) -> str:
-    """Which transfer function of HDR a frame has, by its own tag or else by its stream's; empty for none.
-
-    Raises `VideoError` (`hdr`) for Dolby Vision without a picture for other screens.
-    """
-    transfer = frame.color_trc if frame.color_trc != _UNTAGGED else video.transfer
-    if transfer not in _HDR and _side_data(frame, "DOVI_METADATA"):
-        raise VideoError(f"{video.name} is in Dolby Vision alone; convert it to HDR10 or SDR.", "hdr")
-    return _HDR.get(transfer, "")
-
-
-def _converter(video: Video) -> ToRGB:
-    """What makes RGB pixels of this video's frames: of HDR, what a BT.709 screen can show."""
-    tone_maps: dict[tuple[Any, ...], Any] = {}
-
-    def to_rgb(frame: Any, width: int, height: int) -> np.ndarray:
-        hdr = _find_hdr(frame, video)
-        if not hdr:
-            return _to_rgb(frame, width, height)
-        key = hdr, frame.format.name, frame.width, frame.height, width, height
-        tone_maps[key] = graph = tone_maps.get(key) or _tone_map(frame, width, height)
-        frame.color_trc = next(number for number, name in _HDR.items() if name == hdr)
-        frame.colorspace = _BT2020_NCL if frame.colorspace == _UNTAGGED else frame.colorspace
-        frame.color_primaries = _BT2020 if frame.color_primaries == _UNTAGGED else frame.color_primaries
-        graph.push(frame)
-        return graph.pull().to_ndarray()
-
-    return to_rgb
-
-
-def _tone_map(frame: Any, width: int, height: int) -> Any:
-    """An FFmpeg filter graph from frames like this one to RGB of that size."""
+def _drop_unnamed(frame: Any) -> Any:
+    """A frame without the side data that PyAV has no name for."""
     import av
+    from av.sidedata.sidedata import Type
 
+    named = {kind.value for kind in Type}
     graph = av.filter.Graph()
-    to_sdr = "out_transfer=bt709:out_primaries=bt709:intent=perceptual"
-    scale = f"w={width}:h={height}:flags={_filter(frame, width, height).lower()}:{to_sdr}"
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
-    nodes = source, graph.add("scale", scale), graph.add("format", "rgb24"), graph.add("buffersink")
-    graph.link_nodes(*nodes).configure()
-    return graph
+    kinds = [kind for kind in range(MAX_SIDE_DATA_KINDS) if kind not in named]
+    filters = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in kinds]
+    graph.link_nodes(source, *filters, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
