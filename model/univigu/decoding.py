@@ -172,7 +172,7 @@ def read_packets(video: Video) -> Iterator[tuple[Any, bool]]:
     for count, packet in enumerate(_continuous(video)):
         if count > MAX_FRAMES_READ:
             raise _too_many(video.name)
-        at = stamp_of(packet)
+        at = packet.pts if packet.pts is not None else packet.dts
         if packet.is_keyframe and not keyed:
             keyed, start = True, at
         elif keyed and at is not None and start is not None and at > start:
@@ -180,11 +180,6 @@ def read_packets(video: Video) -> Iterator[tuple[Any, bool]]:
         leading = not keyed or (start is not None and (not settled if at is None else at < start))
         hidden = hides and packet.size and not bytes(memoryview(packet)[:1])[0] & 0x10  # RFC 6386, 9.1: show_frame
         yield packet, bool(packet.size) and not (packet.is_discard or leading or hidden)
-
-
-def stamp_of(packet: Any) -> int | None:
-    """When a packet's frame is shown, in the stream's time base, as far as the file says."""
-    return packet.pts if packet.pts is not None else packet.dts
 
 
 def _continuous(video: Video) -> Iterator[Any]:

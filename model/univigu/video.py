@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from univigu.decoding import MAX_PIXELS_READ, Video, open_video, read_frames, read_packets, stamp_of
+from univigu.decoding import MAX_PIXELS_READ, Video, open_video, read_frames, read_packets
 from univigu.errors import BadInputError, VideoError
 from univigu.tone_mapping import to_sdr
 
@@ -121,28 +121,30 @@ def probe_video(source: bytes | Path) -> VideoFacts:
         height, width = painter.size(first)
         hdr = painter.hdr(first)
     with open_video(source) as video:
-        begin, last, end = _find_times(video, first.pts)
+        begin, last, end = _find_times(video, first)
     return VideoFacts(last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
 
 
-def _find_times(video: Video, first: int | None) -> tuple[float, float, float]:
+def _find_times(video: Video, first: Any) -> tuple[float, float, float]:
     """When the first frame and the last one appear, and when the last one goes, in seconds, by the packets alone.
 
-    first: the time stamp of the first frame that is shown; packets before it only prepare it.
+    first: the first frame that is shown; packets before it only prepare it. Where some packets don't say when they are
+    shown, as in an AVI, all go by when they are decoded: the steps between are the same.
     """
+    begin = first.pts if first.pts is not None else first.dts
     shown, others = [], []
-    stream, promised = video.stream, 0.0
     for packet, needed in read_packets(video):
         if packet.size:
-            stamp = stamp_of(packet)
-            start = float(stamp * packet.time_base) if stamp is not None else len(shown) * video.interval
-            length = float((packet.duration or 0) * packet.time_base) or video.interval
-            needed = needed and (first is None or stamp is None or stamp >= first)
-            (shown if needed else others).append((start, start + length))
-    if first is None and stream.duration:  # as in an AVI: packets say when they are decoded
-        promised = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    starts, ends = zip(*(shown or others), strict=True)
-    return min(starts), max(starts), max((*ends, promised))
+            prepares = packet.pts is not None and begin is not None and packet.pts < begin
+            (shown if needed and not prepares else others).append((packet.pts, packet.dts, packet.duration or 0))
+    packets = shown or others
+    kind = next((kind for kind in (0, 1) if all(packet[kind] is not None for packet in packets)), None)
+    base = float(video.stream.time_base)
+    if kind is None:
+        return 0.0, (len(packets) - 1) * video.interval, len(packets) * video.interval
+    spans = [(packet[kind] * base, packet[kind] * base + (packet[2] * base or video.interval)) for packet in packets]
+    starts, ends = zip(*spans, strict=True)
+    return min(starts), max(starts), max(ends)
 
 
 def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
