@@ -62,8 +62,10 @@ def find_fault(folder: Path, path: Path) -> tuple[str, str] | None:
     """Why what is at `path` below `folder` must not be opened, as a slug and what was seen; None where it may."""
     try:
         real, kind = path.resolve(strict=True), path.stat().st_mode
-    except (OSError, RuntimeError):  # a loop of links is a RuntimeError
-        return "broken_link", "it is a link to nothing that can be reached"
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        if path.is_symlink():
+            return "broken_link", "it is a link to nothing that can be reached"
+        return "unreadable", f"it can't be looked at ({getattr(error, 'strerror', error)})"
     if not real.is_relative_to(folder.resolve()):
         return "outside", "it is a link out of the folder: copy the file into it"
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):

@@ -88,11 +88,11 @@ def _changes(facts: dict[str, Any]) -> Iterator[str]:
     for word, count, most in (("faster", speed["faster"], speed["most"]), ("slower", speed["slower"], speed["least"])):
         if count:
             yield (
-                f"{count} clips play {word} than their videos did, up to {most:.3g} times as fast (the column `scores` "
-                "says each one's speed; 'video.fit.speed' in the profile sets the limits)"
+                f"Clips that play {word} than their videos: {count}, up to {most:.3g} times as fast (`speed` in the "
+                "column `scores`; 'video.fit.speed' in the profile sets the limits)"
             )
     if facts["tone_mapped"]:
-        yield f"{facts['tone_mapped']} videos in HDR were tone-mapped ('video.fit.hdr: quarantine' leaves them out)"
+        yield f"HDR videos that were tone-mapped: {facts['tone_mapped']} ('video.fit.hdr: quarantine' leaves them out)"
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

@@ -18,6 +18,8 @@ from univigu.errors import MissingInputError, UniViGUError, VideoError
 MAX_PIXELS = 8192 * 4352  # of one frame: 8K in every usual shape; a decoder holds up to sixteen such frames
 MAX_FRAMES_READ = 500_000  # of one file: more than two hours at 60 a second
 MAX_PIXELS_READ = 5 * 10**11  # of all frames of one file: two hours of 1920x1080 at 30 a second
+MOVING = 5  # frames: streams of fewer may be thumbnails
+WIDEST_PIXEL = 16.0  # times as wide as high, or as high as wide: what is beyond is a mistake in the file
 LONGEST_GAP = 10.0  # seconds in a broadcast stream; a longer one is a clock that was set anew, as FFmpeg takes it too
 # Demuxers that hold media themselves. Playlists (HLS, concat ...) are left out: they can name other files and hosts.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
@@ -43,7 +45,8 @@ class Video(NamedTuple):
     @property
     def pixel_aspect(self) -> float:
         """How many times as wide as high a pixel is."""
-        return float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1) or 1.0
+        aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
+        return aspect if 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL else 1.0
 
 
 @contextmanager
@@ -107,7 +110,7 @@ def _demuxer(source: bytes | Path) -> Iterator[Any]:
 
 
 def _choose_stream(container: Any, source: bytes | Path, name: str) -> Any:
-    """The stream to show: one that moves before a picture, then the default one, then the largest, then the first."""
+    """The stream to show: one that moves before a few pictures, then the default one, the largest, the first."""
     from av.stream import Disposition
 
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
@@ -116,12 +119,13 @@ def _choose_stream(container: Any, source: bytes | Path, name: str) -> Any:
         raise VideoError(
             f"There is no video in {name}, only other streams or a picture; give one that plays.", "no_video"
         )
-    moving = _find_moving(source, [stream.index for stream in streams]) if len(streams) > 1 else set()
+    frames = _count_first(source, [stream.index for stream in streams]) if len(streams) > 1 else {}
 
-    def rank(stream: Any) -> tuple[bool, bool, bool, int]:
+    def rank(stream: Any) -> tuple[int, bool, bool, int]:
         context = stream.codec_context
         default = bool(stream.disposition & Disposition.default)
-        return stream.index in moving, context is not None, default, context.width * context.height if context else 0
+        pixels = context.width * context.height if context else 0
+        return frames.get(stream.index, 0), context is not None, default, pixels
 
     chosen = max(streams, key=rank)
     if chosen.codec_context is None:
@@ -129,15 +133,15 @@ def _choose_stream(container: Any, source: bytes | Path, name: str) -> Any:
     return chosen
 
 
-def _find_moving(source: bytes | Path, indices: Sequence[int]) -> set[int]:
-    """Those of the streams with more than one frame."""
+def _count_first(source: bytes | Path, indices: Sequence[int]) -> dict[int, int]:
+    """How many frames each of the streams has, counted up to `MOVING`."""
     seen = dict.fromkeys(indices, 0)
     with _demuxer(source) as container:
         for packet in container.demux([container.streams[index] for index in indices]):
-            seen[packet.stream_index] += bool(packet.size)
-            if min(seen.values()) > 1:
+            seen[packet.stream_index] = min(MOVING, seen[packet.stream_index] + bool(packet.size))
+            if min(seen.values()) == MOVING:
                 break
-    return {index for index, count in seen.items() if count > 1}
+    return seen
 
 
 def _check_size(stream: Any, name: str) -> None:

@@ -145,9 +145,10 @@ def test_packets_that_only_prepare_others_are_no_lost_frames(tmp_path, videos):
     assert len(read_video(path)[0]) == 20
 
 
+@pytest.mark.parametrize("pictures", [1, 3])
 @pytest.mark.parametrize("place", ["first", "second"])
-def test_the_stream_that_moves_is_shown_and_not_a_thumbnail_beside_it(tmp_path, videos, place):
-    large = [np.full((200, 300, 3), 250, np.uint8)]
+def test_the_stream_that_moves_is_shown_and_not_a_thumbnail_beside_it(tmp_path, videos, place, pictures):
+    large = [np.full((200, 300, 3), 250, np.uint8)] * pictures
     kinds = {"thumbnail": (large, {"codec": "mjpeg", "pixels": "yuvj420p"}), "video": (videos.numbered(20), {})}
     order = ("thumbnail", "video") if place == "first" else ("video", "thumbnail")
     paths = [videos.encode(tmp_path / f"{name}.mp4", kinds[name][0], **kinds[name][1]) for name in order]
@@ -210,6 +211,12 @@ def test_a_name_is_a_name_and_no_protocol(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(encode_mp4(np.zeros((2, 16, 16, 3), np.uint8), 8))
     assert read_video(Path(name))[0].shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("aspect", [Fraction(1, 40_000), Fraction(40_000, 1)])
+def test_pixels_of_an_impossible_shape_are_square(tmp_path, videos, aspect):
+    path = videos.encode(tmp_path / "odd.mp4", videos.numbered(3), aspect=aspect)
+    assert read_video(path)[0].shape == (3, 48, 64, 3)
 
 
 def test_whatever_is_wrong_with_a_file_is_said_of_that_file(tmp_path, videos):
