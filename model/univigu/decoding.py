@@ -278,10 +278,14 @@ class _Clock:
         for kind, stamp in stamps.items():
             self.faults[kind] += stamp <= self.last.get(kind, stamp - 1)
         self.last |= stamps
-        kinds = [kind for kind in sorted(self.faults, key=self.faults.get) if kind in stamps]
-        before = self.at
-        self.at = max(before, stamps[kinds[0]] * base if kinds else max(self.end, before + self.gap))
-        self.gap = self.at - before if self.last else 0.0
+        before, (best, other) = self.at, sorted(self.faults, key=self.faults.get)
+        if best in stamps:
+            self.at = max(before, stamps[best] * base)
+        elif other in stamps and stamps[other] * base > before:
+            self.at = stamps[other] * base
+        else:
+            self.at = max(self.end, before + self.gap)
+        self.gap = self.at - before if before > float("-inf") else 0.0
         self.step = (frame.duration or 0) * base or self.interval
         self.end = self.at + self.step
         return self.at

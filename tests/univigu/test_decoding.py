@@ -57,6 +57,29 @@ def test_frames_come_in_the_order_and_at_the_times_of_players(tmp_path, videos, 
     assert_shows(path, videos, range(50))
 
 
+def test_a_packed_bitstream_is_shown_frame_by_frame(tmp_path, videos):
+    """DivX in AVI: a packet may hold a frame and the one before it, and an empty one follows (ISO/IEC 14496-2)."""
+    start, empty = b"\0\0\1\xb6", b"\0\0\1\xb6\x50\x00\x7f"
+
+    def pack(packets):
+        contents = [bytes(packet) for packet in packets]
+        refers_ahead = [content[content.index(start) + 4] >> 6 == 2 for content in contents] + [False]
+        packed = [contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start)]  # which says that it is packed
+        for number in range(1, len(contents)):
+            if refers_ahead[number]:
+                packed.append(empty)
+            else:
+                packed.append(contents[number] + (contents[number + 1] if refers_ahead[number + 1] else b""))
+        for number, content in enumerate(packed):
+            packet = av.Packet(content)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.is_keyframe = Fraction(1, 25), number == 0
+            yield packet
+
+    plain = videos.encode(tmp_path / "plain.avi", videos.numbered(40), "mpeg4", options={"bf": "1", "g": "300"})
+    assert_shows(videos.copy_packets(plain, tmp_path / "packed.avi", (), pack), videos, range(40))
+
+
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv"])
 def test_a_video_cut_without_coding_it_again_begins_where_it_is_shown(tmp_path, videos, name):
     whole = videos.encode(tmp_path / "whole.mp4", videos.numbered(58), options=videos.OPEN_GOP)
