@@ -73,11 +73,11 @@ def open_video(source: bytes | Path, pixels: int = MAX_PIXELS_READ) -> Iterator[
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             yield Video(container, stream, name, pixels, stream.codec_context.color_trc)
-    except (UniViGUError, MemoryError) as error:
-        if not isinstance(error, av.error.FFmpegError):
-            raise
-        raise _unreadable(name, error) from error
+    except UniViGUError:
+        raise
     except Exception as error:  # PyAV raises all kinds: of Python's, of FFmpeg's, and those that are both
+        if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
+            raise  # this machine's fault, not the file's
         raise _unreadable(name, error) from error
 
 

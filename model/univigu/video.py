@@ -28,9 +28,7 @@ MAX_FRAMES = 256
 # On frames of a few macroblocks x264's lookahead weighs memory that nobody wrote, so equal frames gave other bytes.
 _REPEATABLE = "mbtree=0:rc-lookahead=0:weightp=0"
 _BT601, _LIMITED = 6, 1  # SMPTE 170M matrix and limited range, as swscale converts by default: tagged, so players agree
-
-
-MAX_SIDE_DATA_KINDS = 64  # FFmpeg 8.1 has 33
+_SIDE_DATA_KINDS = 64  # FFmpeg 8.1 has fewer than 40
 _HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of ITU-T H.273: SMPTE ST 2084 and ARIB STD-B67
 _BT2020_NCL, _UNTAGGED = 9, 2  # the matrix of HDR that doesn't name its own
 
@@ -332,7 +330,7 @@ def _drop_unnamed(frame: Any) -> Any:
     named = {kind.value for kind in Type}
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
-    kinds = [kind for kind in range(MAX_SIDE_DATA_KINDS) if kind not in named]
+    kinds = [kind for kind in range(_SIDE_DATA_KINDS) if kind not in named]
     filters = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in kinds]
     graph.link_nodes(source, *filters, graph.add("buffersink")).configure()
     graph.push(frame)
