@@ -218,7 +218,7 @@ def _walk_riff(file: BinaryIO, size: int) -> Iterator[int]:
         if kind != b"RIFF" or length in (0, 0xFFFFFFFF):
             return
         at += 8 + length
-        _check_end(at, size)
+        _check_end(at - 8, size)  # some tools count these eight bytes, too
         at += length % 2
 
 
@@ -230,7 +230,7 @@ def _walk_flv(file: BinaryIO, size: int) -> Iterator[int]:
         yield at
         file.seek(at)
         at += 15 + int.from_bytes(file.read(4)[1:], "big")
-        _check_end(at, size)
+        _check_end(at - 4, size)  # the last tag's length need not follow it
 
 
 def _walk_asf(file: BinaryIO, size: int) -> Iterator[int]:

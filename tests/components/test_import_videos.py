@@ -203,9 +203,10 @@ def test_what_can_not_be_used_is_quarantined_with_its_reason(folder, root, profi
         (folder / f"{name}.txt").write_text(caption(0))
     write_video(folder / "blink.mp4", [0, 0.1])
     write_video(folder / "film.mp4", np.arange(60) / 8, dark=0)
+    write_video(folder / "years.mkv", [0, 0.1, 1e6], dark=0)
     write_video(folder / "stamp.mp4", np.arange(9) / 8, 8, 8)
     write_video(folder / "banner.mp4", np.arange(9) / 8, 32, 128)
-    for name in ("blink", "film", "stamp", "banner"):
+    for name in ("blink", "film", "years", "stamp", "banner"):
         (folder / f"{name}.txt").write_text(caption(0))
     write_video(folder / "silent.mp4", np.arange(9) / 8, dark=20)
     manifest = import_folder(folder, None, OPTIONS, profile, root)
@@ -218,11 +219,12 @@ def test_what_can_not_be_used_is_quarantined_with_its_reason(folder, root, profi
         "v00": "duplicate",
         "blink": "too_short",
         "film": "too_long",
+        "years": "too_long",
         "stamp": "too_small",
         "banner": "aspect",
         "silent": "no_text",
     }
-    assert (manifest["rows_in"], manifest["rows_out"]) == (23, 12)
+    assert (manifest["rows_in"], manifest["rows_out"]) == (24, 12)
     assert str(folder) not in (root / "data/clips/rejected.parquet").read_bytes().decode(errors="ignore")
     details = [row["detail"] for row in read_table(root / "data/clips", "rejected").to_pylist()]
     assert not any(str(folder) in detail for detail in details)

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 
+from univigu import decoding
 from univigu.decoding import open_video, read_frames
 from univigu.errors import MissingInputError, VideoError
 from univigu.video import encode_mp4, probe_video, read_video, sample_video
@@ -234,6 +235,18 @@ def test_a_name_is_a_name_and_no_protocol(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(encode_mp4(np.zeros((2, 16, 16, 3), np.uint8), 8))
     assert read_video(Path(name))[0].shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["many.mp4", "many.mkv", "many.avi"])
+def test_a_file_of_too_many_frames_is_refused(tmp_path, videos, monkeypatch, name):
+    path = videos.encode(tmp_path / name, videos.numbered(30), **MPEG4)
+    monkeypatch.setattr(decoding, "MAX_FRAMES_READ", 29)
+    for read in (read_video, probe_video):
+        with pytest.raises(VideoError, match=r"has more frames, .*; cut it into shorter ones") as error:
+            read(path)
+        assert error.value.reason == "too_large"
+    monkeypatch.setattr(decoding, "MAX_FRAMES_READ", 30)
+    assert len(read_video(path)[0]) == 30
 
 
 @pytest.mark.parametrize("aspect", [Fraction(1, 40_000), Fraction(40_000, 1)])
