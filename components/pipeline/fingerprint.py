@@ -53,6 +53,7 @@ class Body(NamedTuple):
 
     trees: Sequence[ast.AST]
     imports: Mapping[str, str]
+    texts: Collection[str]  # in it, that may be a data file's name
     digest: str
 
 
@@ -72,6 +73,7 @@ def fingerprint(entries: Iterable[str], chosen: Mapping[str, Collection[str]] | 
     count (without suffix), besides those that code names; of other folders all do. The digests say what is done, the
     keys say where, for people. Raises `LookupError` for an entry that isn't there.
     """
+    _source.cache_clear()
     found: dict[str, str] = {}
     waiting = {_entry(entry) for entry in entries}
     packages = (*PACKAGES, *(entry.module.partition(".")[0] for entry in waiting))
@@ -85,7 +87,7 @@ def fingerprint(entries: Iterable[str], chosen: Mapping[str, Collection[str]] | 
             means = [[name, _meaning(target, packages)] for name, target in sorted(uses.items())]
             found[f"{one.module}:{one.name}"] = json_digest([_body(one).digest, means])
             waiting |= {target for target in uses.values() if isinstance(target, Definition)}
-    texts = {text for one in reached for text in _texts(one)}
+    texts = {text for one in reached for text in _body(one).texts}
     files = {name: path for one in reached for name, path in _data_files(one, chosen or {}, texts)}
     return {**found, **{name: _content_digest(path) for name, path in files.items()}}
 
@@ -95,6 +97,7 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
 
     entries: of a part of the step, where that is asked for.
     """
+    _source.cache_clear()
     carried = [module for package in stage.carries for module in modules_of(package)]
     entries = [*(entries or (stage.function, *carried))]
     chosen: dict[str, list[str]] = {}
@@ -251,9 +254,9 @@ def _meaning(target: Definition | str, packages: Collection[str]) -> Any:
 # --- data files -------------------------------------------------------------------------------------------------------
 
 
-def _texts(one: Definition) -> Iterator[str]:
-    """The texts in a definition that may be a file's name."""
-    for node in (node for tree in _body(one).trees for node in ast.walk(tree)):
+def _texts(tree: ast.AST) -> Iterator[str]:
+    """The texts in a tree that may be a file's name."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = node.value
             if 1 < len(text) < _LONGEST_NAME and text.isprintable() and not text.startswith((".", "/")):
@@ -270,7 +273,7 @@ def _data_files(
         return
     top = _source(package).path.parent
     folders = dict.fromkeys((_source(one.module).path.parent, top))
-    for path in (folder / text for text in _texts(one) for folder in folders):
+    for path in (folder / text for text in _body(one).texts for folder in folders):
         if path.is_file() and path.suffix != ".py":
             yield f"{package}/{path.relative_to(top).as_posix()}", path
         elif path.is_dir() and path != top and not any(path.glob("*.py")):
@@ -290,8 +293,9 @@ def _content_digest(path: Path) -> str:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def _source(module: str) -> Source | None:
-    """A module, read without importing it; None where there is no file of it."""
+    """A module, read without importing it; None where there is no file of it. Looked at once for a fingerprint."""
     file = _file(module)
     if file is None:
         return None
@@ -338,7 +342,8 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> Source:
     for name, parts in found.items():
         trees = [tree for tree, _ in parts]
         inner = {local: target for _, imported in parts for local, target in imported.items()}
-        bodies[name] = Body(trees, inner, json_digest([ast.dump(tree) for tree in trees]))
+        texts = {text for tree in trees for text in _texts(tree)}
+        bodies[name] = Body(trees, inner, texts, json_digest([ast.dump(tree) for tree in trees]))
     return Source(path, bodies, imports, exports)
 
 

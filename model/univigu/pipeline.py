@@ -100,6 +100,10 @@ class UniViGUPipeline(DiffusionPipeline):
         """Write the whole pipeline. Nothing in it says where its parts were read from: equal models, equal bytes."""
         for part in (self, self.vae, self.transformer):
             part.register_to_config(_name_or_path="")
+        # A tokenizer that was used keeps the last call's length, and would write it down.
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            backend.no_truncation()
+            backend.no_padding()
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod

@@ -269,8 +269,10 @@ def test_code_that_is_imported_by_a_name_from_the_profile_is_declared():
     for stage in STAGES:
         declared = {where.partition(":")[0] for where in stage.plugins}
         for name in stage_code(stage, load_profile("tiny")):
-            one = fingerprints._entry(name)
-            uses = fingerprints._uses(one, fingerprints.PACKAGES) if ":" in name else {}
+            if ":" not in name:
+                continue
+            one = fingerprints.Definition(*name.split(":"))
+            uses = fingerprints._uses(one, fingerprints.PACKAGES)
             if "import_module" in uses and one != ("univigu", "__getattr__"):
                 named = {target.module for target in uses.values() if isinstance(target, fingerprints.Definition)}
                 assert declared & {one.module, *named}, name
