@@ -71,6 +71,5 @@ format: install ## Format the code
 	ruff check --fix .
 	ruff format .
 
-clean: ## Remove what runs have left behind; the environment, the DVC cache, mlflow.db and pretraining stay
-	git clean -fdqX data reports
-	rm -rf reports/metrics.json $(addprefix .univigu/,staging scratch shards runs locks docs)
+clean: install ## Remove what runs have left behind; the environment, the DVC cache, mlflow.db and pretraining stay
+	@univigu clean

@@ -75,7 +75,7 @@ def caption_videos(step: "Step") -> None:
 def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":
     """The profile's captioner, with what it was answered before below `root`; raises as its `create` does."""
     from components.captioners import load_captioner
-    from components.pipeline.runner import STATE
+    from components.pipeline.state import STATE
 
     settings, answers = profile["caption_videos"], root / STATE / "answers" / "caption-videos"
     return load_captioner(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.checks import Finding, load_checks
 from components.pipeline.digests import tree_digest
-from components.pipeline.runner import inside
+from components.pipeline.manifests import inside
 from univigu.errors import ConfigError, MissingInputError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from itertools import chain, islice
 from typing import Any
 
 from components.funnel import Funnel
-from components.pipeline.runner import Step, inside
+from components.pipeline.manifests import inside
+from components.pipeline.runner import Step
 from components.prompt_duplicates import ExactTexts, NearDuplicates
 from components.prompt_screening import ENFORCE, Accepted, Finding, Rejected, Screen, quotable_row
 from components.prompt_sources import RawBatch, parse, raw_files, read_batches

@@ -98,17 +98,18 @@ def fit_to_buckets(step: "Step", rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def code_facts(step: "Step") -> dict[str, str]:
     """What decides latents and states beside what their rows name; in the manifest, for the next run to compare."""
-    from components.pipeline.digests import json_digest, tree_digest
-    from components.pipeline.runner import SOURCE_ROOT
+    from components.pipeline.digests import json_digest
+    from components.pipeline.fingerprint import code_digest, fingerprint
 
-    def code(*names: str) -> str:
-        return tree_digest([SOURCE_ROOT / name for name in names], relative_to=SOURCE_ROOT)
+    def code(*entries: str) -> str:
+        return code_digest(fingerprint(entries))
 
-    settings, encoding = step["encode_latents"], ("components/encoders.py", "model/univigu/wan.py")
-    video = [code(*encoding, "model/univigu/video.py"), settings["batch_size"]]
-    text = [code(*encoding, "components/tokens.py"), settings["batch_size"]]
-    text += [settings["precision"], step["text"]["prompt_length"]]
-    return {"video_code": json_digest(video), "text_code": json_digest(text)}
+    settings = step["encode_latents"]
+    read = ("components.videos:open_clip", "univigu.video:fit_frames")
+    video = [code("components.encoders:latent_means", "components.encoders:load_vae", *read), settings["batch_size"]]
+    loaders = ("components.encoders:load_text_encoder", "components.tokens:load_tokenizer")
+    text = [code("components.encoders:text_states", *loaders), settings["batch_size"], settings["precision"]]
+    return {"video_code": json_digest(video), "text_code": json_digest([*text, step["text"]["prompt_length"]])}
 
 
 def part_digests(base: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.runner import MANIFEST
+from components.pipeline.manifests import MANIFEST
 from components.pipeline.tables import read_table
 from univigu.errors import BadInputError
 from univigu.files import file_sha256

@@ -35,20 +35,11 @@ class Encoders:
 
     def encode_clips(self, clips: "Sequence[Tensor]") -> list["Tensor"]:
         """Normalised latent means (C, T, H', W') of clips uint8 (F, H, W, 3) of one size, in bf16."""
-        import torch
-
-        from univigu.wan import encode_frames
-
-        return list(encode_frames(self.vae, torch.stack(list(clips))).bfloat16().cpu()) if clips else []
+        return latent_means(self.vae, clips) if clips else []
 
     def encode_texts(self, prompts: Sequence[str]) -> list["Tensor"]:
         """Text-encoder states of each prompt, (length, D) in bf16, without the zeros that Wan pads them with."""
-        from univigu.wan import encode_prompts
-
-        if not prompts:
-            return []
-        padded = encode_prompts(self.tokenizer, self.text_encoder, prompts, self._prompt_length)
-        return [states[: int(states.any(-1).sum())].bfloat16().cpu() for states in padded]
+        return text_states(self.tokenizer, self.text_encoder, prompts, self._prompt_length) if prompts else []
 
     def token_ids(self, texts: Sequence[str]) -> "Tensor":
         """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
@@ -62,6 +53,23 @@ class Encoders:
                     "run the pairs' gate again."
                 )
         return tokenize(self.tokenizer, texts, self._text_length)
+
+
+def latent_means(vae: Any, clips: "Sequence[Tensor]") -> list["Tensor"]:
+    """What `Encoders.encode_clips` gives: it and `load_vae` alone decide a clip's latents."""
+    import torch
+
+    from univigu.wan import encode_frames
+
+    return list(encode_frames(vae, torch.stack(list(clips))).bfloat16().cpu())
+
+
+def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], length: int) -> list["Tensor"]:
+    """What `Encoders.encode_texts` gives: it and the loaders of its parts alone decide a prompt's states."""
+    from univigu.wan import encode_prompts
+
+    padded = encode_prompts(tokenizer, text_encoder, prompts, length)
+    return [states[: int(states.any(-1).sum())].bfloat16().cpu() for states in padded]
 
 
 def load_vae(base: Path) -> Any:

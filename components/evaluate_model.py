@@ -2,35 +2,28 @@
 
 Which world it is measured in is one module, named in the profile (`benchmark`), which knows the held-out items, their
 truth, and how a text and a video are read. Scoring is the library's. Nothing here depends on the clock or the batch.
-Of a clip only what was read from it is kept, and a small preview of the first few, so that clips may be of any size.
+What the model and its base make is sampled by `evaluation_samples`.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from components.evaluation_samples import PAGE_SAMPLES, SCORED_BY_MODELS, Item, sample_everything
 from univigu.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from components.pipeline.runner import Step
-    from univigu.pipeline import UniViGUPipeline
 
 BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.pairs_benchmark"}
 KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each
-PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}
 SHEET_COLUMNS = 5
-BASE_TASK = "generation_base"
-SCORED_BY_MODELS = ("generation", BASE_TASK)
 STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
 
-Item = Mapping[str, Any]
 Row = dict[str, Any]
 Metrics = dict[str, dict[str, Any]]
 
@@ -65,164 +58,6 @@ def load_benchmark(name: str) -> ModuleType:
     if name not in BENCHMARKS:
         raise ConfigError(f"There is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}.")
     return import_module(BENCHMARKS[name])
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
-def sample_everything(
-    step: "Step", benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]]
-) -> tuple[dict[str, dict[str, list[Any]]], Mapping[str, Any]]:
-    """What the model and the base make of the held-out items, by task.
-
-    ``texts``; ``seen``, what the benchmark reads from the clips; ``previews`` of the first, with their frame rate. The
-    model samples as it does by default; those settings come second. The base goes first, as both may fill a GPU.
-    """
-    import numpy as np
-    import torch
-
-    from components.generator import load_generator
-    from components.report import preview
-    from univigu.pipeline import UniViGUPipeline
-
-    settings, model = step["evaluate_model"], step.inputs["stage2"] / "model"
-    size, precision = settings["batch_size"], settings["precision"]
-    batches = {
-        kind: [items[start : start + size] for start in range(0, len(items), size)] for kind, items in chosen.items()
-    }
-    drawn = step.scratch / "base"
-    drawn.mkdir(parents=True, exist_ok=True)
-    base = cache(lambda: load_generator(step.inputs["base"], precision))
-    for number, items in enumerate(step.progress(batches["generations"], unit="batches of the base")):
-        if not (drawn / f"{number}.npy").is_file():  # a run that was killed goes on here
-            np.save(drawn / "partial.npy", generate_with_base(base(), items, step)["frames"])
-            (drawn / "partial.npy").rename(drawn / f"{number}.npy")
-    base.cache_clear()
-    pipeline = UniViGUPipeline.from_pretrained(model, **_precision(precision))
-    pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    read, compared = benchmark.reader(pipeline), settings["compared_caption_steps"]
-    scorers = load_scorers(settings["scorers"], step)
-    makers: dict[str, tuple[str, Callable[[int, Sequence[Item]], dict[str, Any]]]] = {
-        "captions": (
-            "captions",
-            lambda _, items: caption_clips(pipeline, benchmark.render(items, step.inputs["clips"]), items, compared),
-        ),
-        "generation": ("generations", lambda _, items: generate_clips(pipeline, items, step["video"])),
-        BASE_TASK: ("generations", lambda number, _: {"frames": np.load(drawn / f"{number}.npy")}),
-        "joint": ("joint", lambda _, items: make_jointly(pipeline, items, step["video"])),
-    }
-    work = [(task, number, items) for task, (kind, _) in makers.items() for number, items in enumerate(batches[kind])]
-    made: dict[str, dict[str, list[Any]]] = {}
-    for task, number, items in step.progress(work, unit="batches"):
-        part = makers[task][1](number, items)
-        frames, all_of = part.pop("frames"), made.setdefault(task, {"seen": [], "previews": []})
-        all_of["seen"] += read(frames, None if task != "captions" else part["texts"])
-        wanted = PAGE_SAMPLES.get(task, PAGE_SAMPLES["generation"]) - len(all_of["previews"])
-        all_of["previews"] += [preview(clip, step["video"]["fps"]) for clip in frames[: max(wanted, 0)]]
-        for name, values in part.items():
-            all_of.setdefault(name, []).extend(values)
-        if task in SCORED_BY_MODELS:
-            for name, scorer in scorers.items():
-                all_of.setdefault(f"scored by {name}", []).extend(scorer.videos(frames))
-    for name, scorer in scorers.items():
-        prompts = [item["prompt"] for item in chosen["generations"]]
-        for task in SCORED_BY_MODELS:
-            videos = made[task].pop(f"scored by {name}")
-            made[task][f"nearest by {name}"] = scorer.nearest(videos, prompts)
-    return made, pipeline.config
-
-
-def _precision(name: str) -> dict[str, Any]:
-    """How diffusers is told to load a model for ``bf16``: the autoencoder stays in fp32, as in training."""
-    import torch
-
-    if name not in ("fp32", "bf16"):
-        raise ConfigError(f"There is no precision '{name}'; choose fp32 or bf16.")
-    kinds = {"transformer": torch.bfloat16, "text_encoder": torch.bfloat16, "default": torch.float32}
-    return {} if name == "fp32" else {"dtype": kinds}
-
-
-def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
-    """The profile's scorers, each from its model's folder, whose digest is noted among the step's facts."""
-    from pkgutil import iter_modules
-
-    from components import scorers as scorer_modules
-    from components.pipeline.digests import tree_digest
-    from components.pipeline.runner import inside
-
-    known = {module.name for module in iter_modules(scorer_modules.__path__)}
-    scorers = {}
-    for name, folder in folders.items():
-        if name not in known:
-            raise ConfigError(f"There is no scorer '{name}'; choose one of {', '.join(sorted(known))}.")
-        path = inside(step.root, folder)
-        scorers[name] = import_module(f"{scorer_modules.__name__}.{name}").load(path)
-        step.facts.setdefault("scorers", {})[name] = tree_digest([path], relative_to=path)
-    return scorers
-
-
-def caption_clips(
-    pipeline: "UniViGUPipeline", frames: "np.ndarray", items: Sequence[Item], compared_steps: Sequence[int]
-) -> dict[str, Any]:
-    """Captions of clips, the same in other numbers of steps, and what the model says when it sees nothing of them."""
-    import torch
-
-    from univigu import wan
-
-    latents = wan.encode_frames(pipeline.vae, torch.from_numpy(frames))
-    seeds = [item["seed"] for item in items]
-    texts = pipeline.caption_latents(latents, seed=seeds)
-    return {
-        "frames": frames,
-        "texts": texts,
-        "texts_without_video": pipeline.caption_latents(latents, seed=seeds, video_tau=0.0),
-        **{
-            f"texts_in_{n}_steps": texts
-            if n == pipeline.config.caption_steps
-            else pipeline.caption_latents(latents, n, seed=seeds)
-            for n in compared_steps
-        },
-    }
-
-
-def generate_clips(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
-    """This model's clips for the items' prompts."""
-    prompts = [item["prompt"] for item in items]
-    return {"frames": pipeline.generate(prompts, **_video_arguments(items, video))}
-
-
-def make_jointly(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
-    """Clips and captions made together from the items' prompts."""
-    prompts = [item["prompt"] for item in items]
-    frames, texts = pipeline.joint(prompts, **_video_arguments(items, video))
-    return {"frames": frames, "texts": texts}
-
-
-def _video_arguments(items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "num_frames": video["frames"],
-        "height": video["height"],
-        "width": video["width"],
-        "seed": [item["seed"] for item in items],
-        "batch_size": len(items),
-    }
-
-
-def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[str, Any]:
-    """The base generator's clips for the same prompts and seeds, as it makes them best, by diffusers' own pipeline."""
-    import numpy as np
-
-    from components.generator import generate
-
-    settings = step["evaluate_model"]
-    sampling = {
-        "steps": settings["base_steps"],
-        "guidance_scale": settings["base_guidance"],
-        "arguments": {"max_sequence_length": step["text"]["prompt_length"]},
-    }
-    videos = generate(base, items, step["video"], sampling)
-    return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -366,7 +201,7 @@ def write_page(
 ) -> None:
     """``report.html``, and ``gallery.webp`` with the same first samples for a README."""
     from components import report
-    from components.pipeline.runner import MANIFEST
+    from components.pipeline.manifests import MANIFEST
     from components.training_figures import training_charts
 
     settings, digests = step["evaluate_model"], step.input_digests

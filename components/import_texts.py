@@ -6,16 +6,17 @@ characters. They are repaired as prompts are, and a text that is lost is told fr
 
 import csv
 import json
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from components.import_files import find_fault
 from components.prompt_filters import control_damage, repair, text_damage
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
-VIDEOS = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
 FILE, CAPTION, PROMPT = ("file_name", "file", "video", "path"), ("caption", "text"), ("prompt",)  # the first there is
 BESIDE = ("metadata.jsonl", "metadata.csv")  # found without being named, as other tools call them
 
@@ -38,30 +39,16 @@ class Fault:
     row: Any = None
 
 
-def find_videos(folder: Path) -> list[str]:
-    """The videos below a folder by their names in it, sorted, hidden ones left out; raises where there is none."""
-    if not folder.is_dir():
-        raise MissingInputError(f"There is no folder {folder}; give one with videos.")
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
-    found = sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
-    if not found:
-        raise MissingInputError(
-            f"There is no video in {folder} ({', '.join(sorted(VIDEOS))}); give a folder with some."
-        )
-    return found
-
-
 def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple[dict[str, Texts], list[Fault]]:
     """The texts of the videos by name, and what could not be used.
 
     table: a CSV or JSONL file; without one, a `metadata.jsonl` or `metadata.csv` in the folder, or else `NAME.txt`
     beside `NAME.mp4`. Raises where a table can't be read at all.
     """
-    table = table or next((folder / name for name in BESIDE if (folder / name).is_file()), None)
+    table, faults = (table, []) if table else _find_table(folder)
     rows = read_table(table) if table else read_sidecars(folder, videos)
     by_key = {_key(name): name for name in videos}
     texts: dict[str, Texts] = {}
-    faults: list[Fault] = []
     for where, row in rows:
         fault = _fault(where, row, by_key, texts)
         if fault:
@@ -72,8 +59,18 @@ def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple
     return texts, faults
 
 
+def _find_table(folder: Path) -> tuple[Path | None, list[Fault]]:
+    """The table that is in the folder, if any, and those that must not be opened."""
+    found = [name for name in BESIDE if os.path.lexists(folder / name) and not (folder / name).is_dir()]
+    faults = [Fault(name, *fault) for name in found if (fault := find_fault(folder, folder / name))]
+    bad = {fault.id for fault in faults}
+    return next((folder / name for name in found if name not in bad), None), faults
+
+
 def _fault(where: str, row: Any, by_key: Mapping[str, str], known: Mapping[str, Texts]) -> Fault | None:
     """Why one row of texts can't be used, or None."""
+    if isinstance(row, Fault):
+        return row
     if not isinstance(row, dict):
         return Fault(where, "broken_row", "it is no object with the name of a file", row)
     name = row["file"].replace("\\", "/")
@@ -109,7 +106,9 @@ def read_sidecars(folder: Path, videos: Sequence[str]) -> Iterator[tuple[str, An
     """A row for each video with a text file of its name beside it."""
     for name in videos:
         path = (folder / name).with_suffix(".txt")
-        if path.is_file():
+        if os.path.lexists(path) and (fault := find_fault(folder, path)):
+            yield printable(name), Fault(printable(name), fault[0], f"of its text: {fault[1]}")
+        elif path.is_file():
             yield printable(name), {"file": name, "caption": decode(path.read_bytes()), "prompt": ""}
 
 

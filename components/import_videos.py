@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.buckets import Bucket, Misfit, choose_bucket, list_buckets
-from components.import_texts import Fault, Texts, find_videos, printable, read_texts
+from components.import_files import list_videos
+from components.import_texts import Fault, Texts, printable, read_texts
 from components.pipeline.stages import Stage
-from univigu.errors import BadInputError, ConfigError
+from univigu.errors import ConfigError, MissingInputError, VideoError
 from univigu.files import file_sha256
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ TAR = "clips.tar"
 BATCH = 8  # videos that are decoded at the same time, at most, and that a killed run loses
 NAME = "import"  # of the generator and captioner in the tables
 KINDS = ("captions", "prompts")
+HDR = ("tone_map", "quarantine")  # what the profile's `video.fit.hdr` may say of such videos; at first, the first
+SAME_SPEED = 0.05  # a clip that is no more than so much faster or slower plays as its video does
 
 _VIDEOS = Stage(
     "import-videos",
@@ -37,17 +40,7 @@ _VIDEOS = Stage(
     home="data/clips",
     sources={"base": "base"},
     parameters=("text", "video", "curate_prompts", "synthesize_videos", "import_options", "import_videos"),
-    code=(
-        "components/buckets.py",
-        "components/checks",
-        "components/clip_gate.py",
-        "components/digits",
-        "components/import_texts.py",
-        "components/prompt_filters.py",
-        "components/tokens.py",
-        "components/videos.py",
-        "model/univigu/video.py",
-    ),
+    plugins={"components.checks": "synthesize_videos.checks"},
 )
 _TABLES = {
     "prompts": ("import-prompts", "data/curated"),
@@ -61,6 +54,7 @@ class Clip(NamedTuple):
     content: bytes
     bucket: Bucket
     finding: "Finding"
+    made: Mapping[str, float]  # what was done to it, for its scores: `speed` 2.0 plays twice as fast as the video did
 
 
 def import_folder(
@@ -135,6 +129,8 @@ def import_videos(step: "Step") -> None:
     from univigu.wan import check_autoencoder
 
     check_autoencoder(step.inputs["base"], list_buckets(step["video"]))
+    if step["video"]["fit"].get("hdr", HDR[0]) not in HDR:
+        raise ConfigError(f"The profile's 'video.fit.hdr' must be one of {', '.join(HDR)}; correct it.")
     gate = load_gate(step["synthesize_videos"]["checks"], step.root)
     models = gate_digests(gate)
     plans = [{**plan, "gate_models": models} for plan in plan_clips(step)]
@@ -160,6 +156,7 @@ def import_videos(step: "Step") -> None:
         "captions": dict(sorted(Counter(plan["caption_use"] for plan in chosen).items())),
         "stages": {str(stage): sum(plan["stage"] == stage for plan in chosen) for stage in (1, 2)},
         "buckets": dict(sorted(Counter(f"{row['frames']}x{row['height']}x{row['width']}" for row in clips).items())),
+        **count_changes(clips),
     }
     step.write("clips", clips)
 
@@ -172,8 +169,9 @@ def plan_clips(step: "Step") -> list[dict[str, Any]]:
     from components.tokens import count_tokens, load_tokenizer
 
     folder = step.inputs["videos"]
-    videos = find_videos(folder)
+    videos, unopened = list_videos(folder)
     texts, faults = read_texts(folder, videos, step.inputs.get("table"))
+    faults += [Fault(printable(name), *fault) for name, fault in unopened.items()]
     told = texts.keys() | {fault.id for fault in faults}
     faults += [
         Fault(printable(name), "no_text", "nothing is written about it")
@@ -186,6 +184,9 @@ def plan_clips(step: "Step") -> list[dict[str, Any]]:
         faults.append(Fault(printable(name), "file_name", "its name is not UTF-8: rename it"))
         del texts[name]
     for name, digest in _digests(step, folder, sorted(texts)):
+        if isinstance(digest, OSError):
+            faults.append(Fault(printable(name), "unreadable", f"it can't be read ({digest.strerror})"))
+            continue
         plan = plan_clip(step, name, digest, texts[name], count)
         if not isinstance(plan, Fault) and plan["id"] in plans:
             plan = Fault(
@@ -255,12 +256,17 @@ def first_sentence(text: str) -> str:
     return next((part.strip() for part in sentencex.segment(language, text) if part.strip()), text)
 
 
-def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each name and the SHA-256 of its file, in order."""
+def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str | OSError]]:
+    """Each name and the SHA-256 of its file, in order, or why the file can't be read."""
+
+    def digest(name: str) -> str | OSError:
+        try:
+            return file_sha256(folder / name)
+        except OSError as error:
+            return error
 
     with ThreadPoolExecutor(min(BATCH, len(os.sched_getaffinity(0)))) as pool:
-        digests = pool.map(lambda name: file_sha256(folder / name), names)
-        yield from zip(names, step.progress(digests, len(names), unit="files"), strict=True)
+        yield from zip(names, step.progress(pool.map(digest, names), len(names), unit="files"), strict=True)
 
 
 # --- a video becomes a clip ------------------------------------------------------------------------------------------
@@ -275,22 +281,26 @@ def make_clip(folder: Path, video: Mapping[str, Any], gate: Sequence[Any], row: 
     import numpy as np
 
     from components.clip_gate import judge
-    from univigu.video import NoVideoError, encode_mp4, probe_video, sample_video
+    from univigu.video import encode_mp4, probe_video, sample_video
 
     path, fps = folder / row["file"], video["fps"]
     try:
         facts = probe_video(path)
+        if facts.hdr and video["fit"].get("hdr") == "quarantine":
+            return Misfit("hdr", f"its colours are HDR ({facts.hdr}), which the profile's 'video.fit.hdr' leaves out")
         count = facts.frames(fps)
         bucket = choose_bucket(count, facts.height, facts.width, video)
         if isinstance(bucket, Misfit):
             return bucket
         times = (np.linspace(0, count - 1, bucket.frames).round() + 0.5) / fps  # amid each tick: clocks are not exact
         frames = sample_video(path, times.tolist(), bucket.height, bucket.width)
-    except BadInputError as error:
-        reason = "no_video" if isinstance(error, NoVideoError) else "damaged"
-        return Misfit(reason, str(error).replace(str(path), row["file"]))  # where the folder lies is nobody's business
+    except MissingInputError:
+        return Misfit("damaged", f"'{row['file']}' is no longer there; import again")
+    except VideoError as error:  # without the place of the folder, which says nothing about the video
+        return Misfit(error.reason, str(error).replace(str(path), row["file"]))
     (finding,) = judge(frames[None], [row], gate)
-    return Clip(b"" if finding.reason else encode_mp4(frames, fps), bucket, finding)
+    made = {"speed": round(count / bucket.frames, 3), **({"tone_mapped": 1} if facts.hdr else {})}
+    return Clip(b"" if finding.reason else encode_mp4(frames, fps), bucket, finding, made)
 
 
 def _passes(step: "Step", row: Mapping[str, Any], clip: Clip | Misfit) -> bool:
@@ -300,6 +310,21 @@ def _passes(step: "Step", row: Mapping[str, Any], clip: Clip | Misfit) -> bool:
         scores = {} if isinstance(clip, Misfit) else {"scores": clip.finding.scores}
         step.reject(printable(row["file"]), fault.reason, printable(fault.detail), {**row, **scores})
     return not fault.reason
+
+
+def count_changes(clips: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many of the clips play faster or slower than their videos, how much at most, and how many were HDR."""
+    scores = [json.loads(row["scores"]) for row in clips]
+    speeds = [score["speed"] for score in scores] or [1.0]
+    return {
+        "speed": {
+            "faster": sum(speed > 1 + SAME_SPEED for speed in speeds),
+            "slower": sum(speed < 1 - SAME_SPEED for speed in speeds),
+            "most": max(speeds),
+            "least": min(speeds),
+        },
+        "tone_mapped": sum("tone_mapped" in score for score in scores),
+    }
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -314,7 +339,7 @@ def clip_row(row: Mapping[str, Any], clip: Clip, fps: float) -> dict[str, Any]:
         **clip.bucket._asdict(),
         "fps": fps,
         "sha256": hashlib.sha256(clip.content).hexdigest(),
-        "scores": json.dumps(dict(clip.finding.scores), sort_keys=True),
+        "scores": json.dumps({**clip.finding.scores, **clip.made}, sort_keys=True),
         "member": f"{row['id']}.mp4",
     }
 

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from components import ledger, promotion
 from components.evaluations import Evaluation, read_evaluation
 from components.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
-from components.pipeline.digests import json_digest, tree_digest
-from components.pipeline.runner import MANIFEST, SOURCE_ROOT, Step
+from components.pipeline.digests import json_digest
+from components.pipeline.fingerprint import code_digest, fingerprint, modules_of
+from components.pipeline.manifests import MANIFEST
+from components.pipeline.runner import SOURCE_ROOT, Step
 from components.pipeline.stages import find_stage
 from univigu.errors import BadInputError, ConfigError
 from univigu.files import read_json_object, write_json
@@ -79,7 +81,7 @@ def _register(step: Step) -> dict[str, Any]:
     experiment = open_tracking(step.root)
     identity = {
         "univigu.model_digest": _model_digest(manifests["model"]),
-        "univigu.library_digest": tree_digest([SOURCE_ROOT / "model/univigu"], relative_to=SOURCE_ROOT),
+        "univigu.library_digest": code_digest(fingerprint(modules_of("univigu"))),
         "univigu.evaluation_digest": _evaluation_digest(manifests["evaluation"]),
     }
     runs = _training_runs(step.root, manifests["model"])

@@ -14,12 +14,13 @@ from typing import Any
 
 from components import promotion
 from components.pipeline.freshness import finished
+from components.pipeline.manifests import verify
 from components.pipeline.profiles import load_profile, profile_names
-from components.pipeline.runner import verify
 from components.pipeline.stages import find_stage
 from components.tracking import open_tracking, tracking_uri
 from univigu import registry
 from univigu.errors import BadInputError
+from univigu.files import read_yaml
 
 DATASET_STEP = "validate-prompts"  # whose output is the dataset that a retraining begins with
 DATASET_STEPS = ("curate-prompts", DATASET_STEP)
@@ -135,9 +136,7 @@ def _name(profile: str) -> str:
 
 
 def _chosen_profile(root: Path) -> str | None:
-    import yaml
-
     try:
-        return yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")).get("profile")
-    except (OSError, yaml.YAMLError, AttributeError):
+        return read_yaml(root / "params.yaml").get("profile")
+    except (OSError, ValueError, AttributeError):
         return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.runner import MANIFEST
+from components.pipeline.manifests import MANIFEST
 from components.pipeline.stages import find_stage
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError
 

@@ -42,6 +42,7 @@ def _train(step: "Step", number: int, source: str) -> None:
 
     import torch
 
+    from components.pipeline.fingerprint import code_digest
     from components.tracking import start_run
     from components.training_samples import show_samples
     from univigu import TrainingObjective
@@ -65,7 +66,7 @@ def _train(step: "Step", number: int, source: str) -> None:
                 "univigu.stage": step.stage.name,
                 "univigu.dataset_digest": step.input_digests["latents"],
                 f"univigu.input.{source}_digest": step.input_digests[source],
-                "univigu.code_digest": step.code_digest,
+                "univigu.code_digest": code_digest(step.code),
             },
             datasets={f"latents-stage-{number}": (str(step.inputs["latents"]), step.input_digests["latents"])},
             note=step.scratch / "mlflow.json",
@@ -278,7 +279,6 @@ def sampler(step: "Step", number: int) -> tuple[Any, dict[str, Any]]:
 
 def save(step: "Step", pipeline: "UniViGUPipeline") -> None:
     """Leave the whole pipeline, in safetensors, and the run's records in the step's output."""
-    pipeline.vae.register_to_config(_name_or_path="")  # where diffusers read it from: a path of this machine
     pipeline.save_pretrained(step.out / MODEL, safe_serialization=True)
     for name in _RECORDS:
         shutil.copyfile(step.scratch / name, step.out / name)

@@ -9,12 +9,14 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 from univigu.video import decode_mp4
+
+LARGEST_MEMBER = 1 << 30  # bytes of one clip
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
@@ -43,16 +45,43 @@ def read_tar(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[s
     """
     if not path.is_file():
         raise MissingInputError(f"There is no shard at {path}; run the step that makes it again.")
-    try:
-        with tarfile.open(path, "r:") as archive:
-            infos = {info.name: info for info in archive.getmembers() if info.isfile()}
-            for name in infos if names is None else names:
-                _check_name(name, path)
-                if name not in infos:
-                    raise CorruptDataError(f"There is no '{name}' in {path}; run the step that makes the shard again.")
-                yield name, archive.extractfile(infos[name]).read()
-    except (tarfile.TarError, EOFError) as error:
-        raise CorruptDataError(f"The shard {path} is damaged ({error}); delete it and run its step again.") from error
+    with path.open("rb") as file:
+        try:
+            places = {name: (start, length) for name, start, length in _list_members(file)}
+        except (tarfile.TarError, ValueError) as error:
+            raise CorruptDataError(
+                f"The shard {path} is damaged ({error}); delete it and run its step again."
+            ) from error
+        for name in places if names is None else names:
+            _check_name(name, path)
+            if name not in places:
+                raise CorruptDataError(f"There is no '{name}' in {path}; run the step that makes the shard again.")
+            start, length = places[name]
+            file.seek(start)
+            yield name, file.read(length)
+
+
+def _list_members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Each regular file's name, where its bytes start, and how many they are, none of them beyond the tar's own end.
+
+    Headers are read one by one: extensions, whose sizes and holes `tarfile` would believe, are not ours. Raises
+    `tarfile.TarError` for a header that makes no sense.
+    """
+    size, at = file.seek(0, io.SEEK_END), 0
+    if not size:
+        raise tarfile.ReadError("empty file")
+    while at < size:
+        file.seek(at)
+        header = file.read(tarfile.BLOCKSIZE)
+        if not any(header):
+            return
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        start = at + tarfile.BLOCKSIZE
+        if not 0 <= info.size <= min(size - start, LARGEST_MEMBER):
+            raise tarfile.ReadError(f"a member of {info.size} bytes in a tar of {size}")
+        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            yield info.name, start, info.size
+        at = start + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def read_clips(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], bytes]]:

@@ -8,14 +8,13 @@ What measures needs torch and scikit-learn, so it is loaded where there are clip
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from components.captioners import Captioner, CaptionRequest, CaptionResponse, Clip, FollowUp, caption_in_batches
 from components.pipeline.digests import json_digest
-from univigu.files import file_sha256
+from components.pipeline.fingerprint import code_digest, fingerprint
 
 if TYPE_CHECKING:
     from components.digits.measure import Measurement
@@ -41,10 +40,8 @@ class Measured:
 
     @cached_property
     def digest(self) -> str:
-        from components.digits import measure, world
-
-        code = [file_sha256(Path(module.__file__)) for module in (measure, world)]
-        return json_digest([self.seed, self.wordings, *code])
+        code = code_digest(fingerprint([f"{__name__}:{type(self).__name__}"]))
+        return json_digest([self.seed, self.wordings, code])
 
     def check(self) -> None:
         """Nothing is needed that `create` has not found."""

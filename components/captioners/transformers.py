@@ -21,7 +21,7 @@ from components.captioners import (
 )
 from components.captioners.wording import fit, load_template, sample_frames, write_messages
 from components.pipeline.digests import json_digest, tree_digest
-from components.pipeline.runner import inside
+from components.pipeline.manifests import inside
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 if TYPE_CHECKING:

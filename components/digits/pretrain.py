@@ -25,6 +25,7 @@ from components.digits.prompts import heldout_prompts, words
 from components.digits.tokenizer import build_tokenizer, corpus
 from components.digits.training import load_tensors
 from univigu.errors import ConfigError, MissingInputError
+from univigu.files import read_yaml
 
 PHASES = ("autoencoder", "recogniser", "latents", "generator", "bundle")
 DEFAULT_CONFIG = Path(__file__).with_suffix(".yaml")
@@ -54,7 +55,10 @@ def load_config(path: Path = DEFAULT_CONFIG) -> PretrainConfig:
     """Reads a YAML file of the shape of `pretrain.yaml`; settings that it leaves out keep their defaults."""
     if not path.exists():
         raise MissingInputError(f"There is no configuration at {path}; leave the option out to use the default.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable YAML ({error}); correct it.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a YAML mapping of settings; compare it with {DEFAULT_CONFIG.name}.")
     return _from_dict(PretrainConfig, values, path.name)

@@ -7,7 +7,6 @@ instead of starting another.
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import time
@@ -164,6 +163,7 @@ class StepOperator(BaseOperator):
     def _run(self, arguments: list[str]) -> tuple[int, str]:
         """Run a command to its end; returns its exit code and the last sentence that it said."""
         from components.pipeline.kfp_tasks import STOP_S
+        from components.pipeline.processes import child_environment
 
         said = ""
         with subprocess.Popen(
@@ -172,7 +172,7 @@ class StepOperator(BaseOperator):
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, **self.env},
+            env={**child_environment(), **self.env},
         ) as process:
             self._process = process
             try:

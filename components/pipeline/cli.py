@@ -1,7 +1,6 @@
 """The `univigu` command. Each command imports what it needs when it runs, so that `univigu --help` answers at once."""
 
 import atexit
-import errno
 import gc
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from components.pipeline import commands, data_commands, model_commands, pipeline_commands, plan_commands, train_job
-from univigu.errors import BadInputError, ConfigError, DiskFullError, PreemptedError, UniViGUError
+from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 
 app = typer.Typer(
     name="univigu",
@@ -56,20 +55,37 @@ def run(
             show_default=False,
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--restart", help="Start from nothing: checkpoints, shards and paid answers are set aside."),
+    ] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Go on from checkpoints and shards that were set aside, although something has changed since.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run one step of the pipeline on the outputs of the steps before it, whether or not its own is up to date.
 
-    `dvc repro` runs all steps whose output isn't.
+    `dvc repro` runs all steps whose output isn't, and `univigu status` says which these are. What a killed run has
+    finished is kept, and used again where nothing has changed; where something has, it is set aside and named.
     """
+    from components.pipeline.freshness import finished
     from components.pipeline.parts import Part
-    from components.pipeline.processes import count_processes, make_parts
+    from components.pipeline.processes import count_processes, end_with_parent, make_parts
     from components.pipeline.profiles import check_watched, load_profile
-    from components.pipeline.runner import imported, run_part, run_stage
+    from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
 
+    end_with_parent()
     values = load_profile(profile)
     check_watched(profile, values, root)
     if part:
+        if fresh or resume_from:
+            raise ConfigError("A part of a step can't start afresh by itself; run the whole step so, or without it.")
         counts = run_part(step, values, root, Part.parse(part))
         print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
         return
@@ -77,6 +93,13 @@ def run(
     if imported(stage, root):
         print(f"{step}: {stage.home} was imported, and is kept as it is; delete it to have it made here")
         return
+    if "DVC_STAGE" in os.environ and not stage.external and finished(step, values, root):
+        print(f"{step}: finished before, with the same inputs, parameters and code")
+        return
+    if fresh and _speaks():
+        restart(step, values, root)
+    if resume_from and _speaks():
+        resume(step, values, root, resume_from)
     processes = processes or count_processes(stage)
     if processes > 1:
         make_parts(step, profile, root, processes)
@@ -114,6 +137,43 @@ def steps() -> None:
 
     for stage in STAGES:
         print(f"{stage.name:<20} {', '.join(stage.inputs.values()) or '-'} -> {stage.home}")
+
+
+@app.command()
+def status(profile: Profile = "tiny", root: Root = Path(".")) -> None:
+    """Say which steps are finished, what would start the others again, and what is set aside."""
+    from components.pipeline.aside import list_kept
+    from components.pipeline.freshness import why_not_finished
+    from components.pipeline.profiles import load_profile
+    from components.pipeline.stages import STAGES
+
+    values = load_profile(profile)
+    for stage in STAGES:
+        print(f"{stage.name:<20} {why_not_finished(stage.name, values, root) or 'finished'}")
+    for folder in list_kept(root.resolve()):
+        print(f"set aside            {folder}")
+
+
+@app.command()
+def clean(root: Root = Path(".")) -> None:
+    """Remove outputs and unfinished runs; paid answers, what is set aside, the registry and DVC's cache stay."""
+    from components.pipeline.clean import clean as remove
+
+    remove(root)
+
+
+@app.command(hidden=True)
+def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
+    """Write the digest of what each step's code does with a profile to .univigu/code.json, which dvc.yaml watches."""
+    from components.pipeline.fingerprint import code_digest, stage_code
+    from components.pipeline.profiles import load_profile
+    from components.pipeline.stages import STAGES
+    from components.pipeline.state import STATE
+    from univigu.files import write_json
+
+    values = load_profile(profile)
+    (root / STATE).mkdir(exist_ok=True)
+    write_json(root / STATE / "code.json", {stage.name: code_digest(stage_code(stage, values)) for stage in STAGES})
 
 
 @app.command()
@@ -191,15 +251,6 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-_FOLDERS_FAULTS = {
-    errno.EACCES: BadInputError,
-    errno.EPERM: BadInputError,
-    errno.EROFS: BadInputError,
-    errno.ENOSPC: DiskFullError,
-    errno.EDQUOT: DiskFullError,
-}
-
-
 def _end(error: UniViGUError) -> NoReturn:
     if _speaks() or not isinstance(error, PreemptedError):
         print(f"univigu: {error}", file=sys.stderr)
@@ -217,9 +268,10 @@ def main() -> None:
     except UniViGUError as error:
         _end(error)
     except OSError as error:
-        if error.filename is None or error.errno not in _FOLDERS_FAULTS:
+        fault = storage_fault(error, Path.cwd())
+        if fault is None:
             raise
-        _end(_FOLDERS_FAULTS[error.errno](f"{error.filename}: {error.strerror}; make room, or mend its rights."))
+        _end(fault)
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of a KeyboardInterrupt
             print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)

@@ -70,25 +70,31 @@ def caption(
     """Say what is in a video: one line on standard output for each file, in the order given.
 
     Any size and length will do: the video is cut to the model's shape around its centre, and frames are taken evenly
-    from all of it. Captions come a few files at a time; each file has a seed of its own, counted up from --seed.
+    from all of it. Captions come a few files at a time; each file has a seed of its own, counted up from --seed. A file
+    that can't be read is named on standard error and makes the exit code; the others get their captions.
     """
     from univigu.video import MAX_FRAMES
 
-    for path in videos:
-        if not path.is_file():
-            raise MissingInputError(f"There is no video file '{path}'; check the path.")
     folder = _folder(model, name, root)
-    limit, pipeline = _frames_of(folder) or MAX_FRAMES, None
+    limit, pipeline, failed = _frames_of(folder) or MAX_FRAMES, None, []
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
     for start in range(0, len(videos), BATCH):
-        batch = videos[start : start + BATCH]
-        frames = [_read_moving(path, limit) for path in batch]
-        if pipeline is None:  # only now: a bad file among the first is told at once
-            pipeline = _load(folder)
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
-        texts = pipeline.caption(frames, **settings, seed=seed + start)
-        for path, text in zip(batch, texts, strict=True):
+        read = {}
+        for number, path in enumerate(videos[start : start + BATCH], start):
+            try:
+                read[number] = _read_moving(path, limit)
+            except BadInputError as error:
+                failed.append(error)
+                print(f"univigu: {error}", file=sys.stderr)
+        if not read:
+            continue
+        pipeline = pipeline or _load(folder)  # only now: without a good file it isn't needed
+        texts = pipeline.caption(list(read.values()), **settings, seed=[seed + number for number in read])
+        for number, text in zip(read, texts, strict=True):
             line = " ".join(text.split())
-            _say(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
+            _say(json.dumps({"file": str(videos[number]), "caption": line}, ensure_ascii=False) if as_json else line)
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
 
 
 def generate(

@@ -1,9 +1,10 @@
 """`univigu data`: a dataset of one's own, its versions (each a git tag that DVC can bring back), where latents lie."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,6 +64,8 @@ def import_folder(
         f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
         + ", ".join(facts["buckets"])
     )
+    for line in _changes(facts):
+        print(line)
     unused = {use: count for use, count in facts["captions"].items() if use not in ("usable", "none")}
     if unused and texts == "captions":
         print("Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items()))
@@ -77,6 +80,19 @@ def import_folder(
     )
     steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
     print("Go on with " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
+
+
+def _changes(facts: dict[str, Any]) -> Iterator[str]:
+    """What was done to videos so that they fit, a line each."""
+    speed = facts["speed"]
+    for word, count, most in (("faster", speed["faster"], speed["most"]), ("slower", speed["slower"], speed["least"])):
+        if count:
+            yield (
+                f"Clips that play {word} than their videos: {count}, up to {most:.3g} times as fast (`speed` in the "
+                "column `scores`; 'video.fit.speed' in the profile sets the limits)"
+            )
+    if facts["tone_mapped"]:
+        yield f"HDR videos that were tone-mapped: {facts['tone_mapped']} ('video.fit.hdr: quarantine' leaves them out)"
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")
@@ -117,7 +133,7 @@ def offload(
 
     Everything else of the output stays here, with the hashes that each fetched shard is verified against.
     """
-    from components.pipeline.runner import verify
+    from components.pipeline.manifests import verify
     from components.pipeline.stages import find_stage
     from univigu.training.shards import put_shards
 

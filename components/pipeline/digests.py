@@ -30,4 +30,9 @@ def tree_digest(paths: Iterable[Path], relative_to: Path) -> str:
 def json_digest(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, as hex."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def plain_json(value: Any) -> Any:
+    """A value as it is when it has been written to a JSON file and read again."""
+    return json.loads(json.dumps(value, default=str))

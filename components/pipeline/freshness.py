@@ -3,59 +3,65 @@
 The runner never asks: skipping whole steps, and runs that share a work root, are the orchestrators' business.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from components.pipeline import stages
 from components.pipeline.digests import json_digest
-from components.pipeline.runner import (
-    MANIFEST,
-    STATE,
-    code_digest,
-    imported,
-    inside,
-    make_step,
-    section,
-    source_digest,
-    verify,
-)
-from univigu.errors import BadInputError
+from components.pipeline.fingerprint import code_digest, stage_code
+from components.pipeline.manifests import Recipe, inside, read_manifest, verify
+from components.pipeline.runner import imported, make_step, section, source_digest
+from univigu.errors import BadInputError, MissingInputError
 
 
 def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any] | None:
     """The manifest of a step's output if these very inputs, parameters and code made it and all its bytes are there.
 
-    So it is where the output was imported, which stands in for the step whatever its inputs are. Raises as `run_stage`
-    does where an input is missing or damaged.
+    The output says so itself, so it doesn't matter who put it there: a run, DVC's cache, a copy. An imported output
+    stands in for the step whatever its inputs are. Raises as `run_stage` does where an input is missing or damaged.
     """
-    stage = stages.find_stage(name)
-    root = root.resolve()
+    stage, root = stages.find_stage(name), root.resolve()
     if manifest := imported(stage, root):
         return manifest
     try:
-        record = json.loads((root / STATE / "runs" / f"{name}.json").read_text(encoding="utf-8"))
-        key, digest = record["key"], record["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    step = make_step(stage, profile, root)
-    if step.key() != key:
-        return None
-    try:
-        manifest = verify(step.previous, name)
+        manifest = read_manifest(inside(root, stage.home), name)
     except BadInputError:
         return None
-    return manifest if manifest["digest"] == digest else None
+    step = make_step(stage, profile, root)
+    if Recipe.of(manifest).key() != step.key():
+        return None
+    try:
+        return verify(step.previous, name)
+    except BadInputError:
+        return None
+
+
+def why_not_finished(name: str, profile: Mapping[str, Any], root: Path) -> str:
+    """In words, what running a step would do; "" where it is `finished`."""
+    stage, root = stages.find_stage(name), root.resolve()
+    try:
+        if finished(name, profile, root):
+            return ""
+        step = make_step(stage, profile, root)
+    except BadInputError as error:
+        return f"can't run yet: {error}"
+    try:
+        manifest = read_manifest(step.previous, name)
+    except MissingInputError:
+        return "has not run"
+    except BadInputError as error:
+        return f"would run again: {error}"
+    differences = Recipe.of(manifest).differences(step.recipe)
+    return f"would start again: {'; '.join(differences)}" if differences else "would run again: its output is damaged"
 
 
 def committed(name: str, root: Path) -> dict[str, Any]:
-    """The manifest that lies in a step's place, or nothing; its files are not verified."""
+    """The manifest in a step's place, or nothing; its files are not verified."""
     try:
-        manifest = json.loads((root / stages.find_stage(name).home / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_manifest(root / stages.find_stage(name).home, name)
+    except (OSError, BadInputError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def require_inputs(name: str, root: Path, expected: Mapping[str, str], made: bool = False) -> None:
@@ -68,7 +74,7 @@ def require_inputs(name: str, root: Path, expected: Mapping[str, str], made: boo
         found = {maker: read[key] for key, maker in stages.find_stage(name).inputs.items() if key in read}
     else:
         found = {maker: committed(maker, root).get("digest") for maker in expected}
-    # where nothing lies, the step says so itself
+    # where there is none, the step says so itself
     if others := [maker for maker, digest in expected.items() if (found.get(maker) or digest) != digest]:
         raise BadInputError(
             f"The output of {', '.join(others)} was replaced by another run before '{name}' had read it; when no other "
@@ -88,5 +94,5 @@ def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:
         own = {name: section(profile, name) for name in stage.parameters}
         read = {name: digests.get(key) for name, key in stage.sources.items()}
         before = [known[name] for name in stage.inputs.values()]
-        known[stage.name] = json_digest([own, read, code_digest(stage), before])
+        known[stage.name] = json_digest([own, read, code_digest(stage_code(stage, profile)), before])
     return known

@@ -15,8 +15,9 @@ from typing import Any
 from uuid import uuid4
 
 from components.pipeline.kfp_tasks import RUN_ID, STOP_S, last_failure
-from components.pipeline.runner import STATE
+from components.pipeline.processes import child_environment
 from components.pipeline.stages import STAGES
+from components.pipeline.state import STATE
 from univigu.errors import PreemptedError, UniViGUError
 
 CLUSTER_ONLY = (
@@ -58,6 +59,7 @@ def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
 
     home = root.resolve() / STATE / "kfp"
     os.environ[RUN_ID] = uuid4().hex
+    os.environ |= child_environment()  # kfp's runner passes it on to the tasks
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(home / "outputs"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError, UniViGUError
-from univigu.files import file_sha256
+from univigu.files import file_sha256, read_yaml_documents
 
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1Run
@@ -273,15 +273,13 @@ class KfpServer:
 
 def read_package(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two documents of a compiled pipeline: its tasks, and what is asked of Kubernetes."""
-    import yaml
-
     try:
-        documents = [*yaml.safe_load_all(package.read_text(encoding="utf-8"))]
+        documents = read_yaml_documents(package)
     except FileNotFoundError as error:
         raise MissingInputError(
             f"There is no compiled pipeline {package}; run `univigu pipeline compile` first."
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise BadInputError(f"{package} can't be read as YAML; run `univigu pipeline compile` again.") from error
     if not documents or not isinstance(documents[0], dict) or "pipelineInfo" not in documents[0]:
         raise BadInputError(f"{package} is no compiled pipeline; give one that `univigu pipeline compile` has written.")

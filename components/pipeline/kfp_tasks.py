@@ -19,6 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from components.pipeline import notifications
+from components.pipeline.processes import child_environment
 from univigu.errors import (
     BadInputError,
     ConfigError,
@@ -192,8 +193,8 @@ def last_failure(root: str) -> dict[str, Any]:
 
 
 def _check_sources(profile: str, root: Path) -> None:
+    from components.pipeline.manifests import inside
     from components.pipeline.profiles import load_profile
-    from components.pipeline.runner import inside
     from components.pipeline.stages import STAGES
 
     if not root.is_dir():
@@ -293,7 +294,7 @@ def _call(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, **(environment or {})},
+        env={**child_environment(), **(environment or {})},
     ) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
@@ -336,7 +337,7 @@ def _run_id() -> str:
 
 
 def _note(root: str, name: str) -> Path:
-    from components.pipeline.runner import STATE
+    from components.pipeline.state import STATE
 
     return Path(root) / STATE / "kfp" / f"{name}.json"
 

@@ -20,9 +20,10 @@ from typing import Annotated, Any
 import typer
 
 from components.pipeline.airflow_server import AirflowServer, free_port
+from components.pipeline.manifests import MANIFEST
 from components.pipeline.profiles import use_profile
-from components.pipeline.runner import MANIFEST, STATE
 from components.pipeline.stages import STAGES, find_stage
+from components.pipeline.state import STATE
 from univigu.errors import UniViGUError
 from univigu.files import write_json
 

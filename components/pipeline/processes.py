@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
@@ -16,6 +17,8 @@ from components.pipeline.stages import Stage, find_stage
 from univigu.errors import ConfigError, PreemptedError, UniViGUError
 
 GPUS = "CUDA_VISIBLE_DEVICES"
+PARENTS = "UNIVIGU_PARENTS"  # processes that this one works for: the end of any of them is its own
+_LOOK_EVERY_S = 0.5
 
 
 def visible_gpus() -> list[str]:
@@ -32,6 +35,52 @@ def count_processes(stage: Stage) -> int:
     if not (stage.sharded and stage.resources.gpus) or "RANK" in os.environ:
         return 1
     return max(1, len(visible_gpus()))
+
+
+def end_with_parent() -> None:
+    """Have this process receive SIGTERM when one that it works for has gone, however that ended.
+
+    Those are what `PARENTS` names, and the DVC that runs this stage: a `dvc repro` that was killed would otherwise
+    leave its step running. A step that a person started works for nobody.
+    """
+    named = [int(number) for number in os.environ.get(PARENTS, "").split(",") if number]
+    parents = [*named, *_dvc()]
+    if parents:
+        Thread(target=_watch, args=(parents,), name="parents", daemon=True).start()
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a process that ends with this one (`end_with_parent`)."""
+    return {**os.environ, PARENTS: f"{os.environ.get(PARENTS, '')},{os.getpid()}"}
+
+
+def _watch(parents: Sequence[int]) -> None:
+    import psutil
+
+    try:
+        found = [psutil.Process(number) for number in parents]
+        while all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in found):
+            time.sleep(_LOOK_EVERY_S)
+    except psutil.NoSuchProcess:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _dvc() -> list[int]:
+    """The nearest process above this one that is not part of a stage of DVC's, if this one is."""
+    if "DVC_STAGE" not in os.environ:
+        return []
+    import psutil
+
+    for process in psutil.Process().parents():
+        try:
+            if "DVC_STAGE" not in process.environ():
+                return [process.pid]
+        except psutil.AccessDenied:  # another user's
+            return [process.pid]
+        except psutil.NoSuchProcess:
+            continue
+    return []
 
 
 def make_parts(step: str, profile: str, root: Path, count: int) -> None:
@@ -59,7 +108,7 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env={**os.environ, **where},
+                env={**child_environment(), **where},
             )
             processes.append(process)
             readers.append(Thread(target=_pass_on, args=(process, step, number, count, said), daemon=True))

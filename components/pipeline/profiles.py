@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from univigu.errors import ConfigError
+from univigu.files import read_yaml
 
 PARAMS = "params.yaml"
 
@@ -21,8 +22,6 @@ def profile_names() -> list[str]:
 
 def load_profile(name: str) -> dict[str, Any]:
     """Read a profile by its name, or by the path of a YAML file; raises `ConfigError` where there is none."""
-    import yaml
-
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
         if name not in profile_names():
@@ -31,13 +30,11 @@ def load_profile(name: str) -> dict[str, Any]:
             )
         path = _bundled(name)
     try:
-        profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+        profile = read_yaml(path)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no profile file {path}; check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The profile {path} is not readable YAML ({str(error).splitlines()[0]}); mend it."
-        ) from error
+    except ValueError as error:
+        raise ConfigError(f"The profile {path} is not readable YAML ({error}); correct it.") from error
     if not isinstance(profile, dict):
         raise ConfigError(f"The profile {path} is not a table of parameters; see {profile_names()} for examples.")
     missing = sorted(_keys(_examples()["tiny"]) - _keys(profile))
@@ -77,11 +74,9 @@ def check_watched(name: str, profile: Mapping[str, Any], root: Path) -> None:
 
     As after ``dvc exp run -S profile=NAME`` between profiles whose bases differ. Raises `ConfigError`.
     """
-    import yaml
-
     if "DVC_STAGE" not in os.environ or not (root / PARAMS).is_file():
         return
-    said = yaml.safe_load((root / PARAMS).read_text(encoding="utf-8"))
+    said = read_yaml(root / PARAMS)
     differing = [key for key, path in watched(profile).items() if said.get(key) != path]
     if differing:
         key = differing[0]
@@ -98,10 +93,7 @@ def _bundled(name: str) -> Path:
 @functools.cache
 def _examples() -> dict[str, dict[str, Any]]:
     """The bundled profiles by name; nobody changes them."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return {name: yaml.load(_bundled(name).read_text(encoding="utf-8"), loader) for name in profile_names()}
+    return {name: read_yaml(_bundled(name)) for name in profile_names()}
 
 
 def _check_kinds(value: Any, examples: Sequence[Any], path: str, key: str) -> None:

@@ -2,56 +2,58 @@
 
 At-least-once execution, idempotent commit: a step's output is absent, or complete and verified.
 
-* Inputs are verified against their manifests (sizes and SHA-256) before the step starts.
-* A step writes into a staging folder. When it has ended well, everything is hashed and renamed into its final place;
-  the manifest is removed first and written last, so whoever finds a manifest finds all that it names.
-* Long steps work in shards. A shard is a folder, its record lies beside the run's state; the shard is kept on a re-run
+* Inputs are verified against their manifests (sizes and SHA-256) before the step starts, nobody replaces them while it
+  runs, and before the commit they are still the same files.
+* A step writes into a staging folder. When it has ended well, everything is hashed, written through to the disk and
+  renamed into its final place; the manifest is removed first and written last, so a reader that finds a manifest finds
+  all that it names.
+* Long steps work in shards. A shard is a folder, its record is beside the run's state; the shard is kept on a re-run
   only where the record's key (input rows, parameters, code) still holds and its bytes still match.
+* What was made by another recipe (parameters, inputs, code) is set aside, never deleted: checkpoints, finished shards.
 * Shards can be made ahead, by several processes at once, each its part of them; the run that follows keeps and commits
   them. A shard is locked while it is made, and nothing is committed while a part is under way.
 * A row that can't be used goes to `rejected.parquet` with its reason; too many of them fail the step.
 * Nothing in an output depends on the clock, the machine, or the order of completion.
 """
 
-import errno
 import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from components.pipeline import shards
-from components.pipeline.digests import json_digest, tree_digest, tree_files
+from components.pipeline import aside, commit, shards
+from components.pipeline.digests import json_digest, tree_digest
+from components.pipeline.fingerprint import stage_code
+from components.pipeline.manifests import Recipe, inside, read_manifest, stamps, verify
 from components.pipeline.parts import Part, PartEnded
 from components.pipeline.progress import Meter, progress
 from components.pipeline.stages import Stage, find_stage
-from components.pipeline.state import STATE, lock
+from components.pipeline.state import STATE, Lock, lock
 from components.pipeline.tables import TableWriter, read_table, write_table
 from components.pipeline.weights import how_to_fetch
 from univigu.errors import (
     BadInputError,
     ConfigError,
-    CorruptDataError,
-    DiskFullError,
     GateFailedError,
     MissingInputError,
     UniViGUError,
+    storage_fault,
 )
-from univigu.files import file_sha256, write_json
+from univigu.files import write_json
 
 T = TypeVar("T")
-MANIFEST = "manifest.json"
 IMPORTED = "import-"  # begins the names of the steps behind `univigu data import`
-ELSEWHERE = "remote.json"  # in an output whose large files lie in an object store (`univigu data offload`)
-_SCARCE_BYTES = 64 * 1024
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -64,12 +66,13 @@ class Step:
     parameters: Mapping[str, Any]  # the profile's sections that the stage declares
     inputs: Mapping[str, Path]  # earlier steps' folders and the profile's sources, by name
     input_digests: Mapping[str, str]
+    input_stamps: Mapping[str, Mapping[str, Any]]  # by input, of each of its files when it was verified (`stamps`)
     out: Path  # the staging folder: everything in it is committed when the function returns
     scratch: Path  # survives a killed run until the commit: checkpoints live here; never part of the output
     previous: Path  # where the last committed output lies, if there is one
     records: Path  # what is known of each finished shard: below the work root, never part of the output
     docs: Path  # pages for people that may carry times: below the work root, never part of the output
-    code_digest: str
+    code: Mapping[str, str]  # `fingerprint` of what this profile uses
     part: Part | None = None  # make only these shards, and commit nothing
     meter: Meter | None = None  # of the shards that are under way
     rows_in: int = 0
@@ -86,9 +89,28 @@ class Step:
         """A section of the profile, e.g. ``step["video"]["height"]``."""
         return self.parameters[section]
 
+    @cached_property
+    def recipe(self) -> Recipe:
+        """All that decides the output: parameters, inputs and code."""
+        return Recipe(self.parameters, self.input_digests, self.code)
+
+    @cached_property
+    def _key(self) -> str:
+        return self.recipe.key()
+
     def key(self) -> str:
-        """A digest of all that decides the output: parameters, inputs and code."""
-        return json_digest([dict(self.parameters), dict(self.input_digests), self.code_digest])
+        """A digest of the recipe."""
+        return self._key
+
+    def kept_folder(self, entry: str, more: Any = None) -> Path:
+        """A folder for results that one function (``module:name``) decides, and not all of the step's code.
+
+        It is below the work root, is never part of the output, and outlives commits; for another recipe, or another
+        `more` (JSON), it is another one. Whoever keeps something there makes sure that it is whole when it is read.
+        """
+        code = stage_code(self.stage, self.parameters, [entry])
+        key = json_digest([Recipe(self.parameters, self.input_digests, code).key(), more])
+        return self.root / STATE / "kept" / self.stage.name / key[:16]
 
     def read(self, source: str, table: str) -> pa.Table:
         """Read a table out of the input called `source`."""
@@ -164,8 +186,8 @@ def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
     """The manifest of what `univigu data import` put in the place of a step, which is kept instead of running it."""
     home = inside(root.resolve(), stage.home)
     try:
-        maker = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        maker = read_manifest(home, stage.name)["step"]
+    except (BadInputError, OSError):
         return None
     return verify(home, stage.name) if str(maker).startswith(IMPORTED) else None
 
@@ -176,9 +198,9 @@ def run_unlisted(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Ma
     paths: inputs by name that may lie outside the work root and have no manifest; the step names what it read of them
     in the rows of its shards.
     """
-    root = root.resolve()
-    with _expected_failures(stage.name, root), lock(root, stage.name, f"'{stage.name}'"):
-        return _run_locked(stage, profile, root, paths)
+    with _working(stage, root, fcntl.LOCK_EX) as held:
+        commit.require_no_reader(stage, root.resolve())
+        return _run_locked(stage, profile, root.resolve(), paths, held)
 
 
 def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> dict[str, int]:
@@ -190,13 +212,13 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
     stage = find_stage(name)
     if not stage.sharded:
         raise ConfigError(f"'{name}' doesn't work in shards, so it has no parts; run it without --part.")
-    root = root.resolve()
     if imported(stage, root):
         return {"made": 0, "kept": 0}
-    with _expected_failures(name, root), lock(root, name, f"'{name}'", fcntl.LOCK_SH):
-        step = make_step(stage, profile, root)
+    with _working(stage, root, fcntl.LOCK_SH):
+        step = make_step(stage, profile, root.resolve())
         step.part = part
         step.out.mkdir(parents=True, exist_ok=True)
+        aside.keep_foreign_shards(step)
         try:
             _load_function(stage)(step)
         except PartEnded as ended:
@@ -204,33 +226,50 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
         raise AssertionError(f"'{name}' is said to work in shards, and called no map_shards")
 
 
+def restart(name: str, profile: Mapping[str, Any], root: Path) -> None:
+    """Set aside all that unfinished runs of a step have left, so that its next run starts from nothing.
+
+    Raises as `run_stage` does.
+    """
+    stage = find_stage(name)
+    with _working(stage, root, fcntl.LOCK_EX):
+        for place in aside.keep_everything(make_step(stage, profile, root.resolve())):
+            print(f"{name}: what was finished is kept in {place}", file=sys.stderr)
+
+
+def resume(name: str, profile: Mapping[str, Any], root: Path, folder: Path) -> None:
+    """Have the next run of a step go on from what lies in `folder`, whatever recipe made it (`aside`).
+
+    Raises as `run_stage` does, and `MissingInputError` where there is nothing to go on from.
+    """
+    stage = find_stage(name)
+    with _working(stage, root, fcntl.LOCK_EX):
+        for place in aside.take_up(make_step(stage, profile, root.resolve()), folder):
+            print(f"{name}: what was finished before is kept in {place}", file=sys.stderr)
+
+
 @contextmanager
-def _expected_failures(name: str, root: Path) -> Iterator[None]:
-    """Say in one sentence what is no fault of the code: a full disk, a root that can't be written to."""
+def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
+    """Hold the step's lock, and its inputs as they are; what is no fault of the code is said in one sentence."""
+    root, name = root.resolve(), stage.name
+    refusal = f"Another run of '{name}' is under way below {root}; wait for it, or give another --root."
     try:
-        yield
+        with lock(root, name, refusal, kind | fcntl.LOCK_NB) as held, ExitStack() as inputs:
+            for maker in sorted(set(stage.inputs.values())):
+                inputs.enter_context(commit.reading(maker, root))
+            try:
+                yield held
+            except UniViGUError:
+                raise
+            except Exception:
+                held.require()  # another run may have taken away what this one was working on
+                raise
     except UniViGUError:
         raise
     except Exception as error:
-        if is_disk_full(error, root):
-            raise DiskFullError(
-                f"The disk below {root} is full, so '{name}' left its output as it was; make room and run it again."
-            ) from error
-        if isinstance(error, OSError) and not (root / STATE / "locks").is_dir():
-            raise BadInputError(
-                f"Nothing can be written below {root} ({error.strerror}); give another --root."
-            ) from error
+        if fault := storage_fault(error, root):
+            raise fault from error
         raise
-
-
-def is_disk_full(error: Exception, root: Path) -> bool:
-    """Whether a failure comes from a full disk; torch, safetensors and SQLite say so in words, without an errno."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    said = ("no space left", "disk is full", "disk quota exceeded", "file too large", "disk full")
-    if any(words in str(error).lower() for words in said):
-        return True
-    return root.is_dir() and shutil.disk_usage(root).free < _SCARCE_BYTES
 
 
 def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
@@ -240,11 +279,15 @@ def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[st
     return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
 
 
-def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
+def _run_locked(
+    stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path], held: Lock
+) -> dict[str, Any]:
     started = time.monotonic()
     step = make_step(stage, profile, root)
     step.inputs = {**step.inputs, **paths}
+    aside.keep_foreign_work(step)
     _prepare_staging(step.out, step.scratch, step.key())
+    aside.note_recipe(step)
     try:
         _load_function(stage)(step)
         _write_rejected(step)
@@ -253,7 +296,8 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Map
         raise
     finally:
         step._rejected.close()
-    manifest = _commit(step, inside(root, stage.home))
+    held.require()
+    manifest = commit.commit(step)
     shutil.rmtree(step.scratch, ignore_errors=True)
     _record_run(root, manifest, step.key(), time.monotonic() - started)
     return manifest
@@ -261,41 +305,47 @@ def _run_locked(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Map
 
 def make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
     parameters = {name: section(profile, name) for name in stage.parameters}
-    inputs, digests = _resolve_inputs(stage, profile, root)
+    inputs, digests, seen = _resolve_inputs(stage, profile, root)
     return Step(
         stage=stage,
         root=root,
         parameters=parameters,
         inputs=inputs,
         input_digests=digests,
+        input_stamps=seen,
         out=root / STATE / "staging" / stage.name,
         scratch=root / STATE / "scratch" / stage.name,
         previous=inside(root, stage.home),
         records=root / STATE / "shards" / stage.name,
         docs=root / STATE / "docs" / stage.name,
-        code_digest=code_digest(stage),
+        code=stage_code(stage, profile),
     )
 
 
 def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
-    """Keep a killed run's shards and checkpoints; drop what was made for other inputs, parameters or code."""
+    """Keep a killed run's shards and checkpoints, and remove what else it left."""
     shards = staging / "shards"
     for entry in staging.iterdir() if staging.is_dir() else ():
         if entry != shards:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     staging.mkdir(parents=True, exist_ok=True)
     key_file = scratch / "run-key"
-    if not key_file.is_file() or key_file.read_text() != run_key:
+    if aside.read_text(key_file) != run_key:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         key_file.write_text(run_key)
 
 
-def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def _resolve_inputs(
+    stage: Stage, profile: Mapping[str, Any], root: Path
+) -> tuple[dict[str, Path], dict[str, str], dict[str, Any]]:
+    """Where each input is, what it holds, and what its files looked like when that was established."""
     inputs: dict[str, Path] = {}
     digests: dict[str, str] = {}
+    seen: dict[str, Any] = {}
     for name, maker in stage.inputs.items():
         inputs[name] = inside(root, find_stage(maker).home)
+        seen[name] = stamps(inputs[name])
         digests[name] = verify(inputs[name], maker)["digest"]
     for name, key in stage.sources.items():
         path = inside(root, section(profile, key))
@@ -304,62 +354,19 @@ def _resolve_inputs(stage: Stage, profile: Mapping[str, Any], root: Path) -> tup
                 f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; {how_to_fetch(path)}."
             )
         inputs[name] = path
+        seen[name] = stamps(path)
         digests[name] = source_digest(path)
-    return inputs, digests
+    return inputs, digests, seen
 
 
 def source_digest(path: Path) -> str:
     return tree_digest([path], relative_to=path if path.is_dir() else path.parent)
 
 
-def verify(folder: Path, maker: str) -> dict[str, Any]:
-    """Check every file of a committed output against its manifest; returns the manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except FileNotFoundError as error:
-        raise MissingInputError(f"There is no finished output at {folder}; run `univigu run {maker}` first.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptDataError(
-            f"The manifest of {folder} is damaged; delete the folder and run `univigu run {maker}`."
-        ) from error
-    for name, facts in files:
-        path = inside(folder, name)
-        if not path.is_file() and (folder / ELSEWHERE).is_file():
-            continue  # in an object store, as that file says: verified when it is fetched
-        if not path.is_file():
-            raise CorruptDataError(
-                f"{path} is missing from a finished output; delete {folder} and run `univigu run {maker}`."
-            )
-        if path.stat().st_size != facts["size"] or file_sha256(path) != facts["sha256"]:
-            raise CorruptDataError(
-                f"{path} is not the file that its manifest names (size or SHA-256 differs); "
-                f"delete {folder} and run `univigu run {maker}`."
-            )
-    return manifest
-
-
-def inside(root: Path, path: str | Path) -> Path:
-    """`path` below `root`, as an absolute path; raises `BadInputError` where it would leave it."""
-    resolved = (root / path).resolve()
-    if not resolved.is_relative_to(root.resolve()):
-        raise BadInputError(f"The path '{path}' leaves the work root {root}; give one inside it.")
-    return resolved
-
-
 def section(profile: Mapping[str, Any], key: str) -> Any:
     if key not in profile:
         raise ConfigError(f"The profile has no '{key}'; add that section (the bundled profile 'tiny' shows it).")
     return profile[key]
-
-
-def code_digest(stage: Stage) -> str:
-    own = f"{stage.module.replace('.', '/')}.py"
-    return tree_digest([_source_path(path) for path in (own, *stage.code)], relative_to=SOURCE_ROOT)
-
-
-def _source_path(path: str) -> Path:
-    return SOURCE_ROOT / path
 
 
 def _load_function(stage: Stage) -> Callable[[Step], None]:
@@ -380,55 +387,6 @@ def _write_rejected(step: Step) -> None:
             f"'{step.stage.name}' rejected {quarantined} of {step.rows_in} rows, over the profile's share of "
             f"{limit:g} ({counts}); look at them in {kept}."
         )
-
-
-def _commit(step: Step, home: Path) -> dict[str, Any]:
-    """Hash the staging folder, move it into place, and write the manifest last."""
-    for shard in (step.out / "shards").glob(".*"):
-        shutil.rmtree(shard)
-    files = {
-        file.relative_to(step.out).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in tree_files(step.out)
-    }
-    manifest = {
-        "step": step.stage.name,
-        "digest": json_digest({name: facts["sha256"] for name, facts in files.items()}),
-        "rows_in": step.rows_in,
-        "rows_out": step.rows_out,
-        "quarantined": step.reasons.total(),
-        "reasons": dict(sorted(step.reasons.items())),
-        "inputs": dict(step.input_digests),
-        "parameters": dict(step.parameters),
-        "facts": step.facts,
-        "files": files,
-    }
-    home.mkdir(parents=True, exist_ok=True)
-    stale = {path.name for path in home.iterdir()} if not step.stage.outputs else _owned_entries(home)
-    (home / MANIFEST).unlink(missing_ok=True)
-    for entry in stale - {MANIFEST}:
-        _remove(home / entry)
-    for entry in sorted(step.out.iterdir()):
-        _remove(home / entry.name)
-        entry.rename(home / entry.name)
-    write_json(home / MANIFEST, manifest)
-    step.out.rmdir()
-    return manifest
-
-
-def _owned_entries(home: Path) -> set[str]:
-    """The top-level entries that the last commit left in `home`."""
-    try:
-        files = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return set()
-    return {name.split("/", 1)[0] for name in files} & {path.name for path in home.iterdir()}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _record_run(root: Path, manifest: Mapping[str, Any], run_key: str, seconds: float) -> None:

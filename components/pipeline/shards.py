@@ -1,28 +1,29 @@
-"""Shards of a step, and batches within a shard: what is kept of an earlier run, and what is made again.
+"""Long steps work in shards and batches, and a killed run keeps those that are finished.
 
-A shard is a folder below ``<out>/shards``; its record lies beside the run's state. A batch is a folder beside the
-shard that is under way, ``.00003.batches/0007``, with its record next to it. Either is kept only where its record's key
-(input rows, parameters, inputs, code) still holds and its bytes still match.
+A finished shard is a folder below ``<out>/shards``; its record is beside the run's state. A batch is a folder beside
+the shard that is under way, ``.00003.batches/0007``, with its record next to it. Either is kept only where its record's
+key (input rows, parameters, inputs, code) still holds and its bytes still match.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.pipeline.aside import keep_committed_shard
 from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.parts import PartEnded
 from components.pipeline.progress import Meter
+from components.pipeline.shard_records import read_record, record_keys, write_record
 from components.pipeline.state import lock
-from univigu.files import file_sha256, link_or_copy, write_json
+from univigu.files import file_sha256, link_or_copy, sync_tree
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Step
 
 Rows = Sequence[Mapping[str, Any]]
-Work = Callable[[Rows, Path], Rows]  # fills a folder, returns the rows of what lies there
+Work = Callable[[Rows, Path], Rows]  # fills a folder, returns the rows of what is in it
 
 
 def map_shards(
@@ -36,7 +37,7 @@ def map_shards(
     results: list[dict[str, Any]] = []
     with Meter(step.stage.name, len(rows), unit) as step.meter:
         for name, shard in shards:
-            record = _kept_shard(step, name, _key(step, shard))
+            record = _kept_shard(step, name, json_digest(list(shard)))
             if record:
                 step.meter.skip(len(shard))
             else:
@@ -57,20 +58,23 @@ def map_batches(
     results = []
     for number, batch in enumerate(_chunks(rows, size)):
         place = _batches(folder) / f"{number:04d}"
-        path, key = place.with_suffix(".json"), _key(step, batch)
-        record = _read_record(path, key)
+        path, keys = place.with_suffix(".json"), record_keys(step, json_digest(list(batch)))
+        record = _read_record(path, keys["key"])
         if record and record["files"] == _file_digests(place):
             step.meter.skip(len(batch))
         else:
             path.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            record = _do(step, key, batch, place, work)
-            write_json(path, record)
+            record = _do(step, keys, batch, place, work)
+            write_record(path, record)
             step.meter.advance(len(batch))
         step._rejected_of_shard.extend(record["rejected"])
         results.append((place, record["rows"]))
     return results
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
 
 
 def _chunks(rows: Rows, size: int) -> list[Rows]:
@@ -85,8 +89,12 @@ def _make_part(step: "Step", shards: Sequence[tuple[str, Rows]], work: Work, uni
     made = 0
     with Meter(step.stage.name, sum(len(shard) for _, shard in shards), unit) as step.meter:
         for name, shard in shards:
-            with lock(step.root, f"{step.stage.name}/{name}", f"shard {name} of '{step.stage.name}'"):
-                if _find_shard(step, name, _key(step, shard)):
+            refusal = (
+                f"Another run of shard {name} of '{step.stage.name}' is under way below {step.root}; wait for it, or "
+                "give another --root."
+            )
+            with lock(step.root, f"{step.stage.name}/{name}", refusal):
+                if _find_shard(step, name, json_digest(list(shard))):
                     step.meter.skip(len(shard))
                 else:
                     _make_shard(step, name, shard, work)
@@ -94,13 +102,9 @@ def _make_part(step: "Step", shards: Sequence[tuple[str, Rows]], work: Work, uni
     raise PartEnded(made, len(shards) - made)
 
 
-def _key(step: "Step", rows: Rows) -> str:
-    return json_digest([list(rows), dict(step.parameters), dict(step.input_digests), step.code_digest])
-
-
-def _kept_shard(step: "Step", name: str, key: str) -> dict[str, Any] | None:
-    """The record of a finished shard, which then lies in the staging folder, or None."""
-    found = _find_shard(step, name, key)
+def _kept_shard(step: "Step", name: str, rows_digest: str) -> dict[str, Any] | None:
+    """The record of a finished shard, which is then in the staging folder, or None."""
+    found = _find_shard(step, name, rows_digest)
     if not found:
         return None
     record, folder = found
@@ -110,9 +114,14 @@ def _kept_shard(step: "Step", name: str, key: str) -> dict[str, Any] | None:
     return record
 
 
-def _find_shard(step: "Step", name: str, key: str) -> tuple[dict[str, Any], Path] | None:
+def _read_record(path: Path, key: str) -> dict[str, Any] | None:
+    record = read_record(path)
+    return record if record and record["key"] == key else None
+
+
+def _find_shard(step: "Step", name: str, rows_digest: str) -> tuple[dict[str, Any], Path] | None:
     """The record and folder of a finished shard whose key still holds and whose bytes still match, or None."""
-    record = _read_record(step.records / f"{name}.json", key)
+    record = _read_record(step.records / f"{name}.json", record_keys(step, rows_digest)["key"])
     if record:
         for home in (step.out, step.previous):
             folder = home / "shards" / name
@@ -121,31 +130,26 @@ def _find_shard(step: "Step", name: str, key: str) -> tuple[dict[str, Any], Path
     return None
 
 
-def _read_record(path: Path, key: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _make_shard(step: "Step", name: str, rows: Rows, work: Work) -> dict[str, Any]:
+    rows_digest = json_digest(list(rows))
+    keep_committed_shard(step, name, rows_digest)
     partial = step.out / "shards" / f".{name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     done = step.meter.done
-    record = _do(step, _key(step, rows), rows, partial, work)
+    record = _do(step, record_keys(step, rows_digest), rows, partial, work)
     final = step.out / "shards" / name
     shutil.rmtree(final, ignore_errors=True)
+    sync_tree(partial)
     partial.rename(final)
     step.records.mkdir(parents=True, exist_ok=True)
-    write_json(step.records / f"{name}.json", record)
+    write_record(step.records / f"{name}.json", record)
     shutil.rmtree(_batches(partial), ignore_errors=True)
     step.meter.advance(len(rows) - (step.meter.done - done))
     return record
 
 
-def _do(step: "Step", key: str, rows: Rows, folder: Path, work: Work) -> dict[str, Any]:
+def _do(step: "Step", keys: Mapping[str, str], rows: Rows, folder: Path, work: Work) -> dict[str, Any]:
     """Run `work`, and keep what it rejected in the record: whoever keeps the record counts it."""
     around, step._rejected_of_shard = step._rejected_of_shard, []
     try:
@@ -153,7 +157,7 @@ def _do(step: "Step", key: str, rows: Rows, folder: Path, work: Work) -> dict[st
         rejected = step._rejected_of_shard
     finally:
         step._rejected_of_shard = around
-    return {"key": key, "files": _file_digests(folder), "rows": made, "rejected": rejected}
+    return {**keys, "files": _file_digests(folder), "rows": made, "rejected": rejected}
 
 
 def _file_digests(folder: Path) -> dict[str, str]:

@@ -31,7 +31,9 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the step that makes it
     sources: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the profile's key with its path
     parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
-    code: tuple[str, ...] = ()  # modules and folders whose text decides its output, besides its own file
+    # Code that is chosen by name: a package, a folder of data files, or module:TABLE -> where the profile names it.
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    carries: tuple[str, ...] = ()  # packages that travel in its output, so that all of their code counts
     secrets: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # on a cluster: name -> variables, if it is there
@@ -54,17 +56,6 @@ STAGES: tuple[Stage, ...] = (
         home="data/curated",
         sources={"raw": "raw_prompts", "base": "base"},
         parameters=("text", "curate_prompts"),
-        code=(
-            "components/prompt_sources.py",
-            "components/prompt_screening.py",
-            "components/prompt_filters.py",
-            "components/prompt_duplicates.py",
-            "components/prompt_embeddings.py",
-            "components/funnel.py",
-            "components/funnel.svg.j2",
-            "components/wordlists.yaml",
-            "components/tokens.py",
-        ),
     ),
     Stage(
         "validate-prompts",
@@ -73,12 +64,6 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prompts": "curate-prompts"},
         sources={"base": "base"},
         parameters=("text", "curate_prompts", "validate_data"),
-        code=(
-            "components/gates.py",
-            "components/prompt_screening.py",
-            "components/prompt_filters.py",
-            "components/tokens.py",
-        ),
     ),
     Stage(
         "synthesize-videos",
@@ -87,14 +72,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prompts": "validate-prompts"},
         sources={"generator": "generator"},
         parameters=("seed", "video", "synthesize_videos"),
-        code=(
-            "components/generator.py",
-            "components/clip_gate.py",
-            "components/videos.py",
-            "model/univigu/video.py",
-            "components/checks",
-            "components/digits",
-        ),
+        plugins={"components.checks": "synthesize_videos.checks"},
         sharded=True,
         resources=_GPU,
     ),
@@ -104,7 +82,6 @@ STAGES: tuple[Stage, ...] = (
         home="data/validated/clips",
         inputs={"clips": "synthesize-videos"},
         parameters=("video", "validate_data"),
-        code=("components/buckets.py", "components/gates.py"),
     ),
     Stage(
         "caption-videos",
@@ -113,16 +90,11 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "synthesize-videos", "gate": "validate-clips"},
         sources={"base": "base"},
         parameters=("seed", "text", "caption_videos"),
-        code=(
-            "components/videos.py",
-            "model/univigu/video.py",
-            "components/captioners",
-            "components/checks",
-            "components/digits",
-            "components/prompt_filters.py",
-            "components/wordlists.yaml",
-            "components/tokens.py",
-        ),
+        plugins={
+            "components.captioners": "caption_videos.captioner",
+            "components.captioners.templates": "caption_videos.options.template",
+            "components.checks": "caption_videos.checks",
+        },
         secrets={"univigu-captioner": ("CAPTION_BASE_URL", "CAPTION_API_KEY")},
         sharded=True,
         resources=Resources(hours=48),
@@ -134,14 +106,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "validate-clips", "captions": "caption-videos"},
         sources={"base": "base"},
         parameters=("text", "validate_data"),
-        code=(
-            "components/gates.py",
-            "components/tokens.py",
-            "components/checks",
-            "components/digits",
-            "components/prompt_filters.py",
-            "components/wordlists.yaml",
-        ),
+        plugins={"components.checks": "validate_data.caption_checks"},
     ),
     Stage(
         "encode-latents",
@@ -150,17 +115,6 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "synthesize-videos", "pairs": "validate-pairs"},
         sources={"base": "base"},
         parameters=("text", "video", "encode_latents"),
-        code=(
-            "components/buckets.py",
-            "components/encoded.py",
-            "components/encoders.py",
-            "components/tokens.py",
-            "components/videos.py",
-            "model/univigu/text_space.py",
-            "model/univigu/video.py",
-            "model/univigu/wan.py",
-            "model/univigu/training/data.py",
-        ),
         sharded=True,
         resources=_GPU,
     ),
@@ -171,7 +125,6 @@ STAGES: tuple[Stage, ...] = (
         inputs={"latents": "encode-latents"},
         sources={"base": "base"},
         parameters=("seed", "text", "video", "model", "train_stage_1"),
-        code=("components/tracking.py", "components/training_samples.py", "model/univigu"),
         resources=_TRAINING,
     ),
     Stage(
@@ -180,7 +133,6 @@ STAGES: tuple[Stage, ...] = (
         home="data/stage2",
         inputs={"latents": "encode-latents", "model": "train-stage-1"},
         parameters=("seed", "text", "model", "train_stage_2"),
-        code=("components/tracking.py", "components/training_samples.py", "model/univigu"),
         resources=_TRAINING,
     ),
     Stage(
@@ -200,19 +152,10 @@ STAGES: tuple[Stage, ...] = (
         },
         sources={"base": "base", "heldout": "heldout"},
         parameters=("seed", "text", "video", "evaluate_model"),
-        code=(
-            "components/report.py",
-            "components/report.html.j2",
-            "components/training_figures.py",
-            "components/generator.py",
-            "components/digits",
-            "components/pairs_benchmark.py",
-            "components/prompt_filters.py",
-            "components/wordlists.yaml",
-            "components/scorers",
-            "components/videos.py",
-            "model/univigu",
-        ),
+        plugins={
+            "components.evaluate_model:BENCHMARKS": "evaluate_model.benchmark",
+            "components.scorers": "evaluate_model.scorers",
+        },
         resources=_GPU,
     ),
     Stage(
@@ -226,15 +169,8 @@ STAGES: tuple[Stage, ...] = (
             "prompts": "curate-prompts",
         },
         parameters=("register_model",),
+        carries=("univigu",),
         external=True,
-        code=(
-            "components/evaluate_model.py",
-            "components/promotion.py",
-            "components/ledger.py",
-            "components/tracking.py",
-            "components/model_card.md.j2",
-            "model/univigu",
-        ),
     ),
 )
 

@@ -1,13 +1,13 @@
 """What people read when a run has ended, and what machines read: `reports/run.json`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.runner import MANIFEST, STATE
+from components.pipeline.manifests import read_manifest
 from components.pipeline.stages import STAGES, Stage, find_stage
-from univigu.errors import MissingInputError
-from univigu.files import write_json
+from components.pipeline.state import STATE
+from univigu.errors import CorruptDataError, MissingInputError
+from univigu.files import read_json_object, write_json
 
 SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
 
@@ -29,7 +29,7 @@ def summarise(root: Path) -> dict[str, Any]:
         ],
         "total_seconds": round(sum(record["seconds"] or 0 for record in records), 2),
         "peak_rss_mb": max(record["peak_rss_mb"] or 0 for record in records),
-        "model_version": json.loads(registration.read_text(encoding="utf-8"))["version"]
+        "model_version": _read(root, "register-model", registration.name)["version"]
         if registration.is_file()
         else None,
     }
@@ -41,15 +41,25 @@ def summarise(root: Path) -> dict[str, Any]:
 def _record(root: Path, stage: Stage) -> dict[str, Any] | None:
     """What is known of the run that made a step's present output; of one restored from a cache, no time is known."""
     try:
-        manifest = json.loads((root / stage.home / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        manifest = read_manifest(root / stage.home, stage.name)
+    except MissingInputError:
         return None
-    path = root / STATE / "runs" / f"{stage.name}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if record.get("digest") == manifest["digest"]:
-        return record
     rows = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined")}
-    return {"name": stage.name, "seconds": None, "peak_rss_mb": None, **rows}
+    known = {"name": stage.name, "seconds": None, "peak_rss_mb": None, **rows}
+    try:
+        record = read_json_object(root / STATE / "runs" / f"{stage.name}.json")
+    except (OSError, ValueError):
+        return known
+    return record if record.get("digest") == manifest["digest"] and record.keys() >= known.keys() else known
+
+
+def _read(root: Path, step: str, name: str) -> dict[str, Any]:
+    """A JSON file of a step's output; raises `CorruptDataError` where it isn't one."""
+    path = root / find_stage(step).home / name
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise CorruptDataError(f"{path} can't be read ({error}); run `univigu run {step}` again.") from error
 
 
 def show(root: Path, run: dict[str, Any]) -> None:
@@ -68,7 +78,7 @@ def show(root: Path, run: dict[str, Any]) -> None:
     console.print(f"{run['total_seconds']:.0f} s in all, at most {run['peak_rss_mb'] / 1024:.1f} GiB of memory")
     metrics_path = root / "reports" / "metrics.json"
     if metrics_path.is_file():
-        _show_scores(console, json.loads(metrics_path.read_text(encoding="utf-8")))
+        _show_scores(console, _read(root, "evaluate-model", metrics_path.name))
     if run["model_version"]:
         console.print(f"registered: {_registration_line(root)}")
     page = root / "reports" / "report.html"
@@ -95,5 +105,5 @@ def _show_scores(console: Any, metrics: dict[str, Any]) -> None:
 
 
 def _registration_line(root: Path) -> str:
-    facts = json.loads((root / find_stage("register-model").home / "registration.json").read_text(encoding="utf-8"))
+    facts = _read(root, "register-model", "registration.json")
     return f"{facts['name']} version {facts['version']} - {facts['decision']}"

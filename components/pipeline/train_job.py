@@ -278,14 +278,11 @@ def _parse_env(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _output_of(step: Any) -> dict[str, Any] | None:
-    """The manifest of the step's output, if these inputs and parameters made it and it is whole."""
-    from components.pipeline.digests import json_digest
-    from components.pipeline.runner import verify
+    """The manifest of the step's output, if these inputs, parameters and code made it and it is whole."""
+    from components.pipeline.manifests import Recipe, verify
 
     try:
         manifest = verify(step.previous, step.stage.name)
     except BadInputError:
         return None
-    made_of = [manifest.get("inputs"), manifest.get("parameters")]
-    wanted = [dict(step.input_digests), dict(step.parameters)]
-    return manifest if json_digest(made_of) == json_digest(wanted) else None
+    return manifest if Recipe.of(manifest).key() == step.key() else None

@@ -65,7 +65,7 @@ class _Follower:
                     return manifest
                 raise MissingInputError(
                     f"The {self.called} has completed, and its output is not below the work root here; check that "
-                    "--claim is the volume that is mounted at --mount-path."
+                    "--claim is the volume that is mounted at --mount-path, and that the pods' image has this version."
                 )
             pods = self.cluster.pods(self.name)
             if not _is_preempted(pods):

@@ -22,6 +22,14 @@ class BadInputError(UniViGUError):
     exit_code = 65
 
 
+class VideoError(BadInputError):
+    """A video file that can't be used; `reason` is a short slug to count by."""
+
+    def __init__(self, message: str, reason: str = "damaged") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class MissingInputError(BadInputError):
     """A file, folder, model or earlier step's output is not there (EX_NOINPUT)."""
 

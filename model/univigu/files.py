@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 LARGEST_JSON = 256 * 2**20  # bytes of a JSON file that is read as a whole: more is none of ours
+LARGEST_YAML = 2**20  # bytes of a YAML file, which people write
+DEEPEST_YAML = 50  # levels
+MOST_YAML = 100_000  # values, those behind an alias counted where they are used
 
 
 def file_sha256(path: Path) -> str:
@@ -41,6 +44,68 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file of one document; raises as `read_yaml_documents` does."""
+    documents = read_yaml_documents(path)
+    if len(documents) > 1:
+        raise ValueError("it holds more than one document")
+    return documents[0] if documents else None
+
+
+def read_yaml_documents(path: Path) -> list[Any]:
+    """The values in a YAML file, of plain types.
+
+    Raises `OSError` where the file can't be read, and `ValueError`, in one line, for anything that isn't YAML as people
+    write it: damaged, not UTF-8, larger than `LARGEST_YAML`, deeper than `DEEPEST_YAML`, or with aliases that stand for
+    more than `MOST_YAML` values, or for themselves.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(LARGEST_YAML + 1)
+    if len(content) > LARGEST_YAML:
+        raise ValueError(f"it is larger than {LARGEST_YAML >> 20} MiB")
+    import yaml
+
+    try:
+        text = content.decode("utf-8-sig")
+        _require_shallow(yaml.parse(text, yaml.CSafeLoader))
+        loader, documents = yaml.CSafeLoader(text), []
+        while loader.check_node():
+            node = loader.get_node()
+            _count_values(node, {})
+            documents.append(loader.construct_document(node))
+        return documents
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start})") from error
+
+
+def _require_shallow(events: Iterable[Any]) -> None:
+    """Before anything is built of it: the C parser's own limit is the stack."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        depth += kind in ("MappingStartEvent", "SequenceStartEvent")
+        depth -= kind in ("MappingEndEvent", "SequenceEndEvent")
+        if depth > DEEPEST_YAML:
+            raise ValueError(f"it is nested more than {DEEPEST_YAML} levels deep")
+
+
+def _count_values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node stands for, each alias written out; a node that is being counted stands for itself."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("an alias in it stands for itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    pairs = node.value if isinstance(node.value, list) else []
+    inner = [one for pair in pairs for one in (pair if isinstance(pair, tuple) else (pair,))]
+    known[id(node)] = count = 1 + sum(_count_values(one, known) for one in inner)
+    if count > MOST_YAML:
+        raise ValueError(f"its aliases stand for more than {MOST_YAML:,} values")
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ A row has a `video` (a file's path, or an mp4 in base64) or a `prompt`, and para
 
 import base64
 import binascii
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
+
+SERVED_PIXELS = 2 * 10**10  # of a video's frames together: five minutes of 1920x1080 at 30 a second
+SERVED_BYTES = 512 << 20  # of a video in base64
 
 
 class UniViGUModel(PythonModel):
@@ -56,11 +60,16 @@ class UniViGUModel(PythonModel):
         return pd.DataFrame(tasks[task](model_input, settings), index=model_input.index)
 
     def _caption(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
-        from univigu.video import read_video
-
-        limit = self.pipeline.config.num_frames
-        videos = [read_video(_video(value), max_frames=limit)[0] for value in _column(rows, "video", "caption")]
+        videos = [self._read(value) for value in _column(rows, "video", "caption")]
         return {"caption": self.pipeline.caption(videos, **settings) if videos else []}
+
+    def _read(self, value: str):
+        """A row's video as the model takes it, which is all of it that stays in memory."""
+        from univigu.video import fit_frames, read_video
+
+        config = self.pipeline.config
+        frames, _ = read_video(_video(value), config.num_frames, SERVED_PIXELS)
+        return fit_frames(frames, config.num_frames, config.height, config.width) if len(frames) > 1 else frames
 
     def _generate(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
         prompts = _column(rows, "prompt", "generate")
@@ -90,9 +99,12 @@ def _column(rows: pd.DataFrame, name: str, task: str) -> list[str]:
 
 def _video(value: str) -> Path | bytes:
     """A row's video: the path of a file, or else its bytes from base64 (a data URL will do)."""
-    from univigu.errors import MissingInputError
+    from univigu.errors import MissingInputError, VideoError
 
-    if len(value) < 4096 and Path(value).is_file():
+    if len(value) > SERVED_BYTES * 4 // 3:
+        raise VideoError(f"A video has more than {SERVED_BYTES >> 20} MiB; send a shorter or smaller one.", "too_large")
+
+    if len(value) < 4096 and os.path.isfile(value):  # which, unlike Path's, is False for what is no name at all
         return Path(value)
     try:
         return base64.b64decode(value.partition(";base64,")[2] or value, validate=True)

@@ -96,6 +96,16 @@ class UniViGUPipeline(DiffusionPipeline):
         transformer = UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | settings))
         return cls(tokenizer, text_encoder, vae, transformer, **defaults)
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the whole pipeline. Nothing in it says where its parts were read from: equal models, equal bytes."""
+        for part in (self, self.vae, self.transformer):
+            part.register_to_config(_name_or_path="")
+        # A tokenizer that was used keeps the last call's length, and would write it down.
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            backend.no_truncation()
+            backend.no_padding()
+        super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UniViGUPipeline":
         """Load what ``save_pretrained`` wrote; a folder that holds something else is refused in one sentence."""

@@ -1,34 +1,36 @@
-"""Video files: H.264 in and out, and whatever people have, read within bounds. It knows PyAV and numpy, and no torch.
+"""Video files: H.264 in and out, and whatever people have, as pixels. It knows PyAV and numpy, and no torch.
 
 Frames are uint8 RGB arrays of shape (F, H, W, 3) everywhere. A training clip is stored as 4:4:4 H.264 at a low rate
 factor, which keeps the colours of a small picture; a clip made for a person is 4:2:0, which every player plays. One
 encoder thread, no clock and no host: equal frames, equal bytes.
+
+Pixels are FFmpeg's own: the matrix and range that a frame is tagged with (BT.601 and limited where it isn't, at any
+size), the same chroma filter, alpha left out. HDR is tone-mapped to BT.709.
 """
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from univigu.errors import BadInputError, MissingInputError
+from univigu.decoding import MAX_PIXELS_READ, Video, open_video, read_frames, read_packets
+from univigu.errors import BadInputError, VideoError
+from univigu.tone_mapping import to_sdr
 
 RATE_FACTOR = 6  # x264's crf: under one grey level of mean error on 32x32 clips, at about 2 KB a clip
 MAX_SIDE = 1280  # larger user frames are scaled down while they are read: no model here looks at more pixels
 MAX_FRAMES = 256
-# Demuxers that hold media themselves. Playlists (HLS, concat ...) are left out: they can name other files and hosts.
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
 # On frames of a few macroblocks x264's lookahead weighs memory that nobody wrote, so equal frames gave other bytes.
 _REPEATABLE = "mbtree=0:rc-lookahead=0:weightp=0"
 _BT601, _LIMITED = 6, 1  # SMPTE 170M matrix and limited range, as swscale converts by default: tagged, so players agree
-
-
-class NoVideoError(BadInputError):
-    """A file that can be read, and has no moving pictures in it."""
+_SIDE_DATA_KINDS = 64  # FFmpeg 8.1 has fewer than 40
+_HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of ITU-T H.273: SMPTE ST 2084 and ARIB STD-B67
+_BT2020_NCL, _UNTAGGED = 9, 2  # the matrix of HDR that doesn't name its own
 
 
 def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") -> bytes:
@@ -40,7 +42,7 @@ def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") ->
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise BadInputError(
-            f"A video needs frames of shape (F, H, W, 3) as uint8, and got {frames.shape} as {frames.dtype}; mend them."
+            f"A video needs frames of shape (F, H, W, 3) as uint8, and got {frames.shape} as {frames.dtype}; fix them."
         )
     if not (np.isfinite(fps) and fps > 0):
         raise BadInputError(f"A video can't have {fps} frames per second; give a positive number.")
@@ -63,22 +65,36 @@ def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") ->
 
 
 def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
-    """Every frame of a video of ours, uint8 (F, H, W, 3), and its frames per second; raises as `read_video` does."""
-    frames, fps = read_video(source, max_frames=None)
-    return frames, fps
+    """Every frame of a video that `encode_mp4` made, uint8 (F, H, W, 3), and its frames per second.
+
+    Whoever needs to know that the bytes are whole compares their hash. Raises `BadInputError` for what is no video.
+    """
+    import av
+
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), format="mp4") as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            return np.stack(frames), float(container.streams.video[0].average_rate)
+    except (av.error.FFmpegError, ValueError, IndexError, TypeError) as error:
+        raise BadInputError(f"A clip is no mp4 that was made here ({error}); make it again.") from error
 
 
-def read_video(source: bytes | Path, max_frames: int | None = MAX_FRAMES) -> tuple[np.ndarray, float]:
+# --- people's videos -------------------------------------------------------------------------------------------------
+
+
+def read_video(
+    source: bytes | Path, max_frames: int | None = MAX_FRAMES, pixels: int = MAX_PIXELS_READ
+) -> tuple[np.ndarray, float]:
     """A video file of any common kind as frames uint8 (F, H, W, 3), upright, and the frame rate of what is returned.
 
-    Of a video with more than `max_frames` frames, that many are kept, evenly spread over its whole length, and never
-    more than twice as many are held in memory. A frame with a side over `MAX_SIDE` pixels is scaled down.
-    Raises `MissingInputError` where there is no such file, and `BadInputError` where it is not a whole, readable video.
+    Pixels are made square, and a frame with a side over `MAX_SIDE` of them is scaled down. Of a video with more than
+    `max_frames` frames, that many are kept, evenly spread over its whole length, and never more than twice as many are
+    held in memory. Raises `MissingInputError` where there is no such file, and `VideoError` where it is not a whole,
+    readable video within the bounds of `univigu.decoding`, or has more `pixels` than these in all its frames.
     """
-    with _opened(source) as (container, stream, name):
-        rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
-        frames, share = _thin(_bounded(_decode(container, stream, name)), max_frames)
-    return np.stack(frames), rate * share
+    with open_video(source, pixels) as video:
+        frames, share = _thin(_bounded(video), max_frames)
+        return np.stack(frames), share / video.interval
 
 
 class VideoFacts(NamedTuple):
@@ -88,6 +104,7 @@ class VideoFacts(NamedTuple):
     seconds: float  # what a file says of its last frame's duration is often a guess
     height: int
     width: int
+    hdr: str  # "pq" or "hlg"; empty for a standard dynamic range
 
     def frames(self, fps: float) -> int:
         """How many frames the video has at another frame rate."""
@@ -96,24 +113,36 @@ class VideoFacts(NamedTuple):
 
 def probe_video(source: bytes | Path) -> VideoFacts:
     """The facts of a video file, of which only the first frame is decoded; raises as `read_video` does."""
-    shown: list[tuple[float, float]] = []
-    first = None
-    with _opened(source) as (container, stream, name):
-        interval = 1 / (float(stream.average_rate or stream.guessed_rate or 0) or 25.0)
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                at = packet.pts if packet.pts is not None else packet.dts
-                start = float(at * packet.time_base) if at is not None else len(shown) * interval
-                shown.append((start, float((packet.duration or 0) * packet.time_base) or interval))
-            if first is None:
-                first = next(iter(packet.decode()), None)
-        if first is None:
-            raise BadInputError(f"There is not a single frame in {name}; give a video that plays.")
-        height, width = first.height, max(1, round(first.width * _pixel_aspect(stream)))
-        if _quarter_turns(first) % 2:
-            height, width = width, height
-    begin = min(shown)[0]
-    return VideoFacts(max(shown)[0] - begin, max(start + length for start, length in shown) - begin, height, width)
+    with open_video(source) as video:
+        _, first = next(read_frames(video))
+        painter = _Painter(video)
+        height, width = painter.size(first)
+        hdr = painter.hdr(first)
+    with open_video(source) as video:
+        begin, last, end = _find_times(video, first)
+    return VideoFacts(last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
+
+
+def _find_times(video: Video, first: Any) -> tuple[float, float, float]:
+    """When the first frame and the last one appear, and when the last one goes, in seconds, by the packets alone.
+
+    first: the first frame that is shown; packets before it only prepare it. Where some packets don't say when they are
+    shown, as in an AVI, all go by when they are decoded: the steps between are the same.
+    """
+    begin = first.pts if first.pts is not None else first.dts
+    shown, others = [], []
+    for packet, needed in read_packets(video):
+        if packet.size:
+            prepares = packet.pts is not None and begin is not None and packet.pts < begin
+            (shown if needed and not prepares else others).append((packet.pts, packet.dts, packet.duration or 0))
+    packets = shown or others
+    kind = next((kind for kind in (0, 1) if all(packet[kind] is not None for packet in packets)), None)
+    base = float(video.stream.time_base)
+    if kind is None:
+        return 0.0, (len(packets) - 1) * video.interval, len(packets) * video.interval
+    spans = [(packet[kind] * base, packet[kind] * base + (packet[2] * base or video.interval)) for packet in packets]
+    starts, ends = zip(*spans, strict=True)
+    return min(starts), max(starts), max(ends)
 
 
 def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
@@ -123,105 +152,46 @@ def sample_video(source: bytes | Path, times: Sequence[float], height: int, widt
     `height` x `width` and cut to it around the centre. All of the file is decoded. Raises as `read_video` does.
     """
     chosen: list[np.ndarray] = []
-    with _opened(source) as (container, stream, name):
-        interval = 1 / (float(stream.average_rate or stream.guessed_rate or 0) or 25.0)
-        aspect = _pixel_aspect(stream)
+    with open_video(source) as video:
+        painter = _Painter(video)
         held, begin = None, 0.0
-        for number, frame in enumerate(_decode(container, stream, name)):
-            at = float(frame.time) if frame.time is not None else number * interval
+        for at, frame in read_frames(video):
             begin = at if held is None else begin
             due = sum(time < at - begin for time in times[len(chosen) :])
             if due and held is not None:
-                chosen += [_cover(held, height, width, aspect)] * due
+                chosen += [painter.cover(held, height, width)] * due
             held = frame
-        chosen += [_cover(held, height, width, aspect)] * (len(times) - len(chosen))
-    return np.stack(chosen)
+        chosen += [painter.cover(held, height, width)] * (len(times) - len(chosen))
+        return np.stack(chosen)
 
 
-@contextmanager
-def _opened(source: bytes | Path) -> Iterator[tuple[Any, Any, str]]:
-    """A video's container, its first stream with moving pictures, and what to call it; names what goes wrong in it."""
-    import av
-
-    name = "the video" if isinstance(source, bytes) else f"'{source}'"
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise MissingInputError(f"There is no video file {name}; check the path.")
-    opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-    try:
-        with av.open(opened, options=options) as container:
-            cover = av.stream.Disposition.attached_pic  # the picture of an album is no video
-            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-            if not streams:
-                raise NoVideoError(f"There is no picture in {name}, only other streams; give a file with a video.")
-            streams[0].codec_context.thread_count = 1
-            streams[0].codec_context.options = {"err_detect": "explode"}
-            yield container, streams[0], name
-    except av.error.FFmpegError as error:
-        raise BadInputError(
-            f"It was not possible to read {name} as a video ({error.strerror}); check that it is whole and plays."
-        ) from error
-
-
-def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """Each `av.VideoFrame` in order; raises `BadInputError` unless the whole of the video could be read."""
-    stored = shown = 0
-    end, last, interlaced = 0.0, 0.0, False
-    for packet in container.demux(stream):
-        stored += bool(packet.size) and not packet.is_discard  # what lies before a trimmed video's start is not shown
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise BadInputError(f"A frame in the middle of {name} is damaged; get the file afresh.")
-            shown += 1
-            interlaced = interlaced or frame.interlaced_frame
-            if frame.time is not None:
-                last = float((frame.duration or 0) * frame.time_base)
-                end = max(end, float(frame.time) + last)
-            yield frame
-    if not shown:
-        raise BadInputError(f"There is not a single frame in {name}; give a video that plays.")
-    if shown < stored and not interlaced:  # a packet may hold one field of two
-        raise BadInputError(f"Only {shown} of {stored} frames of {name} can be read; it is damaged, get it afresh.")
-    promised = float(((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base)
-    if end and end + max(2 * last, 0.1) < promised:
-        raise BadInputError(f"{name} ends after {end:.2f} of {promised:.2f} s; it is damaged, get it afresh.")
-
-
-def _bounded(frames: Iterable[Any]) -> Iterator[np.ndarray]:
-    """Each frame as an upright RGB array, all of the first one's size, and none with a side over `MAX_SIDE`."""
-    size = None
-    for frame in frames:
+def _bounded(video: Video) -> Iterator[Callable[[], np.ndarray]]:
+    """What makes each frame an upright RGB array, all of the first one's size, and none with a side over `MAX_SIDE`."""
+    painter, size = _Painter(video), None
+    for _, frame in read_frames(video):
         if size is None:
-            scale = min(1.0, MAX_SIDE / max(frame.width, frame.height))
-            size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-        turns = _quarter_turns(frame)
-        if (frame.width, frame.height) != size:
-            frame = frame.reformat(width=size[0], height=size[1], interpolation="AREA")
-        yield np.rot90(frame.to_ndarray(format="rgb24"), k=turns)
+            height, width = painter.size(frame)
+            scale = min(1.0, MAX_SIDE / max(height, width))
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+        yield partial(painter.draw, frame, *size)
 
 
-def _quarter_turns(frame: Any) -> int:
-    return round(frame.rotation / 90) % 4
-
-
-def _pixel_aspect(stream: Any) -> float:
-    """How many times as wide as high a pixel is."""
-    return float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1) or 1.0
-
-
-def _thin(frames: Iterable[np.ndarray], limit: int | None) -> tuple[list[np.ndarray], float]:
-    """At most `limit` of the frames, evenly spread, and the share that they are; holds at most twice as many."""
+def _thin(frames: Iterable[Callable[[], np.ndarray]], limit: int | None) -> tuple[list[np.ndarray], float]:
+    """At most `limit` of the frames, evenly spread, and the share that they are; makes and holds few others."""
     kept: list[np.ndarray] = []
     stride, total = 1, 0
     for frame in frames:
         if total % stride == 0:
-            kept.append(frame)
+            kept.append(frame())
         total += 1
         if limit is not None and len(kept) > 2 * limit:
             kept, stride = kept[::2], stride * 2
     if limit is not None and len(kept) > limit:
         kept = [kept[i] for i in np.linspace(0, len(kept) - 1, limit).round().astype(int)]
     return kept, len(kept) / max(total, 1)
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
 
 
 def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.ndarray:
@@ -232,19 +202,136 @@ def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.nd
     frames = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     if frames.shape[1:3] == (height, width):
         return frames
-    pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames)
-    return np.stack([_cover(picture, height, width) for picture in pictures])
+    tall, wide = _covering_size(*frames.shape[1:3], height, width)
+    pictures = [av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames]
+    size = {"width": wide, "height": tall, "interpolation": _choose_filter(pictures[0], wide, tall).upper()}
+    return np.stack([_cut(picture.to_ndarray(format="rgb24", **size), height, width) for picture in pictures])
 
 
-def _cover(frame: Any, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
-    """A frame turned upright, scaled to cover `height` x `width`, and cut to it around the centre: uint8 RGB."""
-    turns = _quarter_turns(frame)
-    high, broad = frame.height, frame.width * pixel_aspect
-    if turns % 2:
-        high, broad = broad, high
+def _covering_size(high: float, broad: float, height: int, width: int) -> tuple[int, int]:
+    """The height and width that `high` x `broad` is scaled to, so that it covers `height` x `width`."""
     scale = max(height / high, width / broad)
-    tall, wide = max(height, round(high * scale)), max(width, round(broad * scale))
-    top, left = (tall - height) // 2, (wide - width) // 2
-    stored = (tall, wide) if turns % 2 else (wide, tall)
-    scaled = frame.to_ndarray(format="rgb24", width=stored[0], height=stored[1], interpolation="AREA")
-    return np.rot90(scaled, k=turns)[top : top + height, left : left + width]
+    return max(height, round(high * scale)), max(width, round(broad * scale))
+
+
+def _cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of a picture."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _choose_filter(frame: Any, width: int, height: int) -> str:
+    """FFmpeg's own filter; for a smaller picture the one that averages, as others alias in a moving picture."""
+    return "area" if width * height < frame.width * frame.height else "bicubic"
+
+
+class _Painter:
+    """The frames of one video as upright RGB pixels; what is known of its frames is kept from one to the next.
+
+    PyAV ties a frame to its side data in a circle, which holds the frame's memory for long: it is asked for once.
+    """
+
+    def __init__(self, video: Video) -> None:
+        self.video = video
+        self.orientations: dict[int, tuple[bool, bool, bool]] = {}  # by the rotation, which each frame tells cheaply
+        self.graphs: dict[tuple[Any, ...], Any] = {}  # the filter graph in use: frames may change their size or colours
+        self.dolby_vision: bool | None = None
+
+    def size(self, frame: Any) -> tuple[float, float]:
+        """Height and width of a frame as it is shown, in square pixels."""
+        height, width = frame.height, frame.width * self.video.pixel_aspect
+        return (width, height) if self._orientation(frame)[0] else (height, width)
+
+    def cover(self, frame: Any, height: int, width: int) -> np.ndarray:
+        """A frame scaled to cover `height` x `width`, and cut to it around the centre."""
+        return _cut(self.draw(frame, *_covering_size(*self.size(frame), height, width)), height, width)
+
+    def draw(self, frame: Any, height: int, width: int) -> np.ndarray:
+        """A frame scaled to `height` x `width`."""
+        sideways, mirrored, upside_down = self._orientation(frame)
+        pixels = self._to_rgb(frame, *((height, width) if sideways else (width, height)))
+        pixels = pixels.swapaxes(0, 1) if sideways else pixels
+        return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+
+    def hdr(self, frame: Any) -> str:
+        """Which transfer function of HDR a frame has, by its own tag or else by its stream's; empty for none.
+
+        Raises `VideoError` (`hdr`) for Dolby Vision that comes without a picture for other screens.
+        """
+        transfer = frame.color_trc if frame.color_trc != _UNTAGGED else self.video.transfer
+        if self.dolby_vision is None:
+            self.dolby_vision = transfer not in _HDR and bool(_side_data(frame, "DOVI_METADATA"))
+        if self.dolby_vision:
+            raise VideoError(f"{self.video.name} is in Dolby Vision alone; convert it to HDR10 or SDR.", "hdr")
+        return _HDR.get(transfer, "")
+
+    def _orientation(self, frame: Any) -> tuple[bool, bool, bool]:
+        if frame.rotation not in self.orientations:
+            self.orientations[frame.rotation] = _find_orientation(_side_data(frame, "DISPLAYMATRIX"))
+        return self.orientations[frame.rotation]
+
+    def _to_rgb(self, frame: Any, width: int, height: int) -> np.ndarray:
+        hdr = self.hdr(frame)
+        if hdr and frame.colorspace == _UNTAGGED:
+            frame.colorspace = _BT2020_NCL
+        key = hdr, frame.format.name, frame.colorspace, frame.color_range, frame.width, frame.height, width, height
+        if key not in self.graphs:
+            self.graphs.clear()
+            self.graphs[key] = _make_graph(frame, width, height, "rgb48le" if hdr else "rgb24")
+        self.graphs[key].push(frame)
+        pixels = self.graphs[key].pull().to_ndarray()
+        return to_sdr(pixels, hdr) if hdr else pixels
+
+
+def _make_graph(frame: Any, width: int, height: int, pixel_format: str) -> Any:
+    """An FFmpeg filter graph from frames like this one to RGB of that size and kind.
+
+    Unlike PyAV's own way from YUV to RGB, it knows where a frame's chroma samples are.
+    """
+    import av
+
+    graph = av.filter.Graph()
+    graph.threads = 1
+    scale = f"w={width}:h={height}:flags={_choose_filter(frame, width, height)}"
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
+    nodes = source, graph.add("scale", scale), graph.add("format", pixel_format), graph.add("buffersink")
+    graph.link_nodes(*nodes).configure()
+    return graph
+
+
+def _find_orientation(matrix: bytes) -> tuple[bool, bool, bool]:
+    """What makes a frame upright, in this order: to swap rows and columns, to mirror it, to turn it upside down.
+
+    The display matrix maps (x, y) to (a x + c y, b x + d y), y downwards (ISO/IEC 14496-12, 6.2.2); of the eight
+    orientations of a picture, the one nearest to it counts. One of zeros, which some tools write, says nothing.
+    """
+    if len(matrix) < 36:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, "=i4", 5).astype(float)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def _side_data(frame: Any, kind: str) -> bytes:
+    """The bytes of one kind of a frame's side data, empty where it has none."""
+    try:
+        found = frame.side_data
+    except ValueError:  # PyAV has no name for one of the kinds, such as the EXIF of a JPEG
+        found = _drop_unnamed(frame).side_data
+    return bytes(found[kind]) if kind in {data.type.name for data in found} else b""
+
+
+def _drop_unnamed(frame: Any) -> Any:
+    """A frame without the side data that PyAV has no name for."""
+    import av
+    from av.sidedata.sidedata import Type
+
+    named = {kind.value for kind in Type}
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
+    kinds = [kind for kind in range(_SIDE_DATA_KINDS) if kind not in named]
+    filters = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in kinds]
+    graph.link_nodes(source, *filters, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()

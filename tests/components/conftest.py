@@ -21,17 +21,19 @@ import torch
 
 from components.digits import world
 from components.evaluate_model import summarise_rows
-from components.pipeline.digests import tree_files
+from components.pipeline import fingerprint as fingerprints
+from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
-from components.pipeline.runner import MANIFEST, run_stage
+from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.tracking import open_tracking, tracking_uri
 from components.videos import write_tar
 from univigu import registry
-from univigu.files import file_sha256
 from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 def commit(root, step, tables, write_more=lambda home: None):
@@ -41,13 +43,8 @@ def commit(root, step, tables, write_more=lambda home: None):
     write_more(home)
     for name, rows in tables.items():
         write_table(home, name, rows)
-    files = {
-        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in tree_files(home)
-        if file.name != MANIFEST
-    }
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    (home / MANIFEST).write_text(json.dumps({"step": step, "digest": digest, "files": files}))
+    files = describe_files(home)
+    write_manifest(home, {"step": step, "digest": files_digest(files), "files": files})
     return home
 
 
@@ -288,3 +285,13 @@ def failing_after_one_answer():
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of this project's packages that can be changed, in place of the real ones."""
+    for package in ("components", "model/univigu"):
+        shutil.copytree(CHECKOUT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    homes = {"components": tmp_path / "components/__init__.py", "univigu": tmp_path / "model/univigu/__init__.py"}
+    monkeypatch.setattr(fingerprints, "_home", homes.get)
+    return tmp_path

@@ -11,14 +11,13 @@ import pytest
 
 from components import evaluate_model as evaluation
 from components.digits import benchmark, world
-from components.pipeline.digests import json_digest, tree_files
+from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from univigu.errors import ConfigError
 from univigu.evaluation.claims import summarise
-from univigu.files import file_sha256
 
 HELDOUT = Path(__file__).parents[2] / "data" / "heldout.json"
 GROUPS = {"captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser", "joint"}
@@ -30,14 +29,10 @@ def commit(root, name, rejected=()):
     home = root / find_stage(name).home
     home.mkdir(parents=True, exist_ok=True)
     write_table(home, "rejected", rejected)
-    files = {
-        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in tree_files(home)
-    }
+    files = describe_files(home)
     reasons = dict.fromkeys((row["reason"] for row in rejected), 1)
     counts = {"rows_in": 9, "rows_out": 9 - len(rejected), "quarantined": len(rejected), "reasons": reasons}
-    manifest = {"step": name, "digest": json_digest(files), "files": files, **counts}
-    (home / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(home, {"step": name, "digest": files_digest(files), "files": files, **counts})
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from components import import_videos as module
 from components.digits import world
-from components.import_texts import Texts, find_videos, read_texts
+from components.import_files import list_videos
+from components.import_texts import Texts, read_texts
 from components.import_videos import first_sentence, import_folder
 from components.pipeline.cli import app
 from components.pipeline.freshness import finished
+from components.pipeline.manifests import verify
 from components.pipeline.parts import Part
-from components.pipeline.runner import run_part, run_stage, verify
+from components.pipeline.runner import run_part, run_stage
 from components.pipeline.tables import read_table
 from components.videos import open_clip, read_clips
 from univigu.errors import BadInputError, ConfigError, MissingInputError
@@ -202,9 +204,10 @@ def test_what_can_not_be_used_is_quarantined_with_its_reason(folder, root, profi
         (folder / f"{name}.txt").write_text(caption(0))
     write_video(folder / "blink.mp4", [0, 0.1])
     write_video(folder / "film.mp4", np.arange(60) / 8, dark=0)
+    write_video(folder / "years.mkv", [0, 0.1, 1e6], dark=0)
     write_video(folder / "stamp.mp4", np.arange(9) / 8, 8, 8)
     write_video(folder / "banner.mp4", np.arange(9) / 8, 32, 128)
-    for name in ("blink", "film", "stamp", "banner"):
+    for name in ("blink", "film", "years", "stamp", "banner"):
         (folder / f"{name}.txt").write_text(caption(0))
     write_video(folder / "silent.mp4", np.arange(9) / 8, dark=20)
     manifest = import_folder(folder, None, OPTIONS, profile, root)
@@ -217,14 +220,111 @@ def test_what_can_not_be_used_is_quarantined_with_its_reason(folder, root, profi
         "v00": "duplicate",
         "blink": "too_short",
         "film": "too_long",
+        "years": "too_long",
         "stamp": "too_small",
         "banner": "aspect",
         "silent": "no_text",
     }
-    assert (manifest["rows_in"], manifest["rows_out"]) == (23, 12)
+    assert (manifest["rows_in"], manifest["rows_out"]) == (24, 12)
     assert str(folder) not in (root / "data/clips/rejected.parquet").read_bytes().decode(errors="ignore")
     details = [row["detail"] for row in read_table(root / "data/clips", "rejected").to_pylist()]
     assert not any(str(folder) in detail for detail in details)
+
+
+def test_one_odd_file_ends_no_import(folder, root, profile, tmp_path):
+    """A title that is no UTF-8, a codec that FFmpeg lacks, a link out, a pipe, a file that claims gigabytes."""
+    (tmp_path / "elsewhere.mp4").write_bytes((folder / "v00.mp4").read_bytes())
+    with av.open(str(folder / "old.avi"), "w") as container:
+        container.metadata["title"] = "Xxxxxxx"
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for level in range(9):
+            picture = np.full((32, 32, 3), 40 + 10 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    old = (folder / "old.avi").read_bytes()
+    (folder / "old.avi").write_bytes(old.replace(b"Xxxxxxx", "Отпуск!".encode("cp1251")))
+    (folder / "unknown.avi").write_bytes(old.replace(b"FMP4", b"QQQQ"))
+    pixel = b"\x2c" + struct.pack("<4H", 0, 0, 1, 1) + b"\0\2\2\x44\1\0;"
+    (folder / "huge.gif").write_bytes(b"GIF89a" + struct.pack("<HH", 16_000, 16_000) + b"\xf0\0\0" + bytes(6) + pixel)
+    (folder / "out.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    for number, name in enumerate(("old", "unknown", "huge", "out", "pipe")):
+        (folder / f"{name}.txt").write_text(caption(20 + number))
+    manifest = import_folder(folder, None, OPTIONS, profile, root)
+    assert rejected(root) == {
+        "unknown.avi": "codec",
+        "huge.gif": "too_large",
+        "out.mp4": "outside",
+        "pipe.mp4": "not_a_file",
+    }
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (17, 13, 4)
+
+
+def test_a_clip_that_plays_faster_or_slower_than_its_video_says_so(root, profile, tmp_path):
+    folder = tmp_path / "videos"
+    for name, seconds in {"same": 9 / 8, "fast": 27 / 8, "slow": 7 / 8}.items():
+        write_video(folder / f"{name}.mp4", np.arange(round(seconds * 8)) / 8, dark=0)
+        (folder / f"{name}.txt").write_text(name)
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    options = [
+        "--licence",
+        "CC0-1.0",
+        "--source",
+        "x",
+        "--texts",
+        "prompts",
+        "--profile",
+        str(tmp_path / "profile.yaml"),
+    ]
+    done = CliRunner().invoke(app, ["data", "import", str(folder), *options, "--root", str(root)])
+    rows = read_table(root / "data/clips", "clips").to_pylist()
+    assert {row["prompt"]: json.loads(row["scores"])["speed"] for row in rows} == {
+        "same": 1.0,
+        "fast": 3.0,
+        "slow": 0.778,
+    }
+    assert "Clips that play faster than their videos: 1, up to 3 times as fast" in done.output
+    assert "Clips that play slower than their videos: 1, up to 0.778 times as fast" in done.output
+
+
+def hdr_video(path):
+    """A PQ video of steadily growing light."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx265", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p10le"
+        stream.options = {"x265-params": "log-level=none:colorprim=9:transfer=16:colormatrix=9"}
+        stream.codec_context.color_trc, stream.codec_context.color_primaries = 16, 9
+        for level in range(9):
+            picture = np.full((32, 32, 3), 20_000 + 2_000 * level, np.uint16)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb48le")))
+        container.mux(stream.encode())
+    path.with_suffix(".txt").write_text(path.stem)
+
+
+@pytest.mark.parametrize("choice", ["tone_map", None, "quarantine"])
+def test_hdr_is_tone_mapped_or_left_out_as_the_profile_says(root, profile, tmp_path, choice):
+    folder = tmp_path / "videos"
+    write_video(folder / "plain.mp4", np.arange(9) / 8)
+    (folder / "plain.txt").write_text("plain")
+    hdr_video(folder / "bright.mp4")
+    profile["video"]["fit"]["hdr"] = choice
+    if choice is None:  # as in a profile that was written before
+        del profile["video"]["fit"]["hdr"]
+    manifest = import_folder(folder, None, {**OPTIONS, "texts": "prompts"}, profile, root)
+    kept = {row["prompt"]: json.loads(row["scores"]) for row in read_table(root / "data/clips", "clips").to_pylist()}
+    if choice == "quarantine":
+        assert (rejected(root), kept.keys(), manifest["facts"]["tone_mapped"]) == ({"bright.mp4": "hdr"}, {"plain"}, 0)
+    else:
+        assert (rejected(root), manifest["facts"]["tone_mapped"]) == ({}, 1)
+        assert {name: "tone_mapped" in scores for name, scores in kept.items()} == {"plain": False, "bright": True}
+        assert (np.diff(brightness(frames_of(root, profile)["bright"])) > 2).all()
+
+
+def test_a_word_about_hdr_that_is_not_known_is_told(folder, root, profile):
+    profile["video"]["fit"]["hdr"] = "dance"
+    with pytest.raises(ConfigError, match=r"'video.fit.hdr' must be one of tone_map, quarantine"):
+        import_folder(folder, None, OPTIONS, profile, root)
 
 
 def test_a_clip_that_the_gate_stops_is_quarantined_with_its_scores(folder, root, profile):
@@ -335,7 +435,7 @@ def test_a_folder_says_who_wrote_about_it_without_being_told(tmp_path):
     (tmp_path / ".hidden/b.mp4").touch()
     (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,said here\n")
     (tmp_path / "a.txt").write_text("not here")
-    assert find_videos(tmp_path) == ["a.mp4"]
+    assert list_videos(tmp_path) == (["a.mp4"], {})
     assert read_texts(tmp_path, ["a.mp4"], None)[0] == {"a.mp4": Texts("said here", "")}
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from components import pairs_benchmark as benchmark
-from components.evaluate_model import load_scorers, score_everything, summarise_rows
+from components.evaluate_model import score_everything, summarise_rows
+from components.evaluation_samples import load_scorers
+from components.pipeline.manifests import write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.scorers import clip as clip_scorer
@@ -159,7 +161,7 @@ def root(digits_root, recommit, speaking_model, clip_folder):
         recommit(root, step, {"rejected": []})
     counts = {"rows_in": 12, "rows_out": 12, "quarantined": 0, "reasons": {}}
     for manifest in root.glob("data/**/manifest.json"):
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **counts}))
+        write_manifest(manifest.parent, {**json.loads(manifest.read_text()), **counts})
     return root
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from components import promotion
 from components.evaluate_model import summarise_rows
-from components.pipeline.digests import json_digest, tree_files
-from components.pipeline.runner import MANIFEST, run_stage
+from components.pipeline.digests import tree_files
+from components.pipeline.manifests import describe_files, files_digest, write_manifest
+from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.register_model import _git_commit
@@ -23,7 +24,6 @@ from components.tracking import start_run, tracking_uri
 from components.train_stage import model_digest
 from univigu import registry
 from univigu.errors import BadInputError, ConfigError
-from univigu.files import file_sha256
 from univigu.video import decode_mp4, encode_mp4
 
 TASKS = ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
@@ -33,20 +33,15 @@ HELDOUT = range(20)
 def commit(root, step, inputs):
     """Write the manifest of what lies in a step's folder, made from earlier steps' (or sources') digests."""
     home = root / find_stage(step).home
-    (home / MANIFEST).unlink(missing_ok=True)
-    files = {
-        file.relative_to(home).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in tree_files(home)
-    }
+    files = describe_files(home)
     manifest = {
         "step": step,
-        "digest": json_digest({name: facts["sha256"] for name, facts in files.items()}),
+        "digest": files_digest(files),
         "inputs": inputs,
         "parameters": {"seed": 0, step.replace("-", "_"): {"size": 4, "tasks": {"joint": 0.5}}},
         "files": files,
     }
-    (home / MANIFEST).write_text(json.dumps(manifest))
-    return manifest["digest"]
+    return write_manifest(home, manifest)["digest"]
 
 
 class World:

@@ -18,7 +18,8 @@ import yaml
 from safetensors.torch import load_file
 
 from components.pipeline import data_commands
-from components.pipeline.runner import STATE, run_stage
+from components.pipeline.runner import run_stage
+from components.pipeline.state import STATE
 from components.pipeline.tables import read_table
 from components.tracking import find_run, flatten, tracking_uri
 from components.train_stage import model_digest

@@ -58,6 +58,46 @@ def test_a_missing_damaged_or_cut_tar_says_what_to_do(tmp_path):
         list(read_tar(tmp_path / "cut.tar"))
 
 
+def resize(content, at, size):
+    """The tar with another size in the header at `at`, and the checksum that fits."""
+    header = bytearray(content[at : at + 512])
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    return content[:at] + header + content[at + 512 :]
+
+
+@pytest.mark.parametrize("size", [5001, 1 << 33, 1 << 62, -512, -1])
+def test_a_member_of_a_size_that_the_tar_can_not_hold_is_told_before_it_is_read(tmp_path, size):
+    write_tar(tmp_path / "0.tar", {"a.mp4": bytes(5000)})
+    content = (tmp_path / "0.tar").read_bytes()[: 512 + 5000]
+    (tmp_path / "0.tar").write_bytes(resize(content, 0, size))
+    with pytest.raises(CorruptDataError, match=f"damaged .a member of {size} bytes"):
+        list(read_tar(tmp_path / "0.tar"))
+
+
+def test_a_header_that_was_damaged_anywhere_ends_in_one_sentence(tmp_path):
+    write_tar(tmp_path / "whole.tar", {"a.mp4": bytes(700), "b.mp4": bytes(700)})
+    whole = (tmp_path / "whole.tar").read_bytes()
+    told = 0
+    for at in (*range(512), *range(1536, 2048)):
+        (tmp_path / "bad.tar").write_bytes(whole[:at] + bytes([whole[at] ^ 0x81]) + whole[at + 1 :])
+        try:
+            assert list(read_tar(tmp_path / "bad.tar"))
+        except CorruptDataError:
+            told += 1
+    assert told > 900
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+def test_what_an_extension_claims_is_not_believed(tmp_path, kind):
+    """Names as long as memory, and holes of exabytes: shards have neither."""
+    with tarfile.open(tmp_path / "odd.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        info = tarfile.TarInfo("a.mp4")
+        info.type, info.size = kind, 600
+        archive.addfile(info, io.BytesIO(b"12 size=99999999999\n" * 30))
+    assert list(read_tar(tmp_path / "odd.tar")) == []
+
+
 def test_clips_are_read_in_the_order_of_their_rows(tmp_path):
     write_tar(tmp_path / "0.tar", {"a": b"0a", "b": b"0b"})
     write_tar(tmp_path / "1.tar", {"a": b"1a"})

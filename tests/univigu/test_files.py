@@ -55,3 +55,40 @@ def test_a_link_takes_no_room_on_one_disk(tmp_path):
     (tmp_path / "a").write_text("x")
     files.link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "a").stat().st_ino == (tmp_path / "b").stat().st_ino
+
+
+def bomb(levels):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels))]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (bomb(13), "aliases stand for more than"),
+        ("a: &a [*a]", "stands for itself"),
+        ("[" * 200_000, "more than 50 levels deep"),
+        ("{a: " * 60 + "1" + "}" * 60, "more than 50 levels deep"),
+        ("a: [1, 2", "while parsing"),
+        ("a: \x00", "not allowed|unacceptable|control characters"),
+        ("x: '" + "y" * 2**20 + "'", "larger than 1 MiB"),
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: 1\n---\nb: 2", "more than one document"),
+    ],
+)
+def test_yaml_is_bounded_before_it_is_built(tmp_path, text, why):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=why):
+        files.read_yaml(tmp_path / "a.yaml")
+
+
+def test_yaml_with_anchors_as_people_use_them_is_read(tmp_path):
+    text = "\ufeffbase: &base {a: 1, b: [2, 3]}\nmore:\n  <<: *base\n  c: é\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert files.read_yaml(tmp_path / "a.yaml") == {
+        "base": {"a": 1, "b": [2, 3]},
+        "more": {"a": 1, "b": [2, 3], "c": "é"},
+    }
+    (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        files.read_yaml(tmp_path / "latin.yaml")

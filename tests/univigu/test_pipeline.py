@@ -192,6 +192,15 @@ def test_what_is_saved_comes_back_and_says_the_same(pipeline, clips, tmp_path):
     assert np.abs(difference).max() <= 1
 
 
+def test_what_is_saved_does_not_depend_on_where_it_was_read_from(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "first")
+    UniViGUPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for file in (path for path in (tmp_path / "first").rglob("*") if path.is_file()):
+        again = tmp_path / "second" / file.relative_to(tmp_path / "first")
+        assert again.read_bytes() == file.read_bytes()
+        assert str(tmp_path).encode() not in file.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("video", "says"),
     [

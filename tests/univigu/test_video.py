@@ -5,13 +5,15 @@ import os
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
 from univigu.errors import BadInputError, MissingInputError
-from univigu.video import decode_mp4, encode_mp4, fit_frames, read_video
+from univigu.tone_mapping import to_sdr
+from univigu.video import decode_mp4, encode_mp4, fit_frames, probe_video, read_video, sample_video
 
 
 def moving_picture(count, height, width):
@@ -91,6 +93,186 @@ def test_a_video_held_upright_comes_out_upright():
     assert turned.shape == (2, 64, 32, 3)
     corners = turned[0, [4, 4, -4, -4], [4, -4, 4, -4], 0] > 128
     assert corners.tolist() == [False, True, False, False]  # top right
+
+
+PICTURE = np.zeros((48, 80, 3), np.uint8)
+PICTURE[:24, :40], PICTURE[:24, 40:] = (200, 30, 30), (30, 200, 30)
+PICTURE[24:, :40], PICTURE[24:, 40:] = (30, 30, 200), (180, 180, 20)
+ORIENTATIONS = {  # a, b, c, d of a display matrix, and what they make of a picture
+    "upright": ((1, 0, 0, 1), lambda p: p),
+    "mirrored": ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
+    "turned by half": ((-1, 0, 0, -1), lambda p: p[::-1, ::-1]),
+    "upside down": ((1, 0, 0, -1), lambda p: p[::-1]),
+    "transposed": ((0, 1, 1, 0), lambda p: p.swapaxes(0, 1)),
+    "clockwise": ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
+    "transposed the other way": ((0, -1, -1, 0), lambda p: p.swapaxes(0, 1)[::-1, ::-1]),
+    "anticlockwise": ((0, -1, 1, 0), np.rot90),
+    "zeros": ((0, 0, 0, 0), lambda p: p),
+    "slightly askew": ((0.98, 0.17, -0.17, 0.98), lambda p: p),
+}
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+@pytest.mark.parametrize("aspect", [None, Fraction(2, 1), Fraction(1, 2)], ids=["square", "wide", "high"])
+def test_a_picture_is_shown_upright_whatever_its_display_matrix_says(tmp_path, videos, name, aspect):
+    """Each equals what FFmpeg 9's own autorotation shows, which the expected values were compared with."""
+    (a, b, c, d), upright = ORIENTATIONS[name]
+    matrix = [round(one * 65536) for one in (a, b, 0, c, d, 0, 0, 0)] + [0 if name == "zeros" else 1 << 30]
+    kind = {"pixels": "yuv444p", "matrix": matrix, "aspect": aspect, "options": {"crf": "1"}}
+    path = videos.encode(tmp_path / "clip.mp4", [PICTURE] * 3, **kind)
+    square = {None: PICTURE, 2: PICTURE.repeat(2, 1), Fraction(1, 2): PICTURE[:, ::2]}[aspect]
+    expected = upright(square).astype(int)
+    shown = read_video(path)[0][0]
+    assert shown.shape == expected.shape
+    inner = np.abs(shown - expected).max(-1)  # edges between the colours are soft where pixels were stretched
+    assert (inner < 8).mean() > 0.85
+    facts = probe_video(path)
+    assert (facts.height, facts.width) == shown.shape[:2]
+    np.testing.assert_allclose(sample_video(path, [0.0], *shown.shape[:2])[0], shown, atol=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_pictures_of_a_camera_are_shown_as_their_exif_says(tmp_path, orientation):
+    from PIL import Image
+
+    image, content = Image.fromarray(PICTURE), io.BytesIO()
+    tags = image.getexif()
+    tags[0x112] = orientation
+    image.save(content, "JPEG", exif=tags.tobytes(), quality=98)
+    with av.open(str(tmp_path / "clip.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuvj420p"
+        for number in range(3):
+            packet = av.Packet(content.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
+            container.mux(packet)
+    expected = list(ORIENTATIONS.values())[orientation - 1][1](PICTURE).astype(int)  # EXIF counts them in this order
+    shown = read_video(tmp_path / "clip.avi")[0][0]
+    assert shown.shape == expected.shape
+    assert (np.abs(shown - expected).max(-1) < 16).mean() > 0.85
+
+
+def by_ffmpeg(path):
+    """The frames of a video as FFmpeg's own filters convert them (`format=rgb24`, which adds `scale` as the command
+    line does): an equal conversion of FFmpeg 9's command line was compared with."""
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            graph = av.filter.Graph()
+            kind = {"width": frame.width, "height": frame.height, "format": frame.format}
+            source = graph.add_buffer(**kind, time_base=Fraction(1, 25))
+            graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+            graph.push(frame)
+            yield graph.pull().to_ndarray().copy()
+
+
+BT709, BT601, BT2020, LIMITED, FULL = 1, 6, 9, 1, 2
+
+
+SD, HD = (96, 128), (720, 1280)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "size"),
+    [
+        ("a.mp4", "libx264", "yuv420p", SD),
+        ("a.mp4", "libx264", "yuv420p", HD),  # whose untagged colours some players take for BT.709, and FFmpeg doesn't
+        ("a.mp4", "libx264", "yuvj420p", SD),
+        ("a.mp4", "libx264", "yuv444p", SD),
+        ("a.mp4", "libx264", "yuv420p10le", SD),
+        ("a.mp4", "libx264", "yuv422p10le", SD),
+        ("a.mkv", "ffv1", "yuv420p", SD),
+        ("a.mkv", "ffv1", "yuva420p", SD),
+        ("a.mkv", "ffv1", "gray", SD),
+        ("a.mov", "qtrle", "argb", SD),
+        ("a.avi", "mjpeg", "yuvj422p", SD),
+        ("a.gif", "gif", "rgb8", SD),
+    ],
+)
+def test_pixels_are_those_of_ffmpeg(tmp_path, videos, name, codec, pixels, size):
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, size[0] // 8, size[1] // 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    options = {"qp": "0"} if codec == "libx264" else {}
+    tags = [(None, None), (BT709, LIMITED), (BT601, LIMITED), (BT2020, LIMITED), (BT709, FULL), (BT601, FULL)]
+    seen = set()
+    for matrix, extent in tags if size == SD else tags[:2]:
+        settings = {} if matrix is None else {"colorspace": matrix, "color_range": extent}
+        path = videos.encode(tmp_path / name, list(blocks), codec, pixels, options=options, **settings)
+        expected = np.stack(list(by_ffmpeg(path))).astype(int)
+        shown = read_video(path, None)[0]
+        assert np.abs(shown - expected).max() <= 2, (matrix, extent)
+        seen.add(shown.tobytes())
+    assert len(seen) > 1 or pixels in (
+        "gray",
+        "argb",
+        "rgb8",
+        "yuvj420p",
+        "yuvj422p",
+    )  # the tags are not without effect
+
+
+def hdr_video(path, videos, transfer, tagged):
+    """Grey steps in HDR; the transfer function is said in the stream, or by the container alone."""
+    steps = np.linspace(0, 65535, 9).astype(np.uint16).repeat(16)
+    colours = "colorprim=9:colormatrix=9" + (f":transfer={transfer}" if tagged == "stream" else "")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx265", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 144, "yuv420p10le"
+        stream.options = {"x265-params": f"log-level=none:lossless=1:{colours}"}
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, LIMITED
+        for _ in range(3):
+            picture = np.broadcast_to(steps[None, :, None], (64, 144, 3))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb48le")
+            frame = frame.reformat(format="yuv420p10le", dst_colorspace=9, dst_color_range=LIMITED)
+            frame.color_trc, frame.color_primaries = transfer, 9
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "pq"), (18, "hlg")])
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
+def test_hdr_is_seen_and_tone_mapped(tmp_path, videos, transfer, name, kind):
+    path = hdr_video(tmp_path / f"clip.{kind}", videos, transfer, "stream")
+    assert probe_video(path).hdr == name
+    steps = (np.linspace(0, 65535, 9).astype(np.uint16)[None, :, None]).repeat(3, 2)
+    expected = to_sdr(steps, name)[0].astype(int)
+    for frames in (read_video(path)[0], sample_video(path, [0.0], 64, 144)):
+        shown = frames[0, 32, 8::16].astype(int)
+        assert np.abs(shown - expected)[:7].max() <= 6  # ten bits of light are coarser than sixteen
+        assert (np.diff(shown[:, 1]) >= 0).all()
+    assert probe_video(videos.encode(tmp_path / "sdr.mp4", [PICTURE] * 2, color_trc=1)).hdr == ""
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_hdr_that_the_container_alone_tells_is_seen(tmp_path, videos, kind):
+    """A decoder forgets it: HEVC that describes its primaries and not its transfer function leaves that unspecified."""
+    path = hdr_video(tmp_path / f"clip.{kind}", videos, 16, "container")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.color_trc == 16
+        untold = next(container.decode(video=0)).color_trc
+    assert (untold, probe_video(path).hdr) in ((2, "pq"), (16, "pq"))
+
+
+def test_what_the_import_sees_and_what_captioning_sees_have_one_shape(tmp_path, videos):
+    path = videos.encode(tmp_path / "clip.mp4", videos.numbered(9, 96, 120), aspect=Fraction(16, 11))
+    facts, (frames, _) = probe_video(path), read_video(path)
+    assert frames.shape[1:3] == (facts.height, facts.width) == (96, 175)
+
+
+def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
+    """A frame that is kept alive by its own side data would take gigabytes."""
+    code = (
+        "import gc, resource, sys; from pathlib import Path; from univigu.video import read_video\n"
+        "gc.disable()\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak()\n"
+        "read_video(Path(sys.argv[1]), 2); print(peak() - before)\n"
+    )
+    frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c" + struct.pack("<4H", 0, 0, 1, 1) + b"\0\x02\x02\x44\x01\0"
+    start = b"GIF89a" + struct.pack("<HH", 1000, 1000) + b"\xf0\0\0" + bytes(3) + b"\xff" * 3
+    (tmp_path / "long.gif").write_bytes(start + frame * 200 + b";")  # 800 MB of frames
+    arguments = [sys.executable, "-c", code, str(tmp_path / "long.gif")]
+    assert int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout) < 150
 
 
 def empty_container(kind):

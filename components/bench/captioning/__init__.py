@@ -42,7 +42,7 @@ def measure() -> dict[str, Any]:
     from components.bench.captioning.clips import make_root, profile, write_caption
     from components.bench.captioning.server import MisbehavingServer, draw_troubles, least_requests
     from components.captioners.client.journal import Journal
-    from components.pipeline.runner import STATE
+    from components.pipeline.state import STATE
     from components.pipeline.tables import read_table
 
     with tempfile.TemporaryDirectory() as folder:

@@ -10,13 +10,12 @@ import numpy as np
 import yaml
 
 from components.digits import world
-from components.pipeline.digests import json_digest, tree_files
+from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
-from components.pipeline.runner import MANIFEST, SOURCE_ROOT
+from components.pipeline.runner import SOURCE_ROOT
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.videos import write_tar
-from univigu.files import file_sha256, write_json
 from univigu.video import encode_mp4
 
 VIDEOS = 16  # different ones; the prompts tell the clips apart
@@ -58,9 +57,8 @@ def make_root(root: Path, settings: Mapping[str, Any], count: int, seed: int) ->
         if step == "synthesize-videos":
             write_tar(home / "shards/00000/clips.tar", members)
         write_table(home, "clips", rows)
-        names = {file.relative_to(home).as_posix(): file for file in tree_files(home)}
-        files = {name: {"size": file.stat().st_size, "sha256": file_sha256(file)} for name, file in names.items()}
-        write_json(home / MANIFEST, {"step": step, "digest": json_digest(files), "files": files})
+        files = describe_files(home)
+        write_manifest(home, {"step": step, "digest": files_digest(files), "files": files})
     return prompts
 
 

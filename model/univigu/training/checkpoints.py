@@ -1,18 +1,17 @@
 """Checkpoints of a running training: whole or not there, and the same for any number of processes.
 
-Below one folder lie ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
-weights, of AdamW's moments and of the weights' average, each tensor whole), ``loop.json`` (where the loop stands) and,
-written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then ``latest`` is replaced
-atomically. A damaged checkpoint means the one before it.
+Below one folder are ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
+weights, of AdamW's moments and of the weights' average, each tensor whole), ``loop.json`` (where the loop stands), a
+copy of the run's records and, written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then
+``latest`` is replaced atomically. A damaged checkpoint means the one before it.
 
 DeepSpeed's own checkpoints hold slices that fit one number of processes and one stage of ZeRO, and are pickled; these
 are read by any number of processes, in any stage, and nothing is unpickled. All ranks must see the same folder.
 """
 
-import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from univigu.errors import ConfigError
-from univigu.files import file_sha256, sync, write_json
+from univigu.files import file_sha256, read_json_object, replaced, sync, write_json
 from univigu.training.state import read_state, write_state
 
 LATEST = "latest"
@@ -32,9 +31,12 @@ LOOP = "loop.json"
 KEEP = 2
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    engine: Any, folder: Path, step: int, state: Mapping[str, Any], records: Sequence[Path] = ()
+) -> None:
     """Save the engine and the loop's `state` (JSON) as the checkpoint of `step`. All ranks must call this.
 
+    records: files that the run adds to, such as its curves; a checkpoint has a copy of them, as they are now.
     Keeps the newest two. A run that is killed in here finds the checkpoint before it.
     """
     home = folder / f"step-{step:08d}"
@@ -50,28 +52,40 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: Mapping[str, An
     if dist.get_rank() == 0:
         write_json(home / LOOP, {**state, "step": step, "generators": [generators for _, generators in shares]})
         files = {name: facts for described, _ in shares for name, facts in described.items()}
+        for record in filter(Path.is_file, records):
+            shutil.copyfile(record, home / record.name)
+            sync(home / record.name)
+            files[record.name] = _describe(home / record.name)
         write_json(home / MANIFEST, {"step": step, "files": {**files, LOOP: _describe(home / LOOP)}})
+        sync(folder)
         write_json(folder / LATEST, {"checkpoint": home.name, "step": step})
         for old in sorted(folder.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any] | None:
+def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> dict[str, Any] | None:
     """Bring the engine to the newest checkpoint whose bytes are good; returns the loop's state, or None.
 
+    `records` become what they were then, where the checkpoint has them.
     All ranks must call this; rank 0 verifies and decides for all. Where another number of processes saved it, a rank
     without a generator state of its own keeps what it has (noise is keyed by sample, so nothing depends on it).
     """
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
         good = newest_good(folder)
+        _set_damaged_aside(folder, good)
         choice = [good.name if good else None]
     dist.broadcast_object_list(choice)
     if choice[0] is None:
         return None
     home = folder / choice[0]
-    state = json.loads((home / LOOP).read_text(encoding="utf-8"))
+    state = read_json_object(home / LOOP)
+    if dist.get_rank() == 0:
+        for record in records:
+            if (home / record.name).is_file():
+                with replaced(record) as stream:
+                    stream.write((home / record.name).read_bytes())
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(home.glob("*.safetensors"))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -79,7 +93,7 @@ def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any] | None:
         def tensor(name: str) -> torch.Tensor:
             if name not in where:
                 raise ConfigError(
-                    f"The checkpoint in {home} has no '{name}', so it is of another model; remove {folder}."
+                    f"The checkpoint in {home} has no '{name}', so it is of another model; start afresh with --restart."
                 )
             return where[name].get_tensor(name)
 
@@ -94,7 +108,7 @@ def newest_good(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, or the newest other one, whose files are all there and unchanged."""
     found = sorted(folder.glob("step-*"), reverse=True)
     try:
-        named = folder / json.loads((folder / LATEST).read_text(encoding="utf-8"))["checkpoint"]
+        named = folder / read_json_object(folder / LATEST)["checkpoint"]
         found.sort(key=lambda path: path != named)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # without a pointer, the newest that verifies is as good
@@ -106,16 +120,29 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
+def _set_damaged_aside(folder: Path, good: Path | None) -> None:
+    """Keep for a person what was passed over because its bytes have changed: it is neither replaced nor pruned."""
+    for checkpoint in folder.glob("step-*"):
+        newer = good is None or checkpoint.name > good.name
+        if newer and (checkpoint / MANIFEST).exists() and _fault(checkpoint):
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+
+
 def _fault(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = dict(read_json_object(checkpoint / MANIFEST)["files"])
+        described = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}
     except FileNotFoundError:
         return "it was not finished"
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest is damaged"
-    for name, facts in files.items():
+    if LOOP not in described:
+        return "its manifest is damaged"
+    for name, (size, sha256) in described.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != facts["size"] or file_sha256(path) != facts["sha256"]:
+        if not path.is_file() or path.stat().st_size != size or file_sha256(path) != sha256:
             return f"{name} is missing or damaged"
     return None
 

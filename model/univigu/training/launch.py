@@ -9,6 +9,7 @@ It takes torchrun's own options and environment (PET_NNODES and so on), and diff
 * A worker that has done its work is not aborted by gloo's threads as it leaves (`univigu.training.worker`).
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,7 @@ def launch(arguments: Sequence[str]) -> int:
         for worker in workers:
             worker.send_signal(number)
 
+    os.environ["UNIVIGU_PARENTS"] = f"{os.environ.get('UNIVIGU_PARENTS', '')},{os.getpid()}"  # workers end with this
     signal.signal(signal.SIGTERM, pass_on)
     folder = tempfile.TemporaryDirectory(prefix="univigu-launch-")  # torchrun leaves what it makes itself
     try:

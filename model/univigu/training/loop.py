@@ -35,7 +35,7 @@ from univigu.training.engine import (
 )
 from univigu.training.loader import MicroBatches, load_ahead
 from univigu.training.order import SampleOrder, rank_slice
-from univigu.training.records import Curves, Evaluations, ProgressLine, StepSums, heldout_summary
+from univigu.training.records import RECORDS, Curves, Evaluations, ProgressLine, StepSums, heldout_summary
 from univigu.training.state import averaged_weights, frozen_weights, gather_weights, swap_average, update_average
 from univigu.training.throughput import Throughput
 
@@ -69,20 +69,25 @@ def train(
         engine = make_engine(objective, config, world_size)
         order = sample_order(dataset, config)
 
-        state = load_checkpoint(engine, folder / "checkpoints") or {"step": 0}
+        records = [folder / name for name in RECORDS]
+        state = load_checkpoint(engine, folder / "checkpoints", records) or {"step": 0}
         if state["step"] and state["seed"] != config.seed:
-            raise ConfigError(f"The checkpoint in {folder} was begun with seed {state['seed']}; remove it or use that.")
+            raise ConfigError(
+                f"The checkpoint in {folder} was begun with seed {state['seed']}; use that, or start afresh with "
+                "--restart."
+            )
         first = state["step"]
         curves = Curves(folder / "curves.csv", first)
         evaluations = Evaluations(folder, first)
         line = ProgressLine(first, config)
         if first and rank == 0:
+            evaluations.write()
             print(f"Going on after step {first} of {config.steps}.", file=sys.stderr)
 
         def save(step: int) -> None:
             position = step * config.batch_size
             loop = {"seed": config.seed, "position": position, "epoch": position // len(dataset)}
-            save_checkpoint(engine, folder / "checkpoints", step, loop)
+            save_checkpoint(engine, folder / "checkpoints", step, loop, records)
 
         def look(step: int) -> None:
             objective.eval()

@@ -1,7 +1,7 @@
 """What a training run leaves to look at: curves, held-out evaluations, a line every few seconds."""
 
 import csv
-import json
+import io
 import math
 import sys
 import time
@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from univigu.files import write_json
+from univigu.files import read_json, replaced, write_json
 from univigu.training.engine import TrainingConfig
 
 LINE_EVERY_S = 5.0
+RECORDS = ("curves.csv", "evaluations.json")  # what a checkpoint keeps a copy of; the rest is made from it
 _MEAN_OVER = {  # what each part of the loss is a mean over, where not over all samples
     "video_mse": "video_samples",
     "text_mse": "text_samples",
@@ -61,20 +62,31 @@ class Curves:
     def add(self, step: int, row: Mapping[str, float]) -> None:
         if step == self.resumed + 1:
             self._begin()
-        self._write("a", [{"step": step, **{name: f"{row[name]:.6g}" for name in self.FIELDS if name in row}}])
+        with self.path.open("a", encoding="utf-8", newline="") as stream:
+            self._write(stream, [{"step": step, **{name: f"{row[name]:.6g}" for name in self.FIELDS if name in row}}])
 
     def _begin(self) -> None:
-        rows: list[dict[str, str]] = []
-        if self.resumed and self.path.is_file():
-            with self.path.open(encoding="utf-8", newline="") as stream:
-                rows = list(csv.DictReader(stream))[: self.resumed]
+        """Write what was before the first step of this run, at once: a run that is killed here loses none of it."""
+        kept = [row for row in _read_rows(self.path) if int(row["step"]) <= self.resumed] if self.resumed else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(",".join(self.FIELDS) + "\n", encoding="utf-8")
-        self._write("a", rows)
+        text = io.StringIO()
+        text.write(",".join(self.FIELDS) + "\n")
+        self._write(text, kept)
+        with replaced(self.path) as stream:
+            stream.write(text.getvalue().encode())
 
-    def _write(self, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with self.path.open(mode, encoding="utf-8", newline="") as stream:
-            csv.DictWriter(stream, self.FIELDS, lineterminator="\n").writerows(rows)
+    def _write(self, stream: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        csv.DictWriter(stream, self.FIELDS, lineterminator="\n").writerows(rows)
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV of `Curves`; a last one that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [
+            row for row in csv.DictReader(stream) if (row.get("step") or "").isdecimal() and None not in row.values()
+        ]
 
 
 class Evaluations:
@@ -84,20 +96,28 @@ class Evaluations:
     def __init__(self, folder: Path, resumed: int) -> None:
         self.folder = folder
         past = folder / "evaluations.json"
-        done = json.loads(past.read_text(encoding="utf-8")) if resumed and past.is_file() else []
+        done = read_json(past) if resumed and past.is_file() else []
         self.all = [scores for scores in done if scores["step"] <= resumed]
 
     def add(self, step: int, scores: Mapping[str, Any]) -> None:
         self.all.append({"step": step, **scores})
+        self.write()
+
+    def write(self) -> None:
+        """Write all three files anew; nothing where there was no evaluation yet."""
+        if not self.all:
+            return
         write_json(self.folder / "evaluations.json", self.all)
         write_json(self.folder / "heldout.json", self.all[-1])
-        names = [name for name, value in scores.items() if isinstance(value, list)]
-        with (self.folder / "heldout.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["step", *names])
-            for past in self.all:
-                for values in zip(*(past[name] for name in names), strict=True):
-                    writer.writerow([past["step"], *(f"{value:.6g}" for value in values)])
+        names = [name for name, value in self.all[-1].items() if isinstance(value, list)]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["step", *names])
+        for past in self.all:
+            for values in zip(*(past[name] for name in names), strict=True):
+                writer.writerow([past["step"], *(f"{value:.6g}" for value in values)])
+        with replaced(self.folder / "heldout.csv") as stream:
+            stream.write(text.getvalue().encode())
 
 
 def heldout_summary(scores: Mapping[str, Any]) -> dict[str, float]:

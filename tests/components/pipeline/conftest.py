@@ -1,7 +1,8 @@
-"""A server that answers as a Kubernetes API server does, for launchers of TrainJobs."""
+"""A work root with small steps, and a server that answers as a Kubernetes API server does."""
 
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -9,6 +10,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+import engine
+from components.pipeline import stages
 
 JOB = "train-stage-1-0123456789"  # what most tests call the TrainJob
 LONG_AGO = "2026-01-01T00:00:00Z"
@@ -215,3 +219,14 @@ def cluster(tmp_path, monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A work root whose table of steps is that of `engine`."""
+    (tmp_path / "steps_under_test.py").write_text(engine.MODULE)
+    (tmp_path / "numbers.json").write_text(json.dumps(list(range(12))))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(stages, "STAGES", (engine.FIRST, engine.SECOND, engine.BATCHES))
+    yield tmp_path
+    sys.modules.pop("steps_under_test", None)

@@ -78,13 +78,20 @@ def test_captions_come_while_later_files_are_still_to_be_read(univigu, clips, sp
     assert (code, len(said)) == (0, BATCH + 1)
     last = univigu("caption", files[-1], "--model", speaking_model, "--steps", 2, "--seed", 5 + BATCH)
     assert last[1] == said[-1] + "\n"
-    code, out, err = univigu(
-        "caption", *files, clips / "text.mp4", "--model", speaking_model, "--steps", 2, "--seed", 5
-    )
-    assert (code, out.splitlines()) == (65, said[:BATCH])
-    assert "text.mp4" in err
-    result = univigu("caption", *files, clips / "none.mp4", "--model", speaking_model)
-    assert_refused(result, 66, "no video file")
+
+
+def test_a_file_that_can_not_be_read_is_named_and_the_others_get_their_captions(univigu, clips, speaking_model):
+    options = ("--model", speaking_model, "--steps", 2, "--seed", 5)
+    good = clips / "clip.mp4"
+    _, whole, _ = univigu("caption", good, good, good, *options)
+    code, out, err = univigu("caption", good, clips / "text.mp4", good, clips / "none.mp4", *options, "--json")
+    said = [json.loads(line)["caption"] for line in out.splitlines()]
+    assert said == whole.splitlines()[::2]  # each with the seed of its place
+    assert [name in line for name, line in zip(("text.mp4", "none.mp4"), err.splitlines(), strict=True)] == [True, True]
+    assert code == 65
+    assert univigu("caption", clips / "none.mp4", good, clips / "text.mp4", *options)[0] == 66
+    many = univigu("caption", *[clips / "single.mp4"] * BATCH, good, *options)
+    assert (many[0], len(many[1].splitlines()), len(many[2].splitlines())) == (65, 1, BATCH)
 
 
 def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path, speaking_model):
@@ -194,7 +201,7 @@ def assert_refused(result, code, message):
 def test_a_file_that_cannot_be_written_is_told_in_one_sentence(univigu):
     code, _, err = univigu("pipeline", "compile", "--output", "/sys/pipeline.yaml")  # not even by root
     assert (code, err.count("\n")) == (65, 1)
-    assert err.startswith("univigu: /sys/pipeline.yaml: Permission denied; ")
+    assert err.startswith("univigu: /sys/pipeline.yaml can't be used (Permission denied); ")
 
 
 def test_choosing_a_profile_elsewhere_than_in_the_project_writes_nothing(univigu, tmp_path):

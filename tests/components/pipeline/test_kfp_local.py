@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from components.pipeline.manifests import verify
 from components.pipeline.measure_orchestrators import overheads
-from components.pipeline.runner import verify
 from components.pipeline.stages import STAGES, find_stage
 
 REPO = Path(__file__).parents[3]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from components.pipeline import kfp_tasks
+from components.pipeline.manifests import read_manifest, write_manifest
 from components.pipeline.notifications import NOTIFY_URL
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import STAGES
@@ -138,11 +139,11 @@ def test_what_another_run_has_put_in_the_place_of_an_input_is_not_worked_on(root
 
 
 def test_a_step_that_read_another_runs_input_fails_though_it_was_made(root, profile_file, monkeypatch, capfd):
-    prompts = root / "data/validated/prompts/manifest.json"
-    ours, run = json.loads(prompts.read_text()), kfp_tasks._call
+    prompts = root / "data/validated/prompts"
+    ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._call
 
     def after_another_run(*arguments):
-        prompts.write_text(json.dumps({**ours, "digest": "ab" * 32}))
+        write_manifest(prompts, {**ours, "digest": "ab" * 32})
         run(*arguments)
 
     monkeypatch.setattr(kfp_tasks, "_call", after_another_run)

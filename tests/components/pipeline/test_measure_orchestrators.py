@@ -6,8 +6,9 @@ import os
 import pytest
 
 from components.pipeline import measure_orchestrators
-from components.pipeline.runner import MANIFEST, STATE
+from components.pipeline.manifests import write_manifest
 from components.pipeline.stages import STAGES, find_stage
+from components.pipeline.state import STATE
 
 
 def leave_records(root, started, process, around):
@@ -21,7 +22,7 @@ def leave_records(root, started, process, around):
         os.utime(record, (ended, ended))
     home = root / find_stage(measure_orchestrators.DATASET).home
     home.mkdir(parents=True)
-    (home / MANIFEST).write_text(json.dumps({"digest": "0" * 64}))
+    write_manifest(home, {"digest": "0" * 64})
     return started
 
 

@@ -1,9 +1,17 @@
-"""One process a GPU: how many there are, and which GPU each may see."""
+"""One process per GPU: how many there are, which GPU each may see; and none outlives what it works for."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 from components.pipeline import processes
 from components.pipeline.stages import find_stage
@@ -35,3 +43,51 @@ def test_a_step_gets_a_process_a_gpu_only_if_it_asks_for_gpus_and_works_in_shard
 def test_a_step_without_shards_takes_one_process(four_gpus):
     with pytest.raises(ConfigError, match="'validate-clips' doesn't work in shards"):
         processes.make_parts("validate-clips", "smoke", Path("."), 2)
+
+
+WORK = "from components.pipeline.processes import end_with_parent; end_with_parent(); import time; time.sleep(60)"
+
+
+def wait_until(true, what):
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_a_step_ends_with_the_dvc_that_runs_it(tmp_path):
+    (tmp_path / "work.py").write_text(f"open('pid', 'w').write(str(__import__('os').getpid()))\n{WORK}")
+    stage = {"cmd": f"{sys.executable} work.py", "outs": ["nothing"]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"work": stage}}))
+    dvc, path = [sys.executable, "-m", "dvc"], f"{Path(__file__).parents[3]}"
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "PYTHONPATH": path}
+    subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=tmp_path, env=environment, check=True)
+    repro = subprocess.Popen([*dvc, "repro"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the stage never began")
+    work = psutil.Process(int((tmp_path / "pid").read_text()))
+    time.sleep(1)
+    assert work.is_running()
+    repro.send_signal(signal.SIGKILL)
+    repro.wait()
+    wait_until(lambda: not work.is_running(), "the stage outlived dvc")
+
+
+def test_a_child_ends_with_the_process_that_started_it():
+    code = "import subprocess, sys; from components.pipeline.processes import child_environment\n"
+    code += f"child = subprocess.Popen([sys.executable, '-c', {WORK!r}], env=child_environment())\n"
+    code += "print(child.pid, flush=True); child.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(1)
+    assert child.is_running()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: not child.is_running(), "the child outlived its parent")
+
+
+def test_what_a_person_started_ends_with_nobody(monkeypatch):
+    monkeypatch.delenv(processes.PARENTS, raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    before = {thread.name for thread in threading.enumerate()}
+    processes.end_with_parent()
+    assert {thread.name for thread in threading.enumerate()} == before

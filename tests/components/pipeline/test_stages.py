@@ -1,8 +1,5 @@
 """The table of steps, `dvc.yaml` and what the steps' code uses say the same."""
 
-import ast
-from functools import cache
-from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -15,10 +12,7 @@ from univigu.errors import ConfigError
 ROOT = Path(__file__).parents[3]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 IDS = [stage.name for stage in STAGES]
-MACHINERY = ("components/pipeline", "components/workers.py", "model/univigu/errors.py")  # runs steps, decides nothing
-UNUSED = {  # by the step, although its code could reach it: only checks of captions read these
-    "synthesize-videos": {"components/prompt_filters.py", "components/wordlists.yaml"}
-}
+CODE = "code"  # the stage that digests the steps' code
 
 
 def dvc_paths(entries):
@@ -26,7 +20,13 @@ def dvc_paths(entries):
 
 
 def test_dvc_has_the_same_steps_in_the_same_order():
-    assert list(DVC["stages"]) == IDS
+    assert list(DVC["stages"]) == [CODE, *IDS]
+
+
+def test_dvc_watches_what_the_code_of_each_step_does():
+    stage = DVC["stages"][CODE]
+    assert stage["deps"] == ["components", "model/univigu"]
+    assert dvc_paths(stage["outs"]) == {".univigu/code.json"}
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
@@ -35,17 +35,17 @@ def test_dvc_runs_the_step_with_the_profile(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_dvc_depends_on_the_same_inputs_sources_and_code(stage):
+def test_dvc_depends_on_the_same_inputs_and_sources(stage):
     makers = [find_stage(name) for name in stage.inputs.values()]
     expected = {f"{maker.home}/manifest.json" if maker.outputs else maker.home for maker in makers}
     expected |= {f"${{{key}}}" for key in stage.sources.values()}
-    expected |= {stage.module.replace(".", "/") + ".py", *stage.code}
     assert dvc_paths(DVC["stages"][stage.name]["deps"]) == expected
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_dvc_watches_the_same_parameters(stage):
-    (entry,) = DVC["stages"][stage.name]["params"]
+def test_dvc_watches_the_same_parameters_and_the_code(stage):
+    code, entry = DVC["stages"][stage.name]["params"]
+    assert code == {".univigu/code.json": [stage.name]}
     assert set(entry["components/profiles/${profile}.yaml"]) == {*stage.sources.values(), *stage.parameters}
 
 
@@ -58,94 +58,17 @@ def test_dvc_tracks_the_same_outputs(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_what_a_step_names_exists(stage):
-    assert (ROOT / (stage.module.replace(".", "/") + ".py")).is_file()
-    assert [path for path in stage.code if not (ROOT / path).exists()] == []
-    earlier = IDS[: IDS.index(stage.name)]
-    assert set(stage.inputs.values()) <= set(earlier)
-
-
-def source_file(module):
-    """The file of a module of this project, or None."""
-    if module.partition(".")[0] not in ("components", "univigu"):
-        return None
-    place = ROOT / ("model" if module.startswith("univigu") else "") / module.replace(".", "/")
-    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
-
-
-@cache
-def definitions(module):
-    """What each name at the top of a module stands for; what is there for type checkers alone is left out."""
-    found = {}
-    for node in ast.parse(source_file(module).read_text()).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                one = ast.Import([alias])
-                if isinstance(node, ast.ImportFrom):
-                    one = ast.ImportFrom(node.module, [alias], node.level)
-                found[alias.asname or alias.name] = one
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[node.name] = node
-        elif not isinstance(node, ast.If):
-            stored = (one for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
-            found |= {one.id: node for one in stored}
-    return found
-
-
-@cache
-def used_by(module, name):
-    """What a definition uses: (module, name), with None for the whole module, and (module, path) for a data file.
-
-    A whole package is all that is in it, and so is a package whose code asks for its own name, to import by it.
-    """
-    file, known = source_file(module), definitions(module)
-    if name not in known:
-        package = file.parent.glob("*.py") if file.name == "__init__.py" else ()
-        inner = {(f"{module}.{one.stem}", None) for one in package if one != file}
-        return inner | {(module, one) for one in known}
-    used = set()
-    for node in ast.walk(known[name]):
-        match node:
-            case ast.Import():
-                used |= {(alias.name, None) for alias in node.names}
-            case ast.ImportFrom():
-                package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-                origin = resolve_name("." * node.level + (node.module or ""), package)
-                for alias in node.names:
-                    inner = f"{origin}.{alias.name}"
-                    used.add((inner, None) if source_file(inner) else (origin, alias.name))
-            case ast.Name(id=one) if one in known or one == "__name__":
-                used.add((module, one))
-            case ast.Constant(value=str(text)) if "." in text[1:-1] and text.isprintable() and len(text) < 100:
-                used.add((text, None))  # a module that is imported by its name
-                if (file.parent / text).is_file():
-                    used.add((module, file.parent / text))
-    return {(origin, one) for origin, one in used if source_file(origin)}
-
-
-def files_behind(stage):
-    """Every file that the step's function reaches through what it calls and imports; `MACHINERY` is not entered."""
-    files, seen, ahead = set(), set(), {tuple(stage.function.split(":"))}
-    while ahead:
-        module, name = found = ahead.pop()
-        seen.add(found)
-        path = (name if isinstance(name, Path) else source_file(module)).relative_to(ROOT).as_posix()
-        if not covers(MACHINERY, path):
-            files.add(path)
-            ahead |= set() if isinstance(name, Path) else used_by(module, name) - seen
-    return files
-
-
-def covers(paths, file):
-    return any(file == path or file.startswith(f"{path}/") for path in paths)
+def test_dvc_leaves_outputs_in_their_place_for_the_step_to_go_on_from(stage):
+    entry = DVC["stages"][stage.name]
+    outputs = [*entry.get("outs", []), *entry.get("metrics", []), *entry.get("plots", [])]
+    assert all(next(iter(output.values()))["persist"] for output in outputs)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_a_step_names_the_code_that_it_uses_and_no_other(stage):
-    files = files_behind(stage) - UNUSED.get(stage.name, set())
-    named = [stage.module.replace(".", "/") + ".py", *stage.code]
-    assert {file for file in files if not covers(named, file)} == set()
-    assert [path for path in named if not any(covers([path], file) for file in files)] == []
+def test_what_a_step_names_exists(stage):
+    assert (ROOT / (stage.module.replace(".", "/") + ".py")).is_file()
+    earlier = IDS[: IDS.index(stage.name)]
+    assert set(stage.inputs.values()) <= set(earlier)
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from components.pipeline.manifests import write_manifest
 from components.pipeline.stages import STAGES
 from components.pipeline.summary import summarise
 from univigu.errors import MissingInputError
@@ -13,7 +14,7 @@ def leave(root, stage, digest, record=None):
     home = root / stage.home
     home.mkdir(parents=True, exist_ok=True)
     rows = {"rows_in": 5, "rows_out": 4, "quarantined": 1}
-    (home / "manifest.json").write_text(json.dumps({"digest": digest, **rows}))
+    write_manifest(home, {"digest": digest, **rows})
     if record:
         (root / ".univigu/runs").mkdir(parents=True, exist_ok=True)
         known = {"name": stage.name, "seconds": 2.5, "peak_rss_mb": 100.0, "digest": record, **rows, "rows_in": 7}

@@ -17,8 +17,9 @@ import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from components.pipeline import kfp_tasks, train_job
-from components.pipeline.runner import STATE, verify
+from components.pipeline.manifests import verify
 from components.pipeline.stages import find_stage
+from components.pipeline.state import STATE
 from components.pipeline.train_job import Settings, build, run_train_job, try_train_job
 from univigu.errors import (
     BadInputError,

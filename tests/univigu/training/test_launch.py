@@ -97,7 +97,8 @@ def test_ranks_told_to_stop_agree_on_a_step_save_it_and_leave_with_the_code_to_r
     latest = json.loads((folder / "checkpoints" / "latest").read_text())
     assert 4 <= latest["step"] < 8
     saved = {path.name for path in (folder / "checkpoints" / latest["checkpoint"]).iterdir()}
-    assert saved == {"rank-00000.safetensors", "rank-00001.safetensors", "loop.json", "manifest.json"}
+    ranks, records = {"rank-00000.safetensors", "rank-00001.safetensors"}, {"curves.csv", "evaluations.json"}
+    assert saved == {*ranks, *records, "loop.json", "manifest.json"}
     assert done.stderr.count(f"Training was told to stop and saved step {latest['step']} of 8") == 2
     assert not (folder / "weights.safetensors").exists()
 

@@ -106,6 +106,16 @@ def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsy
     assert checkpoints.newest_good(tmp_path / "checkpoints") == saved[0]
     assert "damaged" in capsys.readouterr().err
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
+    assert (tmp_path / "checkpoints/damaged-step-00000007/rank-00000.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["curves.csv", "evaluations.json", "heldout.csv", "heldout.json"])
+@pytest.mark.parametrize("content", ["", "step,loss\n1,2", "[]"])
+def test_records_that_were_lost_between_two_runs_come_back_from_the_checkpoint(tmp_path, whole_run, name, content):
+    with pytest.raises(PreemptedError):
+        tiny_run.run(tmp_path, lambda step, metrics: step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    (tmp_path / name).write_text(content)
+    assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
 
 
 def test_signals_that_come_in_a_burst_stop_it_once(tmp_path):

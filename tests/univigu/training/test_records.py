@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from univigu import files
 from univigu.training import records
 from univigu.training.engine import TrainingConfig
+from univigu.training.records import Curves, Evaluations
 
 FIGURES = {"samples_per_second": 0.5, "tokens_per_second": 16508.0, "tflops_per_process": 431.0, "loading_share": 0.0}
 
@@ -52,3 +54,59 @@ def test_a_line_comes_every_few_seconds_and_at_the_last_step(clock, capsys):
         line.show(step, {}, FIGURES)
         shown += [step] if capsys.readouterr().err else []
     assert shown == [1, 4, 7, 10]
+
+
+ROW = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+
+
+def steps_in(path):
+    return [int(line.split(",")[0]) for line in path.read_text().splitlines()[1:]]
+
+
+def test_curves_go_on_after_the_step_that_a_run_resumes_from(tmp_path):
+    path = tmp_path / "curves.csv"
+    before = Curves(path, 0)
+    for step in range(1, 7):
+        before.add(step, ROW)
+    after = Curves(path, 4)
+    for step in range(5, 9):
+        after.add(step, ROW)
+    assert steps_in(path) == list(range(1, 9))
+
+
+def test_curves_survive_a_kill_while_a_resumed_run_takes_them_up(tmp_path, monkeypatch):
+    path = tmp_path / "curves.csv"
+    before = Curves(path, 0)
+    for step in range(1, 7):
+        before.add(step, ROW)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Curves(path, 4).add(5, ROW)
+    assert steps_in(path) == list(range(1, 7))
+
+
+def test_a_row_that_a_kill_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "curves.csv"
+    before = Curves(path, 0)
+    for step in range(1, 4):
+        before.add(step, ROW)
+    with path.open("a") as stream:
+        stream.write("4,1")
+    Curves(path, 4).add(5, ROW)
+    assert steps_in(path) == [1, 2, 3, 5]
+
+
+def test_evaluations_are_written_anew_from_what_a_checkpoint_kept(tmp_path):
+    first = Evaluations(tmp_path, 0)
+    for step in (2, 4, 6):
+        first.add(step, {"tau": [0.25, 0.75], "text_ce": [1.0, 2.0], "video_gain": 0.5})
+    for name in ("heldout.json", "heldout.csv"):
+        (tmp_path / name).write_text("half")
+    Evaluations(tmp_path, 4).write()
+    assert steps_in(tmp_path / "heldout.csv") == [2, 2, 4, 4]
+    assert '"step": 4' in (tmp_path / "heldout.json").read_text()

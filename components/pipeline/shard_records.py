@@ -1,0 +1,34 @@
+"""What is known of a finished shard or batch: what it was made of and by, its files, its rows. It covers itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.digests import json_digest, plain_json
+from univigu.files import read_json_object, write_json
+
+if TYPE_CHECKING:
+    from components.pipeline.runner import Step
+
+OWN_DIGEST = "record_sha256"
+
+
+def record_keys(step: "Step", rows_digest: str) -> dict[str, str]:
+    """What a shard or batch is known by: the rows that it is made of, the run's recipe, and both."""
+    return {"of": rows_digest, "run": step.key(), "key": json_digest([rows_digest, step.key()])}
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record, with a digest of itself."""
+    plain = plain_json({name: value for name, value in record.items() if name != OWN_DIGEST})
+    write_json(path, {**plain, OWN_DIGEST: json_digest(plain)})
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record; None where it is missing, or not as it was written."""
+    try:
+        record = read_json_object(path)
+    except (OSError, ValueError):
+        return None
+    own = record.pop(OWN_DIGEST, None)
+    return record if own == json_digest(record) else None
