@@ -61,10 +61,11 @@ class Lease:
         """Take over the line of the same request whose process was killed, if what it decided still stands."""
         condition = f"tags.`{_SETTLED_TAG}` = 'true' and params.request = '{request}' and {_FINISHED}"
         for run in leases.search_runs(self._client, self._experiment, condition):
-            params, champion = run.data.params, _champion(self._name)
-            if champion == _number(params, "replaced" if params.get("outcome") == REFUSED else "version"):
-                self._line = run.info.run_id
-                return True
+            expected = "replaced" if run.data.params.get("outcome") == REFUSED else "version"
+            with suppress(ValueError):  # a line that is none of ours
+                if _champion(self._name) == _number(run.data.params, expected):
+                    self._line = run.info.run_id
+                    return True
         return False
 
     def find_decided(self, request: str) -> bool:

@@ -1,6 +1,5 @@
 """The model card: what a registered version says of itself, every figure of it from the step's own inputs."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +7,12 @@ from typing import Any
 
 from components.evaluations import Evaluation
 from components.pipeline.runner import Step
+from univigu.errors import CorruptDataError, storage_fault
+from univigu.files import read_json_object
 
 CARD = "model_card.md.j2"
 PIPELINE = "model"  # the pipeline's folder inside the training step's output
+LIMITS = ("num_frames", "height", "width", "max_sequence_length")
 
 Manifests = Mapping[str, Mapping[str, Any]]  # by the step's input name
 
@@ -32,7 +34,7 @@ def render_card(
     from components.tracking import flatten
 
     folder = step.inputs["model"] / PIPELINE
-    settings = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    settings = _read_settings(folder / "model_index.json", LIMITS)
     files = model_files(manifests["model"])
     weights = [folder / file for file in files if file.endswith(".safetensors")]
     captions = [
@@ -68,8 +70,8 @@ def render_card(
             "scores": [{"name": name, **values} for name, values in evaluation.scores.items() if _on_card(name)],
         },
         limits={
-            **{key: settings[key] for key in ("num_frames", "height", "width", "max_sequence_length")},
-            "text_length": json.loads((folder / "transformer/config.json").read_text())["text_length"],
+            **settings,
+            **_read_settings(folder / "transformer/config.json", ("text_length",)),
             "weakest": sorted(captions, key=lambda score: score["value"])[:3],
         },
         parameters=[
@@ -122,10 +124,26 @@ def _parameters(weights: Path) -> int:
     """How many numbers a safetensors file holds, from its header alone."""
     from math import prod
 
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(weights, framework="numpy") as tensors:
-        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    try:
+        with safe_open(weights, framework="numpy") as tensors:  # refuses a header over 100 MB, or longer than the file
+            return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptDataError(f"{weights} is no safetensors file ({error}); train the model again.") from error
+
+
+def _read_settings(path: Path, names: Sequence[str]) -> dict[str, int]:
+    """These whole numbers of a part's settings."""
+    try:
+        settings = read_json_object(path)
+        return {name: int(settings[name]) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        if fault := storage_fault(error, path):
+            raise fault from error
+        raise CorruptDataError(
+            f"{path} does not say {', '.join(names)} ({type(error).__name__}: {error}); train the model again."
+        ) from error
 
 
 def model_files(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from components.evaluations import Evaluation, read_evaluation
 from components.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
 from components.pipeline.digests import json_digest
 from components.pipeline.fingerprint import code_digest, fingerprint, modules_of
-from components.pipeline.manifests import MANIFEST
+from components.pipeline.manifests import MANIFEST, read_manifest
 from components.pipeline.runner import SOURCE_ROOT, Step
 from components.pipeline.stages import find_stage
 from univigu.errors import BadInputError, ConfigError
@@ -42,24 +42,25 @@ PROMOTION = "UNIVIGU_PROMOTION"
 
 def register_model(step: Step) -> None:
     """Leave `registration.json` (name, version, decision, digests); the version itself is in MLflow's registry."""
-    with _temporary_files(step.scratch / "temporary"):
-        write_json(step.out / REGISTRATION, _register(step))
+    with _temporary_files(step.out) as temporary:
+        facts = _register(step, temporary)
+    write_json(step.out / REGISTRATION, facts)
     step.rows_in = step.rows_out = 1
 
 
 @contextmanager
-def _temporary_files(folder: Path) -> Iterator[None]:
-    """Have temporary files, MLflow's copies of the model too, in a folder where the next run removes what is left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
+def _temporary_files(staging: Path) -> Iterator[Path]:
+    """A folder for temporary files, MLflow's copies of the model too, where the next run removes what a kill left."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=staging) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
 
 
-def _register(step: Step) -> dict[str, Any]:
+def _register(step: Step, temporary: Path) -> dict[str, Any]:
     """Register, and decide; returns what `registration.json` says."""
     from components.tracking import flatten, open_tracking
     from univigu import registration, registry
@@ -70,7 +71,7 @@ def _register(step: Step) -> dict[str, Any]:
     if how not in PROMOTIONS:
         where = PROMOTION if os.environ.get(PROMOTION) else "The profile's register_model.promotion"
         raise ConfigError(f"{where} is '{how}'; choose one of {', '.join(PROMOTIONS)}.")
-    manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}
+    manifests = {source: read_manifest(step.inputs[source], maker) for source, maker in step.stage.inputs.items()}
     lineage = trace_lineage(manifests)
     evaluation = read_evaluation(step.inputs["evaluation"])
     if metric not in evaluation.scores:
@@ -89,8 +90,8 @@ def _register(step: Step) -> dict[str, Any]:
     card = render_card(step, name, manifests, lineage, evaluation, identity, runs, commit)
     pipeline = step.inputs["model"] / PIPELINE
     evidence = {
-        "evaluation": _copy_evaluation(step.inputs["evaluation"], step.scratch),
-        "lineage": _copy_lineage(step, manifests),
+        "evaluation": _copy_evaluation(step.inputs["evaluation"], temporary),
+        "lineage": _copy_lineage(step, manifests, temporary),
     }
     registration.tidy_uploads(name, experiment)
     version = registry.version_with(name, identity)
@@ -227,10 +228,6 @@ def lineage_tags(
     return {**tags, **({"univigu.git_commit": commit} if commit else {})}
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder / MANIFEST)
-
-
 def _model_digest(manifest: Mapping[str, Any]) -> str:
     return json_digest({name: facts["sha256"] for name, facts in model_files(manifest).items()})
 
@@ -257,9 +254,10 @@ def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]
 
 def _parent_manifest(root: Path, model: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest of stage 1's output, if what lies there is still what the model was trained from."""
+    parent = find_stage(find_stage(model["step"]).inputs["model"])
     try:
-        manifest = _manifest(root / find_stage(find_stage(model["step"]).inputs["model"]).home)
-    except (OSError, ValueError):
+        manifest = read_manifest(root / parent.home, parent.name)
+    except (OSError, BadInputError):
         return None
     return manifest if manifest["digest"] == model["inputs"]["model"] else None
 
@@ -274,18 +272,18 @@ def _git_commit(folder: Path) -> str | None:
     return done.stdout.strip()
 
 
-def _copy_evaluation(folder: Path, scratch: Path) -> Path:
-    target = scratch / "evaluation"
-    target.mkdir(exist_ok=True)
+def _copy_evaluation(folder: Path, temporary: Path) -> Path:
+    target = temporary / "evaluation"
+    target.mkdir()
     for name in EVIDENCE:
         shutil.copy(folder / name, target / name)
     return target
 
 
-def _copy_lineage(step: Step, manifests: Manifests) -> Path:
+def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
     """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
-    target = step.scratch / "lineage"
-    target.mkdir(exist_ok=True)
+    target = temporary / "lineage"
+    target.mkdir()
     for source, manifest in manifests.items():
         shutil.copy(step.inputs[source] / MANIFEST, target / f"{manifest['step']}.json")
     write_json(target / PROMPT_SOURCES, prompt_sources(step))
