@@ -132,6 +132,7 @@ def test_a_served_model_answers_over_http(clean, clip, expected, tmp_path):
         assert (status, refused["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
         assert "There is no video file 'none.mp4'" in refused["message"]
         assert "Traceback" not in answer
+        assert ask(url, {"dataframe_records": [{"video": str(clip)}]})[0] == 400  # callers choose no files
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
