@@ -21,7 +21,7 @@ from components.evaluations import Evaluation, read_evaluation
 from components.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
 from components.pipeline.digests import json_digest
 from components.pipeline.fingerprint import code_digest, fingerprint, modules_of
-from components.pipeline.manifests import MANIFEST, read_manifest
+from components.pipeline.manifests import read_manifest
 from components.pipeline.runner import SOURCE_ROOT, Step
 from components.pipeline.stages import find_stage
 from univigu.errors import BadInputError, ConfigError
@@ -282,9 +282,11 @@ def _copy_evaluation(folder: Path, temporary: Path) -> Path:
 
 def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
     """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
+    from components.tracking import redacted
+
     target = temporary / "lineage"
     target.mkdir()
-    for source, manifest in manifests.items():
-        shutil.copy(step.inputs[source] / MANIFEST, target / f"{manifest['step']}.json")
+    for manifest in manifests.values():
+        write_json(target / f"{manifest['step']}.json", redacted(manifest))
     write_json(target / PROMPT_SOURCES, prompt_sources(step))
     return target

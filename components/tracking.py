@@ -233,8 +233,17 @@ def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = without_secrets(value) if isinstance(value, str) else value
+            flat[f"{prefix}{name}"] = redacted(value)
     return flat
+
+
+def redacted(value: Any) -> Any:
+    """A value as JSON has it, without the secrets in its texts."""
+    if isinstance(value, Mapping):
+        return {name: redacted(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _start_noted(mlflow: Any, experiment: str, name: str, note: Path | None) -> Any:

@@ -25,14 +25,24 @@ _QUIET = {  # MLflow calls nobody, unpickles nothing, and leaves the folder that
 _SILENT = ("mlflow.store.db.utils", "sqlalchemy.pool")  # log the whole traceback of what they raise
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _SECRET_NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|(?:API|ACCESS)_?KEY", re.I)
-_SECRETS = (  # in an address or a header, and what stands in their place
-    (re.compile(r"(?<=://)[^/\s'\"]*@"), "***@"),
+_SECRETS = (  # in an address, a header or a setting, and what stands in their place
+    (re.compile(r"(?<=://)[^/\s\"]*@"), "***@"),
     (
         re.compile(r"([?&;][^=&\s]*(?:token|key|secret|password|sig|signature|credential)[^=&\s]*=)[^&\s'\"]+", re.I),
         r"\1***",
     ),
+    (
+        re.compile(
+            r"((?:token|password|passwd|secret|(?:api|access|account|secret)[_-]?key)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]{6,}",
+            re.I,
+        ),
+        r"\1***",
+    ),
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.I), r"\1 ***"),
+    # what GitHub, GitLab, Hugging Face, OpenAI and AWS issue
+    (re.compile(r"\b(?:gh[opusr]_|github_pat_|glpat-|hf_|sk-)[\w-]{20,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
 )
+_SHORTEST_SECRET = 6  # characters: of a shorter one, too many words would have a part
 _REFUSED_LOGIN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
 _REFUSED = ("ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 
@@ -304,7 +314,7 @@ def without_password(uri: str) -> str:
 def without_secrets(text: str) -> str:
     """A text that others wrote, with asterisks in the place of logins, tokens and keys."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
+        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)

@@ -4,6 +4,7 @@
 """
 
 import atexit
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ NAME = "uni-vigu"
 CHAMPION = "champion"  # what is used
 CANDIDATE = "candidate"  # what was registered last
 PREVIOUS = "previous"  # who was champion before, for a rollback
+_ADDRESS = re.compile(r"models:/[^/@]+(?:[/@][^/@]+)?")
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a name or alias that isn't there
 
 
@@ -67,6 +69,11 @@ def _place(uri: str, store: str) -> str:
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
+    if not _ADDRESS.fullmatch(uri):
+        raise ConfigError(
+            f"'{uri}' is no address of a model; give the path of a folder that is there, a registered name, "
+            f"models:/NAME/VERSION or models:/NAME@ALIAS."
+        )
     try:
         return ModelsArtifactRepository.get_underlying_uri(uri)
     except MlflowException as error:
