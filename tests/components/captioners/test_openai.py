@@ -345,7 +345,8 @@ def test_a_complaint_goes_with_the_last_text_and_is_marked_as_data(serve, captio
         ("Ein roter Hund läuft über den Strand, und die Kamera folgt ihm langsam von der Seite. 🐕‍🦺", None),
         ("كلب أحمر يركض على الشاطئ الواسع في ضوء المساء، والكاميرا تتبعه ببطء من الجانب الأيسر", None),
         (
-            "一只红色的狗在宽阔的海滩上奔跑，傍晚的阳光照在它的毛上，镜头从侧面慢慢地跟随着它，背景是平静的大海。" * 2,
+            "一只红色的狗在宽阔的海滩上奔跑，傍晚的阳光照在它的毛上，镜头从侧面慢慢地跟随着它，背景是平静的大海。"
+            "远处有一艘白色的小船，天空从蓝色变成橙色。",
             None,
         ),
         (
