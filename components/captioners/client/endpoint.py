@@ -23,6 +23,7 @@ from components.captioners.client.throttle import Throttle, backoff
 from univigu.errors import ConfigError, TransientError
 
 CONNECT_S = 10.0
+WITNESS_TRIES, WITNESS_S = 3, 30.0  # how long another request is waited for that shows whose fault a failure is
 EVERYBODY = 10  # clips: when as many in a row are turned away, with none answered between, it isn't about the clips
 
 
@@ -34,10 +35,11 @@ class Impatient(Lost):
     """A rate limit that takes longer than `patience_s`; `sentence` is for the user."""
 
     def __init__(self, lost: Lost, place: str, delay: float, patience_s: float) -> None:
-        super().__init__(lost.kind, f"a rate limit for {patience_s:.3g} s; the last: {lost}")
-        does = f"asks to wait {delay:.3g} s ({lost}), beyond" if lost.delay else f"turns requests away ({lost}) beyond"
+        super().__init__(lost.kind, f"a rate limit for {patience_s:g} s; the last: {lost}")
+        waits = f"asks to wait {round(delay, 2):g} s ({lost}), beyond"
+        does = waits if lost.delay else f"turns requests away ({lost}) beyond"
         self.sentence = (
-            f"The captioning service at {place} {does} the {patience_s:.3g} s of `caption_videos.options.patience_s`; "
+            f"The captioning service at {place} {does} the {patience_s:g} s of `caption_videos.options.patience_s`; "
             "run the same command again later: what is answered is kept."
         )
 
@@ -128,7 +130,8 @@ class Endpoint:
                 raise await self._turn_away(fault, limit, key, witness if key else None) from limit
             except Lost as lost:
                 answered = self.answered if answered < 0 else answered
-                settled = number == tries or (number == 2 and lost.gist and lost.gist == gist)
+                # Of the first question all tries are made: no clip has to wait for them.
+                settled = number == tries or (key and number == 2 and lost.gist and lost.gist == gist)
                 if settled and (self.answered > answered or await self._answers(witness)):
                     detail = f"{number} tries brought no answer; the last: {lost}"
                     raise Refused("error", "no_answer", detail, alone=True) from lost
@@ -155,14 +158,17 @@ class Endpoint:
         return Refused("error", reason, str(why), alone=True)
 
     async def _answers(self, witness: Mapping[str, Any] | None) -> bool:
-        """Whether a request is answered at the first try."""
-        if witness is None:
-            return False
-        try:
-            await self._send(json.dumps(witness).encode(), "", 0.0)
-        except (Lost, Refused, Unusable):
-            return False
-        return True
+        """Whether a request is answered, within a few tries and little patience."""
+        content, patience_s = json.dumps(witness).encode(), min(self.terms.patience_s, WITNESS_S)
+        for number in range(1, WITNESS_TRIES + 1) if witness else ():
+            try:
+                await self._send(content, "", patience_s)
+                return True
+            except (Impatient, Refused, Unusable):
+                return False
+            except Lost:
+                await self._sleep(backoff(self.terms.backoff_s, number, "witness"))
+        return False
 
     async def _send(self, content: bytes, key: str, patience_s: float) -> Any:
         """One try, after as many refusals by a rate limit as patience allows; the decoded answer, kept under `key`."""

@@ -197,7 +197,7 @@ def test_a_rate_limit_that_is_announced_is_hardly_overrun(serve, caption):
 
 
 def test_a_rate_limit_without_headers_counts_as_no_try(serve, caption, monkeypatch):
-    server = serve(rate=40.0)
+    server = serve(rate=15.0)
     admit = server.admit
     monkeypatch.setattr(server, "admit", lambda: None if admit() is None else {})
     outcomes = caption(server, 36, concurrency=16, tries=1)
