@@ -13,7 +13,7 @@ _TOKEN = re.compile(
     r"|\[(?:PAD|CLS|SEP|UNK|MASK|EOS|BOS|gMASK|sMASK|IMG(?:_BREAK|_END)?|/?SYSTEM_PROMPT|/?AVAILABLE_TOOLS"
     r"|/?TOOL_(?:CALLS|RESULTS|CONTENT))\]"
     r"|<(?:unused\d{1,3}|extra_id_\d{1,3}|reserved_\w{1,40}|0x[0-9A-Fa-f]{2}|image_soft_token|IMG_CONTEXT|/?img"
-    r"|/?images?|/?videos?|image_pad|video_pad|/?vision|frame_?\d{1,4}|(?:image|video|vid)_?\d{1,4})>"
+    r"|/?images?|/?videos?|image_pad|video_pad|/?vision|frame[ _]?\d{1,4}|end|(?:image|video|vid)_?\d{1,4})>"
 )
 _BOXED = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|\Z)", re.DOTALL)
 _NAMES_ROLE = re.compile(r"(?:im_)?start(?:_header|_of_turn|_of_role)?|header_start|role_start|turn")

@@ -15,7 +15,7 @@ _BOLD = re.compile(r"(\*\*\*|\*\*|___|__)(?=\S)([^*\n]{1,2000}?)(?<=\S)\1")
 _ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*\n]{1,2000}?)(?<=[^\s*])\*(?![\w*])")
 _UNDERLINED = re.compile(r"(?<!\w)_(?=[^\s_])([^_\n]{1,2000}?)(?<=[^\s_])_(?!\w)")
 _HEADING = re.compile(r"#{1,6} (?=\S)")
-_ITEM = re.compile(r"[-*•] (?=\S)")
+_ITEM = re.compile(r"[-*•–—] (?=\S)")
 
 
 def without_markdown(text: str) -> str:

@@ -4,6 +4,7 @@ import re
 
 from components.checks.wrapping.common import QUOTED, Ambiguous, is_prose, phrases, shown
 
+_SPEAKS = re.compile(r"\b(?:I|I['’]\w+|[Yy]ou|[Yy]our|[Mm]y)\b")
 _SENTENCE_START = re.compile(r"(?:(?<=[.!?。！？…])[\"”’)\]*]*\s+|(?<=[。！？])|\n+)(?=\S)")
 
 
@@ -25,7 +26,7 @@ def check_leftovers(text: str) -> None:
         if any(shown(pattern, spoken)):
             raise Ambiguous(f"it holds {what}; write one paragraph of plain text")
     if _is_unbalanced(text):
-        raise Ambiguous("it holds a quote without an end; write one paragraph of plain text")
+        raise Ambiguous("it holds a quote or bracket without a partner; write one paragraph of plain text")
     first, *rest = _SENTENCE_START.split(text)
     for sentence in rest and (first,):
         if phrases()["itself"]["first"].match(sentence):
@@ -33,7 +34,9 @@ def check_leftovers(text: str) -> None:
 
 
 def _is_unbalanced(text: str) -> bool:
-    """Whether a text begins or ends with a quote that has no partner; a screen of 12" may."""
+    """Whether a text begins or ends with a quote or bracket that has no partner; a screen of 12" may."""
+    if any(text.endswith(closing) and text.count(closing) > text.count(opening) for opening, closing in ("{}", "[]")):
+        return True
     for opening, closing, without in (
         ('"', '"', text.count('"') % 2),
         ("“", "”", text.count("“") != text.count("”")),
@@ -65,4 +68,7 @@ def without_end(text: str) -> str:
         if not ends.match(text, start):
             break
         text = text[:start].rstrip()
+    last = phrases()["ends"]["paragraph"].search(text)
+    if last and is_prose(text[: last.start()]) and not _SPEAKS.search(QUOTED.sub("", text[: last.start()])):
+        text = text[: last.start()].rstrip()
     return phrases()["ends"]["count"].sub("", text)

@@ -2,28 +2,29 @@
 
 import re
 
-from components.checks.wrapping.common import Ambiguous, answer_rank, phrases, shown
+from components.checks.wrapping.common import Ambiguous, answer_rank, is_prose, phrases, shown
 from components.checks.wrapping.prose import describes
 
 _NAME = (
     r"(?:[a-z]{1,16}[:_-](?:of[_-])?)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|rationale|reflect(?:ion)?|analysis"
-    r"|scratch_?pad|monologue|cot|planning|deliberation|ponder(?:ing)?)(?:[_-][a-z]{1,16})?"
+    r"|scratch_?pad|monologue|cot|planning|deliberation|ponder(?:ing)?|思考|思维|推理)(?:[_-][a-z]{1,16})?"
 )
 # <think>, </seed:think>, [THINK], ◁/think▷, <|begin_of_thought|>, <|END_THINKING|>, <|channel>thought, <unused94>
 _TAG = re.compile(
-    rf"(?:<|&lt;|◁)\s*(?P<close>\\?/\s*|end[_-](?:of[_-])?)?{_NAME}(?:\s[^<>\n]{{0,80}})?\s*/?\s*(?:>|&gt;|▷)"
+    rf"(?:<|&lt;|◁|《|\{{)\s*(?P<close>\\?/\s*|end[_-](?:of[_-])?)?{_NAME}(?:\s[^<>\n]{{0,80}})?\s*(?:>|&gt;|▷|》|\}})"
     r"|\[\s*(?P<close2>/)?\s*(?:think(?:ing)?|thoughts?|reasoning)\s*\]"
     rf"|<\|\s*(?P<close3>/|end[_-](?:of[_-])?)?{_NAME}\s*\|>"
     r"|<\|channel>\s*(?:thought|thinking|analysis)\b|(?P<close4><channel\|>)"
     r"|<unused94>\s*(?:thought\b)?|(?P<close5><unused95>)",
     re.IGNORECASE,
 )
+_EMPTY_TAG = re.compile(rf"<{_NAME}\s*/>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<([A-Za-z_]{1,40})>")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(?P<name>[a-z]+)[^<]{0,100}(?:<\|constrain\|>[^<]{0,40})?<\|message\|>")
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call|start|channel)\|>")
 # The channels' names, where a tokenizer left the tokens out: "analysisWe need ... assistantfinalA ball moves."
-_BARE_FINAL = re.compile(r"assistantfinal|(?<=[.!?\"\s])assistant\s+final(?=[A-Z\"“{])")
-_BARE_ANALYSIS = re.compile(r"analysis(?=[A-Z\"“])")
+_BARE_FINAL = re.compile(r"assistantfinal|(?<=[.!?\"\s])assistant\s+final(?=\s*[A-Z\"“{])")
+_BARE_ANALYSIS = re.compile(r"analysis(?=[A-Z\"“\n])")
 _ONLY = "it holds only reasoning; write the description alone"
 _MIXED = "it holds reasoning as well; write the description alone"
 
@@ -49,6 +50,7 @@ def final_channel(text: str) -> str:
 
 def without_reasoning(text: str) -> str:
     """What is left of a text without reasoning; raises `Ambiguous` where that is nothing, or is in pieces."""
+    text = _EMPTY_TAG.sub("", text)
     tags = [(found.start(), found.end(), _is_closing(found)) for found in shown(_TAG, text)]
     if not tags:
         return _without_marked_thoughts(text)
@@ -104,6 +106,8 @@ def _balanced(closings: list[bool]) -> bool:
 def _without_marked_thoughts(text: str) -> str:
     """Reasoning that only a label or its own words give away, up to the last label of an answer."""
     patterns = phrases()["reasoning"]
+    if (block := patterns["block"].match(text)) and is_prose(text[block.end() :]):
+        return text[block.end() :]
     if not (patterns["label"].match(text) or patterns["opening"].match(text)):
         return text
     answers = list(patterns["answer"].finditer(text))

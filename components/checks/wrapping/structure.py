@@ -4,6 +4,7 @@ import ast
 import html
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +14,15 @@ from components.checks.wrapping.common import Ambiguous, answer_rank, bracket_de
 from components.checks.wrapping.prose import describes, left_to_say
 
 DEPTH = 32  # of brackets in brackets
-_LITERAL = 20_000  # characters of a Python literal that is read
 _MARKER = re.compile(r" ?={2,4} ?[0-9a-f]{16} ?={2,4} ?\n?")
 _FENCE = re.compile(r"`{3,}|~{3,}|'''|\"\"\"")
 _WHOLE_FENCE = re.compile(r"(?P<fence>`{3,}|~{3,})[^\n`]{0,40}\n(?P<text>.*?)\n?[ \t]*(?P=fence)", re.DOTALL)
 _WHOLE_TAG = re.compile(r"<(?P<name>[A-Za-z_]{1,40})>(?P<text>(?:(?!</?(?P=name)>).)*)</(?P=name)>", re.DOTALL)
 _LANGUAGE = re.compile(
-    r"[ \t]*[\w+-]{0,20}[ \t]*\n|(?:json|text|txt|markdown|md|plaintext|plain|yaml|xml|html)(?=[\s{\[])"
+    r"[ \t]*[\w+-]{0,20}[ \t]*(?:\n|\\n)|(?:json|text|txt|markdown|md|plaintext|plain|yaml|xml|html)(?=[\s{\[])"
 )
 _OBJECT = re.compile(r"[\[{]\s*[\"'“{\[]|\{\s*\w{1,40}\s*:")
+_BARE_KEY = re.compile(r"\"\w{1,40}\"\s*:\s*\"")
 _ONE_KEY = re.compile(r"\{\s*\"?(?P<key>\w{1,40})\"?\s*:\s*\"(?P<text>.*)\"\s*,?\s*\}", re.DOTALL)
 _THOUGHTS = re.compile(r"think|thought|reason|analysis|rationale|plan|reflection|role|type|model|object|^id$", re.I)
 _TAG = re.compile(
@@ -35,9 +36,26 @@ _LINE_BREAK = re.compile(r"<br\s*/?>|</?(?:p|div|section|article|body|html|span|
 _ENTITY = re.compile(r"&(?:quot|amp|apos|nbsp|lt|gt|#\d{1,5}|#x[0-9a-f]{1,5});", re.IGNORECASE)
 _ESCAPES = re.compile(r"\\n(?=\\n|\s*[A-Z*#-]|\s*$)|\\\"|\\u[0-9a-fA-F]{4}")
 _BEFORE_QUOTES = (*" \n\t([{\"“”'", "")
-_PAIRS = [
-    pair.split() for pair in ("** **", "__ __", '" "', "“ ”", "« »", "„ “", "「 」", "『 』", "' '", "‘ ’", "` `")
-] + [pair.split() for pair in ("” ”", "( )", "[ ]", "{ }")]
+_QUOTES = (
+    "** **",
+    "__ __",
+    "~~ ~~",
+    "$$ $$",
+    "\\[ \\]",
+    "\\( \\)",
+    "【 】",
+    '" "',
+    "“ ”",
+    "” ”",
+    "« »",
+    "„ “",
+    "「 」",
+    "『 』",
+    "' '",
+    "‘ ’",
+    "` `",
+)
+_PAIRS = [pair.split() for pair in (*_QUOTES, "( )", "[ ]", "{ }")]
 _LATEX = re.compile(r"\$*\\(?:boxed|text)\{(?P<text>.*)\}\$*", re.DOTALL)
 
 
@@ -82,16 +100,31 @@ def from_json(text: str) -> str:
 def _decode(text: str) -> tuple[Any, str]:
     """A JSON value at the start of a text, and what follows it; None where there is none."""
     try:
-        value, end = json.JSONDecoder(strict=False).raw_decode(text)
-        return value, text[end:]
+        value, end = json.JSONDecoder(strict=False).raw_decode(f"{{{text}}}" if _BARE_KEY.match(text) else text)
+        return _with_further(value, text[end:])
     except (ValueError, RecursionError):
         pass
     if (found := _ONE_KEY.fullmatch(text)) and not re.search(r"\"\s*,\s*\"\w+\"\s*:", found["text"]):
         return {found["key"]: found["text"]}, ""
+    if not _OBJECT.match(text):
+        return None, ""
     try:
-        return (ast.literal_eval(text), "") if len(text) <= _LITERAL and text[0] != '"' else (None, "")
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes
+            return ast.literal_eval(text), ""
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None, ""
+
+
+def _with_further(value: Any, rest: str) -> tuple[Any, str]:
+    """A JSON value, in a list with those that follow it at once, and what follows them."""
+    values = [value]
+    while isinstance(value, dict) and rest.lstrip()[:1] == "{":
+        try:
+            further, end = json.JSONDecoder(strict=False).raw_decode(rest.lstrip())
+        except (ValueError, RecursionError):
+            break
+        values, rest = [*values, further], rest.lstrip()[end:]
+    return (values if len(values) > 1 else value), rest
 
 
 def _choose(value: Any) -> str:
@@ -130,13 +163,8 @@ def tagged(text: str) -> str:
     if any(tag["name"].casefold() in _LISTS for tag in tags):
         raise Ambiguous("it holds a list; write one paragraph of plain text")
     first, last = tags[0], tags[-1]
-    around = first.start() == 0 and last.end() == len(text)
-    if (
-        around
-        and last["end"]
-        and [tag["name"] for tag in tags].count(first["name"]) == 2
-        and first["name"] == last["name"]
-    ):
+    around = first.start() == 0 and last.end() == len(text) and last["end"] and first["name"] == last["name"]
+    if around and [tag["name"] for tag in tags].count(first["name"]) == 2:
         return text[first.end() : last.start()]
     text = _FORMAT.sub(r"\2", text)
     if _LINE_BREAK.match(text) or "<br" in text:
@@ -180,7 +208,7 @@ def unquoted(text: str) -> str:
         return whole["text"]
     if (whole := _WHOLE_TAG.fullmatch(text)) and answer_rank(whole["name"]) >= 0:
         return whole["text"]
-    whole = text[:-1] if text.endswith(('",', "”,")) else text
+    whole = text[:-1] if text.endswith(('",', "”,", '".', "”.")) else text
     for opening, closing in _PAIRS:
         inner = whole[len(opening) : -len(closing)]
         if whole == f"{opening}{inner}{closing}" and inner.strip() and _is_one(opening, inner, closing):
