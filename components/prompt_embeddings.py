@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from components.pipeline.digests import tree_digest
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
@@ -108,9 +109,10 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
         )
     from transformers import AutoModel, AutoTokenizer
 
+    require_safetensors(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model = AutoModel.from_pretrained(folder, **WEIGHTS)
     except (OSError, ValueError) as error:
         raise BadInputError(
             f"The embedding model at {folder} can't be read ({str(error).splitlines()[0]}); mend that folder."

@@ -137,7 +137,12 @@ BAD = {
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(lambda text: text.replace(".", "\u202e", 1), "damaged_text"), (lambda text: f"I am sorry: {text}", "refusal")],
+    [
+        (lambda text: text.replace(".", "\u202e", 1), "damaged_text"),
+        (lambda text: f"I am sorry: {text}", "refusal"),
+        (lambda text: f"Sure! Here is a caption: {text}", "wrapping"),
+        (lambda text: text + " It moves, and" * 9, "repetition"),
+    ],
 )
 def test_a_caption_from_anywhere_is_no_refusal_and_undamaged(validate, profile, rows, tiny_wan_folder, spoil, reason):
     profile["text"]["caption_tokens"] = [32, 80]
