@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from components import prompt_filters as filters
 from components.prompt_duplicates import Fingerprint, fingerprints
+from components.prompt_injection import find_injection
 from components.prompt_sources import Layout, RawBatch, parse
 from components.tokens import load_tokenizer, token_ids
 from univigu.errors import ConfigError
@@ -185,7 +186,9 @@ class Screen:
 
     def _content(self, row: Row) -> Iterator[Finding]:
         if self.on("prompt_injection"):
-            yield Finding("prompt_injection", "prompt_injection", filters.find_injection(row.text))
+            given = row.raw[row.layout.text]  # with its lines
+            found = find_injection(row.text) or (given != row.text and find_injection(given))
+            yield Finding("prompt_injection", "prompt_injection", found or "")
         if self.on("personal_data"):
             yield Finding("personal_data", "personal_data", filters.find_personal_data(row.text))
         if self.on("unsafe"):
