@@ -120,34 +120,39 @@ def _rows(batch: "pa.RecordBatch") -> list[dict[str, Any] | Broken]:
 
 
 def _values(name: str, column: "pa.Array", faults: dict[int, str]) -> list[Any]:
-    """A column's values; bytes are text, with U+FFFD for what is no UTF-8. What can't be used is None, and a fault."""
+    """A column's values, bytes as text. What can't be used is None, and its place is among `faults`."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
+    types = pa.types
+    if types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if _is_text(column.type):
+    if types.is_string_view(column.type) or types.is_binary_view(column.type):
         column = column.cast(pa.large_binary())
-        lengths = pc.fill_null(pc.binary_length(column), 0)
-        if (pc.max(lengths).as_py() or 0) > LONGEST_LINE:
-            long = pc.greater(lengths, LONGEST_LINE)
-            faults.update(
-                (place, f"'{name}' has {lengths[place].as_py():,} bytes, more than {LONGEST_LINE >> 20} MiB")
-                for place in pc.indices_nonzero(long).to_pylist()
-            )
-            column = pc.if_else(long, pa.scalar(None, column.type), column)
-        return [None if value is None else value.decode(errors="replace") for value in column.to_pylist()]
+    texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    if any(is_one(column.type) for is_one in texts):
+        return _texts(name, column, faults)
     try:
         return column.to_pylist()
     except Exception:  # whatever pyarrow raises over a value that Python has no type for
         return [_value(name, value, place, faults) for place, value in enumerate(column)]
 
 
-def _is_text(kind: "pa.DataType") -> bool:
-    from pyarrow import types
+def _texts(name: str, column: "pa.Array", faults: dict[int, str]) -> list[str | None]:
+    """The texts of a column, with U+FFFD for what is no UTF-8; those that are too long become no Python objects."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
-    return any(test(kind) for test in (*tests, types.is_string_view, types.is_binary_view))
+    lengths = pc.binary_length(column)
+    if (pc.max(lengths).as_py() or 0) > LONGEST_LINE:
+        long = pc.fill_null(pc.greater(lengths, LONGEST_LINE), False)
+        for place in pc.indices_nonzero(long).to_pylist():
+            faults[place] = f"'{name}' has {lengths[place].as_py():,} bytes, more than {LONGEST_LINE >> 20} MiB"
+        column = pc.if_else(long, pa.scalar(None, column.type), column)
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pa.large_binary()).to_pylist()
+    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
 
 
 def _value(name: str, value: "pa.Scalar", place: int, faults: dict[int, str]) -> Any:

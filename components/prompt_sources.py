@@ -210,8 +210,8 @@ def _batched(rows: Iterator[Record]) -> Iterator[list[Record]]:
     try:
         for number, raw in rows:
             batch.append((number, raw))
-            cells = [raw] if isinstance(raw, bytes) else raw.values() if isinstance(raw, dict) else raw
-            size += sum(len(cell) for cell in cells if isinstance(cell, str | bytes))
+            for cell in raw.values() if isinstance(raw, dict) else (raw,) if isinstance(raw, bytes) else raw:
+                size += len(cell) if isinstance(cell, str | bytes) else 0
             if len(batch) >= BATCH or size >= BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
