@@ -18,8 +18,8 @@ from components.prompt_filters import wordlists
 _LEET = re.compile(r"[013457@$!](?=[a-z])(?:(?<=[a-z].)|(?<![^\s.,;:(].)(?=[a-z]{2}))")
 _APART = re.compile(r"[\s.*~-]\w[\s.*~-]{1,3}\w[\s.*~-]{1,3}\w[\s.*~-]")  # letters in a row, each by itself
 _NO_LETTER = re.compile(r"[\W\d_]+")
-# Letters that hide in plain sight: flags' letters, and the tag characters that no font shows.
-_HIDDEN = {0x1F1E6 + number: chr(97 + number) for number in range(26)} | {
+# Letters that hide in plain sight: in circles, in squares, as flags, and as the tag characters that no font shows.
+_HIDDEN = {start + number: chr(97 + number) for start in (0x1F150, 0x1F170, 0x1F1E6) for number in range(26)} | {
     0xE0000 + code: chr(code) for code in range(0x20, 0x7F)
 }
 _FILLERS = "\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters without a shape
@@ -50,7 +50,7 @@ def fold(text: str) -> str:
         text = html.unescape(text)
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text.translate(_HIDDEN)).translate(_plain())
-    text = text.casefold().replace("_", " ")
+    text = text.casefold().replace("_", " ").replace("\\n", "\n")
     if text.isprintable() and "  " not in text:
         return text.strip()
     return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
