@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.checks import CaptionCheck
-from components.checks.texts import damage, echo, refusal, repeats_prompt
+from components.checks.refusal import refusal
+from components.checks.repetition import repetition
+from components.checks.texts import damage, echo, repeats_prompt
+from components.checks.wrapping import wrapping
 from univigu.errors import GateFailedError
 
 if TYPE_CHECKING:
@@ -70,6 +73,9 @@ def caption_videos(step: "Step") -> None:
     usage = sum((Counter(row.pop("usage")) for row in captions), Counter())
     step.facts["usage"] = {name: round(amount, 6) for name, amount in sorted(usage.items())}
     step.write("captions", captions)
+    step.rows_out -= (
+        step.reasons.total()
+    )  # a clip without a caption keeps its row, and is counted where it was rejected
 
 
 def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":
@@ -144,6 +150,8 @@ def settle(request: "CaptionRequest", response: "CaptionResponse", judge: Judge)
     if response.status != "success":
         detail = response.detail or f"the captioner answered '{response.status}'"
         return response.status, (response.reason or response.status, detail)
+    if response.reason:
+        return "error", (response.reason, response.detail)
     fault = judge(request, response.text)
     return ("success" if not fault else "blocked" if fault[0] == "refusal" else "error"), fault
 
@@ -170,4 +178,9 @@ def find_fault(
     for check in checks:
         if complaint := check.find(request.prompt, text):
             return check.reason, complaint
+    # Last, because a complaint is part of the next request: one that was asked after another complaint is paid for.
+    if found := wrapping(text):
+        return "wrapping", found
+    if found := repetition(text):
+        return "repetition", f"it says '{found}' over and over; say each thing once"
     return None

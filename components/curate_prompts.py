@@ -16,7 +16,8 @@ from components.pipeline.manifests import inside
 from components.pipeline.runner import Step
 from components.prompt_duplicates import ExactTexts, NearDuplicates
 from components.prompt_screening import ENFORCE, Accepted, Finding, Rejected, Screen, quotable_row
-from components.prompt_sources import RawBatch, parse, raw_files, read_batches
+from components.prompt_sources import RawBatch, raw_files, read_batches
+from components.records import parse, printable
 from components.workers import map_in_order, worker_count
 from univigu.errors import GateFailedError
 from univigu.files import file_sha256
@@ -45,7 +46,7 @@ def curate_prompts(step: Step) -> None:
     step.facts |= {
         "repaired": curation.repaired,
         "not_in_near_duplicate_index": curation.near.left_out if curation.near else 0,
-        "sources": {file.name: file_sha256(file) for file in raw_files(step.inputs["raw"])},
+        "sources": {printable(file.name): file_sha256(file) for file in raw_files(step.inputs["raw"])},
     }
     curation.funnel.write(step.out)
     curation.funnel.show()
@@ -137,9 +138,10 @@ class Curation:
         return True
 
     def _reject(self, batch: RawBatch, place: int, rejected: Rejected) -> None:
-        row_id = f"{batch.file}:{batch.rows[place][0]}"
+        row_id, text = batch.row_id(place), rejected.row
         self.step.reject(row_id, rejected.reason, rejected.detail, rejected.row)
-        text = rejected.row.get(batch.layout.text) if isinstance(rejected.row, dict) else rejected.row
+        if isinstance(text, dict):
+            text = text.get(batch.layout.column(text, "text"))
         self.funnel.reject(rejected.reason, row_id, rejected.detail, text)
 
 

@@ -3,7 +3,8 @@
 Great Expectations fails open: an expectation that raised is one `success: false` among many, an empty table passes
 every row-wise expectation, and one that was never run is not missed. `run_gate` closes these doors. Each expectation
 says in its `meta` what happens to the rows that fail it: they are quarantined under its `reason`, or (without one) the
-step fails. After a quarantine the whole suite runs again: what leaves a gate has passed all of it.
+step fails. Of rows that must not be alike, the first in the table stays, if nothing else is wrong with it. After a
+quarantine the whole suite runs again: what leaves a gate has passed all of it.
 
 Its pages (Data Docs) are written for people, outside the committed output: they carry times and random ids. Opened in
 a browser they ask a public CDN for style sheets and scripts, and show the logo of Great Expectations; the committed
@@ -13,13 +14,14 @@ a browser they ask a public CDN for style sheets and scripts, and show the logo 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from univigu.errors import GateFailedError
 
+UNIQUE = ("expect_column_values_to_be_unique", "expect_compound_columns_to_be_unique")
 Reject = Callable[[str | None, str, str], None]  # takes a row's id, if it has one, a reason and a detail
 
 
@@ -58,7 +60,7 @@ def run_gate(
     report = sorted((_figures(result) for result in results), key=lambda figures: figures["expectation"])
     _check_that_all_ran(name, suite, results, len(frame), remedy)
     failed = [result for result in results if not result.success]
-    reasons = _reject_rows(failed, reject)
+    reasons = _reject_rows(failed, frame, reject)
     for result in failed:
         if not _reason(result) or not result.result.get("unexpected_index_list"):
             raise GateFailedError(
@@ -80,21 +82,42 @@ def run_gate(
     return Gate(left, report)
 
 
-def _reject_rows(failed: Sequence[Any], reject: Reject) -> dict[str | None, list[tuple[str, str]]]:
-    """Give every row that an expectation names to `reject`; returns each one's (reason, detail) by id.
+def _reject_rows(failed: Sequence[Any], frame: Any, reject: Reject) -> dict[str | None, list[tuple[str, str]]]:
+    """Give every row that is quarantined to `reject`; returns each one's (reason, detail) by id.
 
     Where the expectation fails the whole step, its type is the reason.
     """
     reasons: dict[str | None, list[tuple[str, str]]] = {}
+    alike: dict[str | None, list[tuple[str, str]]] = {}
     for result in failed:
-        reason = _reason(result) or result.expectation_config.type
+        reason = _reason(result)
+        keep_one = reason and result.expectation_config.type in UNIQUE
         for row in result.result.get("unexpected_index_list") or ():
             seen = ", ".join(f"{key} {value}" for key, value in row.items() if key != "id")
-            row_id = row["id"] if isinstance(row["id"], str) else None  # pandas has a NaN for it
-            reasons.setdefault(row_id, []).append((reason, f"{seen}: {_describe(result)}"))
+            found = (reason or result.expectation_config.type, f"{seen}: {_describe(result)}")
+            (alike if keep_one else reasons).setdefault(_row_id(row["id"]), []).append(found)
+    for row_id, found in _all_but_first(alike, [_row_id(row_id) for row_id in frame["id"] if row_id not in reasons]):
+        reasons[row_id] = found
     for row_id, found in reasons.items():
         reject(row_id, found[0][0], "; ".join(detail for _, detail in found))
     return reasons
+
+
+def _row_id(value: Any) -> str | None:
+    return value if isinstance(value, str) else None  # pandas has a NaN for it
+
+
+def _all_but_first(
+    alike: Mapping[str | None, Sequence[tuple[str, str]]], order: Sequence[str | None]
+) -> Iterator[tuple[str | None, list[tuple[str, str]]]]:
+    """The rows that are like an earlier one of those that stay; rows are alike where they have a finding in common."""
+    taken: set[tuple[str, str]] = set()
+    for row_id in (row_id for row_id in order if row_id in alike):
+        found = [finding for finding in alike[row_id] if finding in taken]
+        if found:
+            yield row_id, found
+        else:
+            taken.update(alike[row_id])
 
 
 def _require_rows(name: str, frame: Any, min_rows: int, verb: str, remedy: str) -> None:

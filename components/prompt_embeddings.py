@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from components.pipeline.digests import tree_digest
-from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +109,13 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
         )
     from transformers import AutoModel, AutoTokenizer
 
+    require_safetensors(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model = AutoModel.from_pretrained(folder, **WEIGHTS)
+    except Exception as error:  # over a damaged file, transformers raises whatever its code trips over
         raise BadInputError(
-            f"The embedding model at {folder} can't be read ({str(error).splitlines()[0]}); mend that folder."
+            f"The embedding model at {folder} can't be read ({first_line(error)}); fix that folder."
         ) from error
     return tokenizer, model.eval().to(device)
 
@@ -121,5 +123,8 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
 def _pooling(folder: Path) -> str:
     """How token states become one vector, as sentence-transformers notes it beside a model: ``mean`` or ``cls``."""
     note = folder / "1_Pooling" / "config.json"
-    settings = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    return "cls" if settings.get("pooling_mode_cls_token") else "mean"
+    try:
+        settings = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        return "cls" if settings.get("pooling_mode_cls_token") else "mean"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInputError(f"{note} can't be read ({first_line(error)}); fix that file.") from error

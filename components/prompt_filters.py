@@ -32,7 +32,8 @@ _HTML = re.compile(r"&#?\w{1,31};")
 
 
 @cache
-def _wordlists() -> dict[str, Any]:
+def wordlists() -> dict[str, Any]:
+    """What is in `wordlists.yaml`."""
     import yaml
 
     return yaml.safe_load((resources.files("components") / "wordlists.yaml").read_text(encoding="utf-8"))
@@ -109,7 +110,7 @@ def _unsafe_patterns() -> dict[str, re.Pattern[str]]:
         parts = (re.escape(word.removesuffix("*")) + (r"\w*" if word.endswith("*") else "") for word in words)
         return re.compile(rf"\b(?:{'|'.join(parts)})\b")
 
-    lists = _wordlists()["unsafe"]
+    lists = wordlists()["unsafe"]
     patterns = {"any": pattern([word for words in lists.values() for word in words])}
     return patterns | {name: pattern(words) for name, words in lists.items()}
 
@@ -122,21 +123,6 @@ def find_unsafe(text: str) -> str:
         return ""
     kind = next(name for name, pattern in patterns.items() if name != "any" and pattern.fullmatch(found[0]))
     return f"{kind}: {found[0]}"
-
-
-@cache
-def _injection_pattern() -> re.Pattern[str]:
-    # All that begin at a word's edge share one test for it: the search spends its time on those.
-    patterns = _wordlists()["prompt_injection"]
-    at_edge = [pattern.removeprefix(r"\b") for pattern in patterns if pattern.startswith(r"\b")]
-    others = [pattern for pattern in patterns if not pattern.startswith(r"\b")]
-    return re.compile("|".join([*([rf"\b(?:{'|'.join(at_edge)})"] if at_edge else []), *others]))
-
-
-def find_injection(text: str) -> str:
-    """Quotes the part of `text` that instructs a model instead of describing a picture."""
-    found = _injection_pattern().search(text.casefold())
-    return found[0] if found else ""
 
 
 # The look-behind keeps the search linear: without it, every character of a long word would start an attempt of its own.
@@ -204,7 +190,7 @@ def _is_sign(char: str) -> bool:
 
 @cache
 def _grammar() -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    lists = _wordlists()
+    lists = wordlists()
     return frozenset(lists["stop_words"]), frozenset(lists["determiners"]), frozenset(lists["prepositions"])
 
 

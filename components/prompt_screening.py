@@ -8,13 +8,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from components import prompt_filters as filters
 from components.prompt_duplicates import Fingerprint, fingerprints
-from components.prompt_sources import Layout, RawBatch, parse
+from components.prompt_injection import find_injection
+from components.prompt_sources import Layout, RawBatch
+from components.records import LONGEST_QUOTE, Broken, is_unicode, parse
 from components.tokens import load_tokenizer, token_ids
 from univigu.errors import ConfigError
 
@@ -34,11 +37,18 @@ FILTERS: Mapping[str, tuple[str, ...]] = {
     "semantic_duplicates": ("semantic_duplicate",),
     "diversity": ("crowded",),
 }
-REASONS = ("broken_row", "no_text", "empty", *(reason for reasons in FILTERS.values() for reason in reasons))
+REASONS = (
+    "unreadable_file",
+    "unreadable_rows",
+    "broken_row",
+    "no_text",
+    "empty",
+    *(reason for reasons in FILTERS.values() for reason in reasons),
+)
 CHARACTERS_PER_TOKEN = 64  # a text longer than this, times the most tokens allowed, is not looked at any closer
 WITHHELD = "[withheld]"  # stands for personal data in the quarantine: the raw file has it, and no copy is needed
 LONGEST_ID = 200  # characters of a row's own id
-LONGEST_QUOTE = 4096  # characters of one value that the quarantine keeps
+MOST_QUOTES = 64  # values of one row
 
 
 def filter_modes(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -86,7 +96,7 @@ class Row:
 
     raw: Any
     layout: Layout
-    form: str  # what it is not, where it is broken
+    given: str = ""  # its text as it came
     text: str = ""
     source: str = ""
     licence: str = ""
@@ -117,7 +127,7 @@ class Screen:
 
     def screen(self, batch: RawBatch) -> list[Rejected | Accepted]:
         """What becomes of each of a batch's rows."""
-        rows = [Row(parse(raw), batch.layout, _form(raw)) for _, raw in batch.rows]
+        rows = [Row(parse(raw), batch.layout) for _, raw in batch.rows]
         results: dict[int, Rejected | Accepted] = {}
 
         def judge(number: int, findings: Iterable[Finding]) -> None:
@@ -153,10 +163,11 @@ class Screen:
 
     def _alone(self, row: Row) -> Iterator[Finding]:
         """Each test's finding (without a detail: passed), in order; fills `row` on the way."""
-        if not isinstance(row.raw, dict):
-            yield Finding("", "broken_row", row.form)
-        text = row.raw.get(row.layout.text)
-        yield Finding("", "no_text", "" if isinstance(text, str) else _no_string(row.layout.text, text))
+        if isinstance(row.raw, Broken):
+            yield Finding("", row.raw.reason, row.raw.why)
+        column = row.layout.column(row.raw, "text")
+        row.given = text = row.raw.get(column)
+        yield Finding("", "no_text", "" if isinstance(text, str) else _no_string(column, text))
         if self.modes["length"] == ENFORCE:
             longest = CHARACTERS_PER_TOKEN * self.prompt_tokens[1]
             yield Finding("length", "over_long", f"{len(text)} characters" if len(text) > longest else "")
@@ -169,30 +180,33 @@ class Screen:
                 row.text = repaired
             elif repaired != text:
                 row.scores["needs_repair"] = True
-        yield Finding("", "damaged_text", "" if _is_unicode(row.text) else "half a surrogate pair")
+        yield Finding("", "damaged_text", "" if is_unicode(row.text) else "half a surrogate pair")
         yield Finding("", "empty", "" if any(map(str.isalnum, row.text)) else "no letter or figure in it")
         yield from self._provenance(row)
         yield from self._content(row)
 
     def _provenance(self, row: Row) -> Iterator[Finding]:
-        layout = row.layout
-        row.source, problem = _source(row.raw.get(layout.source) or layout.whole_source)
+        layout, raw = row.layout, row.raw
+        row.source, problem = _source(raw.get(layout.column(raw, "source")) or layout.whole_source)
         if self.on("licence"):
             yield Finding("licence", "no_source", problem)
-        row.licence, problem = _licence(row.raw.get(layout.licence) or layout.whole_licence, self.settings["licences"])
+        licence = raw.get(layout.column(raw, "licence")) or layout.whole_licence
+        row.licence, problem = _licence(licence, self.settings["licences"])
         if self.on("licence"):
             yield Finding("licence", "licence", problem)
 
     def _content(self, row: Row) -> Iterator[Finding]:
         if self.on("prompt_injection"):
-            yield Finding("prompt_injection", "prompt_injection", filters.find_injection(row.text))
+            found = find_injection(row.text) or (row.given != row.text and find_injection(row.given))  # with its lines
+            yield Finding("prompt_injection", "prompt_injection", found or "")
         if self.on("personal_data"):
             yield Finding("personal_data", "personal_data", filters.find_personal_data(row.text))
         if self.on("unsafe"):
             yield Finding("unsafe", "unsafe", filters.find_unsafe(row.text) or self._unsafe_column(row))
         row.scores |= {"characters": len(row.text), "words": len(row.text.split())}
-        if row.raw.get(row.layout.id):
-            row.scores[row.layout.id] = str(row.raw[row.layout.id])[:LONGEST_ID]
+        own = row.layout.column(row.raw, "id")
+        if row.raw.get(own):
+            row.scores[own] = str(row.raw[own])[:LONGEST_ID]
         if self.on("language"):
             languages = self.settings["languages"]
             row.language, row.scores["language"] = filters.identify_language(row.text, languages)
@@ -203,10 +217,10 @@ class Screen:
     def _unsafe_column(self, row: Row) -> str:
         """Names the column whose probability of unsafe content is the highest, where it is too high or no number."""
         found = {}
-        for name in row.layout.unsafe:
+        for name in row.layout.unsafe_columns(row.raw):
             try:
                 found[name] = float(row.raw.get(name, "nan"))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 found[name] = nan
             if not 0 <= found[name] <= 1:
                 return f"'{name}' is no probability"
@@ -238,19 +252,11 @@ def _accepted(row: Row, fingerprint: Fingerprint) -> Accepted:
         "scores": row.scores,
         "verdict": "keep",
     }
-    return Accepted(prompt, row.text != row.raw[row.layout.text], fingerprint)
-
-
-def _form(raw: Any) -> str:
-    return "not a JSON object" if isinstance(raw, bytes) else "not a cell for each column"
+    return Accepted(prompt, row.text != row.given, fingerprint)
 
 
 def _no_string(column: str, value: Any) -> str:
     return f"'{column}' is {type(value).__name__}, not a string"
-
-
-def _is_unicode(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _source(source: Any) -> tuple[str, str]:
@@ -270,14 +276,27 @@ def _licence(licence: Any, allowed: Iterable[str]) -> tuple[str, str]:
 
 def quotable_row(raw: Any) -> Any:
     """A raw row as the quarantine may keep it, whatever it is rejected for and wherever in it personal data are."""
-    return {quotable(key): quotable(value) for key, value in raw.items()} if isinstance(raw, dict) else quotable(raw)
+    if not isinstance(raw, dict):
+        return quotable(raw.text if isinstance(raw, Broken) else raw)
+    return {quotable(key): quotable(value) for key, value in islice(raw.items(), MOST_QUOTES)}
 
 
 def quotable(value: Any) -> Any:
-    """A value as the quarantine may keep it: at most `LONGEST_QUOTE` characters, and `WITHHELD` for personal data."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value as the quarantine may keep it: at most `LONGEST_QUOTE` characters, and `WITHHELD` for personal data.
+
+    What JSON has no number for (NaN, infinity) is kept as text.
+    """
+    text, plain = (value, True) if isinstance(value, str) else _as_json(value)
     quote = text[:LONGEST_QUOTE]
     repaired = filters.repair(quote)
     if filters.find_personal_data(text) or (repaired != text and filters.find_personal_data(repaired)):
         return WITHHELD
-    return value if quote == text else quote
+    return value if plain and quote == text else quote
+
+
+def _as_json(value: Any) -> tuple[str, bool]:
+    """A value as JSON, and whether that is what the standard calls JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False), True
+    except ValueError:
+        return json.dumps(value, ensure_ascii=False, default=str), False

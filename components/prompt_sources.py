@@ -1,30 +1,27 @@
 """Raw prompts as they lie in files: JSONL, CSV or Parquet, plain or compressed, always read as a stream.
 
-Which column of a file holds what is decided once a file, by its header (or by its first JSON object): by the names that
-are known here, or by what the profile's `sources` says of files of that name. What the rows of a file don't say of
-themselves, `sources` may say for all of them: where they come from, and under which licence.
+Which column holds what is decided for each file, by its header (or by its first lines of JSON): by the names that are
+known here, or by what the profile's `sources` says of files of that name. How unsafe it is, each row says for itself,
+whatever columns others have. What the rows of a file don't say of themselves, `sources` may say for all of them: where
+they come from, and under which licence.
+
+A file that can't be read is one row that can't be used: it is quarantined by its name, and the others are read.
 """
 
-import codecs
-import csv
-import io
-import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import chain, islice
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import pyarrow as pa
-
-from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
+from components.parquet_records import column_names, read_parquet
+from components.records import Broken, Record, file_format, open_csv, open_jsonl, parse, printable
+from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 BATCH = 1024  # rows that travel together
-LONGEST_LINE = 1 << 20  # bytes; a longer line is one broken row, and is never held whole
-FORMATS = (".jsonl", ".csv", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BATCH_BYTES = 1 << 24  # after so many, a batch travels with fewer
 
 # The first of these that a file has is its column. `text` is this project's own name for it, `prompt` VidProM's, and so
 # are `uuid` and the six probabilities of unsafe content (https://huggingface.co/datasets/WenhaoWang/VidProM).
@@ -41,56 +38,79 @@ UNSAFE_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", 
 class Layout:
     """Which of a file's columns holds what, and what the whole file says."""
 
-    text: str = "text"
-    source: str = "source"
-    licence: str = "licence"
-    id: str = "uuid"
-    unsafe: tuple[str, ...] = ()  # probabilities of unsafe content
+    # What -> the column's name; several where a file's beginning has none of them: of those, the first that a row has.
+    columns: Mapping[str, Sequence[str]] = field(default_factory=lambda: KNOWN_COLUMNS)
+    unsafe: tuple[str, ...] | None = None  # probabilities of unsafe content; None: known ones, where a row has them
     whole_source: str = ""  # of the rows that name none
     whole_licence: str = ""
+
+    def column(self, row: Mapping[str, Any], what: str) -> str:
+        """The name of the column that holds `what` in a row."""
+        names = self.columns[what]
+        return next((name for name in names if row.get(name) is not None), names[0])
+
+    def unsafe_columns(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """The columns of a row that say how unsafe it is."""
+        return [name for name in row if _is_unsafe(name)] if self.unsafe is None else self.unsafe
+
+
+@lru_cache(maxsize=4096)
+def _is_unsafe(name: str) -> bool:
+    return name.strip().casefold().replace(" ", "_").replace("-", "_") in UNSAFE_COLUMNS
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Rows of one file. A row is a line that should be JSON (bytes), an object, or the text of one that is broken."""
+    """Rows of one file. A row is a line that should be JSON (bytes), an object, or `Broken`."""
 
-    file: str
+    file: str  # its name as text that any table can hold
     layout: Layout
-    rows: Sequence[tuple[int, Any]]  # the number of the line (in Parquet: of the row), from 1, and the row
+    rows: Sequence[Record]  # numbered from 1 by line (in Parquet: by row); 0: the file itself
+
+    def row_id(self, place: int) -> str:
+        """A row's place in the raw files."""
+        number = self.rows[place][0]
+        return f"{self.file}:{number}" if number else self.file
 
 
 def read_batches(path: Path, sources: Mapping[str, Any]) -> Iterator[RawBatch]:
     """All rows of a file, or of a folder's files by name, in batches of up to `BATCH`; blank lines are no rows.
 
     sources: a file name's pattern -> `source`, `licence`, `columns` (what -> name) of those files; the first that fits.
-    Raises as `raw_files` does; `BadInputError` where a CSV or Parquet file has no column of prompts; `CorruptDataError`
-    where a file ends in the middle or can't be decompressed; `ConfigError` where `sources` makes no sense.
+    A file that can't be read (to its end), and one that has no column of prompts, is a batch of one broken row; raises
+    its error where all are so. Raises `ConfigError` where `sources` makes no sense, and as `raw_files` does.
     """
-    files = raw_files(path)
+    files = _named_files(path)
     _check_sources(sources, files, path)
+    unreadable: list[BadInputError] = []
     for file in files:
-        about = next((about for pattern, about in sources.items() if fnmatchcase(file.name, pattern)), {})
+        pattern = next((pattern for pattern in sources if fnmatchcase(file.name, pattern)), "")
         try:
-            names, rows = _open_rows(file)
-            layout = _layout(file, names, about)
-            if file.suffix == ".parquet":
-                rows = _parquet_rows(file, layout)
-            while batch := list(islice(rows, BATCH)):
-                yield RawBatch(file.name, layout, batch)
-        except (OSError, pa.ArrowException) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CorruptDataError(f"{file} can't be read to its end ({said}); fetch it again.") from error
+            yield from _file_batches(file, path, sources.get(pattern, {}))
+        except BadInputError as error:
+            if isinstance(error, ConfigError) and sum(fnmatchcase(other.name, pattern) for other in files) == 1:
+                raise  # what the profile says of this file is wrong
+            unreadable.append(error)
+            why = printable(str(error).replace(str(file), file.name))
+            yield RawBatch(printable(file.name), Layout(), [(0, Broken("", why, "unreadable_file"))])
+    if len(unreadable) == 1 == len(files):
+        raise unreadable[0]
+    if len(unreadable) == len(files):
+        raise type(unreadable[0])(f"None of the {len(files)} files in {path} can be used; the first: {unreadable[0]}")
 
 
 def raw_files(path: Path) -> list[Path]:
     """A file, or a folder's files of a known format by name; raises `MissingInputError` without any."""
-    wanted = [f"*{ending}{compression}" for ending in FORMATS[:2] for compression in ("", *COMPRESSIONS)]
-    wanted.append("*.parquet")
+    return [file for file in _named_files(path) if not _misplaced(file, path)]
+
+
+def _named_files(path: Path) -> list[Path]:
+    """What is called like a file of prompts, hidden ones left out."""
     if not path.is_dir():
-        if not any(fnmatchcase(path.name, pattern) for pattern in wanted):
+        if not file_format(path.name)[0]:
             raise BadInputError(f"{path} is neither JSONL, CSV nor Parquet by its name; rename or convert it.")
         return [path]
-    files = sorted({file for pattern in wanted for file in path.glob(pattern) if file.is_file()})
+    files = sorted(file for file in path.iterdir() if file_format(file.name)[0] and not file.name.startswith("."))
     if not files:
         raise MissingInputError(
             f"There is no *.jsonl file in {path}, nor CSV or Parquet; put prompts there, one JSON object a line."
@@ -98,14 +118,11 @@ def raw_files(path: Path) -> list[Path]:
     return files
 
 
-def parse(raw: Any) -> Any:
-    """A row as it was meant: the object that a line holds; any other value where it holds none, text if it's broken."""
-    if not isinstance(raw, bytes):
-        return raw
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return raw.decode("utf-8", errors="replace").strip()
+def _misplaced(file: Path, path: Path) -> str:
+    """Why what is called like a file of prompts is not opened at all, or an empty string."""
+    if not file.resolve().is_relative_to(path.resolve()):
+        return "it is a link out of the folder of prompts; put the file itself there"
+    return "" if file.is_file() else "it is no file; put the files of prompts themselves into the folder"
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -125,129 +142,82 @@ def _check_sources(sources: Mapping[str, Any], files: Sequence[Path], path: Path
             raise ConfigError(f"The profile's 'sources' name '{pattern}', and no file in {path} is called that.")
 
 
-def _layout(file: Path, names: Sequence[str], about: Mapping[str, Any]) -> Layout:
-    given = about.get("columns", {})
-    found = {what: next((n for n in known if n in names), known[0]) for what, known in KNOWN_COLUMNS.items()}
-    found |= {what: name for what, name in given.items() if what != "unsafe"}
-    missing = [name for what, name in found.items() if name not in names and (what == "text" or what in given)]
-    if missing and not _is_jsonl(file):  # a JSON object need not have what another one has
-        raise BadInputError(
-            f"{file} has no column '{missing[0]}' (it has {', '.join(names)}); say in the profile's "
-            "'curate_prompts.sources' which column holds what."
-        )
-    unsafe = given.get("unsafe", [name for name in UNSAFE_COLUMNS if name in names])
+def _layout(names: Iterable[str], about: Mapping[str, Any]) -> Layout:
+    """The layout of a file that has columns of these names."""
+    given, names = about.get("columns", {}), set(names)
+    columns = {}
+    for what, known in KNOWN_COLUMNS.items():
+        found = next((name for name in known if name in names), None)
+        columns[what] = (given[what],) if what in given else (found,) if found else known
+    unsafe = given.get("unsafe")
     return Layout(
-        **found,
-        unsafe=tuple([unsafe] if isinstance(unsafe, str) else unsafe),
+        columns=columns,
+        unsafe=unsafe if unsafe is None else tuple([unsafe] if isinstance(unsafe, str) else unsafe),
         whole_source=about.get("source", ""),
         whole_licence=about.get("licence", ""),
     )
 
 
-def _is_jsonl(file: Path) -> bool:
-    return ".jsonl" in file.suffixes
+def _header_layout(file: Path, names: Sequence[str], about: Mapping[str, Any]) -> Layout:
+    """The layout of a file with a header; raises where it has no column of prompts, or not those of the profile."""
+    layout, given = _layout(names, about), about.get("columns", {})
+    wanted = [column for what, (column, *_) in layout.columns.items() if what in given or what == "text"]
+    missing = [name for name in (*wanted, *(layout.unsafe or ())) if name not in names]
+    if missing:
+        raise (ConfigError if given else BadInputError)(
+            f"{file} has no column '{missing[0]}' (it has {', '.join(names) or 'none'}); say in the profile's "
+            "'curate_prompts.sources' which column holds what."
+        )
+    twice = sorted(name for name in _used(names, layout) if names.count(name) > 1)
+    if twice:
+        raise BadInputError(f"{file} has more than one column '{twice[0]}'; give each a name of its own.")
+    return layout
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
+def _used(names: Iterable[str], layout: Layout) -> list[str]:
+    """The columns, of those that there are, that are looked at."""
+    known = {name for columns in layout.columns.values() for name in columns} | {*(layout.unsafe or ())}
+    return [name for name in names if name in known or (layout.unsafe is None and _is_unsafe(name))]
 
 
-def _open_rows(file: Path) -> tuple[list[str], Iterator[tuple[int, Any]]]:
-    """The names of a file's columns, and its rows; of a Parquet file the names alone."""
-    if file.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_schema(file).names, iter(())
-    lines = _bounded_lines(_open(file))
-    if _is_jsonl(file):
-        rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        head = list(islice(rows, BATCH))
-        first = next((row for row in (parse(line) for _, line in head) if isinstance(row, dict)), {})
-        return list(first), chain(head, rows)
-    records = _csv_records(chain([next(lines, b"").removeprefix(codecs.BOM_UTF8)], lines))
-    _, names = next(records, (0, []))
-    if isinstance(names, str):
-        raise BadInputError(f"The first line of {file} is no header of a CSV file; give its columns names.")
-    return names, _csv_rows(names, records)
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _open(file: Path) -> BinaryIO:
-    if file.suffix not in COMPRESSIONS:
-        return file.open("rb")
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), COMPRESSIONS[file.suffix]), 1 << 20)
+def _file_batches(file: Path, path: Path, about: Mapping[str, Any]) -> Iterator[RawBatch]:
+    """The rows of one file; raises `BadInputError` where it can't be read to its end or has no column of prompts."""
+    if why := _misplaced(file, path):
+        raise BadInputError(f"{file} is not read: {why}.")
+    form, _ = file_format(file.name)
+    if form == "jsonl":
+        batches = _batched(open_jsonl(file))
+        head = next(batches, [])
+        rows = (row for _, raw in head if isinstance(row := parse(raw), dict))
+        layout, batches = _layout(chain.from_iterable(rows), about), chain([head] if head else [], batches)
+    elif form == "csv":
+        names, records = open_csv(file)
+        layout, batches = _header_layout(file, names, about), _batched(records)
+    else:
+        names = column_names(file)
+        layout = _header_layout(file, names, about)
+        batches = _batched(read_parquet(file, _used(names, layout)))
+    for batch in batches:
+        yield RawBatch(printable(file.name), layout, batch)
 
 
-def _bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines, of which never more than `LONGEST_LINE` is held: what is over is dropped, so the row will not parse."""
-    with stream:
-        while line := stream.readline(LONGEST_LINE):
-            rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = stream.readline(LONGEST_LINE)
-            yield line
-
-
-def _csv_rows(names: Sequence[str], records: Iterable[tuple[int, list[str] | str]]) -> Iterator[tuple[int, Any]]:
-    for number, cells in records:
-        if isinstance(cells, str) or len(cells) != len(names):
-            yield number, _visible(cells if isinstance(cells, str) else ",".join(cells)).strip()
-        elif _is_unicode(cells):
-            yield number, dict(zip(names, cells, strict=True))
-        else:
-            yield number, _visible(",".join(cells))
-
-
-def _csv_records(lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | str]]:
-    """Each record as its first line's number and its cells, or as the text of a line that can't be read.
-
-    A quote that never ends would swallow all that follows: then only the line that it's in is broken, and reading goes
-    on with the next.
-    """
-    again: deque[str] = deque()
-    taken: list[str] = []
-
-    def feed() -> Iterator[str]:
-        while again or (line := next(lines, None)) is not None:
-            taken.append(again.popleft() if again else line.decode("utf-8", errors="surrogateescape"))
-            yield taken[-1]
-
-    number = 1
-    while True:
-        taken.clear()
-        try:
-            cells = next(csv.reader(feed(), strict=True), None)
-        except csv.Error:
-            again.extendleft(reversed(taken[1:]))
-            yield number, taken[0]
-            number += 1
-            continue
-        if cells is None:
-            return
-        if cells:
-            yield number, cells
-        number += len(taken)
-
-
-def _is_unicode(cells: Sequence[str]) -> bool:
-    text = "".join(cells)
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _visible(text: str) -> str:
-    """Text with U+FFFD for bytes that were no UTF-8."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def _parquet_rows(file: Path, layout: Layout) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows' columns that the layout names: embeddings and the like stay on disk."""
-    from pyarrow import parquet
-
-    wanted = {layout.text, layout.source, layout.licence, layout.id, *layout.unsafe}
-    with parquet.ParquetFile(file) as table:
-        columns = [name for name in table.schema_arrow.names if name in wanted]
-        rows = (row for part in table.iter_batches(BATCH, columns=columns) for row in part.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield number, {name: _text(value) for name, value in row.items()}
-
-
-def _text(value: Any) -> Any:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+def _batched(rows: Iterator[Record]) -> Iterator[list[Record]]:
+    """Rows in lists of `BATCH`, or fewer where they are long; what was read before an error comes before it."""
+    batch, size = [], 0
+    try:
+        for number, raw in rows:
+            batch.append((number, raw))
+            for cell in raw.values() if isinstance(raw, dict) else (raw,) if isinstance(raw, bytes) else raw:
+                size += len(cell) if isinstance(cell, str | bytes) else 0
+            if len(batch) >= BATCH or size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    except BadInputError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch

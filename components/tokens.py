@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from univigu.errors import BadInputError, MissingInputError
+from univigu.errors import BadInputError, MissingInputError, first_line
 
 
 def load_tokenizer(base: Path) -> Any:
@@ -19,10 +19,8 @@ def load_tokenizer(base: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise BadInputError(
-            f"The tokenizer at {folder} can't be read ({str(error).splitlines()[0]}); mend the base."
-        ) from error
+    except Exception as error:  # over a damaged file, transformers and tokenizers raise whatever their code trips over
+        raise BadInputError(f"The tokenizer at {folder} can't be read ({first_line(error)}); fix the base.") from error
     if token_ids(tokenizer, ["a"])[0][-1:] != [tokenizer.eos_token_id]:
         raise BadInputError(f"The tokenizer at {folder} does not end a text with EOS; give the base's own tokenizer.")
     return tokenizer

@@ -106,7 +106,10 @@ def validate_pairs(step: Step) -> None:
     and is only counted here. Raises `ConfigError` where the profile's caption range does not lie above its prompts'.
     """
     from components.checks import load_caption_checks
-    from components.checks.texts import damage, refusal, repeats_prompt
+    from components.checks.refusal import refusal
+    from components.checks.repetition import repetition
+    from components.checks.texts import damage, repeats_prompt
+    from components.checks.wrapping import wrapping
     from components.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
@@ -145,6 +148,8 @@ def validate_pairs(step: Step) -> None:
         row["is_prompt"] = captioned and repeats_prompt(row["prompt"], row["caption"] or "")
         row["damage"] = damage(row["caption"] or "") if captioned else ""
         row["refusal"] = refusal(row["caption"] or "") if captioned else ""
+        row["wrapping"] = wrapping(row["caption"] or "") if captioned else ""
+        row["repetition"] = repetition(row["caption"] or "") if captioned else ""
         row["fault"] = _fault(checks, row["prompt"], row["caption"]) if captioned else ""
     frame = pa.Table.from_pylist(rows).to_pandas() if rows else pa.table({"id": []}).to_pandas()
 
@@ -171,6 +176,8 @@ def validate_pairs(step: Step) -> None:
         _one_of(gx, "is_prompt", [False], reason="caption_is_prompt"),
         _one_of(gx, "damage", [""], reason="damaged_text"),
         _one_of(gx, "refusal", [""]),
+        _one_of(gx, "wrapping", [""]),
+        _one_of(gx, "repetition", [""]),
         _one_of(gx, "fault", [""], reason="not_covered"),
         *(
             gx.ExpectColumnDistinctValuesToContainSet(column="part", value_set=[f"{stage} {split}"])

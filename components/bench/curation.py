@@ -17,7 +17,8 @@ from typing import Any
 
 from components.pipeline.profiles import load_profile
 from components.prompt_duplicates import ExactTexts, Fingerprint, NearDuplicates, fingerprints
-from components.prompt_sources import RawBatch, parse, read_batches
+from components.prompt_sources import RawBatch, read_batches
+from components.records import parse
 from components.synthetic_prompts import raw_prompts, write_raw_prompts
 from components.workers import map_in_order, worker_count
 from univigu.errors import ConfigError, MissingInputError, UniViGUError

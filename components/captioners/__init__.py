@@ -39,12 +39,13 @@ class CaptionRequest:
 class CaptionResponse:
     """What came back. `usage` counts whatever a service charges for (tokens, money); sums go into the manifest.
 
-    A `success` is judged and a `truncated` text asked for again; any other status is the captioner's last word.
+    A `success` is judged. A `truncated` text is asked for again, and so is a `success` with a `reason`: what keeps its
+    text from being a caption. Any other status is the captioner's last word.
     """
 
     text: str
     status: Status = "success"
-    detail: str = ""
+    detail: str = ""  # what is wrong with the text, in words
     usage: Mapping[str, float] | None = None
     reason: str = ""  # the slug to quarantine by, where the status doesn't say it
 
@@ -142,6 +143,14 @@ def caption_in_batches(answer: Answer, requests: Iterable[CaptionRequest], follo
                 for (request, clip), response in zip(pending, responses, strict=True)
             ]
             pending = [(request, clip) for request, clip in again if request]
+
+
+def read_text(text: str, usage: Mapping[str, float]) -> CaptionResponse:
+    """The response that all of what a model wrote makes: the caption in it, or what can't be told from a caption."""
+    from components.checks.wrapping import extract_caption
+
+    caption, complaint = extract_caption(text)
+    return CaptionResponse(caption, usage=usage, reason="wrapping" if complaint else "", detail=complaint)
 
 
 def damaged(error: BadInputError) -> CaptionResponse:

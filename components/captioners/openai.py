@@ -23,22 +23,20 @@ from components.captioners import (
     CaptionResponse,
     FollowUp,
     damaged,
+    probe,
     read_options,
 )
-from components.captioners.client.answers import answer_cost, read_response
+from components.captioners.client.answers import WHOLE, read_response
 from components.captioners.client.endpoint import Endpoint, Stopped, Terms
 from components.captioners.client.journal import Journal
 from components.captioners.client.replies import Refused
 from components.captioners.client.signals import StoppingGently
+from components.captioners.client.usage import answer_cost
 from components.captioners.wording import data_url, jpeg, load_template, sample_frames, write_messages
 from components.pipeline.digests import json_digest
 from univigu.errors import BadInputError, ConfigError
 
 FORMAT = "chat-1"  # how a template becomes a request; a change of it makes every kept answer another request's
-# The two that are shown are none of those that a model without eyes would guess.
-SHOWN = {"orange": (255, 140, 0), "purple": (120, 30, 160)}
-COLOURS = ("black", "blue", "green", "orange", "purple", "red", "white", "yellow")
-PROBE_WORDS = "Answer with the word: ready."
 DECODERS = 2  # clips being decoded at once: each may be 100 MB of frames
 
 Picture = tuple[bytes, float]  # JPEG, seconds
@@ -56,6 +54,7 @@ class Options:
     max_side: int = 512  # of a picture, in pixels
     max_image_bytes: int = 200_000
     request: dict = field(default_factory=dict)  # further fields of each request: temperature, max_tokens, seed ...
+    finish_reasons: list = field(default_factory=list)  # of whole answers, besides the usual ones; None: not said
     concurrency: int = 16
     tries: int = 6
     backoff_s: float | int = 1.0
@@ -78,6 +77,10 @@ def create(config: Mapping[str, Any]) -> Captioner:
         )
     if taken := sorted({"model", "messages", "stream", "n"} & options.request.keys()):
         raise ConfigError(f"The option 'request' can't hold '{taken[0]}', which is not yours to set; take it out.")
+    if min(options.backoff_s, options.deadline_s) <= 0 or options.patience_s < 0:
+        raise ConfigError("The captioner 'openai' needs a backoff_s and a deadline_s above 0; correct its options.")
+    if not all(word is None or isinstance(word, str) for word in options.finish_reasons):
+        raise ConfigError("The option 'finish_reasons' takes words, and null for a service that says none; correct it.")
     for name, known in (("prices", ("prompt", "completion")), ("budget", ("requests", "tokens", "usd"))):
         given = _amounts(getattr(options, name))
         if not set(given) <= set(known) or not all(_is_amount(value) for value in given.values()):
@@ -159,6 +162,8 @@ class OpenAI:
                 await asyncio.gather(*workers)
         if endpoint.fault:
             raise endpoint.fault
+        if endpoint.suspicion and not endpoint.answered and not endpoint.kept:  # it was about all clips there are
+            raise endpoint.suspicion
 
     async def _work(self, requests: Iterator[CaptionRequest], follow_up: FollowUp, decoders: Executor) -> None:
         """Hold one conversation after another until there are no more, or the endpoint is given up."""
@@ -190,10 +195,10 @@ class OpenAI:
             except BadInputError as error:
                 return damaged(error), pictures
             try:
-                body = await self.endpoint.ask(key, self.payload(request, pictures), self.probe)
+                body = await self.endpoint.ask(key, self.payload(request, pictures), self.question)
             except Refused as refused:
                 return CaptionResponse("", refused.status, str(refused), reason=refused.reason), pictures
-        return read_response(body, self.terms.prices), pictures
+        return read_response(body, self.terms.prices, self.options.finish_reasons), pictures
 
     def request_digest(self, request: CaptionRequest) -> str:
         """What an answer is kept under: all that decides the request, but neither the address nor the key."""
@@ -210,19 +215,12 @@ class OpenAI:
         )
 
     @cached_property
-    def probe(self) -> dict[str, Any]:
+    def question(self) -> dict[str, Any]:
         """A request that only a model which sees `frames` pictures at once can answer rightly."""
         if not self.options.frames:
-            return self._body([{"role": "user", "content": PROBE_WORDS}])
-        pictures = [(_plain_jpeg(SHOWN[colour]), 0.0) for colour in self._probe_colours()]
-        asked = (
-            f"Choose from {', '.join(COLOURS)}. Which of these colours do the pictures have? "
-            "Answer with their names alone."
-        )
-        return self._body([{"role": "user", "content": _content(asked, pictures)}])
-
-    def _probe_colours(self) -> list[str]:
-        return ["orange", *["purple"] * (self.options.frames - 1)]
+            return self._body([{"role": "user", "content": probe.WORDS}])
+        pictures = [(jpeg(frame, 64, 100_000), 0.0) for frame in probe.pictures(self.options.frames)]
+        return self._body([{"role": "user", "content": _content(probe.QUESTION, pictures)}])
 
     def _body(self, messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         return {"model": self.options.model, "messages": list(messages), "stream": False, **self.options.request}
@@ -248,10 +246,11 @@ class OpenAI:
 
     async def _probe(self) -> None:
         place, model, frames = self.endpoint.place, self.options.model, self.options.frames
+        words = self._body([{"role": "user", "content": probe.WORDS}]) if frames else None
         try:
-            body = await self.endpoint.probe(self.probe)
+            body = await self.endpoint.probe(self.question, words)
         except Refused as refused:
-            if frames and await self._reads_text():
+            if words and (refused.alone or await self._is_answered(words)):
                 raise ConfigError(
                     f"The model '{model}' at {place} doesn't take {frames} pictures ({refused}); name a "
                     "vision-language model, or lower `caption_videos.options.frames`."
@@ -260,20 +259,19 @@ class OpenAI:
                 f"The captioning service at {place} refuses its first request ({refused}); correct the model and the "
                 "fields of `caption_videos.options.request`."
             ) from refused
-        response = read_response(body, {})
-        if not frames or not response.text or response.status != "success":  # a model may think for too long to answer
+        response = read_response(body, {}, WHOLE | {None})
+        if response.status != "success" or response.reason:  # a model may think for too long to answer
             return
-        shown, named = set(self._probe_colours()), {*re.findall(r"\w+", response.text.lower())} & {*COLOURS}
-        if not shown <= named or len(named) > len(shown) + 1:  # "red-orange and purple" will do
+        if frames and response.text and not probe.is_right(response.text, frames):
             raise ConfigError(
-                f"The model '{model}' at {place} doesn't see pictures: of {' and '.join(sorted(shown))} ones it says "
-                f"'{self.endpoint.clean(response.text)}'; name a vision-language model, or set "
+                f"The model '{model}' at {place} doesn't see pictures: of {' and '.join(probe.colours(frames))} ones "
+                f"it says '{self.endpoint.clean(response.text)}'; name a vision-language model, or set "
                 "`caption_videos.options.frames` to 0 for captions from the prompts alone."
             )
 
-    async def _reads_text(self) -> bool:
+    async def _is_answered(self, payload: Mapping[str, Any]) -> bool:
         try:
-            await self.endpoint.probe(self._body([{"role": "user", "content": PROBE_WORDS}]))
+            await self.endpoint.probe(payload)
         except Refused:
             return False
         return True
@@ -284,7 +282,7 @@ class OpenAI:
         line = f"captions: {self.endpoint.answered - answered} answers, {self.endpoint.kept - kept} kept from before"
         if lost:
             line += f"; {lost.total()} requests without one ({', '.join(f'{k} {n}' for k, n in lost.most_common())})"
-        spent = ", ".join(f"{value:,.6g} {name}" for name, value in sorted(self.endpoint.spent.items()))
+        spent = ", ".join(f"{value:,.6g} {name}" for name, value in sorted(self.endpoint.budget.spent.items()))
         print(f"{line}; spent below this work root: {spent or 'nothing'}", file=sys.stderr)
 
 
@@ -294,12 +292,6 @@ def _content(text: str, pictures: Sequence[Picture]) -> Any:
         return text
     shown = [{"type": "image_url", "image_url": {"url": data_url(content)}} for content, _ in pictures]
     return [*shown, {"type": "text", "text": text}]
-
-
-def _plain_jpeg(colour: tuple[int, int, int]) -> bytes:
-    import numpy as np
-
-    return jpeg(np.full((64, 64, 3), colour, np.uint8), 64, 100_000)
 
 
 def _amounts(given: Mapping[str, Any]) -> dict[str, Any]:

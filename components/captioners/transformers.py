@@ -18,8 +18,10 @@ from components.captioners import (
     FollowUp,
     caption_in_batches,
     read_options,
+    read_text,
 )
 from components.captioners.wording import fit, load_template, sample_frames, write_messages
+from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from components.pipeline.digests import json_digest, tree_digest
 from components.pipeline.manifests import inside
 from univigu.errors import BadInputError, ConfigError, MissingInputError
@@ -45,7 +47,8 @@ class Options:
 def create(config: Mapping[str, Any]) -> Captioner:
     """The captioner with the profile's options, and its `batch_size`. The model is loaded with the first batch.
 
-    Raises `MissingInputError` where the folder isn't there, `ConfigError` for an option that makes no sense.
+    Raises `MissingInputError` where the folder isn't there, `BadInputError` where its weights aren't safetensors, and
+    `ConfigError` for an option that makes no sense.
     """
     options = read_options(Options, config, "transformers")
     folder = inside(config["root"], options.folder)
@@ -54,6 +57,7 @@ def create(config: Mapping[str, Any]) -> Captioner:
             f"There is no model in {folder} (`caption_videos.options.folder`); put one there as `save_pretrained` "
             "writes it, with its processor."
         )
+    require_safetensors(folder)
     if options.precision not in PRECISIONS or min(options.frames, options.max_side) < 1:
         raise ConfigError(
             f"The captioner 'transformers' takes a precision of {', '.join(PRECISIONS)}, and at least one frame and "
@@ -127,18 +131,18 @@ class Transformers:
         ends = [ends] if isinstance(ends, int) else ends or []
         ended = [place for place, token in enumerate(ids.tolist()) if token in ends]
         count = ended[0] + 1 if ended else len(ids)
-        text = " ".join(self.processor.decode(ids[:count], skip_special_tokens=True).split())
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count}
+        response = read_text(self.processor.decode(ids[:count], skip_special_tokens=True), usage)
         if not ended:
-            return CaptionResponse(text, "truncated", "it was cut off before its end; say less", usage)
-        return CaptionResponse(text, usage=usage)
+            return CaptionResponse(response.text, "truncated", "it was cut off before its end; say less", usage)
+        return response
 
     @cached_property
     def processor(self) -> Any:
         from transformers import AutoProcessor
 
         try:
-            processor = AutoProcessor.from_pretrained(self.folder, local_files_only=True)
+            processor = AutoProcessor.from_pretrained(self.folder, **LOCAL)
         except (OSError, ValueError, TypeError) as error:
             raise self._unreadable(error) from error
         if not hasattr(processor, "image_processor"):
@@ -152,14 +156,15 @@ class Transformers:
     def model(self) -> Any:
         """The model, on the GPU if there is one."""
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         dtype = kinds.get(self.options.precision) or (torch.bfloat16 if device == "cuda" else torch.float32)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
-        except (OSError, ValueError) as error:
+            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype, **WEIGHTS)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise self._unreadable(error) from error
         return model.eval().to(device)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from components.checks import Finding
+from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from univigu.errors import BadInputError, MissingInputError
 
 if TYPE_CHECKING:
@@ -76,10 +77,11 @@ def load_scorer(folder: Path) -> Scorer:
             f"There is no {head} for the check 'aesthetic'; put a CLIP-like model and its head there, or set the "
             "check's mode to off."
         )
+    require_safetensors(folder)
     try:
         tensors = load_file(head)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, **WEIGHTS)
+        processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
         scorer = Scorer(model.eval(), processor, tensors["weight"], tensors["bias"])
         score(scorer, np.zeros((1, 64, 64, 3), np.uint8))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:

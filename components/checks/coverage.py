@@ -9,10 +9,11 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
+from components.checks.texts import UNSPACED
 from components.prompt_filters import content_phrases
 
 SHOWN = 8  # words in a complaint
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 def check_caption(prompt: str, caption: str, least: float = 0.5, stemmer: str = "english") -> str | None:

@@ -1,4 +1,4 @@
-"""What no caption may be, in any world: damaged, its prompt again, a refusal, or its own instructions.
+"""What no caption may be, in any world: damaged, its prompt again, or its own instructions.
 
 Each test answers with an empty string (or False) where the text passes, and otherwise with what was seen.
 """
@@ -8,24 +8,21 @@ import unicodedata
 from functools import cache
 
 ECHO_WORDS = 8  # as many words of the instructions in a row are no chance
-_OPENING = 240  # characters in which a refusal shows
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts without spaces
+_WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
 # Marks that change the reading order of what follows can show another text than is there (Unicode TR 36). Marks of a
 # single place (U+200E, U+200F) and joiners belong to right-to-left scripts and to emoji.
 _OVERRIDES = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-_CAN_NOT = r"can(?:not|['’]?t| not)|(?:am|['’]m) (?:unable|not able) to|won['’]?t|do not|don['’]t"
-_DO = "help|assist|comply|provide|describe|view|see|access|watch|fulfil+|create|generate|process"
-_REFUSAL = re.compile(
-    r"\b(?:i|we)(?:['’]m| am| are|['’]re)? (?:sorry|afraid)\b|\bmy apologies\b"
-    rf"|\bi ?(?:{_CAN_NOT}) (?:\w+ ){{0,3}}?(?:{_DO})\b|\bi (?:must|have to) (?:decline|refuse)\b"
-    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|\b(?:against|violates?) (?:my|our|the) (?:\w+ ){0,2}(?:guidelines|polic(?:y|ies))\b"
-    r"|\bno (?:video|image|picture|frame)s? (?:was|were|has been|have been|is|are) (?:provided|given|attached)\b"
-)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; in a script without spaces, its characters."""
+    return _WORD.findall(text.casefold())
 
 
 def repeats_prompt(prompt: str, caption: str) -> bool:
     """Whether a caption is its prompt again: the same words, whatever their case and punctuation."""
-    return _words(prompt) == _words(caption)
+    return words(prompt) == words(caption)
 
 
 def damage(text: str) -> str:
@@ -36,19 +33,13 @@ def damage(text: str) -> str:
     return f"it holds {', '.join(f'U+{ord(character):04X}' for character in bad[:4])}" if bad else ""
 
 
-def refusal(text: str) -> str:
-    """Quotes the words by which a model declines to describe, or says that it was shown nothing."""
-    found = _REFUSAL.search(text[:_OPENING].casefold())
-    return found[0] if found else ""
-
-
 def echo(instructions: str, text: str) -> str:
     """Quotes the first `ECHO_WORDS` words of the instructions that a text repeats in a row."""
     if not instructions:
         return ""
-    known, words = _runs(instructions), _words(text)
-    for start in range(len(words) - ECHO_WORDS + 1):
-        run = tuple(words[start : start + ECHO_WORDS])
+    known, found = _runs(instructions), words(text)
+    for start in range(len(found) - ECHO_WORDS + 1):
+        run = tuple(found[start : start + ECHO_WORDS])
         if run in known:
             return " ".join(run)
     return ""
@@ -59,11 +50,7 @@ def _is_bad(character: str) -> bool:
     return character == "\ufffd" or kind in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or ord(character) in _OVERRIDES
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
 @cache
 def _runs(text: str) -> frozenset[tuple[str, ...]]:
-    words = _words(text)
-    return frozenset(tuple(words[i : i + ECHO_WORDS]) for i in range(len(words) - ECHO_WORDS + 1))
+    found = words(text)
+    return frozenset(tuple(found[i : i + ECHO_WORDS]) for i in range(len(found) - ECHO_WORDS + 1))

@@ -1,7 +1,7 @@
 """`univigu data`: a dataset of one's own, its versions (each a git tag that DVC can bring back), where latents lie."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,9 +56,11 @@ def import_folder(
     manifest = import_folder(folder, captions, options, load_profile(profile), root)
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
     print(
-        f"{manifest['rows_out']} clips from {manifest['rows_in']} videos, {manifest['quarantined']} quarantined"
+        f"{manifest['rows_out']} clips from {_videos(manifest)} videos, {manifest['quarantined']} quarantined"
         + (f" ({reasons}; data/clips/rejected.parquet says more)" if reasons else "")
     )
+    if not manifest["rows_out"]:
+        return
     facts = manifest["facts"]
     print(
         f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
@@ -66,14 +68,9 @@ def import_folder(
     )
     for line in _changes(facts):
         print(line)
-    unused = {use: count for use, count in facts["captions"].items() if use not in ("usable", "none")}
-    if unused and texts == "captions":
-        print("Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items()))
-    if not facts["stages"]["2"] and texts == "captions":
-        print(
-            "No caption has the length that stage 2 learns from ('text.caption_tokens'): import them with "
-            "`--texts prompts`, and `univigu run caption-videos` writes detailed ones."
-        )
+    if texts == "captions":
+        for line in _about_stages(facts):
+            print(line)
     captioning = ["caption-videos"] if texts == "prompts" else []
     where = "".join(
         f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value}" != "."
@@ -93,6 +90,34 @@ def _changes(facts: dict[str, Any]) -> Iterator[str]:
             )
     if facts["tone_mapped"]:
         yield f"HDR videos that were tone-mapped: {facts['tone_mapped']} ('video.fit.hdr: quarantine' leaves them out)"
+
+
+def _videos(manifest: Mapping[str, Any]) -> int:
+    """How many of the rows that came in were videos, and not rows of a table that are about none."""
+    from components.import_texts import OF_ROWS
+
+    return manifest["rows_in"] - sum(manifest["reasons"].get(reason, 0) for reason in OF_ROWS)
+
+
+def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps clips from a stage, and what to do where a stage has none."""
+    captions, stages = facts["captions"], facts["stages"]
+    unused = {use: count for use, count in captions.items() if use not in ("usable", "none")}
+    if unused:
+        yield "Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items())
+    drawn = "by the draw ('synthesize_videos.stage_1_share'): import more videos, or change the share."
+    if captions.get("usable") and not stages["2"]:
+        yield f"All clips with a usable caption ({captions['usable']}) fell to stage 1 {drawn}"
+    elif not stages["2"]:
+        why = {
+            ("none",): "No clip has a caption",
+            ("is_prompt",): "Every caption says no more than its prompt",
+            ("too_long",): "Every caption is longer than 'text.caption_tokens' allows",
+            ("too_short",): "Every caption is shorter than 'text.caption_tokens' asks for",
+        }.get(tuple(captions), "No caption is one that stage 2 can learn from")
+        yield f"{why}: import them with `--texts prompts`, and `univigu run caption-videos` writes detailed captions."
+    if not stages["1"]:
+        yield f"All clips fell to stage 2 {drawn}"
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

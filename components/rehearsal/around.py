@@ -10,7 +10,7 @@ from typing import Any
 
 from components.meta_models import MetaModels
 from components.rehearsal.lines import Profile, Scene, ToDo
-from univigu.errors import ConfigError, MissingInputError
+from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 
 def check_steps(profile: Profile) -> str:
@@ -106,7 +106,12 @@ def check_prompts(profile: Profile, root: Path) -> str:
         here = False
     if not here:
         raise ToDo(f"put your prompts, as JSONL, CSV or Parquet, into {folder}")
-    rows = sum(len(batch.rows) for batch in read_batches(folder, profile["curate_prompts"]["sources"]))
+    rows = 0
+    for batch in read_batches(folder, profile["curate_prompts"]["sources"]):
+        number, first = batch.rows[0]
+        if not number:  # the file itself
+            raise BadInputError(f"Curation would do without a file: {first.why}")
+        rows += len(batch.rows)
     if rows < wanted:
         raise ToDo(f"put more prompts into {folder}: there are {rows:,}, and {wanted:,} clips are to be made")
     return f"{rows:,} for {wanted:,} clips"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from univigu.errors import MissingInputError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class ClipScorer:
 def load(folder: Path) -> ClipScorer:
     """The model in `folder`, in transformers' layout and safetensors, on the GPU if there is one."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -60,11 +62,12 @@ def load(folder: Path) -> ClipScorer:
             f"There is no CLIP model at {folder} (evaluate_model.scorers.clip); put a folder in transformers' layout"
             " there, or take the scorer out of the profile."
         )
+    require_safetensors(folder)
     try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
-    except (OSError, ValueError) as error:
+        model = AutoModel.from_pretrained(folder, **WEIGHTS)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        images = AutoImageProcessor.from_pretrained(folder, use_fast=False, **LOCAL)
+    except (OSError, ValueError, SafetensorError) as error:
         raise MissingInputError(
             f"The CLIP model at {folder} can't be loaded ({str(error).splitlines()[0]}); download it again."
         ) from error

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def first_line(error: Exception) -> str:
+    """What another library's exception says, for a sentence of ours: its message's first line, or else its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UniViGUError(Exception):
     """Base of every expected failure. Its message is one sentence that is shown to the user without a traceback."""
 

@@ -1,5 +1,6 @@
 """Captions: checked, asked for again with the reason, and a status for every clip."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -97,6 +98,24 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
     assert manifest["facts"] == {"statuses": {"skipped": 4, "success": 8}, "calls": 16, "usage": {"tokens": 16}}
 
 
+@pytest.mark.parametrize("fails", [0, 1, 5, 8])
+def test_rows_that_come_in_go_out_or_are_quarantined(digits_root, profile, install, fails):
+    from components.captioners import measured
+
+    root, rows, _ = digits_root
+    good = measured.create({"seed": 0, "wordings": 1, "batch_size": 1})
+    bad = {row["id"] for row in [row for row in rows if row["stage"] == 2][:fails]}
+
+    def answer(request):
+        return CaptionResponse("a digit") if request.id in bad else good.answer([request], [request.open()])[0]
+
+    install(answer)
+    manifest = run_stage(STEP, profile, root)
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (12, 12 - fails, fails)
+    assert len(captions_of(root)) == 12
+    assert json.loads((root / "data/captions/manifest.json").read_text())["rows_out"] == 12 - fails
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -131,6 +150,24 @@ def test_what_is_no_description_is_named_whatever_its_length(digits_root, profil
     assert manifest["facts"]["statuses"] == {status: 8, "skipped": 4}
     assert {row["attempts"] for row in captions_of(root).values()} == {0, 3}
     assert all("<script>" not in row["detail"] for row in rejected_of(root).values())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda text: f"<think>What is it?</think>{text}", "wrapping"),
+        (lambda text: f"{text}<|im_end|>", "wrapping"),
+        (lambda text: f"{text}{' It moves, and' * 9}", "repetition"),
+    ],
+)
+def test_a_caption_of_any_captioner_holds_no_wrapping_and_no_loop(digits_root, profile, install, spoil, reason):
+    from components.captioners import measured
+
+    root, _, _ = digits_root
+    profile["text"]["caption_tokens"] = [2, 400]
+    good = measured.create({"seed": 0, "wordings": 1, "batch_size": 1})
+    install(lambda request: CaptionResponse(spoil(good.answer([request], [request.open()])[0].text)))
+    assert run_stage(STEP, profile, root)["reasons"] == {reason: 8}
 
 
 def test_a_shard_is_made_again_for_another_captioner(digits_root, profile, install):

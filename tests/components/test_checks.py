@@ -205,33 +205,6 @@ def test_a_caption_must_say_what_its_prompt_says_and_say_it_once():
     assert "more than one" in digits.check_caption(prompt, "The green digit two, or a red two, moves left.")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry, but I can't help with that.",
-        "I’m unable to view the video you mention.",
-        "I cannot really describe what happens here.",
-        "As an AI language model, I only work with text.",
-        "We are sorry; this violates our content policies.",
-        "No frames were provided, so here is a guess.",
-    ],
-)
-def test_a_refusal_is_found_in_whatever_words(text):
-    assert texts.refusal(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A boy looks sorry for what he did, and his mother smiles at him from the door.",
-        "A robot that cannot see walks into a wall, while a scientist watches it on a screen.",
-        "An eye opens, and a policeman helps a woman across the road. Nothing else is in the frame.",
-    ],
-)
-def test_a_description_is_no_refusal(text):
-    assert texts.refusal(text) == ""
-
-
 def test_an_echo_is_a_run_of_words_from_the_instructions():
     told = "Write one paragraph of plain prose in the present tense, and do not mention these rules."
     assert texts.echo(told, "Sure: write ONE paragraph of plain prose, in the present tense!") == (

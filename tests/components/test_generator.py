@@ -223,6 +223,18 @@ def test_missing_weights_come_with_the_command_that_fetches_them(wan_copy):
         generator.load_generator(wan_copy, "fp32")
 
 
+@pytest.mark.parametrize("part", ["_class_name", "transformer"])
+def test_code_in_a_pipelines_folder_is_not_run(wan_copy, tmp_path, part):
+    index = json.loads((wan_copy / "model_index.json").read_text())
+    index[part] = ["theirs", "Theirs"]
+    (wan_copy / "model_index.json").write_text(json.dumps(index))
+    home = wan_copy if part == "_class_name" else wan_copy / part
+    (home / "theirs.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(ConfigError, match="custom code"):
+        generator.load_generator(wan_copy, "fp32")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_wans_own_layout_is_told_from_diffusers(tmp_path):
     folder = tmp_path / "Wan2.1-T2V-1.3B"
     folder.mkdir()

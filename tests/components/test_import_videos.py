@@ -424,7 +424,7 @@ def test_a_table_of_lines_holds_rows_and_what_is_none(tmp_path):
     }
     reasons = [(fault.id.split(":")[-1], fault.reason) for fault in faults]
     assert reasons == [
-        *(("3", "outside"), ("4", "outside"), ("6", "broken_row"), ("7", "broken_row")),
+        *(("3", "name_outside"), ("4", "name_outside"), ("6", "broken_row"), ("7", "broken_row")),
         *(("8", "broken_row"), ("10", "broken_row")),
     ]
 

@@ -2,13 +2,15 @@ import csv
 import gzip
 import io
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from components import prompt_sources
-from components.prompt_sources import LONGEST_LINE, UNSAFE_COLUMNS, parse, read_batches
+from components.prompt_sources import UNSAFE_COLUMNS, read_batches
+from components.records import LONGEST_LINE, Broken, parse
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
 
 ROWS = [
@@ -27,7 +29,8 @@ ROWS = [
 
 
 def read(path, sources=None):
-    return [(number, parse(raw)) for batch in read_batches(path, sources or {}) for number, raw in batch.rows]
+    rows = [(number, parse(raw)) for batch in read_batches(path, sources or {}) for number, raw in batch.rows]
+    return [(number, row.text if isinstance(row, Broken) else row) for number, row in rows]
 
 
 def rows_of(path, sources=None):
@@ -84,8 +87,9 @@ def test_the_columns_of_vidprom_are_known(tmp_path):
     row = {"uuid": "6a83eb92", "prompt": "a red seven", "time": "2023-09-02"} | dict.fromkeys(UNSAFE_COLUMNS, "0.001")
     (tmp_path / "VidProM_unique.csv").write_bytes(as_csv([row]))
     (batch,) = read_batches(tmp_path, {"VidProM_*": {"source": "VidProM", "licence": "CC-BY-NC-4.0"}})
-    layout = batch.layout
-    assert (layout.text, layout.id, layout.unsafe) == ("prompt", "uuid", UNSAFE_COLUMNS)
+    layout, (_, found) = batch.layout, batch.rows[0]
+    assert [layout.column(found, what) for what in ("text", "id")] == ["prompt", "uuid"]
+    assert tuple(layout.unsafe_columns(found)) == UNSAFE_COLUMNS
     assert (layout.whole_source, layout.whole_licence) == ("VidProM", "CC-BY-NC-4.0")
 
 
@@ -95,8 +99,9 @@ def test_a_profile_can_say_which_column_holds_what(tmp_path):
     mine, other = read_batches(
         tmp_path, {"m*.csv": {"columns": {"text": "caption", "source": "origin", "unsafe": "nsfw"}}}
     )
-    assert (mine.layout.text, mine.layout.source, mine.layout.unsafe) == ("caption", "origin", ("nsfw",))
-    assert other.layout.text == "text"
+    assert (mine.layout.columns["text"], mine.layout.columns["source"]) == (("caption",), ("origin",))
+    assert mine.layout.unsafe == ("nsfw",)
+    assert other.layout.column(ROWS[0], "text") == "text"
 
 
 @pytest.mark.parametrize(
@@ -185,3 +190,143 @@ def test_rows_are_read_only_as_they_are_asked_for(tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_bytes(b"no columns that anybody knows\n")
     batches = read_batches(tmp_path, {})
     assert len(next(batches).rows) == 2
+
+
+# --- one bad file among good ones ------------------------------------------------------------------------------------
+
+
+def faults(path, sources=None):
+    """The files that can't be read, by name, with what is said of them."""
+    batches = list(read_batches(path, sources or {}))
+    return {
+        batch.row_id(place): row.why
+        for batch in batches
+        for place, (_, row) in enumerate(batch.rows)
+        if isinstance(row, Broken) and row.reason == "unreadable_file"
+    }
+
+
+def make_bad(folder, kind):
+    """Something that is called like a file of prompts and is none, in `folder`; returns its name."""
+    whole = gzip.compress(as_jsonl(ROWS * 50))
+    files = {
+        "cut.jsonl.gz": whole[:-300],
+        "noise.jsonl.zst": b"no zstd at all",
+        "empty.parquet": b"",
+        "cut.parquet": b"PAR1 and no more",
+        "columns.csv": b"words,from\na,b\n",
+        "empty.csv": b"",
+        "quote.csv": b'"no end\na,b\n',
+        "twice.csv": b"text,source,text\na,b,c\n",
+    }
+    if kind in files:
+        (folder / kind).write_bytes(files[kind])
+        return kind
+    (folder.parent / "outside.jsonl").write_bytes(as_jsonl(ROWS))
+    bad = folder / f"{kind}.jsonl"
+    if kind == "link":
+        bad.symlink_to(folder.parent / "outside.jsonl")
+    elif kind == "dangling":
+        bad.symlink_to(folder / "nowhere")
+    elif kind == "folder":
+        bad.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(bad)
+    return bad.name
+
+
+BAD = [
+    *("cut.jsonl.gz", "noise.jsonl.zst", "empty.parquet", "cut.parquet", "columns.csv", "empty.csv", "quote.csv"),
+    *("twice.csv", "link", "dangling", "folder", "pipe"),
+]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_file_that_can_not_be_read_is_told_by_its_name_and_the_others_are_read(tmp_path, kind):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    name = make_bad(folder, kind)
+    for other in ("a.jsonl", "z.jsonl"):
+        (folder / other).write_bytes(as_jsonl(ROWS))
+    found = faults(folder)
+    assert list(found) == [name]
+    assert found[name]
+    assert str(tmp_path) not in found[name]
+    read = [batch for batch in read_batches(folder, {}) if batch.file in ("a.jsonl", "z.jsonl")]
+    assert [parse(raw) for batch in read for _, raw in batch.rows] == ROWS * 2
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_where_no_file_can_be_read_the_first_is_named(tmp_path, kind):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    name = make_bad(folder, kind)
+    with pytest.raises(BadInputError, match=f"{name}"):
+        rows_of(folder)
+    (folder / "other.parquet").write_bytes(b"")
+    with pytest.raises(BadInputError, match=r"None of the 2 files in .*raw can be used; the first: "):
+        rows_of(folder)
+
+
+def test_what_a_cut_file_holds_before_its_end_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
+    rows = [{"text": f"row {number * 7919 % 100_003}"} for number in range(20_000)]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(as_jsonl(rows))[:-2000])
+    read = [row for row in rows_of(tmp_path) if row in rows[:10_000]]
+    assert read == rows[:10_000]
+
+
+def test_a_link_inside_the_folder_is_followed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    assert rows_of(tmp_path) == ROWS * 2
+
+
+def test_hidden_files_are_no_prompts(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07 what a Mac leaves beside each file")
+    assert rows_of(tmp_path) == ROWS
+
+
+def test_a_profile_that_is_wrong_about_one_of_many_files_loses_that_one(tmp_path):
+    for name, column in (("a.csv", "caption"), ("b.csv", "caption"), ("c.csv", "words")):
+        (tmp_path / name).write_bytes(as_csv([{column: "a red seven"}]))
+    assert list(faults(tmp_path, {"*.csv": {"columns": {"text": "caption"}}})) == ["c.csv"]
+    with pytest.raises(ConfigError, match="no column 'caption'"):
+        rows_of(tmp_path, {"c.csv": {"columns": {"text": "caption"}}, "*": {"columns": {"text": "caption"}}})
+
+
+# --- columns of some rows only ---------------------------------------------------------------------------------------
+
+
+def unsafe_of(path):
+    return [
+        {name: row.get(name) for name in batch.layout.unsafe_columns(row)}
+        for batch in read_batches(path, {})
+        for row in (parse(raw) for _, raw in batch.rows)
+    ]
+
+
+def test_how_unsafe_a_row_is_is_read_wherever_a_row_says_it(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "toxicity": 0.9}, {"text": "c", " Sexual-Explicit ": 0.8}, {"text": "d"}]
+    found = [{}, {"toxicity": 0.9}, {" Sexual-Explicit ": 0.8}, {}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    for number, row in enumerate(rows):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"b{number}.parquet")
+        (tmp_path / f"c{number}.csv").write_bytes(as_csv([row]))
+    as_text = [{name: str(value) for name, value in row.items()} for row in found]
+    assert unsafe_of(tmp_path) == [*found, *found, *as_text]
+
+
+def test_the_column_of_prompts_may_come_after_the_first_line(tmp_path):
+    head = {"dataset": "mine", "version": 2}
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([head, {"prompt": "a red seven"}]))
+    (batch,) = read_batches(tmp_path, {})
+    assert batch.layout.columns["text"] == ("prompt",)
+
+
+def test_a_batch_of_long_rows_is_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_sources, "BATCH_BYTES", 10_000)
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"text": "x" * 6000}] * 4))
+    (tmp_path / "b.csv").write_bytes(as_csv([{"text": "x" * 6000}] * 4))
+    assert [len(batch.rows) for batch in read_batches(tmp_path, {})] == [2, 2, 2, 2]

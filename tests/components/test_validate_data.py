@@ -123,8 +123,7 @@ BAD = {
         3: (one("clips", 3, stage=3), "stage"),
         4: (one("clips", 4, prompt_id=None), "no_prompt_id"),
         5: (one("clips", 5, sha256="x"), "sha256"),
-        6: (one("clips", 6, sha256="f" * 64), "same_video"),
-        7: (one("clips", 7, sha256="f" * 64), "same_video"),
+        7: (one("clips", 7, sha256=f"{6:064x}"), "same_video"),
     },
     "validate-pairs": {
         1: (one("captions", 1, n_tokens=33), "token_count"),
@@ -137,7 +136,12 @@ BAD = {
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(lambda text: text.replace(".", "\u202e", 1), "damaged_text"), (lambda text: f"I am sorry: {text}", "refusal")],
+    [
+        (lambda text: text.replace(".", "\u202e", 1), "damaged_text"),
+        (lambda text: f"I am sorry: {text}", "refusal"),
+        (lambda text: f"Sure! Here is a caption: {text}", "wrapping"),
+        (lambda text: text + " It moves, and" * 9, "repetition"),
+    ],
 )
 def test_a_caption_from_anywhere_is_no_refusal_and_undamaged(validate, profile, rows, tiny_wan_folder, spoil, reason):
     profile["text"]["caption_tokens"] = [32, 80]
@@ -332,3 +336,48 @@ def test_what_is_left_after_a_quarantine_must_pass_the_whole_suite(tmp_path):
     assert rejected == [("c", "large")]
     with pytest.raises(GateFailedError, match=r"keeps .*2 rows, fewer than the profile's 3"):
         gate(tmp_path, frame, [small], min_rows=3)
+
+
+def unique(column, **meta):
+    """Great Expectations' rule that a column, or several together, must not be twice the same."""
+    gx = expectations()
+    if isinstance(column, str):
+        return gx.ExpectColumnValuesToBeUnique(column=column, meta=meta or None)
+    return gx.ExpectCompoundColumnsToBeUnique(column_list=column, meta=meta or None)
+
+
+@pytest.mark.parametrize(
+    ("suite", "passed", "rejected"),
+    [
+        ([unique("key", reason="same")], "acf", [("b", "same"), ("d", "same"), ("e", "same")]),
+        ([unique(["key", "part"], reason="same")], "abcdf", [("e", "same")]),
+        # c is like a in its part, so d is the first of its key that stays.
+        (
+            [unique("key", reason="same"), unique("part", reason="part")],
+            "adf",
+            [("b", "same"), ("c", "part"), ("e", "same")],
+        ),
+    ],
+    ids=["a column", "two columns", "two rules"],
+)
+def test_of_rows_that_are_alike_the_first_stays(tmp_path, suite, passed, rejected):
+    keys, parts = ["x", "x", "y", "y", "x", None], ["m", "n", "m", "o", "m", "q"]
+    frame = pd.DataFrame({"id": list("abcdef"), "key": keys, "part": parts})
+    result, found = gate(tmp_path, frame, suite)
+    assert "".join(result.passed["id"]) == passed
+    assert sorted(found) == rejected
+
+
+def test_a_row_that_is_bad_for_another_reason_is_not_the_one_that_stays(tmp_path):
+    gx = expectations()
+    frame = pd.DataFrame({"id": ["a", "b", "c"], "key": ["x", "x", "x"], "value": [99, 1, 2]})
+    small = gx.ExpectColumnValuesToBeBetween(column="value", max_value=9, meta={"reason": "large"})
+    result, found = gate(tmp_path, frame, [unique("key", reason="same"), small])
+    assert list(result.passed["id"]) == ["b"]
+    assert sorted(found) == [("a", "large"), ("c", "same")]
+
+
+def test_a_rule_without_a_reason_still_fails_the_step_over_rows_that_are_alike(tmp_path):
+    frame = pd.DataFrame({"id": ["a", "b"], "key": ["x", "x"]})
+    with pytest.raises(GateFailedError, match="unique"):
+        gate(tmp_path, frame, [unique("key")])

@@ -40,7 +40,8 @@ OPTIONS = {
 def measure() -> dict[str, Any]:
     """Run the step in a process of its own, kill it when half is done, run it again, and compare what came of it."""
     from components.bench.captioning.clips import make_root, profile, write_caption
-    from components.bench.captioning.server import MisbehavingServer, draw_troubles, least_requests
+    from components.bench.captioning.server import MisbehavingServer
+    from components.bench.captioning.troubles import draw_troubles, least_requests
     from components.captioners.client.journal import Journal
     from components.pipeline.state import STATE
     from components.pipeline.tables import read_table

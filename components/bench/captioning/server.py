@@ -1,14 +1,12 @@
 """A language model's service that misbehaves as real ones do, on purpose and repeatably, and keeps count.
 
-It speaks the chat completions API on this machine. What befalls a prompt's requests is a list of troubles, drawn from a
-seed and the prompt; when the list is used up, it answers well. On top of that it has a rate limit, which it announces
-in headers and enforces. It knows what a client without fault would have sent, which no client can say of itself.
+It speaks the chat completions API on this machine. What befalls a prompt's requests is a list of troubles; when the
+list is used up, it answers well. On top of that it has a rate limit, which it announces in headers and enforces.
 """
 
 import base64
 import io
 import json
-import random
 import re
 import socket
 import struct
@@ -20,56 +18,11 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# The same request has to come again:
-LOST = ("429", "429 date", "500", "hang", "half json", "broken off", "reset", "trickle", "no choices")
-# Another request has to come, with a complaint:
-BAD = ("empty", "too long", "too short", "refusal", "repeats prompt", "wrong field", "cut off")
-# Good, in an unusual shape:
-ODD = ("parts", "thought", "legacy field")
-BLOCKED = ("blocked", "policy")
+from components.bench.captioning.troubles import LOST
+
 _MARKED = re.compile(r"^(=== [0-9a-f]{16} ===)\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
 _WORDS = {"orange": (255, 140, 0), "purple": (120, 30, 160), "black": (0, 0, 0), "white": (255, 255, 255)}
 REFUSAL = "I'm sorry, but I can't help with describing this video."
-
-
-def draw_troubles(seed: int, prompt: str) -> tuple[str, ...]:
-    """What befalls the requests for a prompt, in order: nothing for most, something for three in ten."""
-    rng = random.Random(f"{seed} {prompt}")
-    chance = rng.random()
-    if chance < 0.70:
-        return ()
-    if chance < 0.72:
-        return (rng.choice(BLOCKED),)
-    if chance < 0.73:
-        return ("refusal",) * 3
-    if chance < 0.735:
-        return ("500",) * 99
-    if chance < 0.77:
-        return (rng.choice(ODD),)
-    troubles = rng.sample([*LOST[2:], *BAD], rng.choice((1, 1, 2)))
-    return (*troubles, rng.choice(LOST[:2])) if rng.random() < 0.05 else tuple(troubles)
-
-
-def least_requests(troubles: Sequence[str], tries: int, attempts: int) -> tuple[int, str]:
-    """How many requests a client without fault sends for a clip with these troubles, and the status that it ends with.
-
-    It tries a request `tries` times, not counting refusals by a rate limit, and judges `attempts` answers.
-    """
-    lost = judged = 0
-    for sent, trouble in enumerate(troubles, start=1):
-        if trouble in BLOCKED:
-            return sent, "blocked"
-        if trouble in ODD:
-            return sent, "success"
-        if trouble in BAD:
-            lost, judged = 0, judged + 1
-            if judged == attempts:
-                return sent, {"refusal": "blocked", "cut off": "truncated"}.get(trouble, "error")
-        elif not trouble.startswith("429"):
-            lost += 1
-            if lost == tries:
-                return sent, "error"
-    return len(troubles) + 1, "success"
 
 
 class MisbehavingServer(ThreadingHTTPServer):
@@ -77,7 +30,8 @@ class MisbehavingServer(ThreadingHTTPServer):
 
     describe: writes a good caption for a prompt. trouble: what befalls a prompt's requests before that, in order.
     rate: requests a second that it bears, after a burst of a fifth as many; None for no limit. hang_s: how long it
-    leaves a client waiting. sees: "pictures", "nothing" (refuses pictures) or "words" (takes them, and looks at none).
+    leaves a client waiting. sees: "pictures", "nothing" (refuses pictures), "words" (takes them, and looks at none), or
+    the words of a failure, such as "http 500 oops", that it has for pictures.
     """
 
     daemon_threads = True
@@ -118,7 +72,7 @@ class MisbehavingServer(ThreadingHTTPServer):
                 number = self.befallen[prompt]
                 self.befallen[prompt] += 1
                 trouble = troubles[number] if number < len(troubles) else ""
-                if trouble in LOST:
+                if trouble in LOST or trouble.startswith("http "):
                     return trouble
                 self.said[name] = trouble
             return self.said[name]
@@ -170,6 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         if pictures and server.sees == "nothing":
             server.note(name, "no pictures", body)
             return self.refuse(400, "This model does not support image input.")
+        if pictures and server.sees.startswith("http "):
+            server.note(name, server.sees, body)
+            return self.fail(server.sees)
         if prompt is None:
             server.note(name, "probe", body)
             return self.answer(
@@ -221,22 +178,58 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(prompt, limits)
             case "wrong field":
                 self.answer(None, limits, reasoning_content=good)
+            case "loop":
+                self.answer("The digit moves on and on. " * 9, limits)
+            case "only thought":
+                self.answer("<thinking>\nThe user wants a caption of the digit, so", limits)
+            case "tool calls":
+                self.answer(good, limits, finish="tool_calls")
+            case "no ending":
+                self.answer(good, limits, finish=None)
+            case "two texts":
+                self.answer(json.dumps([good, f"Another one: {good}"]), limits)
             case "cut off":
                 self.answer(good[: len(good) // 2], limits, finish="length")
             case "parts":
                 self.answer([{"type": "text", "text": good}], limits)
             case "thought":
                 self.answer(f"<think>What do I see?</think>\n{good}", limits)
+            case "half a thought":
+                self.answer(f"What do I see? A digit.</think>\n\n{good}", limits)
+            case "json":
+                self.answer(json.dumps({"caption": good, "confidence": 0.9}), limits)
+            case "fence":
+                self.answer(f"```json\n{json.dumps({'description': good})}\n```", limits)
+            case "preface":
+                self.answer(f"Sure! Here is the caption:\n\n{good}\n\nLet me know if it fits!", limits)
+            case "template tokens":
+                self.answer(f"{good}<|im_end|>\n<|im_start|>assistant", limits)
+            case "other usage":
+                self.answer(good, limits, usage={"inputTokens": "100", "outputTokens": "50"})
             case "legacy field":
                 content = {"choices": [{"index": 0, "text": good, "finish_reason": "stop"}]}
                 self.send(200, json.dumps(content).encode(), limits)
+            case text if text.startswith("http "):
+                self.fail(text)
             case text if text.startswith("says "):
                 self.answer(text.removeprefix("says "), limits)
             case _:
                 self.answer(good, limits)
 
-    def answer(self, text: Any, headers: dict[str, str], finish: str = "stop", **more: Any) -> None:
-        self.send(200, _completion(text, finish, **more), headers)
+    def answer(
+        self,
+        text: Any,
+        headers: dict[str, str],
+        finish: str | None = "stop",
+        usage: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        self.send(200, _completion(text, finish, usage, **more), headers)
+
+    def fail(self, trouble: str) -> None:
+        """Refuse by a trouble such as ``http 403 Forbidden``; one of 429 comes without headers."""
+        _, status, words = trouble.split(" ", 2)
+        self.refuse(int(status), words)
 
     def refuse(self, status: int, words: str, headers: dict[str, str] | None = None, code: str = "error") -> None:
         body = {"error": {"message": words, "type": "error", "code": code}}
@@ -266,9 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _completion(text: Any, finish: str = "stop", **more: Any) -> bytes:
+def _completion(text: Any, finish: str | None = "stop", usage: dict[str, Any] | None = None, **more: Any) -> bytes:
     message = {"role": "assistant", "content": text, **more}
-    usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+    usage = usage or {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
     choice = {"index": 0, "message": message, "finish_reason": finish}
     return json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode()
 

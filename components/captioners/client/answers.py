@@ -1,55 +1,100 @@
-"""What is in an answer of the chat completions API: a text, how it ended, and what it cost."""
+"""What is in an answer of the chat completions API: a caption, or what keeps it from being one, and what it cost."""
 
-import re
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from components.captioners import CaptionResponse
+from components.captioners import CaptionResponse, read_text
+from components.captioners.client.usage import answer_cost, read_usage
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+# What services call an answer that the model ended itself, one that was cut off, and one that was withheld.
+WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed", "finish_reason_stop"}
+_CUT_OFF = {"length", "max_tokens", "max_output_tokens", "max_completion_tokens", "max_length", "model_length"} | {
+    *("token_limit", "incomplete", "model_context_window_exceeded", "finish_reason_max_tokens", "error_toxic_length")
+}
+_WITHHELD = {
+    "content_filter",
+    "content_filtered",
+    "content-filter",
+    "contentfilter",
+    "safety",
+    "recitation",
+    "blocklist",
+} | {
+    *("prohibited_content", "spii", "language", "image_safety", "refusal", "sensitive", "blocked", "moderation"),
+    *("guardrail_intervened", "finish_reason_safety", "finish_reason_recitation", "error_toxic"),
+}
+_NO_TEXT = {
+    "thinking",
+    "redacted_thinking",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_text",
+    "tool_use",
+    "tool_call",
+}
+UNCOUNTED = "answers_without_usage"
 
 
-def read_response(body: Mapping[str, Any], prices: Mapping[str, float]) -> CaptionResponse:
-    """The caption in an answer. What isn't where it belongs counts as an empty text, which is asked for again."""
+def read_response(
+    body: Mapping[str, Any], prices: Mapping[str, float], further: Collection[str | None] = ()
+) -> CaptionResponse:
+    """The caption in an answer. What isn't where it belongs counts as an empty text, which is asked for again.
+
+    further: words for a whole answer besides `WHOLE`; None for a service that doesn't say how an answer ended.
+    """
     choice = body["choices"][0] if isinstance(body["choices"][0], dict) else {}
-    message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
+    message = choice.get("message", choice.get("text"))
+    content = message.get("content") if isinstance(message, dict) else message
+    content = choice.get("text") if content is None else content
+    usage, finish = _charges(body, prices), choice.get("finish_reason", choice.get("finishReason"))
+    ending = finish.strip().casefold() if isinstance(finish, str) else finish
+    declined = _refusal(message, content)
+    if declined or (isinstance(ending, str) and ending in _WITHHELD):
+        return CaptionResponse("", "blocked", _well_formed(declined) or "the service withheld its answer", usage)
+    response = read_text(_well_formed(_text_of(content)), usage)
+    if isinstance(ending, str) and ending in _CUT_OFF:
+        return CaptionResponse(response.text, "truncated", "it was cut off before its end; say less", usage)
+    if finish in further or (isinstance(ending, str) and ending in WHOLE):
+        return response
+    said = f"'{_well_formed(finish)[:40]}'" if isinstance(finish, str) else "nothing"
+    detail = f"its end is marked with {said} and not with 'stop'; write the whole description"
+    return CaptionResponse(response.text, usage=usage, reason="unfinished", detail=detail)
+
+
+def _charges(body: Mapping[str, Any], prices: Mapping[str, float]) -> dict[str, float]:
+    """What an answer adds to the sums in the manifest."""
     usage = read_usage(body)
-    usage = {**usage, **({"usd": answer_cost(usage, prices)["usd"]} if prices else {})}
-    finish = choice.get("finish_reason")
-    refusal = message.get("refusal")
-    if finish == "content_filter" or (isinstance(refusal, str) and refusal):
-        return CaptionResponse("", "blocked", _plain(refusal) or "the service withheld its answer", usage)
-    text = _plain(_THOUGHT.sub("", _text_of(message.get("content")) or _text_of(choice.get("text")), count=1))
-    if finish == "length":
-        return CaptionResponse(text, "truncated", "it was cut off before its end; say less", usage)
-    return CaptionResponse(text, usage=usage)
+    cost = answer_cost(usage, prices)
+    return {**usage, **({"usd": cost["usd"]} if "usd" in cost else {})} if usage else {UNCOUNTED: 1}
 
 
 def _text_of(content: Any) -> str:
-    """A message's text: a string, or the text parts of a list."""
-    if isinstance(content, list):
-        parts = (part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text")
-        return "".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""
+    """A message's text: a string, the text parts of a list, or JSON that a service has parsed."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        text = content.get("text")
+        return text if isinstance(text, str) else json.dumps(content, ensure_ascii=False)
+    return "".join(map(_text_of_part, content)) if isinstance(content, list) else ""
 
 
-def _plain(text: Any) -> str:
-    """One line; half a surrogate pair, which has no UTF-8, becomes U+FFFD."""
-    text = text if isinstance(text, str) else ""
-    return " ".join(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").split())
+def _text_of_part(part: Any) -> str:
+    if not isinstance(part, dict):
+        return part if isinstance(part, str) else ""
+    text = part.get("text", part.get("content"))
+    text = text.get("value") if isinstance(text, dict) else text
+    return text if isinstance(text, str) and part.get("type") not in _NO_TEXT else ""
 
 
-def read_usage(body: Any) -> dict[str, int]:
-    """Tokens that an answer says it took, `prompt_tokens` and `completion_tokens`; none where it doesn't say."""
-    usage = body.get("usage") if isinstance(body, dict) else None
-    if not isinstance(usage, dict):
-        return {}
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    return {name: count for name, count in counts.items() if isinstance(count, int) and 0 <= count < 1e9}
+def _refusal(message: Any, content: Any) -> str:
+    """The words of a refusal in its own field, or in its own part."""
+    parts = content if isinstance(content, list) else []
+    found = [message.get("refusal")] if isinstance(message, dict) else []
+    found += [part.get("refusal") for part in parts if isinstance(part, dict)]
+    return next((text for text in found if isinstance(text, str) and text.strip()), "")
 
 
-def answer_cost(usage: Mapping[str, float], prices: Mapping[str, float]) -> dict[str, float]:
-    """Tokens in all, and USD, of one answer."""
-    kinds = {"prompt": usage.get("prompt_tokens", 0), "completion": usage.get("completion_tokens", 0)}
-    usd = sum(count * prices.get(kind, 0.0) for kind, count in kinds.items()) / 1e6
-    return {"tokens": sum(kinds.values()), **({"usd": usd} if prices else {})}
+def _well_formed(text: str) -> str:
+    """Half a surrogate pair, which has no UTF-8, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,8 +1,9 @@
 """One OpenAI-compatible endpoint: requests that survive what networks and services do, and answers that are kept.
 
-Only what is transient is tried again: 408, 425, 429, 5xx, lost connections, answers that break off. The client is
-`httpx2` rather than a vendor's own, because each try has to be seen: what it cost, which headers it came with, and that
-its answer is on the disk before it is used. Keys and addresses with credentials are in no message.
+What is transient is tried again: 408, 425, 429, 5xx, lost connections, answers that break off; the same words again for
+one request, while others are answered, settle it. The client is `httpx2` rather than a vendor's own, because each try
+has to be seen: what it cost, which headers it came with, and that its answer is on the disk before it is used. Keys and
+addresses with credentials are in no message.
 """
 
 import asyncio
@@ -14,21 +15,33 @@ from functools import partial
 from typing import Any
 
 import httpx2
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from components.captioners.client.answers import answer_cost, read_usage
+from components.captioners.client.budget import Budget
 from components.captioners.client.journal import Journal
-from components.captioners.client.replies import Lost, Refused, Unusable, clean, read_reply
-from components.captioners.client.throttle import Throttle
+from components.captioners.client.replies import Lost, Refused, Unusable, check_size, clean, decode_reply, read_reply
+from components.captioners.client.throttle import Throttle, backoff
 from univigu.errors import ConfigError, TransientError
 
 CONNECT_S = 10.0
-MAX_BYTES = 4 * 2**20  # of one answer
-MAX_BACKOFF_S = 30.0
+WITNESS_TRIES, WITNESS_S = 3, 30.0  # how long another request is waited for that shows whose fault a failure is
+EVERYBODY = 10  # clips: when as many in a row are turned away, with none answered between, it isn't about the clips
 
 
 class Stopped(Exception):  # noqa: N818 (how a conversation is left early)
     """The endpoint is no longer asked: `Endpoint.fault` says why."""
+
+
+class Impatient(Lost):
+    """A rate limit that takes longer than `patience_s`; `sentence` is for the user."""
+
+    def __init__(self, lost: Lost, place: str, delay: float, patience_s: float) -> None:
+        super().__init__(lost.kind, f"a rate limit for {patience_s:g} s; the last: {lost}")
+        waits = f"asks to wait {round(delay, 2):g} s ({lost}), beyond"
+        does = waits if lost.delay else f"turns requests away ({lost}) beyond"
+        self.sentence = (
+            f"The captioning service at {place} {does} the {patience_s:g} s of `caption_videos.options.patience_s`; "
+            "run the same command again later: what is answered is kept."
+        )
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Terms:
     model: str
     concurrency: int
     tries: int  # of one request, each with its own deadline; refusals by a rate limit are none
-    backoff_s: float  # before the second try, at the most; then up to twice as long each time, always with jitter
+    backoff_s: float  # before the second try; then twice as long each time
     deadline_s: float  # from the request's first byte to the answer's last
     patience_s: float  # with a rate limit
     reserve: Mapping[str, float]  # what one request may take of each budget, before the first answer
@@ -55,9 +68,10 @@ class Endpoint:
     def __init__(self, terms: Terms, journal: Journal) -> None:
         self.terms, self.journal = terms, journal
         self.throttle = Throttle(terms.concurrency)
-        self.spent, self.reserve = journal.spent(), {"requests": 1.0, **terms.reserve}
+        self.budget = Budget(terms.budget, terms.prices, journal.spent(), terms.reserve)
         self.answered, self.kept, self.failures = 0, 0, Counter()
         self.fault: BaseException | None = None
+        self.turned_away, self.suspicion = 0, None  # clips in a row with no answer between, and what it may be about
         url = httpx2.URL(terms.url)
         self.place = f"{url.host}:{url.port}" if url.port else url.host
 
@@ -65,8 +79,9 @@ class Endpoint:
         """Make the connections of one run of the event loop; the caller closes what this returns."""
         self.stop = asyncio.Event()
         key = {"Authorization": f"Bearer {self.terms.key}"} if self.terms.key else {}
+        plain = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "uni-vigu"}
         self.client = httpx2.AsyncClient(
-            headers={"Content-Type": "application/json", "User-Agent": "uni-vigu", **key},
+            headers={**plain, **key},
             timeout=httpx2.Timeout(None, connect=CONNECT_S),
             limits=httpx2.Limits(max_connections=self.terms.concurrency + 1),
         )
@@ -84,52 +99,81 @@ class Endpoint:
         self.kept += body is not None
         return body
 
-    async def ask(self, key: str, payload: Mapping[str, Any], probe: Mapping[str, Any]) -> Any:
+    async def ask(self, key: str, payload: Mapping[str, Any], witness: Mapping[str, Any]) -> Any:
         """The answer to a request, kept under its digest.
 
-        Raises `Refused` where only this request fails. Where no try helps and nobody else is answered meanwhile, not
-        even `probe`, the endpoint is given up: `Stopped`.
+        witness: another request, which tells whose fault a failure is. Raises `Refused` where only this request fails.
+        Where no try helps and nobody else is answered meanwhile, not even the witness, the endpoint is given up:
+        `Stopped`.
         """
-        answered = self.answered
-        try:
-            body = await self._try_again(payload, key)
-        except Lost as lost:
-            if self.answered == answered and not await self._answers(probe):
-                raise self.give_up(self._silence(lost)) from lost
-            detail = f"{self.terms.tries} tries brought no answer; the last: {lost}"
-            raise Refused("error", "no_answer", detail) from lost
+        body = await self._persist(payload, key, witness)
         self.answered += 1
+        self.turned_away = 0
         return body
 
-    async def probe(self, payload: Mapping[str, Any]) -> Any:
-        """The answer to a request that is asked for the sake of asking, and kept nowhere."""
-        try:
-            return await self._try_again(payload)
-        except Lost as lost:
-            raise self.give_up(self._silence(lost)) from lost
+    async def probe(self, payload: Mapping[str, Any], witness: Mapping[str, Any] | None = None) -> Any:
+        """The answer to a request that is asked for the sake of asking, and kept nowhere; raises as `ask` does."""
+        return await self._persist(payload, "", witness)
 
-    async def _answers(self, probe: Mapping[str, Any]) -> bool:
-        try:
-            await self._send(json.dumps(probe).encode())
-        except (Lost, Refused):
-            return False
-        return True
+    async def _persist(self, payload: Mapping[str, Any], key: str, witness: Mapping[str, Any] | None) -> Any:
+        """Try until there is an answer, or it is settled that there will be none."""
+        content, tries, answered, gist = json.dumps(payload).encode(), self.terms.tries, -1, ""
+        for number in range(1, tries + 1):
+            try:
+                return await self._send(content, key, self.terms.patience_s)
+            except Unusable as unusable:
+                fault = ConfigError(f"The captioning service at {self.place} {self._remedy(unusable)}")
+                certain = not key and unusable.status == 401
+                raise await self._turn_away(fault, unusable, key, None if certain else witness) from unusable
+            except Impatient as limit:
+                fault = TransientError(limit.sentence)
+                raise await self._turn_away(fault, limit, key, witness if key else None) from limit
+            except Lost as lost:
+                answered = self.answered if answered < 0 else answered
+                # Of the first question all tries are made: no clip has to wait for them.
+                settled = number == tries or (key and number == 2 and lost.gist and lost.gist == gist)
+                if settled and (self.answered > answered or await self._answers(witness)):
+                    detail = f"{number} tries brought no answer; the last: {lost}"
+                    raise Refused("error", "no_answer", detail, alone=True) from lost
+                if number == tries:
+                    raise self.give_up(self._silence(lost)) from lost
+                gist = lost.gist
+            await self._sleep(backoff(self.terms.backoff_s, number, key))
+        raise AssertionError("a request has at least one try")
 
-    async def _try_again(self, payload: Mapping[str, Any], key: str = "") -> Any:
-        content = json.dumps(payload).encode()
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Lost),
-            stop=stop_after_attempt(self.terms.tries),
-            wait=wait_random_exponential(self.terms.backoff_s, max=max(MAX_BACKOFF_S, self.terms.backoff_s)),
-            sleep=self._sleep,
-            reraise=True,
-        )
-        return await retrying(self._send, content, key)
+    async def _turn_away(
+        self, fault: Exception, why: Exception, key: str, witness: Mapping[str, Any] | None
+    ) -> Exception:
+        """What to raise for a reply that may be about everybody: `Refused` where the witness is answered.
 
-    async def _send(self, content: bytes, key: str = "") -> Any:
+        Unless the same has happened to `EVERYBODY` in a row.
+        """
+        if not await self._answers(witness):
+            return self.give_up(fault)
+        if key:
+            self.turned_away, self.suspicion = self.turned_away + 1, fault
+        if self.turned_away >= EVERYBODY:
+            return self.give_up(fault)
+        reason = "no_answer" if isinstance(why, Lost) else "refused_request"
+        return Refused("error", reason, str(why), alone=True)
+
+    async def _answers(self, witness: Mapping[str, Any] | None) -> bool:
+        """Whether a request is answered, within a few tries and little patience."""
+        content, patience_s = json.dumps(witness).encode(), min(self.terms.patience_s, WITNESS_S)
+        for number in range(1, WITNESS_TRIES + 1) if witness else ():
+            try:
+                await self._send(content, "", patience_s)
+                return True
+            except (Impatient, Refused, Unusable):
+                return False
+            except Lost:
+                await self._sleep(backoff(self.terms.backoff_s, number, "witness"))
+        return False
+
+    async def _send(self, content: bytes, key: str, patience_s: float) -> Any:
         """One try, after as many refusals by a rate limit as patience allows; the decoded answer, kept under `key`."""
         loop = asyncio.get_running_loop()
-        patience_ends = loop.time() + self.terms.patience_s
+        patience_ends, refusals = loop.time() + patience_s, 0
         while True:
             if not await self.throttle.enter(self.stop):
                 raise Stopped
@@ -137,57 +181,64 @@ class Endpoint:
                 self._check_budget()
                 body = await self._exchange(content, key or "probe")
                 write = partial(self.journal.keep, key, body) if key else self.journal.charge
-                await self._note(write, self.cost(body))
+                await self._note(write, self.budget.charge(body))
+                self._check_usage()
                 return body
             except Refused as refused:
-                await self._count(refused.reason)
+                await self._count(refused.reason, billed=refused.reason == "too_large")
+                raise
+            except Unusable as unusable:
+                await self._count(str(unusable.status))
                 raise
             except Lost as lost:
-                await self._count(lost.kind)
+                await self._count(lost.kind, lost.billed)
                 if lost.delay is None and lost.kind != "429":
                     raise
-                delay = self.terms.backoff_s if lost.delay is None else lost.delay
+                refusals += 1
+                delay = self._delay(lost, refusals, key)
                 if loop.time() + delay > patience_ends:
-                    sentence = (
-                        f"The captioning service at {self.place} asks to wait {delay:.0f} s (HTTP {lost.kind}), which "
-                        "is beyond `caption_videos.options.patience_s`; run the same command again after that."
-                    )
-                    raise self.give_up(TransientError(sentence)) from lost
+                    raise Impatient(lost, self.place, delay, patience_s) from lost
                 self.throttle.slow_down(delay)
             finally:
                 self.throttle.leave()
 
+    def _delay(self, lost: Lost, refusals: int, name: str) -> float:
+        """Seconds to wait for a rate limit: as long as it says, or, where it says nothing of use, ever longer."""
+        if lost.delay is not None and lost.delay >= self.terms.backoff_s:
+            return lost.delay
+        return max(lost.delay or 0.0, backoff(self.terms.backoff_s, max(refusals, self.throttle.refusals + 1), name))
+
     async def _exchange(self, content: bytes, name: str) -> Any:
-        """Send one request and read its answer to the end, within the deadline."""
+        """Send one request and read its answer to the end, within the deadline and a size."""
         received, named = bytearray(), {"X-Client-Request-Id": name}  # a repeated request is recognised by it
         try:
             async with (
                 asyncio.timeout(self.terms.deadline_s),
                 self.client.stream("POST", self.terms.url, content=content, headers=named) as reply,
             ):
-                async for chunk in reply.aiter_bytes():
+                async for chunk in reply.aiter_raw():
                     received += chunk
-                    if len(received) > MAX_BYTES:
-                        raise Refused("error", "too_large", f"the answer has more than {MAX_BYTES} bytes")
+                    check_size(received)
         except TimeoutError as error:
-            raise Lost("deadline", f"no whole answer within {self.terms.deadline_s:g} s") from error
+            raise Lost("deadline", f"no whole answer within {self.terms.deadline_s:g} s", billed=True) from error
         except httpx2.RequestError as error:
-            kind = type(error).__name__
-            raise Lost(kind, f"{kind}: {self.clean(str(error))}") from error
-        text = received.decode("utf-8", "replace")
+            kind, billed = type(error).__name__, not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+            raise Lost(kind, f"{kind}: {self.clean(str(error))}", billed=billed) from error
+        text = decode_reply(bytes(received), reply.headers.get("content-encoding", ""))
         text = text.replace(self.terms.key, "[key]") if self.terms.key else text
-        try:
-            body = read_reply(reply.status_code, reply.headers, text)
-        except Unusable as unusable:
-            sentence = f"The captioning service at {self.place} {self._remedy(unusable)}"
-            raise self.give_up(ConfigError(sentence)) from unusable
-        self.throttle.note_answer(reply.headers, self.cost(body)["tokens"])
+        body = read_reply(reply.status_code, reply.headers, text)
+        self.throttle.note_answer(reply.headers, self.budget.cost(body).get("tokens", 0.0))
         return body
 
     def _remedy(self, unusable: Unusable) -> str:
         model, key_name = self.terms.model, self.terms.key_name
         if unusable.what == "credit":
             return f"has no credit left ({unusable}); top it up and run the same command: what is answered is kept."
+        if unusable.status == 403:
+            return (
+                f"forbids access ({unusable}); check that the key in {key_name} may use the model '{model}', and that "
+                "no firewall or gateway stands between."
+            )
         if unusable.what == "key":
             said = f"refuses the key in {key_name}" if self.terms.key else "wants a key"
             return f"{said} ({unusable}); put one that may use the model '{model}' into {key_name}."
@@ -203,24 +254,28 @@ class Endpoint:
         """A service's own words for a message."""
         return clean(text, self.terms.key)
 
-    def cost(self, body: Any) -> dict[str, float]:
-        """What an answer adds to the sums."""
-        return {"requests": 1.0, **answer_cost(read_usage(body), self.terms.prices)}
-
     def _check_budget(self) -> None:
-        """Give up before a request that may overrun a budget, counting what is under way as the dearest seen so far."""
-        for name, most in self.terms.budget.items():
-            spent = self.spent.get(name, 0.0)
-            if spent + self.throttle.under_way * self.reserve.get(name, 0.0) > most:
-                sentence = (
-                    f"The budget for captions is used up: {spent:g} of {most:g} {name}, and one more may overrun it; "
-                    "raise `caption_videos.options.budget` and run the same command: what is answered is kept."
-                )
-                raise self.give_up(ConfigError(sentence))
+        """Give up before a request that may overrun a budget."""
+        if overrun := self.budget.overrun(self.throttle.under_way):
+            sentence = (
+                f"The budget for captions is used up: {overrun}, and one more may overrun it; raise "
+                "`caption_videos.options.budget` and run the same command: what is answered is kept."
+            )
+            raise self.give_up(ConfigError(sentence))
 
-    async def _count(self, kind: str) -> None:
+    def _check_usage(self) -> None:
+        """Give up where no answer has said yet what a budget is to count: unknown is not zero."""
+        if not self.budget.countable:
+            sentence = (
+                f"The captioning service at {self.place} doesn't say how many tokens its answers take, so a budget in "
+                "tokens or USD can't be kept; state one in `requests` (`caption_videos.options.budget`)."
+            )
+            self.give_up(ConfigError(sentence))
+
+    async def _count(self, kind: str, billed: bool = False) -> None:
+        """Note a request without an answer. billed: whether the service may have worked for it."""
         self.failures[kind] += 1
-        await self._note(self.journal.charge, {"requests": 1.0})
+        await self._note(self.journal.charge, self.budget.unknown() if billed else {"requests": 1.0})
 
     async def _note(self, write: Callable[[Mapping[str, float]], None], cost: Mapping[str, float]) -> None:
         """Write to the journal in its own thread, and learn what has been spent by all processes."""
@@ -229,11 +284,9 @@ class Endpoint:
             write(cost)
             return self.journal.spent()
 
-        for name in ("tokens", "usd"):
-            self.reserve[name] = max(self.reserve.get(name, 0.0), cost.get(name, 0.0))
         # An answer that is here is paid for: it is kept even when this task is cancelled meanwhile.
         writing = asyncio.get_running_loop().run_in_executor(self.journal.thread, work)
-        self.spent = await asyncio.shield(writing)
+        self.budget.spent = await asyncio.shield(writing)
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, or until the endpoint is given up."""

@@ -2,11 +2,12 @@
 
 As TCP does it: few at first, twice as many in each round, until a 429 stops every request for the time that it names,
 and halves how many go at once; from there, one more in each round. Where a service announces what is left of a quota,
-the quota isn't overrun in the first place.
+the quota isn't overrun in the first place. Where it doesn't say how long to wait, each wait is twice the one before.
 """
 
 import asyncio
 import math
+import random
 import re
 import time
 from collections.abc import Mapping
@@ -14,8 +15,19 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 POLL_S = 0.01
+MAX_BACKOFF_S = 30.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|[smhd]))")
+
+
+def backoff(first: float, times: int, name: str) -> float:
+    """Seconds to wait after the failure that is the `times`-th in a row: `first`, then twice as long each time.
+
+    At most `MAX_BACKOFF_S` (or `first`). The last quarter depends on the request's name, so that requests that failed
+    together don't come back together.
+    """
+    longest = min(first * 2.0 ** min(times - 1, 32), max(first, MAX_BACKOFF_S))
+    return longest * (0.75 + 0.25 * random.Random(f"{name} {times}").random())
 
 
 class Throttle:
@@ -27,6 +39,7 @@ class Throttle:
         self.bearable = float(most)  # up to here, the limit doubles in each round
         self.under_way = 0
         self.closed_until = 0.0
+        self.refusals = 0  # in a row, with no answer between; those at the same time count as one
         self.quotas: dict[str, Quota] = {"requests": Quota(), "tokens": Quota()}
 
     async def enter(self, stop: asyncio.Event) -> bool:
@@ -52,10 +65,12 @@ class Throttle:
         """A service has had too much: wait, then go on with half as many at once."""
         if self.closed_for() <= 0:  # the others that were refused at the same time are no further sign
             self.limit = self.bearable = max(1.0, self.limit / 2)
+            self.refusals += 1
         self.closed_until = max(self.closed_until, time.monotonic() + seconds)
 
     def note_answer(self, headers: Mapping[str, str], tokens: float) -> None:
         """Learn from an answer, whose request still counts as under way."""
+        self.refusals = 0
         self.limit = min(float(self.most), self.limit + (1.0 if self.limit < self.bearable else 1 / self.limit))
         self.quotas["tokens"].one = max(self.quotas["tokens"].one, tokens)
         for kind, quota in self.quotas.items():

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from components.bench import captioning
-from components.bench.captioning.server import draw_troubles, least_requests
+from components.bench.captioning.troubles import draw_troubles, least_requests
 
 
 def test_a_killed_and_resumed_run_ends_with_a_status_for_every_clip_and_asks_nothing_twice(monkeypatch):
@@ -28,7 +28,8 @@ def test_a_killed_and_resumed_run_ends_with_a_status_for_every_clip_and_asks_not
         (("policy",), (1, "blocked")),
         (("refusal",) * 9, (3, "blocked")),
         (("cut off",) * 9, (3, "truncated")),
-        (("500",) * 9, (6, "error")),
+        (("500",) * 9, (2, "error")),
+        (("hang",) * 9, (6, "error")),
         (("429",) * 9, (10, "success")),
     ],
 )
@@ -40,5 +41,5 @@ def test_troubles_are_the_same_each_time_and_of_every_kind():
     drawn = [draw_troubles(0, f"prompt {number}") for number in range(1000)]
     assert drawn == [draw_troubles(0, f"prompt {number}") for number in range(1000)]
     kinds = Counter(trouble for troubles in drawn for trouble in set(troubles))
-    assert len(kinds) == 21
+    assert len(kinds) == 32
     assert 650 < sum(not troubles for troubles in drawn) < 750

@@ -7,7 +7,8 @@ import pytest
 from components import synthetic_prompts
 from components.bench import curation
 from components.pipeline.profiles import load_profile
-from components.prompt_sources import parse, read_batches
+from components.prompt_sources import read_batches
+from components.records import parse
 from univigu.errors import ConfigError, MissingInputError
 
 

@@ -116,6 +116,16 @@ def test_a_text_that_reaches_its_longest_is_truncated(caption):
     assert captioner._respond(torch.tensor([8, 9, end, 0, 0]), 5).usage == {"prompt_tokens": 5, "completion_tokens": 3}
 
 
+def test_reasoning_is_no_part_of_a_caption(caption):
+    _, captioner = caption(1)
+    words, end = captioner.processor.tokenizer, captioner.model.generation_config.eos_token_id
+    words.add_tokens(["<think>", "</think>"])
+    thought, said = (words.convert_tokens_to_ids(text.split()) for text in ("<think> what </think>", "red digit moves"))
+    assert captioner._respond(torch.tensor([*thought, *said, end]), 5).text == "red digit moves"
+    response = captioner._respond(torch.tensor([*thought[:2], *said, end]), 5)
+    assert (response.status, response.reason) == ("success", "wrapping")
+
+
 def test_a_damaged_clip_does_not_spoil_its_batch(caption):
     outcomes, _ = caption(openers=[broken, partial(clip, 1)], batch_size=2)
     assert (outcomes["c0"].reason, outcomes["c0"].attempts) == ("damaged", 0)
