@@ -21,7 +21,7 @@ from typing import Any
 from components import leases
 from components.tracking import existing_store, open_tracking, tracking_uri
 from univigu import registry
-from univigu.errors import MissingInputError, TransientError, UniViGUError
+from univigu.errors import TransientError, UniViGUError
 from univigu.mlflow_store import explained, first_contact, without_secrets
 
 OUTCOMES = PROMOTED, REFUSED, UNCHANGED, ROLLED_BACK = "promoted", "refused", "unchanged", "rolled back"
@@ -61,11 +61,11 @@ class Lease:
         """Take over the line of the same request whose process was killed, if what it decided still stands."""
         condition = f"tags.`{_SETTLED_TAG}` = 'true' and params.request = '{request}' and {_FINISHED}"
         for run in leases.search_runs(self._client, self._experiment, condition):
-            expected = "replaced" if run.data.params.get("outcome") == REFUSED else "version"
-            with suppress(ValueError):  # a line that is none of ours
-                if _champion(self._name) == _number(run.data.params, expected):
-                    self._line = run.info.run_id
-                    return True
+            line = _entry(run)
+            left = line.replaced if line.outcome == REFUSED else line.version
+            if line.outcome in OUTCOMES and _champion(self._name) == left:
+                self._line = run.info.run_id
+                return True
         return False
 
     def find_decided(self, request: str) -> bool:
@@ -189,7 +189,7 @@ def _experiment(name: str) -> str:
 
 def _decided(client: Any, experiment: str, request: str) -> Any:
     found = leases.search_runs(client, experiment, f"params.request = '{request}' and {_FINISHED}")
-    return found[0] if found else None
+    return next((run for run in found if _entry(run).outcome in OUTCOMES), None)
 
 
 # --- what killed processes left --------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def _settle(client: Any, run: Any, name: str) -> None:
     client.set_tag(run_id, _SETTLED_TAG, "true")
     try:
         done = _complete(name, params)
-    except (MissingInputError, ValueError):  # the version was deleted since, or the line is none of ours
+    except ValueError:  # the line is none of ours
         done = False
     client.set_terminated(run_id, "FINISHED" if done else "FAILED")
 
@@ -213,10 +213,12 @@ def _complete(name: str, params: Mapping[str, str]) -> bool:
     if params["outcome"] in (REFUSED, UNCHANGED):
         return True
     version, replaced = _number(params, "version"), _number(params, "replaced")
-    if version is None or _champion(name) not in (version, replaced):
+    there = [int(one.version) for one in registry.versions(name)]
+    if params["outcome"] not in (PROMOTED, ROLLED_BACK) or version not in there:
         return False
-    registry.find_version(name, version)
-    _point(name, version, replaced)
+    if _champion(name) not in (version, replaced):
+        return False
+    _point(name, version, replaced if replaced in there else None)
     return True
 
 
@@ -238,11 +240,10 @@ def _number(params: Mapping[str, str], key: str) -> int | None:
 def _entry(run: Any) -> Entry:
     params = run.data.params
     ends = {"FINISHED": params.get("outcome", FAILED), "RUNNING": UNDER_WAY}
-    when = datetime.fromtimestamp((run.info.start_time or 0) / 1000, UTC).isoformat(timespec="seconds")
     try:
         return Entry(
             id=run.info.run_id,
-            when=when,
+            when=_moment(run),
             who=params["who"],
             why=params["why"],
             action=params["action"],
@@ -256,4 +257,11 @@ def _entry(run: Any) -> Entry:
         )
     except (KeyError, ValueError) as error:
         reason = f"the run {run.info.run_id} is no line of a ledger ({type(error).__name__}: {error})"
-        return Entry(run.info.run_id, when, "?", "?", "?", UNREADABLE, 0, reason=reason)
+        return Entry(run.info.run_id, _moment(run), "?", "?", "?", UNREADABLE, 0, reason=reason)
+
+
+def _moment(run: Any) -> str:
+    try:
+        return datetime.fromtimestamp((run.info.start_time or 0) / 1000, UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):  # beyond any calendar
+        return "?"

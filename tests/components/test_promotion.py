@@ -290,6 +290,32 @@ def test_a_promotion_that_takes_too_long_is_given_up_and_says_so(versions, monke
     assert versions.aliases("broken") == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "outcome"),
+    [
+        ("left-deleted", {"outcome": "promoted", "version": 2, "replaced": 1}, "promoted"),
+        ("left-unknown", {"outcome": "promoted", "version": 9, "replaced": 2}, "failed"),
+        ("left-odd", {"outcome": "crowned", "version": 3, "replaced": 2}, "failed"),
+        ("left-nonsense", {"outcome": "promoted", "version": "three", "replaced": 2}, "unreadable"),
+    ],
+)
+def test_what_a_killed_process_left_never_stops_the_next_one(versions, name, params, outcome):
+    from mlflow import MlflowClient
+
+    for right in (10, 30, 35):
+        versions.add(name, right)
+    promotion.promote(name, 2, "the first", root=versions.root)
+    client = MlflowClient(tracking_uri(versions.root))
+    client.delete_model_version(name, "1")
+    experiment = client.get_experiment_by_name(f"{name}/promotions").experiment_id
+    run = client.create_run(experiment, start_time=1, tags={"univigu.process": "elsewhere:1:1"}).info.run_id
+    for key, value in {"who": "ann", "why": "better", "action": "promote", **params}.items():
+        client.log_param(run, key, value)
+    assert promotion.promote(name, 2, "again", root=versions.root).outcome == "unchanged"
+    assert versions.aliases(name) == (2, None)
+    assert [line.outcome for line in promotion.history(name, root=versions.root) if line.id == run] == [outcome]
+
+
 def test_a_run_among_the_lines_that_is_none_is_named_and_stops_nothing(versions):
     from mlflow import MlflowClient
 
