@@ -3,13 +3,14 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.buckets import Misfit, choose_bucket, list_buckets
 from univigu.errors import BadInputError
+from univigu.threads import side_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +152,7 @@ def encode_shard(
     size = step["encode_latents"]["batch_size"]
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     numbers = {batch[0]["id"]: number for number, batch in enumerate(batches)}
-    with ThreadPoolExecutor(1) as reader:
+    with side_threads(1, "read-clips") as reader:
         ahead: dict[int, Future[Batch]] = {}
 
         def make_batch(batch: Sequence[Row], place: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +21,7 @@ from components.import_texts import Fault, Texts, printable, read_texts
 from components.pipeline.stages import Stage
 from univigu.errors import ConfigError, MissingInputError, VideoError
 from univigu.files import file_sha256
+from univigu.threads import side_threads
 
 if TYPE_CHECKING:
     from components.checks import Finding
@@ -146,7 +146,7 @@ def import_videos(step: "Step") -> None:
         join_tars([place / TAR for place, _ in made], folder / TAR)
         return [{**row, "shard": f"shards/{folder.name.removeprefix('.')}/{TAR}"} for _, rows in made for row in rows]
 
-    with ThreadPoolExecutor(min(BATCH, len(os.sched_getaffinity(0)))) as pool:
+    with side_threads(min(BATCH, len(os.sched_getaffinity(0))), "read-videos") as pool:
         clips = step.map_shards(plans, step["import_videos"]["shard_size"], make_shard, unit="videos")
     kept = {row["id"] for row in clips}
     chosen = [plan for plan in plans if plan["id"] in kept]
@@ -265,7 +265,7 @@ def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple
         except OSError as error:
             return error
 
-    with ThreadPoolExecutor(min(BATCH, len(os.sched_getaffinity(0)))) as pool:
+    with side_threads(min(BATCH, len(os.sched_getaffinity(0))), "read-videos") as pool:
         yield from zip(names, step.progress(pool.map(digest, names), len(names), unit="files"), strict=True)
 
 

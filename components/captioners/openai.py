@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ from components.captioners.client.usage import answer_cost
 from components.captioners.wording import data_url, jpeg, load_template, sample_frames, write_messages
 from components.pipeline.digests import json_digest
 from univigu.errors import BadInputError, ConfigError
+from univigu.threads import side_threads
 
 FORMAT = "chat-1"  # how a template becomes a request; a change of it makes every kept answer another request's
 DECODERS = 2  # clips being decoded at once: each may be 100 MB of frames
@@ -156,7 +157,7 @@ class OpenAI:
     async def _caption(self, requests: Iterator[CaptionRequest], follow_up: FollowUp) -> None:
         endpoint = self.endpoint
         self.probing = asyncio.Lock()
-        with ThreadPoolExecutor(DECODERS, "clips") as decoders, StoppingGently(endpoint):
+        with side_threads(DECODERS, "clips") as decoders, StoppingGently(endpoint):
             async with endpoint.open():
                 workers = [self._work(requests, follow_up, decoders) for _ in range(self.options.concurrency)]
                 await asyncio.gather(*workers)

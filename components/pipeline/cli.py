@@ -14,6 +14,7 @@ import typer
 
 from components.pipeline import commands, data_commands, model_commands, pipeline_commands, plan_commands, train_job
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
+from univigu.threads import bound_spinning
 
 app = typer.Typer(
     name="univigu",
@@ -260,6 +261,7 @@ def _end(error: UniViGUError) -> NoReturn:
 def main() -> None:
     """Run the command; an expected failure is one sentence on standard error and its own exit code."""
     keep_libraries_quiet()
+    bound_spinning()
     # Collections while torch is imported, and the last one through all of it, take seconds.
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)

@@ -29,6 +29,7 @@ MACHINERY = (
     "univigu.errors",  # has words for what fails
     "univigu.files",  # reads and writes files
     "univigu.hardware",  # knows how fast a GPU is
+    "univigu.threads",  # shares the processor's cores out to threads
     "univigu.training.memory",  # how much memory a run needs
     "univigu.training.room",  # whether it fits
     "univigu.training.throughput",  # how fast it is

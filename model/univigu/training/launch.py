@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from univigu.errors import PreemptedError
+from univigu.threads import bound_spinning
 
 STOPPED = PreemptedError.exit_code
 WORKER = "univigu.training.worker"
@@ -22,6 +23,7 @@ WORKER = "univigu.training.worker"
 
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun with these arguments in this process; returns the exit code that speaks for all workers."""
+    bound_spinning()
     import tempfile
 
     import psutil

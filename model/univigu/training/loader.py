@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from univigu.threads import side_threads
 from univigu.training.data import LatentDataset
 from univigu.training.order import SampleOrder
 
@@ -38,7 +38,7 @@ def load_ahead(
         batches = [dataset.batch(indices[cut], epochs[cut]) for cut in cuts]
         return [{name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch for batch in batches]
 
-    with ThreadPoolExecutor(1, "load-ahead") as thread:
+    with side_threads(1, "load-ahead") as thread:
         waiting = deque(thread.submit(prepare, step) for step in steps[:STEPS_AHEAD])
         for step in steps:
             batches = waiting.popleft().result()

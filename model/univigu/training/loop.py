@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
 from univigu.objective import TrainingObjective, evaluate_heldout
+from univigu.threads import settle_threads
 from univigu.training.adapters import choose_what_learns, merge_lora
 from univigu.training.checkpoints import load_checkpoint, save_checkpoint
 from univigu.training.data import LatentDataset
@@ -77,6 +78,10 @@ def train(
                 "--restart."
             )
         first = state["step"]
+        steps = range(first + 1, config.steps + 1)
+        share, micro_size = rank_slice(config.batch_size, rank, world_size), micro_batches(config, world_size)[1]
+        if device.type == "cpu" and world_size == 1 and steps:
+            settle_threads(_look_at(objective, dataset, order, micro_size), folder / "threads.json")
         curves = Curves(folder / "curves.csv", first)
         evaluations = Evaluations(folder, first)
         line = ProgressLine(first, config)
@@ -99,8 +104,6 @@ def train(
             if _is_due(step, config.samples_every, config):
                 sample(step)
 
-        steps = range(first + 1, config.steps + 1)
-        share, micro_size = rank_slice(config.batch_size, rank, world_size), micro_batches(config, world_size)[1]
         with closing(load_ahead(dataset, order, steps, share, micro_size)) as batches:
             for step in steps:
                 started = time.monotonic()
@@ -141,6 +144,21 @@ def train(
         if rank == 0:
             merge_lora(objective.transformer)
         return order
+
+
+def _look_at(
+    objective: TrainingObjective, dataset: LatentDataset, order: SampleOrder, micro_size: int
+) -> Callable[[], object]:
+    """A forward pass of the first micro-batch that leaves nothing behind, to be timed."""
+    read: list[dict[str, torch.Tensor]] = []
+
+    def look() -> object:
+        if not read:
+            read.append(dataset.batch(*(values[:micro_size] for values in order.batch(1))))
+        with torch.no_grad():
+            return objective(read[0], 1)
+
+    return look
 
 
 def sample_order(dataset: LatentDataset, config: TrainingConfig) -> SampleOrder:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError, TransientError
 from univigu.files import file_sha256, write_json
+from univigu.threads import side_threads
 from univigu.training.data import Shards, open_shard, open_tensors
 
 REMOTE = "remote.json"
@@ -56,7 +57,7 @@ class RemoteShards(Shards):
         self._wanted: OrderedDict[Path, None] = OrderedDict()
         self._ahead: dict[Path, Future[Path]] = {}
         self._lock = threading.RLock()  # the thread that loads ahead, and an evaluation
-        self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch-shard")
+        self._fetchers = side_threads(_FETCHES_AT_ONCE, "fetch-shard")
         cache.mkdir(parents=True, exist_ok=True)
 
     def open(self, path: Path) -> Mapping[str, Tensor]:

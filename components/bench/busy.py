@@ -1,0 +1,168 @@
+"""How much longer a training step on the CPU takes beside other busy programs than alone.
+
+Steps are the training loop's own, of a transformer of the demo's size on batches like the demo's. The other programs
+are Python processes that count; they come and go while one run goes on, so the run keeps the number of threads that it
+settled on when it was alone. A second run trains as processes do by default (all cores, unbounded spinning, a loading
+thread with a team of its own), in turns with the first.
+
+`ratio` is the median step beside one busy program over the median step alone, `beside_three` beside three of them, and
+`alone_against_default` our step over the default's, both alone.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NEIGHBOURS = (0, 1, 3)  # busy programs beside a run, in turns
+TURNS, STEPS = 2, 10  # of every kind in a run, and timed steps in a turn
+RUNS = 2  # of ours and of the default, in turns
+SAMPLES, BATCH = 240, 24
+LATENTS, PROMPT, TEXT, VOCABULARY = (48, 3, 4, 4), 32, 48, 512
+COUNT = "while True: pass"
+
+
+def measure() -> dict[str, Any]:
+    seconds: dict[str, dict[int, list[float]]] = {"ours": {}, "default": {}}
+    threads: list[int] = []
+    for _ in range(RUNS):
+        for name, times in seconds.items():
+            run = start_run(name)
+            threads += [run["threads"]] * (name == "ours")
+            for count, values in run["seconds"].items():
+                times.setdefault(int(count), []).extend(values)
+    medians = {name: {count: round(statistics.median(of[count]), 4) for count in of} for name, of in seconds.items()}
+    ours, default = medians["ours"], medians["default"]
+    return {
+        "ratio": round(ours[1] / ours[0], 3),
+        "beside_three": round(ours[3] / ours[0], 3),
+        "alone_against_default": round(ours[0] / default[0], 3),
+        "default_ratio": round(default[1] / default[0], 3),
+        "default_beside_three": round(default[3] / default[0], 3),
+        "threads": threads,
+        "seconds": medians,
+    }
+
+
+def start_run(name: str) -> dict[str, Any]:
+    """What `train` says of a run in a process of its own, with our settings or those that processes have by default."""
+    ours = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    command = [sys.executable, "-m", __name__, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        from univigu.errors import UniViGUError
+
+        raise UniViGUError(f"The run to be timed ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train(name: str) -> dict[str, Any]:
+    """Train in this process; the seconds of each timed step by the number of busy programs, and the threads used."""
+    from univigu.threads import bound_spinning
+
+    if name == "ours":
+        bound_spinning()
+    import torch
+
+    from univigu.training import loader, loop
+
+    if name == "default":
+        loader.side_threads = ThreadPoolExecutor
+        loop.settle_threads = lambda *_: None
+    with tempfile.TemporaryDirectory() as home:
+        return {"seconds": time_steps(Path(home)), "threads": torch.get_num_threads()}
+
+
+def time_steps(home: Path) -> dict[int, list[float]]:
+    from univigu.training.engine import TrainingConfig
+    from univigu.training.loop import train as train_loop
+
+    situations = NEIGHBOURS * TURNS
+    seconds: dict[int, list[float]] = {count: [] for count in NEIGHBOURS}
+    dataset, heldout = write_datasets(home)
+    turn = STEPS + 1  # the first of a turn isn't timed
+    config = TrainingConfig(len(situations) * turn, BATCH, 1e-4, checkpoint_every=1 << 30, heldout_every=1 << 30)
+    with neighbours() as ask_for:
+        last = [time.perf_counter()]
+
+        def report(step: int, _: Mapping[str, float]) -> None:
+            at, number = divmod(step - 1, turn)
+            if number:
+                seconds[situations[at]].append(time.perf_counter() - last[0])
+            if step % turn == 0 and step < config.steps:
+                ask_for(situations[at + 1])
+            last[0] = time.perf_counter()
+
+        train_loop(objective(), dataset, heldout, config, home, report)
+    return seconds
+
+
+@contextmanager
+def neighbours() -> Iterator[Any]:
+    """A function that has so many other processes keep a core busy each; none afterwards."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def ask_for(count: int) -> None:
+        while len(running) < count:
+            running.append(subprocess.Popen([sys.executable, "-c", COUNT]))
+        while len(running) > count:
+            one = running.pop()
+            one.kill()
+            one.wait()
+
+    try:
+        yield ask_for
+    finally:
+        ask_for(0)
+
+
+def write_datasets(folder: Path) -> list[Any]:
+    import torch
+
+    from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef, write_empty_prompt, write_latents
+
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, VOCABULARY, (SAMPLES, TEXT), generator=random)
+    states = [torch.randn(PROMPT // 2, 64, generator=random) for _ in range(SAMPLES)]
+    latents = torch.randn(SAMPLES, *LATENTS, generator=random)
+    path = folder / "latents.safetensors"
+    write_latents(path, latents=latents, prompt_embeds=states, prompt_ids=ids, target_ids=ids)
+    write_empty_prompt(folder, torch.zeros(1, 64))
+    refs = [SampleRef(f"{row}", path, row) for row in range(SAMPLES)]
+    return [LatentDataset(part, folder / EMPTY_PROMPT, PROMPT) for part in (refs, refs[:1])]
+
+
+def objective() -> Any:
+    import torch
+
+    from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
+
+    torch.manual_seed(0)
+    model = UniViGUTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=6,
+        ffn_dim=512,
+        patch_size=(1, 1, 1),
+        in_channels=LATENTS[0],
+        out_channels=LATENTS[0],
+        text_dim=64,
+        text_latent_dim=16,
+        vocab_size=VOCABULARY,
+        tokenizer_length=VOCABULARY,
+        text_length=TEXT,
+    )
+    return TrainingObjective(model, ObjectiveConfig(shares={"understand": 0.65, "joint": 0.1, "generate": 0.25}))
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(sys.argv[1])))

@@ -1,0 +1,152 @@
+"""Threads share the cores: nobody spins for long, threads beside the main one open no team, a run keeps its number."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from univigu.errors import CorruptDataError
+from univigu.threads import fewest_worthwhile, measure_threads, settle_threads, side_threads
+
+ROOT = Path(__file__).parents[2]
+CHOSEN_BY_USERS = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+# What a process of its own says: threads of the process after the main thread's team is there, and after another
+# thread has used tensors in a pool.
+COUNT_TEAMS = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from univigu.threads import side_threads
+def threads(): return len(os.listdir("/proc/self/task"))
+def use_tensors():
+    a = torch.randn(800, 800)
+    return float((a @ a).exp().sum())
+torch.set_num_threads(4)
+use_tensors()
+before = threads()
+with {pool}(1, "beside") as pool:
+    pool.submit(use_tensors).result()
+    during = threads()
+use_tensors()
+print(before, during, torch.get_num_threads())
+"""
+
+
+def run_python(code, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USERS}
+    done = subprocess.run([sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_thread_beside_the_main_one_opens_no_team_of_its_own_and_leaves_the_main_ones():
+    before, during, left = map(int, run_python(COUNT_TEAMS.format(pool="side_threads")))
+    assert during == before + 1  # the thread itself
+    assert left == 4
+    before, during, _ = map(int, run_python(COUNT_TEAMS.format(pool="ThreadPoolExecutor")))
+    assert during == before + 4  # with a team: what the first line is about
+
+
+def test_every_pool_of_threads_is_made_so_but_one_that_only_writes():
+    files = [path for folder in ("components", "model/univigu") for path in (ROOT / folder).rglob("*.py")]
+    makers = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and "ThreadPoolExecutor" in (getattr(node, "id", ""), getattr(node, "attr", ""))
+    }
+    assert makers == {"model/univigu/threads.py", "components/captioners/client/journal.py", "components/bench/busy.py"}
+
+
+SPINS = """
+import os, sys
+from components.pipeline.cli import main
+sys.argv = ["univigu", "--help"]
+try: main()
+except SystemExit: pass
+print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("user", "then"),
+    [
+        ({}, ["10000", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["7", "None"]),
+        ({"OMP_WAIT_POLICY": "passive"}, ["None", "passive"]),
+    ],
+)
+def test_spinning_is_bounded_unless_a_user_has_said_how(user, then):
+    assert run_python(SPINS, **user)[-2:] == then
+
+
+def test_fewer_threads_are_taken_where_more_gain_little():
+    assert fewest_worthwhile({8: 1.00, 4: 1.04, 2: 1.5, 1: 2.9}) == 4
+    assert fewest_worthwhile({2: 1.0, 1: 1.01}) == 1
+    assert fewest_worthwhile({2: 1.0, 1: 1.6}) == 2
+    assert fewest_worthwhile({1: 3.0}) == 1
+
+
+def test_every_number_is_tried_as_often_and_one_alone_is_not():
+    calls = []
+    assert set(measure_threads(lambda: calls.append(1), 6)) == {6, 3, 1}
+    assert len(calls) == 1 + 3 * 3
+    assert measure_threads(lambda: calls.append(1), 1) == {1: float("inf")}
+    assert len(calls) == 10
+
+
+SETTLE = """
+import sys, time
+from pathlib import Path
+import torch
+from univigu.threads import settle_threads
+torch.set_num_threads(4)
+print(settle_threads(lambda: time.sleep(0.01 * (1 + ({best} != torch.get_num_threads()))), Path(sys.argv[1])))
+print(torch.get_num_threads())
+"""
+
+
+def settle(note, best, **environment):
+    code = SETTLE.format(best=best).replace("sys.argv[1]", repr(str(note)))
+    return [int(word) for word in run_python(code, **environment)]
+
+
+def test_a_run_keeps_the_number_that_it_settled_on(tmp_path):
+    note = tmp_path / "threads.json"
+    assert settle(note, best=2) == [2, 2]
+    assert set(json.loads(note.read_text())["seconds"]) == {"1", "2", "4"}
+    assert settle(note, best=4) == [2, 2]  # the machine has become another
+    assert settle(note, best=4, OMP_NUM_THREADS="1") == [2, 2]
+
+
+def test_a_number_that_the_user_has_set_is_taken_and_kept(tmp_path):
+    assert settle(tmp_path / "threads.json", best=2, OMP_NUM_THREADS="3") == [4, 4]  # set in the process, last
+    assert json.loads((tmp_path / "threads.json").read_text()) == {"threads": 4}
+
+
+@pytest.mark.parametrize("content", ["{}", '{"threads": 0}', '{"threads": true}', '{"threads": "2"}', "{", "[]"])
+def test_a_note_that_makes_no_sense_is_named(tmp_path, content):
+    note = tmp_path / "threads.json"
+    note.write_text(content)
+    with pytest.raises(CorruptDataError, match=r"threads\.json"):
+        settle_threads(lambda: None, note)
+
+
+def test_threads_beside_the_main_one_work_without_torch():
+    assert run_python(
+        "import sys; from univigu.threads import side_threads\n"
+        "with side_threads(2, 'beside') as pool: print(*pool.map(abs, [-1, 2]), 'torch' in sys.modules)"
+    ) == ["1", "2", "False"]
+
+
+def test_a_pool_names_its_threads():
+    import threading
+
+    with side_threads(1, "beside") as pool:
+        assert pool.submit(lambda: threading.current_thread().name).result().startswith("beside")
