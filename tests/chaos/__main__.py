@@ -1,0 +1,99 @@
+"""`python -m tests.chaos`: break everything for a while, and write what came of it; or repeat one trial."""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos import shim
+
+LOG = Path(".univigu/chaos.jsonl")
+SEED = 2026
+
+
+def main() -> None:
+    options = _options()
+    shared = Path("/dev/shm")  # memory, where there is such a thing: nothing here has to outlast the machine
+    base = shared if shared.is_dir() else None
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=base))  # a TemporaryDirectory would go when a fork ends
+    try:
+        options.act(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    everything = commands.add_parser("all", help="all trials that fit into the time; what the log has is not repeated")
+    everything.add_argument("--minutes", type=float, default=30)
+    everything.add_argument("--log", type=Path, default=LOG)
+    everything.add_argument("--report", type=Path, default=Path("reports/chaos.json"))
+    everything.add_argument("--plan", action="append", default=[], help="only this plan; may be given again")
+    everything.set_defaults(act=_all)
+    one = commands.add_parser("one", help="one trial, and what it came to")
+    one.add_argument("plan")
+    one.add_argument("--fault", action="append", default=[], metavar="KIND:N", help=", ".join(shim.KINDS))
+    one.set_defaults(act=_one)
+    sample = commands.add_parser("sample", help="a trial of each plan: what `make test` runs")
+    sample.set_defaults(act=_sample)
+    return parser.parse_args()
+
+
+def _all(options: argparse.Namespace, folder: Path) -> None:
+    from tests.chaos import report, trials
+    from tests.chaos.schedule import schedule
+
+    started = time.monotonic()
+    bench = trials.set_up(folder, options.plan)
+    known = {line["key"] for line in report.read_log(options.log) if "key" in line}
+    wanted = schedule(bench, SEED)
+    wanted = [(name, faults) for name, faults in wanted if not options.plan or name in options.plan]
+    todo = [(name, ()) for name in bench.stages] + wanted
+    for name, faults in todo:
+        if report.key(name, faults) in known:
+            continue
+        if time.monotonic() - started > 60 * options.minutes:
+            break
+        began = time.monotonic()
+        trial = trials.attempt(bench, name, faults) if faults else trials.elsewhere(bench, name)
+        report.note(options.log, report.of_trial(trial, time.monotonic() - began))
+        if trial.findings:
+            print(report.command(trial), trial.hit, *trial.findings, sep="\n  ", flush=True)
+    found = report.summarise(report.read_log(options.log), len(wanted), SEED)
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    options.report.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({name: found[name] for name in ("kills", "faults", "inputs", "seconds")}))
+    sys.exit(bool(found["findings"]))
+
+
+def _one(options: argparse.Namespace, folder: Path) -> None:
+    from tests.chaos import trials
+
+    bench = trials.set_up(folder, [options.plan])
+    faults = []
+    for text in options.fault:
+        kind, _, n = text.rpartition(":")
+        faults.append(shim.KINDS[kind]._replace(n=int(n)))
+    trial = trials.attempt(bench, options.plan, faults) if faults else trials.elsewhere(bench, options.plan)
+    print(trial.hit, *(trial.findings or ["all is well"]), sep="\n  ")
+    sys.exit(bool(trial.findings))
+
+
+def _sample(options: argparse.Namespace, folder: Path) -> None:
+    from tests.chaos import report, trials
+    from tests.chaos.schedule import stratified
+
+    bench = trials.set_up(folder)
+    lines = []
+    for name, faults in stratified(bench, SEED):
+        lines.append(report.of_trial(trials.attempt(bench, name, faults), 0.0))
+    print(json.dumps(report.summarise(lines, len(lines), SEED), indent=1))
+
+
+if __name__ == "__main__":
+    shim.preload(Path(tempfile.gettempdir()))
+    main()

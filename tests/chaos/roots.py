@@ -1,0 +1,117 @@
+"""Work roots for the trials: what a copy of one shares with it, and what two of them must have in common."""
+
+import hashlib
+import os
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from univigu.files import link_or_copy
+
+# Written in place, or locked: never shared between two roots.
+_OWN = (".univigu", "mlflow.db", "mlruns", ".git", ".dvc")
+# Read by nobody but people, with times in them; or ids and times of MLflow's, which `registry` looks at.
+_UNLIKE = (".univigu/docs/", ".univigu/locks/", ".univigu/runs/", "mlflow.db", "mlruns/", ".git/", ".dvc/")
+_CLOCKED = ("samples_per_second", "tokens_per_second", "seconds", "tflops", "mfu", "waiting", "memory", "gib", "time")
+
+
+def copy(root: Path, target: Path) -> None:
+    """Copy a work root; finished outputs are hard links, as nothing writes into them."""
+    target.mkdir(parents=True)
+    for entry in root.iterdir():
+        own = entry.name in _OWN
+        if entry.is_dir():
+            shutil.copytree(entry, target / entry.name, copy_function=shutil.copy2 if own else link_or_copy)
+        else:
+            (shutil.copy2 if own else link_or_copy)(entry, target / entry.name)
+
+
+def prepare(root: Path, place: Path) -> None:
+    """Make `place` anew: a copy of a work root, and an empty folder for temporary files."""
+    shutil.rmtree(place, ignore_errors=True)
+    copy(root, place / "root")
+    (place / "tmp").mkdir()
+
+
+def state(root: Path) -> dict[str, str]:
+    """All that is in a work root and doesn't depend on the clock: SHA-256 by path, and what the registry says."""
+    found = {name: _digest(path) for name, path in _files(root) if not name.startswith(_UNLIKE)}
+    return {**found, **{f"registry: {name}": str(value) for name, value in registry(root).items()}}
+
+
+def fingerprint(place: Path) -> str:
+    """A digest of all that the next run in a place could see, but for times in pages that nothing reads."""
+    hashed = hashlib.sha256()
+    for folder, _, names in sorted(os.walk(place)):
+        hashed.update(f"{Path(folder).relative_to(place)}/\n".encode())
+        for name in sorted(names):
+            path = Path(folder, name)
+            seen = path.relative_to(place / "root").as_posix() if path.is_relative_to(place / "root") else name
+            page = seen.startswith((".univigu/docs/", ".univigu/runs/"))
+            hashed.update(f"{name} {path.lstat().st_size if page else _digest(path)}\n".encode())
+    return hashed.hexdigest()
+
+
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """How the second state differs from the first."""
+    missing = [f"{name} is missing" for name in sorted(one.keys() - other.keys())]
+    more = [f"{name} is left over" for name in sorted(other.keys() - one.keys())]
+    changed = [
+        f"{name} differs" + (f": {one[name]} -> {other[name]}" if name.startswith("registry") else "")
+        for name in sorted(one.keys() & other.keys())
+        if one[name] != other[name]
+    ]
+    return missing + more + changed
+
+
+def registry(root: Path) -> dict[str, Any]:
+    """What a SQLite store of MLflow's holds, without ids and times; nothing where there is none."""
+    database = root / "mlflow.db"
+    if not database.is_file():
+        return {}
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as store:
+        tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return {name: sorted(store.execute(query)) for name, (table, query) in _QUERIES.items() if table in tables} | {
+            "metrics": _metrics(store) if "metrics" in tables else [],
+            "artifacts": dict(sorted(Counter(_artifact_kinds(root)).items())),
+        }
+
+
+_QUERIES = {
+    "experiments": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
+    "runs": ("runs", "SELECT name, status, lifecycle_stage FROM runs"),
+    "parameters": ("params", "SELECT r.name, p.key, p.value FROM params p JOIN runs r USING (run_uuid)"),
+    "versions": ("model_versions", "SELECT name, version, status FROM model_versions"),
+    "aliases": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
+    "models": ("logged_models", "SELECT name, status FROM logged_models"),
+    "tags": ("model_version_tags", "SELECT name, version, key FROM model_version_tags"),
+}
+
+
+def _metrics(store: sqlite3.Connection) -> list[Any]:
+    """Each run's curves: which steps each has, how often."""
+    rows = store.execute("SELECT r.name, m.key, m.step FROM metrics m JOIN runs r USING (run_uuid)")
+    counted = Counter((name, key, step) for name, key, step in rows if not any(word in key for word in _CLOCKED))
+    return sorted(counted)
+
+
+def _artifact_kinds(root: Path) -> Iterator[str]:
+    """What is below the folder of artifacts, with ids and versions of files left out."""
+    for path in (root / "mlruns").glob("models/*"):
+        yield "a logged model" if any(path.rglob("MLmodel")) else "part of a logged model"
+
+
+def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            yield path.relative_to(root).as_posix(), path
+
+
+def _digest(path: Path) -> str:
+    if path.is_symlink():
+        return f"link to {os.readlink(path)}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()

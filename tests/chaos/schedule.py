@@ -1,0 +1,40 @@
+"""Which trials are run, in which order: the same ones for the same seed, spread over plans, calls and kinds."""
+
+import errno
+import random
+from collections.abc import Iterator
+
+from tests.chaos.shim import Fault
+from tests.chaos.trials import Bench, Stage, points
+
+FAULTS = (Fault(0, errno.EIO), Fault(0, errno.ENOSPC), Fault(0, errno.EIO, True), Fault(0, errno.ENOSPC, True))
+_KILLS_OF_HEAVY, _FAULTS, _DOUBLE_KILLS = 60, 24, 6  # of each plan, and of each kind of fault
+
+
+def schedule(bench: Bench, seed: int) -> list[tuple[str, tuple[Fault, ...]]]:
+    """Every trial: a plan's name and its faults. A part of the list from its start is a fair sample of it."""
+    found = [(name, faults) for name, stage in bench.stages.items() for faults in _of(stage, seed)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def stratified(bench: Bench, seed: int) -> list[tuple[str, tuple[Fault, ...]]]:
+    """A short list: for each plan one trial of each kind."""
+    drawn = random.Random(seed)
+    kinds = (Fault(0), *FAULTS)
+    return [(name, (drawn.choice(kinds)._replace(n=_anywhere(drawn, stage)),)) for name, stage in bench.stages.items()]
+
+
+def _of(stage: Stage, seed: int) -> Iterator[tuple[Fault, ...]]:
+    calls, drawn = len(stage.calls), random.Random(f"{seed} {stage.plan.name}")
+    for n in points(calls, calls if stage.plan.light else _KILLS_OF_HEAVY, seed):
+        yield (Fault(n),)
+    for kind in FAULTS:
+        for n in points(calls, _FAULTS, seed + kind.number + kind.lasting):
+            yield (kind._replace(n=n),)
+    for _ in range(_DOUBLE_KILLS):
+        yield Fault(_anywhere(drawn, stage)), Fault(_anywhere(drawn, stage))
+
+
+def _anywhere(drawn: random.Random, stage: Stage) -> int:
+    return drawn.randint(1, len(stage.calls))

@@ -1,0 +1,61 @@
+"""Builds the shim of `shim.c`, preloads it, and arms it in this process."""
+
+import ctypes
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+SOURCE = Path(__file__).with_name("shim.c")
+PRELOAD = "LD_PRELOAD"
+
+
+class Fault(NamedTuple):
+    """What happens at the n-th write-side call below a folder."""
+
+    n: int
+    number: int = 0  # an errno; 0: SIGKILL
+    lasting: bool = False  # later calls fail as well: a full disk stays full
+
+    @property
+    def kind(self) -> str:
+        name = errno.errorcode[self.number] if self.number else "kill"
+        return f"{name} from then on" if self.lasting else name
+
+
+KINDS = {
+    fault.kind: fault
+    for fault in (
+        Fault(0),
+        Fault(0, errno.EIO),
+        Fault(0, errno.EIO, True),
+        Fault(0, errno.ENOSPC),
+        Fault(0, errno.ENOSPC, True),
+    )
+}
+
+
+def preload(folder: Path) -> None:
+    """Build the shim in `folder`, and start this process again with it; returns where it is preloaded already."""
+    if "chaos-shim" in os.environ.get(PRELOAD, ""):
+        return
+    library = folder / "chaos-shim.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, SOURCE, "-ldl"], check=True)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, PRELOAD: str(library)})
+
+
+def arm(below: Path, fault: Fault, journal: int = -1) -> None:
+    """Hit the `fault.n`-th call below a folder (0: none); `journal` is a descriptor that is told which call that was."""
+    ctypes.CDLL(None).chaos_arm(
+        os.fsencode(below),
+        ctypes.c_long(fault.n),
+        ctypes.c_int(fault.number),
+        ctypes.c_int(fault.lasting),
+        ctypes.c_int(journal),
+    )
+
+
+def disarm() -> None:
+    arm(Path("/nowhere"), Fault(0))
