@@ -1,7 +1,7 @@
 """Runs `univigu` many times: each time in a fork of this process, which has imported all that a run needs.
 
-A fork starts in milliseconds where a new process takes seconds. This process must never compute anything with torch
-itself, as its threads would not be there in a fork.
+A fork starts in milliseconds where a new process takes seconds. It has none of this process's other threads, so these
+must not matter: torch has none (`shim.preload`), Arrow makes its own again, and MLflow's store is opened in forks only.
 """
 
 import atexit
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from components.snapshots import STEPS
 from tests.chaos import shim
 
 _LOOK_EVERY_S = 0.003
@@ -93,19 +94,25 @@ def run_function(function: Callable[[], None], place: Path, fault: shim.Fault, l
     return Outcome(os.waitstatus_to_exitcode(status), seconds, out, err, tuple(calls.splitlines()), hung)
 
 
-def warm_up(profile: str) -> None:
-    """Import what runs import, and read the code that they are identified by; forks have it for nothing."""
+def warm_up(profile: str, root: Path) -> None:
+    """Import what runs import, and make a dataset below `root`: forks have all that this reads and compiles for nothing."""
     for name in _IMPORTED:
         importlib.import_module(name)
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401: diffusers is lazy
     from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
+
+    from components.pipeline.cli import keep_libraries_quiet
     from components.pipeline.fingerprint import stage_code
     from components.pipeline.profiles import load_profile
+    from components.pipeline.runner import run_stage
     from components.pipeline.stages import STAGES
 
+    keep_libraries_quiet()
     values = load_profile(profile)
     for stage in STAGES:
         stage_code(stage, values)
+        if stage.name in STEPS:  # of the dataset
+            run_stage(stage.name, values, root)
     gc.collect()
     gc.freeze()  # else the first collection in a fork copies every page
 

@@ -43,7 +43,8 @@ def preload(folder: Path) -> None:
         return
     library = folder / "chaos-shim.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, SOURCE, "-ldl"], check=True)
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, PRELOAD: str(library)})
+    more = {PRELOAD: str(library), "OMP_NUM_THREADS": "1"}  # no threads of torch's, which a fork would lack
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **more})
 
 
 def arm(below: Path, fault: Fault, journal: int = -1) -> None:
@@ -55,7 +56,3 @@ def arm(below: Path, fault: Fault, journal: int = -1) -> None:
         ctypes.c_int(fault.lasting),
         ctypes.c_int(journal),
     )
-
-
-def disarm() -> None:
-    arm(Path("/nowhere"), Fault(0))

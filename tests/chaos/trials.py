@@ -56,7 +56,8 @@ def set_up(folder: Path, names: Sequence[str] = ()) -> Bench:
     """Make the root that each plan starts from, up to the last plan that is wanted (all: none is named)."""
     bench = Bench(folder)
     make_sources(bench.root_after(""), bench.profile)
-    server.warm_up(str(bench.profile))
+    roots.copy(bench.root_after(""), folder / "warm")
+    server.warm_up(str(bench.profile), folder / "warm")
     for plan in needed(plans(bench.profile), names):
         learn(bench, plan)
     return bench
