@@ -109,7 +109,7 @@ class Evaluations:
             return
         write_json(self.folder / "evaluations.json", self.all)
         write_json(self.folder / "heldout.json", self.all[-1])
-        names = [name for name, value in self.all[-1].items() if isinstance(value, list)]
+        names = sorted(name for name, value in self.all[-1].items() if isinstance(value, list))  # as if read from JSON
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *names])
