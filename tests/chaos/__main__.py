@@ -7,8 +7,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.chaos import shim
+
+if TYPE_CHECKING:
+    from tests.chaos import fuzz
 
 LOG = Path(".univigu/chaos.jsonl")
 SEED = 2026
@@ -36,38 +40,55 @@ def _options() -> argparse.Namespace:
     everything.set_defaults(act=_all)
     one = commands.add_parser("one", help="one trial, and what it came to")
     one.add_argument("plan")
-    one.add_argument("--fault", action="append", default=[], metavar="KIND:N", help=", ".join(shim.KINDS))
+    one.add_argument("--fault", action="append", required=True, metavar="KIND:N", help=", ".join(shim.KINDS))
     one.set_defaults(act=_one)
+    odd = commands.add_parser("fuzz", help="odd inputs at what reads them; all of them, or one again")
+    odd.add_argument("--log", type=Path, default=LOG)
+    odd.add_argument("--target", default="")
+    odd.add_argument("--inputs", type=int, default=0, help="of each target (default: a full run's)")
+    odd.add_argument("--number", type=int, help="only this input, in this process: with its traceback")
+    odd.set_defaults(act=_fuzz)
     sample = commands.add_parser("sample", help="a trial of each plan: what `make test` runs")
     sample.set_defaults(act=_sample)
     return parser.parse_args()
 
 
 def _all(options: argparse.Namespace, folder: Path) -> None:
-    from tests.chaos import report, trials
+    from tests.chaos import fuzz, report, trials
     from tests.chaos.schedule import schedule
 
     started = time.monotonic()
+    if not options.plan:
+        for target in fuzz.targets():
+            _fuzz_one(target, target.inputs, options.log, folder)
     bench = trials.set_up(folder, options.plan)
     known = {line["key"] for line in report.read_log(options.log) if "key" in line}
     wanted = schedule(bench, SEED)
     wanted = [(name, faults) for name, faults in wanted if not options.plan or name in options.plan]
-    todo = [(name, ()) for name in bench.stages] + wanted
-    for name, faults in todo:
+    chained = [name for name, stage in bench.stages.items() if stage.plan.chained]
+    if not options.plan and report.key(chained[0], ()) not in known:
+        for trial in trials.elsewhere(bench, chained):
+            _note(trial, options.log, 0.0)
+    for name, faults in wanted:
         if report.key(name, faults) in known:
             continue
         if time.monotonic() - started > 60 * options.minutes:
             break
         began = time.monotonic()
-        trial = trials.attempt(bench, name, faults) if faults else trials.elsewhere(bench, name)
-        report.note(options.log, report.of_trial(trial, time.monotonic() - began))
-        if trial.findings:
-            print(report.command(trial), trial.hit, *trial.findings, sep="\n  ", flush=True)
+        _note(trials.attempt(bench, name, faults), options.log, time.monotonic() - began)
     found = report.summarise(report.read_log(options.log), len(wanted), SEED)
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({name: found[name] for name in ("kills", "faults", "inputs", "seconds")}))
     sys.exit(bool(found["findings"]))
+
+
+def _note(trial: "trials.Trial", log: Path, seconds: float) -> None:
+    from tests.chaos import report
+
+    report.note(log, report.of_trial(trial, seconds))
+    if trial.findings:
+        print(report.command(trial), trial.hit, *trial.findings, sep="\n  ", flush=True)
 
 
 def _one(options: argparse.Namespace, folder: Path) -> None:
@@ -78,9 +99,34 @@ def _one(options: argparse.Namespace, folder: Path) -> None:
     for text in options.fault:
         kind, _, n = text.rpartition(":")
         faults.append(shim.KINDS[kind]._replace(n=int(n)))
-    trial = trials.attempt(bench, options.plan, faults) if faults else trials.elsewhere(bench, options.plan)
+    trial = trials.attempt(bench, options.plan, faults)
     print(trial.hit, *(trial.findings or ["all is well"]), sep="\n  ")
     sys.exit(bool(trial.findings))
+
+
+def _fuzz(options: argparse.Namespace, folder: Path) -> None:
+    from tests.chaos import fuzz
+
+    for target in fuzz.targets():
+        if options.target in ("", target.name):
+            if options.number is not None:
+                fuzz.repeat(target, SEED, options.number, folder)
+            else:
+                _fuzz_one(target, options.inputs or target.inputs, options.log, folder)
+
+
+def _fuzz_one(target: "fuzz.Target", count: int, log: Path, folder: Path) -> None:
+    """Read what the log doesn't have of a target's inputs, and note it there."""
+    from tests.chaos import fuzz, report
+
+    done = sum(line["inputs"] for line in report.read_log(log) if line.get("fuzzed") == target.name)
+    if done >= count:
+        return
+    began = time.monotonic()
+    found = list(fuzz.fuzz(target, SEED, done, count - done, folder / "fuzz"))
+    line = report.of_fuzzing(target.name, count - done, found, time.monotonic() - began)
+    report.note(log, line)
+    print(json.dumps(line), flush=True)
 
 
 def _sample(options: argparse.Namespace, folder: Path) -> None:

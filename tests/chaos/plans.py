@@ -20,10 +20,23 @@ class Plan(NamedTuple):
     arguments: tuple[str, ...]
     after: str  # another plan's name; empty: nothing but sources
     step: str = ""  # whose output it makes
-    light: bool = True  # a run takes about a second, so that every call can be broken
+    light: bool = True  # so that every call can be broken
+
+    @property
+    def chained(self) -> bool:
+        """Whether it is one of the steps in their order, each after the one before it."""
+        return self.name == self.step
+
+    @property
+    def weight(self) -> int:
+        """How often it comes, against others: quick ones come more often, so that all take about as much time."""
+        return 4 if self.step in _QUICK else 1
 
 
 _HEAVY = ("synthesize-videos", "train-stage-1", "train-stage-2", "evaluate-model", "register-model")
+
+
+_QUICK = ("curate-prompts", "caption-videos", "encode-latents", "synthesize-videos")
 
 
 def plans(profile: Path) -> list[Plan]:

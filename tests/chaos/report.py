@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ def of_trial(trial: Trial, seconds: float) -> dict[str, Any]:
     }
 
 
+def of_fuzzing(name: str, inputs: int, found: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """A line of the log about `inputs` odd inputs."""
+    told = [f"{one['finding']}; python -m tests.chaos fuzz --target '{name}' --number {one['input']}" for one in found]
+    return {"fuzzed": name, "inputs": inputs, "findings": told, "seconds": round(seconds, 2), "commit": commit()}
+
+
 def key(plan: str, faults: Iterable[Fault]) -> str:
     return f"{plan}: " + ", ".join(f"{fault.kind} {fault.n}" for fault in faults)
 
@@ -73,11 +79,15 @@ def summarise(lines: Iterable[Mapping[str, Any]], scheduled: int, seed: int) -> 
         "faults": sum(count for kind, count in kinds.items() if kind.startswith("E")),
         "kinds": dict(sorted(kinds.items())),
         "plans": {plan: dict(sorted(counts.items())) for plan, counts in by_plan.items()},
-        "fuzzed": dict(sorted(Counter({line["fuzzed"]: 0 for line in fuzzed}).items())),
+        "fuzzed": {name: sum(line["inputs"] for line in fuzzed if line["fuzzed"] == name) for name in _names(fuzzed)},
         "inputs": sum(line["inputs"] for line in fuzzed),
         "findings": [
-            {name: line[name] for name in ("repeat", "hit", "findings") if name in line}
+            {name: line[name] for name in ("repeat", "hit", "fuzzed", "findings") if name in line}
             for line in lines
             if line["findings"]
         ],
     }
+
+
+def _names(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    return sorted({line["fuzzed"] for line in lines})

@@ -80,10 +80,12 @@ def registry(root: Path) -> dict[str, Any]:
         }
 
 
+_COUNTS = "r.status != 'FAILED'"  # what ended with an error is marked so, and the next run is another
+_OF_RUNS = f"FROM {{}} p JOIN runs r USING (run_uuid) WHERE {_COUNTS}"
 _QUERIES = {
     "experiments": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
-    "runs": ("runs", "SELECT name, status, lifecycle_stage FROM runs"),
-    "parameters": ("params", "SELECT r.name, p.key, p.value FROM params p JOIN runs r USING (run_uuid)"),
+    "runs": ("runs", f"SELECT name, status, lifecycle_stage FROM runs r WHERE {_COUNTS}"),
+    "parameters": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')}"),
     "versions": ("model_versions", "SELECT name, version, status FROM model_versions"),
     "aliases": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
     "models": ("logged_models", "SELECT name, status FROM logged_models"),
@@ -93,7 +95,7 @@ _QUERIES = {
 
 def _metrics(store: sqlite3.Connection) -> list[Any]:
     """Each run's curves: which steps each has, how often."""
-    rows = store.execute("SELECT r.name, m.key, m.step FROM metrics m JOIN runs r USING (run_uuid)")
+    rows = store.execute(f"SELECT r.name, p.key, p.step {_OF_RUNS.format('metrics')}")
     counted = Counter((name, key, step) for name, key, step in rows if not any(word in key for word in _CLOCKED))
     return sorted(counted)
 

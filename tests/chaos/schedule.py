@@ -12,10 +12,14 @@ _KILLS_OF_HEAVY, _FAULTS, _DOUBLE_KILLS = 60, 24, 6  # of each plan, and of each
 
 
 def schedule(bench: Bench, seed: int) -> list[tuple[str, tuple[Fault, ...]]]:
-    """Every trial: a plan's name and its faults. A part of the list from its start is a fair sample of it."""
-    found = [(name, faults) for name, stage in bench.stages.items() for faults in _of(stage, seed)]
-    random.Random(seed).shuffle(found)
-    return found
+    """Every trial: a plan's name and its faults, drawn without order: a part from the start is a fair sample."""
+    drawn = random.Random(seed)
+    found = [
+        (drawn.random() ** (1 / stage.plan.weight), name, faults)
+        for name, stage in bench.stages.items()
+        for faults in _of(stage, seed)
+    ]
+    return [(name, faults) for _, name, faults in sorted(found, reverse=True)]
 
 
 def stratified(bench: Bench, seed: int) -> list[tuple[str, tuple[Fault, ...]]]:

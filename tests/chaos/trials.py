@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,17 +73,18 @@ def needed(found: Sequence[Plan], names: Sequence[str]) -> list[Plan]:
     return [plan for plan in found if plan.name in wanted]
 
 
-def elsewhere(bench: Bench, name: str) -> Trial:
-    """Run a plan in a root of another path: it must come to the same bytes."""
-    stage, place = bench.stages[name], bench.folder / "another place" / "much deeper"
-    roots.prepare(stage.before, place)
-    outcome = server.run(stage.plan.arguments, place, NONE, _LIMIT_S)
-    return Trial(name, (), "elsewhere", tuple(oracles.after_again(outcome, place, stage.state)))
+def elsewhere(bench: Bench, names: Sequence[str]) -> Iterator[Trial]:
+    """Run plans one after another in a root of another path: each must come to the same bytes there."""
+    place = bench.folder / "another place" / "much deeper"
+    roots.prepare(bench.root_after(""), place)
+    for name in names:
+        outcome = server.run(bench.stages[name].plan.arguments, place, NONE, _LIMIT_S)
+        yield Trial(name, (), "elsewhere", tuple(oracles.after_again(outcome, place, bench.stages[name].state)))
 
 
 def learn(bench: Bench, plan: Plan) -> Stage:
     """Run a plan without faults, and note all about it."""
-    place = bench.folder / "learn"
+    place = bench.folder / "trial"  # the same path as in all trials: MLflow notes where its artifacts are
     roots.prepare(bench.root_after(plan.after), place)
     outcome = server.run(plan.arguments, place, NONE, _LIMIT_S)
     if outcome.code:
