@@ -80,7 +80,7 @@ def registry(root: Path) -> dict[str, Any]:
         }
 
 
-_COUNTS = "r.status != 'FAILED'"  # what ended with an error is marked so, and the next run is another
+_COUNTS = "r.status IN ('FINISHED', 'RUNNING') AND r.lifecycle_stage = 'active'"  # others are marked as what went wrong
 _OF_RUNS = f"FROM {{}} p JOIN runs r USING (run_uuid) WHERE {_COUNTS}"
 _QUERIES = {
     "experiments": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
