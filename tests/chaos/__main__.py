@@ -48,7 +48,10 @@ def _options() -> argparse.Namespace:
     odd.add_argument("--inputs", type=int, default=0, help="of each target (default: a full run's)")
     odd.add_argument("--number", type=int, help="only this input, in this process: with its traceback")
     odd.set_defaults(act=_fuzz)
-    sample = commands.add_parser("sample", help="a trial of each plan: what `make test` runs")
+    sample = commands.add_parser("sample", help="a few trials of each plan, and a few odd inputs: what `make test` runs")
+    sample.add_argument("--plan", action="append", default=[], help="this plan and those that it needs")
+    sample.add_argument("--each", type=int, default=3, help="trials of each plan")
+    sample.add_argument("--inputs", type=int, default=50, help="odd inputs of each kind")
     sample.set_defaults(act=_sample)
     return parser.parse_args()
 
@@ -130,14 +133,16 @@ def _fuzz_one(target: "fuzz.Target", count: int, log: Path, folder: Path) -> Non
 
 
 def _sample(options: argparse.Namespace, folder: Path) -> None:
-    from tests.chaos import report, trials
-    from tests.chaos.schedule import stratified
+    from tests.chaos import fuzz, report, schedule, trials
 
-    bench = trials.set_up(folder)
-    lines = []
-    for name, faults in stratified(bench, SEED):
-        lines.append(report.of_trial(trials.attempt(bench, name, faults), 0.0))
-    print(json.dumps(report.summarise(lines, len(lines), SEED), indent=1))
+    log = folder / "log.jsonl"
+    for target in fuzz.targets():
+        _fuzz_one(target, options.inputs, log, folder)
+    bench = trials.set_up(folder, options.plan)
+    wanted = schedule.stratified(bench, SEED, options.each)
+    for name, faults in wanted:
+        _note(trials.attempt(bench, name, faults), log, 0.0)
+    print(json.dumps(report.summarise(report.read_log(log), len(wanted), SEED)))
 
 
 if __name__ == "__main__":

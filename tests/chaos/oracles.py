@@ -23,7 +23,7 @@ def after_fault(outcome: Outcome, fault: Fault, place: Path, step: str, expected
     if outcome.hung:
         found.append("hang")
     if "Traceback (most recent call last)" in outcome.err:
-        found.append("traceback: " + (outcome.err.strip().splitlines() or [""])[-1][:200])
+        found.append(f"traceback: {_traceback(outcome.err)}")
     if fault.number and not outcome.hung:
         found += _ending(outcome, fault, place, expected)
     return found + _output(place / "root", step)
@@ -78,6 +78,14 @@ def _output(root: Path, step: str) -> list[str]:
     except BadInputError as error:
         return [f"the output doesn't verify: {error}"]
     return []
+
+
+def _traceback(text: str) -> str:
+    """What it came from and what it said, of the first traceback."""
+    before, _, after = text.partition("Traceback (most recent call last)")
+    lines = after.splitlines()[1:]
+    said = next((line for line in lines if not line.startswith(" ")), "")
+    return f"{said[:200]} (after '{_last(before)[:100]}'; {lines[0].strip() if lines else ''})"
 
 
 def _last(text: str) -> str:

@@ -3,6 +3,7 @@
 import errno
 import random
 from collections.abc import Iterator
+from itertools import cycle
 
 from tests.chaos.shim import Fault
 from tests.chaos.trials import Bench, Stage, points
@@ -22,11 +23,14 @@ def schedule(bench: Bench, seed: int) -> list[tuple[str, tuple[Fault, ...]]]:
     return [(name, faults) for _, name, faults in sorted(found, reverse=True)]
 
 
-def stratified(bench: Bench, seed: int) -> list[tuple[str, tuple[Fault, ...]]]:
-    """A short list: for each plan one trial of each kind."""
-    drawn = random.Random(seed)
-    kinds = (Fault(0), *FAULTS)
-    return [(name, (drawn.choice(kinds)._replace(n=_anywhere(drawn, stage)),)) for name, stage in bench.stages.items()]
+def stratified(bench: Bench, seed: int, each: int) -> list[tuple[str, tuple[Fault, ...]]]:
+    """A short list: `each` trials of every plan, the kinds in turn."""
+    drawn, kinds = random.Random(seed), cycle((Fault(0), *FAULTS))
+    return [
+        (name, (next(kinds)._replace(n=_anywhere(drawn, stage)),))
+        for name, stage in bench.stages.items()
+        for _ in range(each)
+    ]
 
 
 def _of(stage: Stage, seed: int) -> Iterator[tuple[Fault, ...]]:

@@ -59,8 +59,9 @@ def set_up(folder: Path, names: Sequence[str] = ()) -> Bench:
     bench = Bench(folder)
     make_sources(bench.root_after(""), bench.profile)
     roots.copy(bench.root_after(""), folder / "warm")
-    server.warm_up(str(bench.profile), folder / "warm")
-    for plan in needed(plans(bench.profile), names):
+    wanted = needed(plans(bench.profile), names)
+    server.warm_up(str(bench.profile), folder / "warm", {plan.step or plan.name for plan in wanted})
+    for plan in wanted:
         learn(bench, plan)
     return bench
 

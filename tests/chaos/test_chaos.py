@@ -1,0 +1,33 @@
+"""A minute of `make chaos`: faults at calls of each step that makes the dataset, and odd inputs of every kind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_no_fault_and_no_odd_input_leaves_anything_wrong(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", "sample", "--plan", "encode-latents"],
+        cwd=Path(__file__).parents[2],
+        env=_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["findings"] == []
+    assert report["kills"] >= 4
+    assert report["faults"] >= 12
+    assert report["inputs"] >= 600
+
+
+def _environment(temporary):
+    import os
+
+    return {**os.environ, "TMPDIR": str(temporary)}
