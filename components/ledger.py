@@ -4,16 +4,12 @@ Each line is a run of the experiment ``NAME/promotions``, so that it travels wit
 pages, and can be read by anything that reads MLflow. What is decided is logged as params, which MLflow refuses to
 change; nothing here deletes or edits a line that says something.
 
-MLflow has no compare-and-set, so a line is also the turn of who writes it: a turn begins with a run that is RUNNING,
-and is given up if another one is RUNNING too. Of two that begin at once at least one sees the other, so no two ever
-move aliases together. What a turn does is written first, done second, and marked as done last; a turn whose process
-died is completed, if the alias moved, or marked as failed, once it is older than `LEASE_S`. Clocks of machines that
-share a server have to agree to within that.
+A line is also the lease (`components.leases`) of the process that writes it. What is decided is written first, at once;
+then the aliases are moved; then the line is ended. So a process may be killed anywhere: where nothing was decided its
+line is deleted, and what was decided is done by the next holder, as the process would have done it. Whoever asks for
+the same again is then told what was decided, and no second line is written.
 """
 
-import getpass
-import os
-import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,19 +18,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from components import leases
 from components.tracking import existing_store, open_tracking, tracking_uri
 from univigu import registry
-from univigu.errors import BusyError, TransientError, UniViGUError
+from univigu.errors import TransientError, UniViGUError
+from univigu.mlflow_store import explained, first_contact, without_secrets
 
-LEASE_S = 300.0  # longer than any turn takes
-PATIENCE_S = 60.0
 OUTCOMES = PROMOTED, REFUSED, UNCHANGED, ROLLED_BACK = "promoted", "refused", "unchanged", "rolled back"
 UNDER_WAY, FAILED = "under way", "failed"  # what a line says that has not ended, or that broke off before any change
+UNREADABLE = "unreadable"  # a run among the lines that none of ours is like
+_FINISHED = "attributes.status = 'FINISHED'"
+_SETTLED_TAG = "univigu.settled"  # of a line that another process completed, until whoever asked for it is told
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the ledger; `outcome` is one of `OUTCOMES`, or `UNDER_WAY`, or `FAILED`."""
+    """A line of the ledger; `outcome` is one of `OUTCOMES`, or `UNDER_WAY`, `FAILED`, or `UNREADABLE`."""
 
     id: str  # MLflow's run
     when: str  # UTC, ISO 8601
@@ -50,46 +49,92 @@ class Entry:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def actor() -> str:
-    """Who acts: UNIVIGU_ACTOR, which an orchestrator sets to the person it acts for, else the user of this machine."""
-    try:
-        return os.environ.get("UNIVIGU_ACTOR") or getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have a number and no name
-        return f"uid {os.getuid()}"
-
-
-class Turn:
+class Lease:
     """The one process that may move aliases of `name` now, and the line that it writes."""
 
-    def __init__(self, client: Any, run_id: str, name: str) -> None:
-        self._client, self._run_id, self._name, self._began = client, run_id, name, time.monotonic()
+    def __init__(self, client: Any, experiment: str, run_id: str, name: str) -> None:
+        self._client, self._experiment, self._run_id, self._name = client, experiment, run_id, name
+        self._began = time.monotonic()
+        self._line: str | None = None  # the run that says what was decided: this one, or an earlier one
 
-    def write(self, facts: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> None:
-        """Add to the line; what is decided is written before anything moves."""
-        from mlflow.entities import Metric, Param
+    def find_settled(self, request: str) -> bool:
+        """Take over the line of the same request whose process was killed, if what it decided still stands."""
+        condition = f"tags.`{_SETTLED_TAG}` = 'true' and params.request = '{request}' and {_FINISHED}"
+        for run in leases.search_runs(self._client, self._experiment, condition):
+            line = _entry(run)
+            left = line.replaced if line.outcome == REFUSED else line.version
+            if line.outcome in OUTCOMES and _champion(self._name) == left:
+                self._line = run.info.run_id
+                return True
+        return False
+
+    def find_decided(self, request: str) -> bool:
+        """Take over the line of the same request, whoever wrote it, for what is decided only once."""
+        run = _decided(self._client, self._experiment, request)
+        self._line = run and run.info.run_id
+        return run is not None
+
+    def decide(self, facts: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        """Write the line: from here on it is done, by this process or by the next holder."""
+        from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        params = [Param(key, str(value)) for key, value in facts.items() if value is not None]
-        metrics = [Metric(key, float(value), now, 0) for key, value in (scores or {}).items()]
-        self._client.log_batch(self._run_id, params=params, metrics=metrics)
+        self._client.log_batch(
+            self._run_id, metrics=[Metric(key, float(value), now, 0) for key, value in scores.items()]
+        )
+        self._client.update_run(self._run_id, name=f"{facts['action']} version {facts['version']}")
+        self._write(facts)  # last, and at once: a line that has params has all of them, and its scores
+        self._line = self._run_id
 
     def move(self, to: int, replaced: int | None) -> None:
         """Make `to` champion, and who it replaces `previous`."""
-        if time.monotonic() - self._began > LEASE_S / 2:
+        if time.monotonic() - self._began > leases.LEASE_S / 2:
+            self._client.set_terminated(self._run_id, "FAILED")
             raise TransientError(
-                f"The turn to change '{self._name}' took longer than {LEASE_S / 2:.0f} s, so nothing was changed; try "
-                f"again."
+                f"The lease to change '{self._name}' took longer than {leases.LEASE_S / 2:.0f} s, so it was given up; "
+                f"see `univigu model history`, and try again."
             )
         _point(self._name, to, replaced)
 
+    def fail(self, facts: Mapping[str, Any]) -> None:
+        """Write a line that says what was asked for, and that nothing came of it."""
+        self._write(facts)
+        self._line = self._run_id
+        self._client.set_terminated(self._run_id, "FAILED")
+
+    def end(self) -> None:
+        """End the line; a lease without one leaves nothing."""
+        if self._line == self._run_id:
+            self._client.set_terminated(self._run_id, "FINISHED")
+            return
+        leases.drop(self._client, self._run_id, "FINISHED")
+        if self._line is not None:  # last of all: until here whoever asked may be killed, and ask once more
+            self._forget(self._line)
+
+    def abandon(self) -> None:
+        """Leave as a killed process would: what was decided to the next holder, what was not to nobody."""
+        if self._line != self._run_id:
+            leases.drop(self._client, self._run_id)
+
     def entry(self) -> Entry:
         """The line as it stands."""
-        return _entry(self._client.get_run(self._run_id))
+        assert self._line is not None
+        return _entry(self._client.get_run(self._line))
+
+    def _write(self, facts: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, without_secrets(str(value))) for key, value in facts.items() if value is not None]
+        self._client.log_batch(self._run_id, params=params)
+
+    def _forget(self, run_id: str) -> None:
+        if _SETTLED_TAG in self._client.get_run(run_id).data.tags:
+            self._client.delete_tag(run_id, _SETTLED_TAG)
 
 
 @contextmanager
-def take_turn(name: str, root: Path, *, action: str, version: int, who: str, why: str) -> Iterator[Turn]:
-    """A turn at moving the aliases of `name`: waits for others, and writes the line's end when the block ends.
+def hold_lease(name: str, root: Path, title: str, who: str, why: str) -> Iterator[Lease]:
+    """A lease on the aliases of `name`: waits for others, settles what killed ones left, and ends its line.
 
     Raises `BusyError` where others take too long.
     """
@@ -98,120 +143,125 @@ def take_turn(name: str, root: Path, *, action: str, version: int, who: str, why
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient()
-    tags = {"mlflow.user": who, "mlflow.note.content": why}
-    with registry.explained(tracking_uri(root)):
-        run_id = _begin(client, experiment, name, f"{action} version {version}", tags)
-        turn = Turn(client, run_id, name)
+    tags = {"mlflow.user": who, "mlflow.note.content": without_secrets(why)}
+    with (
+        explained(tracking_uri(root)),
+        leases.hold(client, experiment, title, tags, lambda run: _settle(client, run, name)) as run_id,
+    ):
+        lease = Lease(client, experiment, run_id, name)
         try:
-            turn.write({"action": action, "version": version, "who": who, "why": why})
-            yield turn
-            client.set_terminated(run_id, "FINISHED")
+            yield lease
         except BaseException:
-            with suppress(MlflowException, UniViGUError):  # if the server is gone, the next turn settles this one
-                _settle(client, client.get_run(run_id), name)
+            with suppress(MlflowException, UniViGUError):  # if the server is gone, the next holder does this
+                lease.abandon()
             raise
+        lease.end()
 
 
 def read_ledger(name: str, root: Path) -> list[Entry]:
     """Every line about `name`, the newest first."""
     store = existing_store(root)
-    try:
-        with registry.in_a_hurry():
-            from mlflow import MlflowClient
+    with first_contact(store):
+        from mlflow import MlflowClient
 
-            client = MlflowClient(store)
-            experiment = client.get_experiment_by_name(_experiment(name))
-            if experiment is None:
-                return []
-            return [_entry(run) for run in _runs(client, experiment.experiment_id) if "version" in run.data.params]
-    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
-        raise registry.store_error(error, store) from error
+        client = MlflowClient(store)
+        experiment = client.get_experiment_by_name(_experiment(name))
+        if experiment is None:
+            return []
+        runs = leases.search_runs(client, experiment.experiment_id)
+        return [_entry(run) for run in runs if run.data.params]  # without: leases of those who have not decided
+
+
+def find_decision(name: str, request: str, root: Path) -> Entry | None:
+    """The line about what is decided only once, if it was."""
+    experiment = open_tracking(root, _experiment(name))
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    with explained(tracking_uri(root)):
+        run = _decided(client, experiment, request)
+        return run and _entry(run)
 
 
 def _experiment(name: str) -> str:
     return f"{name}/promotions"
 
 
-# --- turns -----------------------------------------------------------------------------------------------------------
+def _decided(client: Any, experiment: str, request: str) -> Any:
+    found = leases.search_runs(client, experiment, f"params.request = '{request}' and {_FINISHED}")
+    return next((run for run in found if _entry(run).outcome in OUTCOMES), None)
 
 
-def _begin(client: Any, experiment: str, name: str, title: str, tags: Mapping[str, str]) -> str:
-    give_up = time.monotonic() + PATIENCE_S
-    while True:
-        if not _others(client, experiment, name):
-            run_id = client.create_run(experiment, tags=dict(tags), run_name=title).info.run_id
-            if not _others(client, experiment, name, but=run_id):
-                return run_id
-            client.delete_run(run_id)  # two began at once: this one never got to say anything
-        if time.monotonic() > give_up:
-            raise BusyError(
-                f"The aliases of '{name}' are being changed by others ({_named(_others(client, experiment, name))}), "
-                f"so nothing was done; try again later (a turn that died is settled after {LEASE_S / 60:.0f} minutes)."
-            )
-        time.sleep(random.uniform(0.1, 0.7))
-
-
-def _named(runs: list[Any]) -> str:
-    return ", ".join(f"'{run.info.run_name}' by {run.data.tags.get('mlflow.user', '?')}" for run in runs) or "just done"
-
-
-def _others(client: Any, experiment: str, name: str, but: str = "") -> list[Any]:
-    """The turns under way besides `but`; those that died are settled."""
-    alive = []
-    for run in _runs(client, experiment, "attributes.status = 'RUNNING'"):
-        if run.info.run_id == but:
-            continue
-        if time.time() - run.info.start_time / 1000 > LEASE_S:
-            _settle(client, run, name)
-        else:
-            alive.append(run)
-    return alive
+# --- what killed processes left --------------------------------------------------------------------------------------
 
 
 def _settle(client: Any, run: Any, name: str) -> None:
-    """End the line of a turn that broke off: as done where the champion has moved, else as failed."""
-    params = run.data.params
-    champion = registry.version_at(name, registry.CHAMPION)
-    outcome, status = params.get("outcome"), "FAILED"
-    if outcome in (REFUSED, UNCHANGED):
-        status = "FINISHED"
-    elif outcome and champion is not None and str(champion.version) == params["version"]:
-        _point(name, int(params["version"]), int(params["replaced"]) if "replaced" in params else None)
-        status = "FINISHED"
-    client.set_terminated(run.info.run_id, status)
+    """Do what the line of a killed process decided, unless the champion is now another one than it left."""
+    run_id, params = run.info.run_id, run.data.params
+    if "outcome" not in params:
+        leases.drop(client, run_id)
+        return
+    client.set_tag(run_id, _SETTLED_TAG, "true")
+    try:
+        done = _complete(name, params)
+    except ValueError:  # the line is none of ours
+        done = False
+    client.set_terminated(run_id, "FINISHED" if done else "FAILED")
+
+
+def _complete(name: str, params: Mapping[str, str]) -> bool:
+    if params["outcome"] in (REFUSED, UNCHANGED):
+        return True
+    version, replaced = _number(params, "version"), _number(params, "replaced")
+    there = [int(one.version) for one in registry.versions(name)]
+    if params["outcome"] not in (PROMOTED, ROLLED_BACK) or version not in there:
+        return False
+    if _champion(name) not in (version, replaced):
+        return False
+    _point(name, version, replaced if replaced in there else None)
+    return True
 
 
 def _point(name: str, champion: int, previous: int | None) -> None:
-    # the champion first: whether it has moved tells if a turn that broke off is to be completed
     registry.set_alias(name, registry.CHAMPION, champion)
     if previous is not None:
         registry.set_alias(name, registry.PREVIOUS, previous)
 
 
-def _runs(client: Any, experiment: str, condition: str = "") -> list[Any]:
-    found, token = [], None
-    while True:
-        page = client.search_runs([experiment], condition, max_results=1000, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id), reverse=True)
+def _champion(name: str) -> int | None:
+    found = registry.version_at(name, registry.CHAMPION)
+    return found and int(found.version)
+
+
+def _number(params: Mapping[str, str], key: str) -> int | None:
+    return int(params[key]) if key in params else None
 
 
 def _entry(run: Any) -> Entry:
     params = run.data.params
     ends = {"FINISHED": params.get("outcome", FAILED), "RUNNING": UNDER_WAY}
-    return Entry(
-        id=run.info.run_id,
-        when=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
-        who=params["who"],
-        why=params["why"],
-        action=params["action"],
-        outcome=ends.get(run.info.status, FAILED),
-        version=int(params["version"]),
-        replaced=int(params["replaced"]) if "replaced" in params else None,
-        forced=params.get("forced") == "True",
-        reason=params.get("reason", ""),
-        metric=params.get("metric", ""),
-        scores=dict(run.data.metrics),
-    )
+    try:
+        return Entry(
+            id=run.info.run_id,
+            when=_moment(run),
+            who=params["who"],
+            why=params["why"],
+            action=params["action"],
+            outcome=ends.get(run.info.status, FAILED),
+            version=int(params["version"]),
+            replaced=_number(params, "replaced"),
+            forced=params.get("forced") == "True",
+            reason=params.get("reason", ""),
+            metric=params.get("metric", ""),
+            scores=dict(run.data.metrics),
+        )
+    except (KeyError, ValueError) as error:
+        reason = f"the run {run.info.run_id} is no line of a ledger ({type(error).__name__}: {error})"
+        return Entry(run.info.run_id, _moment(run), "?", "?", "?", UNREADABLE, 0, reason=reason)
+
+
+def _moment(run: Any) -> str:
+    try:
+        return datetime.fromtimestamp((run.info.start_time or 0) / 1000, UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):  # beyond any calendar
+        return "?"

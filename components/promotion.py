@@ -3,23 +3,23 @@
 A newcomer replaces the champion only if it is better on the same held-out items beyond doubt: if the 95 % interval of
 the paired difference of the metric (`univigu.evaluation.intervals.paired_difference`) lies above zero. Of two models
 that can't be told apart, the champion stays. Every decision, refusals too, is a line of the ledger
-(`components.ledger`), and is taken in a turn of its own: of two promotions at once the second is compared with what the
-first one left.
+(`components.ledger`), and is taken under a lease: of two promotions at once the second is compared with what the first
+one left.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import ledger
+from components.evaluations import Evaluation, UnreadableEvaluationError, claims, read_evaluation
 from components.pipeline.digests import json_digest
-from components.pipeline.tables import read_table
-from components.tracking import existing_store
+from components.tracking import actor, existing_store
 from univigu import registry
 from univigu.errors import BadInputError, BusyError, GateFailedError, MissingInputError, UniViGUError
 from univigu.evaluation.intervals import Score, clustered_mean, paired_difference
+from univigu.mlflow_store import without_password
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 METRIC = "captions.mean"
 METRIC_TAG = "univigu.champion_metric"  # of a version: the score that decides about it, else METRIC
 FEWEST_ITEMS = 10  # a bootstrap over fewer says too little
-SUMS = ("mean", "agreement")  # scores over all attributes of a task
 
 
 @dataclass(frozen=True)
@@ -71,27 +70,45 @@ def promote(
 
 
 def offer(
-    name: str, version: int | str, why: str, *, who: str = "", force: bool = False, root: Path = Path(".")
+    name: str,
+    version: int | str,
+    why: str,
+    *,
+    who: str = "",
+    force: bool = False,
+    once: str = "",
+    root: Path = Path("."),
 ) -> ledger.Entry:
-    """`promote`, for a caller that takes either answer: the line's outcome says whether the version was promoted."""
+    """`promote`, for a caller that takes either answer: the line's outcome says whether the version was promoted.
+
+    once: names what is decided once only; where the ledger has a line about it, that line is the answer.
+    """
     _require_why(why)
-    store = existing_store(root)
+    store, who = existing_store(root), who or actor()
     challenger = registry.find_version(name, version, store)
     number = int(challenger.version)
-    with ledger.take_turn(name, root, action="promote", version=number, who=who or ledger.actor(), why=why) as turn:
-        comparison = _compare(challenger, store)
-        better = comparison.better or force
-        if comparison.champion == number:
-            outcome = ledger.UNCHANGED
-        elif better:
-            _require_files(challenger, store)
-            outcome = ledger.PROMOTED
-        else:
-            outcome = ledger.REFUSED
-        turn.write(_facts(comparison, outcome) | {"forced": force and not comparison.better}, _figures(comparison))
-        if outcome == ledger.PROMOTED:
-            turn.move(number, comparison.champion)
-    return turn.entry()
+    asked = {"action": "promote", "version": number, "who": who, "why": why}
+    request = once or json_digest([asked, force])
+    with ledger.hold_lease(name, root, f"promote version {number}", who, why) as lease:
+        if not (lease.find_decided(request) if once else lease.find_settled(request)):
+            _decide(lease, challenger, store, {**asked, "request": request}, force)
+    return lease.entry()
+
+
+def _decide(lease: ledger.Lease, challenger: "ModelVersion", store: str, asked: Mapping[str, Any], force: bool) -> None:
+    comparison = _compare(challenger, store)
+    number = int(challenger.version)
+    if comparison.champion == number:
+        outcome = ledger.UNCHANGED
+    elif comparison.better or force:
+        _require_files(lease, challenger, store, asked)
+        outcome = ledger.PROMOTED
+    else:
+        outcome = ledger.REFUSED
+    forced = force and not comparison.better
+    lease.decide({**asked, **_facts(comparison, outcome), "forced": forced}, _figures(comparison))
+    if outcome == ledger.PROMOTED:
+        lease.move(number, comparison.champion)
 
 
 def rollback(name: str, why: str, *, who: str = "", root: Path = Path(".")) -> ledger.Entry:
@@ -101,28 +118,39 @@ def rollback(name: str, why: str, *, who: str = "", root: Path = Path(".")) -> l
     this began: then it is another one that would be rolled back.
     """
     _require_why(why)
-    store = existing_store(root)
+    store, who = existing_store(root), who or actor()
+    asked = {"action": "rollback", "who": who, "why": why}
+    request = json_digest(asked)
+    before = _holders(name, store)
+    with ledger.hold_lease(name, root, "rollback", who, why) as lease:
+        if not lease.find_settled(request):
+            _roll_back(lease, name, store, {**asked, "request": request}, before)
+    return lease.entry()
+
+
+def _roll_back(
+    lease: ledger.Lease, name: str, store: str, asked: Mapping[str, Any], before: Sequence["ModelVersion | None"]
+) -> None:
     champion, previous = _holders(name, store)
+    if _numbers(before) != _numbers((champion, previous)):
+        raise BusyError(
+            f"The champion of '{name}' was changed while this rollback waited, so nothing was done; look at "
+            f"`univigu model history`, and try again if it is still wanted."
+        )
     if champion is None or previous is None or previous.version == champion.version:
         raise MissingInputError(
             f"'{name}' has no previous champion to go back to; `univigu model list` shows the versions, and "
             f"`univigu model promote` makes one of them champion."
         )
     number, replaced = int(previous.version), int(champion.version)
-    with ledger.take_turn(name, root, action="rollback", version=number, who=who or ledger.actor(), why=why) as turn:
-        if [one and int(one.version) for one in _holders(name, store)] != [replaced, number]:
-            raise BusyError(
-                f"The champion of '{name}' was changed while this rollback waited, so nothing was done; look at "
-                f"`univigu model history`, and try again if it is still wanted."
-            )
-        _require_files(previous, store)
-        try:
-            comparison = _compare(previous, store)
-        except UniViGUError as error:  # no comparison may stand in the way back
-            comparison = Comparison(name, number, replaced, METRIC, False, str(error))
-        turn.write(_facts(comparison, ledger.ROLLED_BACK), _figures(comparison))
-        turn.move(number, replaced)
-    return turn.entry()
+    asked = {**asked, "version": number}
+    _require_files(lease, previous, store, asked)
+    try:
+        comparison = _compare(previous, store)
+    except UniViGUError as error:  # no comparison may stand in the way back
+        comparison = Comparison(name, number, replaced, METRIC, False, str(error))
+    lease.decide({**asked, **_facts(comparison, ledger.ROLLED_BACK)}, _figures(comparison))
+    lease.move(number, replaced)
 
 
 def history(name: str, *, root: Path = Path(".")) -> list[ledger.Entry]:
@@ -131,28 +159,6 @@ def history(name: str, *, root: Path = Path(".")) -> list[ledger.Entry]:
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured: figures by their dotted names, and the scored items by what was asked of the model."""
-
-    scores: Mapping[str, Score]
-    items: Mapping[str, Mapping[str, Any]]
-    digest: str  # of what was asked, whatever the model answered
-
-
-def read_evaluation(folder: Path) -> Evaluation:
-    """What `evaluate-model` left: ``metrics.json`` and ``items.parquet``.
-
-    Captions in other numbers of steps than the model's own are no part of the comparison.
-    """
-    from components.evaluate_model import STEPS_TASK
-
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    rows = [row for row in read_table(folder, "items").to_pylist() if not STEPS_TASK.fullmatch(row["task"])]
-    items = {_question(row): row for row in rows}
-    return Evaluation(scores=dict(_scores(metrics)), items=items, digest=json_digest(sorted(items)))
 
 
 def _compare(challenger: "ModelVersion", store: str) -> Comparison:
@@ -173,10 +179,11 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
     theirs = _evaluation_of(champion, store)
     if ours is None or theirs is None:
         return verdict(False, f"the evaluation of version {number if ours is None else holder} can't be read")
-    asked = _claims(theirs, metric)
-    answered = _claims(ours, metric)
+    asked, answered = claims(theirs, metric), claims(ours, metric)
     if not asked or not asked.keys() <= answered.keys():
         return verdict(False, f"it and the champion, version {holder}, were not measured on the same held-out items")
+    if any(answered[one].keys() != right.keys() for one, right in asked.items()):
+        return verdict(False, f"it and the champion, version {holder}, were not scored on the same attributes")
     if len(asked) < FEWEST_ITEMS:
         return verdict(False, f"{len(asked)} items in common with the champion, version {holder}, tell nothing apart")
     pairs: tuple[Sequence, Sequence] = [answered[one] for one in asked], list(asked.values())
@@ -203,37 +210,14 @@ def _in_words(metric: str, holder: int, scores: Mapping[str, Score]) -> str:
     )
 
 
-def _claims(evaluation: Evaluation, metric: str) -> dict[str, dict[str, bool]]:
-    """What was right and wrong, by what was asked, of the items that a metric such as ``captions.mean`` is about."""
-    task, _, key = metric.partition(".")
-    claims = {}
-    for question, row in evaluation.items.items():
-        if row["task"] == task:
-            correct = json.loads(row["correct"])
-            claims[question] = correct if key in SUMS else {name: correct[name] for name in correct if name == key}
-    return {question: correct for question, correct in claims.items() if correct}
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    """A digest of what was asked; the truth about a clip that the model made itself is no part of that."""
-    asked = [row["task"], row["clip_id"], row["prompt"], row["open_attributes"]]
-    return json_digest([*asked, None if row["open_attributes"] else row["truth"]])
-
-
-def _scores(metrics: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Score]]:
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            if {"value", "low", "high", "n"} <= value.keys():
-                yield f"{path}{key}", value
-            else:
-                yield from _scores(value, f"{path}{key}.")
-
-
 def _evaluation_of(version: "ModelVersion", store: str) -> Evaluation | None:
-    """The evaluation that travels with a registered version; None where it has none that can be read."""
+    """The evaluation that travels with a registered version; None where it has none that can be read.
+
+    A disk or a server that fails is no such answer: it would decide about a version for ever.
+    """
     try:
         return read_evaluation(registry.artifact(f"models:/{version.name}/{version.version}", "evaluation", store))
-    except (BadInputError, OSError, ValueError, KeyError):
+    except (MissingInputError, UnreadableEvaluationError):
         return None
 
 
@@ -242,6 +226,10 @@ def _evaluation_of(version: "ModelVersion", store: str) -> Evaluation | None:
 
 def _holders(name: str, store: str) -> list["ModelVersion | None"]:
     return [registry.version_at(name, alias, store) for alias in (registry.CHAMPION, registry.PREVIOUS)]
+
+
+def _numbers(versions: Sequence["ModelVersion | None"]) -> list[int | None]:
+    return [one and int(one.version) for one in versions]
 
 
 def _facts(comparison: Comparison, outcome: str) -> dict[str, Any]:
@@ -270,9 +258,10 @@ def _require_why(why: str) -> None:
         raise BadInputError("A change of champion needs a reason, for whoever reads the ledger; give one with --why.")
 
 
-def _require_files(version: "ModelVersion", store: str) -> None:
+def _require_files(lease: ledger.Lease, version: "ModelVersion", store: str, asked: Mapping[str, Any]) -> None:
     if not registry.has_files(version, store):
+        lease.fail(asked)
         raise MissingInputError(
             f"The files of version {version.version} of '{version.name}' are gone, so it can't be champion; put them "
-            f"back ({version.source}), or run `univigu run register-model` where it was trained."
+            f"back ({without_password(version.source)}), or run `univigu run register-model` where it was trained."
         )

@@ -1,46 +1,69 @@
 """Register the evaluated model in MLflow, with a card made of its run's own facts and tags that lead back to the data.
 
-The same model from the same library code, with the same evaluation, is registered once, however often the step runs; a
-version that has lost its files gets them back. A version always gets the alias `candidate`. Whether it is champion is
-decided once, when it is new, and by `components.promotion`, as it would be by hand; where the profile's
-`register_model.promotion` is `manual`, that is left to a person or an orchestrator. An orchestrator that decides sets
-UNIVIGU_PROMOTION to `manual`, whatever the profile says.
+The same model from the same library code, with the same evaluation, is registered once, however often the step runs,
+wherever it was killed, and whoever else registers meanwhile; a version that has lost files gets them back. The newest
+version has the alias `candidate`. Whether a version is champion is decided once, by `components.promotion`, as it would
+be by hand; where the profile's `register_model.promotion` is `manual`, that is left to a person or an orchestrator. An
+orchestrator that decides sets UNIVIGU_PROMOTION to `manual`, whatever the profile says.
 """
 
-import json
 import os
 import shutil
 import subprocess
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components import ledger, promotion
+from components.evaluations import Evaluation, read_evaluation
+from components.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
 from components.pipeline.digests import json_digest
 from components.pipeline.fingerprint import code_digest, fingerprint, modules_of
-from components.pipeline.manifests import MANIFEST
+from components.pipeline.manifests import read_manifest
 from components.pipeline.runner import SOURCE_ROOT, Step
 from components.pipeline.stages import find_stage
-from components.promotion import Evaluation, read_evaluation
 from univigu.errors import BadInputError, ConfigError
-from univigu.files import write_json
+from univigu.files import read_json_object, write_json
 
-PIPELINE = "model"  # the pipeline's folder inside the training step's output
-CARD = "model_card.md.j2"
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+REGISTRATION = "registration.json"
 PROMPT_SOURCES = "prompts.json"
 EVIDENCE = ("metrics.json", "items.parquet")  # of the evaluation, what a version carries
 DECISION_TAG = "univigu.decision"
+LOST_TAG = "univigu.lost_version"  # of a version whose model was registered before: that version, which was lost
+WHY = "register-model offers each new version"
 PROMOTIONS = ("automatic", "manual")
 PROMOTION = "UNIVIGU_PROMOTION"
 
-Manifests = Mapping[str, Mapping[str, Any]]  # by the step's input name
-
 
 def register_model(step: Step) -> None:
-    """Leave `registration.json` (name, version, decision, digests); the version itself lies in MLflow's registry."""
+    """Leave `registration.json` (name, version, decision, digests); the version itself is in MLflow's registry."""
+    with _temporary_files(step.out) as temporary:
+        facts = _register(step, temporary)
+    write_json(step.out / REGISTRATION, facts)
+    step.rows_in = step.rows_out = 1
+
+
+@contextmanager
+def _temporary_files(staging: Path) -> Iterator[Path]:
+    """A folder for temporary files, MLflow's copies of the model too, where the next run removes what a kill left."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=staging) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
+
+
+def _register(step: Step, temporary: Path) -> dict[str, Any]:
+    """Register, and decide; returns what `registration.json` says."""
     from components.tracking import flatten, open_tracking
-    from univigu import registry
+    from univigu import registration, registry
 
     settings = step["register_model"]
     name, metric = settings["name"], settings["champion_metric"]
@@ -48,7 +71,7 @@ def register_model(step: Step) -> None:
     if how not in PROMOTIONS:
         where = PROMOTION if os.environ.get(PROMOTION) else "The profile's register_model.promotion"
         raise ConfigError(f"{where} is '{how}'; choose one of {', '.join(PROMOTIONS)}.")
-    manifests = {source: _manifest(step.inputs[source]) for source in step.stage.inputs}
+    manifests = {source: read_manifest(step.inputs[source], maker) for source, maker in step.stage.inputs.items()}
     lineage = trace_lineage(manifests)
     evaluation = read_evaluation(step.inputs["evaluation"])
     if metric not in evaluation.scores:
@@ -64,57 +87,102 @@ def register_model(step: Step) -> None:
     }
     runs = _training_runs(step.root, manifests["model"])
     commit = _git_commit(SOURCE_ROOT)
-    facts = lineage_tags(manifests, lineage, evaluation, runs, commit)
     card = render_card(step, name, manifests, lineage, evaluation, identity, runs, commit)
+    pipeline = step.inputs["model"] / PIPELINE
     evidence = {
-        "evaluation": _copy_evaluation(step.inputs["evaluation"], step.scratch),
-        "lineage": _copy_lineage(step, manifests),
+        "evaluation": _copy_evaluation(step.inputs["evaluation"], temporary),
+        "lineage": _copy_lineage(step, manifests, temporary),
     }
+    registration.tidy_uploads(name, experiment)
     version = registry.version_with(name, identity)
     if version is None:
         score = evaluation.scores[metric]
-        version = registry.register_version(
-            step.inputs["model"] / PIPELINE,
+        tags = {
+            **identity,
+            **lineage_tags(manifests, lineage, evaluation, runs, commit),
+            **_lost_version(step.previous, name, identity),
+            promotion.METRIC_TAG: metric,
+            "univigu.score": f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})",
+        }
+        with registration.uploaded(
+            pipeline,
             name,
             experiment_id=experiment,
             card=card,
             evidence=evidence,
-            tags={
-                **identity,
-                **facts,
-                promotion.METRIC_TAG: metric,
-                "univigu.score": f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})",
-            },
+            tags=tags,
             parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in manifests.values()}),
             metrics={score: values["value"] for score, values in evaluation.scores.items()},
-            scratch=step.scratch,
-        )
-    elif not registry.has_files(version):
-        registry.restore_files(version, step.inputs["model"] / PIPELINE, card, evidence, step.scratch)
-    registry.set_alias(name, registry.CANDIDATE, version.version)
+        ) as upload:
+            version = _enter(name, identity, step.root, lambda: registration.create_version(upload, name, card, tags))
+    else:
+        if registry.lost_files(version, _version_files(manifests, evidence)):
+            registration.restore_files(version, pipeline, card, evidence)
+        version = _enter(name, identity, step.root, lambda: version)
     decision = version.tags.get(DECISION_TAG)
     if decision is None:  # once a version: running the step again must not undo a rollback
-        decision = _decide(name, version.version, how, step.root)
+        decision = _decide(version, how, step.root)
         registry.set_tags(version, {DECISION_TAG: decision})
-    step.rows_in = step.rows_out = 1
-    registration = {
+    return {
         "name": name,
         "version": int(version.version),
         "decision": decision,
-        **{key.removeprefix("univigu."): digest for key, digest in identity.items()},
+        **_digests(identity),
         "champion_metric": {"name": metric, **evaluation.scores[metric]},
         "heldout_digest": evaluation.digest,
     }
-    write_json(step.out / "registration.json", registration)
 
 
-def _decide(name: str, version: str, how: str, root: Path) -> str:
-    """Whether the new version becomes champion, in words."""
+def _enter(name: str, identity: Mapping[str, str], root: Path, make: "Callable[[], ModelVersion]") -> "ModelVersion":
+    """The version of this identity, made by `make` where nobody has made it meanwhile; the newest is the candidate."""
+    from components.tracking import actor
+    from univigu import registry
+
+    with ledger.hold_lease(name, root, "register", actor(), WHY):
+        version = registry.version_with(name, identity) or make()
+        if int(version.version) == max(int(one.version) for one in registry.versions(name)):
+            registry.set_alias(name, registry.CANDIDATE, version.version)
+    return version
+
+
+def _decide(version: "ModelVersion", how: str, root: Path) -> str:
+    """Whether the new version becomes champion, in words; the same ones where the ledger knows it already."""
+    request = json_digest(["register-model", version.name, int(version.version), version.run_id])
     if how == "manual":
-        return "candidate, as promotion is manual"
-    entry = promotion.offer(name, version, "register-model offers each new version", root=root)
-    state = "candidate" if entry.outcome == ledger.REFUSED else "champion"
-    return f"{state}, {'with' if entry.scores else 'as'} {entry.reason}"
+        entry = ledger.find_decision(version.name, request, root)
+    else:
+        entry = promotion.offer(version.name, version.version, WHY, once=request, root=root)
+    if entry is None:
+        decision = "candidate, as promotion is manual"
+    else:
+        state = "candidate" if entry.outcome == ledger.REFUSED else "champion"
+        decision = f"{state}, {'with' if entry.scores else 'as'} {entry.reason}"
+    lost = version.tags.get(LOST_TAG)
+    return f"{decision}; registered again, as the registry no longer had version {lost}" if lost else decision
+
+
+def _lost_version(previous: Path, name: str, identity: Mapping[str, str]) -> dict[str, str]:
+    """A tag with the version that this step registered before, by what it left: a new one is made, so that is lost."""
+    try:
+        facts = read_json_object(previous / REGISTRATION)
+    except (OSError, ValueError):
+        return {}
+    same = {"name": name, **_digests(identity)}
+    lost = facts.get("version")
+    return {LOST_TAG: str(lost)} if isinstance(lost, int) and same.items() <= facts.items() else {}
+
+
+def _digests(identity: Mapping[str, str]) -> dict[str, str]:
+    return {key.removeprefix("univigu."): digest for key, digest in identity.items()}
+
+
+def _version_files(manifests: Manifests, evidence: Mapping[str, Path]) -> dict[str, int | None]:
+    """The files of a version by their names inside it, with their sizes in bytes where the identity decides these."""
+    sizes = {f"artifacts/pipeline/{name}": facts["size"] for name, facts in model_files(manifests["model"]).items()}
+    measured = manifests["evaluation"]["files"]
+    sizes |= {f"artifacts/evaluation/{name}": measured[name]["size"] for name in EVIDENCE}
+    described = [f"artifacts/lineage/{path.name}" for path in evidence["lineage"].iterdir()]
+    return {**sizes, **dict.fromkeys([*described, "artifacts/README.md", "MLmodel"])}
 
 
 # --- where it came from ----------------------------------------------------------------------------------------------
@@ -160,18 +228,8 @@ def lineage_tags(
     return {**tags, **({"univigu.git_commit": commit} if commit else {})}
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def _model_files(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The pipeline's files in a training step's manifest, by their names inside the pipeline's folder."""
-    folder = f"{PIPELINE}/"
-    return {name.removeprefix(folder): facts for name, facts in manifest["files"].items() if name.startswith(folder)}
-
-
 def _model_digest(manifest: Mapping[str, Any]) -> str:
-    return json_digest({name: facts["sha256"] for name, facts in _model_files(manifest).items()})
+    return json_digest({name: facts["sha256"] for name, facts in model_files(manifest).items()})
 
 
 def _evaluation_digest(manifest: Mapping[str, Any]) -> str:
@@ -196,9 +254,10 @@ def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]
 
 def _parent_manifest(root: Path, model: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest of stage 1's output, if what lies there is still what the model was trained from."""
+    parent = find_stage(find_stage(model["step"]).inputs["model"])
     try:
-        manifest = _manifest(root / find_stage(find_stage(model["step"]).inputs["model"]).home)
-    except (OSError, ValueError):
+        manifest = read_manifest(root / parent.home, parent.name)
+    except (OSError, BadInputError):
         return None
     return manifest if manifest["digest"] == model["inputs"]["model"] else None
 
@@ -213,142 +272,21 @@ def _git_commit(folder: Path) -> str | None:
     return done.stdout.strip()
 
 
-def _copy_evaluation(folder: Path, scratch: Path) -> Path:
-    target = scratch / "evaluation"
-    target.mkdir(exist_ok=True)
+def _copy_evaluation(folder: Path, temporary: Path) -> Path:
+    target = temporary / "evaluation"
+    target.mkdir()
     for name in EVIDENCE:
         shutil.copy(folder / name, target / name)
     return target
 
 
-def _copy_lineage(step: Step, manifests: Manifests) -> Path:
+def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
     """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
-    target = step.scratch / "lineage"
-    target.mkdir(exist_ok=True)
-    for source, manifest in manifests.items():
-        shutil.copy(step.inputs[source] / MANIFEST, target / f"{manifest['step']}.json")
-    write_json(target / PROMPT_SOURCES, _sources(step))
+    from components.tracking import redacted
+
+    target = temporary / "lineage"
+    target.mkdir()
+    for manifest in manifests.values():
+        write_json(target / f"{manifest['step']}.json", redacted(manifest))
+    write_json(target / PROMPT_SOURCES, prompt_sources(step))
     return target
-
-
-# --- the model card --------------------------------------------------------------------------------------------------
-
-
-def render_card(
-    step: Step,
-    name: str,
-    manifests: Manifests,
-    lineage: Mapping[str, str],
-    evaluation: Evaluation,
-    identity: Mapping[str, str],
-    runs: Sequence[Mapping[str, str]],
-    commit: str | None,
-) -> str:
-    """The model card as Markdown with YAML front matter; every figure on it comes from the step's inputs."""
-    import yaml
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from components.tracking import flatten
-
-    folder = step.inputs["model"] / PIPELINE
-    settings = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    files = _model_files(manifests["model"])
-    weights = [folder / file for file in files if file.endswith(".safetensors")]
-    captions = [
-        {"name": score.partition(".")[2], **values}
-        for score, values in evaluation.scores.items()
-        if score.startswith("captions.") and score != "captions.mean"
-    ]
-    front_matter = {
-        "pipeline_tag": "text-to-video",
-        "tags": ["uni-vigu", "video-captioning", "text-to-video", "flow-matching"],
-        "model-index": [{"name": name, "results": _card_results(evaluation)}],
-    }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template(CARD).render(
-        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        name=name,
-        commit=commit,
-        base_digest=lineage.get("base", "unknown"),
-        model={
-            "digest": identity["univigu.model_digest"],
-            "parameters": sum(_parameters(path) for path in weights),
-            "weights": weights,
-            "bytes": sum(facts["size"] for facts in files.values()),
-        },
-        dataset={"digest": manifests["latents"]["digest"], "samples": _samples(step)},
-        data=_sources(step),
-        evaluation={
-            "digest": evaluation.digest,
-            "count": len({row["clip_id"] for row in evaluation.items.values()}),
-            "scores": [{"name": name, **values} for name, values in evaluation.scores.items() if _on_card(name)],
-        },
-        limits={
-            **{key: settings[key] for key in ("num_frames", "height", "width", "max_sequence_length")},
-            "text_length": json.loads((folder / "transformer/config.json").read_text())["text_length"],
-            "weakest": sorted(captions, key=lambda score: score["value"])[:3],
-        },
-        parameters=[
-            {"step": manifest["step"], "text": _listed(flatten(manifest["parameters"]))}
-            for manifest in manifests.values()
-        ],
-        lineage=[{"step": key, "digest": digest} for key, digest in lineage.items()],
-        runs=runs,
-    )
-
-
-def _on_card(name: str) -> bool:
-    """The sums of everything, and what the model itself gets right on each attribute; the rest is in metrics.json."""
-    group, _, key = name.partition(".")
-    return group in ("captions", "generation") or key in ("mean", "agreement")
-
-
-def _cell(text: Any) -> str:
-    """A text that can't break out of a cell of a Markdown table."""
-    return " ".join(str(text).replace("|", "/").split())
-
-
-def _listed(parameters: Mapping[str, Any]) -> str:
-    return _cell(
-        ", ".join(f"{name} {value}" for name, value in sorted(parameters.items())).replace("`", "").replace("'", "")
-    )
-
-
-def _card_results(evaluation: Evaluation) -> list[dict[str, Any]]:
-    return [
-        {
-            "task": {"type": "video-to-text" if name.startswith("captions") else "text-to-video"},
-            "dataset": {"name": "held-out items", "type": evaluation.digest},
-            "metrics": [{"type": name, "value": values["value"]}],
-        }
-        for name, values in evaluation.scores.items()
-        if name in ("captions.mean", "generation.mean", "joint.agreement")
-    ]
-
-
-def _samples(step: Step) -> list[dict[str, Any]]:
-    rows = step.read("latents", "latents").to_pylist()
-    counts = Counter((r["stage"], r["split"], f"{r['frames']} x {r['height']} x {r['width']}") for r in rows)
-    return [
-        {"stage": stage, "split": split, "size": size, "count": n} for (stage, split, size), n in sorted(counts.items())
-    ]
-
-
-def _sources(step: Step) -> dict[str, Any]:
-    rows = step.read("prompts", "prompts").to_pylist()
-    counts = Counter((row["source"], row["licence"]) for row in rows)
-    sources = [{"source": source, "licence": licence, "count": n} for (source, licence), n in sorted(counts.items())]
-    return {"prompts": len(rows), "sources": sources}
-
-
-def _parameters(weights: Path) -> int:
-    """How many numbers a safetensors file holds, from its header alone."""
-    from math import prod
-
-    from safetensors import safe_open
-
-    with safe_open(weights, framework="numpy") as tensors:
-        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118

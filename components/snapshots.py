@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.manifests import MANIFEST
+from components.pipeline.manifests import read_manifest
 from components.pipeline.stages import find_stage
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError
 
@@ -50,7 +50,7 @@ def take_snapshot(root: Path, version: str = "") -> tuple[Snapshot, bool]:
     `BadInputError` outside git, where the recipe isn't committed, and where the data differ from ``dvc.lock``.
     """
     _require_git(root)
-    manifests = {step: _manifest(root, step) for step in STEPS}
+    manifests = {step: read_manifest(root / find_stage(step).home, step) for step in STEPS}
     _require_in_cache(root)
     digest = manifests["encode-latents"]["digest"]
     known = find_snapshot(root, digest)
@@ -155,16 +155,6 @@ def _require_in_cache(root: Path) -> None:
 
 def _paths(entries: Sequence[Any]) -> list[str]:
     return [entry if isinstance(entry, str) else entry["new"] for entry in entries]
-
-
-def _manifest(root: Path, step: str) -> dict[str, Any]:
-    path = root / find_stage(step).home / MANIFEST
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MissingInputError(
-            f"There is no finished output of '{step}' below {root.resolve()}; run `dvc repro`, or `dvc pull`."
-        ) from error
 
 
 def _next_version(known: Sequence[Snapshot], wanted: str) -> str:

@@ -4,9 +4,9 @@ The store is ``mlflow.db`` in the work root (so that `mlflow ui` there just work
 It is reached before anything is computed: a server that does not answer stops a step at once, not after its work.
 """
 
-import json
-import logging
+import getpass
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,33 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univigu.errors import ConfigError, MissingInputError, PreemptedError, UniViGUError
-from univigu.registry import explained, in_a_hurry, store_error, without_login, without_password
+from univigu.errors import ConfigError, MissingInputError, PreemptedError
+from univigu.files import read_json_object, write_json
+from univigu.mlflow_store import (
+    explained,
+    first_contact,
+    quiet_mlflow,
+    short_timeouts,
+    store_error,
+    without_login,
+    without_password,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
 EXPERIMENT = "uni-vigu"
+_NOTE_TAG = "univigu.note"  # of a training run: what its note says before MLflow has given it an id
 FLUSH_EVERY_S = 10.0
+
+
+def actor() -> str:
+    """Who acts: UNIVIGU_ACTOR, which an orchestrator sets to the person it acts for, else the user of this machine."""
+    try:
+        return os.environ.get("UNIVIGU_ACTOR") or getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have a number and no name
+        return f"uid {os.getuid()}"
 
 
 def tracking_uri(root: Path) -> str:
@@ -50,39 +69,28 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     Raises `TransientError` where the store can't be reached, `CorruptDataError` where its database is damaged, and
     `ConfigError` where somebody deleted the experiment.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    import mlflow
-
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri(root)
+    mlflow, uri = quiet_mlflow(), tracking_uri(root)
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     if not chosen:
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, and another root would take it for the user's
-    try:
-        with in_a_hurry():
-            client = mlflow.MlflowClient()
-            found = client.get_experiment_by_name(experiment)
-            if found is None:
-                location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-                try:
-                    return client.create_experiment(experiment, artifact_location=location)
-                except mlflow.exceptions.MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                        raise
-                found = client.get_experiment_by_name(experiment)  # another process made it meanwhile
-            if found.lifecycle_stage != "active":
-                raise ConfigError(
-                    f"The experiment '{experiment}' in {without_password(uri)} is deleted; bring it back with "
-                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
-                )
-            return found.experiment_id
-    except UniViGUError:
-        raise
-    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
-        raise store_error(error, uri) from error
+    with first_contact(uri):
+        client = mlflow.MlflowClient()
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
+            try:
+                return client.create_experiment(experiment, artifact_location=location)
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client.get_experiment_by_name(experiment)  # another process made it meanwhile
+        if found.lifecycle_stage != "active":
+            raise ConfigError(
+                f"The experiment '{experiment}' in {without_password(uri)} is deleted; bring it back with "
+                f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
+            )
+        return found.experiment_id
 
 
 @contextmanager
@@ -106,12 +114,9 @@ def start_run(
     store, status = tracking_uri(root), "FAILED"
     try:
         with explained(store):
-            known = _noted_run(mlflow, note)
-            run = mlflow.start_run(run_id=known, experiment_id=experiment, run_name=None if known else name)
-            if note is not None:
-                note.write_text(json.dumps({"run_id": run.info.run_id}), encoding="utf-8")
-            if not known:
-                mlflow.log_params(flatten(parameters))
+            run = _start_noted(mlflow, experiment, name, note)
+            mlflow.log_params(flatten(parameters))
+            if not run.inputs.dataset_inputs:
                 for dataset, (source, digest) in datasets.items():
                     mlflow.log_input(_dataset(dataset, source, digest), context="training")
             mlflow.set_tags(dict(tags))
@@ -121,12 +126,12 @@ def start_run(
         status = "FINISHED"
     except PreemptedError:
         status = "KILLED"
-        with in_a_hurry():  # whoever told us to stop will not wait for ever
+        with short_timeouts():  # whoever told us to stop will not wait for ever
             tracked.flush(wait=True)
         raise
     finally:
         try:
-            with nullcontext() if status == "FINISHED" else in_a_hurry():
+            with nullcontext() if status == "FINISHED" else short_timeouts():
                 mlflow.end_run(status)
         except Exception as error:
             print(f"MLflow will show the run as unfinished: {store_error(error, store)}", file=sys.stderr)
@@ -222,24 +227,64 @@ def find_run(root: Path, tags: Mapping[str, str]) -> str | None:
 
 
 def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``, without the logins in addresses."""
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[f"{prefix}{name}"] = redacted(value)
     return flat
 
 
-def _noted_run(mlflow: Any, note: Path | None) -> str | None:
-    """The run that `note` names, unless somebody has deleted it."""
+def redacted(value: Any) -> Any:
+    """A value as JSON has it, without the secrets in its texts."""
+    if isinstance(value, Mapping):
+        return {name: redacted(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def _start_noted(mlflow: Any, experiment: str, name: str, note: Path | None) -> Any:
+    """Resume the run that `note` names, or begin one; killed between run and note, too, the next attempt finds it."""
+    noted = _read_note(note)
+    known = _noted_run(mlflow, experiment, noted)
+    mark = {} if known or note is None else {_NOTE_TAG: secrets.token_hex(16)}
+    if mark:
+        write_json(note, mark)
+    run = mlflow.start_run(
+        run_id=known,
+        experiment_id=experiment,
+        run_name=None if known else name,
+        tags={"mlflow.user": actor(), **mark},
+    )
+    if note is not None:
+        write_json(note, {**noted, **mark, "run_id": run.info.run_id})
+    return run
+
+
+def _read_note(note: Path | None) -> dict[str, Any]:
     try:
-        run_id = json.loads(note.read_text(encoding="utf-8"))["run_id"] if note is not None else None
-        run = mlflow.MlflowClient().get_run(run_id).info if run_id else None
-    except (OSError, ValueError, KeyError, mlflow.exceptions.MlflowException):
+        return read_json_object(note) if note is not None else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _noted_run(mlflow: Any, experiment: str, noted: Mapping[str, Any]) -> str | None:
+    """The run that a note names, unless somebody has deleted it."""
+    run_id, mark = noted.get("run_id"), noted.get(_NOTE_TAG)
+    client = mlflow.MlflowClient()
+    if isinstance(run_id, str):
+        try:
+            run = client.get_run(run_id).info
+        except mlflow.exceptions.MlflowException:
+            return None
+        return run.run_id if run.lifecycle_stage == "active" else None
+    if not isinstance(mark, str) or not mark.isalnum():
         return None
-    return run.run_id if run and run.lifecycle_stage == "active" else None
+    found = client.search_runs([experiment], f"tags.`{_NOTE_TAG}` = '{mark}'")
+    return found[0].info.run_id if found else None
 
 
 def _dataset(name: str, source: str, digest: str) -> Any:

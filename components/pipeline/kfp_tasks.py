@@ -246,16 +246,13 @@ def _check_tracking(root: Path) -> None:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return
     from components.tracking import open_tracking, tracking_uri
-    from univigu.registry import in_a_hurry, store_error
+    from univigu.mlflow_store import first_contact
 
     open_tracking(root)
     import mlflow
 
-    try:
-        with in_a_hurry():
-            mlflow.MlflowClient().search_registered_models(max_results=1)
-    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
-        raise store_error(error, tracking_uri(root)) from error
+    with first_contact(tracking_uri(root)):
+        mlflow.MlflowClient().search_registered_models(max_results=1)
 
 
 def _check_captioner(profile: str, root: Path) -> None:

@@ -1,12 +1,14 @@
 """The registered model as code: MLflow runs this file to make the model that `mlflow.pyfunc.load_model` returns.
 
 It travels with the registered version, and the library beside it, so it needs nothing but what the version requires.
-A row has a `video` (a file's path, or an mp4 in base64) or a `prompt`, and params choose the task: see
-`registry.signature`.
+A row has a `video` (an mp4 in base64, or a file's path) or a `prompt`, and params choose the task: see
+`registration.signature`. What a caller sends is bounded before it is decoded or tokenized. MLflow's server takes paths
+only below the folder UNIVIGU_VIDEO_FOLDER, if that is set: its callers must not choose which files it reads.
 """
 
 import base64
 import binascii
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,13 @@ from mlflow.pyfunc import PythonModel
 
 SERVED_PIXELS = 2 * 10**10  # of a video's frames together: five minutes of 1920x1080 at 30 a second
 SERVED_BYTES = 512 << 20  # of a video in base64
+SERVED_ROWS = 64  # of a request: all of them are in memory together
+SERVED_CHARACTERS = 10_000  # of a prompt
+SERVED_STEPS = 1000
+LARGEST_SEED = 2**62  # what is added to it for a row has to fit into 64 bits too
+LARGEST_SCALE = 1000.0  # guidance, temperature
+VIDEO_FOLDER = "UNIVIGU_VIDEO_FOLDER"
+_SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow's server sets it
 
 
 class UniViGUModel(PythonModel):
@@ -48,15 +57,12 @@ class UniViGUModel(PythonModel):
         task = params.get("task", "caption")
         tasks = {"caption": self._caption, "generate": self._generate, "joint": self._joint}
         if task not in tasks:
-            raise BadInputError(f"There is no task '{task}'; choose one of {', '.join(tasks)}.")
-        settings = {
-            # 0 steps and negative numbers stand for the model's own: MLflow's parameters can't be left open
-            "num_inference_steps": params.get("steps") or None,
-            "guidance_scale": _unless_negative(params.get("guidance", -1.0)),
-            "seed": int(params.get("seed", 0)),
-        }
+            raise BadInputError(f"There is no task '{str(task)[:40]}'; choose one of {', '.join(tasks)}.")
+        if len(model_input) > SERVED_ROWS:
+            raise BadInputError(f"{len(model_input)} rows are more than {SERVED_ROWS} at once; send fewer at a time.")
+        settings = _settings(params)
         if task != "generate":  # which writes no words
-            settings["temperature"] = _unless_negative(params.get("temperature", -1.0))
+            settings["temperature"] = _unless_negative("temperature", params)
         return pd.DataFrame(tasks[task](model_input, settings), index=model_input.index)
 
     def _caption(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
@@ -72,11 +78,11 @@ class UniViGUModel(PythonModel):
         return fit_frames(frames, config.num_frames, config.height, config.width) if len(frames) > 1 else frames
 
     def _generate(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
-        prompts = _column(rows, "prompt", "generate")
+        prompts = _prompts(rows, "generate")
         return {"video": [self._mp4(frames) for frames in self.pipeline.generate(prompts, **settings)]}
 
     def _joint(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
-        videos, captions = self.pipeline.joint(_column(rows, "prompt", "joint"), **settings)
+        videos, captions = self.pipeline.joint(_prompts(rows, "joint"), **settings)
         return {"caption": captions, "video": [self._mp4(frames) for frames in videos]}
 
     def _mp4(self, frames) -> str:
@@ -85,8 +91,36 @@ class UniViGUModel(PythonModel):
         return base64.b64encode(encode_mp4(frames, self.pipeline.config.fps, "yuv420p")).decode("ascii")
 
 
-def _unless_negative(value: float) -> float | None:
+def _settings(params: dict[str, Any]) -> dict[str, Any]:
+    """Settings of every task; 0 steps and -1 stand for the model's own, as MLflow's parameters can't be left open."""
+    from univigu.errors import BadInputError
+
+    steps, seed = int(params.get("steps", 0)), int(params.get("seed", 0))
+    if steps > SERVED_STEPS:
+        raise BadInputError(f"{steps} steps are more than {SERVED_STEPS}; give fewer.")
+    if abs(seed) > LARGEST_SEED:
+        raise BadInputError(f"The seed {seed} is beyond {LARGEST_SEED}; give a smaller one.")
+    guidance = _unless_negative("guidance", params)
+    return {"num_inference_steps": steps or None, "guidance_scale": guidance, "seed": seed}
+
+
+def _unless_negative(name: str, params: dict[str, Any]) -> float | None:
+    from univigu.errors import BadInputError
+
+    value = float(params.get(name, -1.0))
+    if math.isnan(value) or value > LARGEST_SCALE:
+        raise BadInputError(f"A {name} of {value} makes no sense; give one up to {LARGEST_SCALE}, or -1 for its own.")
     return value if value >= 0 else None
+
+
+def _prompts(rows: pd.DataFrame, task: str) -> list[str]:
+    from univigu.errors import BadInputError
+
+    prompts = _column(rows, "prompt", task)
+    for text in prompts:
+        if len(text) > SERVED_CHARACTERS:
+            raise BadInputError(f"A prompt of {len(text)} characters is longer than {SERVED_CHARACTERS}; shorten it.")
+    return prompts
 
 
 def _column(rows: pd.DataFrame, name: str, task: str) -> list[str]:
@@ -98,20 +132,32 @@ def _column(rows: pd.DataFrame, name: str, task: str) -> list[str]:
 
 
 def _video(value: str) -> Path | bytes:
-    """A row's video: the path of a file, or else its bytes from base64 (a data URL will do)."""
+    """A row's video: the path of a file that may be read, or else its bytes from base64 (a data URL will do)."""
     from univigu.errors import MissingInputError, VideoError
 
     if len(value) > SERVED_BYTES * 4 // 3:
         raise VideoError(f"A video has more than {SERVED_BYTES >> 20} MiB; send a shorter or smaller one.", "too_large")
 
-    if len(value) < 4096 and os.path.isfile(value):  # which, unlike Path's, is False for what is no name at all
+    if len(value) < 4096 and _may_read(value) and os.path.isfile(value):  # False for what is no name at all
         return Path(value)
     try:
         return base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MissingInputError(
-            f"There is no video file '{value[:80]}', and it is no base64 either; give one of the two."
+            f"There is no video file '{value[:80]}' that may be read here, and it is no base64 either; give one of the "
+            f"two (a server reads files only below its {VIDEO_FOLDER})."
         ) from error
+
+
+def _may_read(path: str) -> bool:
+    """Whether a caller may name this file: anywhere from Python, only below `VIDEO_FOLDER` over HTTP."""
+    folder = os.environ.get(VIDEO_FOLDER)
+    if not folder:
+        return os.environ.get(_SERVING) != "true"
+    try:
+        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+        return False
 
 
 set_model(UniViGUModel())

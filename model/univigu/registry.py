@@ -1,33 +1,22 @@
-"""The one file of the library that knows MLflow: putting a model into the registry, and getting it out again.
+"""The registered model: which versions there are, their aliases and tags, and getting one out of MLflow's registry.
 
-A registered version is a model from code (no pickle): the pipeline's folder, this library, and the evidence that came
-with it (model card, evaluation, manifests) all lie inside it, so a pull needs no checkout.
+`univigu.registration` puts them in.
 """
 
-import os
+import atexit
+import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
-from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING
 
-from univigu.errors import (
-    ConfigError,
-    CorruptDataError,
-    DiskFullError,
-    MissingInputError,
-    TransientError,
-    UniViGUError,
-)
-from univigu.files import link_or_copy
+from univigu.errors import ConfigError, MissingInputError, UniViGUError, storage_fault
+from univigu.mlflow_store import Uri, opened, store_error, without_password, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models import ModelSignature
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
     from univigu.pipeline import UniViGUPipeline
 
@@ -35,24 +24,8 @@ NAME = "uni-vigu"
 CHAMPION = "champion"  # what is used
 CANDIDATE = "candidate"  # what was registered last
 PREVIOUS = "previous"  # who was champion before, for a rollback
-# What inference imports; a version pins them at what it was made with.
-REQUIREMENTS = (
-    "mlflow",
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "av",
-    "ftfy",
-    "numpy",
-    "pandas",
-)
-LONGEST_DESCRIPTION = 5000  # characters that a database behind MLflow may hold
+_ADDRESS = re.compile(r"models:/[^/@]+(?:[/@][^/@]+)?")
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a name or alias that isn't there
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the first call alone
-
-Uri = str | None
 
 
 def load_pipeline(model: str | Path = NAME, tracking_uri: Uri = None) -> "UniViGUPipeline":
@@ -75,28 +48,95 @@ def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
 
 
 def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
-    """A file or folder that `register_version` put into a version, on this machine's disk.
+    """A file or folder that was registered with a version, on this machine's disk.
 
-    `uri` is a ``models:/name/version`` or ``models:/name@alias``. Raises as `load_pipeline` does.
+    `uri` is a ``models:/name/version`` or ``models:/name@alias``. What isn't on this disk is fetched into a folder that
+    goes when the process ends. Raises as `load_pipeline` does; where the version is known and its files can't be
+    reached, the `MissingInputError` names their place.
     """
-    with _store(tracking_uri) as store:
-        from mlflow import artifacts
-        from mlflow.exceptions import MlflowException
-
+    with opened(tracking_uri) as store:
+        place = _place(uri, store)
         try:
-            return Path(artifacts.download_artifacts(artifact_uri=f"{uri}/artifacts/{name}"))
-        except (MlflowException, OSError) as error:
-            if not isinstance(error, FileNotFoundError) and getattr(error, "error_code", "") not in _UNKNOWN:
-                raise store_error(error, store) from error
-            raise MissingInputError(
-                f"There is no model at {uri} in {without_password(store)}; register one that is trained (`univigu run "
-                f"register-model`), train one (`make demo`), or give a model's folder."
-            ) from error
+            repository = repository_at(place)
+            target = None if _is_local(repository) else _folder_until_exit()
+            return Path(repository.download_artifacts(f"artifacts/{name}", target))
+        except Exception as error:  # of each kind of store its own
+            raise _files_error(error, uri, name, place) from error
+
+
+def _place(uri: str, store: str) -> str:
+    """The address of a version's files."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+
+    if not _ADDRESS.fullmatch(uri):
+        raise ConfigError(
+            f"'{uri}' is no address of a model; give the path of a folder that is there, a registered name, "
+            f"models:/NAME/VERSION or models:/NAME@ALIAS."
+        )
+    try:
+        return ModelsArtifactRepository.get_underlying_uri(uri)
+    except MlflowException as error:
+        if error.error_code not in _UNKNOWN:
+            raise
+        raise MissingInputError(
+            f"There is no model at {uri} in {without_password(store)}; register one that is trained (`univigu run "
+            f"register-model`), train one (`make demo`), or give a model's folder."
+        ) from error
+
+
+def repository_at(place: str) -> "ArtifactRepository":
+    """MLflow's way to the files at an address."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(place)
+
+
+def _is_local(repository: "ArtifactRepository") -> bool:
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    return isinstance(repository, LocalArtifactRepository)
+
+
+def _folder_until_exit() -> str:
+    folder = tempfile.mkdtemp(prefix="univigu-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _files_error(error: Exception, uri: str, name: str, place: str) -> UniViGUError:
+    """Why a version's files can't be had: the disk, a server that is away, or a place that isn't within reach."""
+    from requests.exceptions import ConnectionError, Timeout
+
+    if fault := storage_fault(error, Path(tempfile.gettempdir())):
+        return fault
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, ConnectionError | Timeout) or (isinstance(status, int) and status >= 500):
+        return store_error(error, place)
+    shown = without_password(place)
+    if _lists_anything(place):
+        return MissingInputError(
+            f"The model at {uri} carries no '{name}' among its files at {shown}; register it again (`univigu run "
+            f"register-model` where it was trained)."
+        )
+    reason = without_secrets(str(error).partition("\n")[0]) or type(error).__name__
+    return MissingInputError(
+        f"The model at {uri} is registered, but its files can't be reached from this machine: they should be at "
+        f"{shown} ({reason}); make that place reachable, or put the files back with `univigu run register-model` where "
+        f"the model was trained."
+    )
+
+
+def _lists_anything(place: str) -> bool:
+    try:
+        return bool(repository_at(place).list_artifacts())
+    except Exception:  # of each kind of store its own: that place can't be reached either
+        return False
 
 
 def version_at(name: str, alias: str, tracking_uri: Uri = None) -> "ModelVersion | None":
     """The version of `name` that holds `alias`, if any does."""
-    with _store(tracking_uri):
+    with opened(tracking_uri):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -110,22 +150,22 @@ def version_at(name: str, alias: str, tracking_uri: Uri = None) -> "ModelVersion
 
 def version_with(name: str, tags: Mapping[str, str], tracking_uri: Uri = None) -> "ModelVersion | None":
     """The newest version of `name` that carries all these tags, if any does."""
-    with _store(tracking_uri):
+    with opened(tracking_uri):
         from mlflow import MlflowClient
 
-        conditions = [f"name = '{_quotable(name)}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())]
+        conditions = [f"name = '{quotable(name)}'", *(f"tags.`{key}` = '{value}'" for key, value in tags.items())]
         found = MlflowClient().search_model_versions(" AND ".join(conditions))
         return max(found, key=lambda version: int(version.version), default=None)
 
 
 def versions(name: str, tracking_uri: Uri = None) -> "list[ModelVersion]":
     """Every version of `name` with its aliases, the newest first."""
-    with _store(tracking_uri):
+    with opened(tracking_uri):
         from mlflow import MlflowClient
 
         client, found, page = MlflowClient(), [], None
         while page is None or page:
-            listed = client.search_model_versions(f"name = '{_quotable(name)}'", max_results=1000, page_token=page)
+            listed = client.search_model_versions(f"name = '{quotable(name)}'", max_results=1000, page_token=page)
             found += listed
             page = listed.token or ""
         aliases: dict[str, list[str]] = {}
@@ -152,93 +192,31 @@ def find_version(name: str, version: int | str, tracking_uri: Uri = None) -> "Mo
 
 
 def has_files(version: "ModelVersion", tracking_uri: Uri = None) -> bool:
-    """Whether the version's files still lie where it says; the registry's database outlives a lost folder of them."""
-    with _store(tracking_uri) as store:
-        from mlflow import artifacts
-        from mlflow.exceptions import MlflowException
+    """Whether the version's files are still where it says; the registry's database outlives a lost folder of them."""
+    return bool(_sizes(version, [""], tracking_uri))
 
+
+def lost_files(version: "ModelVersion", sizes: Mapping[str, int | None], tracking_uri: Uri = None) -> list[str]:
+    """Those of a version's files that are gone, or are not of the size, in bytes; by their names inside it."""
+    there = _sizes(version, sorted({name.rpartition("/")[0] for name in sizes}), tracking_uri)
+    return [name for name, size in sizes.items() if name not in there or size not in (None, there[name])]
+
+
+def _sizes(version: "ModelVersion", folders: list[str], tracking_uri: Uri) -> dict[str, int | None]:
+    """What is in these folders of a version, by name: the size of a file in bytes, None for a folder."""
+    uri = f"models:/{version.name}/{version.version}"
+    with opened(tracking_uri) as store:
+        place = _place(uri, store)
         try:
-            return bool(artifacts.list_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
-        except (MlflowException, OSError) as error:
-            if getattr(error, "error_code", None) == _UNKNOWN[0]:
-                return False
-            raise store_error(error, store) from error
-
-
-def register_version(
-    pipeline: Path,
-    name: str,
-    *,
-    experiment_id: str,
-    card: str,
-    evidence: Mapping[str, Path],
-    tags: Mapping[str, str],
-    parameters: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    scratch: Path | None = None,
-    tracking_uri: Uri = None,
-) -> "ModelVersion":
-    """Make a new version of `name` from a pipeline's folder, and a run of its own in that experiment.
-
-    card: the model card, which becomes the version's description too. evidence: folders that go into the version under
-    their names, for `artifact`. tags: on the version and on the run. parameters, metrics: on the run.
-    scratch: a folder for temporary files; on the pipeline's own disk it saves a copy.
-    """
-    with _store(tracking_uri):
-        import mlflow
-
-        with mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags=dict(tags)) as run:
-            mlflow.log_params(dict(parameters))
-            mlflow.log_metrics(dict(metrics))
-            source = _log_files(pipeline, card, evidence, scratch, name="model")
-            client = mlflow.MlflowClient()
-            _ensure_name(client, name)
-            return client.create_model_version(
-                name, source=source, run_id=run.info.run_id, tags=dict(tags), description=shorten(card)
-            )
-
-
-def restore_files(
-    version: "ModelVersion",
-    pipeline: Path,
-    card: str,
-    evidence: Mapping[str, Path],
-    scratch: Path | None = None,
-    tracking_uri: Uri = None,
-) -> None:
-    """Put back the files of a version that lost them (see `has_files`); its number, aliases and tags stay."""
-    with _store(tracking_uri):
-        _log_files(pipeline, card, evidence, scratch, model_id=version.source.rpartition("/")[2])
-
-
-def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], scratch: Path | None, **where: str) -> str:
-    """Log the model from code with everything that travels with it; returns its address.
-
-    where: the ``name`` of a new model in the run under way, or the ``model_id`` of one that is there.
-    """
-    import mlflow
-
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # hints for a signature, which is given
-        readme = Path(folder) / "README.md"
-        readme.write_text(card, encoding="utf-8")
-        contents = {"card": readme}
-        for title, source in {**evidence, "pipeline": pipeline}.items():
-            contents[title] = Path(folder) / title  # its name inside the version is the last part of this path
-            shutil.copytree(source, contents[title], copy_function=link_or_copy)
-        return mlflow.pyfunc.log_model(
-            **where,
-            python_model=str(Path(__file__).with_name("mlflow_model.py")),
-            code_paths=[str(Path(__file__).parent)],
-            artifacts={title: str(path) for title, path in contents.items()},
-            pip_requirements=requirements(),
-            signature=signature(),
-        ).model_uri
+            repository = repository_at(place)
+            return {file.path: file.file_size for folder in folders for file in repository.list_artifacts(folder)}
+        except Exception as error:  # of each kind of store its own
+            raise _files_error(error, uri, "", place) from error
 
 
 def set_alias(name: str, alias: str, version: int | str, tracking_uri: Uri = None) -> None:
     """Point `alias` at this version of `name`, and at no other."""
-    with _store(tracking_uri):
+    with opened(tracking_uri):
         from mlflow import MlflowClient
 
         MlflowClient().set_registered_model_alias(name, alias, str(version))
@@ -246,172 +224,15 @@ def set_alias(name: str, alias: str, version: int | str, tracking_uri: Uri = Non
 
 def set_tags(version: "ModelVersion", tags: Mapping[str, str], tracking_uri: Uri = None) -> None:
     """Add tags to a version; those of the same name are replaced."""
-    with _store(tracking_uri):
+    with opened(tracking_uri):
         from mlflow import MlflowClient
 
         for key, value in tags.items():
             MlflowClient().set_model_version_tag(version.name, version.version, key, value)
 
 
-def requirements() -> list[str]:
-    """What a pull has to install: the packages that inference imports, at the versions that run here."""
-    return [f"{package}=={installed_version(package).partition('+')[0]}" for package in REQUIREMENTS]
-
-
-def signature() -> "ModelSignature":
-    """Columns in and out, and params with their defaults.
-
-    0 steps, a guidance of -1 and a temperature of -1 stand for the model's own. The temperature is of the words, so it
-    counts in the tasks caption and joint.
-    """
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    def columns(*names: str) -> Schema:
-        return Schema([ColSpec("string", name, required=False) for name in names])
-
-    params = [
-        ParamSpec("task", "string", "caption"),
-        ParamSpec("steps", "long", 0),
-        ParamSpec("guidance", "double", -1.0),
-        ParamSpec("temperature", "double", -1.0),
-        ParamSpec("seed", "long", 0),
-    ]
-    return ModelSignature(columns("video", "prompt"), columns("caption", "video"), ParamSchema(params))
-
-
-def shorten(card: str) -> str:
-    """A card as a version's description: without its front matter, and cut between sections where it is too long."""
-    text = card.partition("\n---\n")[2].strip() if card.startswith("---\n") else card
-    if len(text) <= LONGEST_DESCRIPTION:
-        return text
-    more = "\n\nThe whole card is `artifacts/README.md` of this version.\n"
-    return text[: text.rfind("\n## ", 0, LONGEST_DESCRIPTION - len(more))] + more
-
-
-def _ensure_name(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _quotable(name: str) -> str:
+def quotable(name: str) -> str:
+    """A name that a filter of MLflow's can hold; raises `ConfigError` for another."""
     if "'" in name:
         raise ConfigError(f'"{name}" is no name of a model, as it has a quotation mark in it; give another.')
     return name
-
-
-def without_login(uri: str) -> str:
-    """The address of an MLflow server without the login in it, which goes to the variables that MLflow reads it from.
-
-    MLflow's own messages and logs repeat whole addresses.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
-        return uri
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
-    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    if os.environ.get("MLFLOW_TRACKING_URI") == uri:
-        os.environ["MLFLOW_TRACKING_URI"] = bare
-    return bare
-
-
-def without_password(uri: str) -> str:
-    """The address of a store as messages and logs may have it: with asterisks in the password's place."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(uri).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):  # no URL: a folder, or a word that MLflow knows
-        return uri.rpartition("@")[2]
-
-
-def store_error(error: Exception, uri: str) -> UniViGUError:
-    """What to tell people of a store that failed: its disk is full, its database damaged, or it is not there."""
-    from sqlalchemy.exc import DatabaseError
-
-    place = without_password(uri)
-    cause = error  # the first one: MLflow's and requests' own words repeat the whole query
-    while earlier := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
-        cause = earlier
-    reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-    if "disk is full" in reason or "No space left" in str(error):  # without an errno
-        return DiskFullError(
-            f"The disk is full, so MLflow's store at {place} can't be used; make room and run it again."
-        )
-    # the class itself: those below it say that a database is busy, or not to be reached
-    if any(type(one) is DatabaseError for one in (error, error.__cause__, error.__context__)):
-        return CorruptDataError(
-            f"MLflow's database {place} can't be read ({reason}); put back a copy of it, or move it away and run "
-            f"`univigu run register-model`, which begins a new one."
-        )
-    return TransientError(
-        f"MLflow's store at {place} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
-    )
-
-
-@contextmanager
-def explained(uri: str):
-    """Turn what MLflow raises about its store into what `store_error` says of it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        raise store_error(error, uri) from error
-
-
-@contextmanager
-def in_a_hurry():
-    """Let MLflow give up on a server within seconds, not minutes, where the user has not said how patient to be."""
-    hurried = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
-    os.environ.update(hurried)
-    try:
-        yield
-    finally:
-        for name in hurried:
-            os.environ.pop(name)
-
-
-def _require_answer(uri: str) -> None:
-    from mlflow import MlflowClient
-
-    try:
-        with in_a_hurry():
-            MlflowClient().search_registered_models(max_results=1)
-    except Exception as error:  # MLflow passes on whatever its database driver or HTTP client raises
-        raise store_error(error, uri) from error
-
-
-@contextmanager
-def _store(tracking_uri: Uri):
-    """MLflow pointed at `tracking_uri` (None: where it points already); it calls nobody and unpickles nothing.
-
-    Raises `TransientError` where the store does not answer, or stops answering within the block, and `CorruptDataError`
-    where its database is damaged.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow
-
-    before, chosen = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
-    if tracking_uri is not None:
-        mlflow.set_tracking_uri(without_login(tracking_uri))
-    try:
-        store = mlflow.get_tracking_uri()
-        _require_answer(store)
-        with explained(store):
-            yield store
-    finally:
-        if tracking_uri is not None:
-            mlflow.set_tracking_uri(before)
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow notes the store there, as if the user had chosen it
-            if chosen is not None:
-                os.environ["MLFLOW_TRACKING_URI"] = chosen

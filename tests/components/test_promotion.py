@@ -1,7 +1,6 @@
 """Promotion: better beyond doubt or not at all, a line for every decision, and never two at a time."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from components import ledger, promotion
+from components import leases, ledger, promotion
 from components.tracking import tracking_uri
 from univigu import registry
 from univigu.errors import BadInputError, BusyError, GateFailedError, MissingInputError, TransientError
@@ -176,52 +175,158 @@ def test_a_server_that_does_not_answer_is_said_and_changes_nothing(versions, mon
             call()
 
 
-def test_while_one_has_the_turn_others_wait_and_then_say_who_has_it(versions, monkeypatch):
+def test_while_one_holds_the_lease_others_wait_and_then_say_who_holds_it(versions, monkeypatch):
     versions.add("busy", 10)
-    with ledger.take_turn("busy", versions.root, action="promote", version=1, who="ann", why="slow"):
-        monkeypatch.setattr(ledger, "PATIENCE_S", 0.5)
+    with ledger.hold_lease("busy", versions.root, "promote version 1", "ann", "slow"):
+        monkeypatch.setattr(leases, "PATIENCE_S", 0.5)
         with pytest.raises(BusyError, match="'promote version 1' by ann"):
             promotion.promote("busy", 1, "mine", root=versions.root)
     assert versions.aliases("busy") == (None, None)
     assert promotion.promote("busy", 1, "now", root=versions.root).outcome == "promoted"
 
 
-DIE = """
+KILLED = """
 import os, signal, sys
 from pathlib import Path
-from components import ledger
+import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store  # once, not in each child
+import components.evaluate_model, scipy.stats, sqlalchemy.orm
+from components import ledger, promotion
 from univigu import registry
-name, root = sys.argv[1], Path(sys.argv[2])
-with ledger.take_turn(name, root, action="promote", version=2, who="ann", why="better") as turn:
-    turn.write({"outcome": "promoted", "replaced": 1})
-    registry.set_alias(name, "champion", 2)
-    os.kill(os.getpid(), signal.SIGKILL)
+sqlalchemy.orm.configure_mappers()
+root, calls = Path(sys.argv[1]), {"n": 0}
+
+def promote(name):
+    promotion.promote(name, 2, "better", who="ann", root=root)
+
+def roll_back(name):
+    promotion.rollback(name, "worse", who="ann", root=root)
+
+def kill_at(owner, name, call):  # right before that call, as a machine that loses its power does
+    real = getattr(owner, name)
+    def die(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, die)
+
+for name, ask, place, attribute, call in (
+    ("kill-undecided", promote, promotion, "_compare", 1),
+    ("kill-decided", promote, registry, "set_alias", 1),
+    ("kill-half-moved", promote, registry, "set_alias", 2),
+    ("kill-rolled-halfway", roll_back, registry, "set_alias", 2),
+    ("kill-rolled", roll_back, ledger.Lease, "end", 1),
+    ("kill-cut-off", roll_back, registry, "set_alias", 2),
+    ("kill-overtaken", promote, registry, "set_alias", 1),
+):
+    if not (child := os.fork()):
+        kill_at(place, attribute, call)
+        ask(name)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
 """
+NAMES = ("undecided", "decided", "half-moved", "rolled-halfway", "rolled", "cut-off", "overtaken")
 
 
-def test_what_a_killed_promotion_left_is_completed_by_the_next(versions, monkeypatch):
-    for right in (10, 30):
-        versions.add("killed", right)
-    promotion.promote("killed", 1, "the first", root=versions.root)
-    killed = run_python(DIE, "killed", versions.root)
-    assert killed.wait(timeout=240) == -signal.SIGKILL, killed.stderr.read()
-    assert promotion.history("killed", root=versions.root)[0].outcome == "under way"
-    assert versions.aliases("killed") == (2, None)
-    monkeypatch.setattr(ledger, "LEASE_S", 0.0)
+@pytest.fixture(scope="module")
+def killed(versions):
+    """Models whose version 1 is champion, and on which a change was killed, each at another write of it."""
+    for name in (f"kill-{point}" for point in NAMES):
+        for right in (10, 30):
+            versions.add(name, right)
+        promotion.promote(name, 1, "the first", root=versions.root)
+        if name in ("kill-rolled-halfway", "kill-rolled", "kill-cut-off"):
+            promotion.promote(name, 2, "the second", root=versions.root)
+    process = run_python(KILLED, versions.root)
+    assert process.wait(timeout=240) == 0, process.stderr.read()
+    return versions
+
+
+@pytest.mark.parametrize("name", ["kill-undecided", "kill-decided", "kill-half-moved"])
+def test_a_promotion_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(killed, name):
+    line = promotion.promote(name, 2, "better", who="ann", root=killed.root)
+    assert (line.outcome, line.version, line.replaced, line.why) == ("promoted", 2, 1, "better")
+    assert line.scores["difference"] == 0.375
+    assert killed.aliases(name) == (2, 1)
+    story = promotion.history(name, root=killed.root)
+    assert [(one.version, one.outcome) for one in story] == [(2, "promoted"), (1, "promoted")]
+    again = promotion.promote(name, 2, "better", who="ann", root=killed.root)  # a new request, by one who was answered
+    assert (again.outcome, len(promotion.history(name, root=killed.root))) == ("unchanged", 3)
+
+
+@pytest.mark.parametrize("name", ["kill-rolled-halfway", "kill-rolled"])
+def test_a_rollback_that_was_killed_and_is_run_again_does_not_swap_back(killed, name):
+    line = promotion.rollback(name, "worse", who="ann", root=killed.root)
+    assert (line.outcome, line.version, line.replaced) == ("rolled back", 1, 2)
+    assert killed.aliases(name) == (1, 2)
+    assert [one.outcome for one in promotion.history(name, root=killed.root)] == ["rolled back", "promoted", "promoted"]
+    promotion.rollback(name, "worse", who="ann", root=killed.root)  # meant
+    assert killed.aliases(name) == (2, 1)
+
+
+def test_what_a_killed_rollback_decided_is_done_by_whoever_comes_next_and_not_twice(killed):
+    assert promotion.promote("kill-cut-off", 1, "to be sure", who="bob", root=killed.root).outcome == "unchanged"
+    assert killed.aliases("kill-cut-off") == (1, 2)
+    line = promotion.rollback("kill-cut-off", "worse", who="ann", root=killed.root)
+    assert (line.outcome, line.version) == ("rolled back", 1)
+    assert killed.aliases("kill-cut-off") == (1, 2)
+
+
+def test_a_killed_promotion_is_not_done_over_a_change_by_other_means(killed):
+    killed.add("kill-overtaken", 40)
+    registry.set_alias("kill-overtaken", registry.CHAMPION, 3, tracking_uri(killed.root))
     with pytest.raises(GateFailedError):
-        promotion.promote("killed", 1, "back to the first", root=versions.root)
-    lines = promotion.history("killed", root=versions.root)
-    assert [(line.version, line.outcome) for line in lines] == [(1, "refused"), (2, "promoted"), (1, "promoted")]
-    assert versions.aliases("killed") == (2, 1)
+        promotion.promote("kill-overtaken", 2, "better", who="ann", root=killed.root)
+    assert killed.aliases("kill-overtaken")[0] == 3
+    outcomes = [one.outcome for one in promotion.history("kill-overtaken", root=killed.root)]
+    assert outcomes == ["refused", "failed", "promoted"]
 
 
-def test_a_promotion_that_breaks_off_before_anything_moved_says_so(versions, monkeypatch):
+def test_a_promotion_that_takes_too_long_is_given_up_and_says_so(versions, monkeypatch):
     versions.add("broken", 10)
-    monkeypatch.setattr(ledger, "LEASE_S", -1.0)
-    with pytest.raises(TransientError, match="nothing was changed"):
+    monkeypatch.setattr(leases, "LEASE_S", -1.0)
+    with pytest.raises(TransientError, match="it was given up"):
         promotion.promote("broken", 1, "the first", root=versions.root)
     assert [line.outcome for line in promotion.history("broken", root=versions.root)] == ["failed"]
     assert versions.aliases("broken") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "outcome"),
+    [
+        ("left-deleted", {"outcome": "promoted", "version": 2, "replaced": 1}, "promoted"),
+        ("left-unknown", {"outcome": "promoted", "version": 9, "replaced": 2}, "failed"),
+        ("left-odd", {"outcome": "crowned", "version": 3, "replaced": 2}, "failed"),
+        ("left-nonsense", {"outcome": "promoted", "version": "three", "replaced": 2}, "unreadable"),
+    ],
+)
+def test_what_a_killed_process_left_never_stops_the_next_one(versions, name, params, outcome):
+    from mlflow import MlflowClient
+
+    for right in (10, 30, 35):
+        versions.add(name, right)
+    promotion.promote(name, 2, "the first", root=versions.root)
+    client = MlflowClient(tracking_uri(versions.root))
+    client.delete_model_version(name, "1")
+    experiment = client.get_experiment_by_name(f"{name}/promotions").experiment_id
+    run = client.create_run(experiment, start_time=1, tags={"univigu.process": "elsewhere:1:1"}).info.run_id
+    for key, value in {"who": "ann", "why": "better", "action": "promote", **params}.items():
+        client.log_param(run, key, value)
+    assert promotion.promote(name, 2, "again", root=versions.root).outcome == "unchanged"
+    assert versions.aliases(name) == (2, None)
+    assert [line.outcome for line in promotion.history(name, root=versions.root) if line.id == run] == [outcome]
+
+
+def test_a_run_among_the_lines_that_is_none_is_named_and_stops_nothing(versions):
+    from mlflow import MlflowClient
+
+    versions.add("odd", 10)
+    promotion.promote("odd", 1, "the first", root=versions.root)
+    client = MlflowClient(tracking_uri(versions.root))
+    run = client.create_run(client.get_experiment_by_name("odd/promotions").experiment_id).info.run_id
+    client.log_param(run, "version", "the best")
+    assert promotion.promote("odd", 1, "again", root=versions.root).outcome == "unchanged"
+    odd = [line for line in promotion.history("odd", root=versions.root) if line.outcome == "unreadable"]
+    assert [run in line.reason for line in odd] == [True]
 
 
 COMPETE = """

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from components.tracking import open_tracking, tracking_uri
-from univigu import registry
+from univigu import registration, registry
 from univigu.video import decode_mp4, encode_mp4
 
 pytestmark = pytest.mark.slow
@@ -43,16 +43,9 @@ def root(tmp_path_factory, speaking_model):
     root = tmp_path_factory.mktemp("registry")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        version = registry.register_version(
-            speaking_model,
-            "clean",
-            experiment_id=open_tracking(root),
-            card="# Clean",
-            evidence={},
-            tags={},
-            parameters={},
-            metrics={},
-        )
+        experiment, nothing = open_tracking(root), {"evidence": {}, "tags": {}, "parameters": {}, "metrics": {}}
+        with registration.uploaded(speaking_model, "clean", experiment_id=experiment, card="#", **nothing) as upload:
+            version = registration.create_version(upload, "clean", "# Clean", {})
         registry.set_alias("clean", registry.CHAMPION, version.version)
     return root
 
@@ -139,6 +132,7 @@ def test_a_served_model_answers_over_http(clean, clip, expected, tmp_path):
         assert (status, refused["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
         assert "There is no video file 'none.mp4'" in refused["message"]
         assert "Traceback" not in answer
+        assert ask(url, {"dataframe_records": [{"video": str(clip)}]})[0] == 400  # callers choose no files
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from components import promotion
 from components.evaluate_model import summarise_rows
+from components.lineage import trace_version
 from components.pipeline.digests import tree_files
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.runner import run_stage
@@ -22,7 +24,7 @@ from components.register_model import _git_commit
 from components.tracking import start_run, tracking_uri
 from components.train_stage import model_digest
 from univigu import registry
-from univigu.errors import BadInputError, ConfigError
+from univigu.errors import BadInputError, ConfigError, CorruptDataError
 from univigu.video import decode_mp4, encode_mp4
 
 TASKS = ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
@@ -240,6 +242,88 @@ def test_a_version_whose_files_are_lost_gets_them_back(world):
     assert [line.outcome for line in promotion.history("lost", root=world.root)] == ["promoted"]
 
 
+def test_a_registry_that_was_lost_gets_the_model_again_and_says_so(world, tmp_path, monkeypatch):
+    world.train("restored")
+    first = world.register("restored")
+    home, cache = world.root / "data/registered", tmp_path / "cache"
+    shutil.copytree(home, cache)
+    shutil.rmtree(home)
+    shutil.copytree(cache, home)  # as DVC restores it
+    assert world.register("restored") == first
+    shutil.rmtree(home)
+    assert world.register("restored") == first
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
+    again = world.register("restored")
+    decision = f"{first['decision']}; registered again, as the registry no longer had version 1"
+    assert again == {**first, "decision": decision}
+    assert world.register("restored") == again
+    assert [line.outcome for line in promotion.history("restored", root=world.root)] == ["promoted"]
+    shutil.rmtree(registry.pipeline_folder("restored", tracking_uri(world.root)).parents[2])  # of the new registry
+
+
+def test_registered_files_hold_no_login(world, monkeypatch):
+    monkeypatch.setenv("CAPTION_API_KEY", "key-of-ann")
+    home = world.root / "data/curated"
+    before = (home / "manifest.json").read_bytes()
+    manifest = json.loads(before)
+    manifest["parameters"]["source"] = {"url": "https://ann:s3cret@host/prompts?token=abcdef", "key": ["key-of-ann"]}
+    write_manifest(home, manifest)
+    facts = world.register("discreet")
+    (home / "manifest.json").write_bytes(before)
+    folder = registry.artifact("models:/discreet/1", "lineage", tracking_uri(world.root))
+    held = json.loads((folder / "curate-prompts.json").read_text())["parameters"]["source"]
+    assert held == {"url": "https://***@host/prompts?token=***", "key": ["***"]}
+    version = registry.find_version("discreet", facts["version"], tracking_uri(world.root))
+    for text in (version.description, str(version.tags), (folder.parent / "README.md").read_text()):
+        assert "s3cret" not in text
+        assert "key-of-ann" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is damaged"),
+        (b"[]", "no JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "is damaged"),
+        (b"{}", "has no 'rows_out'"),
+        (b'{"rows_out": "many", "inputs": 5}', "has no 'rows_out'"),
+    ],
+)
+def test_a_damaged_way_back_is_named(world, content, message):
+    world.register("traced")
+    folder = registry.artifact("models:/traced/1", "lineage", tracking_uri(world.root))
+    before = (folder / "encode-latents.json").read_bytes()
+    (folder / "encode-latents.json").write_bytes(content)
+    with pytest.raises(CorruptDataError, match=message):
+        trace_version("traced", 1, world.root)
+    (folder / "encode-latents.json").write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model_index.json", b"[]", "does not say num_frames"),
+        ("model_index.json", b'{"num_frames": "x"}', "does not say num_frames"),
+        ("transformer/config.json", b"{}", "does not say text_length"),
+        ("vae/diffusion_pytorch_model.safetensors", (2**60).to_bytes(8, "little") + b"{}", "is no safetensors file"),
+        ("vae/diffusion_pytorch_model.safetensors", (2).to_bytes(8, "little") + b"{", "is no safetensors file"),
+        ("vae/diffusion_pytorch_model.safetensors", b"", "is no safetensors file"),
+    ],
+)
+def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, content, message):
+    path = world.root / "data/stage2/model" / name
+    before = path.read_bytes()
+    path.write_bytes(content)
+    world.train("nonsense")
+    with pytest.raises(CorruptDataError, match=message):
+        world.register("nonsense")
+    path.write_bytes(before)
+    world.train("sense")
+    assert world.version("nonsense", "candidate") is None
+
+
 def test_a_champion_captioned_in_other_numbers_of_steps_too_is_met(world):
     world.train("thorough")
     world.evaluate(8, compared_steps=(1, 32))
@@ -260,6 +344,104 @@ def test_an_evaluation_of_another_model_is_refused(world):
     with pytest.raises(BadInputError, match="no score 'captions"):
         world.register("mixed", metric="captions.beauty")
     assert world.version("mixed", "candidate") is None
+
+
+KILLED = """
+import os, resource, signal, sys
+from pathlib import Path
+import mlflow.pyfunc, scipy.stats, sqlalchemy.orm  # once, not in each child
+import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
+from components import promotion, register_model
+from components.pipeline.runner import run_stage
+from univigu import registry
+from univigu.errors import DiskFullError
+sqlalchemy.orm.configure_mappers()
+root, calls = Path(sys.argv[1]), {"n": 0}
+
+def die():  # as a machine that loses its power does
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fill():  # no file can grow beyond this any more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
+
+def strike_at(owner, name, call, strike):  # right before that call
+    real = getattr(owner, name)
+    def struck(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == call:
+            strike()
+        return real(*args, **kwargs)
+    setattr(owner, name, struck)
+
+for name, place, attribute, call, strike, ends in (
+    ("kill-uploading", mlflow.models.model, "_use_logged_model", 1, die, -signal.SIGKILL),
+    ("kill-uploaded", mlflow.tracking.fluent, "finalize_logged_model", 1, die, -signal.SIGKILL),
+    ("kill-entered", registry, "set_alias", 1, die, -signal.SIGKILL),
+    ("kill-decided", registry, "set_alias", 2, die, -signal.SIGKILL),
+    ("kill-untagged", registry, "set_tags", 1, die, -signal.SIGKILL),
+    ("kill-unwritten", register_model, "write_json", 6, die, -signal.SIGKILL),
+    ("kill-full", mlflow.models.model, "_use_logged_model", 1, fill, DiskFullError.exit_code),
+    ("kill-full-late", registry, "set_alias", 2, fill, DiskFullError.exit_code),
+):
+    if not (child := os.fork()):
+        strike_at(place, attribute, call, strike)
+        settings = {"name": name, "champion_metric": "captions.mean", "promotion": "automatic"}
+        try:
+            run_stage("register-model", {"register_model": settings}, root)
+        except DiskFullError as error:
+            os._exit(error.exit_code)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == ends, (name, code)
+"""
+KILL_POINTS = ("uploading", "uploaded", "entered", "decided", "untagged", "unwritten", "full", "full-late")
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """The folder for temporary files; under each of `KILL_POINTS` a registration was killed, or its disk filled."""
+    world.train("killed")
+    temporary = tmp_path_factory.mktemp("temporary")
+    repo = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(world.root)],
+        env={**os.environ, "PYTHONPATH": f"{repo / 'model'}:{repo}", "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return temporary
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_a_registration_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(world, killed, point):
+    name = f"kill-{point}"
+    facts = world.register(name)
+    assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
+    version = registry.find_version(name, 1, tracking_uri(world.root))
+    assert version.aliases == ["candidate", "champion"]
+    assert version.tags["univigu.decision"] == facts["decision"]
+    assert [(line.version, line.outcome) for line in promotion.history(name, root=world.root)] == [(1, "promoted")]
+    runs = (
+        "SELECT runs.name, status FROM runs JOIN experiments USING (experiment_id) WHERE "
+        "runs.lifecycle_stage = 'active' AND (runs.name = ? OR experiments.name = ?) ORDER BY runs.start_time"
+    )
+    with sqlite3.connect(world.root / "mlflow.db") as database:
+        found = database.execute(runs, (f"register {name}", f"{name}/promotions")).fetchall()
+    assert found == [(f"register {name}", "FINISHED"), ("promote version 1", "FINISHED")]
+
+
+def test_killed_registrations_leave_no_files(world, killed):
+    for point in KILL_POINTS:
+        world.register(f"kill-{point}")
+    with sqlite3.connect(world.root / "mlflow.db") as database:
+        sources = database.execute("SELECT source FROM model_versions").fetchall()
+    models = {source.rpartition("/")[2] for (source,) in sources}
+    assert {folder.name for folder in (world.root / "mlruns/models").iterdir()} == models
+    assert list(killed.iterdir()) == []
+    for place in ("staging", "scratch", "aside"):
+        assert not (world.root / ".univigu" / place / "register-model").exists()
 
 
 PULL = """

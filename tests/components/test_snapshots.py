@@ -101,7 +101,7 @@ def test_what_could_not_be_brought_back_is_not_tagged(root, tmp_path):
     with pytest.raises(BadInputError, match=r"is not in DVC's cache"):
         snapshots.take_snapshot(root)
     shutil.rmtree(root / "data/latents")
-    with pytest.raises(MissingInputError, match="no finished output of 'encode-latents'"):
+    with pytest.raises(MissingInputError, match=r"no finished output at .*data/latents"):
         snapshots.take_snapshot(root)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(BadInputError, match="not in a git repository"):

@@ -69,11 +69,40 @@ def test_a_run_that_somebody_deleted_is_not_gone_on_with(tmp_path):
     assert json.loads(note.read_text())["run_id"] == run.run_id
 
 
-def test_a_disk_that_fills_while_a_model_is_fetched_is_not_a_model_that_is_missing(tmp_path, monkeypatch):
-    def fill(**_):
+def test_a_disk_that_fills_while_a_model_is_fetched_is_not_a_model_that_is_missing(versions, monkeypatch):
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def fill(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    tracking.open_tracking(tmp_path)
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", fill)
+    number = versions.add("filling", 10)
+    monkeypatch.setattr(LocalArtifactRepository, "download_artifacts", fill)
     with pytest.raises(DiskFullError, match="make room"):
-        registry.artifact("models:/uni-vigu@champion", "pipeline", tracking.tracking_uri(tmp_path))
+        registry.artifact(f"models:/filling/{number}", "evaluation", tracking.tracking_uri(versions.root))
+
+
+def test_a_note_that_makes_no_sense_names_no_run(tmp_path):
+    path = tmp_path / "mlflow.json"
+    for note in ("[]", "5", '{"run_id": [1]}', '{"run_id": "none of them"}', "\0" * 30):
+        path.write_text(note)
+        with start(tmp_path, note=path) as run:
+            assert json.loads(path.read_text())["run_id"] == run.run_id
+
+
+def test_a_run_whose_process_was_killed_before_it_noted_it_is_resumed(tmp_path, monkeypatch):
+    note = tmp_path / "mlflow.json"
+    with pytest.raises(PreemptedError), start(tmp_path, note=note) as run:
+        raise PreemptedError("killed")
+    noted = json.loads(note.read_text())
+    del noted["run_id"]  # as it is until MLflow has answered
+    note.write_text(json.dumps(noted))
+    with start(tmp_path, note=note) as again:
+        assert again.run_id == run.run_id
+
+
+def test_a_login_in_a_parameter_is_no_parameter_of_a_run(tmp_path):
+    parameters = {"captioner": {"url": "https://me:s3cret@host/v1?token=abcdef&n=1", "n": 3}}
+    with tracking.start_run(tmp_path, "x", parameters=parameters, tags={}, datasets={}) as run:
+        pass
+    params = mlflow.MlflowClient().get_run(run.run_id).data.params
+    assert params == {"captioner.url": "https://***@host/v1?token=***&n=1", "captioner.n": "3"}

@@ -1,6 +1,7 @@
 """What the served model takes for a video: files and base64, within bounds, and one sentence for anything else."""
 
 import base64
+import contextlib
 import struct
 
 import numpy as np
@@ -68,3 +69,46 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_decoded(model, monkeyp
     monkeypatch.setattr(mlflow_model, "SERVED_BYTES", 3000)
     with pytest.raises(MlflowException, match="more than 0 MiB; send a shorter or smaller one"):
         model.predict(None, pd.DataFrame({"video": ["A" * 4001]}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "params", "message"),
+    [
+        ({"prompt": ["a"] * 65}, {"task": "generate"}, "65 rows are more than 64"),
+        ({"video": ["a"] * 65}, {}, "65 rows are more than 64"),
+        ({"prompt": ["a " * 5001]}, {"task": "joint"}, "10002 characters is longer than 10000"),
+        ({"prompt": ["a"]}, {"task": "generate", "steps": 1001}, "1001 steps are more than 1000"),
+        ({"prompt": ["a"]}, {"task": "generate", "steps": -1}, "steps"),
+        ({"prompt": ["a"]}, {"task": "generate", "seed": 2**63 - 1}, "seed 9223372036854775807 is beyond"),
+        ({"prompt": ["a"]}, {"task": "generate", "guidance": float("inf")}, "guidance of inf makes no sense"),
+        ({"prompt": ["a"]}, {"task": "joint", "temperature": float("nan")}, "temperature of nan makes no sense"),
+        ({"prompt": [None]}, {"task": "joint"}, "needs a text in the column 'prompt'"),
+        ({"video": [7]}, {}, "needs a text in the column 'video'"),
+        ({"prompt": ["a"]}, {"task": "x" * 10**6}, "no task 'x{40}'"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_a_request_beyond_the_bounds_is_refused_in_one_sentence(model, rows, params, message):
+    with pytest.raises(MlflowException, match=message) as error:
+        model.predict(None, pd.DataFrame(rows), params)
+    assert error.value.get_http_status_code() == 400
+    assert len(error.value.message) < 400
+
+
+def test_a_server_reads_no_file_that_a_caller_names_except_below_its_folder(model, tmp_path, monkeypatch):
+    inside, outside = tmp_path / "videos/clip.mp4", tmp_path / "private.mp4"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        path.write_bytes(encode_mp4(np.zeros((9, 32, 32, 3), np.uint8), 8))
+    (inside.parent / "link.mp4").symlink_to(outside)
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+
+    def is_read(path):
+        with contextlib.suppress(MlflowException):
+            return bool(model.predict(None, pd.DataFrame({"video": [str(path)]}))["caption"][0])
+
+    assert not is_read(inside)
+    monkeypatch.setenv("UNIVIGU_VIDEO_FOLDER", str(inside.parent))
+    assert is_read(inside)
+    for path in (outside, inside.parent / "../private.mp4", inside.parent / "link.mp4", tmp_path / "none.mp4"):
+        assert not is_read(path)

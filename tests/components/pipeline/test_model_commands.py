@@ -100,7 +100,7 @@ def test_nothing_there_is_said_in_words(versions, univigu, tmp_path):
         assert (code, out) == (66, "")
         assert "no mlflow.db" in err
     code, _, err = univigu("model", "trace", "--name", "there", "1")
-    assert (code, "There is no model at" in err) == (66, True)
+    assert (code, "carries no 'lineage' among its files at" in err) == (66, True)
     for command in (("data", "snapshot"), ("data", "list")):
         code, out, err = univigu(*command, root=tmp_path)
         assert (code, out) == (65, "")

@@ -1,0 +1,121 @@
+"""MLflow's store: made whole or not at all, and its failures told in one sentence without a secret in it."""
+
+import errno
+import os
+import signal
+import sqlite3
+
+import mlflow.exceptions
+import pytest
+import requests
+import sqlalchemy.exc
+from mlflow.store.db import utils as mlflow_tables
+
+from univigu.errors import BadInputError, CorruptDataError, DiskFullError, TransientError
+from univigu.mlflow_store import make_database, opened, short_timeouts, store_error, without_password, without_secrets
+
+SERVER = "http://ann:s3cret@host:5000"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://ann:{}@host/x",
+        "mysql://ann:x'{}@host/x",
+        "postgresql+psycopg2://ann:{}@host:5432/db?sslmode=require",
+        "s3://AKIA:{}@bucket/models",
+        "https://b.s3.example.com/x?X-Amz-Signature={}&X-Amz-Date=1",
+        "https://host/x?access_token={}",
+        "DefaultEndpointsProtocol=https;AccountName=a;AccountKey={};EndpointSuffix=core",
+        "Authorization: Bearer {}",
+        "Authorization: Basic {}",
+        "x-api-key: {}",
+        '{{"secret_key": "{}"}}',
+        "password = {}",
+    ],
+)
+def test_a_secret_in_a_text_of_others_becomes_asterisks(text):
+    secret = "Zm9vOmJhcg0123"
+    assert secret not in without_secrets(f"it failed: {text.format(secret)} (403)")
+    assert "***" in without_secrets(text.format(secret))
+
+
+@pytest.mark.parametrize("prefix", ["ghp_", "hf_", "sk-", "glpat-", "AKIA"])
+def test_a_token_is_known_by_its_form(prefix):
+    token = prefix + "ABCDEFGH12345678" + ("" if prefix == "AKIA" else "abcdefgh")
+    assert without_secrets(f"denied to {token}.") == "denied to ***."
+
+
+def test_what_the_environment_holds_as_a_secret_is_in_no_message(monkeypatch):
+    for name in ("MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "CAPTION_API_KEY"):
+        monkeypatch.setenv(name, f"value-of-{name.lower()}")
+        assert without_secrets(f"sent value-of-{name.lower()}, and refused") == "sent ***, and refused"
+    said = store_error(mlflow.exceptions.MlflowException("bad token value-of-mlflow_tracking_token"), SERVER)
+    assert "value-of" not in str(said)
+    assert "s3cret" not in str(said)
+
+
+def test_plain_texts_stay_as_they_are():
+    for text in (
+        "captions.mean 0.600 against version 1's 0.375 on the same 20 items",
+        "models:/uni-vigu@champion in sqlite:////work/mlflow.db",
+        "tokenizer: google/umt5-xxl, max_tokens=32, hf-internal-testing/tiny-random",
+        "a" * 64,
+    ):
+        assert without_secrets(text) == text
+    assert without_password("/work/mlruns") == "/work/mlruns"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFullError, 73, "The disk is full at"),
+        (sqlite3.OperationalError("database or disk is full"), DiskFullError, 73, "The disk is full at"),
+        (sqlite3.OperationalError("disk I/O error"), CorruptDataError, 74, "The disk fails at"),
+        (sqlite3.OperationalError("attempt to write a readonly database"), BadInputError, 65, "can't be used"),
+        (OSError(errno.EROFS, "Read-only file system"), BadInputError, 65, "can't be used"),
+        (sqlite3.DatabaseError("file is not a database"), CorruptDataError, 74, "put back a copy of it"),
+        (sqlite3.OperationalError("database is locked"), TransientError, 75, "does not answer"),
+        (requests.exceptions.ConnectionError("refused"), TransientError, 75, "does not answer"),
+    ],
+)
+def test_a_failing_store_is_told_by_its_cause_also_where_it_is_wrapped(tmp_path, error, kind, code, message):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    wrapped = mlflow.exceptions.MlflowException("a page of SQL\n" * 50)
+    wrapped.__cause__ = sqlalchemy.exc.OperationalError("INSERT", {}, error)
+    wrapped.__cause__.__cause__ = error
+    for one in (error, wrapped):
+        said = store_error(one, uri)
+        assert (type(said), said.exit_code) == (kind, code)
+        assert message in str(said)
+        assert "\n" not in str(said)
+
+
+def test_a_database_is_made_whole_although_its_maker_was_killed(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    if not (child := os.fork()):
+        mlflow_tables._upgrade_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # when a part of them is there
+        make_database(uri)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "mlflow.db").exists()
+    with opened(uri):
+        assert mlflow.MlflowClient().search_registered_models() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_database_that_is_none_is_damaged_and_not_replaced(tmp_path):
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(CorruptDataError, match="can't be read"), opened(f"sqlite:///{path}"):
+        pass
+    assert path.read_bytes() == b"not a database" * 100
+
+
+def test_short_timeouts_leave_what_the_user_has_set(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with short_timeouts():
+        found = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+    assert found == ("77", "1")
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
