@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tests.chaos import shim
 
 if TYPE_CHECKING:
-    from tests.chaos import fuzz
+    from tests.chaos import fuzz, trials
 
 LOG = Path(".univigu/chaos.jsonl")
 SEED = 2026
@@ -48,7 +48,9 @@ def _options() -> argparse.Namespace:
     odd.add_argument("--inputs", type=int, default=0, help="of each target (default: a full run's)")
     odd.add_argument("--number", type=int, help="only this input, in this process: with its traceback")
     odd.set_defaults(act=_fuzz)
-    sample = commands.add_parser("sample", help="a few trials of each plan, and a few odd inputs: what `make test` runs")
+    sample = commands.add_parser(
+        "sample", help="a few trials of each plan, and a few odd inputs: what `make test` runs"
+    )
     sample.add_argument("--plan", action="append", default=[], help="this plan and those that it needs")
     sample.add_argument("--each", type=int, default=3, help="trials of each plan")
     sample.add_argument("--inputs", type=int, default=50, help="odd inputs of each kind")

@@ -39,13 +39,20 @@ _CONTAINERS = {  # an ending and its codec
     "gif": "gif",
 }
 VIDEOS = tuple(f"video.{ending}" for ending in _CONTAINERS)
-CHECKPOINT_NOTES = ("checkpoints/latest", "checkpoints/step-00000001/manifest.json", "checkpoints/step-00000001/loop.json")
+CHECKPOINT_NOTES = (
+    "checkpoints/latest",
+    "checkpoints/step-00000001/manifest.json",
+    "checkpoints/step-00000001/loop.json",
+)
 _PROMPTS = [
-    {"text": f"a red {digit} moves up", "source": "a test", "licence": "CC0-1.0"} for digit in ("one", "two", "six", "ü")
+    {"text": f"a red {digit} moves up", "source": "a test", "licence": "CC0-1.0"}
+    for digit in ("one", "two", "six", "ü")
 ]
 _ANSWER = {
     "id": "1",
-    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "A red one moves up."}}],
+    "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "A red one moves up."}}
+    ],
     "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
 }
 
@@ -64,7 +71,9 @@ def make(folder: Path) -> None:
         (folder / f"video.{ending}").write_bytes(_video(ending, codec))
     write_tar(folder / "shard.tar", {f"{number:05d}.mp4": bytes([number]) * 300 for number in range(3)})
     _make_output(folder / "output")
-    shard_records.write_record(folder / "record.json", {"of": "1", "run": "2", "key": "3", "files": {}, "rows": [{"id": "1"}]})
+    shard_records.write_record(
+        folder / "record.json", {"of": "1", "run": "2", "key": "3", "files": {}, "rows": [{"id": "1"}]}
+    )
     _make_checkpoint(folder / "checkpoints/step-00000001")
     _make_latents(folder)
     (folder / "weights").mkdir(exist_ok=True)
@@ -113,7 +122,9 @@ def read_weights(path: Path) -> Any:
 def read_answer(path: Path) -> Any:
     """As the client does: what it makes of a reply are three exceptions of its own."""
     try:
-        return read_response(read_reply(200, {}, decode_reply(path.read_bytes(), "")), {"prompt": 1.0, "completion": 2.0})
+        return read_response(
+            read_reply(200, {}, decode_reply(path.read_bytes(), "")), {"prompt": 1.0, "completion": 2.0}
+        )
     except (Lost, Refused, Unusable):
         return None
 

@@ -5,8 +5,38 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-_SHARDS = (b"", b"\x00", b"\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\n", b'"', b"{", b"[", b"\xed\xa0\x80", b",")
-_JUNK = (None, True, "", 0, -1, 2**31, 2**63, 2**64, 1e308, float("nan"), float("inf"), "x", [], {}, [[]], "\ud800", "../..")
+_SHARDS = (
+    b"",
+    b"\x00",
+    b"\xff",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff",
+    b"\n",
+    b'"',
+    b"{",
+    b"[",
+    b"\xed\xa0\x80",
+    b",",
+)
+_JUNK = (
+    None,
+    True,
+    "",
+    0,
+    -1,
+    2**31,
+    2**63,
+    2**64,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "x",
+    [],
+    {},
+    [[]],
+    "\ud800",
+    "../..",
+)
 _JUNK += ("a" * 10_000, "\x00", "/", "%s", "NaN", {"": None}, [None], -0.0, "1", "é", "stop", {"text": "a red one"})
 
 Mutation = Callable[[random.Random, bytes], bytes]

@@ -62,7 +62,10 @@ def commit() -> str:
 
 
 def summarise(lines: Iterable[Mapping[str, Any]], scheduled: int, seed: int) -> dict[str, Any]:
-    """Counts by plan and kind, and each finding with the line that repeats it; trials whose call never came count not."""
+    """Counts by plan and kind, and each finding with the line that repeats it.
+
+    A trial whose call never came is none.
+    """
     lines = list(lines)
     trials = [line for line in lines if "plan" in line and line["hit"]]
     fuzzed = [line for line in lines if "fuzzed" in line]

@@ -48,7 +48,7 @@ def preload(folder: Path) -> None:
 
 
 def arm(below: Path, fault: Fault, journal: int = -1) -> None:
-    """Hit the `fault.n`-th call below a folder (0: none); `journal` is a descriptor that is told which call that was."""
+    """Hit the `fault.n`-th call below a folder (0: none); the descriptor `journal` is told which call that was."""
     ctypes.CDLL(None).chaos_arm(
         os.fsencode(below),
         ctypes.c_long(fault.n),

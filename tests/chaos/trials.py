@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from components.pipeline.manifests import MANIFEST
@@ -139,4 +140,4 @@ def points(calls: int, most: int, seed: int) -> list[int]:
         return list(range(1, calls + 1))
     drawn = random.Random(seed)
     edges = [1 + calls * number // most for number in range(most + 1)]
-    return [drawn.randrange(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    return [drawn.randrange(start, end) for start, end in pairwise(edges)]
