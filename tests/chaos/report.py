@@ -19,11 +19,11 @@ def command(trial: Trial) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that was cut off is left out."""
+    """The lines of a log, of each trial the newest; a last line that was cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return list({line.get("key", number): line for number, line in enumerate(lines)}.values())
 
 
 def note(path: Path, line: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from univigu.files import link_or_copy
 
@@ -15,7 +15,17 @@ from univigu.files import link_or_copy
 _OWN = (".univigu", "mlflow.db", "mlruns", ".git", ".dvc")
 # Read by nobody but people, with times in them; or ids and times of MLflow's, which `registry` looks at.
 _UNLIKE = (".univigu/docs/", ".univigu/locks/", ".univigu/runs/", "mlflow.db", "mlruns/", ".git/", ".dvc/")
-_CLOCKED = ("samples_per_second", "tokens_per_second", "seconds", "tflops", "mfu", "waiting", "memory", "gib", "time")
+_CLOCKED = (
+    "samples_per_second",
+    "tokens_per_second",
+    "seconds",
+    "tflops",
+    "mfu",
+    "loading_share",
+    "memory",
+    "gib",
+    "time",
+)
 
 
 def copy(root: Path, target: Path) -> None:
@@ -39,7 +49,7 @@ def prepare(root: Path, place: Path) -> None:
 def state(root: Path) -> dict[str, str]:
     """All that is in a work root and doesn't depend on the clock: SHA-256 by path, and what the registry says."""
     found = {name: _digest(path) for name, path in _files(root) if not name.startswith(_UNLIKE)}
-    return {**found, **{f"registry: {name}": str(value) for name, value in registry(root).items()}}
+    return {**found, **registry(root)}
 
 
 def fingerprint(place: Path) -> str:
@@ -67,41 +77,39 @@ def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return missing + more + changed
 
 
-def registry(root: Path) -> dict[str, Any]:
-    """What a SQLite store of MLflow's holds, without ids and times; nothing where there is none."""
+def registry(root: Path) -> dict[str, str]:
+    """What a SQLite store of MLflow's holds, without ids and times: how often each fact is there."""
     database = root / "mlflow.db"
     if not database.is_file():
         return {}
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as store:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as store:
         tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        return {name: sorted(store.execute(query)) for name, (table, query) in _QUERIES.items() if table in tables} | {
-            "metrics": _metrics(store) if "metrics" in tables else [],
-            "artifacts": dict(sorted(Counter(_artifact_kinds(root)).items())),
-        }
+        facts = [
+            f"{name} {' '.join(map(str, row))}"
+            for name, (table, query) in _QUERIES.items()
+            if table in tables
+            for row in store.execute(query)
+        ]
+    facts = [fact for fact in facts if not (fact.startswith("metric ") and any(word in fact for word in _CLOCKED))]
+    return {f"registry: {fact}": str(count) for fact, count in Counter([*facts, *_artifacts(root)]).items()}
 
 
 _COUNTS = "r.status IN ('FINISHED', 'RUNNING') AND r.lifecycle_stage = 'active'"  # others are marked as what went wrong
 _OF_RUNS = f"FROM {{}} p JOIN runs r USING (run_uuid) WHERE {_COUNTS}"
 _QUERIES = {
-    "experiments": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
-    "runs": ("runs", f"SELECT name, status, lifecycle_stage FROM runs r WHERE {_COUNTS}"),
-    "parameters": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')}"),
-    "versions": ("model_versions", "SELECT name, version, status FROM model_versions"),
-    "aliases": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
-    "models": ("logged_models", "SELECT name, status FROM logged_models"),
-    "tags": ("model_version_tags", "SELECT name, version, key FROM model_version_tags"),
+    "experiment": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
+    "run": ("runs", f"SELECT name, status, lifecycle_stage FROM runs r WHERE {_COUNTS}"),
+    "parameter": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')}"),
+    "metric": ("metrics", f"SELECT DISTINCT r.name, p.key, p.step {_OF_RUNS.format('metrics')}"),
+    "version": ("model_versions", "SELECT name, version, status FROM model_versions"),
+    "alias": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
+    "model": ("logged_models", "SELECT name, status FROM logged_models"),
+    "tag": ("model_version_tags", "SELECT name, version, key FROM model_version_tags"),
 }
 
 
-def _metrics(store: sqlite3.Connection) -> list[Any]:
-    """Each run's curves: which steps each has, how often."""
-    rows = store.execute(f"SELECT r.name, p.key, p.step {_OF_RUNS.format('metrics')}")
-    counted = Counter((name, key, step) for name, key, step in rows if not any(word in key for word in _CLOCKED))
-    return sorted(counted)
-
-
-def _artifact_kinds(root: Path) -> Iterator[str]:
-    """What is below the folder of artifacts, with ids and versions of files left out."""
+def _artifacts(root: Path) -> Iterator[str]:
+    """The logged models below the folder of artifacts, whole or not."""
     for path in (root / "mlruns").glob("models/*"):
         yield "a logged model" if any(path.rglob("MLmodel")) else "part of a logged model"
 
