@@ -15,7 +15,10 @@ from univigu.files import read_json_object
 
 SUMS = ("mean", "agreement")  # scores over all attributes of a task
 _FIGURES = ("value", "low", "high", "n")
-_NO_EVALUATION = (BadInputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_NO_EVALUATION = (
+    *(BadInputError, OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),  # of numbers beyond any float, and of nesting without end
+)
 
 
 class UnreadableEvaluationError(BadInputError):
@@ -84,6 +87,6 @@ def _scores(metrics: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, S
         if not set(_FIGURES) <= value.keys():
             yield from _scores(value, f"{path}{key}.")
             continue
-        if not all(isinstance(value[name], int | float) and math.isfinite(value[name]) for name in _FIGURES):
+        if not all(type(value[name]) in (int, float) and math.isfinite(value[name]) for name in _FIGURES):
             raise ValueError(f"the figures of {path}{key} are no numbers")
         yield f"{path}{key}", value

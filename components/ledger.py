@@ -28,6 +28,7 @@ OUTCOMES = PROMOTED, REFUSED, UNCHANGED, ROLLED_BACK = "promoted", "refused", "u
 UNDER_WAY, FAILED = "under way", "failed"  # what a line says that has not ended, or that broke off before any change
 UNREADABLE = "unreadable"  # a run among the lines that none of ours is like
 _FINISHED = "attributes.status = 'FINISHED'"
+_PROSE = {"who", "why", "reason"}  # of a line: what people wrote, or MLflow said
 _SETTLED_TAG = "univigu.settled"  # of a line that another process completed, until whoever asked for it is told
 
 
@@ -124,7 +125,8 @@ class Lease:
     def _write(self, facts: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, without_secrets(str(value))) for key, value in facts.items() if value is not None]
+        texts = {key: without_secrets(str(facts[key])) for key in _PROSE & facts.keys()}
+        params = [Param(key, str(value)) for key, value in {**facts, **texts}.items() if value is not None]
         self._client.log_batch(self._run_id, params=params)
 
     def _forget(self, run_id: str) -> None:

@@ -169,7 +169,7 @@ def _lost_version(previous: Path, name: str, identity: Mapping[str, str]) -> dic
         return {}
     same = {"name": name, **_digests(identity)}
     lost = facts.get("version")
-    return {LOST_TAG: str(lost)} if isinstance(lost, int) and same.items() <= facts.items() else {}
+    return {LOST_TAG: str(lost)} if type(lost) is int and same.items() <= facts.items() else {}
 
 
 def _digests(identity: Mapping[str, str]) -> dict[str, str]:

@@ -240,7 +240,7 @@ def _storage_fault(error: Exception, uri: str) -> UniViGUError | None:
         try:
             _try_to_write(path)
         except OSError as cause:
-            return storage_fault(cause, path)
+            return storage_fault(OSError(cause.errno, cause.strerror), path)  # which names the database
     return storage_fault(error, path)
 
 

@@ -47,6 +47,16 @@ def test_a_promotion_says_who_when_why_from_to_and_by_what_scores(versions, monk
     assert promotion.history("said", root=versions.root)[0] == line
 
 
+def test_a_line_holds_no_secret_and_none_changes_what_it_means(versions, monkeypatch):
+    monkeypatch.setenv("DEPLOY_TOKEN", "promoted")  # a word of the ledger's own
+    monkeypatch.setenv("HF_TOKEN", "token-of-ann")
+    versions.add("discreet", 10)
+    line = promotion.promote("discreet", 1, "as http://ann:s3cret@host with token-of-ann says", root=versions.root)
+    assert (line.outcome, line.why) == ("promoted", "as http://***@host with *** says")
+    (read,) = promotion.history("discreet", root=versions.root)
+    assert read == line
+
+
 def test_a_line_can_not_be_rewritten(versions):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException

@@ -284,9 +284,7 @@ def test_registered_files_hold_no_login(world, monkeypatch):
     ("content", "message"),
     [
         (b"{", "is damaged"),
-        (b"[]", "no JSON object"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"\xff\xfe", "is damaged"),
         (b"{}", "has no 'rows_out'"),
         (b'{"rows_out": "many", "inputs": 5}', "has no 'rows_out'"),
     ],
@@ -305,11 +303,9 @@ def test_a_damaged_way_back_is_named(world, content, message):
     ("name", "content", "message"),
     [
         ("model_index.json", b"[]", "does not say num_frames"),
-        ("model_index.json", b'{"num_frames": "x"}', "does not say num_frames"),
         ("transformer/config.json", b"{}", "does not say text_length"),
         ("vae/diffusion_pytorch_model.safetensors", (2**60).to_bytes(8, "little") + b"{}", "is no safetensors file"),
         ("vae/diffusion_pytorch_model.safetensors", (2).to_bytes(8, "little") + b"{", "is no safetensors file"),
-        ("vae/diffusion_pytorch_model.safetensors", b"", "is no safetensors file"),
     ],
 )
 def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, content, message):

@@ -15,14 +15,15 @@ from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 HOMES = [find_stage(step).home for step in snapshots.STEPS]
 MAKE = """
-import json, sys
+import json
 from pathlib import Path
 import yaml
+from components.pipeline.manifests import write_manifest
 word = yaml.safe_load(open("params.yaml"))["word"]
 for step, home in json.load(open("homes.json")).items():
     Path(home).mkdir(parents=True, exist_ok=True)
     Path(home, "data.txt").write_text(f"{step} of {word}")
-    Path(home, "manifest.json").write_text(json.dumps({"digest": f"{word}-{step}", "rows_out": len(word)}))
+    write_manifest(Path(home), {"digest": f"{word}-{step}", "rows_out": len(word)})
 """
 
 
