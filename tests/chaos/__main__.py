@@ -52,7 +52,7 @@ def _options() -> argparse.Namespace:
         "sample", help="a few trials of each plan, and a few odd inputs: what `make test` runs"
     )
     sample.add_argument("--plan", action="append", default=[], help="this plan and those that it needs")
-    sample.add_argument("--each", type=int, default=3, help="trials of each plan")
+    sample.add_argument("--each", type=int, default=2, help="trials of each plan")
     sample.add_argument("--inputs", type=int, default=50, help="odd inputs of each kind")
     sample.set_defaults(act=_sample)
     return parser.parse_args()
@@ -148,5 +148,5 @@ def _sample(options: argparse.Namespace, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    shim.preload(Path(tempfile.gettempdir()))
+    shim.preload()
     main()

@@ -96,14 +96,17 @@ def registry(root: Path) -> dict[str, str]:
 
 _COUNTS = "r.status IN ('FINISHED', 'RUNNING') AND r.lifecycle_stage = 'active'"  # others are marked as what went wrong
 _OF_RUNS = f"FROM {{}} p JOIN runs r USING (run_uuid) WHERE {_COUNTS}"
-_QUERIES = {
+_QUERIES = {  # a model of the status 3 is marked as failed; a request is known by a run's id
     "experiment": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
     "run": ("runs", f"SELECT name, status, lifecycle_stage FROM runs r WHERE {_COUNTS}"),
-    "parameter": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')}"),
+    "parameter": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')} AND p.key != 'request'"),
     "metric": ("metrics", f"SELECT DISTINCT r.name, p.key, p.step {_OF_RUNS.format('metrics')}"),
     "version": ("model_versions", "SELECT name, version, status FROM model_versions"),
     "alias": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
-    "model": ("logged_models", "SELECT name, status FROM logged_models"),
+    "model": (
+        "logged_models",
+        "SELECT name, status FROM logged_models WHERE status != 3 AND lifecycle_stage = 'active'",
+    ),
     "tag": ("model_version_tags", "SELECT name, version, key FROM model_version_tags"),
 }
 

@@ -3,13 +3,15 @@
 import ctypes
 import errno
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 SOURCE = Path(__file__).with_name("shim.c")
-PRELOAD = "LD_PRELOAD"
+NAME, PRELOAD = "chaos-shim.so", "LD_PRELOAD"
 
 
 class Fault(NamedTuple):
@@ -37,13 +39,17 @@ KINDS = {
 }
 
 
-def preload(folder: Path) -> None:
-    """Build the shim in `folder`, and start this process again with it; returns where it is preloaded already."""
-    if "chaos-shim" in os.environ.get(PRELOAD, ""):
+def preload() -> None:
+    """Build the shim, and start this process again with it; in that process, clear up and return."""
+    first, _, others = os.environ.get(PRELOAD, "").partition(":")
+    if Path(first).name == NAME:  # it is mapped; processes that this one starts don't need it
+        os.environ[PRELOAD] = others
+        shutil.rmtree(Path(first).parent)
         return
-    library = folder / "chaos-shim.so"
+    library = Path(tempfile.mkdtemp(prefix="chaos-shim-")) / NAME
     subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, SOURCE, "-ldl"], check=True)
-    more = {PRELOAD: str(library), "OMP_NUM_THREADS": "1"}  # no threads of torch's, which a fork would lack
+    before = os.environ.get(PRELOAD, "")
+    more = {PRELOAD: f"{library}:{before}", "OMP_NUM_THREADS": "1"}  # no threads of torch's, which a fork would lack
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **more})
 
 
