@@ -62,7 +62,7 @@ measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow 
 test: install ## All tests, lint and format included, two files at a time
 	pytest --numprocesses 2 --dist loadfile
 
-chaos: install ## Kill every step, fail its disk, feed it odd inputs, for MINUTES=30; go on with what is left: again
+chaos: install ## Kill every step, fail its disk, give it odd inputs: MINUTES=30; run it again to continue
 	@python -m tests.chaos all --minutes $(or $(MINUTES),30)
 
 lint: install ## Check style, types of imports, and who may import whom
