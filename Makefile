@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators test lint format clean
+.PHONY: help install demo smoke airflow measure-orchestrators test chaos lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -61,6 +61,9 @@ measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow 
 
 test: install ## All tests, lint and format included, two files at a time
 	pytest --numprocesses 2 --dist loadfile
+
+chaos: install ## Kill every step, fail its disk, give it odd inputs: MINUTES=30; run it again to continue
+	@python -m tests.chaos all --minutes $(or $(MINUTES),30)
 
 lint: install ## Check style, types of imports, and who may import whom
 	ruff check .

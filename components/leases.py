@@ -18,6 +18,7 @@ from univigu.processes import has_ended, this_process
 LEASE_S = 300.0  # longer than any lease is held
 PATIENCE_S = 60.0
 _PROCESS_TAG = "univigu.process"
+_DROPPED_TAG = "univigu.dropped"  # of a lease that says nothing
 _held: set[str] = set()  # by this process
 
 
@@ -35,6 +36,9 @@ def hold(
     try:
         for run in _running(client, experiment, but=run_id):
             settle(run)
+        for run in search_runs(client, experiment, f"tags.`{_DROPPED_TAG}` = 'true'"):
+            if _is_over(run):  # its process was killed before it could
+                client.delete_run(run.info.run_id)
         yield run_id
     finally:
         _held.discard(run_id)
@@ -42,6 +46,7 @@ def hold(
 
 def drop(client: Any, run_id: str, status: str = "KILLED") -> None:
     """Delete the run of a lease that says nothing, ended with MLflow's `status` (`mlflow gc` removes it for good)."""
+    client.set_tag(run_id, _DROPPED_TAG, "true")
     client.set_terminated(run_id, status)
     client.delete_run(run_id)
 

@@ -244,7 +244,7 @@ def keep_libraries_quiet() -> None:
         os.environ.setdefault(name, value)
     if not verbose:
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)  # with tracebacks, of what the command then says in a sentence
 
 
 def _speaks() -> bool:

@@ -185,6 +185,26 @@ def test_a_server_that_does_not_answer_is_said_and_changes_nothing(versions, mon
             call()
 
 
+def test_a_lease_that_a_killed_process_had_not_yet_deleted_goes_with_the_next(versions, monkeypatch):
+    import mlflow
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    versions.add("late", 10)
+    lease = ledger.hold_lease("late", versions.root, "promote", "ann", "nothing comes of it")
+    lease.__enter__()
+    with monkeypatch.context() as change:
+        change.setattr(mlflow.MlflowClient, "delete_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lease.__exit__(None, None, None)
+    line = promotion.promote("late", 1, "again", root=versions.root)
+    assert line.outcome == "promoted"
+    client = mlflow.MlflowClient(tracking_uri(versions.root))
+    experiments = [found.experiment_id for found in client.search_experiments() if "late" in found.name]
+    assert [run.info.run_name for run in client.search_runs(experiments)] == ["promote version 1"]
+
+
 def test_while_one_holds_the_lease_others_wait_and_then_say_who_holds_it(versions, monkeypatch):
     versions.add("busy", 10)
     with ledger.hold_lease("busy", versions.root, "promote version 1", "ann", "slow"):

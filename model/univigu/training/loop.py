@@ -54,8 +54,9 @@ def train(
 ) -> SampleOrder:
     """Train `objective` in place for `config.steps` steps, going on from the newest good checkpoint in `folder`.
 
-    Rank 0 calls `report(step, metrics)` for each row and leaves in `folder`: ``curves.csv``, a row a step;
-    ``heldout.json``, what the last `evaluate_heldout` said, and ``heldout.csv``, all of them, a row a (step, bin).
+    Rank 0 calls `report(step, metrics)` for each row, those before the checkpoint included, and leaves in `folder`:
+    ``curves.csv``, a row a step; ``heldout.json``, what the last `evaluate_heldout` said, and ``heldout.csv``, all of
+    them, a row a (step, bin).
     All ranks call `sample(step)` every `config.samples_every` steps, with the weights that would be saved. Returns the
     order that the samples came in. Raises `PreemptedError` after SIGTERM, with everything saved.
     """
@@ -87,6 +88,10 @@ def train(
         line = ProgressLine(first, config)
         if first and rank == 0:
             evaluations.write()
+            for step, row in curves.past():  # what was reported last may not have arrived before the run ended
+                report(step, row)
+            for scores in evaluations.all:
+                report(scores["step"], _heldout_figures(scores))
             print(f"Going on after step {first} of {config.steps}.", file=sys.stderr)
 
         def save(step: int) -> None:
@@ -100,7 +105,7 @@ def train(
                 scores = heldout_scores(objective, heldout, micro_size, config.seed, device)
                 if rank == 0:
                     evaluations.add(step, scores)
-                    report(step, {f"heldout_{name}": value for name, value in heldout_summary(scores).items()})
+                    report(step, _heldout_figures(scores))
             if _is_due(step, config.samples_every, config):
                 sample(step)
 
@@ -159,6 +164,10 @@ def _look_at(
             return objective(read[0], 1)
 
     return look
+
+
+def _heldout_figures(scores: Mapping[str, Any]) -> dict[str, float]:
+    return {f"heldout_{name}": value for name, value in heldout_summary(scores).items()}
 
 
 def sample_order(dataset: LatentDataset, config: TrainingConfig) -> SampleOrder:

@@ -66,9 +66,19 @@ class Curves:
         with self.path.open("a", encoding="utf-8", newline="") as stream:
             self._write(stream, [{"step": step, **{name: f"{row[name]:.6g}" for name in self.FIELDS if name in row}}])
 
+    def past(self) -> list[tuple[int, dict[str, float]]]:
+        """Each step before the resumed one, with its metrics."""
+        return [
+            (int(row["step"]), {name: float(value) for name, value in row.items() if name != "step" and value})
+            for row in self._kept()
+        ]
+
+    def _kept(self) -> list[dict[str, str]]:
+        return [row for row in _read_rows(self.path) if int(row["step"]) <= self.resumed] if self.resumed else []
+
     def _begin(self) -> None:
         """Write what was before the first step of this run, at once: a run that is killed here loses none of it."""
-        kept = [row for row in _read_rows(self.path) if int(row["step"]) <= self.resumed] if self.resumed else []
+        kept = self._kept()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         text.write(",".join(self.FIELDS) + "\n")
@@ -110,7 +120,7 @@ class Evaluations:
             return
         write_json(self.folder / "evaluations.json", self.all)
         write_json(self.folder / "heldout.json", self.all[-1])
-        names = [name for name, value in self.all[-1].items() if isinstance(value, list)]
+        names = sorted(name for name, value in self.all[-1].items() if isinstance(value, list))  # as if read from JSON
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *names])

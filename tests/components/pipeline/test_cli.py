@@ -1,6 +1,7 @@
 """What `univigu run`, `univigu status` and `univigu code` say and do, as a person or DVC calls them."""
 
 import json
+import logging
 
 import pytest
 import yaml
@@ -95,3 +96,14 @@ def test_the_digests_of_all_code_are_written_for_dvc(univigu, root):
     univigu("code")
     after = json.loads((root / ".univigu/code.json").read_text())
     assert {name for name in before if after[name] != before[name]} == {"first"}
+
+
+def test_a_library_that_logs_a_traceback_is_not_heard(capfd, monkeypatch):
+    for name in ("UNIVIGU_VERBOSE", "TQDM_DISABLE", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        cli.keep_libraries_quiet()
+        logging.getLogger("a library").error("it failed", exc_info=OSError(28, "No space left on device"))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capfd.readouterr().err == ""

@@ -110,3 +110,11 @@ def test_evaluations_are_written_anew_from_what_a_checkpoint_kept(tmp_path):
     Evaluations(tmp_path, 4).write()
     assert steps_in(tmp_path / "heldout.csv") == [2, 2, 4, 4]
     assert '"step": 4' in (tmp_path / "heldout.json").read_text()
+
+
+def test_a_resumed_run_writes_the_same_table_of_evaluations(tmp_path):
+    scores = {"tau": [0.25, 0.75], "text_ce": [1.0, 2.0], "entropy": [0.5, 0.5], "video_gain": 0.5}
+    Evaluations(tmp_path, 0).add(2, scores)
+    before = (tmp_path / "heldout.csv").read_bytes()
+    Evaluations(tmp_path, 2).write()
+    assert (tmp_path / "heldout.csv").read_bytes() == before
