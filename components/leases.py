@@ -34,7 +34,7 @@ def hold(
     run_id = _take(client, experiment, title, tags)
     _held.add(run_id)
     try:
-        for run in _running(client, experiment, but=run_id):
+        for run in filter(_is_over, _running(client, experiment, but=run_id)):  # others drop theirs themselves
             settle(run)
         for run in search_runs(client, experiment, f"tags.`{_DROPPED_TAG}` = 'true'"):
             if _is_over(run):  # its process was killed before it could
