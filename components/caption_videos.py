@@ -73,9 +73,7 @@ def caption_videos(step: "Step") -> None:
     usage = sum((Counter(row.pop("usage")) for row in captions), Counter())
     step.facts["usage"] = {name: round(amount, 6) for name, amount in sorted(usage.items())}
     step.write("captions", captions)
-    step.rows_out -= (
-        step.reasons.total()
-    )  # a clip without a caption keeps its row, and is counted where it was rejected
+    step.rows_out -= step.reasons.total()  # a clip without a caption keeps its row, and counts as quarantined
 
 
 def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":

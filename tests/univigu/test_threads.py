@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from univigu.errors import CorruptDataError
 from univigu.threads import fewest_worthwhile, measure_threads, settle_threads, side_threads
@@ -77,7 +78,7 @@ print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
 @pytest.mark.parametrize(
     ("user", "then"),
     [
-        ({}, ["10000", "None"]),
+        ({}, ["300", "None"]),
         ({"GOMP_SPINCOUNT": "7"}, ["7", "None"]),
         ({"OMP_WAIT_POLICY": "passive"}, ["None", "passive"]),
     ],
@@ -93,11 +94,12 @@ def test_fewer_threads_are_taken_where_more_gain_little():
     assert fewest_worthwhile({1: 3.0}) == 1
 
 
-def test_every_number_is_tried_as_often_and_one_alone_is_not():
+def test_every_number_is_tried_as_often_and_one_alone_is_not(tmp_path):
     calls = []
     assert set(measure_threads(lambda: calls.append(1), 6)) == {6, 3, 1}
     assert len(calls) == 1 + 3 * 3
-    assert measure_threads(lambda: calls.append(1), 1) == {1: float("inf")}
+    torch.set_num_threads(1)
+    assert settle_threads(lambda: calls.append(1), tmp_path / "threads.json") == 1
     assert len(calls) == 10
 
 
@@ -150,3 +152,30 @@ def test_a_pool_names_its_threads():
 
     with side_threads(1, "beside") as pool:
         assert pool.submit(lambda: threading.current_thread().name).result().startswith("beside")
+
+
+SCRIPT = Path(__file__).parent / "training" / "tiny_run.py"
+
+
+def train(folder, zero_stage, *stop):
+    """A training run as a user starts it, who has said nothing of threads; its weights' bytes, if it got so far."""
+    kept = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USERS}
+    command = [sys.executable, str(SCRIPT), str(folder), json.dumps({"zero_stage": zero_stage}), *stop]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True)
+    assert done.returncode == (-9 if stop else 0), done.stderr
+    return None if stop else (folder / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_run_that_measured_its_threads_ends_with_the_same_bits_after_a_kill(tmp_path, zero_stage):
+    train(tmp_path / "killed", zero_stage, "5", "KILL")
+    note = tmp_path / "killed" / "threads.json"
+    chosen = json.loads(note.read_text())
+    assert ("seconds" in chosen) == (len(os.sched_getaffinity(0)) > 1)
+    note.unlink()  # the checkpoint has a copy
+    weights = train(tmp_path / "killed", zero_stage)
+    assert json.loads(note.read_text()) == chosen
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "threads.json").write_text(json.dumps(chosen))
+    assert train(tmp_path / "whole", zero_stage) == weights

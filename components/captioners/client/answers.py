@@ -9,8 +9,18 @@ from components.captioners.client.usage import answer_cost, read_usage
 
 # What services call an answer that the model ended itself, one that was cut off, and one that was withheld.
 WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed", "finish_reason_stop"}
-_CUT_OFF = {"length", "max_tokens", "max_output_tokens", "max_completion_tokens", "max_length", "model_length"} | {
-    *("token_limit", "incomplete", "model_context_window_exceeded", "finish_reason_max_tokens", "error_toxic_length")
+_CUT_OFF = {
+    "length",
+    "max_tokens",
+    "max_output_tokens",
+    "max_completion_tokens",
+    "max_length",
+    "model_length",
+    "token_limit",
+    "incomplete",
+    "model_context_window_exceeded",
+    "finish_reason_max_tokens",
+    "error_toxic_length",
 }
 _WITHHELD = {
     "content_filter",
@@ -20,9 +30,18 @@ _WITHHELD = {
     "safety",
     "recitation",
     "blocklist",
-} | {
-    *("prohibited_content", "spii", "language", "image_safety", "refusal", "sensitive", "blocked", "moderation"),
-    *("guardrail_intervened", "finish_reason_safety", "finish_reason_recitation", "error_toxic"),
+    "prohibited_content",
+    "spii",
+    "language",
+    "image_safety",
+    "refusal",
+    "sensitive",
+    "blocked",
+    "moderation",
+    "guardrail_intervened",
+    "finish_reason_safety",
+    "finish_reason_recitation",
+    "error_toxic",
 }
 _NO_TEXT = {
     "thinking",

@@ -14,7 +14,12 @@ _COMPLETION = {
     "candidatestokencount",
     "outputtokencount",
     "completiontokencount",
-} | {*("generatedtokens", "generatedtokencount", "evalcount", "completion", "output")}
+    "generatedtokens",
+    "generatedtokencount",
+    "evalcount",
+    "completion",
+    "output",
+}
 _TOTAL = {"totaltokens", "totaltokencount", "total"}
 _BESIDE_PROMPT = {"cachereadinputtokens", "cachecreationinputtokens"}  # Anthropic's, which `input_tokens` leaves out
 _BESIDE_COMPLETION = {"thoughtstokencount"}  # Gemini's, which `candidatesTokenCount` leaves out

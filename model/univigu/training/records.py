@@ -18,7 +18,7 @@ from univigu.files import read_json, replaced, write_json
 from univigu.training.engine import TrainingConfig
 
 LINE_EVERY_S = 5.0
-# What a checkpoint keeps a copy of; the rest is made from it.
+# What a checkpoint keeps a copy of; other files of a run are made from these.
 RECORDS = ("curves.csv", "evaluations.json", "threads.json")
 _MEAN_OVER = {  # what each part of the loss is a mean over, where not over all samples
     "video_mse": "video_samples",
