@@ -92,10 +92,11 @@ def _make_videos(folder: Path) -> None:
     """A few clips with captions, and a file that is no video."""
     folder.mkdir(parents=True)
     for number in range(4):
-        frames = np.full((9, 16, 16, 3), 40 * number, np.uint8)
-        frames[:, 4:9, 2:7] = 200
+        frames = np.full((9, 32, 32, 3), 40 * number, np.uint8)
+        for place, frame in enumerate(frames):
+            frame[8:16, 2 * place : 8 + 2 * place] = 200
         (folder / f"{number}.mp4").write_bytes(encode_mp4(frames, 8))
-        (folder / f"{number}.txt").write_text(f"A bright square rests on the left, in take {number}.")
+        (folder / f"{number}.txt").write_text(f"A bright square moves to the right, in take {number}.")
     (folder / "no-video.mp4").write_bytes(b"no video")
 
 
