@@ -4,9 +4,10 @@ import hashlib
 import os
 import shutil
 import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from univigu.files import link_or_copy
@@ -82,7 +83,7 @@ def registry(root: Path) -> dict[str, str]:
     database = root / "mlflow.db"
     if not database.is_file():
         return {}
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as store:
+    with _copied(database) as copied, closing(sqlite3.connect(copied)) as store:
         tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         facts = [
             f"{name} {' '.join(map(str, row))}"
@@ -92,6 +93,15 @@ def registry(root: Path) -> dict[str, str]:
         ]
     facts = [fact for fact in facts if not (fact.startswith("metric ") and any(word in fact for word in _CLOCKED))]
     return {f"registry: {fact}": str(count) for fact, count in Counter([*facts, *_artifacts(root)]).items()}
+
+
+@contextmanager
+def _copied(database: Path) -> Iterator[Path]:
+    """A copy to read: what a killed process left beside its database is undone there, and stays for the next run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in database.parent.glob(f"{database.name}*"):
+            shutil.copy2(path, folder)
+        yield Path(folder) / database.name
 
 
 _COUNTS = "r.status IN ('FINISHED', 'RUNNING') AND r.lifecycle_stage = 'active'"  # others are marked as what went wrong
