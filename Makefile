@@ -54,10 +54,10 @@ smoke: ## The same way with next to no data and steps (two minutes)
 	@$(MAKE) --no-print-directory demo PROFILE=smoke
 
 airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
-	@python -m components.pipeline.airflow_server --port $(PORT)
+	@python -m components.orchestration.airflow_server --port $(PORT)
 
 measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (5 minutes)
-	@python -m components.pipeline.measure_orchestrators
+	@python -m components.bench.orchestrators
 
 test: install ## All tests, lint and format included, two files at a time
 	pytest --numprocesses 2 --dist loadfile

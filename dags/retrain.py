@@ -23,8 +23,7 @@ from airflow.sdk import (
 from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
-from components.ledger import PROMOTED, REFUSED
-from components.pipeline.airflow_operator import (
+from components.orchestration.airflow_operator import (
     FAILURE,
     KFP_ARGUMENTS,
     KfpRunOperator,
@@ -35,6 +34,7 @@ from components.pipeline.airflow_operator import (
 )
 from components.pipeline.profiles import profile_names
 from components.pipeline.stages import STAGES
+from components.registry.ledger import PROMOTED, REFUSED
 
 DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
@@ -80,7 +80,7 @@ def retrain():
     @task.branch
     def begin(**context):
         """Where to run and with which profile; nowhere for an event about a dataset that was trained before."""
-        from components import retraining
+        from components.orchestration import retraining
         from components.tracking import open_tracking
 
         params, events = context["params"], context["triggering_asset_events"]
@@ -132,7 +132,7 @@ def retrain():
     @task.branch(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
     def gate(**context):
         """The candidate against the champion; where it isn't better the run ends here, and all stays as it was."""
-        from components import retraining
+        from components.orchestration import retraining
 
         profile = context["ti"].xcom_pull(task_ids="begin", key="profile")
         with clear_failures(context):
@@ -156,7 +156,7 @@ def retrain():
     @task(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
     def promote(**context):
         """Make the version that was compared, and no other, champion; the ledger says who approved it."""
-        from components import retraining
+        from components.orchestration import retraining
 
         ti, run = context["ti"], context["dag_run"]
         found = ti.xcom_pull(task_ids="gate", key="comparison")
@@ -172,7 +172,7 @@ def retrain():
     @teardown
     def notify(**context):
         """Say how the run ended, whichever way it did."""
-        from components.pipeline import notifications
+        from components.orchestration import notifications
 
         ti, run = context["ti"], context["dag_run"]
         report = {"dag": run.dag_id, "run_id": run.run_id, **outcome_of(ti)}

@@ -20,7 +20,7 @@ def test_the_code_passes(command):
 
 def test_help_answers_without_importing_what_is_slow():
     code = (
-        "import sys; from components.pipeline.cli import app; "
+        "import sys; from components.cli.main import app; "
         "print([m for m in ('torch', 'diffusers', 'mlflow', 'pandas', 'pyarrow', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

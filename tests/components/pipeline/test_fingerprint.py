@@ -211,12 +211,12 @@ def test_comments_docstrings_and_formatting_of_all_modules_change_no_key(project
     ("file", "before", "after", "steps"),
     [
         ("components/checks/new.py", None, "def check(frames, rows, settings):\n    return []\n", set()),
-        ("components/captioners/templates/new.yaml", None, "system: hello\n", set()),
+        ("components/captions/captioners/templates/new.yaml", None, "system: hello\n", set()),
         ("components/checks/flicker.py", "cells[1:-1]", "cells[:-2]", set()),  # `off` in the profile
         ("components/checks/blank.py", "grey", "gray", {"synthesize-videos"}),
         ("model/univigu/hardware.py", "H100", "H1000", set()),
-        ("components/report.html.j2", "<body>", "<body class='wide'>", {"evaluate-model"}),
-        ("components/wordlists.yaml", "\n", "\n# a comment\n", set()),
+        ("components/evaluation/report.html.j2", "<body>", "<body class='wide'>", {"evaluate-model"}),
+        ("components/prompts/wordlists.yaml", "\n", "\n# a comment\n", set()),
     ],
 )
 def test_only_what_the_profile_uses_decides_a_key(project, file, before, after, steps):
@@ -242,12 +242,12 @@ def test_a_check_counts_once_a_profile_names_it():
 
 def test_a_template_counts_where_the_profile_or_the_code_names_it():
     profile, stage = load_profile("tiny"), find_stage("caption-videos")
-    template = "components/captioners/templates/video-caption-1.yaml"
+    template = "components/captions/captioners/templates/video-caption-1.yaml"
     assert template not in stage_code(stage, profile)
     profile["caption_videos"]["captioner"] = "openai"
     assert template in stage_code(stage, profile)
     profile["caption_videos"]["options"] = {"template": "text-caption-1"}
-    assert "components/captioners/templates/text-caption-1.yaml" in stage_code(stage, profile)
+    assert "components/captions/captioners/templates/text-caption-1.yaml" in stage_code(stage, profile)
 
 
 def test_all_of_the_library_counts_where_it_is_carried_along():
@@ -257,8 +257,8 @@ def test_all_of_the_library_counts_where_it_is_carried_along():
 @pytest.mark.parametrize("name", profile_names())
 def test_data_files_that_steps_read_count(name):
     profile = load_profile(name)
-    assert "components/wordlists.yaml" in stage_code(find_stage("curate-prompts"), profile)
-    assert "components/model_card.md.j2" in stage_code(find_stage("register-model"), profile)
+    assert "components/prompts/wordlists.yaml" in stage_code(find_stage("curate-prompts"), profile)
+    assert "components/registry/model_card.md.j2" in stage_code(find_stage("register-model"), profile)
     recogniser = {"components/digits/recogniser/config.json", "components/digits/recogniser/model.safetensors"}
     if profile["evaluate_model"]["benchmark"] == "digits":
         assert recogniser <= set(stage_code(find_stage("evaluate-model"), profile))
