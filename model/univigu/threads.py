@@ -23,7 +23,7 @@ from univigu.files import read_json_object, write_json
 # Few: spinning 30 times as long makes a step alone a fifth shorter, and one beside a busy program twice as long.
 SPINS = "300"
 WORTHWHILE = 0.95  # more threads are used where they take at most this part of the time
-_TRIES = 3
+_TRIES, _MOST_TRIES, _TRIED_S = 3, 30, 5.0  # for some seconds: what else a machine does for one decides nothing
 _MOST_THREADS = 4096
 
 
@@ -80,17 +80,20 @@ def _noted(note: Path) -> int:
 
 
 def measure_threads(step: Callable[[], object], most: int) -> dict[int, float]:
-    """The shortest time of `step` in seconds with 1, 2, 4 ... `most` threads, tried in turn."""
+    """The shortest time of `step` in seconds with 1, 2, 4 ... `most` threads, tried in turn for some seconds."""
     import torch
 
     numbers = {most >> halvings for halvings in range(most.bit_length())}
     seconds = dict.fromkeys(sorted(numbers, reverse=True), float("inf"))
     step()  # not measured: the first one allocates
-    for number in [*seconds] * _TRIES:
-        torch.set_num_threads(number)
-        started = time.perf_counter()
-        step()
-        seconds[number] = min(seconds[number], time.perf_counter() - started)
+    rounds, began = 0, time.perf_counter()
+    while rounds < _TRIES or (rounds < _MOST_TRIES and time.perf_counter() - began < _TRIED_S):
+        for number in seconds:
+            torch.set_num_threads(number)
+            started = time.perf_counter()
+            step()
+            seconds[number] = min(seconds[number], time.perf_counter() - started)
+        rounds += 1
     return seconds
 
 

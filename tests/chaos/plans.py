@@ -1,16 +1,19 @@
 """The commands that the trials break, in the order in which a user would give them."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES
+from univigu.video import encode_mp4
 
 REPO = Path(__file__).parents[2]
-PROMPTS = 24
+PROMPTS, VIDEOS = 24, "videos"
 
 
 class Plan(NamedTuple):
@@ -30,7 +33,7 @@ class Plan(NamedTuple):
     @property
     def weight(self) -> int:
         """How often it comes, against others: quick ones come more often, so that all take about as much time."""
-        return 4 if self.step in _QUICK else 1
+        return 8 if self.step in _QUICK else 1
 
 
 _HEAVY = ("synthesize-videos", "train-stage-1", "train-stage-2", "evaluate-model", "register-model")
@@ -47,22 +50,53 @@ def plans(profile: Path) -> list[Plan]:
         after = found[-1].name if found else ""
         found.append(Plan(stage.name, run, after, stage.name, stage.name not in _HEAVY))
     again = [plan._replace(name=f"{plan.name} again", after=plan.name) for plan in found]
+    own = ("--licence", "CC0-1.0", "--source", "a trial", "--profile", str(profile))
+    imported = Plan("data import", ("data", "import", VIDEOS, *own), "", "synthesize-videos")
+    return [*found, *again, imported, *_about_models(found[-3:], profile)]
+
+
+def _about_models(last: Sequence[Plan], profile: Path) -> list[Plan]:
+    """Promotion; and rollback, which needs a second model: trained a step longer, and made champion."""
     why = ("--why", "a trial")
-    models = [Plan("promote", ("model", "promote", "1", "--force", *why), "register-model", light=False)]
-    return [*found, *again, *models]
+    promote = Plan("promote", ("model", "promote", "1", "--force", *why), last[-1].name, light=False)
+    found, longer = [promote], str(longer_profile(profile))
+    for plan in last:
+        run = ("run", plan.step, "--profile", longer)
+        found.append(plan._replace(name=f"{plan.step} a step longer", arguments=run, after=found[-1].name))
+    second = Plan("promote another", ("model", "promote", "2", "--force", *why), found[-1].name, light=False)
+    return [*found, second, Plan("rollback", ("model", "rollback", *why), second.name, light=False)]
+
+
+def longer_profile(profile: Path) -> Path:
+    """Where the profile lies by which stage 2 is trained a step longer."""
+    return profile.with_stem(f"{profile.stem}-longer")
 
 
 def make_sources(root: Path, profile: Path) -> None:
-    """Write what the first step reads, and the profile."""
+    """Write what the first step reads, videos to import, and the profiles."""
     values = load_profile("smoke")
     for section, more in yaml.safe_load(Path(__file__).with_name("profile.yaml").read_text()).items():
         values[section].update(more)
     profile.write_text(yaml.safe_dump(values, sort_keys=False))
+    values["train_stage_2"]["steps"] += 1
+    longer_profile(profile).write_text(yaml.safe_dump(values, sort_keys=False))
+    _make_videos(root / VIDEOS)
     (root / "data/prompts").mkdir(parents=True)
     lines = (REPO / "data/prompts/digits.jsonl").read_text().splitlines(keepends=True)
     (root / "data/prompts/digits.jsonl").write_text("".join(lines[:PROMPTS]))
     for name in ("model/tiny-wan", "data/heldout.json"):
         _copy(REPO / name, root / name)
+
+
+def _make_videos(folder: Path) -> None:
+    """A few clips with captions, and a file that is no video."""
+    folder.mkdir(parents=True)
+    for number in range(4):
+        frames = np.full((9, 16, 16, 3), 40 * number, np.uint8)
+        frames[:, 4:9, 2:7] = 200
+        (folder / f"{number}.mp4").write_bytes(encode_mp4(frames, 8))
+        (folder / f"{number}.txt").write_text(f"A bright square rests on the left, in take {number}.")
+    (folder / "no-video.mp4").write_bytes(b"no video")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -101,8 +101,9 @@ def warm_up(profile: str, root: Path, steps: Collection[str]) -> None:
     values = load_profile(profile)
     for stage in STAGES:
         stage_code(stage, values)
-        if stage.name in STEPS and stage.name in steps:
-            run_stage(stage.name, values, root)
+    last = max((STEPS.index(name) for name in steps if name in STEPS), default=-1)
+    for name in STEPS[: last + 1]:
+        run_stage(name, values, root)
     gc.collect()
     gc.freeze()  # else the first collection in a fork copies every page
 
