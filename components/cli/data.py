@@ -131,11 +131,11 @@ def snapshot(
 
     The tag is `dataset@VERSION`, at the commit that holds dvc.lock. The same dataset is tagged once.
     """
-    from components.registry import dataset_versions as snapshots
+    from components.registry import dataset_versions
 
-    found, new = snapshots.take_snapshot(root, version)
+    found, new = dataset_versions.take_snapshot(root, version)
     if push:
-        snapshots.push_data(root)
+        dataset_versions.push_data(root)
     if as_json:
         print(json.dumps({**asdict(found), "new": new, "pushed": push}, indent=1))
         return
@@ -177,9 +177,9 @@ def offload(
 @app.command("list")
 def list_datasets(root: Root = Path("."), as_json: Json = False) -> None:
     """List the tagged datasets, the newest version first."""
-    from components.registry import dataset_versions as snapshots
+    from components.registry import dataset_versions
 
-    found = snapshots.list_snapshots(root)
+    found = dataset_versions.list_snapshots(root)
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=1))
         return

@@ -12,11 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from components.cli import data as data_commands
-from components.cli import generate as commands
-from components.cli import models as model_commands
-from components.cli import pipeline as pipeline_commands
-from components.cli import plan as plan_commands
+from components.cli import data, generate, models, pipeline, plan
 from components.orchestration import train_job
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
@@ -29,12 +25,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-commands.add_to(app)
+generate.add_to(app)
 train_job.add_to(app)
-plan_commands.add_to(app)
-app.add_typer(pipeline_commands.app)
-app.add_typer(model_commands.app, name="model")
-app.add_typer(data_commands.app, name="data")
+plan.add_to(app)
+app.add_typer(pipeline.app)
+app.add_typer(models.app, name="model")
+app.add_typer(data.app, name="data")
 
 Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
 Root = Annotated[Path, typer.Option(help="The work root: every path a step reads or writes lies below it.")]

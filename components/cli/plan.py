@@ -50,7 +50,7 @@ def rehearse(
     `to do` marks what only you can put there: weights, variables, disk.
     """
     from components.pipeline.profiles import load_profile
-    from components.planning.cost import rehearsal
+    from components.planning import rehearsal
 
     scene = rehearsal.Scene(profile, load_profile(profile), root, weights, gpus, gpu)
     lines = rehearsal.rehearse(scene, (lambda line: None) if as_json else _show)

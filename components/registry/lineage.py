@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from components.registry import dataset_versions as snapshots
+from components.registry import dataset_versions
 from components.registry.register_model import PROMPT_SOURCES
 from components.tracking import existing_store
 from univigu import registry
@@ -34,7 +34,7 @@ def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
             f"make it, or somebody removed them; ask who registered it."
         )
     digest = tags["univigu.dataset_digest"]
-    snapshot = snapshots.find_snapshot(root, digest)
+    snapshot = dataset_versions.find_snapshot(root, digest)
     prompts, latents = (manifests[step] for step in DATA_STEPS)
     return {
         "model": {

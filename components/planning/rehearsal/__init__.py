@@ -8,9 +8,8 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
-from components.planning.cost.rehearsal import environment as around
 from components.planning.meta_models import MetaModels, build_models
-from components.planning.rehearsal import model_checks, training
+from components.planning.rehearsal import environment, model_checks, training
 from components.planning.rehearsal.lines import Line, Scene, ToDo
 from univigu import wan
 from univigu.errors import UniViGUError
@@ -46,10 +45,10 @@ def exit_code(lines: list[Line]) -> int:
 
 def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
     profile = scene.profile
-    yield "steps", lambda: around.check_steps(profile)
-    yield "prompts", lambda: around.check_prompts(profile, scene.root)
-    yield "token ranges", lambda: around.check_texts(profile)
-    yield "checks and captioner", lambda: around.check_captioner(profile, scene.root)
+    yield "steps", lambda: environment.check_steps(profile)
+    yield "prompts", lambda: environment.check_prompts(profile, scene.root)
+    yield "token ranges", lambda: environment.check_texts(profile)
+    yield "checks and captioner", lambda: environment.check_captioner(profile, scene.root)
     models: list[MetaModels] = []
 
     def build() -> str:
@@ -75,10 +74,10 @@ def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "sampling", lambda: model_checks.check_sampling(profile, model)
         for number in (1, 2):
             yield f"memory, stage {number}", lambda number=number: training.check_memory(scene, model, number)
-        yield "time limits", lambda: around.check_hours(scene, model)
-        yield "disk", lambda: around.check_disk(scene, model)
+        yield "time limits", lambda: environment.check_hours(scene, model)
+        yield "disk", lambda: environment.check_disk(scene, model)
     for number in (1, 2):
         yield f"DeepSpeed, stage {number}", lambda number=number: training.check_deepspeed(scene, number)
-    yield "evaluation", lambda: around.check_evaluation(profile, scene.root)
-    yield "Kubeflow pipeline", lambda: around.check_pipeline(scene.root)
-    yield "TrainJobs", lambda: around.check_train_jobs(scene)
+    yield "evaluation", lambda: environment.check_evaluation(profile, scene.root)
+    yield "Kubeflow pipeline", lambda: environment.check_pipeline(scene.root)
+    yield "TrainJobs", lambda: environment.check_train_jobs(scene)

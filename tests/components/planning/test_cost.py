@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from components.cli.main import app
 from components.cli.plan import as_text
 from components.pipeline.profiles import load_profile
-from components.planning.cost import cost as planning
+from components.planning import cost as planning
 from components.planning.meta_models import build_models
 from univigu import wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError

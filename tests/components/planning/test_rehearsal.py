@@ -12,7 +12,7 @@ import pytest
 
 from components.pipeline.profiles import load_profile
 from components.planning.meta_models import build_models
-from components.planning.rehearsal import Scene, around, exit_code, model_checks, rehearse, training
+from components.planning.rehearsal import Scene, environment, exit_code, model_checks, rehearse, training
 from components.planning.rehearsal.lines import ToDo
 from univigu import wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError
@@ -125,7 +125,7 @@ def test_a_caption_that_the_rotary_tables_have_no_place_for_is_refused(tiny_wan_
 def test_ranges_of_tokens_that_contradict_each_other_are_refused(text, words):
     profile = load_profile("tiny")
     with pytest.raises(ConfigError, match=words):
-        around.check_texts({**profile, "text": {**profile["text"], **text}})
+        environment.check_texts({**profile, "text": {**profile["text"], **text}})
 
 
 def test_a_share_that_no_task_has_leaves_weights_untrained(tiny_wan_folder):
@@ -140,44 +140,44 @@ def test_variables_that_a_captioner_reads_are_named_until_they_are_set(monkeypat
     profile = load_profile("tiny")
     captions = {**profile["caption_videos"], "options": {"api_key_env": "SOME_CAPTION_KEY"}}
     with pytest.raises(ToDo, match="set SOME_CAPTION_KEY where"):
-        around.check_captioner({**profile, "caption_videos": captions}, ROOT)
+        environment.check_captioner({**profile, "caption_videos": captions}, ROOT)
     monkeypatch.setenv("SOME_CAPTION_KEY", "secret-value")
-    assert "secret-value" not in around.check_captioner({**profile, "caption_videos": captions}, ROOT)
+    assert "secret-value" not in environment.check_captioner({**profile, "caption_videos": captions}, ROOT)
     with pytest.raises(ConfigError, match="no captioner 'nobody'"):
-        around.check_captioner({**profile, "caption_videos": {**captions, "captioner": "nobody"}}, ROOT)
+        environment.check_captioner({**profile, "caption_videos": {**captions, "captioner": "nobody"}}, ROOT)
 
 
 def test_what_the_evaluation_reads_is_named_until_it_is_there(tmp_path):
     profile = load_profile("wan-1.3b")
     with pytest.raises(ToDo, match=r"put heldout at .*evaluation-prompts\.jsonl"):
-        around.check_evaluation(profile, tmp_path)
-    assert "benchmark 'pairs'" in around.check_evaluation(profile, ROOT)
+        environment.check_evaluation(profile, tmp_path)
+    assert "benchmark 'pairs'" in environment.check_evaluation(profile, ROOT)
     with pytest.raises(ConfigError, match="no benchmark 'guesses'"):
-        around.check_evaluation({**profile, "evaluate_model": {"benchmark": "guesses"}}, ROOT)
+        environment.check_evaluation({**profile, "evaluate_model": {"benchmark": "guesses"}}, ROOT)
 
 
 def test_prompts_are_counted_until_there_are_enough(tmp_path):
     profile = load_profile("wan-1.3b")
     with pytest.raises(ToDo, match="put your prompts"):
-        around.check_prompts(profile, tmp_path)
+        environment.check_prompts(profile, tmp_path)
     (tmp_path / "data/raw-prompts").mkdir(parents=True)
     (tmp_path / "data/raw-prompts/few.jsonl").write_text('{"text": "a"}\n' * 3)
     with pytest.raises(ToDo, match="there are 3, and 20,000 clips"):
-        around.check_prompts(profile, tmp_path)
+        environment.check_prompts(profile, tmp_path)
     with gzip.open(tmp_path / "data/raw-prompts/more.csv.gz", "wt") as stream:
         stream.write("prompt\n" + "a cat\n" * 20_000)
     (tmp_path / "data/raw-prompts/deeper").mkdir()
     (tmp_path / "data/raw-prompts/deeper/none.jsonl").write_text('{"text": "a"}\n')  # curation reads no folders
-    assert around.check_prompts(profile, tmp_path) == "20,003 for 20,000 clips"
+    assert environment.check_prompts(profile, tmp_path) == "20,003 for 20,000 clips"
     (tmp_path / "data/raw-prompts/other.csv").write_text("width,height\n1,2\n")
     with pytest.raises(BadInputError, match=r"other\.csv"):
-        around.check_prompts(profile, tmp_path)
+        environment.check_prompts(profile, tmp_path)
 
 
 def test_gpus_that_do_not_fill_nodes_are_refused():
     with pytest.raises(ConfigError, match="12 GPUs don't fill nodes of 8"):
-        around.check_train_jobs(scene("wan-1.3b", gpus=12))
-    assert around.check_train_jobs(scene("wan-1.3b", gpus=6)) == "2, on 1 node of 6 GPUs"
+        environment.check_train_jobs(scene("wan-1.3b", gpus=12))
+    assert environment.check_train_jobs(scene("wan-1.3b", gpus=6)) == "2, on 1 node of 6 GPUs"
 
 
 @pytest.mark.parametrize("sampling", [{}, {"guidance_scale": 1.0, "caption_guidance_scale": 3.0}])
@@ -197,7 +197,7 @@ def test_a_step_that_a_cluster_would_stop_half_way_is_named():
     profile = load_profile("wan-14b")
     models = build_models(profile, wan.config_folder(profile["base"]))
     with pytest.raises(ToDo, match=r"synthesize-videos takes \d+ hours on 4 and is stopped after 336"):
-        around.check_hours(scene("wan-14b", gpus=4), models)
+        environment.check_hours(scene("wan-14b", gpus=4), models)
 
 
 def test_a_batch_that_gpus_can_not_share_fails_as_it_would_in_training():

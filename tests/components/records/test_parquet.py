@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.records import parquet as parquet_records
 from components.records.parquet import column_names, read_parquet
 from components.records.text import Broken
-from components.records.text import parquet as parquet_records
 from univigu.errors import CorruptDataError
 
 

@@ -8,6 +8,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from components.records import text as records
 from components.records.text import (
     DEEPEST,
     LONGEST_LINE,
@@ -18,7 +19,6 @@ from components.records.text import (
     open_jsonl,
     parse,
 )
-from components.records.text import text as records
 from univigu.errors import BadInputError, CorruptDataError
 
 NAMES = ["text", "source", "licence"]
