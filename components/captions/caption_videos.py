@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.checks import CaptionCheck
+from components.captions.captioners import CaptionRequest, load_captioner
+from components.checks import CaptionCheck, load_caption_checks
 from components.checks.refusal import refusal
 from components.checks.repetition import repetition
 from components.checks.texts import damage, echo, repeats_prompt
 from components.checks.wrapping import wrapping
+from components.pipeline.state import STATE
+from components.prompts.tokens import count_tokens, load_tokenizer
 from univigu.errors import GateFailedError
 
 if TYPE_CHECKING:
@@ -25,8 +28,6 @@ Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slu
 
 def caption_videos(step: "Step") -> None:
     """Clips that passed their gate -> a caption row for each, with a status; failures are quarantined as well."""
-    from components.checks import load_caption_checks
-    from components.prompts.tokens import count_tokens, load_tokenizer
 
     settings, bounds = step["caption_videos"], tuple(step["text"]["caption_tokens"])
     tokenizer = load_tokenizer(step.inputs["base"])
@@ -78,8 +79,6 @@ def caption_videos(step: "Step") -> None:
 
 def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":
     """The profile's captioner, with what it was answered before below `root`; raises as its `create` does."""
-    from components.captions.captioners import load_captioner
-    from components.pipeline.state import STATE
 
     settings, answers = profile["caption_videos"], root / STATE / "answers" / "caption-videos"
     return load_captioner(
@@ -136,7 +135,6 @@ def make_requests(
     folder: Path, rows: Sequence[Mapping[str, Any]], bounds: tuple[int, int]
 ) -> Iterator["CaptionRequest"]:
     """A first request for each clip, in order; its frames are decoded when they are needed."""
-    from components.captions.captioners import CaptionRequest
     from components.clips.archive import open_clip, read_clips
 
     for row, content in read_clips(folder, rows):

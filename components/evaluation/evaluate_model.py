@@ -13,8 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from components.evaluation import report
+from components.evaluation.report import line_chart
 from components.evaluation.samples import PAGE_SAMPLES, SCORED_BY_MODELS, Item, sample_everything
+from components.evaluation.training_curves import read_training, training_charts
+from components.pipeline.manifests import MANIFEST
 from univigu.errors import ConfigError
+from univigu.evaluation.claims import score_item, summarise
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Step
@@ -30,7 +35,6 @@ Metrics = dict[str, dict[str, Any]]
 
 def evaluate_model(step: "Step") -> None:
     """Held-out items -> ``metrics.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``."""
-    from components.evaluation.training_curves import read_training
 
     settings = step["evaluate_model"]
     benchmark = load_benchmark(settings["benchmark"])
@@ -100,7 +104,6 @@ def score_everything(
 
 def make_row(task: str, item: Item, truth: Mapping[str, str], found: Mapping[str, str], text: str | None = None) -> Row:
     """A row of the table `items`; `found` is kept only on the attributes that are scored."""
-    from univigu.evaluation.claims import score_item
 
     found = {name: found[name] for name in truth if name in found}
     return {
@@ -120,7 +123,6 @@ def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[
 
     Only the attributes that the prompt leaves open are scored, and there is no truth about those.
     """
-    from univigu.evaluation.claims import score_item
 
     left_open, said = benchmark.left_open(item["prompt"], video), benchmark.read_text(text)
     seen = {name: video[name] for name in left_open}
@@ -142,7 +144,6 @@ def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     ``joint_video`` and ``joint_text`` are held against what the prompt states; ``caption_steps`` has the mean of the
     captions by the number of Euler steps that they were made in.
     """
-    from univigu.evaluation.claims import summarise
 
     correct: dict[str, list[dict[str, bool]]] = {}
     for row in rows:
@@ -200,9 +201,6 @@ def write_page(
     notes: Sequence[str],
 ) -> None:
     """``report.html``, and ``gallery.webp`` with the same first samples for a README."""
-    from components.evaluation import report
-    from components.evaluation.training_curves import training_charts
-    from components.pipeline.manifests import MANIFEST
 
     settings, digests = step["evaluate_model"], step.input_digests
     by_task = {task: [row for row in rows if row["task"] == task] for task in PAGE_SAMPLES}
@@ -267,7 +265,6 @@ def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
 
 def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How right captions are by the number of Euler steps that they are made in; no chart of fewer than two."""
-    from components.evaluation.report import line_chart
 
     points = sorted((int(steps), score["value"]) for steps, score in scores.items())
     return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.pipeline.digests import json_digest
+from components.prompts.filters import content_phrases
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 
 if TYPE_CHECKING:
@@ -49,7 +51,6 @@ def open_heldout(step: "Step") -> dict[str, Any]:
 
     Of each kind as many as the profile says, or as there are. Raises where there is none.
     """
-    from components.pipeline.digests import json_digest
 
     settings, video = step["evaluate_model"], step["video"]
     size = tuple(video[key] for key in ("frames", "height", "width"))
@@ -153,7 +154,6 @@ def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list
 
 def content_words(text: str) -> list[str]:
     """The words of a text that say something, lower-case, in order, each once."""
-    from components.prompts.filters import content_phrases
 
     words = (word.rpartition(":")[2] for phrase in content_phrases(text) for word in phrase)
     return list(dict.fromkeys(word for word in words if re.search(r"\w", word)))

@@ -13,8 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from components.clips.generator import generate, load_generator
+from components.evaluation import scorers as scorer_modules
 from components.evaluation.report import Preview, preview
+from components.pipeline.digests import tree_digest
+from components.pipeline.manifests import inside
+from components.pipeline.shard_records import read_record, write_record
 from univigu.errors import ConfigError
+from univigu.files import file_sha256, sync
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +94,6 @@ class Maker:
 
     def draw_with_base(self, batches: Sequence[Sequence[Item]]) -> None:
         """Have the base make its clips, as far as they aren't there or were read before."""
-        from components.clips.generator import load_generator
 
         base = None
         for number, items in enumerate(self.step.progress(batches, unit="batches of the base")):
@@ -139,9 +144,6 @@ def write_part(folder: Path, part: Part) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from components.pipeline.shard_records import write_record
-    from univigu.files import file_sha256, sync
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     arrays, texts = {}, {}
@@ -163,9 +165,6 @@ def write_part(folder: Path, part: Part) -> None:
 def read_part(folder: Path) -> Part | None:
     """A batch that was kept; None where it isn't there, or not as it was written."""
     from safetensors.numpy import load_file
-
-    from components.pipeline.shard_records import read_record
-    from univigu.files import file_sha256
 
     record, path = read_record(folder / "part.json"), folder / "arrays.safetensors"
     if not record or not path.is_file() or file_sha256(path) != record["sha256"]:
@@ -195,10 +194,6 @@ def _precision(name: str) -> dict[str, Any]:
 def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
     """The profile's scorers, each from its model's folder, whose digest is noted among the step's facts."""
     from pkgutil import iter_modules
-
-    from components.evaluation import scorers as scorer_modules
-    from components.pipeline.digests import tree_digest
-    from components.pipeline.manifests import inside
 
     known = {module.name for module in iter_modules(scorer_modules.__path__)}
     scorers = {}
@@ -261,8 +256,6 @@ def _video_arguments(items: Sequence[Item], video: Mapping[str, Any]) -> dict[st
 def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[str, Any]:
     """The base generator's clips for the same prompts and seeds, as it makes them best, by diffusers' own pipeline."""
     import numpy as np
-
-    from components.clips.generator import generate
 
     settings = step["evaluate_model"]
     sampling = {

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.clips.buckets import Misfit, choose_bucket, list_buckets
+from components.latents.encoders import Encoders
+from components.pipeline.digests import json_digest, tree_digest
+from components.pipeline.fingerprint import code_digest, fingerprint
 from univigu.errors import BadInputError
 from univigu.threads import side_threads
 
@@ -30,7 +33,6 @@ def encode_latents(step: "Step") -> None:
     """
     import shutil
 
-    from components.latents.encoders import Encoders
     from components.latents.reuse import Encoded
     from univigu.training.data import EMPTY_PROMPT, write_empty_prompt
     from univigu.wan import check_autoencoder
@@ -99,8 +101,6 @@ def fit_to_buckets(step: "Step", rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def code_facts(step: "Step") -> dict[str, str]:
     """What decides latents and states beside what their rows name; in the manifest, for the next run to compare."""
-    from components.pipeline.digests import json_digest
-    from components.pipeline.fingerprint import code_digest, fingerprint
 
     def code(*entries: str) -> str:
         return code_digest(fingerprint(entries))
@@ -118,7 +118,6 @@ def code_facts(step: "Step") -> dict[str, str]:
 
 def part_digests(base: Path) -> dict[str, str]:
     """Digests of the parts of a base that tensors depend on."""
-    from components.pipeline.digests import tree_digest
 
     parts = {"vae_digest": "vae", "tokenizer_digest": "tokenizer", "text_encoder_digest": "text_encoder"}
     return {name: tree_digest([base / part], relative_to=base) for name, part in parts.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.pipeline.weights import how_to_fetch
+from components.prompts.tokens import count_tokens, load_tokenizer
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ class Encoders:
     """Each part of `base` is loaded when it is first needed, on the GPU if there is one, and stays."""
 
     def __init__(self, base: Path, precision: str, text: Mapping[str, Any]) -> None:
-        from components.prompts.tokens import load_tokenizer
 
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"There is no precision '{precision}'; choose one of fp32, bf16.")
@@ -43,7 +43,6 @@ class Encoders:
 
     def token_ids(self, texts: Sequence[str]) -> "Tensor":
         """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
-        from components.prompts.tokens import count_tokens
         from univigu.text_space import tokenize
 
         for text, count in zip(texts, count_tokens(self.tokenizer, texts), strict=True):

@@ -19,6 +19,11 @@ from airflow.sdk import BaseOperator, Variable
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from components.orchestration.kfp_server import KfpServer, RunCanceledError, RunFailedError, typed_arguments
+from components.orchestration.kfp_tasks import STOP_S, command
+from components.pipeline.processes import child_environment
+from components.pipeline.profiles import load_profile
+from components.pipeline.stages import find_stage
 from univigu.errors import BusyError, ConfigError, MissingInputError, PreemptedError, TransientError, UniViGUError
 
 ROOT_VARIABLE = "univigu_root"
@@ -49,7 +54,6 @@ def merge_arguments(package: Path, own: Mapping[str, Any], more: str) -> dict[st
 
     Raises `ConfigError` for what is none, and for a parameter that the pipeline lacks or that `own` has.
     """
-    from components.orchestration.kfp_server import typed_arguments
 
     try:
         found = json.loads(more or "{}")
@@ -118,9 +122,7 @@ class StepOperator(BaseOperator):
 
     def execute(self, context: Mapping[str, Any]) -> str:
         """Returns the digest of the step's output; those of its inputs have to be what this DAG run's tasks left."""
-        from components.orchestration.kfp_tasks import command
         from components.pipeline.freshness import committed, finished, require_inputs
-        from components.pipeline.profiles import load_profile
 
         with clear_failures(context):
             root, expected = work_root(), self._inputs(context)
@@ -147,7 +149,6 @@ class StepOperator(BaseOperator):
 
     def _inputs(self, context: Mapping[str, Any]) -> dict[str, str]:
         """What the tasks of this DAG run have returned that make this step's inputs; they lie in the same group."""
-        from components.pipeline.stages import find_stage
 
         group = self.task_id.removesuffix(self.step)
         makers = sorted(set(find_stage(self.step).inputs.values()))
@@ -162,8 +163,6 @@ class StepOperator(BaseOperator):
 
     def _run(self, arguments: list[str]) -> tuple[int, str]:
         """Run a command to its end; returns its exit code and the last sentence that it said."""
-        from components.orchestration.kfp_tasks import STOP_S
-        from components.pipeline.processes import child_environment
 
         said = ""
         with subprocess.Popen(
@@ -224,7 +223,6 @@ class KfpRunOperator(BaseOperator):
         self._run_id = ""
 
     def execute(self, context: Mapping[str, Any]) -> str:
-        from components.orchestration.kfp_server import KfpServer
 
         with clear_failures(context):
             package = Path(self.package)
@@ -243,7 +241,6 @@ class KfpRunOperator(BaseOperator):
 
     def finish(self, context: Mapping[str, Any], event: Mapping[str, str]) -> str:
         """Called with the run's last state: returns its id if it succeeded, and fails the task otherwise."""
-        from components.orchestration.kfp_server import RunCanceledError, RunFailedError
 
         run_id, state, message = event["run_id"], event["state"], event["message"]
         with clear_failures(context):
@@ -273,7 +270,6 @@ class KfpRunOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """Cancel the run of a task that is stopped before it waits."""
-        from components.orchestration.kfp_server import KfpServer
 
         if self._run_id:
             KfpServer(namespace=self.namespace).cancel(self._run_id)
@@ -326,6 +322,5 @@ class KfpRunTrigger(BaseTrigger):
         return (now.state, now.message) if now.is_terminal else ("", "")
 
     def _server(self) -> Any:
-        from components.orchestration.kfp_server import KfpServer
 
         return KfpServer(namespace=self.namespace)

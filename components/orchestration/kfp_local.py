@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from components.orchestration.kfp_server import typed_arguments
 from components.orchestration.kfp_tasks import RUN_ID, STOP_S, last_failure
 from components.pipeline.processes import child_environment
 from components.pipeline.stages import STAGES
 from components.pipeline.state import STATE
-from univigu.errors import PreemptedError, UniViGUError
+from univigu.errors import ConfigError, PreemptedError, UniViGUError
 
 CLUSTER_ONLY = (
     *("root", "image", "gpu_image", "work_pvc", "train_backend"),
@@ -41,8 +42,6 @@ def run_locally(root: Path, arguments: Mapping[str, Any]) -> None:
     Steps that are finished are skipped, by kfp's cache below the root.
     """
     from components.orchestration.kfp_pipeline import compile_to
-    from components.orchestration.kfp_server import typed_arguments
-    from univigu.errors import ConfigError
 
     if refused := [name for name in CLUSTER_ONLY if name in arguments]:
         raise ConfigError(f"On this machine there is no choice of {', '.join(refused)}; leave it out (or give --root).")

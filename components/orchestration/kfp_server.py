@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from components.pipeline.digests import json_digest
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError, UniViGUError
 from univigu.files import file_sha256, read_yaml_documents
 
@@ -314,7 +315,6 @@ def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, An
 
 def default_run_name(package: Path, arguments: Mapping[str, Any]) -> str:
     """A name that says what is run: the same pipeline with the same arguments has the same name."""
-    from components.pipeline.digests import json_digest
 
     pipeline, _ = read_package(package)
     digest = json_digest([file_sha256(package), typed_arguments(package, arguments)])

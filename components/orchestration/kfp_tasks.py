@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from components.captions.caption_videos import open_captioner
 from components.orchestration import notifications
+from components.pipeline.manifests import inside
+from components.pipeline.parts import Part
 from components.pipeline.processes import child_environment
+from components.pipeline.profiles import load_profile
+from components.pipeline.stages import STAGES, find_stage
+from components.pipeline.state import STATE
+from components.tracking import open_tracking, tracking_uri
 from univigu.errors import (
     BadInputError,
     ConfigError,
@@ -28,6 +35,7 @@ from univigu.errors import (
     UniViGUError,
 )
 from univigu.files import write_json
+from univigu.mlflow_store import first_contact
 
 BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob that it starts
 MAX_PARTS = 1000
@@ -85,7 +93,6 @@ def cache_keys(profile: str, root: str) -> dict[str, str]:
     replaced or wiped since.
     """
     from components.pipeline.freshness import committed, recipes
-    from components.pipeline.profiles import load_profile
 
     with _failing_as_a_task("cache-keys", root):
         known = recipes(load_profile(profile), Path(root).resolve())
@@ -118,9 +125,6 @@ def run_step(
     step run there. promotion: ``manual`` where somebody else decides who is champion; without one the profile says.
     """
     from components.pipeline.freshness import committed, finished, require_inputs
-    from components.pipeline.parts import Part
-    from components.pipeline.profiles import load_profile
-    from components.pipeline.stages import find_stage
 
     expected = {name: digest for name, _, digest in (pair.partition("=") for pair in inputs.split()) if digest}
     with _failing_as_a_task(step, root, part):
@@ -147,7 +151,6 @@ def run_step(
 
 def declaration(step: str) -> dict[str, list[str]]:
     """What the table says of a step, and a compiled pipeline repeats."""
-    from components.pipeline.stages import find_stage
 
     stage = find_stage(step)
     return {"inputs": sorted(set(stage.inputs.values())), "parameters": [*stage.sources.values(), *stage.parameters]}
@@ -193,9 +196,6 @@ def last_failure(root: str) -> dict[str, Any]:
 
 
 def _check_sources(profile: str, root: Path) -> None:
-    from components.pipeline.manifests import inside
-    from components.pipeline.profiles import load_profile
-    from components.pipeline.stages import STAGES
 
     if not root.is_dir():
         raise MissingInputError(f"There is no work root {root}; mount the volume there, or give another 'root'.")
@@ -221,8 +221,6 @@ def _check_quantities(asked: Mapping[str, str]) -> None:
 
 
 def _check_batches(profile: str, gpus: int) -> None:
-    from components.pipeline.profiles import load_profile
-    from components.pipeline.stages import STAGES
     from univigu.training.engine import TrainingConfig, micro_batches
 
     values = load_profile(profile)
@@ -245,8 +243,6 @@ def _check_disk(root: Path, free_gib: float) -> None:
 def _check_tracking(root: Path) -> None:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return
-    from components.tracking import open_tracking, tracking_uri
-    from univigu.mlflow_store import first_contact
 
     open_tracking(root)
     import mlflow
@@ -256,9 +252,7 @@ def _check_tracking(root: Path) -> None:
 
 
 def _check_captioner(profile: str, root: Path) -> None:
-    from components.captions.caption_videos import open_captioner
     from components.pipeline.freshness import finished
-    from components.pipeline.profiles import load_profile
 
     values = load_profile(profile)
     with suppress(BadInputError):  # of the step's inputs, which may have to be made
@@ -268,7 +262,6 @@ def _check_captioner(profile: str, root: Path) -> None:
 
 
 def _check_train_jobs(profile: str, root: str, options: Mapping[str, str]) -> None:
-    from components.pipeline.stages import STAGES
 
     for stage in STAGES:
         if stage.resources.pool == "training":
@@ -337,7 +330,6 @@ def _run_id() -> str:
 
 
 def _note(root: str, name: str) -> Path:
-    from components.pipeline.state import STATE
 
     return Path(root) / STATE / "kfp" / f"{name}.json"
 

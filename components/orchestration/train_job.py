@@ -26,6 +26,9 @@ import typer
 
 from components.orchestration.kubernetes_api import GROUP, NODE, VERSION, Cluster, import_extra
 from components.orchestration.train_job_run import follow
+from components.pipeline.digests import json_digest
+from components.pipeline.manifests import Recipe, verify
+from components.pipeline.profiles import load_profile
 from components.pipeline.stages import Stage, find_stage
 from univigu.errors import BadInputError, ConfigError
 
@@ -160,7 +163,6 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
     Everything that can be checked is, before GPUs are asked for. Raises an error of `univigu.errors`, as the table at
     the head of this file says.
     """
-    from components.pipeline.profiles import load_profile
     from components.pipeline.runner import make_step
 
     stage, profile, root = _check(name, profile, root, settings)
@@ -181,7 +183,6 @@ def try_train_job(name: str, profile: str, root: Path, settings: Settings) -> No
 
 def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Stage, str, Path]:
     """The stage, the profile's name or absolute path, and the absolute root; raises for what can't be trained there."""
-    from components.pipeline.profiles import load_profile
     from univigu.training.engine import TrainingConfig, micro_batches
 
     stage, root = find_stage(name), root.resolve()
@@ -256,7 +257,6 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
 
 def _work_key(run_key: str, root: Path, settings: Settings) -> str:
     """A digest of all that decides the output, and of where it goes: two roots may make the same."""
-    from components.pipeline.digests import json_digest
 
     return json_digest([run_key, str(root), settings.claim])
 
@@ -279,7 +279,6 @@ def _parse_env(pairs: Sequence[str]) -> dict[str, str]:
 
 def _output_of(step: Any) -> dict[str, Any] | None:
     """The manifest of the step's output, if these inputs, parameters and code made it and it is whole."""
-    from components.pipeline.manifests import Recipe, verify
 
     try:
         manifest = verify(step.previous, step.stage.name)

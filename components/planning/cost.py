@@ -10,11 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.pipeline.profiles import load_profile
 from components.planning.meta_models import MetaModels, build_models
+from components.training.train_stage import objective_settings
 from univigu import planning, wan
 from univigu.errors import BadInputError
 from univigu.hardware import Gpu, find_gpu
+from univigu.training.engine import OFFLOAD, TrainingConfig
 from univigu.training.memory import BYTES, parameter_count
+from univigu.training.room import count_learning, needed_host_memory, needed_memory
 
 if TYPE_CHECKING:
     from univigu.training.engine import TrainingConfig
@@ -43,8 +47,6 @@ def make_plan(
 
     ``mfu``: the share of the GPU's peak that is reached, by default what NeMo's Wan reaches.
     """
-    from components.training.train_stage import objective_settings
-    from univigu.training.engine import TrainingConfig
 
     mfu = MFU if mfu is None else mfu
     if not 0 < mfu <= 1:
@@ -102,8 +104,6 @@ def describe_models(models: MetaModels, tokens: planning.Tokens) -> Plan:
 
 def plan_hours(profile: Profile, models: MetaModels, gpus: int, gpu: str) -> dict[str, float]:
     """Hours that the long steps take, by their names, with all GPUs sharing them, at the MFU of NeMo's Wan."""
-    from components.training.train_stage import objective_settings
-    from univigu.training.engine import TrainingConfig
 
     text, rate = profile["text"], find_gpu(gpu).tflops * 1e12 * MFU
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
@@ -156,8 +156,6 @@ def plan_memory(
 
     They are `needed_memory`'s, which training itself asks before it starts.
     """
-    from univigu.training.engine import OFFLOAD
-    from univigu.training.room import count_learning, needed_host_memory, needed_memory
 
     usable = planning.usable_memory(device.memory_gib)
     model, table = models.transformer.config, {}
@@ -271,9 +269,6 @@ def assumptions(profile: Profile, mfu: float) -> list[str]:
 
 def known_figures(mfu: float) -> list[Plan]:
     """What is known from elsewhere beside what this planner says of the same, and whether the two agree."""
-    from components.pipeline.profiles import load_profile
-    from components.training.train_stage import objective_settings
-    from univigu.training.engine import TrainingConfig
 
     profile = load_profile("wan-1.3b")
     profile["video"] = {**profile["video"], **CLIP}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from univigu import wan
 from univigu.errors import BadInputError
+from univigu.text_space import row_norm_for
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -57,7 +58,6 @@ def build_models(profile: Profile, folder: Path) -> MetaModels:
 def build_transformer(profile: Profile, base: Mapping[str, Any], vocab_size: int) -> "UniViGUTransformer3DModel":
     """Wan's transformer with the text side that `profile` gives it, on whatever device is the default."""
     from univigu import UniViGUTransformer3DModel
-    from univigu.text_space import row_norm_for
 
     known, model = UniViGUTransformer3DModel._get_init_keys(UniViGUTransformer3DModel), profile["model"]
     return UniViGUTransformer3DModel(

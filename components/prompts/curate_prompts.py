@@ -14,6 +14,7 @@ from typing import Any
 from components.pipeline.manifests import inside
 from components.pipeline.runner import Step
 from components.prompts.duplicates import ExactTexts, NearDuplicates
+from components.prompts.embeddings import Neighbours
 from components.prompts.funnel import Funnel
 from components.prompts.screening import ENFORCE, Accepted, Finding, Rejected, Screen, quotable_row
 from components.prompts.sources import RawBatch, raw_files, read_batches
@@ -92,7 +93,6 @@ class Curation:
 
     def without_neighbours(self, rows: Iterator[Reading]) -> Iterator[Reading]:
         """The rows that don't mean the same as an earlier one, and don't lie in a crowd."""
-        from components.prompts.embeddings import Neighbours
 
         settings = self.screen.settings
         neighbours = Neighbours(inside(self.step.root, settings["embedding_model"]), settings["diversity"]["cosine"])

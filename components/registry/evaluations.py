@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.evaluation.evaluate_model import STEPS_TASK
 from components.pipeline.digests import json_digest
 from components.pipeline.tables import read_table
 from univigu.errors import BadInputError, storage_fault
@@ -40,7 +41,6 @@ def read_evaluation(folder: Path) -> Evaluation:
     Captions in other numbers of steps than the model's own are no part of the comparison. Raises
     `UnreadableEvaluationError`, and what `storage_fault` says where the disk doesn't read the files.
     """
-    from components.evaluation.evaluate_model import STEPS_TASK
 
     try:
         scores = dict(_scores(read_json_object(folder / "metrics.json")))

@@ -7,6 +7,7 @@ from typing import Any
 
 from components.pipeline.runner import Step
 from components.registry.evaluations import Evaluation
+from components.tracking import flatten
 from univigu.errors import CorruptDataError, storage_fault
 from univigu.files import read_json_object
 
@@ -30,8 +31,6 @@ def render_card(
     """The model card as Markdown with YAML front matter; every figure on it comes from the step's inputs."""
     import yaml
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from components.tracking import flatten
 
     folder = step.inputs["model"] / PIPELINE
     settings = _read_settings(folder / "model_index.json", LIMITS)

@@ -24,6 +24,8 @@ from components.pipeline.stages import find_stage
 from components.registry import ledger, promotion
 from components.registry.evaluations import Evaluation, read_evaluation
 from components.registry.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
+from components.tracking import actor, find_run, flatten, open_tracking, redacted
+from univigu import registration, registry
 from univigu.errors import BadInputError, ConfigError
 from univigu.files import read_json_object, write_json
 
@@ -62,8 +64,6 @@ def _temporary_files(staging: Path) -> Iterator[Path]:
 
 def _register(step: Step, temporary: Path) -> dict[str, Any]:
     """Register, and decide; returns what `registration.json` says."""
-    from components.tracking import flatten, open_tracking
-    from univigu import registration, registry
 
     settings = step["register_model"]
     name, metric = settings["name"], settings["champion_metric"]
@@ -135,8 +135,6 @@ def _register(step: Step, temporary: Path) -> dict[str, Any]:
 
 def _enter(name: str, identity: Mapping[str, str], root: Path, make: "Callable[[], ModelVersion]") -> "ModelVersion":
     """The version of this identity, made by `make` where nobody has made it meanwhile; the newest is the candidate."""
-    from components.tracking import actor
-    from univigu import registry
 
     with ledger.hold_lease(name, root, "register", actor(), WHY):
         version = registry.version_with(name, identity) or make()
@@ -238,7 +236,6 @@ def _evaluation_digest(manifest: Mapping[str, Any]) -> str:
 
 def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]:
     """MLflow's finished runs that made stage 1's model and, from it, this one; a run that can't be told is left out."""
-    from components.tracking import find_run
 
     parent = _parent_manifest(root, model)
     found = []
@@ -282,7 +279,6 @@ def _copy_evaluation(folder: Path, temporary: Path) -> Path:
 
 def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
     """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
-    from components.tracking import redacted
 
     target = temporary / "lineage"
     target.mkdir()

@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.pipeline.digests import tree_digest
+from components.pipeline.fingerprint import code_digest
+from components.tracking import start_run
+from components.training.samples import show_samples
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -42,9 +46,6 @@ def _train(step: "Step", number: int, source: str) -> None:
 
     import torch
 
-    from components.pipeline.fingerprint import code_digest
-    from components.tracking import start_run
-    from components.training.samples import show_samples
     from univigu import TrainingObjective
     from univigu.training.data import token_weights
     from univigu.training.engine import TrainingConfig, is_main_process
@@ -286,6 +287,5 @@ def save(step: "Step", pipeline: "UniViGUPipeline") -> None:
 
 def model_digest(folder: Path) -> str:
     """What identifies a trained model: the names and bytes of its pipeline folder."""
-    from components.pipeline.digests import tree_digest
 
     return tree_digest([folder / MODEL], relative_to=folder / MODEL)

@@ -14,9 +14,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from components.checks import load_caption_checks
+from components.checks.refusal import refusal
+from components.checks.repetition import repetition
+from components.checks.texts import damage, repeats_prompt
+from components.checks.wrapping import wrapping
 from components.clips.buckets import Bucket, list_buckets
 from components.pipeline.runner import Step
 from components.pipeline.tables import SCHEMAS
+from components.prompts.filters import UNDECIDED, text_id
+from components.prompts.screening import ENFORCE, filter_modes
+from components.prompts.tokens import count_tokens, load_tokenizer
 from components.validation.gates import Reject, expectations, run_gate
 from univigu.errors import ConfigError
 
@@ -28,9 +36,6 @@ def validate_prompts(step: Step) -> None:
 
     What a filter of the curation did not enforce is not asked for here either.
     """
-    from components.prompts.filters import text_id
-    from components.prompts.screening import ENFORCE, filter_modes
-    from components.prompts.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
     prompts = step.read("prompts", "prompts")
@@ -54,8 +59,6 @@ def validate_prompts(step: Step) -> None:
 
 def _contract_of_filters(gx: Any, curation: Mapping[str, Any], tokens: tuple[int, int]) -> Iterator[Any]:
     """What holds of a prompt that each filter of the curation let pass; nothing for one that it doesn't enforce."""
-    from components.prompts.filters import UNDECIDED
-    from components.prompts.screening import ENFORCE, filter_modes
 
     enforced = {name for name, mode in filter_modes(curation).items() if mode == ENFORCE}
     if "unicode" in enforced:
@@ -105,12 +108,6 @@ def validate_pairs(step: Step) -> None:
     A stage-1 pair has no caption. A stage-2 clip whose caption did not succeed was quarantined where it was captioned,
     and is only counted here. Raises `ConfigError` where the profile's caption range does not lie above its prompts'.
     """
-    from components.checks import load_caption_checks
-    from components.checks.refusal import refusal
-    from components.checks.repetition import repetition
-    from components.checks.texts import damage, repeats_prompt
-    from components.checks.wrapping import wrapping
-    from components.prompts.tokens import count_tokens, load_tokenizer
 
     gx = expectations()
     settings = step["validate_data"]

@@ -11,6 +11,7 @@ from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from components.checks.wrapping import extract_caption
 from univigu.errors import BadInputError, ConfigError
 
 if TYPE_CHECKING:
@@ -149,7 +150,6 @@ def caption_in_batches(answer: Answer, requests: Iterable[CaptionRequest], follo
 
 def read_text(text: str, usage: Mapping[str, float]) -> CaptionResponse:
     """The response that all of what a model wrote makes: the caption in it, or what can't be told from a caption."""
-    from components.checks.wrapping import extract_caption
 
     caption, complaint = extract_caption(text)
     return CaptionResponse(caption, usage=usage, reason="wrapping" if complaint else "", detail=complaint)

@@ -8,14 +8,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from components.captions.captioners import load_captioner
+from components.checks import load_caption_checks
+from components.clips.gate import load_gate
+from components.orchestration.train_job import Settings, build
+from components.pipeline.stages import STAGES, find_stage
+from components.planning.cost import plan_hours, plan_storage
 from components.planning.meta_models import MetaModels
 from components.planning.rehearsal.lines import Profile, Scene, ToDo
+from components.prompts.sources import raw_files, read_batches
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 
 def check_steps(profile: Profile) -> str:
     """Every step's function can be imported, and every section that it reads is there."""
-    from components.pipeline.stages import STAGES
 
     for stage in STAGES:
         module, _, function = stage.function.partition(":")
@@ -45,9 +51,6 @@ def check_texts(profile: Profile) -> str:
 
 def check_captioner(profile: Profile, root: Path) -> str:
     """Every check that is named exists, the captioner too, and the variables that it reads are set."""
-    from components.captions.captioners import load_captioner
-    from components.checks import load_caption_checks
-    from components.clips.gate import load_gate
 
     settings = profile["caption_videos"]
     load_gate(profile["synthesize_videos"]["checks"], root)
@@ -75,7 +78,6 @@ def _variables(settings: Mapping[str, Any]) -> list[str]:
 
 
 def check_disk(scene: Scene, models: MetaModels) -> str:
-    from components.planning.cost import plan_storage
 
     wanted, free = plan_storage(scene.profile, models)["total"], shutil.disk_usage(scene.root).free
     if wanted > free:
@@ -97,7 +99,6 @@ def check_evaluation(profile: Profile, root: Path) -> str:
 
 def check_prompts(profile: Profile, root: Path) -> str:
     """As many raw prompts as clips are to be made, at least, as curation reads them; it will leave fewer."""
-    from components.prompts.sources import raw_files, read_batches
 
     folder, wanted = root / profile["raw_prompts"], profile["synthesize_videos"]["clips"]
     try:
@@ -119,8 +120,6 @@ def check_prompts(profile: Profile, root: Path) -> str:
 
 def check_hours(scene: Scene, models: MetaModels) -> str:
     """What the steps that take long would take, against when a cluster takes them for stuck."""
-    from components.pipeline.stages import find_stage
-    from components.planning.cost import plan_hours
 
     found = []
     for name, hours in plan_hours(scene.profile, models, scene.gpus, scene.gpu).items():
@@ -147,9 +146,6 @@ def check_pipeline(root: Path) -> str:
 def check_train_jobs(scene: Scene) -> str:
     """Both stages as TrainJobs on nodes of eight GPUs, without a field that the API would drop."""
     from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
-
-    from components.orchestration.train_job import Settings, build
-    from components.pipeline.stages import find_stage
 
     nodes, each = max(1, scene.gpus // 8), min(8, scene.gpus)
     if nodes * each != scene.gpus:

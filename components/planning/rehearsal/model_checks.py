@@ -4,13 +4,13 @@ from typing import Any
 
 from components.planning.meta_models import MetaModels
 from components.planning.rehearsal.lines import Profile, Scene, ToDo
-from univigu import wan
+from univigu import UniViGUPipeline, wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.weight_files import STEMS, check_weights, read_headers
 
 
 def check_files(profile: Profile, scene: Scene, models: list[MetaModels]) -> str:
     """The weights' own headers against the modules; without weights, that they are still to be put there."""
-    from univigu.weight_files import STEMS, check_weights, read_headers
 
     folder = scene.weights or scene.root / profile["base"]
     if not folder.is_dir():
@@ -103,8 +103,6 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
     import inspect
 
     import torch
-
-    from univigu import UniViGUPipeline
 
     sampling, video = profile["model"]["sampling"], profile["video"]
     if unknown := sorted(set(sampling) - set(inspect.signature(UniViGUPipeline.__init__).parameters)):

@@ -2,10 +2,15 @@
 
 from typing import Any
 
+from components.planning.cost import plan_memory
 from components.planning.meta_models import MetaModels
 from components.planning.rehearsal.lines import Profile, Scene
+from components.training.train_stage import objective_settings
 from univigu import planning
 from univigu.errors import BadInputError, ConfigError
+from univigu.hardware import find_gpu
+from univigu.training.engine import TrainingConfig, engine_settings, init_distributed
+from univigu.training.memory import training_loss_on_fakes
 
 
 def tasks(profile: Profile) -> list[str]:
@@ -17,8 +22,6 @@ def tasks(profile: Profile) -> list[str]:
 def check_task(profile: Profile, models: MetaModels, task: str, trained: set[str]) -> str:
     """A whole training step's forward and backward pass at full size, on meta tensors; adds what got a gradient."""
     import torch
-
-    from univigu.training.memory import training_loss_on_fakes
 
     model, context = models.transformer, profile["text"]["prompt_length"]
     with torch.device("meta"):
@@ -41,8 +44,6 @@ def check_trained(models: MetaModels, trained: set[str]) -> str:
 
 
 def _training_config(profile: Profile, number: int) -> Any:
-    from components.training.train_stage import objective_settings
-    from univigu.training.engine import TrainingConfig
 
     section = profile[f"train_stage_{number}"]
     objective_settings(section, profile["model"], profile["seed"])
@@ -51,8 +52,6 @@ def _training_config(profile: Profile, number: int) -> Any:
 
 def check_memory(scene: Scene, models: MetaModels, number: int) -> str:
     """What a step needs on the GPU that was named, against what that GPU has."""
-    from components.planning.cost import plan_memory
-    from univigu.hardware import find_gpu
 
     config, text = _training_config(scene.profile, number), scene.profile["text"]
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
@@ -69,8 +68,6 @@ def check_memory(scene: Scene, models: MetaModels, number: int) -> str:
 def check_deepspeed(scene: Scene, number: int) -> str:
     """DeepSpeed's configuration, as DeepSpeed itself reads it."""
     from types import SimpleNamespace
-
-    from univigu.training.engine import engine_settings, init_distributed
 
     init_distributed()  # of one process: DeepSpeed asks nobody else how many there are
     from deepspeed.runtime.config import DeepSpeedConfig
