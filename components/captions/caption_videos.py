@@ -19,7 +19,7 @@ from univigu.errors import GateFailedError
 
 if TYPE_CHECKING:
     from components.captions.captioners import Captioner, CaptionRequest, CaptionResponse
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 HOPELESS = 50  # clips: where none of so many first ones gets a caption, the others aren't paid for
 

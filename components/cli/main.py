@@ -76,11 +76,11 @@ def run(
     finished is kept, and used again where nothing has changed; where something has, it is set aside and named.
     """
     from components.pipeline.freshness import finished
-    from components.pipeline.parts import Part
     from components.pipeline.processes import count_processes, end_with_parent, make_parts
     from components.pipeline.profiles import check_watched, load_profile
     from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
+    from components.pipeline.step import Part
 
     end_with_parent()
     values = load_profile(profile)

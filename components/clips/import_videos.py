@@ -25,7 +25,7 @@ from univigu.threads import side_threads
 
 if TYPE_CHECKING:
     from components.checks import Finding
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 TAR = "clips.tar"
 BATCH = 8  # videos that are decoded at the same time, at most, and that a killed run loses

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components.clips.generator import PLACEMENT, generate, load_generator
 
 if TYPE_CHECKING:
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 TAR = "clips.tar"
 

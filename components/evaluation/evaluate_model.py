@@ -22,7 +22,7 @@ from univigu.errors import ConfigError
 from univigu.evaluation.claims import score_item, summarise
 
 if TYPE_CHECKING:
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
 KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each

@@ -21,7 +21,7 @@ from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 GROUPS = {
     "colour": "red orange yellow green blue purple violet pink brown black white grey gray golden silver turquoise",

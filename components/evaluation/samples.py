@@ -25,7 +25,7 @@ from univigu.files import file_sha256, sync
 if TYPE_CHECKING:
     import numpy as np
 
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
     from univigu.pipeline import UniViGUPipeline
 
 PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from components.latents.encoders import Encoders
     from components.latents.reuse import Encoded
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 Row = Mapping[str, Any]
 SHARD = "latents.safetensors"

@@ -21,11 +21,11 @@ from uuid import uuid4
 from components.captions.caption_videos import open_captioner
 from components.orchestration import notifications
 from components.pipeline.manifests import inside
-from components.pipeline.parts import Part
 from components.pipeline.processes import child_environment
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES, find_stage
 from components.pipeline.state import STATE
+from components.pipeline.step import Part
 from components.tracking import open_tracking, tracking_uri
 from univigu.errors import (
     BadInputError,

@@ -167,7 +167,7 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
 
     stage, profile, root = _check(name, profile, root, settings)
     step = make_step(stage, load_profile(profile), root)
-    job = build(stage, _work_key(step.key(), root, settings), profile, root, settings)
+    job = build(stage, _work_key(step.key, root, settings), profile, root, settings)
     return follow(job, settings, lambda: _output_of(step))
 
 

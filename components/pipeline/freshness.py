@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from components.pipeline import stages
-from components.pipeline.digests import json_digest
+from components.pipeline.digests import json_digest, source_digest
 from components.pipeline.fingerprint import code_digest, stage_code
 from components.pipeline.manifests import Recipe, inside, read_manifest, verify
-from components.pipeline.runner import imported, make_step, section, source_digest
+from components.pipeline.runner import imported, make_step, section
 from univigu.errors import BadInputError, MissingInputError
 
 

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from typing import Any
 
 from components.pipeline.manifests import inside
-from components.pipeline.runner import Step
+from components.pipeline.step import Step
 from components.prompts.duplicates import ExactTexts, NearDuplicates
 from components.prompts.embeddings import Neighbours
 from components.prompts.funnel import Funnel

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.runner import Step
+from components.pipeline.step import Step
 from components.registry.evaluations import Evaluation
 from components.tracking import flatten
 from univigu.errors import CorruptDataError, storage_fault

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from components.pipeline.digests import json_digest
 from components.pipeline.fingerprint import code_digest, fingerprint, modules_of
 from components.pipeline.manifests import read_manifest
-from components.pipeline.runner import SOURCE_ROOT, Step
+from components.pipeline.runner import SOURCE_ROOT
 from components.pipeline.stages import find_stage
+from components.pipeline.step import Step
 from components.registry import ledger, promotion
 from components.registry.evaluations import Evaluation, read_evaluation
 from components.registry.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card

@@ -20,7 +20,7 @@ from components.training.samples import show_samples
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
     from univigu import ObjectiveConfig, UniViGUPipeline, UniViGUTransformer3DModel
     from univigu.training.data import LatentDataset
     from univigu.training.engine import TrainingConfig

@@ -20,7 +20,7 @@ from components.checks.repetition import repetition
 from components.checks.texts import damage, repeats_prompt
 from components.checks.wrapping import wrapping
 from components.clips.buckets import Bucket, list_buckets
-from components.pipeline.runner import Step
+from components.pipeline.step import Step
 from components.pipeline.tables import SCHEMAS
 from components.prompts.filters import UNDECIDED, text_id
 from components.prompts.screening import ENFORCE, filter_modes

@@ -11,7 +11,7 @@ import pytest
 
 from components.pipeline import runner, stages
 from components.pipeline.manifests import read_manifest, write_manifest
-from components.pipeline.parts import Part
+from components.pipeline.step import Part
 from components.pipeline.tables import read_table
 from engine import FIRST, PROFILE, SECOND, made, run, snapshot, start, wait_for
 from univigu.errors import (
