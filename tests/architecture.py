@@ -1,7 +1,6 @@
 """`make architecture`: the rooms, the arrows between them, and the longest file and function, from the code itself.
 
-A room is a folder directly below `components` or `univigu`, with all folders in it, or one of their own modules; `dags`
-is one. An arrow goes from a room to another that it imports, at the top of a file, inside a function, or for types
+A room is the library `univigu`, `dags`, `components`, or a folder directly below it, with all folders in it. An arrow goes from a room to another that it imports, at the top of a file, inside a function, or for types
 alone. The order of the rooms is that of import-linter's layers in pyproject.toml.
 """
 
@@ -51,10 +50,7 @@ def describe() -> dict[str, Any]:
 def room_of(module: str) -> str:
     """The room that a module is in."""
     top, *inner = module.split(".")
-    folder = REPO / ("model" if top == "univigu" else "") / top / (inner[0] if inner else "")
-    if top == "components" and inner:
-        return f"components/{inner[0]}"
-    return f"{top}/{inner[0]}" if inner and folder.is_dir() else top
+    return f"{top}/{inner[0]}" if top == "components" and inner and (REPO / top / inner[0]).is_dir() else top
 
 
 def find_arrows() -> Mapping[str, Sequence[str]]:
@@ -85,10 +81,10 @@ def _reach(room: str, arrows: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def _layers() -> list[list[str]]:
-    """The rooms of each floor, from the top."""
+    """The rooms of each floor, from the top; what is no folder belongs to `components` itself."""
     contracts = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     inner = next(contract["layers"] for contract in contracts if contract.get("containers") == ["components"])
-    floors = [[f"components/{room.strip()}" for room in layer.split("|")] for layer in inner]
+    floors = [[room_of(f"components.{room.strip()}") for room in layer.split("|")] for layer in inner]
     return [["dags"], *floors]
 
 

@@ -12,8 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from components.cli import data, generate, models, pipeline, plan
-from components.orchestration import train_job
+from components.cli import data, generate, models, pipeline, plan, train_job
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from components.clips.import_files import find_fault
 from components.prompts.filters import control_damage, repair, text_damage
-from components.records.text import (
+from components.prompts.records import (
     LONGEST_LINE,
     LONGEST_QUOTE,
     Broken,

@@ -5,9 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from components.orchestration.kubernetes_api import NODE, Cluster, one_line
+from components.orchestration.train_job import Settings, build, processes, work_key
+from components.pipeline.manifests import Recipe, verify
+from components.pipeline.profiles import load_profile
+from components.pipeline.stages import Stage, find_stage
 from univigu.errors import (
     BadInputError,
     ConfigError,
@@ -18,15 +23,68 @@ from univigu.errors import (
     UniViGUError,
 )
 
-if TYPE_CHECKING:
-    from components.orchestration.train_job import Settings
-
+TRAINING_MODULE = "components.training.train_stage"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 _HOPELESS = {error.exit_code for error in (BadInputError, ConfigError, CorruptDataError, MissingInputError)}
 _DISRUPTIONS = {"Evicted", "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated"}  # why a pod was ended
 
 
-def follow(job: dict[str, Any], settings: "Settings", output: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> dict[str, Any]:
+    """Have the step `name` run as a TrainJob; returns the manifest of its output.
+
+    Everything that can be checked is, before GPUs are asked for. Raises an error of `univigu.errors`, as the table at
+    the head of `train_job` says.
+    """
+    from components.pipeline.runner import make_step
+
+    stage, profile, root = _check(name, profile, root, settings)
+    step = make_step(stage, load_profile(profile), root)
+    job = build(stage, work_key(step.key, root, settings), profile, root, settings)
+    return follow(job, settings, lambda: _output_of(step))
+
+
+def try_train_job(name: str, profile: str, root: Path, settings: Settings) -> None:
+    """Have the API server check such a TrainJob as it would a real one; raises as `run_train_job` does.
+
+    The step's inputs don't have to be there yet.
+    """
+    stage, profile, root = _check(name, profile, root, settings)
+    with Cluster.connect(settings.namespace, settings.api_timeout) as cluster:
+        cluster.create(build(stage, "dry-run", profile, root, settings), dry_run=True)
+
+
+def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Stage, str, Path]:
+    """The stage, the profile's name or absolute path, and the absolute root; raises for what can't be trained there."""
+    from univigu.training.engine import TrainingConfig, micro_batches
+
+    stage, root = find_stage(name), root.resolve()
+    if stage.module != TRAINING_MODULE:
+        raise ConfigError(f"'{name}' doesn't train, so it needs no TrainJob; use `univigu run {name}`.")
+    mount_path = (settings.mount_path or root).resolve()
+    if not root.is_relative_to(mount_path):
+        raise BadInputError(f"The work root {root} is not on the volume at {mount_path}; give another --mount-path.")
+    if profile.endswith((".yaml", ".yml")):
+        profile = str(Path(profile).resolve())
+        if not Path(profile).is_relative_to(mount_path):
+            raise BadInputError(f"The profile {profile} is not on the volume at {mount_path}; copy it there.")
+    values = load_profile(profile)
+    micro_batches(
+        TrainingConfig.from_section(values[stage.parameters[-1]], values["seed"]),
+        settings.nodes * processes(stage, settings),
+    )
+    return stage, profile, root
+
+
+def _output_of(step: Any) -> dict[str, Any] | None:
+    """The manifest of the step's output, if these inputs, parameters and code made it and it is whole."""
+    try:
+        manifest = verify(step.previous, step.stage.name)
+    except BadInputError:
+        return None
+    return manifest if Recipe.of(manifest).key() == step.key else None
+
+
+def follow(job: dict[str, Any], settings: Settings, output: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     """See a TrainJob through to its end, submitting it if it isn't there; returns what `output` then finds."""
     with Cluster.connect(settings.namespace, settings.api_timeout) as cluster:
         return _Follower(cluster, job, settings, output).run()
@@ -39,7 +97,7 @@ class _Follower:
         self,
         cluster: Cluster,
         job: dict[str, Any],
-        settings: "Settings",
+        settings: Settings,
         output: Callable[[], dict[str, Any] | None],
     ) -> None:
         self.cluster, self.job, self.settings, self.output = cluster, job, settings, output

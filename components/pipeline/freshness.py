@@ -29,7 +29,7 @@ def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any
     except BadInputError:
         return None
     step = make_step(stage, profile, root)
-    if Recipe.of(manifest).key() != step.key():
+    if Recipe.of(manifest).key() != step.key:
         return None
     try:
         return verify(step.previous, name)

@@ -16,10 +16,10 @@ from components.pipeline.step import Step
 from components.prompts.duplicates import ExactTexts, NearDuplicates
 from components.prompts.embeddings import Neighbours
 from components.prompts.funnel import Funnel
+from components.prompts.records import parse, printable
 from components.prompts.screening import ENFORCE, Accepted, Finding, Rejected, Screen, quotable_row
 from components.prompts.sources import RawBatch, raw_files, read_batches
 from components.prompts.workers import map_in_order, worker_count
-from components.records.text import parse, printable
 from univigu.errors import GateFailedError
 from univigu.files import file_sha256
 

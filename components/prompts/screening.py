@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from components.prompts import filters
 from components.prompts.duplicates import Fingerprint, fingerprints
 from components.prompts.injection import find_injection
+from components.prompts.records import LONGEST_QUOTE, Broken, is_unicode, parse
 from components.prompts.sources import Layout, RawBatch
 from components.prompts.tokens import load_tokenizer, token_ids
-from components.records.text import LONGEST_QUOTE, Broken, is_unicode, parse
 from univigu.errors import ConfigError
 
 OFF, SCORE, ENFORCE = MODES = ("off", "score", "enforce")

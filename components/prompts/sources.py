@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from components.records.parquet import column_names, read_parquet
-from components.records.text import Broken, Record, file_format, open_csv, open_jsonl, parse, printable
+from components.prompts.parquet_records import column_names, read_parquet
+from components.prompts.records import Broken, Record, file_format, open_csv, open_jsonl, parse, printable
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 BATCH = 1024  # rows that travel together

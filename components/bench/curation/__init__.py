@@ -18,9 +18,9 @@ from typing import Any
 from components.bench.curation.prompts import raw_prompts, write_raw_prompts
 from components.pipeline.profiles import load_profile
 from components.prompts.duplicates import ExactTexts, Fingerprint, NearDuplicates, fingerprints
+from components.prompts.records import parse
 from components.prompts.sources import RawBatch, read_batches
 from components.prompts.workers import map_in_order, worker_count
-from components.records.text import parse
 from univigu.errors import ConfigError, MissingInputError, UniViGUError
 
 ROWS = "UNIVIGU_BENCH_ROWS"

@@ -7,8 +7,8 @@ import pytest
 from components.bench import curation
 from components.bench.curation import prompts as synthetic_prompts
 from components.pipeline.profiles import load_profile
+from components.prompts.records import parse
 from components.prompts.sources import read_batches
-from components.records.text import parse
 from univigu.errors import ConfigError, MissingInputError
 
 

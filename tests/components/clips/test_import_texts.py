@@ -9,7 +9,7 @@ from itertools import permutations
 import pytest
 
 from components.clips.import_texts import Texts, read_texts
-from components.records.text import LONGEST_LINE, LONGEST_QUOTE
+from components.prompts.records import LONGEST_LINE, LONGEST_QUOTE
 from univigu.errors import BadInputError, CorruptDataError
 
 COMPOSED, DECOMPOSED = "caf\u00e9.mp4", "cafe\u0301.mp4"

@@ -16,8 +16,10 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-from components.orchestration import kfp_tasks, train_job
-from components.orchestration.train_job import Settings, build, run_train_job, try_train_job
+from components.cli import train_job
+from components.orchestration import kfp_tasks
+from components.orchestration.train_job import Settings, build, work_key
+from components.orchestration.train_job_run import run_train_job, try_train_job
 from components.pipeline.manifests import verify
 from components.pipeline.stages import find_stage
 from components.pipeline.state import STATE
@@ -163,7 +165,7 @@ def test_other_work_has_another_name():
         == "train-stage-1-ffffffffff"
     )
     places = [("/work/a", "one"), ("/work/b", "one"), ("/work/a", "two")]  # which may hold the same inputs
-    keys = [train_job._work_key("f" * 64, Path(root), Settings(claim=claim)) for root, claim in places]
+    keys = [work_key("f" * 64, Path(root), Settings(claim=claim)) for root, claim in places]
     assert len(set(keys)) == len(keys)
 
 

@@ -16,9 +16,9 @@ from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.prompts import curate_prompts
 from components.prompts import sources as prompt_sources
+from components.prompts.records import LONGEST_LINE, parse
 from components.prompts.screening import CHARACTERS_PER_TOKEN, LONGEST_QUOTE, WITHHELD
 from components.prompts.sources import read_batches
-from components.records.text import LONGEST_LINE, parse
 from univigu.errors import ConfigError, GateFailedError, MissingInputError
 
 STEP = "curate-prompts"

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.prompts import sources as prompt_sources
+from components.prompts.records import LONGEST_LINE, Broken, parse
 from components.prompts.sources import UNSAFE_COLUMNS, read_batches
-from components.records.text import LONGEST_LINE, Broken, parse
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
 
 ROWS = [

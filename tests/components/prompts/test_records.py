@@ -8,8 +8,8 @@ import json
 import pyarrow as pa
 import pytest
 
-from components.records import text as records
-from components.records.text import (
+from components.prompts import records
+from components.prompts.records import (
     DEEPEST,
     LONGEST_LINE,
     RECORD_LINES,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.records.text import LONGEST_LINE, Broken, Record, readable
+from components.prompts.records import LONGEST_LINE, Broken, Record, readable
 from univigu.errors import CorruptDataError, first_line
 
 if TYPE_CHECKING:

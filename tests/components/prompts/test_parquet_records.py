@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.records import parquet as parquet_records
-from components.records.parquet import column_names, read_parquet
-from components.records.text import Broken
+from components.prompts import parquet_records
+from components.prompts.parquet_records import column_names, read_parquet
+from components.prompts.records import Broken
 from univigu.errors import CorruptDataError
 
 
@@ -86,7 +86,7 @@ def test_a_large_value_in_every_row_is_not_held_as_often(path):
     pq.write_table(pa.table({"text": once}), path, compression="zstd")
     assert path.stat().st_size < 10_000
     code = (
-        "import sys; from pathlib import Path; from components.records.parquet import read_parquet\n"
+        "import sys; from pathlib import Path; from components.prompts.parquet_records import read_parquet\n"
         "print({row.why for _, row in read_parquet(Path(sys.argv[1]), ['text'])})\n"
         "print(Path('/proc/self/status').read_text())"
     )
