@@ -1,7 +1,8 @@
 """`make architecture`: the rooms, the arrows between them, and the longest file and function, from the code itself.
 
-A room is the library `univigu`, `dags`, `components`, or a folder directly below it, with all folders in it. An arrow goes from a room to another that it imports, at the top of a file, inside a function, or for types
-alone. The order of the rooms is that of import-linter's layers in pyproject.toml.
+A room is the library `univigu`, `dags`, `components`, or a folder directly below `components` with all in it. An
+arrow goes from a room to another that it imports: at the top of a file, inside a function, or for types alone. The
+order of the rooms is that of import-linter's layers in pyproject.toml.
 """
 
 import ast

@@ -114,13 +114,6 @@ def _memory(pid: int) -> int:
     return total
 
 
-def main() -> None:
-    """Run one side, and print its figures as a line of JSON."""
-    what, folder = sys.argv[1:]
-    figures = SIDES[what](Path(folder))
-    print("\n" + json.dumps(figures))
-
-
 # --- the sides -------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +243,3 @@ def _exact_duplicates(features: Sequence[Sequence[int]], min_features: int) -> s
             if other not in out:
                 out.add(row)
     return out
-
-
-if __name__ == "__main__":
-    main()
