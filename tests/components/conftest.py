@@ -23,8 +23,7 @@ import engine
 from components.clips.archive import write_tar
 from components.digits import world
 from components.evaluation.evaluate_model import summarise_rows
-from components.pipeline import fingerprint as fingerprints
-from components.pipeline import stages
+from components.pipeline import stages, syntax
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
@@ -295,7 +294,7 @@ def project(tmp_path, monkeypatch):
     for package in ("components", "model/univigu"):
         shutil.copytree(CHECKOUT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     homes = {"components": tmp_path / "components/__init__.py", "univigu": tmp_path / "model/univigu/__init__.py"}
-    monkeypatch.setattr(fingerprints, "_home", homes.get)
+    monkeypatch.setattr(syntax, "_home", homes.get)
     return tmp_path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.pipeline import fingerprint as fingerprints
+from components.pipeline import syntax
 from components.pipeline.fingerprint import changed_code, code_digest, fingerprint, named_in, stage_code
 from components.pipeline.profiles import load_profile, profile_names
 from components.pipeline.stages import STAGES, find_stage
@@ -55,7 +56,7 @@ def world(tmp_path, monkeypatch):
             indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
             path.write_text("\n".join(line[indent:] for line in lines) + "\n")
         importlib.invalidate_caches()
-        fingerprints._parse.cache_clear()
+        syntax._parse.cache_clear()
         return fingerprint([entry])
 
     yield write
@@ -203,7 +204,7 @@ def test_comments_docstrings_and_formatting_of_all_modules_change_no_key(project
     before = keys(profile)
     for path in project.rglob("*.py"):
         path.write_text(with_comments_and_no_docstrings(path.read_text()))
-    fingerprints._parse.cache_clear()
+    syntax._parse.cache_clear()
     assert keys(profile) == before
 
 
@@ -229,7 +230,7 @@ def test_only_what_the_profile_uses_decides_a_key(project, file, before, after, 
     else:
         assert before in path.read_text()
         path.write_text(path.read_text().replace(before, after))
-    fingerprints._parse.cache_clear()
+    syntax._parse.cache_clear()
     assert {name for name, key in keys(profile).items() if key != known[name]} == steps
 
 
