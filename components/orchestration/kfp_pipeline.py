@@ -6,7 +6,8 @@ functions of this file's components run in pods (or under `kfp.local`) and only 
 has: kfp copies their text, so each imports for itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,12 +154,16 @@ def notify(pipeline: str, root: str, status: dsl.PipelineTaskFinalStatus):
     kfp_tasks.notify(pipeline, root, status.state, status.error_message)
 
 
+def _make_components() -> dict[str, Callable[..., dsl.PipelineTask]]:
+    functions = (check_prerequisites, cache_keys, run_step, run_trainjob, run_part, commit_parts, notify)
+    return {
+        function.__name__: dsl.component(function, base_image=IMAGE, install_kfp_package=False)
+        for function in functions
+    }
+
+
 def make_pipeline(retries: int = RETRIES) -> Any:
     """The pipeline, in which a task that failed is tried again `retries` times."""
-    tasks = {
-        function.__name__: dsl.component(function, base_image=IMAGE, install_kfp_package=False)
-        for function in (check_prerequisites, cache_keys, run_step, run_trainjob, run_part, commit_parts, notify)
-    }
     default = {stage.resources.pool: stage.resources for stage in STAGES}
 
     @dsl.pipeline(name=NAME, description="From raw prompts to a registered model that generates and captions videos.")
@@ -187,10 +192,18 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         training_runtime: str = Settings.runtime,
         training_queue: str = "",
     ):
-        gpu = Pool(gpu_image, gpu_cpu, gpu_memory, accelerator, gpus, gpu_node_selector, tolerations)
-        training = Pool(
-            gpu_image, training_cpu, training_memory, accelerator, training_gpus, training_node_selector, tolerations
-        )
+        shared = {"image": gpu_image, "accelerator": accelerator, "tolerations": tolerations}
+        pools = {
+            "cpu": Pool(image, default["cpu"].cpu, default["cpu"].memory),
+            "gpu": Pool(cpu=gpu_cpu, memory=gpu_memory, gpus=gpus, node_selector=gpu_node_selector, **shared),
+            "training": Pool(
+                cpu=training_cpu,
+                memory=training_memory,
+                gpus=training_gpus,
+                node_selector=training_node_selector,
+                **shared,
+            ),
+        }
         trainjob = {
             "image": gpu_image,
             "claim": work_pvc,
@@ -203,82 +216,14 @@ def make_pipeline(retries: int = RETRIES) -> Any:
             "runtime": training_runtime,
             "queue": training_queue,
         }
-        pools = {"cpu": Pool(image, default["cpu"].cpu, default["cpu"].memory), "gpu": gpu, "training": training}
-
-        def place(task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
-            kubernetes.mount_pvc(task, pvc_name=work_pvc, mount_path=MOUNT)
-            pools[pool].place(task)
-            kubernetes.set_timeout(task, (stage.resources.hours if stage else CONTROL_HOURS) * 3600)
-            if retries:
-                task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
-            if stage is not None:
-                give_secrets(task, stage)
-            return task
-
-        def give_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
-            for secret, names in stage.secrets.items():
-                kubernetes.use_secret_as_env(
-                    task, secret, secret_key_to_env={name: name for name in names}, optional=True
-                )
-
-        def run(stage: Stage, digests: Mapping[str, Any], cache_key: Any) -> Any:
-            """Add the tasks of a step; returns the channel with the digest of its output."""
-            inputs = {name: digests[name] for name in declaration(stage.name)["inputs"]}
-            trained = {name: digest for name, digest in inputs.items() if find_stage(name).resources.pool == "training"}
-            about = {
-                "step": stage.name,
-                "profile": profile,
-                "root": root,
-                "cache_key": cache_key,
-                "declared": declaration(stage.name),
-                "inputs": " ".join(f"{name}={inputs[name]}" for name in inputs if name not in trained),
-                **{name.replace("-", "_"): digest for name, digest in trained.items()},  # kfp can't put these in a text
-            }
-            if stage.sharded:
-                with dsl.ParallelFor(checked.output, name=f"{stage.name}-parts") as part:
-                    made = place(tasks["run_part"](**about, part=part), stage, stage.resources.pool)
-                    made.set_display_name(f"{stage.name}-part")
-                task = place(tasks["commit_parts"](**about, made=dsl.Collected(made.output)), stage)
-                return task.set_display_name(stage.name).output
-            if stage.resources.pool == "training":
-                with dsl.If(train_backend == "trainjob", name=f"{stage.name}-as-trainjob"):
-                    elsewhere = place(tasks["run_trainjob"](**about, **trainjob), stage)
-                    elsewhere.set_display_name(stage.name)
-                with dsl.Else(name=f"{stage.name}-in-pod"):
-                    here = place(tasks["run_step"](**about, gpus=training_gpus), stage, "training")
-                    here.set_display_name(stage.name)
-                return dsl.OneOf(elsewhere.output, here.output)
-            asked = {"promotion": promotion} if "register_model" in stage.parameters else {}
-            task = place(tasks["run_step"](**about, **asked), stage, stage.resources.pool)
-            if stage.external:
-                task.set_caching_options(False)
-            return task.set_display_name(stage.name).output
-
-        last = place(tasks["notify"](pipeline=NAME, root=root)).set_caching_options(False)
-        kubernetes.use_secret_as_env(
-            last, secret_name=NOTIFY_SECRET, secret_key_to_env={NOTIFY_URL: NOTIFY_URL}, optional=True
-        )
-        with dsl.ExitHandler(last, name=NAME):
-            checked = tasks["check_prerequisites"](
-                profile=profile,
-                root=root,
-                parts=parts,
-                train_backend=train_backend,
-                required_env=required_env,
-                free_gib=free_gib,
-                pool_gpus=gpus,
-                pool_cpu=gpu_cpu,
-                pool_memory=gpu_memory,
-                **trainjob,
-            )
-            place(checked).set_caching_options(False)
-            for stage in STAGES:
-                give_secrets(checked, stage)
-            keys = place(tasks["cache_keys"](profile=profile, root=root, checked=checked.output))
-            keys.set_caching_options(False)
+        graph = _Graph(_make_components(), pools, work_pvc, retries, profile, root, train_backend, trainjob, promotion)
+        with dsl.ExitHandler(graph.add_notification(), name=NAME):
+            checked = graph.add_check(parts, required_env, free_gib)
+            keys = graph.add_cache_keys(checked)
             digests: dict[str, Any] = {}
             for stage in STAGES:
-                digests[stage.name] = run(stage, digests, keys.outputs[stage.name.replace("-", "_")])
+                key = keys.outputs[stage.name.replace("-", "_")]
+                digests[stage.name] = graph.add_step(stage, digests, key, checked)
 
     return uni_vigu
 
@@ -311,6 +256,110 @@ class Pool(NamedTuple):
         kubernetes.add_node_selector_json(task, self.node_selector)
         kubernetes.add_toleration_json(task, self.tolerations)
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="16Gi")
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The tasks of one pipeline as they are added to it, and the parameters that they share.
+
+    Most values are parameters of the pipeline, known only when it runs.
+    """
+
+    tasks: Mapping[str, Callable[..., dsl.PipelineTask]]  # by the name of the function behind them
+    pools: Mapping[str, Pool]
+    work_pvc: Any
+    retries: int
+    profile: Any
+    root: Any
+    train_backend: Any
+    trainjob: Mapping[str, Any]  # the options of `run_trainjob`
+    promotion: Any
+
+    def add_notification(self) -> dsl.PipelineTask:
+        """The task that runs when all others have ended, however they did."""
+        last = self._place(self.tasks["notify"](pipeline=NAME, root=self.root)).set_caching_options(False)
+        kubernetes.use_secret_as_env(
+            last, secret_name=NOTIFY_SECRET, secret_key_to_env={NOTIFY_URL: NOTIFY_URL}, optional=True
+        )
+        return last
+
+    def add_check(self, parts: Any, required_env: Any, free_gib: Any) -> dsl.PipelineTask:
+        """The first task: whatever can be checked before anything long begins."""
+        checked = self.tasks["check_prerequisites"](
+            profile=self.profile,
+            root=self.root,
+            parts=parts,
+            train_backend=self.train_backend,
+            required_env=required_env,
+            free_gib=free_gib,
+            pool_gpus=self.pools["gpu"].gpus,
+            pool_cpu=self.pools["gpu"].cpu,
+            pool_memory=self.pools["gpu"].memory,
+            **self.trainjob,
+        )
+        self._place(checked)
+        for stage in STAGES:
+            _give_secrets(checked, stage)
+        return checked.set_caching_options(False)
+
+    def add_cache_keys(self, checked: dsl.PipelineTask) -> dsl.PipelineTask:
+        """The task whose outputs are the steps' cache keys."""
+        keys = self.tasks["cache_keys"](profile=self.profile, root=self.root, checked=checked.output)
+        return self._place(keys).set_caching_options(False)
+
+    def add_step(self, stage: Stage, digests: Mapping[str, Any], cache_key: Any, checked: dsl.PipelineTask) -> Any:
+        """Add the tasks of a step; returns the channel with the digest of its output."""
+        inputs = {name: digests[name] for name in declaration(stage.name)["inputs"]}
+        trained = {name: digest for name, digest in inputs.items() if find_stage(name).resources.pool == "training"}
+        about = {
+            "step": stage.name,
+            "profile": self.profile,
+            "root": self.root,
+            "cache_key": cache_key,
+            "declared": declaration(stage.name),
+            "inputs": " ".join(f"{name}={inputs[name]}" for name in inputs if name not in trained),
+            **{name.replace("-", "_"): digest for name, digest in trained.items()},  # kfp can't put these in a text
+        }
+        if stage.sharded:
+            return self._add_parts(stage, about, checked)
+        if stage.resources.pool == "training":
+            return self._add_training(stage, about)
+        asked = {"promotion": self.promotion} if "register_model" in stage.parameters else {}
+        task = self._place(self.tasks["run_step"](**about, **asked), stage, stage.resources.pool)
+        if stage.external:
+            task.set_caching_options(False)
+        return task.set_display_name(stage.name).output
+
+    def _add_parts(self, stage: Stage, about: Mapping[str, Any], checked: dsl.PipelineTask) -> Any:
+        with dsl.ParallelFor(checked.output, name=f"{stage.name}-parts") as part:
+            made = self._place(self.tasks["run_part"](**about, part=part), stage, stage.resources.pool)
+            made.set_display_name(f"{stage.name}-part")
+        task = self._place(self.tasks["commit_parts"](**about, made=dsl.Collected(made.output)), stage)
+        return task.set_display_name(stage.name).output
+
+    def _add_training(self, stage: Stage, about: Mapping[str, Any]) -> Any:
+        with dsl.If(self.train_backend == "trainjob", name=f"{stage.name}-as-trainjob"):
+            elsewhere = self._place(self.tasks["run_trainjob"](**about, **self.trainjob), stage)
+            elsewhere.set_display_name(stage.name)
+        with dsl.Else(name=f"{stage.name}-in-pod"):
+            here = self._place(self.tasks["run_step"](**about, gpus=self.trainjob["gpus"]), stage, "training")
+            here.set_display_name(stage.name)
+        return dsl.OneOf(elsewhere.output, here.output)
+
+    def _place(self, task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
+        kubernetes.mount_pvc(task, pvc_name=self.work_pvc, mount_path=MOUNT)
+        self.pools[pool].place(task)
+        kubernetes.set_timeout(task, (stage.resources.hours if stage else CONTROL_HOURS) * 3600)
+        if self.retries:
+            task.set_retry(self.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
+        if stage is not None:
+            _give_secrets(task, stage)
+        return task
+
+
+def _give_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
+    for secret, names in stage.secrets.items():
+        kubernetes.use_secret_as_env(task, secret, secret_key_to_env={name: name for name in names}, optional=True)
 
 
 def compile_to(path: Path) -> None:
