@@ -79,7 +79,7 @@ def run(
     from components.pipeline.profiles import check_watched, load_profile
     from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
-    from components.pipeline.step import Part
+    from components.pipeline.workspace import Part
 
     end_with_parent()
     values = load_profile(profile)

@@ -25,7 +25,7 @@ from components.pipeline.processes import child_environment
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES, find_stage
 from components.pipeline.state import STATE
-from components.pipeline.step import Part
+from components.pipeline.workspace import Part
 from components.tracking import open_tracking, tracking_uri
 from univigu.errors import (
     BadInputError,

@@ -32,8 +32,9 @@ from components.pipeline.fingerprint import stage_code
 from components.pipeline.manifests import inside, read_manifest, stamps, verify
 from components.pipeline.stages import Stage, find_stage
 from components.pipeline.state import STATE, Lock, lock
-from components.pipeline.step import Part, PartEnded, Step
+from components.pipeline.step import Step
 from components.pipeline.weights import how_to_fetch
+from components.pipeline.workspace import Part, PartEnded
 from univigu.errors import (
     BadInputError,
     ConfigError,

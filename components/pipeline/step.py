@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -25,38 +25,12 @@ from components.pipeline.progress import Meter, progress
 from components.pipeline.shard_records import read_record, record_keys, write_record
 from components.pipeline.state import STATE, lock
 from components.pipeline.tables import TableWriter, read_table, write_table
-from components.pipeline.workspace import Workspace
-from univigu.errors import ConfigError
+from components.pipeline.workspace import Part, PartEnded, Workspace
 from univigu.files import file_sha256, link_or_copy, sync_tree
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 Work = Callable[[Rows, Path], Rows]  # fills a folder, returns the rows of what is in it
-
-
-class Part(NamedTuple):
-    """A share of a step's shards: every `of`-th of them, the first part beginning with the first shard."""
-
-    number: int  # from 1
-    of: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """Read ``2/8``, the second of eight parts; raises `ConfigError` for anything else."""
-        try:
-            part = cls(*(int(number) for number in text.split("/")))
-            if not 1 <= part.number <= part.of:
-                raise ValueError(text)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"'{text}' is no part of a step; write 2/8 for the second of eight parts.") from error
-        return part
-
-
-class PartEnded(Exception):  # noqa: N818 (it is how a step function is left early, and no error)
-    """The shards of a part are there; the step function has nothing more to do."""
-
-    def __init__(self, made: int, kept: int) -> None:
-        self.made, self.kept = made, kept
 
 
 @dataclass

@@ -24,8 +24,8 @@ from components.digits import world
 from components.pipeline.freshness import finished
 from components.pipeline.manifests import verify
 from components.pipeline.runner import run_part, run_stage
-from components.pipeline.step import Part
 from components.pipeline.tables import read_table
+from components.pipeline.workspace import Part
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 from univigu.video import encode_mp4
 
