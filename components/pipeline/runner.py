@@ -40,7 +40,9 @@ from univigu.errors import (
     ConfigError,
     GateFailedError,
     MissingInputError,
+    TransientError,
     UniViGUError,
+    first_line,
     storage_fault,
 )
 from univigu.files import write_json
@@ -152,6 +154,11 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
     except Exception as error:
         if fault := storage_fault(error, root):
             raise fault from error
+        if isinstance(error, FileNotFoundError) and str(root / STATE) in str(error):
+            raise TransientError(
+                f"Files of '{name}' below {root / STATE} were removed while it was at work ({first_line(error)}); run it "
+                "again when nothing else cleans up there: what is finished is kept."
+            ) from error
         raise
 
 
