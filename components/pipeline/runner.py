@@ -156,8 +156,8 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
             raise fault from error
         if isinstance(error, FileNotFoundError) and str(root / STATE) in str(error):
             raise TransientError(
-                f"Files of '{name}' below {root / STATE} were removed while it was at work ({first_line(error)}); run it "
-                "again when nothing else cleans up there: what is finished is kept."
+                f"Files of '{name}' below {root / STATE} were removed while it was at work ({first_line(error)}); run "
+                "it again when nothing else cleans up there: what is finished is kept."
             ) from error
         raise
 
