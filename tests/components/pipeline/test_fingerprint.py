@@ -137,6 +137,15 @@ def test_code_that_was_moved_is_the_same(world):
     assert changed_code(first, second) == []
 
 
+def test_a_text_that_names_a_place_by_its_new_name_is_the_same_and_another_text_is_not(world):
+    def places(text):
+        return code_digest(world({**CODE, "world/tools.py": CODE["world/tools.py"].replace("SHIFT = 3", text)}))
+
+    for now, first in syntax.MOVED.items():
+        one, other = (f"SHIFT = {place}" if place.startswith("'") else f"SHIFT = {place!r}" for place in (now, first))
+        assert places(one) == places(other) != places("SHIFT = 'components.elsewhere'")
+
+
 def test_imports_for_type_checkers_alone_are_not_followed(world):
     guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from world.tools import Box\n"
     steps = guarded + 'def step(x: "Box"):\n    return x\n'
