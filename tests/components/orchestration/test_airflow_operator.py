@@ -247,7 +247,7 @@ def root(new_root, monkeypatch):
 
 def step_with(script, monkeypatch):
     """A `StepOperator` whose process is a script, as steps that fail in every way are hard to come by."""
-    monkeypatch.setattr("components.orchestration.kfp_tasks.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("components.orchestration.airflow_operator.command", lambda *_: [sys.executable, "-c", script])
     return StepOperator(task_id="step", step="train-stage-1", profile="smoke", skip_finished=False)
 
 
