@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators test chaos lint format clean
+.PHONY: help install demo smoke airflow measure-orchestrators architecture test chaos lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -54,10 +54,13 @@ smoke: ## The same way with next to no data and steps (two minutes)
 	@$(MAKE) --no-print-directory demo PROFILE=smoke
 
 airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
-	@python -m components.pipeline.airflow_server --port $(PORT)
+	@python -m components.orchestration.airflow_server --port $(PORT)
 
 measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (5 minutes)
-	@python -m components.pipeline.measure_orchestrators
+	@python -m components.bench.orchestrators
+
+architecture: install ## The rooms and who imports whom, from the code: reports/architecture.json
+	@python -m tests.architecture
 
 test: install ## All tests, lint and format included, two files at a time
 	pytest --numprocesses 2 --dist loadfile

@@ -9,7 +9,7 @@ from datetime import timedelta
 from airflow.sdk import Asset, AssetOrTimeSchedule, CronTriggerTimetable, Metadata, Param, chain, dag, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from components.pipeline.airflow_operator import StepOperator, clear_failures, work_root
+from components.orchestration.airflow_operator import StepOperator, clear_failures, work_root
 from components.pipeline.profiles import profile_names
 
 PROMPTS = Asset("univigu://prompts")  # whoever puts prompts below the work root says so by an event of this asset
@@ -50,7 +50,7 @@ def new_data():
     @task
     def version_dataset(**context):
         """Put the dataset under DVC, where the work root is a DVC project."""
-        from components import retraining
+        from components.orchestration import retraining
 
         with clear_failures(context):
             print(retraining.version_dataset(work_root(), context["params"]["profile"]))
@@ -58,7 +58,7 @@ def new_data():
     @task(inlets=[DATASET], outlets=[DATASET])
     def announce(**context):
         """Emit the dataset with its digest and profile, unless that was done before: then there is nothing new."""
-        from components import retraining
+        from components.orchestration import retraining
 
         with clear_failures(context):
             dataset = retraining.dataset(work_root(), context["params"]["profile"])

@@ -23,8 +23,7 @@ from airflow.sdk import (
 from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
-from components.ledger import PROMOTED, REFUSED
-from components.pipeline.airflow_operator import (
+from components.orchestration.airflow_operator import (
     FAILURE,
     KFP_ARGUMENTS,
     KfpRunOperator,
@@ -35,6 +34,7 @@ from components.pipeline.airflow_operator import (
 )
 from components.pipeline.profiles import profile_names
 from components.pipeline.stages import STAGES
+from components.registry.ledger import PROMOTED, REFUSED
 
 DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
@@ -43,6 +43,122 @@ RUN_HOURS = sum(stage.resources.hours for stage in STAGES)  # that a run on Kube
 PASSING = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
 PROFILE = "{{ ti.xcom_pull('begin', key='profile') }}"  # not params.profile: a dataset's event may name another
 MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG does, after a person's word
+
+
+@task.branch
+def begin(**context):
+    """Where to run and with which profile; nowhere for an event about a dataset that was trained before."""
+    from components.orchestration import retraining
+    from components.tracking import open_tracking
+
+    params, events = context["params"], context["triggering_asset_events"]
+    profile = params["profile"]
+    with clear_failures(context):
+        require_known_fields(context)
+        root = work_root()
+        open_tracking(root)  # a registry that does not answer is told now, not after hours of training
+        for event in events[DATASET][-1:] if DATASET in events else ():
+            profile = retraining.announced_profile(event.extra, profile)
+            digest = str(event.extra.get("digest"))
+            version = retraining.find_trained(root, profile, digest)
+            if version:
+                outcome = f"nothing to do: version {version} was trained from the dataset {digest[:12]}"
+                context["ti"].xcom_push(key="outcome", value=outcome)
+                print(outcome)
+                return None
+    print(f"training with the profile '{profile}'")
+    context["ti"].xcom_push(key="profile", value=profile)
+    return "kubeflow" if params["backend"] == "kubeflow" else f"local.{STAGES[0].name}"
+
+
+def add_local_steps():
+    """The steps as processes of this machine, each after those that it reads; returns them by name."""
+    steps = {}
+    with TaskGroup("local"):
+        for stage in STAGES:
+            steps[stage.name] = StepOperator(
+                task_id=stage.name,
+                step=stage.name,
+                profile=PROFILE,
+                skip_finished=not stage.external,  # the registry knows by itself what it has
+                env=MANUAL,
+                execution_timeout=timedelta(hours=stage.resources.hours),
+            )
+            for source in stage.inputs.values():
+                steps[source] >> steps[stage.name]
+    return steps
+
+
+def add_kubeflow_run():
+    """The whole pipeline as one run on Kubeflow Pipelines."""
+    return KfpRunOperator(
+        task_id="kubeflow",
+        package=os.environ.get("UNIVIGU_PIPELINE", str(PACKAGE)),
+        run_name="{{ dag.dag_id }}-{{ run_id }}",
+        arguments={"profile": PROFILE, "promotion": "manual"},
+        more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
+        service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
+        namespace=os.environ.get("KFP_NAMESPACE", ""),
+        limit_s=3600 * float(os.environ.get("UNIVIGU_KFP_HOURS", RUN_HOURS)),
+        retries=6,  # half an hour, as a run that is being cancelled has to end before another begins
+        poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
+    )
+
+
+@task.branch(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
+def gate(**context):
+    """The candidate against the champion; where it isn't better the run ends here, and all stays as it was."""
+    from components.orchestration import retraining
+
+    profile = context["ti"].xcom_pull(task_ids="begin", key="profile")
+    with clear_failures(context):
+        found = retraining.compare_candidate(work_root(), profile)
+    context["ti"].xcom_push(key="comparison", value=found)
+    print(f"version {found['version']}: {found['reason']}")
+    if not found["better"]:
+        return None
+    return "approve" if context["params"]["approve"] else "promote"
+
+
+def add_approval():
+    """A person's word, which is waited for a day; no answer is a no."""
+    return ApprovalOperator(
+        task_id="approve",
+        subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
+        body="{{ ti.xcom_pull('gate', key='comparison')['reason'] }}\n\n"
+        "Champion now: {{ ti.xcom_pull('gate', key='comparison')['champion'] or 'none' }}. "
+        "Without an answer in time it stays.",
+        defaults="Reject",
+        response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
+    )
+
+
+@task(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
+def promote(**context):
+    """Make the version that was compared, and no other, champion; the ledger says who approved it."""
+    from components.orchestration import retraining
+
+    ti, run = context["ti"], context["dag_run"]
+    found = ti.xcom_pull(task_ids="gate", key="comparison")
+    answer = ti.xcom_pull(task_ids="approve")
+    if context["params"]["approve"] and (answer or {}).get("chosen_options") != ["Approve"]:
+        raise AirflowSkipException("nobody approved it")
+    user = (answer or {}).get("responded_by_user") or {}
+    who = user.get("name") or user.get("id") or run.triggering_user_name or "airflow"
+    why = f"{'approved' if answer else 'not to be asked about'} in Airflow's run {run.run_id}"
+    with clear_failures(context):
+        return retraining.promote_version(work_root(), found["name"], found["version"], who, why)
+
+
+@teardown
+def notify(**context):
+    """Say how the run ended, whichever way it did."""
+    from components.orchestration import notifications
+
+    ti, run = context["ti"], context["dag_run"]
+    report = {"dag": run.dag_id, "run_id": run.run_id, **outcome_of(ti)}
+    print(report)
+    print(notifications.send(report))
 
 
 @dag(
@@ -77,110 +193,9 @@ MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG doe
     tags=["uni-vigu"],
 )
 def retrain():
-    @task.branch
-    def begin(**context):
-        """Where to run and with which profile; nowhere for an event about a dataset that was trained before."""
-        from components import retraining
-        from components.tracking import open_tracking
-
-        params, events = context["params"], context["triggering_asset_events"]
-        profile = params["profile"]
-        with clear_failures(context):
-            require_known_fields(context)
-            root = work_root()
-            open_tracking(root)  # a registry that does not answer is told now, not after hours of training
-            for event in events[DATASET][-1:] if DATASET in events else ():
-                profile = retraining.announced_profile(event.extra, profile)
-                digest = str(event.extra.get("digest"))
-                version = retraining.find_trained(root, profile, digest)
-                if version:
-                    outcome = f"nothing to do: version {version} was trained from the dataset {digest[:12]}"
-                    context["ti"].xcom_push(key="outcome", value=outcome)
-                    print(outcome)
-                    return None
-        print(f"training with the profile '{profile}'")
-        context["ti"].xcom_push(key="profile", value=profile)
-        return "kubeflow" if params["backend"] == "kubeflow" else f"local.{STAGES[0].name}"
-
-    with TaskGroup("local") as local:
-        steps = {}
-        for stage in STAGES:
-            steps[stage.name] = StepOperator(
-                task_id=stage.name,
-                step=stage.name,
-                profile=PROFILE,
-                skip_finished=not stage.external,  # the registry knows by itself what it has
-                env=MANUAL,
-                execution_timeout=timedelta(hours=stage.resources.hours),
-            )
-            for source in stage.inputs.values():
-                steps[source] >> steps[stage.name]
-
-    kubeflow = KfpRunOperator(
-        task_id="kubeflow",
-        package=os.environ.get("UNIVIGU_PIPELINE", str(PACKAGE)),
-        run_name="{{ dag.dag_id }}-{{ run_id }}",
-        arguments={"profile": PROFILE, "promotion": "manual"},
-        more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
-        service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
-        namespace=os.environ.get("KFP_NAMESPACE", ""),
-        limit_s=3600 * float(os.environ.get("UNIVIGU_KFP_HOURS", RUN_HOURS)),
-        retries=6,  # half an hour, as a run that is being cancelled has to end before another begins
-        poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
-    )
-
-    @task.branch(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
-    def gate(**context):
-        """The candidate against the champion; where it isn't better the run ends here, and all stays as it was."""
-        from components import retraining
-
-        profile = context["ti"].xcom_pull(task_ids="begin", key="profile")
-        with clear_failures(context):
-            found = retraining.compare_candidate(work_root(), profile)
-        context["ti"].xcom_push(key="comparison", value=found)
-        print(f"version {found['version']}: {found['reason']}")
-        if not found["better"]:
-            return None
-        return "approve" if context["params"]["approve"] else "promote"
-
-    approve = ApprovalOperator(
-        task_id="approve",
-        subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
-        body="{{ ti.xcom_pull('gate', key='comparison')['reason'] }}\n\n"
-        "Champion now: {{ ti.xcom_pull('gate', key='comparison')['champion'] or 'none' }}. "
-        "Without an answer in time it stays.",
-        defaults="Reject",
-        response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
-    )
-
-    @task(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
-    def promote(**context):
-        """Make the version that was compared, and no other, champion; the ledger says who approved it."""
-        from components import retraining
-
-        ti, run = context["ti"], context["dag_run"]
-        found = ti.xcom_pull(task_ids="gate", key="comparison")
-        answer = ti.xcom_pull(task_ids="approve")
-        if context["params"]["approve"] and (answer or {}).get("chosen_options") != ["Approve"]:
-            raise AirflowSkipException("nobody approved it")
-        user = (answer or {}).get("responded_by_user") or {}
-        who = user.get("name") or user.get("id") or run.triggering_user_name or "airflow"
-        why = f"{'approved' if answer else 'not to be asked about'} in Airflow's run {run.run_id}"
-        with clear_failures(context):
-            return retraining.promote_version(work_root(), found["name"], found["version"], who, why)
-
-    @teardown
-    def notify(**context):
-        """Say how the run ended, whichever way it did."""
-        from components.pipeline import notifications
-
-        ti, run = context["ti"], context["dag_run"]
-        report = {"dag": run.dag_id, "run_id": run.run_id, **outcome_of(ti)}
-        print(report)
-        print(notifications.send(report))
-
-    begun, gated, promoted = begin(), gate(), promote()
-    chain(begun, [local, kubeflow])
+    begun, steps, kubeflow = begin(), add_local_steps(), add_kubeflow_run()
+    gated, approve, promoted = gate(), add_approval(), promote()
+    chain(begun, [steps[STAGES[0].name], kubeflow])
     chain([steps[STAGES[-1].name], kubeflow], gated, approve, promoted)
     gated >> promoted
     promoted >> notify()

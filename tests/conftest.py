@@ -19,7 +19,7 @@ import pytest
 # than it brings, and next to another busy process many times more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from components.pipeline.measure_orchestrators import call, copy_repository
+from components.bench.orchestrators import call, copy_repository
 
 
 @pytest.fixture(scope="session")

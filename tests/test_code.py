@@ -1,10 +1,13 @@
 """The code keeps its own rules: lint, format, and who may import whom."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import architecture
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -18,9 +21,16 @@ def test_the_code_passes(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_rooms_are_as_the_report_says_and_no_arrow_runs_back_up():
+    now = architecture.describe()
+    assert now["upward"] == now["circles"] == []
+    assert len(now["arrows"]) <= 80
+    assert json.loads(architecture.REPORT.read_text())["arrows"] == now["arrows"], "run `make architecture`"
+
+
 def test_help_answers_without_importing_what_is_slow():
     code = (
-        "import sys; from components.pipeline.cli import app; "
+        "import sys; from components.cli.main import app; "
         "print([m for m in ('torch', 'diffusers', 'mlflow', 'pandas', 'pyarrow', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

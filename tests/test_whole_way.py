@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from components.bench.orchestrators import overheads
 from components.pipeline.freshness import finished
 from components.pipeline.manifests import verify
-from components.pipeline.measure_orchestrators import overheads
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES
 from univigu.files import file_sha256

@@ -22,6 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from univigu.errors import UniViGUError
+from univigu.threads import bound_spinning
+
 NEIGHBOURS = (0, 1, 3)  # busy programs beside a run, in turns
 TURNS, STEPS = 2, 10  # of every kind in a run, and timed steps in a turn
 RUNS = 2  # of ours and of the default, in turns
@@ -59,15 +62,12 @@ def start_run(name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", __name__, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        from univigu.errors import UniViGUError
-
         raise UniViGUError(f"The run to be timed ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def train(name: str) -> dict[str, Any]:
     """Train in this process; the seconds of each timed step by the number of busy programs, and the threads used."""
-    from univigu.threads import bound_spinning
 
     if name == "ours":
         bound_spinning()

@@ -27,6 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from univigu.errors import UniViGUError
+
 STEPS = 11  # that are timed, after one that is not
 SHARDS, ROWS, CACHED = 6, 2, 3
 LATENTS = (16, 21, 60, 104)  # channels, frames, height, width
@@ -86,7 +88,6 @@ def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
     import torch
 
     from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
-    from univigu.errors import UniViGUError
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
     from univigu.training.engine import TrainingConfig, init_distributed, make_engine
     from univigu.training.loader import load_ahead

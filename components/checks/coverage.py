@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from components.checks.texts import UNSPACED
-from components.prompt_filters import content_phrases
+from components.prompts.filters import content_phrases
 
 SHOWN = 8  # words in a complaint
 _UNSPACED = re.compile(f"[{UNSPACED}]")

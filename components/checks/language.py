@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from components.prompt_filters import UNDECIDED, identify_language
+from components.prompts.filters import UNDECIDED, identify_language
 
 REASON = "language"
 

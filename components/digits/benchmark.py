@@ -19,7 +19,7 @@ from univigu.errors import ConfigError, CorruptDataError, MissingInputError
 from univigu.evaluation.claims import majority_values, single_values
 
 if TYPE_CHECKING:
-    from components.pipeline.runner import Step
+    from components.pipeline.step import Step
 
 SEED = 20_260_412  # nothing that is trained draws from it
 COUNTS = {"captions": 512, "generations": 256, "joint": 256}

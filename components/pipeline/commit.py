@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.pipeline import aside
+from components.pipeline.digests import source_digest
 from components.pipeline.manifests import (
     ELSEWHERE,
     MANIFEST,
@@ -27,11 +28,9 @@ from components.pipeline.manifests import (
 )
 from components.pipeline.stages import Stage
 from components.pipeline.state import Lock, lock
+from components.pipeline.step import Step
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 from univigu.files import sync, sync_tree
-
-if TYPE_CHECKING:
-    from components.pipeline.runner import Step
 
 
 def reading(maker: str, root: Path) -> AbstractContextManager[Lock]:
@@ -45,7 +44,7 @@ def require_no_reader(stage: Stage, root: Path) -> None:
         pass
 
 
-def commit(step: "Step") -> dict[str, Any]:
+def commit(step: Step) -> dict[str, Any]:
     """Hash the staging folder, move it into place, and write the manifest last; returns the manifest.
 
     Raises `BadInputError` where an input is no longer what the step read, and `BusyError` where another step reads
@@ -75,7 +74,7 @@ def commit(step: "Step") -> dict[str, Any]:
         return _replace(step, home, manifest, refused)
 
 
-def require_same_inputs(step: "Step") -> None:
+def require_same_inputs(step: Step) -> None:
     """Raise `BadInputError` where an input was replaced or written to since the step verified it."""
     for name, before in step.input_stamps.items():
         path = step.inputs[name]
@@ -86,9 +85,7 @@ def require_same_inputs(step: "Step") -> None:
             )
 
 
-def _digest(step: "Step", name: str, path: Path) -> str | None:
-    from components.pipeline.runner import source_digest
-
+def _digest(step: Step, name: str, path: Path) -> str | None:
     try:
         return verify(path, step.stage.inputs[name])["digest"] if name in step.stage.inputs else source_digest(path)
     except (BadInputError, OSError):
@@ -107,7 +104,7 @@ def _output(name: str) -> str:
     return f"{name}.output"
 
 
-def _replace(step: "Step", home: Path, manifest: Mapping[str, Any], refused: bool) -> dict[str, Any]:
+def _replace(step: Step, home: Path, manifest: Mapping[str, Any], refused: bool) -> dict[str, Any]:
     home.mkdir(parents=True, exist_ok=True)
     if (home / ELSEWHERE).is_file():
         print(

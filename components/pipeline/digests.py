@@ -27,6 +27,11 @@ def tree_digest(paths: Iterable[Path], relative_to: Path) -> str:
     return json_digest({file.relative_to(relative_to).as_posix(): file_sha256(file) for file in files})
 
 
+def source_digest(path: Path) -> str:
+    """`tree_digest` of one file or folder that a profile names."""
+    return tree_digest([path], relative_to=path if path.is_dir() else path.parent)
+
+
 def json_digest(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, as hex."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)

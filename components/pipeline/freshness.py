@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from components.pipeline import stages
-from components.pipeline.digests import json_digest
+from components.pipeline.digests import json_digest, source_digest
 from components.pipeline.fingerprint import code_digest, stage_code
 from components.pipeline.manifests import Recipe, inside, read_manifest, verify
-from components.pipeline.runner import imported, make_step, section, source_digest
+from components.pipeline.runner import imported, make_step, section
 from univigu.errors import BadInputError, MissingInputError
 
 
@@ -29,7 +29,7 @@ def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any
     except BadInputError:
         return None
     step = make_step(stage, profile, root)
-    if Recipe.of(manifest).key() != step.key():
+    if Recipe.of(manifest).key() != step.key:
         return None
     try:
         return verify(step.previous, name)

@@ -100,7 +100,7 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     try:
         for number in range(1, count + 1):
             where = {GPUS: gpus[(number - 1) % len(gpus)]} if gpus else {}
-            command = [sys.executable, "-m", "components.pipeline.cli", "run", step, "--profile", profile]
+            command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile]
             process = subprocess.Popen(
                 [*command, "--root", str(root), "--part", f"{number}/{count}"],
                 stdin=subprocess.DEVNULL,

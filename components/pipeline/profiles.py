@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from components.pipeline.stages import STAGES
 from univigu.errors import ConfigError
 from univigu.files import read_yaml
 
@@ -46,7 +47,6 @@ def load_profile(name: str) -> dict[str, Any]:
 
 def watched(profile: Mapping[str, Any]) -> dict[str, str]:
     """The paths of a profile that ``dvc.yaml`` watches, by their keys: DVC can't look them up in the profile itself."""
-    from components.pipeline.stages import STAGES
 
     return {key: profile[key] for key in sorted({key for stage in STAGES for key in stage.sources.values()})}
 

@@ -17,37 +17,32 @@ At-least-once execution, idempotent commit: a step's output is absent, or comple
 """
 
 import fcntl
-import json
 import os
 import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
-
-from components.pipeline import aside, commit, shards
-from components.pipeline.digests import json_digest, tree_digest
+from components.pipeline import aside, commit
+from components.pipeline.digests import source_digest
 from components.pipeline.fingerprint import stage_code
-from components.pipeline.manifests import Recipe, inside, read_manifest, stamps, verify
-from components.pipeline.parts import Part, PartEnded
-from components.pipeline.progress import Meter, progress
+from components.pipeline.manifests import inside, read_manifest, stamps, verify
 from components.pipeline.stages import Stage, find_stage
 from components.pipeline.state import STATE, Lock, lock
-from components.pipeline.tables import TableWriter, read_table, write_table
+from components.pipeline.step import Step
 from components.pipeline.weights import how_to_fetch
+from components.pipeline.workspace import Part, PartEnded
 from univigu.errors import (
     BadInputError,
     ConfigError,
     GateFailedError,
     MissingInputError,
+    TransientError,
     UniViGUError,
+    first_line,
     storage_fault,
 )
 from univigu.files import write_json
@@ -55,116 +50,6 @@ from univigu.files import write_json
 T = TypeVar("T")
 IMPORTED = "import-"  # begins the names of the steps behind `univigu data import`
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Step:
-    """What a step function is given: its inputs, its parameters, and the ways to leave something behind."""
-
-    stage: Stage
-    root: Path  # the work root; a step needs it only to find what all steps share, such as the tracking store
-    parameters: Mapping[str, Any]  # the profile's sections that the stage declares
-    inputs: Mapping[str, Path]  # earlier steps' folders and the profile's sources, by name
-    input_digests: Mapping[str, str]
-    input_stamps: Mapping[str, Mapping[str, Any]]  # by input, of each of its files when it was verified (`stamps`)
-    out: Path  # the staging folder: everything in it is committed when the function returns
-    scratch: Path  # survives a killed run until the commit: checkpoints live here; never part of the output
-    previous: Path  # where the last committed output lies, if there is one
-    records: Path  # what is known of each finished shard: below the work root, never part of the output
-    docs: Path  # pages for people that may carry times: below the work root, never part of the output
-    code: Mapping[str, str]  # `fingerprint` of what this profile uses
-    part: Part | None = None  # make only these shards, and commit nothing
-    meter: Meter | None = None  # of the shards that are under way
-    rows_in: int = 0
-    rows_out: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
-    reasons: Counter[str] = field(default_factory=Counter)  # of the rows that were rejected
-    _rejected: TableWriter = field(init=False)
-    _rejected_of_shard: list[dict[str, str]] | None = None  # while one is made: they go into its record
-
-    def __post_init__(self) -> None:
-        self._rejected = TableWriter("rejected", self.scratch)
-
-    def __getitem__(self, section: str) -> Any:
-        """A section of the profile, e.g. ``step["video"]["height"]``."""
-        return self.parameters[section]
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """All that decides the output: parameters, inputs and code."""
-        return Recipe(self.parameters, self.input_digests, self.code)
-
-    @cached_property
-    def _key(self) -> str:
-        return self.recipe.key()
-
-    def key(self) -> str:
-        """A digest of the recipe."""
-        return self._key
-
-    def kept_folder(self, entry: str, more: Any = None) -> Path:
-        """A folder for results that one function (``module:name``) decides, and not all of the step's code.
-
-        It is below the work root, is never part of the output, and outlives commits; for another recipe, or another
-        `more` (JSON), it is another one. Whoever keeps something there makes sure that it is whole when it is read.
-        """
-        code = stage_code(self.stage, self.parameters, [entry])
-        key = json_digest([Recipe(self.parameters, self.input_digests, code).key(), more])
-        return self.root / STATE / "kept" / self.stage.name / key[:16]
-
-    def read(self, source: str, table: str) -> pa.Table:
-        """Read a table out of the input called `source`."""
-        return read_table(self.inputs[source], table)
-
-    def write(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a table into the output and count its rows as the step's `rows_out`."""
-        self.rows_out = write_table(self.out, table, rows)
-
-    def reject(self, row_id: str, reason: str, detail: str = "", row: Any = None) -> None:
-        """Quarantine a row: `reason` is a short slug to count by, `detail` says what was seen."""
-        text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
-        text = text.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8, so no Parquet either
-        rejected = {"id": row_id, "reason": reason, "detail": detail, "row": text}
-        if self._rejected_of_shard is None:
-            self._quarantine([rejected])
-        else:
-            self._rejected_of_shard.append(rejected)
-
-    def _quarantine(self, rejected: Iterable[Mapping[str, str]]) -> None:
-        for row in rejected:
-            self.reasons[row["reason"]] += 1
-            self._rejected.append(row)
-
-    def progress(self, items: Iterable[T], total: int | None = None, unit: str = "rows") -> Iterator[T]:
-        """Yield `items` with a bar on a terminal, and a line every few seconds otherwise."""
-        return progress(items, self.stage.name, total, unit)
-
-    def map_shards(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        size: int,
-        work: "shards.Work",
-        unit: str = "rows",
-        group: Callable[[Mapping[str, Any]], Any] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Run `work(rows, folder)` over `rows` in shards of `size`, keeping the finished shards of an earlier run.
-
-        `work` fills `folder` (large files: a tar, a safetensors) and returns the output rows; it may call `reject`.
-        The folder ends up as ``<out>/shards/00000`` and so on. With a `group`, a shard holds only neighbours for which
-        it is equal. Returns all output rows, in shard order; in a part of a step it doesn't return, as only the whole
-        run has all rows.
-        """
-        return shards.map_shards(self, rows, size, work, unit, group)
-
-    def map_batches(
-        self, rows: Sequence[Mapping[str, Any]], size: int, folder: Path, work: "shards.Work"
-    ) -> list[tuple[Path, list[dict[str, Any]]]]:
-        """Within `map_shards`, do a shard in batches of `size`, keeping the finished ones of a run that was killed.
-
-        `folder` is the shard's. `work(rows, batch_folder)` is as in `map_shards`. Returns each batch's folder, which
-        goes when the shard is finished, and its output rows.
-        """
-        return shards.map_batches(self, rows, size, folder, work)
 
 
 def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
@@ -269,6 +154,11 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
     except Exception as error:
         if fault := storage_fault(error, root):
             raise fault from error
+        if isinstance(error, FileNotFoundError) and str(root / STATE) in str(error):
+            raise TransientError(
+                f"Files of '{name}' below {root / STATE} were removed while it was at work ({first_line(error)}); run "
+                "it again when nothing else cleans up there: what is finished is kept."
+            ) from error
         raise
 
 
@@ -286,7 +176,7 @@ def _run_locked(
     step = make_step(stage, profile, root)
     step.inputs = {**step.inputs, **paths}
     aside.keep_foreign_work(step)
-    _prepare_staging(step.out, step.scratch, step.key())
+    _prepare_staging(step.out, step.scratch, step.key)
     aside.note_recipe(step)
     try:
         _load_function(stage)(step)
@@ -299,7 +189,7 @@ def _run_locked(
     held.require()
     manifest = commit.commit(step)
     shutil.rmtree(step.scratch, ignore_errors=True)
-    _record_run(root, manifest, step.key(), time.monotonic() - started)
+    _record_run(root, manifest, step.key, time.monotonic() - started)
     return manifest
 
 
@@ -357,10 +247,6 @@ def _resolve_inputs(
         seen[name] = stamps(path)
         digests[name] = source_digest(path)
     return inputs, digests, seen
-
-
-def source_digest(path: Path) -> str:
-    return tree_digest([path], relative_to=path if path.is_dir() else path.parent)
 
 
 def section(profile: Mapping[str, Any], key: str) -> Any:

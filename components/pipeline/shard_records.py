@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.pipeline.digests import json_digest, plain_json
+from components.pipeline.workspace import Workspace
 from univigu.files import read_json_object, write_json
-
-if TYPE_CHECKING:
-    from components.pipeline.runner import Step
 
 OWN_DIGEST = "record_sha256"
 
 
-def record_keys(step: "Step", rows_digest: str) -> dict[str, str]:
+def record_keys(step: Workspace, rows_digest: str) -> dict[str, str]:
     """What a shard or batch is known by: the rows that it is made of, the run's recipe, and both."""
-    return {"of": rows_digest, "run": step.key(), "key": json_digest([rows_digest, step.key()])}
+    return {"of": rows_digest, "run": step.key, "key": json_digest([rows_digest, step.key])}
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -52,14 +52,14 @@ _TRAINING = Resources("training", gpus=8, cpu="32", memory="256Gi", hours=24 * 2
 STAGES: tuple[Stage, ...] = (
     Stage(
         "curate-prompts",
-        "components.curate_prompts:curate_prompts",
+        "components.prompts.curate_prompts:curate_prompts",
         home="data/curated",
         sources={"raw": "raw_prompts", "base": "base"},
         parameters=("text", "curate_prompts"),
     ),
     Stage(
         "validate-prompts",
-        "components.validate_data:validate_prompts",
+        "components.validation.validate_data:validate_prompts",
         home="data/validated/prompts",
         inputs={"prompts": "curate-prompts"},
         sources={"base": "base"},
@@ -67,7 +67,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "synthesize-videos",
-        "components.synthesize_videos:synthesize_videos",
+        "components.clips.synthesize_videos:synthesize_videos",
         home="data/clips",
         inputs={"prompts": "validate-prompts"},
         sources={"generator": "generator"},
@@ -78,21 +78,21 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "validate-clips",
-        "components.validate_data:validate_clips",
+        "components.validation.validate_data:validate_clips",
         home="data/validated/clips",
         inputs={"clips": "synthesize-videos"},
         parameters=("video", "validate_data"),
     ),
     Stage(
         "caption-videos",
-        "components.caption_videos:caption_videos",
+        "components.captions.caption_videos:caption_videos",
         home="data/captions",
         inputs={"clips": "synthesize-videos", "gate": "validate-clips"},
         sources={"base": "base"},
         parameters=("seed", "text", "caption_videos"),
         plugins={
-            "components.captioners": "caption_videos.captioner",
-            "components.captioners.templates": "caption_videos.options.template",
+            "components.captions.captioners": "caption_videos.captioner",
+            "components.captions.captioners.templates": "caption_videos.options.template",
             "components.checks": "caption_videos.checks",
         },
         secrets={"univigu-captioner": ("CAPTION_BASE_URL", "CAPTION_API_KEY")},
@@ -101,7 +101,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "validate-pairs",
-        "components.validate_data:validate_pairs",
+        "components.validation.validate_data:validate_pairs",
         home="data/pairs",
         inputs={"clips": "validate-clips", "captions": "caption-videos"},
         sources={"base": "base"},
@@ -110,7 +110,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "encode-latents",
-        "components.encode_latents:encode_latents",
+        "components.latents.encode_latents:encode_latents",
         home="data/latents",
         inputs={"clips": "synthesize-videos", "pairs": "validate-pairs"},
         sources={"base": "base"},
@@ -120,7 +120,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train-stage-1",
-        "components.train_stage:train_stage_1",
+        "components.training.train_stage:train_stage_1",
         home="data/stage1",
         inputs={"latents": "encode-latents"},
         sources={"base": "base"},
@@ -129,7 +129,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train-stage-2",
-        "components.train_stage:train_stage_2",
+        "components.training.train_stage:train_stage_2",
         home="data/stage2",
         inputs={"latents": "encode-latents", "model": "train-stage-1"},
         parameters=("seed", "text", "model", "train_stage_2"),
@@ -137,7 +137,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate-model",
-        "components.evaluate_model:evaluate_model",
+        "components.evaluation.evaluate_model:evaluate_model",
         home="reports",
         outputs=("metrics.json", "items.parquet", "report.html", "gallery.webp", "plots"),
         inputs={
@@ -153,14 +153,14 @@ STAGES: tuple[Stage, ...] = (
         sources={"base": "base", "heldout": "heldout"},
         parameters=("seed", "text", "video", "evaluate_model"),
         plugins={
-            "components.evaluate_model:BENCHMARKS": "evaluate_model.benchmark",
-            "components.scorers": "evaluate_model.scorers",
+            "components.evaluation.evaluate_model:BENCHMARKS": "evaluate_model.benchmark",
+            "components.evaluation.scorers": "evaluate_model.scorers",
         },
         resources=_GPU,
     ),
     Stage(
         "register-model",
-        "components.register_model:register_model",
+        "components.registry.register_model:register_model",
         home="data/registered",
         inputs={
             "model": "train-stage-2",

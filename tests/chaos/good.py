@@ -14,12 +14,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from components.captioners.client.answers import read_response
-from components.captioners.client.replies import Lost, Refused, Unusable, decode_reply, read_reply
+from components.captions.captioners.client.answers import read_response
+from components.captions.captioners.client.replies import Lost, Refused, Unusable, decode_reply, read_reply
+from components.clips.archive import read_tar as read_tar_members
+from components.clips.archive import write_tar
 from components.pipeline import manifests, profiles, shard_records
-from components.prompt_sources import read_batches
-from components.videos import read_tar as read_tar_members
-from components.videos import write_tar
+from components.prompts.sources import read_batches
 from univigu import weight_files
 from univigu.files import file_sha256, write_json
 from univigu.training import checkpoints

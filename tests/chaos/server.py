@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from components.snapshots import STEPS
+from components.registry.dataset_versions import STEPS
 from tests.chaos import shim
 
 _LOOK_EVERY_S = 0.003
 _OF_TRAINING = (
     "alembic",
-    "components.evaluate_model",
-    "components.promotion",
-    "components.register_model",
-    "components.train_stage",
+    "components.evaluation.evaluate_model",
+    "components.registry.promotion",
+    "components.registry.register_model",
+    "components.training.train_stage",
     "deepspeed",
     "mlflow.pyfunc",
     "mlflow.store.model_registry.sqlalchemy_store",
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], place: Path, fault: shim.Fault, limit_s: float
     """Run `univigu ARGUMENTS` in `place/root`, with its temporary files in `place/tmp`, and a fault below `place`."""
 
     def command() -> None:
-        from components.pipeline.cli import main
+        from components.cli.main import main
 
         sys.argv = ["univigu", *arguments]
         main()
@@ -91,7 +91,7 @@ def warm_up(profile: str, root: Path, steps: Collection[str]) -> None:
     if set(steps) - set(STEPS):
         for name in _OF_TRAINING:
             importlib.import_module(name)
-    from components.pipeline.cli import keep_libraries_quiet
+    from components.cli.main import keep_libraries_quiet
     from components.pipeline.fingerprint import stage_code
     from components.pipeline.profiles import load_profile
     from components.pipeline.runner import run_stage

@@ -19,16 +19,17 @@ import numpy as np
 import pytest
 import torch
 
+import engine
+from components.clips.archive import write_tar
 from components.digits import world
-from components.evaluate_model import summarise_rows
-from components.pipeline import fingerprint as fingerprints
+from components.evaluation.evaluate_model import summarise_rows
+from components.pipeline import stages, syntax
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.tracking import open_tracking, tracking_uri
-from components.videos import write_tar
 from univigu import registry
 from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
@@ -293,5 +294,16 @@ def project(tmp_path, monkeypatch):
     for package in ("components", "model/univigu"):
         shutil.copytree(CHECKOUT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     homes = {"components": tmp_path / "components/__init__.py", "univigu": tmp_path / "model/univigu/__init__.py"}
-    monkeypatch.setattr(fingerprints, "_home", homes.get)
+    monkeypatch.setattr(syntax, "_home", homes.get)
     return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A work root whose table of steps is that of `engine`."""
+    (tmp_path / "steps_under_test.py").write_text(engine.MODULE)
+    (tmp_path / "numbers.json").write_text(json.dumps(list(range(12))))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(stages, "STAGES", (engine.FIRST, engine.SECOND, engine.BATCHES))
+    yield tmp_path
+    sys.modules.pop("steps_under_test", None)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.captioners import load_captioner
+from components.captions.captioners import load_captioner
 from components.checks import aesthetic
+from components.evaluation.scorers import clip
 from components.local_models import require_safetensors
-from components.prompt_embeddings import Neighbours
-from components.scorers import clip
+from components.prompts.embeddings import Neighbours
 from univigu.errors import BadInputError
 
 

@@ -6,7 +6,8 @@ import json
 import mlflow
 import pytest
 
-from components import promotion, tracking
+from components import tracking
+from components.registry import promotion
 from univigu import registry
 from univigu.errors import DiskFullError, PreemptedError, TransientError
 

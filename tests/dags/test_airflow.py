@@ -15,7 +15,7 @@ from statistics import median
 import pytest
 import yaml
 
-from components.pipeline.airflow_server import AirflowServer, free_port
+from components.orchestration.airflow_server import AirflowServer, free_port
 from components.pipeline.stages import STAGES
 
 pytest.importorskip("airflow")
@@ -157,7 +157,7 @@ def test_the_probes_of_a_cluster_find_each_part_alive(airflow, part):
 
 
 def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root):
-    from components import promotion
+    from components.registry import promotion
 
     assert champion(root) is None
     run = ("retrain", trigger(airflow, profile="smoke"))
@@ -179,7 +179,7 @@ def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root
 def test_a_rejected_model_is_not_promoted_finished_steps_do_not_run_again_and_a_second_run_waits(airflow, root):
     from mlflow import MlflowClient
 
-    from components import promotion
+    from components.registry import promotion
     from components.tracking import tracking_uri
 
     MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
@@ -210,7 +210,7 @@ def overhead(root, done, stage):
 
 
 def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflow, root):
-    from components import retraining
+    from components.orchestration import retraining
 
     digest = retraining.dataset(root, "smoke")["digest"]
     for profile, wanted in (("smoke", "success"), ("huge", "failed")):
@@ -223,7 +223,7 @@ def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflo
 
 
 def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retraining(airflow, root):
-    from components import retraining
+    from components.orchestration import retraining
 
     known = retraining.dataset(root, "smoke")
     prompt = {"text": "a clip of a red nine that turns over black", "source": "test", "licence": "CC0-1.0"}
@@ -264,7 +264,7 @@ def test_a_second_airflow_in_the_same_place_is_refused_in_one_sentence(airflow, 
     for home, said in ((airflow.home, "is running in"), (tmp_path, f"The port {airflow.port} is taken")):
         arguments = ["--home", str(home), "--root", str(airflow.root), "--port", str(airflow.port)]
         done = subprocess.run(
-            [sys.executable, "-m", "components.pipeline.airflow_server", *arguments],
+            [sys.executable, "-m", "components.orchestration.airflow_server", *arguments],
             env=os.environ,
             capture_output=True,
             text=True,

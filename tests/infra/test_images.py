@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from components.pipeline.airflow_server import free_port
+from components.orchestration.airflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "infra/images"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from components.pipeline import kfp_pipeline, kfp_server, notifications
+from components.orchestration import kfp_pipeline, kfp_server, notifications
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.34"

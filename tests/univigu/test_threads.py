@@ -62,12 +62,16 @@ def test_every_pool_of_threads_is_made_so_but_one_that_only_writes():
         if isinstance(node, ast.Name | ast.Attribute)
         and "ThreadPoolExecutor" in (getattr(node, "id", ""), getattr(node, "attr", ""))
     }
-    assert makers == {"model/univigu/threads.py", "components/captioners/client/journal.py", "components/bench/busy.py"}
+    assert makers == {
+        "model/univigu/threads.py",
+        "components/captions/captioners/client/journal.py",
+        "components/bench/busy.py",
+    }
 
 
 SPINS = """
 import os, sys
-from components.pipeline.cli import main
+from components.cli.main import main
 sys.argv = ["univigu", "--help"]
 try: main()
 except SystemExit: pass

@@ -17,6 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.bench.captioning.server import MisbehavingServer
+from components.bench.captioning.troubles import draw_troubles, least_requests
+from components.captions.captioners.client.journal import Journal
+from components.pipeline.state import STATE
 from univigu.errors import UniViGUError
 
 CLIPS = 1000
@@ -40,10 +44,6 @@ OPTIONS = {
 def measure() -> dict[str, Any]:
     """Run the step in a process of its own, kill it when half is done, run it again, and compare what came of it."""
     from components.bench.captioning.clips import make_root, profile, write_caption
-    from components.bench.captioning.server import MisbehavingServer
-    from components.bench.captioning.troubles import draw_troubles, least_requests
-    from components.captioners.client.journal import Journal
-    from components.pipeline.state import STATE
     from components.pipeline.tables import read_table
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ def measure() -> dict[str, Any]:
 
 def start(root: Path, url: str) -> subprocess.Popen:
     """The step as a process of its own, in the work root that `make_root` filled."""
-    command = [sys.executable, "-m", "components.pipeline.cli", "run", STEP, "--profile", str(root / "profile.yaml")]
+    command = [sys.executable, "-m", "components.cli.main", "run", STEP, "--profile", str(root / "profile.yaml")]
     environment = {**os.environ, "CAPTION_BASE_URL": url, "CAPTION_API_KEY": KEY}
     return subprocess.Popen([*command, "--root", str(root)], env=environment, stdout=subprocess.DEVNULL)
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from components.clips.archive import write_tar
 from components.digits import world
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import SOURCE_ROOT
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
-from components.videos import write_tar
 from univigu.video import encode_mp4
 
 VIDEOS = 16  # different ones; the prompts tell the clips apart

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from components import synthetic_prompts
 from components.bench import curation
+from components.bench.curation import prompts as synthetic_prompts
 from components.pipeline.profiles import load_profile
-from components.prompt_sources import read_batches
-from components.records import parse
+from components.prompts.records import parse
+from components.prompts.sources import read_batches
 from univigu.errors import ConfigError, MissingInputError
 
 
@@ -57,7 +57,8 @@ def test_datatrove_sees_the_same_files(tmp_path):
 def test_made_up_prompts_depend_on_the_seed_alone_and_have_everything_in_them(tmp_path):
     texts = list(synthetic_prompts.raw_prompts(3000, seed=1))
     code = (
-        "import json; from components.synthetic_prompts import raw_prompts; print(json.dumps([*raw_prompts(3000, 1)]))"
+        "import json; from components.bench.curation.prompts import raw_prompts; "
+        "print(json.dumps([*raw_prompts(3000, 1)]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == texts

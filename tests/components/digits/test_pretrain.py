@@ -9,9 +9,9 @@ from diffusers import WanPipeline
 from torch import nn
 from typer.testing import CliRunner
 
+from components.cli.main import app
 from components.digits import autoencoder, generator, pretrain, world
 from components.digits.training import Fit, load_tensors, train
-from components.pipeline.cli import app
 from univigu.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ import pytest
 
 from components.pipeline import aside, freshness, runner
 from components.pipeline.manifests import MANIFEST
-from components.pipeline.parts import Part
+from components.pipeline.workspace import Part
 from engine import PROFILE, made, run, snapshot, start, wait_for
 from univigu.errors import BadInputError, MissingInputError
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.pipeline import fingerprint as fingerprints
+from components.pipeline import syntax
 from components.pipeline.fingerprint import changed_code, code_digest, fingerprint, named_in, stage_code
 from components.pipeline.profiles import load_profile, profile_names
 from components.pipeline.stages import STAGES, find_stage
@@ -55,7 +56,7 @@ def world(tmp_path, monkeypatch):
             indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
             path.write_text("\n".join(line[indent:] for line in lines) + "\n")
         importlib.invalidate_caches()
-        fingerprints._parse.cache_clear()
+        syntax._parse.cache_clear()
         return fingerprint([entry])
 
     yield write
@@ -136,6 +137,15 @@ def test_code_that_was_moved_is_the_same(world):
     assert changed_code(first, second) == []
 
 
+def test_a_text_that_names_a_place_by_its_new_name_is_the_same_and_another_text_is_not(world):
+    def places(text):
+        return code_digest(world({**CODE, "world/tools.py": CODE["world/tools.py"].replace("SHIFT = 3", text)}))
+
+    for now, first in syntax.MOVED.items():
+        one, other = (f"SHIFT = {place}" if place.startswith("'") else f"SHIFT = {place!r}" for place in (now, first))
+        assert places(one) == places(other) != places("SHIFT = 'components.elsewhere'")
+
+
 def test_imports_for_type_checkers_alone_are_not_followed(world):
     guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from world.tools import Box\n"
     steps = guarded + 'def step(x: "Box"):\n    return x\n'
@@ -203,7 +213,7 @@ def test_comments_docstrings_and_formatting_of_all_modules_change_no_key(project
     before = keys(profile)
     for path in project.rglob("*.py"):
         path.write_text(with_comments_and_no_docstrings(path.read_text()))
-    fingerprints._parse.cache_clear()
+    syntax._parse.cache_clear()
     assert keys(profile) == before
 
 
@@ -211,12 +221,12 @@ def test_comments_docstrings_and_formatting_of_all_modules_change_no_key(project
     ("file", "before", "after", "steps"),
     [
         ("components/checks/new.py", None, "def check(frames, rows, settings):\n    return []\n", set()),
-        ("components/captioners/templates/new.yaml", None, "system: hello\n", set()),
+        ("components/captions/captioners/templates/new.yaml", None, "system: hello\n", set()),
         ("components/checks/flicker.py", "cells[1:-1]", "cells[:-2]", set()),  # `off` in the profile
         ("components/checks/blank.py", "grey", "gray", {"synthesize-videos"}),
         ("model/univigu/hardware.py", "H100", "H1000", set()),
-        ("components/report.html.j2", "<body>", "<body class='wide'>", {"evaluate-model"}),
-        ("components/wordlists.yaml", "\n", "\n# a comment\n", set()),
+        ("components/evaluation/report.html.j2", "<body>", "<body class='wide'>", {"evaluate-model"}),
+        ("components/prompts/wordlists.yaml", "\n", "\n# a comment\n", set()),
     ],
 )
 def test_only_what_the_profile_uses_decides_a_key(project, file, before, after, steps):
@@ -229,7 +239,7 @@ def test_only_what_the_profile_uses_decides_a_key(project, file, before, after, 
     else:
         assert before in path.read_text()
         path.write_text(path.read_text().replace(before, after))
-    fingerprints._parse.cache_clear()
+    syntax._parse.cache_clear()
     assert {name for name, key in keys(profile).items() if key != known[name]} == steps
 
 
@@ -242,12 +252,12 @@ def test_a_check_counts_once_a_profile_names_it():
 
 def test_a_template_counts_where_the_profile_or_the_code_names_it():
     profile, stage = load_profile("tiny"), find_stage("caption-videos")
-    template = "components/captioners/templates/video-caption-1.yaml"
+    template = "components/captions/captioners/templates/video-caption-1.yaml"
     assert template not in stage_code(stage, profile)
     profile["caption_videos"]["captioner"] = "openai"
     assert template in stage_code(stage, profile)
     profile["caption_videos"]["options"] = {"template": "text-caption-1"}
-    assert "components/captioners/templates/text-caption-1.yaml" in stage_code(stage, profile)
+    assert "components/captions/captioners/templates/text-caption-1.yaml" in stage_code(stage, profile)
 
 
 def test_all_of_the_library_counts_where_it_is_carried_along():
@@ -257,8 +267,8 @@ def test_all_of_the_library_counts_where_it_is_carried_along():
 @pytest.mark.parametrize("name", profile_names())
 def test_data_files_that_steps_read_count(name):
     profile = load_profile(name)
-    assert "components/wordlists.yaml" in stage_code(find_stage("curate-prompts"), profile)
-    assert "components/model_card.md.j2" in stage_code(find_stage("register-model"), profile)
+    assert "components/prompts/wordlists.yaml" in stage_code(find_stage("curate-prompts"), profile)
+    assert "components/registry/model_card.md.j2" in stage_code(find_stage("register-model"), profile)
     recogniser = {"components/digits/recogniser/config.json", "components/digits/recogniser/model.safetensors"}
     if profile["evaluate_model"]["benchmark"] == "digits":
         assert recogniser <= set(stage_code(find_stage("evaluate-model"), profile))

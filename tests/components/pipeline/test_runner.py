@@ -11,8 +11,8 @@ import pytest
 
 from components.pipeline import runner, stages
 from components.pipeline.manifests import read_manifest, write_manifest
-from components.pipeline.parts import Part
 from components.pipeline.tables import read_table
+from components.pipeline.workspace import Part
 from engine import FIRST, PROFILE, SECOND, made, run, snapshot, start, wait_for
 from univigu.errors import (
     BadInputError,

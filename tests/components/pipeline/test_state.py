@@ -54,3 +54,14 @@ def test_two_runs_whose_locks_were_removed_end_with_one_output_and_one_sentence(
     made(root)
     assert run(root) == manifest
     assert made(root) == []
+
+
+def test_a_run_whose_files_are_removed_ends_in_a_sentence_and_the_next_one_is_whole(root, capfd):
+    process = start(root, SLOW=str(root / "at"))
+    wait_for(root / "at", "0")
+    shutil.rmtree(root / ".univigu/staging")
+    assert process.wait() == 1
+    assert "TransientError: Files of 'first' below" in capfd.readouterr().err.splitlines()[-1]
+    manifest = run(root)
+    assert runner.verify(root / "data/first", "first") == manifest
+    assert manifest["rows_out"] == 12

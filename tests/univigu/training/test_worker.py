@@ -52,7 +52,7 @@ def test_a_script_ends_as_under_python_itself(tmp_path, end, code, said):
 
 
 def test_a_module_gets_its_own_arguments():
-    done = work("-m", "components.pipeline.cli", "--help")
+    done = work("-m", "components.cli.main", "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
-    assert work("-m", "components.pipeline.cli", "--no-such-option").returncode == 2
+    assert work("-m", "components.cli.main", "--no-such-option").returncode == 2

@@ -1,0 +1,34 @@
+"""Being told to stop while answers that are paid for are under way."""
+
+import asyncio
+import signal
+import threading
+
+from components.captions.captioners.client.endpoint import Endpoint
+from univigu.errors import PreemptedError
+
+
+class StoppingGently:
+    """While active, the first SIGINT or SIGTERM lets what is under way end; the second doesn't."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def __enter__(self) -> None:
+        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+        self.signals = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            self.signals = ()
+        for number in self.signals:
+            self.loop.add_signal_handler(number, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        for number in self.signals:
+            self.loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        if self.endpoint.stop.is_set():
+            self.task.cancel()
+        self.endpoint.give_up(
+            PreemptedError("Captioning was told to stop; every answer is kept, so the same command goes on from here.")
+        )

@@ -1,0 +1,190 @@
+"""`univigu data`: a dataset of one's own, its versions (each a git tag that DVC can bring back), where latents lie."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="The dataset: bring in your own videos, tag the version here, move latents to a store.")
+
+Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
+Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+
+
+@app.command(
+    "import",
+    epilog='Example: `univigu data import ~/videos --captions captions.csv --licence CC-BY-4.0 --source "my own"`',
+)
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="A folder of videos, looked through with all folders in it.")],
+    licence: Annotated[str, typer.Option(help="Of the videos and texts; one that the profile accepts.")],
+    source: Annotated[str, typer.Option(help="Where they come from: it is kept with every prompt.")],
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV or JSONL file with file_name, caption and (if you have one) prompt. (default: metadata.jsonl "
+            "or metadata.csv in the folder, or else clip.txt beside clip.mp4)",
+            show_default=False,
+        ),
+    ] = None,
+    texts: Annotated[
+        str,
+        typer.Option(
+            help="What the texts are: `captions` (detailed: training learns to write them) or `prompts` (brief: "
+            "`univigu run caption-videos` writes the captions)."
+        ),
+    ] = "captions",
+    profile: Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")] = "tiny",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace clips that lie below the root and were not imported.")
+    ] = False,
+    root: Annotated[Path, typer.Option(help="The work root that the clips go to.")] = Path("."),
+) -> None:
+    """Bring a folder of your own videos in, as if they had been generated here.
+
+    Each becomes a clip of the profile's size and frame rate; what can't be used is quarantined with its reason.
+    """
+    from components.clips.import_videos import check_place, import_folder
+    from components.pipeline.profiles import load_profile
+
+    if not replace:
+        check_place(root)
+    options = {"licence": licence, "source": source, "texts": texts}
+    manifest = import_folder(folder, captions, options, load_profile(profile), root)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
+    print(
+        f"{manifest['rows_out']} clips from {_videos(manifest)} videos, {manifest['quarantined']} quarantined"
+        + (f" ({reasons}; data/clips/rejected.parquet says more)" if reasons else "")
+    )
+    if not manifest["rows_out"]:
+        return
+    facts = manifest["facts"]
+    print(
+        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
+        + ", ".join(facts["buckets"])
+    )
+    for line in _changes(facts):
+        print(line)
+    if texts == "captions":
+        for line in _about_stages(facts):
+            print(line)
+    captioning = ["caption-videos"] if texts == "prompts" else []
+    where = "".join(
+        f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value}" != "."
+    )
+    steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
+    print("Go on with " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
+
+
+def _changes(facts: dict[str, Any]) -> Iterator[str]:
+    """What was done to videos so that they fit, a line each."""
+    speed = facts["speed"]
+    for word, count, most in (("faster", speed["faster"], speed["most"]), ("slower", speed["slower"], speed["least"])):
+        if count:
+            yield (
+                f"Clips that play {word} than their videos: {count}, up to {most:.3g} times as fast (`speed` in the "
+                "column `scores`; 'video.fit.speed' in the profile sets the limits)"
+            )
+    if facts["tone_mapped"]:
+        yield f"HDR videos that were tone-mapped: {facts['tone_mapped']} ('video.fit.hdr: quarantine' leaves them out)"
+
+
+def _videos(manifest: Mapping[str, Any]) -> int:
+    """How many of the rows that came in were videos, and not rows of a table that are about none."""
+    from components.clips.import_texts import OF_ROWS
+
+    return manifest["rows_in"] - sum(manifest["reasons"].get(reason, 0) for reason in OF_ROWS)
+
+
+def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps clips from a stage, and what to do where a stage has none."""
+    captions, stages = facts["captions"], facts["stages"]
+    unused = {use: count for use, count in captions.items() if use not in ("usable", "none")}
+    if unused:
+        yield "Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items())
+    drawn = "by the draw ('synthesize_videos.stage_1_share'): import more videos, or change the share."
+    if captions.get("usable") and not stages["2"]:
+        yield f"All clips with a usable caption ({captions['usable']}) fell to stage 1 {drawn}"
+    elif not stages["2"]:
+        why = {
+            ("none",): "No clip has a caption",
+            ("is_prompt",): "Every caption says no more than its prompt",
+            ("too_long",): "Every caption is longer than 'text.caption_tokens' allows",
+            ("too_short",): "Every caption is shorter than 'text.caption_tokens' asks for",
+        }.get(tuple(captions), "No caption is one that stage 2 can learn from")
+        yield f"{why}: import them with `--texts prompts`, and `univigu run caption-videos` writes detailed captions."
+    if not stages["1"]:
+        yield f"All clips fell to stage 2 {drawn}"
+
+
+@app.command(epilog="Example: `univigu data snapshot --push`")
+def snapshot(
+    version: Annotated[str, typer.Argument(help="Such as v1.2.0. (default: the next minor version)")] = "",
+    push: Annotated[bool, typer.Option("--push", help="Send the data to the default DVC remote, too.")] = False,
+    root: Root = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Tag the dataset that `dvc repro` left here: curated prompts, clips, captions, pairs and latents.
+
+    The tag is `dataset@VERSION`, at the commit that holds dvc.lock. The same dataset is tagged once.
+    """
+    from components.registry import dataset_versions
+
+    found, new = dataset_versions.take_snapshot(root, version)
+    if push:
+        dataset_versions.push_data(root)
+    if as_json:
+        print(json.dumps({**asdict(found), "new": new, "pushed": push}, indent=1))
+        return
+    if new:
+        print(f"{found.tag}: {found.facts['Pairs']} pairs, dataset {found.digest}, commit {found.commit[:12]}")
+        print(f"Share the tag with `git push origin {found.tag}`" + ("." if push else ", and the data with --push."))
+    else:
+        print(f"This dataset is {found.tag} already, tagged on {found.when[:10]}; no other tag was made.")
+    if push:
+        print("Its data are in the DVC remote.")
+
+
+@app.command(epilog="Example: `univigu data offload s3://bucket/latents --remove`")
+def offload(
+    url: Annotated[str, typer.Argument(help="Where to: s3://, gs://, az://, or a folder; keys are the environment's.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Free the disk: training fetches what it needs.")] = False,
+    root: Root = Path("."),
+) -> None:
+    """Put the shards of latents into an object store, from which training streams them.
+
+    Everything else of the output stays here, with the hashes that each fetched shard is verified against.
+    """
+    from components.pipeline.manifests import verify
+    from components.pipeline.stages import find_stage
+    from univigu.training.shards import put_shards
+
+    stage = find_stage("encode-latents")
+    folder = root.resolve() / stage.home
+    shards = [name for name in verify(folder, stage.name)["files"] if name.startswith("shards/")]
+    shards = [name for name in shards if name.endswith("latents.safetensors")]
+    size = put_shards(folder, shards, url)
+    if remove:
+        for name in shards:
+            (folder / name).unlink()
+    kept = "; they are no longer here" if remove else ""
+    print(f"{len(shards)} shards, {size / 1e9:.3g} GB, lie at {url}{kept}.")
+
+
+@app.command("list")
+def list_datasets(root: Root = Path("."), as_json: Json = False) -> None:
+    """List the tagged datasets, the newest version first."""
+    from components.registry import dataset_versions
+
+    found = dataset_versions.list_snapshots(root)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+        return
+    if not found:
+        print("No dataset is tagged here yet; `univigu data snapshot` tags the one that `dvc repro` left.")
+    for one in found:
+        counts = f"{one.facts.get('Prompts', '?'):>7} prompts {one.facts.get('Pairs', '?'):>7} pairs"
+        print(f"{one.tag:<16} {one.when[:10]} {counts}  {one.digest[:12]}  {one.commit[:12]}")

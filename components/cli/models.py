@@ -1,0 +1,250 @@
+"""`univigu model`: what is registered, who is champion, why, and where it all came from."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from components.registry.ledger import Entry
+    from components.registry.promotion import Comparison
+
+app = typer.Typer(help="Registered models: list, compare, promote, roll back, and trace to their data.")
+
+Name = Annotated[str, typer.Option(help="The registered name.")]
+Root = Annotated[Path, typer.Option(help="The work root, where the registry lies (or set MLFLOW_TRACKING_URI).")]
+Version = Annotated[str, typer.Argument(help="A version's number, or an alias such as candidate.")]
+Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+Why = Annotated[str, typer.Option(help="The reason, for whoever reads the history.")]
+
+
+@app.command("list")
+def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
+    """List the versions, the newest first: aliases, score, dataset, and what was decided when it was registered."""
+    from datetime import UTC, datetime
+
+    from components.registry.promotion import METRIC, METRIC_TAG
+    from components.tracking import existing_store
+    from univigu import registry
+
+    rows = [
+        {
+            "version": int(one.version),
+            "aliases": one.aliases,
+            "registered": datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+            "metric": one.tags.get(METRIC_TAG, METRIC),
+            "score": one.tags.get("univigu.score"),
+            "dataset_digest": one.tags.get("univigu.dataset_digest"),
+            "decision": one.tags.get("univigu.decision"),
+        }
+        for one in registry.versions(name, existing_store(root))
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif not rows:
+        print(f"No version of '{name}' is registered; `univigu run register-model` registers one.")
+    else:
+        columns = ("version", "aliases", "registered", "score", "dataset", "at registration")
+        _table(
+            columns,
+            [
+                (
+                    str(row["version"]),
+                    ", ".join(row["aliases"]),
+                    _minute(row["registered"]),
+                    f"{row['metric']} {row['score'] or ''}",
+                    (row["dataset_digest"] or "")[:12],
+                    row["decision"] or "",
+                )
+                for row in rows
+            ],
+        )
+
+
+@app.command(epilog="Example: `univigu model promote candidate --why 'the new prompts'`")
+def promote(
+    version: Version,
+    why: Why,
+    force: Annotated[bool, typer.Option("--force", help="Even if it is not better than the champion.")] = False,
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Make a version champion, if it is better on the same held-out items (see `compare`); `--force` for any case.
+
+    The champion becomes `previous`. Who asks is UNIVIGU_ACTOR, or the user of this machine.
+    """
+    from components.registry import promotion
+
+    _show_entry(promotion.promote(name, version, why, force=force, root=root), name, as_json)
+
+
+@app.command()
+def compare(version: Version, name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
+    """Compare a version with the champion by a paired bootstrap over the same held-out items; nothing changes."""
+    from components.registry import promotion
+
+    comparison = promotion.compare(name, version, root=root)
+    if as_json:
+        print(json.dumps(asdict(comparison), indent=1))
+    else:
+        _show_comparison(comparison)
+
+
+@app.command(epilog="Example: `univigu model rollback --why 'captions repeat themselves'`")
+def rollback(why: Why, name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
+    """Swap `champion` and `previous`: undo the last change of champion."""
+    from components.registry import promotion
+
+    _show_entry(promotion.rollback(name, why, root=root), name, as_json)
+
+
+@app.command()
+def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
+    """Show who was made champion, when, by whom and why, the newest first; refusals and rollbacks are there too."""
+    from components.registry import promotion
+    from components.tracking import tracking_uri
+    from univigu import registry
+
+    lines = promotion.history(name, root=root)
+    if as_json:
+        print(json.dumps([asdict(line) for line in lines], indent=1))
+        return
+    if not lines:
+        print(f"Nothing was decided about '{name}' yet.")
+        return
+    columns = ("when (UTC)", "who", "outcome", "from", "to", "why", "comparison")
+    _table(
+        columns,
+        [
+            (
+                _minute(line.when),
+                line.who,
+                line.outcome + (", forced" if line.forced else ""),
+                str(line.replaced or "-"),
+                str(line.version),
+                line.why,
+                line.reason,
+            )
+            for line in lines
+        ],
+    )
+    champion = registry.version_at(name, registry.CHAMPION, tracking_uri(root))
+    told = next((line.version for line in lines if line.outcome in ("promoted", "rolled back")), None)
+    holder = champion and int(champion.version)
+    if holder != told:
+        print(
+            f"The champion is {f'version {holder}' if holder else 'nobody'}, and this history ends with "
+            f"{f'version {told}' if told else 'nobody'}: somebody moved the alias by other means."
+        )
+
+
+@app.command()
+def trace(
+    version: Annotated[str, typer.Argument(help="A version's number, or an alias.")] = "champion",
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Walk back from a version: model, training runs, dataset and its snapshot, prompts and their licences."""
+    from components.registry.lineage import trace_version
+
+    found = trace_version(name, version, root)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show_trace(found)
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+
+def _show_entry(line: "Entry", name: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(line), indent=1))
+        return
+    was = f", instead of version {line.replaced}" if line.replaced and line.outcome != "unchanged" else ""
+    state = "is still" if line.outcome == "unchanged" else "is now"
+    forced = ", by force" if line.forced else ""
+    print(f"Version {line.version} of '{name}' {state} champion{was}{forced}: {line.reason}.")
+
+
+def _show_comparison(comparison: "Comparison") -> None:
+    if comparison.scores:
+        rows = []
+        for side, score in comparison.scores.items():
+            number = {"challenger": comparison.challenger, "champion": comparison.champion}.get(side)
+            sign = "+" if side == "difference" else ""
+            rows.append(
+                (
+                    f"{side}, version {number}" if number else side,
+                    f"{score['value']:{sign}.3f}",
+                    f"{score['low']:{sign}.3f} to {score['high']:{sign}.3f}",
+                    str(score["n"]),
+                )
+            )
+        _table((comparison.metric, "value", "95 % interval", "items"), rows)
+    verdict = "is better" if comparison.better else "would not be promoted"
+    print(f"Version {comparison.challenger} {verdict}: {comparison.reason}.")
+
+
+def _show_trace(found: dict[str, Any]) -> None:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def text(line: str) -> Text:
+        return Text(_printable(line), overflow="fold")
+
+    model, dataset, prompts = found["model"], found["dataset"], found["prompts"]
+    aliases = f" ({', '.join(model['aliases'])})" if model["aliases"] else ""
+    tree = Tree(text(f"{model['name']} version {model['version']}{aliases}"))
+    tree.add(text(f"model {model['digest']}"))
+    tree.add(text(f"code {model['code'] or 'not from a git checkout'}"))
+    runs = tree.add(text("training runs" if found["runs"] else "no training run is known"))
+    for run in found["runs"]:
+        runs.add(text(f"{run['step']}: {run['id']} {run.get('began', '(not in this store)')} {run.get('status', '')}"))
+    data = tree.add(text(f"dataset {dataset['digest']}"))
+    data.add(text(f"{dataset['samples']} samples, of pairs {dataset['pairs_digest']}"))
+    if dataset["snapshot"]:
+        data.add(text(f"snapshot {dataset['snapshot']} at commit {dataset['commit'][:12]}"))
+    else:
+        data.add(text("no snapshot here (`univigu data snapshot` makes one)"))
+    origin = tree.add(text(f"prompts {prompts['digest']}"))
+    rejected = ", ".join(f"{reason} {count}" for reason, count in prompts["rejected"].items())
+    origin.add(text(f"{prompts['kept']} of {prompts['raw']} kept" + (f"; rejected: {rejected}" if rejected else "")))
+    for row in prompts["sources"]:
+        origin.add(text(f"{row['count']} from {row['source']}, {row['licence']}"))
+    for file, digest in prompts["files"].items():
+        origin.add(text(f"{file} {digest}"))
+    _console().print(tree)
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(_printable(cell), overflow="fold") for cell in row))
+    _console().print(table)
+
+
+def _console() -> Any:
+    """The terminal; a file or pipe gets lines as long as they are, for `grep`."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=400)
+    return console
+
+
+def _printable(text: str) -> str:
+    """Text that others wrote, without what a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _minute(when: str) -> str:
+    return when[:16].replace("T", " ")

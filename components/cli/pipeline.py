@@ -1,0 +1,169 @@
+"""`univigu pipeline`: the steps as a Kubeflow pipeline, run here or on a server."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from univigu.errors import BadInputError, ConfigError, UniViGUError
+
+if TYPE_CHECKING:
+    from components.orchestration.kfp_server import KfpServer
+
+app = typer.Typer(
+    name="pipeline",
+    help="Run all steps as a Kubeflow pipeline, on this machine or on a server.",
+    no_args_is_help=True,
+)
+POLL_S = 10.0
+DEFAULT_PACKAGE = Path("infra/pipeline.yaml")
+
+Host = Annotated[str, typer.Option(help="The server's address. (default: KFP_ENDPOINT or KF_PIPELINES_ENDPOINT)")]
+Namespace = Annotated[str, typer.Option(help="Your namespace, on a server with several users.")]
+Package = Annotated[Path, typer.Option(help="The compiled pipeline.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end; 0 on success, 83 if it failed, 84 if cancelled.")]
+Poll = Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")]
+RunId = Annotated[str, typer.Argument(help="The run's id, as `submit` printed it.")]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="The pipeline's parameters, such as profile=smoke parts=4."),
+]
+
+
+@app.command("compile")
+def compile_pipeline(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_PACKAGE,
+) -> None:
+    """Write the pipeline as YAML, for `submit`, for `kfp run create` and for the web page's upload."""
+    from components.orchestration.kfp_pipeline import compile_to
+
+    if output.suffix != ".yaml" or not output.parent.is_dir():
+        raise BadInputError(f"'{output}' can't be written; give a .yaml file in a folder that there is.")
+    compile_to(output)
+    print(output)
+
+
+@app.command("run")
+def run_here(
+    parameters: Parameters = None,
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine; servers are for `submit`.")] = False,
+    root: Annotated[Path, typer.Option(help="The work root, which holds prompts and base.")] = Path("."),
+) -> None:
+    """Run the whole pipeline on this machine, with kfp's own local runner: a process a task."""
+    from components.orchestration.kfp_local import run_locally
+
+    if not local:
+        raise ConfigError(
+            "Say where to run: `univigu pipeline run --local`, or `univigu pipeline submit` for a server."
+        )
+    run_locally(root, _pairs(parameters or []))
+    print("SUCCEEDED")
+
+
+@app.command()
+def submit(
+    parameters: Parameters = None,
+    package: Package = DEFAULT_PACKAGE,
+    name: Annotated[
+        str, typer.Option(help="The run's name. (default: the same for the same pipeline and parameters)")
+    ] = "",
+    experiment: Annotated[str, typer.Option(help="The experiment that holds the run.")] = "uni-vigu",
+    service_account: Annotated[str, typer.Option(help="The account of the run's pods. (default: the server's)")] = "",
+    host: Host = "",
+    namespace: Namespace = "",
+    wait: Wait = False,
+    poll: Poll = POLL_S,
+) -> None:
+    """Start a run on a server and print its id; a run of the same name that lives or succeeded is not started again."""
+    from components.orchestration.kfp_server import KfpServer, default_run_name, typed_arguments
+
+    arguments = typed_arguments(package, _pairs(parameters or []))
+    server = KfpServer(host, namespace)
+    name = name or default_run_name(package, arguments)
+    run_id = server.submit(package, name, arguments, experiment, service_account)
+    print(run_id, flush=True)
+    if wait:
+        _report(server, run_id, wait, poll)
+
+
+@app.command()
+def status(run_id: RunId, host: Host = "", namespace: Namespace = "", wait: Wait = False, poll: Poll = POLL_S) -> None:
+    """Print a run's state; exits with 83 if it failed, with 84 if it was cancelled, else with 0."""
+    from components.orchestration.kfp_server import KfpServer
+
+    _report(KfpServer(host, namespace), run_id, wait, poll)
+
+
+@app.command()
+def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
+    """Stop a run; what its steps have finished is kept, and another run goes on from there."""
+    from components.orchestration.kfp_server import KfpServer
+    from components.orchestration.train_job import RUN_LABEL
+
+    server = KfpServer(host, namespace)
+    print(server.cancel(run_id).state)
+    if server.arguments(run_id).get("train_backend") == "trainjob":
+        where = namespace or "NAMESPACE"
+        print(
+            "Its TrainJob is deleted by the pod that follows it, which has a second for that; to be sure:\n"
+            f"kubectl delete trainjob --namespace {where} --selector {RUN_LABEL}={run_id}",
+            file=sys.stderr,
+        )
+
+
+@app.command()
+def logs(
+    run_id: RunId,
+    step: Annotated[str, typer.Option(help="Only this step's.")] = "",
+    host: Host = "",
+    namespace: Namespace = "",
+) -> None:
+    """Print what a run's pods have written, as far as the server has it."""
+    from components.orchestration.kfp_server import KfpServer
+
+    found = False
+    for task, text in KfpServer(host, namespace).logs(run_id, step):
+        found = True
+        for line in text.splitlines():
+            print(f"{task} | {line}")
+    if not found:
+        where = f" -n {namespace}" if namespace else ""
+        raise UniViGUError(
+            "The server has no log of this; while the pods are there, "
+            f"`kubectl logs{where} -l pipeline/runid={run_id} -c main --prefix --tail=-1` shows them."
+        )
+
+
+def _report(server: "KfpServer", run_id: str, wait: bool, poll: float) -> None:
+    """Print a run's state, each that it goes through when waiting; raises for one that failed or was cancelled."""
+    from components.orchestration.kfp_server import RunCanceledError, RunFailedError
+
+    said = ""
+    while True:
+        now = server.state(run_id)
+        if now.state != said:
+            print(now.state, flush=True)
+            said = now.state
+        if now.is_terminal or not wait:
+            break
+        time.sleep(poll)
+    if now.state == "CANCELED":
+        raise RunCanceledError(
+            f"The run {run_id} was cancelled; submit it again to go on from what its steps have finished."
+        )
+    if now.is_terminal and now.state != "SUCCEEDED":
+        why = f" ({now.message})" if now.message else ""
+        raise RunFailedError(
+            f"The run {run_id} ended as {now.state}{why}; `univigu pipeline logs {run_id}` shows why, "
+            "and submitting it again goes on from what its steps have finished."
+        )
+
+
+def _pairs(parameters: Sequence[str]) -> Mapping[str, str]:
+    for text in parameters:
+        if "=" not in text:
+            raise ConfigError(f"'{text}' is no parameter; write KEY=VALUE, such as profile=smoke.")
+    return dict(text.split("=", 1) for text in parameters)

@@ -1,0 +1,151 @@
+"""Before there is a GPU: `univigu plan` says what a profile takes, `univigu rehearse` whether its way is clear."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PANEL = "Plan the real thing"
+
+Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
+Root = Annotated[Path, typer.Option(help="The work root, where the base lies, if it is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines: everything, in bytes, seconds and FLOPs.")]
+
+
+def plan(
+    profile: Profile = "wan-1.3b",
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs train together.")] = 16,
+    gpu: Annotated[str, typer.Option(help="Their name, such as h100; a wrong one lists those there are.")] = "h800",
+    mfu: Annotated[
+        float | None, typer.Option(help="The share of their peak that is reached. (default: what NeMo's Wan reaches)")
+    ] = None,
+    zero: Annotated[int | None, typer.Option(min=0, max=3, help="Another ZeRO stage than the profile's.")] = None,
+    price: Annotated[float, typer.Option(min=0, help="Of one GPU for an hour, in whatever money.")] = 0.0,
+    root: Root = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Say what a profile takes on given GPUs: memory, operations, days, storage, requests, cost."""
+    from components.pipeline.profiles import load_profile
+    from components.planning.cost import make_plan
+
+    found = make_plan(load_profile(profile), root, gpus, gpu, mfu, zero, price)
+    print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
+
+
+def rehearse(
+    profile: Profile = "wan-1.3b",
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A base's folder, whose files' headers are read. (default: the profile's)"),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs are to train together.")] = 16,
+    gpu: Annotated[str, typer.Option(help="Their name; a wrong one lists those there are.")] = "h800",
+    root: Root = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Walk a profile's whole way without weights, GPUs or a cluster; the exit code is the first failure's, or 0.
+
+    `to do` marks what only you can put there: weights, variables, disk.
+    """
+    from components.pipeline.profiles import load_profile
+    from components.planning import rehearsal
+
+    scene = rehearsal.Scene(profile, load_profile(profile), root, weights, gpus, gpu)
+    lines = rehearsal.rehearse(scene, (lambda line: None) if as_json else _show)
+    if as_json:
+        print(rehearsal.as_json(scene, lines))
+    raise typer.Exit(rehearsal.exit_code(lines))
+
+
+def _show(line: Any) -> None:
+    print(f"{line.state:<7} {line.subject:<26} {line.detail}", flush=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make these functions commands of `app`."""
+    for command in (plan, rehearse):
+        app.command(rich_help_panel=PANEL)(command)
+
+
+def as_text(profile: str, plan: Mapping[str, Any]) -> str:
+    """A plan for people."""
+    gpu, model, training = plan["gpu"], plan["model"], plan["training"]
+    lines = [
+        f"{profile} on {gpu['count']} {gpu['name']} ({gpu['tflops']:g} TFLOP/s, {gpu['memory_gib']:g} GiB each)",
+        f"  model       {_billions(model['parameters'])} parameters, {_billions(model['text_side'])} of them new; "
+        f"{model['tokens']['video']:,} video tokens, {model['tokens']['text']} of text, {model['tokens']['context']} "
+        "of condition",
+    ]
+    memory, other = plan["memory"].values()
+    tables = {"both stages": memory} if memory == other else {"stage 1": memory, "stage 2": other}
+    for stages, table in tables.items():
+        lines += ["", f"Memory of one GPU in {stages} (GiB; {_gib(table['usable'])} can be used)", *memory_lines(table)]
+    lines += [
+        f"  A machine's own memory: {_gib(memory['host_bytes_per_machine'])} GiB, for all weights on the first one, and"
+        " for what its processes offload.",
+        "",
+        "Operations of a sample (PFLOP)   share  forward  backward  recomputed  first guess",
+    ]
+    for task, cost in training["stage_1"]["tasks"].items():
+        figures = (cost[key] / 1e15 for key in ("forward", "backward", "recomputation", "first_guess"))
+        lines.append(f"  {task:<30} {cost['share']:>5.2f}" + "".join(f"{figure:>10.3f}" for figure in figures))
+    lines += ["", f"Time, at an MFU of {gpu['mfu']:g}"]
+    for name, stage in training.items():
+        balanced = f"{stage['balanced_step_seconds']:.3g} if all GPUs had as much to do"
+        step = f"{stage['step_seconds']:.3g} s a step ({balanced})"
+        lines.append(f"  {name.replace('_', ' ')}     {step}, {stage['steps']:,} steps: {stage['days']:.3g} days")
+    synthesis, captioning, storage = plan["synthesis"], plan["captioning"], plan["storage"]
+    lines += [
+        f"  training    {plan['days']:.3g} days",
+        f"  synthesis   {synthesis['clips']:,} clips of {synthesis['gpu_seconds_per_clip']:.3g} GPU-seconds: "
+        f"{synthesis['gpu_days']:.3g} GPU-days; encoding {synthesis['encoding_gpu_days']:.3g}",
+        f"  captions    {captioning['requests_at_least']:,} to {captioning['requests_at_most']:,} requests to "
+        f"'{captioning['captioner']}', {captioning['answer_tokens']:,} tokens of answers",
+        "",
+        f"Storage (GB)  total {storage['total'] / 1e9:.4g}: "
+        + ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.3g}" for name, size in _storage_parts(storage)),
+        f"GPU-hours     total {sum(plan['gpu_hours'].values()):,.0f}: "
+        + ", ".join(f"{name.replace('_', ' ')} {hours:,.3g}" for name, hours in plan["gpu_hours"].items()),
+    ]
+    if plan["cost"]["per_gpu_hour"]:
+        lines.append(f"Cost          {plan['cost']['total']:,.0f}, at {plan['cost']['per_gpu_hour']:g} a GPU-hour")
+    lines += ["", "Held against figures known from elsewhere (1.3B at 81 frames of 480x832)"]
+    for check in plan["checks"]:
+        verdict = "agrees" if check["agrees"] else "DISAGREES"
+        lines.append(
+            f"  {verdict:<9} {check['figure']}: known {check['known']:.3g}, here {check['ours']:.3g} ({check['note']})"
+        )
+    return "\n".join([*lines, "", "Assumed", *(f"  - {each}" for each in plan["assumptions"])])
+
+
+def memory_lines(memory: Mapping[str, Any]) -> list[str]:
+    """A row for each ZeRO stage, with and without recomputation; an arrow marks the profile's."""
+    parts = ("parameters", "gradients", "optimizer", "activations", "workspace", "total")
+    lines = ["    " + " " * 20 + "".join(f"{part:>12}" for part in parts)]
+    for name, row in memory["by_stage"].items():
+        zero, activations = name.removeprefix("zero_").split("_")
+        mark = "->" if name == memory["chosen"] else "  "
+        figures = "".join(f"{row[part] / 2**30:>12.1f}" for part in parts)
+        verdict = "fits" if row["fits"] else "doesn't fit"
+        lines.append(f"  {mark} ZeRO {zero}, {activations:<12}{figures}   {verdict}")
+    if not memory["fits"]:
+        others = [name for name, row in memory["by_stage"].items() if row["fits"]]
+        remedy = f"{others[0].replace('_', ' ')} would" if others else "more GPUs, a smaller clip or adapters might"
+        lines.append(f"  The profile's choice doesn't fit; {remedy}.")
+    else:
+        lines.append("  Encoders take nothing of it: latents and text states are made beforehand.")
+    return lines
+
+
+def _storage_parts(storage: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [(name, size) for name, size in storage.items() if name not in ("total", "latents_per_clip")]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.3f} B" if count >= 1e7 else f"{count / 1e6:.2f} M"

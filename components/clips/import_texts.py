@@ -1,0 +1,235 @@
+"""What people wrote about their own videos: a text file beside each, or one CSV or JSONL file for all.
+
+Texts are as people's tools leave them: with or without a byte-order mark, in UTF-8 or UTF-16, with stray control
+characters. They are repaired as prompts are, and a text that is lost is told from one that isn't there.
+"""
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from components.clips.import_files import find_fault
+from components.prompts.filters import control_damage, repair, text_damage
+from components.prompts.records import (
+    LONGEST_LINE,
+    LONGEST_QUOTE,
+    Broken,
+    Record,
+    file_format,
+    open_csv,
+    open_jsonl,
+    parse,
+    printable,
+)
+from univigu.errors import BadInputError, ConfigError, MissingInputError
+
+FILE, CAPTION, PROMPT = ("file_name", "file", "video", "path"), ("caption", "text"), ("prompt",)  # the first there is
+OF_ROWS = ("broken_row", "name_outside", "no_file", "ambiguous_name", "duplicate_row")  # not about a video
+BESIDE = ("metadata.jsonl", "metadata.csv")  # found without being named, as other tools call them
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is written about one video; empty where nothing is."""
+
+    caption: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What can't be used: an id (a file's name, or a table's line), a slug to count by, what was seen, the raw row."""
+
+    id: str
+    reason: str
+    detail: str
+    row: Any = None
+
+
+def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple[dict[str, Texts], list[Fault]]:
+    """The texts of the videos by name, and what could not be used.
+
+    table: a CSV or JSONL file; without one, a `metadata.jsonl` or `metadata.csv` in the folder, or else `NAME.txt`
+    beside `NAME.mp4`. Of two rows about one video, the one with its exact name counts, then the first. Raises where a
+    table can't be read at all.
+    """
+    table, faults = (table, []) if table else _find_table(folder)
+    rows = read_table(table) if table else read_sidecars(folder, videos)
+    names = Names(videos)
+    texts: dict[str, Texts] = {}
+    inexact: list[tuple[str, str, dict[str, str]]] = []
+
+    def take(where: str, name: str, row: dict[str, str]) -> None:
+        fault = _text_fault(where, name, row, names, texts)
+        if fault:
+            faults.append(fault)
+        else:
+            texts[name] = Texts(repair(row["caption"]), repair(row["prompt"]))
+
+    for where, row in rows:
+        if isinstance(row, Fault | Broken):
+            faults.append(row if isinstance(row, Fault) else _broken(where, row, names))
+            continue
+        name = names.find(row["file"])
+        if isinstance(name, Broken):
+            faults.append(Fault(where, name.reason, name.why, row))
+        elif name == row["file"]:
+            take(where, name, row)
+        else:
+            inexact.append((where, name, row))
+    for where, name, row in inexact:
+        take(where, name, row)
+    return texts, [_bounded(fault) for fault in faults]
+
+
+def _find_table(folder: Path) -> tuple[Path | None, list[Fault]]:
+    """The table that is in the folder, if any, and those that must not be opened."""
+    found = [name for name in BESIDE if os.path.lexists(folder / name) and not (folder / name).is_dir()]
+    faults = [Fault(name, *fault) for name in found if (fault := find_fault(folder, folder / name))]
+    bad = {fault.id for fault in faults}
+    return next((folder / name for name in found if name not in bad), None), faults
+
+
+def _bounded(fault: Fault) -> Fault:
+    """A fault as the quarantine may keep it: at most `LONGEST_QUOTE` characters of each value."""
+    row = fault.row
+    row = (
+        {key: value[:LONGEST_QUOTE] for key, value in row.items()}
+        if isinstance(row, dict)
+        else row and row[:LONGEST_QUOTE]
+    )
+    return replace(fault, detail=fault.detail[:LONGEST_QUOTE], row=row)
+
+
+class Names:
+    """The videos' names, and what else they may be called: accents composed otherwise, `\\` for `/`."""
+
+    def __init__(self, videos: Sequence[str]) -> None:
+        self.exact = frozenset(videos)
+        self.alike: dict[str, list[str]] = defaultdict(list)
+        for name in videos:
+            self.alike[_key(name)].append(name)
+
+    def find(self, name: str) -> str | Broken:
+        """The video that is called so, or why there is none."""
+        if name in self.exact:
+            return name
+        parts = name.replace("\\", "/")
+        if parts.startswith("/") or ".." in PurePosixPath(parts).parts or "\0" in name:
+            return Broken(name, f"'{printable(name)}' is not a name inside the folder", "name_outside")
+        found = self.alike.get(_key(name), [])
+        if len(found) > 1:
+            return Broken(name, f"'{printable(name)}' may be any of {len(found)} videos", "ambiguous_name")
+        return found[0] if found else Broken(name, f"there is no video '{printable(name)}' in the folder", "no_file")
+
+
+def _key(name: str) -> str:
+    """A name that is the same however its accents are composed and its parts are written."""
+    return unicodedata.normalize("NFC", PurePosixPath(name.replace("\\", "/")).as_posix())
+
+
+def _broken(where: str, row: Broken, names: Names) -> Fault:
+    """A row that can't be read; where only letters of it are lost, it is known which video they are about."""
+    said = _named(row.row) if row.row else None
+    name = names.find(said["file"]) if isinstance(said, dict) else None
+    if isinstance(name, str):
+        return Fault(printable(name), "damaged_text", f"its text is {row.why}", said)
+    return Fault(where, row.reason, row.why, row.text)
+
+
+def _text_fault(where: str, name: str, row: dict[str, str], names: Names, known: dict[str, Texts]) -> Fault | None:
+    """Why the texts of a row can't be used for the video `name`, or None."""
+    if name in known:
+        return Fault(where, "duplicate_row", f"'{printable(name)}' has a text already", row)
+    for kind in ("caption", "prompt"):
+        if other := _swallowed(row[kind], names):
+            why = f"its {kind} holds the row of '{printable(other)}': a quote before it is not closed"
+            return Fault(printable(name), "open_quote", why, row)
+        damage = control_damage(row[kind]) or text_damage(repair(row[kind]))
+        if damage:
+            return Fault(printable(name), "damaged_text", f"its {kind} {damage}", row)
+    if not repair(row["caption"] or row["prompt"]):
+        return Fault(printable(name), "no_text", "its text is empty", row)
+    return None
+
+
+def _swallowed(text: str, names: Names) -> str:
+    """The video whose own row of a CSV file begins a line of this text, if there is one."""
+    lines = text.splitlines()[1:] if "\n" in text else []
+    starts = (line.partition(",")[0].strip('"') for line in lines if "," in line)
+    return next((start for start in starts if start in names.exact), "")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_sidecars(folder: Path, videos: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """A row for each video with a text file of its name beside it."""
+    for name in videos:
+        path = (folder / name).with_suffix(".txt")
+        if os.path.lexists(path) and (fault := find_fault(folder, path)):
+            yield printable(name), Fault(printable(name), fault[0], f"of its text: {fault[1]}")
+        elif path.is_file():
+            yield printable(name), _sidecar(name, path)
+
+
+def _sidecar(name: str, path: Path) -> dict[str, str] | Broken:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(LONGEST_LINE + 1)
+    except OSError as error:
+        return Broken("", f"its text file can't be read ({error.strerror})", "unreadable_file")
+    if len(content) > LONGEST_LINE:
+        return Broken(decode(content), f"its text file has more than {LONGEST_LINE >> 20} MiB", "over_long")
+    return {"file": name, "caption": decode(content), "prompt": ""}
+
+
+def read_table(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row of a CSV or JSONL file is, and the row with `file`, `caption` and `prompt`, or `Broken`.
+
+    Raises `MissingInputError` where there is no such file, `ConfigError` for another kind, `BadInputError` where its
+    columns aren't those of texts, and `CorruptDataError` where it can't be read to its end.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"There is no file of captions at {path}; check the path.")
+    form, _ = file_format(path.name)
+    if form not in ("csv", "jsonl"):
+        raise ConfigError(f"{path.name} is neither CSV nor JSONL; give a file of captions that ends in .csv or .jsonl.")
+    for line, row in _open_csv(path) if form == "csv" else open_jsonl(path):
+        yield f"{printable(path.name)}:{line}", _named(parse(row))
+
+
+def _open_csv(path: Path) -> Iterator[Record]:
+    columns, rows = open_csv(path)
+    if not set(columns) & set(FILE) or not set(columns) & {*CAPTION, *PROMPT}:
+        raise BadInputError(
+            f"{path.name} has the columns {', '.join(columns) or '(none)'}; it needs one of {', '.join(FILE)} "
+            f"and one of {', '.join((*CAPTION, *PROMPT))}."
+        )
+    twice = sorted(name for name in {*FILE, *CAPTION, *PROMPT} if columns.count(name) > 1)
+    if twice:
+        raise BadInputError(f"{path.name} has more than one column '{twice[0]}'; give each a name of its own.")
+    return rows
+
+
+def _named(row: Any) -> dict[str, str] | Broken:
+    """A row under our own names; of several columns for one thing, the first that says something counts."""
+    if isinstance(row, Broken):
+        return row
+    found = {}
+    for name, columns in (("file", FILE), ("caption", CAPTION), ("prompt", PROMPT)):
+        column = next((column for column in columns if row.get(column) not in (None, "")), columns[0])
+        found[name] = row.get(column) or ""
+        if not isinstance(found[name], str):
+            return Broken(str(row), f"'{column}' is {type(found[name]).__name__}, not a string")
+    return found if found["file"] else Broken(str(row), f"it names no file ({', '.join(FILE)})")
+
+
+def decode(content: bytes) -> str:
+    """A text file's text, in UTF-8 or UTF-16; what isn't its encoding's becomes U+FFFD, which `repair` keeps."""
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    return content.decode(encoding, errors="replace")

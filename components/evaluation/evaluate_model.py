@@ -1,0 +1,292 @@
+"""Evaluate the trained model on what it has never seen: captions, generated videos, and both made jointly.
+
+Which world it is measured in is one module, named in the profile (`benchmark`), which knows the held-out items, their
+truth, and how a text and a video are read. Scoring is the library's. Nothing here depends on the clock or the batch.
+What the model and its base make is sampled by `evaluation_samples`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from components.evaluation import report
+from components.evaluation.report import line_chart
+from components.evaluation.samples import PAGE_SAMPLES, SCORED_BY_MODELS, Item, sample_everything
+from components.evaluation.training_curves import read_training, training_charts
+from components.pipeline.manifests import MANIFEST
+from univigu.errors import ConfigError
+from univigu.evaluation.claims import score_item, summarise
+
+if TYPE_CHECKING:
+    from components.pipeline.step import Step
+
+BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
+KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each
+SHEET_COLUMNS = 5
+STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
+
+Row = dict[str, Any]
+Metrics = dict[str, dict[str, Any]]
+
+
+def evaluate_model(step: "Step") -> None:
+    """Held-out items -> ``metrics.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``."""
+
+    settings = step["evaluate_model"]
+    benchmark = load_benchmark(settings["benchmark"])
+    heldout = benchmark.open_heldout(step)
+    chosen = {kind: heldout[kind] for kind in KINDS}
+    step.rows_in = sum(len(items) for items in chosen.values())
+    step.facts |= {"benchmark": settings["benchmark"], "heldout_sha256": heldout["sha256"]}
+
+    made, sampling = sample_everything(step, benchmark, chosen)
+    rows = score_everything(benchmark, chosen, made)
+    metrics = summarise_rows(rows, step["seed"])
+    training = {name: read_training(step.inputs[name]) for name in ("stage1", "stage2")}
+    metrics |= {name: figures["summary"] for name, figures in training.items() if figures["summary"]}
+
+    step.write("items", rows)
+    text = json.dumps(metrics, indent=1, sort_keys=True)
+    (step.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_plots(step.out / "plots", metrics, training)
+    notes = page_notes(benchmark, settings, sampling, metrics)
+    write_page(step, benchmark, heldout, metrics, rows, made, training, notes)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """The module that knows a world; raises `ConfigError` for a name that is not in `BENCHMARKS`."""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"There is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}.")
+    return import_module(BENCHMARKS[name])
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_everything(
+    benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]], made: Mapping[str, Mapping[str, Any]]
+) -> list[Row]:
+    """A row for each task and item: what is true or asked (`truth`), said or seen (`found`), and right (`correct`)."""
+    rows: list[Row] = []
+    truths = [benchmark.truth(item) for item in chosen["captions"]]
+    majority = benchmark.majority(truths)
+    for index, (item, truth) in enumerate(zip(chosen["captions"], truths, strict=True)):
+        for name in made["captions"]:
+            if name.startswith("texts"):
+                text = made["captions"][name][index]
+                task = name.replace("texts", "captions", 1)
+                rows.append(make_row(task, item, truth, benchmark.read_text(text), text))
+        rows.append(make_row("majority", item, truth, majority))
+        if benchmark.HAS_RECOGNISER:
+            rows.append(make_row("recogniser", item, truth, made["captions"]["seen"][index]))
+    for task in SCORED_BY_MODELS:
+        for item, found in zip(chosen["generations"], made[task]["seen"], strict=True):
+            rows.append(make_row(task, item, benchmark.asked(item["prompt"]), found))
+        for name, nearest in made[task].items():
+            if name.startswith("nearest by "):
+                scored = f"{task}_{name.removeprefix('nearest by ')}"
+                for item, prompt in zip(chosen["generations"], nearest, strict=True):
+                    rows.append(make_row(scored, item, {"retrieval": item["prompt"]}, {"retrieval": prompt}))
+    texts = made["joint"]["texts"]
+    others = texts[len(texts) // 2 :] + texts[: len(texts) // 2]
+    for item, video, text, other in zip(chosen["joint"], made["joint"]["seen"], texts, others, strict=True):
+        rows.append(make_joint_row("joint", benchmark, item, video, text))
+        rows.append(make_joint_row("joint_shuffled", benchmark, item, video, other))
+        if asked := benchmark.asked(item["prompt"]):
+            rows.append(make_row("joint_video", item, asked, video))
+            rows.append(make_row("joint_text", item, asked, benchmark.read_text(text), text))
+    return rows
+
+
+def make_row(task: str, item: Item, truth: Mapping[str, str], found: Mapping[str, str], text: str | None = None) -> Row:
+    """A row of the table `items`; `found` is kept only on the attributes that are scored."""
+
+    found = {name: found[name] for name in truth if name in found}
+    return {
+        "task": task,
+        "clip_id": item["id"],
+        "prompt": item.get("prompt"),
+        "text": text,
+        "truth": json.dumps(truth),
+        "found": json.dumps(found),
+        "correct": json.dumps(score_item(truth, found)),
+        "open_attributes": [],
+    }
+
+
+def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[str, str], text: str) -> Row:
+    """A row of the table `items` for a video and a text: both are found, and right is where they agree.
+
+    Only the attributes that the prompt leaves open are scored, and there is no truth about those.
+    """
+
+    left_open, said = benchmark.left_open(item["prompt"], video), benchmark.read_text(text)
+    seen = {name: video[name] for name in left_open}
+    return {
+        "task": task,
+        "clip_id": item["id"],
+        "prompt": item["prompt"],
+        "text": text,
+        "truth": "{}",
+        "found": json.dumps({name: {"video": seen[name], "text": said.get(name)} for name in left_open}),
+        "correct": json.dumps(score_item(seen, said)),
+        "open_attributes": left_open,
+    }
+
+
+def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
+    """Scores of each task's rows, by attribute and over all of them; `joint` calls the latter ``agreement``.
+
+    ``joint_video`` and ``joint_text`` are held against what the prompt states; ``caption_steps`` has the mean of the
+    captions by the number of Euler steps that they were made in.
+    """
+
+    correct: dict[str, list[dict[str, bool]]] = {}
+    for row in rows:
+        correct.setdefault(row["task"], []).append(json.loads(row["correct"]))
+    metrics = {task: summarise(items, seed) for task, items in correct.items()}
+    metrics["joint"]["agreement"] = metrics["joint"].pop("mean")
+    metrics["joint"]["agreement_shuffled"] = metrics.pop("joint_shuffled")["mean"]
+    compared = [(task, match[1]) for task in correct if (match := STEPS_TASK.fullmatch(task))]
+    metrics["caption_steps"] = {steps: metrics.pop(task)["mean"] for task, steps in compared}
+    return metrics
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def write_plots(folder: Path, metrics: Metrics, training: Mapping[str, Mapping[str, Any]]) -> None:
+    """CSV files for ``dvc plots``: accuracy by attribute, loss curves, and held-out losses by bin of tau."""
+    folder.mkdir()
+    scores = [
+        {"score": group, "attribute": name, **score}
+        for group, by_name in metrics.items()
+        for name, score in by_name.items()
+        if isinstance(score, dict)
+    ]
+    _write_csv(folder / "scores.csv", scores)
+    for stage, figures in training.items():
+        if figures["curves"]:
+            _write_csv(folder / f"{stage}_curves.csv", _by_row(figures["curves"]))
+        columns = {name: values for name, values in figures["heldout"].items() if isinstance(values, list)}
+        if columns:
+            _write_csv(folder / f"{stage}_heldout.csv", _by_row(columns))
+
+
+def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import csv
+
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_page(
+    step: "Step",
+    benchmark: ModuleType,
+    heldout: Mapping[str, Any],
+    metrics: Metrics,
+    rows: Sequence[Row],
+    made: Mapping[str, Mapping[str, Any]],
+    training: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str],
+) -> None:
+    """``report.html``, and ``gallery.webp`` with the same first samples for a README."""
+
+    settings, digests = step["evaluate_model"], step.input_digests
+    by_task = {task: [row for row in rows if row["task"] == task] for task in PAGE_SAMPLES}
+
+    def samples(task: str, clips: Mapping[str, str]) -> list[dict[str, Any]]:
+        return [
+            report.clip_sample(
+                {label: made[source]["previews"][index] for label, source in clips.items()},
+                **shown_claims(row),
+                prompt=row["prompt"],
+                text=row["text"],
+            )
+            for index, row in enumerate(by_task[task][: PAGE_SAMPLES[task]])
+        ]
+
+    inputs = ("prompts", "checked_prompts", "clips", "checked_clips", "captions", "pairs")
+    manifests = {name: json.loads((step.inputs[name] / MANIFEST).read_text(encoding="utf-8")) for name in inputs}
+    page = report.render_report(
+        about={
+            "Model": digests["stage2"][:12],
+            "Base": f"{step.inputs['base'].name} {digests['base'][:12]}",
+            "Training pairs": digests["pairs"][:12],
+            "Held-out set": f"{settings['benchmark']} {heldout['sha256'][:12]}",
+        },
+        scores=metrics,
+        attributes=benchmark.ATTRIBUTES,
+        samples={
+            "captions": samples("captions", {"held-out clip": "captions"}),
+            "generation": samples("generation", {"this model": "generation", "its base": "generation_base"}),
+            "joint": samples("joint", {"video": "joint"}),
+        },
+        charts=training_charts(training) | {"captions": caption_steps_charts(metrics["caption_steps"])},
+        funnel=report.funnel_steps(list(manifests.values())),
+        rejected=report.rejected_examples(
+            {manifest["step"]: step.read(name, "rejected").to_pylist() for name, manifest in manifests.items()}
+        ),
+        notes=notes,
+    )
+    (step.out / "report.html").write_text(page, encoding="utf-8")
+    sheet = {
+        "Captions of clips that training never saw": ("captions", "text"),
+        "Videos generated from a prompt": ("generation", "prompt"),
+        "Video and caption made together": ("joint", "text"),
+    }
+    groups = {
+        title: [
+            (clip, row[key]) for clip, row in zip(made[task]["previews"][:SHEET_COLUMNS], by_task[task], strict=False)
+        ]
+        for title, (task, key) in sheet.items()
+    }
+    (step.out / "gallery.webp").write_bytes(report.contact_sheet(groups))
+
+
+def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
+    """What the page's chips show of a row: the ``truth`` (a joint row's: its video), the ``found``, the ``correct``."""
+    truth, found, correct = (json.loads(row[key]) for key in ("truth", "found", "correct"))
+    if row["task"] == "joint":
+        truth = {name: both["video"] for name, both in found.items()}
+        found = {name: both["text"] for name, both in found.items()}
+    return {"truth": truth, "found": found, "correct": correct}
+
+
+def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How right captions are by the number of Euler steps that they are made in; no chart of fewer than two."""
+
+    points = sorted((int(steps), score["value"]) for steps, score in scores.items())
+    return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []
+
+
+def page_notes(
+    benchmark: ModuleType, settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics: Metrics
+) -> list[str]:
+    """How the scores came about, in the page's words."""
+    words = benchmark.WORDS
+    return [
+        f"Captions: {metrics['captions']['mean']['n']} {words['captions']}; "
+        f"Euler steps: {sampling['caption_steps']}; guidance {sampling['caption_guidance_scale']:g}, temperature "
+        f"{sampling['caption_temperature']:g}.",
+        "Without the video: the same model, clips, noise and settings, with the video replaced by noise. Commonest "
+        f"value: {words['majority']}",
+        f"Generated videos: {metrics['generation']['mean']['n']} {words['generation']}; "
+        f"{sampling['num_inference_steps']} steps at guidance {sampling['guidance_scale']:g} by this model, "
+        f"{settings['base_steps']} at {settings['base_guidance']:g} by its base. "
+        f"{words['reader']}",
+        f"Joint: {metrics['joint']['agreement']['n']} {words['joint']} The text is written when the "
+        f"video is at {sampling['joint_text_at']:g} of its way, and the rest of the video follows it.",
+        "Intervals: Wilson's for one attribute; for means over attributes a bootstrap over items, because the claims "
+        "about one clip go together.",
+    ]

@@ -1,0 +1,186 @@
+"""Any world as a benchmark: what texts state as content words, on pairs that the pipeline itself had held out.
+
+Captions are held against the reference captions of held-out clips of stage 2; generated clips against their prompts, a
+fixed file of them, as the model itself describes those clips (so a poor captioner hides a good video: name a scorer for
+a second opinion). A claim is the stem of a content word, in a group of its own; a text is right on it if it states it.
+Words that half of the references share tell nothing of one clip and are no claims. No network is needed.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.digests import json_digest
+from components.prompts.filters import content_phrases
+from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from components.pipeline.step import Step
+
+GROUPS = {
+    "colour": "red orange yellow green blue purple violet pink brown black white grey gray golden silver turquoise",
+    "number": "one two three four five six seven eight nine ten dozen several many single pair couple",
+}
+ATTRIBUTES = ("content", *GROUPS)
+CLIP_KEYS = ("id", "shard", "member", "sha256", "frames", "height", "width")
+COMMON = 0.5  # the share of references from which on a word is no claim
+HAS_RECOGNISER = False
+WORDS = {
+    "captions": "held-out clips, whose reference captions no training saw; right is what a caption states of the "
+    "reference's content words, by their stems",
+    "majority": "a caption of the commonest claims, as many as a reference has on average.",
+    "generation": "fixed prompts",
+    "reader": "What a video shows is read from the caption that this model itself writes of it, also for its base: "
+    "both are bounded by how well it describes.",
+    "joint": "of those prompts. What the model's caption of the video says beyond the prompt is looked for in the text "
+    "that was made with it.",
+}
+
+Item = Mapping[str, Any]
+Claims = dict[str, str]
+
+
+def open_heldout(step: "Step") -> dict[str, Any]:
+    """``captions``: held-out pairs of stage 2 whose clips have the profile's size; ``generations``, ``joint``: prompts.
+
+    Of each kind as many as the profile says, or as there are. Raises where there is none.
+    """
+
+    settings, video = step["evaluate_model"], step["video"]
+    size = tuple(video[key] for key in ("frames", "height", "width"))
+    pairs = step.read("pairs", "pairs").to_pylist()
+    clips = {
+        row["id"]: row
+        for row in step.read("clips", "clips").to_pylist()
+        if (row["frames"], row["height"], row["width"]) == size
+    }
+    kept = [row for row in pairs if row["stage"] == 2 and row["split"] == "heldout" and row["clip_id"] in clips]
+    references = sorted(kept, key=lambda row: row["id"])[: settings["captions"]]
+    if not references:
+        raise BadInputError(
+            f"No pair of stage 2 with clips of {'x'.join(map(str, size))} was held out; raise heldout_share, or make"
+            " more clips."
+        )
+    common = common_stems([row["caption"] for row in references])
+    captions = [
+        {
+            "id": row["clip_id"],
+            "prompt": row["prompt"],
+            "reference": row["caption"],
+            "claims": {claim: value for claim, value in read_text(row["caption"]).items() if claim not in common},
+            "seed": clips[row["clip_id"]]["seed"],
+            "clip": {key: clips[row["clip_id"]][key] for key in CLIP_KEYS},
+        }
+        for row in references
+    ]
+    trained = {row["prompt"] for row in pairs if row["split"] == "train"}
+    prompts = [item for item in read_prompts(step.inputs["heldout"]) if item["prompt"] not in trained]
+    if not prompts:
+        raise BadInputError("Every prompt of the profile's 'heldout' was trained on; choose other prompts.")
+    chosen = {
+        "captions": captions,
+        "generations": prompts[: settings["generations"]],
+        "joint": prompts[: settings["joint"]],
+    }
+    sizes = [{**item, "clip": item["clip"]["sha256"]} for item in captions], chosen["generations"], chosen["joint"]
+    return {"world": "pairs", "sha256": json_digest(sizes), **chosen}
+
+
+def read_prompts(path: Path) -> list[Item]:
+    """The prompts of a JSONL file, each with its id and a seed: lines ``{"prompt": ...}``."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = list(dict.fromkeys(str(line["prompt"]) for line in lines))
+    except FileNotFoundError as error:
+        raise MissingInputError(f"There are no prompts at {path}; check the profile's 'heldout'.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptDataError(f'{path} is no JSONL of {{"prompt": "..."}} lines ({error}); mend it.') from error
+    return [{"id": f"prompt-{number:03d}", "prompt": text, "seed": number} for number, text in enumerate(prompts)]
+
+
+# --- what is true, what is asked, what is seen -----------------------------------------------------------------------
+
+
+def truth(item: Item) -> Claims:
+    """What the reference caption of a held-out clip claims."""
+    return dict(item["claims"])
+
+
+def render(items: Sequence[Item], clips: Path) -> "np.ndarray":
+    """The held-out clips, uint8 (B, F, H, W, 3), each checked against its row."""
+    import numpy as np
+
+    from components.clips.archive import open_clip, read_clips
+
+    rows = {item["clip"]["id"]: item["clip"] for item in items}
+    frames = {row["id"]: open_clip(row, content)[0] for row, content in read_clips(clips, list(rows.values()))}
+    return np.stack([frames[item["clip"]["id"]] for item in items])
+
+
+def read_text(text: str) -> Claims:
+    """The claims of a text: ``group:stem`` of each content word."""
+    return {f"{_group(stem)}:{stem}": stem for stem in map(_stem, content_words(text))}
+
+
+asked = read_text
+
+
+def left_open(prompt: str, seen: Claims) -> list[str]:
+    """What is seen in a video and its prompt doesn't ask for."""
+    return sorted(seen.keys() - asked(prompt).keys())
+
+
+def majority(truths: Sequence[Claims]) -> Claims:
+    """The commonest claims, as many as there are in a truth on average."""
+    counts = Counter(claim for claims in truths for claim in claims)
+    number = round(sum(counts.values()) / len(truths))
+    values = {claim: value for claims in truths for claim, value in claims.items()}
+    return {claim: values[claim] for claim in sorted(counts, key=lambda claim: (-counts[claim], claim))[:number]}
+
+
+def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list[Claims]]:
+    """What reads clips: the model's own captions of them, already written or not."""
+    return lambda frames, texts: [read_text(text) for text in texts or pipeline.caption(list(frames))]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def content_words(text: str) -> list[str]:
+    """The words of a text that say something, lower-case, in order, each once."""
+
+    words = (word.rpartition(":")[2] for phrase in content_phrases(text) for word in phrase)
+    return list(dict.fromkeys(word for word in words if re.search(r"\w", word)))
+
+
+def common_stems(texts: Sequence[str]) -> set[str]:
+    """The claims that so many of several texts make that they tell nothing of one; of few texts, none."""
+    counts = Counter(claim for text in texts for claim in read_text(text))
+    return {claim for claim, count in counts.items() if count > max(2, COMMON * len(texts))}
+
+
+def _group(stem: str) -> str:
+    return next((name for name, stems in _lexicon().items() if stem in stems), "content")
+
+
+@cache
+def _lexicon() -> dict[str, frozenset[str]]:
+    return {name: frozenset(map(_stem, words.split())) for name, words in GROUPS.items()}
+
+
+@cache
+def _stem(word: str) -> str:
+    return _stemmer().stemWord(word)
+
+
+@cache
+def _stemmer() -> Any:
+    import snowballstemmer
+
+    return snowballstemmer.stemmer("english")

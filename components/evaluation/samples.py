@@ -1,0 +1,267 @@
+"""What a model and its base make of held-out items, kept by what decides it: the page around it can change freely.
+
+Of a clip only what was read from it is kept, and a small preview of the first few, so that clips may be of any size.
+Each batch is kept below the work root when it is done: a run that was killed goes on with the next, and where only
+scores or the page have changed, nothing is sampled again.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from components.clips.generator import generate, load_generator
+from components.evaluation import scorers as scorer_modules
+from components.evaluation.report import Preview, preview
+from components.pipeline.digests import tree_digest
+from components.pipeline.manifests import inside
+from components.pipeline.shard_records import read_record, write_record
+from univigu.errors import ConfigError
+from univigu.files import file_sha256, sync
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from components.pipeline.step import Step
+    from univigu.pipeline import UniViGUPipeline
+
+PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}
+BASE_TASK = "generation_base"
+SCORED_BY_MODELS = ("generation", BASE_TASK)
+TASKS = {"captions": "captions", "generation": "generations", BASE_TASK: "generations", "joint": "joint"}
+DRAWN = "drawn-"  # begins the names of the base's clips, which are kept until they are read
+
+Item = Mapping[str, Any]
+Part = dict[str, list[Any]]  # of one batch: `texts`, `seen`, `previews` ...
+
+
+def sample_everything(
+    step: "Step", benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]]
+) -> tuple[dict[str, Part], Mapping[str, Any]]:
+    """What the model and the base make of the held-out items, by task.
+
+    ``texts``; ``seen``, what the benchmark reads from the clips; ``previews`` of the first, with their frame rate. The
+    model samples as it does by default; those settings come second. The base goes first, as both may fill a GPU.
+    """
+    from univigu import wan
+
+    size = step["evaluate_model"]["batch_size"]
+    batches = {
+        kind: [items[start : start + size] for start in range(0, len(items), size)] for kind, items in chosen.items()
+    }
+    maker = Maker(step, benchmark)
+    maker.draw_with_base(batches[TASKS[BASE_TASK]])
+    work = [(task, number, items) for task, kind in TASKS.items() for number, items in enumerate(batches[kind])]
+    made: dict[str, Part] = {}
+    for task, number, items in step.progress(work, unit="batches"):
+        all_of = made.setdefault(task, {})
+        wanted = PAGE_SAMPLES.get(task, PAGE_SAMPLES["generation"]) - len(all_of.get("previews", ()))
+        for name, values in maker.part(task, number, items, max(wanted, 0)).items():
+            all_of.setdefault(name, []).extend(values)
+    for other in maker.kept.parent.iterdir():  # of an earlier recipe: this one's is whole now
+        if other != maker.kept:
+            shutil.rmtree(other)
+    for name, scorer in maker.scorers.items():
+        prompts = [item["prompt"] for item in chosen["generations"]]
+        for task in SCORED_BY_MODELS:
+            videos = made[task].pop(f"scored by {name}")
+            made[task][f"nearest by {name}"] = scorer.nearest(videos, prompts)
+    return made, wan.read_json(step.inputs["stage2"] / "model" / "model_index.json")
+
+
+class Maker:
+    """Makes batches, or finds them where they are kept. Each model is loaded when the first batch needs it."""
+
+    def __init__(self, step: "Step", benchmark: ModuleType) -> None:
+        self.step, self.benchmark, self.settings = step, benchmark, step["evaluate_model"]
+        self.scorers = load_scorers(self.settings["scorers"], step)
+        entry = f"{__name__}:{sample_everything.__name__}"
+        self.kept = step.kept_folder(entry, step.facts.get("scorers", {}))
+
+    @cached_property
+    def pipeline(self) -> "UniViGUPipeline":
+        import torch
+
+        from univigu.pipeline import UniViGUPipeline
+
+        precision = _precision(self.settings["precision"])
+        pipeline = UniViGUPipeline.from_pretrained(self.step.inputs["stage2"] / "model", **precision)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def draw_with_base(self, batches: Sequence[Sequence[Item]]) -> None:
+        """Have the base make its clips, as far as they aren't there or were read before."""
+
+        base = None
+        for number, items in enumerate(self.step.progress(batches, unit="batches of the base")):
+            if read_part(self.kept / f"{DRAWN}{number}") or read_part(self.kept / f"{BASE_TASK}-{number}"):
+                continue
+            base = base or load_generator(self.step.inputs["base"], self.settings["precision"])
+            frames = generate_with_base(base, items, self.step)["frames"]
+            write_part(self.kept / f"{DRAWN}{number}", {"frames": list(frames)})
+
+    def part(self, task: str, number: int, items: Sequence[Item], previews: int) -> Part:
+        """What was made of a batch: as it is kept, or made now and kept. previews: how many clips are shown."""
+        place = self.kept / f"{task}-{number}"
+        part = read_part(place)
+        if part is None:
+            part = self.make(task, number, items, previews)
+            write_part(place, part)
+            if task == BASE_TASK:
+                shutil.rmtree(self.kept / f"{DRAWN}{number}")
+        return part
+
+    def make(self, task: str, number: int, items: Sequence[Item], previews: int) -> Part:
+        import numpy as np
+
+        video = self.step["video"]
+        if task == "captions":
+            clips = self.benchmark.render(items, self.step.inputs["clips"])
+            made = caption_clips(self.pipeline, clips, items, self.settings["compared_caption_steps"])
+        elif task == "generation":
+            made = generate_clips(self.pipeline, items, video)
+        elif task == "joint":
+            made = make_jointly(self.pipeline, items, video)
+        else:
+            drawn = read_part(self.kept / f"{DRAWN}{number}") or {}
+            made = {"frames": np.stack(drawn["frames"])}
+        frames = made.pop("frames")
+        made["seen"] = self.benchmark.reader(self.pipeline)(frames, made["texts"] if task == "captions" else None)
+        made["previews"] = [preview(clip, video["fps"]) for clip in frames[:previews]]
+        if task in SCORED_BY_MODELS:
+            made |= {f"scored by {name}": list(scorer.videos(frames)) for name, scorer in self.scorers.items()}
+        return made
+
+
+# --- kept batches -----------------------------------------------------------------------------------------------------
+
+
+def write_part(folder: Path, part: Part) -> None:
+    """Keep a batch: arrays as safetensors, the rest in a record that covers itself and them."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    arrays, texts = {}, {}
+    for name, values in part.items():
+        if name == "previews":
+            texts[name] = [shown.fps for shown in values]
+            values = [shown.frames for shown in values]
+        if name == "previews" or (values and isinstance(values[0], np.ndarray)):
+            arrays |= {f"{name}/{index:05d}": np.ascontiguousarray(value) for index, value in enumerate(values)}
+        else:
+            texts[name] = values
+    save_file(arrays, folder / "arrays.safetensors")
+    sync(folder / "arrays.safetensors")
+    digest = file_sha256(folder / "arrays.safetensors")
+    names = {name.partition("/")[0]: None for name in arrays}
+    write_record(folder / "part.json", {"texts": texts, "arrays": list(names), "sha256": digest})
+
+
+def read_part(folder: Path) -> Part | None:
+    """A batch that was kept; None where it isn't there, or not as it was written."""
+    from safetensors.numpy import load_file
+
+    record, path = read_record(folder / "part.json"), folder / "arrays.safetensors"
+    if not record or not path.is_file() or file_sha256(path) != record["sha256"]:
+        return None
+    arrays, part = load_file(path), dict(record["texts"])
+    for name in record["arrays"]:
+        part[name] = [arrays[key] for key in sorted(arrays) if key.startswith(f"{name}/")]
+    if "previews" in part:
+        rates = record["texts"]["previews"]
+        part["previews"] = [Preview(*shown) for shown in zip(part["previews"], rates, strict=True)]
+    return part
+
+
+# --- what makes them --------------------------------------------------------------------------------------------------
+
+
+def _precision(name: str) -> dict[str, Any]:
+    """How diffusers is told to load a model for ``bf16``: the autoencoder stays in fp32, as in training."""
+    import torch
+
+    if name not in ("fp32", "bf16"):
+        raise ConfigError(f"There is no precision '{name}'; choose fp32 or bf16.")
+    kinds = {"transformer": torch.bfloat16, "text_encoder": torch.bfloat16, "default": torch.float32}
+    return {} if name == "fp32" else {"dtype": kinds}
+
+
+def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
+    """The profile's scorers, each from its model's folder, whose digest is noted among the step's facts."""
+    from pkgutil import iter_modules
+
+    known = {module.name for module in iter_modules(scorer_modules.__path__)}
+    scorers = {}
+    for name, folder in folders.items():
+        if name not in known:
+            raise ConfigError(f"There is no scorer '{name}'; choose one of {', '.join(sorted(known))}.")
+        path = inside(step.root, folder)
+        scorers[name] = import_module(f"{scorer_modules.__name__}.{name}").load(path)
+        step.facts.setdefault("scorers", {})[name] = tree_digest([path], relative_to=path)
+    return scorers
+
+
+def caption_clips(
+    pipeline: "UniViGUPipeline", frames: "np.ndarray", items: Sequence[Item], compared_steps: Sequence[int]
+) -> dict[str, Any]:
+    """Captions of clips, the same in other numbers of steps, and what the model says when it sees nothing of them."""
+    import torch
+
+    from univigu import wan
+
+    latents = wan.encode_frames(pipeline.vae, torch.from_numpy(frames))
+    seeds = [item["seed"] for item in items]
+    texts = pipeline.caption_latents(latents, seed=seeds)
+    return {
+        "frames": frames,
+        "texts": texts,
+        "texts_without_video": pipeline.caption_latents(latents, seed=seeds, video_tau=0.0),
+        **{
+            f"texts_in_{n}_steps": texts
+            if n == pipeline.config.caption_steps
+            else pipeline.caption_latents(latents, n, seed=seeds)
+            for n in compared_steps
+        },
+    }
+
+
+def generate_clips(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
+    """This model's clips for the items' prompts."""
+    prompts = [item["prompt"] for item in items]
+    return {"frames": pipeline.generate(prompts, **_video_arguments(items, video))}
+
+
+def make_jointly(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
+    """Clips and captions made together from the items' prompts."""
+    prompts = [item["prompt"] for item in items]
+    frames, texts = pipeline.joint(prompts, **_video_arguments(items, video))
+    return {"frames": frames, "texts": texts}
+
+
+def _video_arguments(items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_frames": video["frames"],
+        "height": video["height"],
+        "width": video["width"],
+        "seed": [item["seed"] for item in items],
+        "batch_size": len(items),
+    }
+
+
+def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[str, Any]:
+    """The base generator's clips for the same prompts and seeds, as it makes them best, by diffusers' own pipeline."""
+    import numpy as np
+
+    settings = step["evaluate_model"]
+    sampling = {
+        "steps": settings["base_steps"],
+        "guidance_scale": settings["base_guidance"],
+        "arguments": {"max_sequence_length": step["text"]["prompt_length"]},
+    }
+    videos = generate(base, items, step["video"], sampling)
+    return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}

@@ -1,0 +1,125 @@
+"""The parts of a base that turn samples into tensors: its autoencoder, its text encoder, its tokenizer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.weights import how_to_fetch
+from components.prompts.tokens import count_tokens, load_tokenizer
+from univigu.errors import BadInputError, ConfigError, MissingInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Encoders:
+    """Each part of `base` is loaded when it is first needed, on the GPU if there is one, and stays."""
+
+    def __init__(self, base: Path, precision: str, text: Mapping[str, Any]) -> None:
+
+        if precision not in ("fp32", "bf16"):
+            raise ConfigError(f"There is no precision '{precision}'; choose one of fp32, bf16.")
+        self.tokenizer = load_tokenizer(base)
+        self._base, self._precision = base, precision
+        self._prompt_length, self._text_length = text["prompt_length"], text["caption_tokens"][1]
+
+    @cached_property
+    def vae(self) -> Any:
+        return load_vae(self._base)
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        return load_text_encoder(self._base, self._precision)
+
+    def encode_clips(self, clips: "Sequence[Tensor]") -> list["Tensor"]:
+        """Normalised latent means (C, T, H', W') of clips uint8 (F, H, W, 3) of one size, in bf16."""
+        return latent_means(self.vae, clips) if clips else []
+
+    def encode_texts(self, prompts: Sequence[str]) -> list["Tensor"]:
+        """Text-encoder states of each prompt, (length, D) in bf16, without the zeros that Wan pads them with."""
+        return text_states(self.tokenizer, self.text_encoder, prompts, self._prompt_length) if prompts else []
+
+    def token_ids(self, texts: Sequence[str]) -> "Tensor":
+        """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
+        from univigu.text_space import tokenize
+
+        for text, count in zip(texts, count_tokens(self.tokenizer, texts), strict=True):
+            if count > self._text_length:
+                raise BadInputError(
+                    f"A text has {count} tokens, over the profile's {self._text_length} ('{text[:60]}'); "
+                    "run the pairs' gate again."
+                )
+        return tokenize(self.tokenizer, texts, self._text_length)
+
+
+def latent_means(vae: Any, clips: "Sequence[Tensor]") -> list["Tensor"]:
+    """What `Encoders.encode_clips` gives: it and `load_vae` alone decide a clip's latents."""
+    import torch
+
+    from univigu.wan import encode_frames
+
+    return list(encode_frames(vae, torch.stack(list(clips))).bfloat16().cpu())
+
+
+def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], length: int) -> list["Tensor"]:
+    """What `Encoders.encode_texts` gives: it and the loaders of its parts alone decide a prompt's states."""
+    from univigu.wan import encode_prompts
+
+    padded = encode_prompts(tokenizer, text_encoder, prompts, length)
+    return [states[: int(states.any(-1).sum())].bfloat16().cpu() for states in padded]
+
+
+def load_vae(base: Path) -> Any:
+    """The autoencoder of a base, always in fp32; raises where it isn't there, isn't whole, or isn't Wan's."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    with _loading(base, "vae"):
+        vae, found = AutoencoderKLWan.from_pretrained(
+            base, subfolder="vae", dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        _check_whole(found)
+        return vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_text_encoder(base: Path, precision: str) -> Any:
+    """The text encoder of a base in fp32 or bf16; raises as `load_vae` does."""
+    import torch
+    from transformers import UMT5EncoderModel
+
+    from univigu.wan import check_text_encoder
+
+    with _loading(base, "text_encoder"):
+        text_encoder, found = UMT5EncoderModel.from_pretrained(
+            base,
+            subfolder="text_encoder",
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        _check_whole(found)
+        check_text_encoder(text_encoder)
+        return text_encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@contextmanager
+def _loading(base: Path, part: str) -> Iterator[None]:
+    """Say in one sentence what a loader stumbled over."""
+    from safetensors import SafetensorError
+
+    if not list((base / part).glob("*.safetensors")):
+        raise MissingInputError(f"There are no weights (*.safetensors) in {base / part}; {how_to_fetch(base)}.")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{base / part} can't be loaded ({reason}); {how_to_fetch(base)}.") from error
+
+
+def _check_whole(found: Mapping[str, Any]) -> None:
+    """A loader fills what a file lacks with random numbers, and says so; that is no encoder."""
+    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has too"), ("mismatched_keys", "misshapes")):
+        if keys := sorted(str(key) for key in found.get(kind) or ()):
+            raise ValueError(f"its file {words} {keys[0]} and {len(keys) - 1} other weights")

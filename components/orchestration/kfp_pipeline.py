@@ -1,0 +1,370 @@
+"""The table of steps as a Kubeflow pipeline, compiled to `infra/pipeline.yaml`.
+
+One task a step; a step that works in shards is made by several tasks at once and committed by one more, which needs no
+GPU. The first task checks whatever can be checked without a GPU; whichever way a run ends, a last one says so. The
+functions of this file's components run in pods (or under `kfp.local`) and only call `kfp_tasks.py`, which the image
+has: kfp copies their text, so each imports for itself.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kfp import compiler, dsl, kubernetes
+from kfp.dsl.pipeline_channel import PipelineChannel
+
+from components.orchestration.kfp_tasks import RUN_ID, declaration
+from components.orchestration.notifications import NOTIFY_URL
+from components.orchestration.train_job import Settings
+from components.pipeline.stages import STAGES, Stage, find_stage
+
+NAME = "uni-vigu"
+IMAGE = "ghcr.io/uni-vigu/uni-vigu:0.1.0"
+GPU_IMAGE = "ghcr.io/uni-vigu/uni-vigu-training:0.1.0"  # the same with a CUDA build of torch
+PACKAGE = Path("infra/pipeline.yaml")  # below the repository
+HEADER = (
+    "# Compiled by `univigu pipeline compile` from components/orchestration/kfp_pipeline.py; see docs/kubeflow.md.\n"
+)
+MOUNT = "/mnt/univigu"  # where pods find the volume
+USER = 1000  # the image's user
+RETRIES = 2
+CONTROL_HOURS = 1  # for the tasks that are no steps
+TRACKING_SECRET = "univigu-tracking"
+TRACKING_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+NOTIFY_SECRET = "univigu-notify"
+
+
+def check_prerequisites(
+    profile: str,
+    root: str,
+    parts: int,
+    train_backend: str,
+    required_env: list,
+    free_gib: float,
+    image: str,
+    claim: str,
+    mount_path: str,
+    gpu_resource: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: int,
+    runtime: str,
+    queue: str,
+    pool_gpus: str,
+    pool_cpu: str,
+    pool_memory: str,
+) -> list:
+    from components.orchestration import kfp_tasks
+
+    asked = {"gpus": pool_gpus, "gpu_cpu": pool_cpu, "gpu_memory": pool_memory}
+    asked |= {"training_gpus": gpus, "training_cpu": cpu, "training_memory": memory}
+    options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
+    options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
+    trainjob = options if train_backend == "trainjob" else None
+    return kfp_tasks.check_prerequisites(profile, root, parts, train_backend, required_env, free_gib, asked, trainjob)
+
+
+def cache_keys(profile: str, root: str, checked: list) -> NamedTuple(
+    "CacheKeys",
+    [
+        ("curate_prompts", str),
+        ("validate_prompts", str),
+        ("synthesize_videos", str),
+        ("validate_clips", str),
+        ("caption_videos", str),
+        ("validate_pairs", str),
+        ("encode_latents", str),
+        ("train_stage_1", str),
+        ("train_stage_2", str),
+        ("evaluate_model", str),
+        ("register_model", str),
+    ],
+):
+    from collections import namedtuple
+
+    from components.orchestration import kfp_tasks
+
+    keys = {name.replace("-", "_"): key for name, key in kfp_tasks.cache_keys(profile, root).items()}
+    return namedtuple("CacheKeys", keys)(**keys)
+
+
+def run_step(
+    step: str,
+    profile: str,
+    root: str,
+    cache_key: str,
+    declared: dict,
+    inputs: str,
+    train_stage_1: str = "",
+    train_stage_2: str = "",
+    gpus: str = "1",
+    promotion: str = "",
+) -> str:
+    from components.orchestration import kfp_tasks
+
+    inputs += f" train-stage-1={train_stage_1} train-stage-2={train_stage_2}"
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, gpus=int(gpus), promotion=promotion)
+
+
+def run_trainjob(
+    step: str,
+    profile: str,
+    root: str,
+    cache_key: str,
+    declared: dict,
+    inputs: str,
+    image: str,
+    claim: str,
+    mount_path: str,
+    gpu_resource: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: int,
+    runtime: str,
+    queue: str,
+    train_stage_1: str = "",
+) -> str:
+    from components.orchestration import kfp_tasks
+
+    options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
+    options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
+    inputs += f" train-stage-1={train_stage_1}"
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, trainjob=options)
+
+
+def run_part(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, part: str) -> str:
+    from components.orchestration import kfp_tasks
+
+    # the task that commits looks at `inputs`: in a loop, kfp's local runner puts the loop's item in their place
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, part=part)
+
+
+def commit_parts(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, made: list) -> str:
+    from components.orchestration import kfp_tasks
+
+    return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs)
+
+
+def notify(pipeline: str, root: str, status: dsl.PipelineTaskFinalStatus):
+    from components.orchestration import kfp_tasks
+
+    kfp_tasks.notify(pipeline, root, status.state, status.error_message)
+
+
+def _make_components() -> dict[str, Callable[..., dsl.PipelineTask]]:
+    functions = (check_prerequisites, cache_keys, run_step, run_trainjob, run_part, commit_parts, notify)
+    return {
+        function.__name__: dsl.component(function, base_image=IMAGE, install_kfp_package=False)
+        for function in functions
+    }
+
+
+def make_pipeline(retries: int = RETRIES) -> Any:
+    """The pipeline, in which a task that failed is tried again `retries` times."""
+    default = {stage.resources.pool: stage.resources for stage in STAGES}
+
+    @dsl.pipeline(name=NAME, description="From raw prompts to a registered model that generates and captions videos.")
+    def uni_vigu(
+        profile: str = "tiny",
+        root: str = MOUNT,
+        parts: int = 1,
+        train_backend: str = "pod",
+        promotion: str = "",
+        required_env: list = [],  # noqa: B006 (kfp reads the defaults, and nobody changes them)
+        free_gib: float = 1.0,
+        work_pvc: str = "univigu-work",
+        image: str = IMAGE,
+        gpu_image: str = GPU_IMAGE,
+        accelerator: str = "nvidia.com/gpu",
+        tolerations: list = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],  # noqa: B006
+        gpus: str = str(default["gpu"].gpus),
+        gpu_cpu: str = default["gpu"].cpu,
+        gpu_memory: str = default["gpu"].memory,
+        gpu_node_selector: dict = {},  # noqa: B006
+        training_gpus: str = str(default["training"].gpus),
+        training_cpu: str = default["training"].cpu,
+        training_memory: str = default["training"].memory,
+        training_node_selector: dict = {},  # noqa: B006
+        training_nodes: int = 1,
+        training_runtime: str = Settings.runtime,
+        training_queue: str = "",
+    ):
+        shared = {"image": gpu_image, "accelerator": accelerator, "tolerations": tolerations}
+        pools = {
+            "cpu": Pool(image, default["cpu"].cpu, default["cpu"].memory),
+            "gpu": Pool(cpu=gpu_cpu, memory=gpu_memory, gpus=gpus, node_selector=gpu_node_selector, **shared),
+            "training": Pool(
+                cpu=training_cpu,
+                memory=training_memory,
+                gpus=training_gpus,
+                node_selector=training_node_selector,
+                **shared,
+            ),
+        }
+        trainjob = {
+            "image": gpu_image,
+            "claim": work_pvc,
+            "mount_path": MOUNT,
+            "gpu_resource": accelerator,
+            "gpus": training_gpus,
+            "cpu": training_cpu,
+            "memory": training_memory,
+            "nodes": training_nodes,
+            "runtime": training_runtime,
+            "queue": training_queue,
+        }
+        graph = _Graph(_make_components(), pools, work_pvc, retries, profile, root, train_backend, trainjob, promotion)
+        with dsl.ExitHandler(graph.add_notification(), name=NAME):
+            checked = graph.add_check(parts, required_env, free_gib)
+            keys = graph.add_cache_keys(checked)
+            digests: dict[str, Any] = {}
+            for stage in STAGES:
+                key = keys.outputs[stage.name.replace("-", "_")]
+                digests[stage.name] = graph.add_step(stage, digests, key, checked)
+
+    return uni_vigu
+
+
+class Pool(NamedTuple):
+    """The kind of node that a task asks for; values may be parameters of the pipeline."""
+
+    image: Any
+    cpu: Any
+    memory: Any
+    accelerator: Any = None
+    gpus: Any = None
+    node_selector: Any = None
+    tolerations: Any = None
+
+    def place(self, task: dsl.PipelineTask) -> None:
+        """Ask for this kind of node, as a user without privileges; what all tasks share is set here too."""
+        kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+        kubernetes.use_field_path_as_env(task, env_name=RUN_ID, field_path="metadata.labels['pipeline/runid']")
+        kubernetes.use_secret_as_env(
+            task, secret_name=TRACKING_SECRET, secret_key_to_env={key: key for key in TRACKING_KEYS}, optional=True
+        )
+        task.set_container_image(self.image)
+        # kfp tells the groups around a task of most parameters that it uses, but not of those in its resources
+        task.register_pipeline_channels([value for value in self if isinstance(value, PipelineChannel)])
+        task.set_cpu_request(self.cpu).set_memory_request(self.memory).set_memory_limit(self.memory)
+        if self.accelerator is None:
+            return
+        task.set_accelerator_type(self.accelerator).set_accelerator_limit(self.gpus)
+        kubernetes.add_node_selector_json(task, self.node_selector)
+        kubernetes.add_toleration_json(task, self.tolerations)
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="16Gi")
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The tasks of one pipeline as they are added to it, and the parameters that they share.
+
+    Most values are parameters of the pipeline, known only when it runs.
+    """
+
+    tasks: Mapping[str, Callable[..., dsl.PipelineTask]]  # by the name of the function behind them
+    pools: Mapping[str, Pool]
+    work_pvc: Any
+    retries: int
+    profile: Any
+    root: Any
+    train_backend: Any
+    trainjob: Mapping[str, Any]  # the options of `run_trainjob`
+    promotion: Any
+
+    def add_notification(self) -> dsl.PipelineTask:
+        """The task that runs when all others have ended, however they did."""
+        last = self._place(self.tasks["notify"](pipeline=NAME, root=self.root)).set_caching_options(False)
+        kubernetes.use_secret_as_env(
+            last, secret_name=NOTIFY_SECRET, secret_key_to_env={NOTIFY_URL: NOTIFY_URL}, optional=True
+        )
+        return last
+
+    def add_check(self, parts: Any, required_env: Any, free_gib: Any) -> dsl.PipelineTask:
+        """The first task: whatever can be checked before anything long begins."""
+        checked = self.tasks["check_prerequisites"](
+            profile=self.profile,
+            root=self.root,
+            parts=parts,
+            train_backend=self.train_backend,
+            required_env=required_env,
+            free_gib=free_gib,
+            pool_gpus=self.pools["gpu"].gpus,
+            pool_cpu=self.pools["gpu"].cpu,
+            pool_memory=self.pools["gpu"].memory,
+            **self.trainjob,
+        )
+        self._place(checked)
+        for stage in STAGES:
+            _give_secrets(checked, stage)
+        return checked.set_caching_options(False)
+
+    def add_cache_keys(self, checked: dsl.PipelineTask) -> dsl.PipelineTask:
+        """The task whose outputs are the steps' cache keys."""
+        keys = self.tasks["cache_keys"](profile=self.profile, root=self.root, checked=checked.output)
+        return self._place(keys).set_caching_options(False)
+
+    def add_step(self, stage: Stage, digests: Mapping[str, Any], cache_key: Any, checked: dsl.PipelineTask) -> Any:
+        """Add the tasks of a step; returns the channel with the digest of its output."""
+        inputs = {name: digests[name] for name in declaration(stage.name)["inputs"]}
+        trained = {name: digest for name, digest in inputs.items() if find_stage(name).resources.pool == "training"}
+        about = {
+            "step": stage.name,
+            "profile": self.profile,
+            "root": self.root,
+            "cache_key": cache_key,
+            "declared": declaration(stage.name),
+            "inputs": " ".join(f"{name}={inputs[name]}" for name in inputs if name not in trained),
+            **{name.replace("-", "_"): digest for name, digest in trained.items()},  # kfp can't put these in a text
+        }
+        if stage.sharded:
+            return self._add_parts(stage, about, checked)
+        if stage.resources.pool == "training":
+            return self._add_training(stage, about)
+        asked = {"promotion": self.promotion} if "register_model" in stage.parameters else {}
+        task = self._place(self.tasks["run_step"](**about, **asked), stage, stage.resources.pool)
+        if stage.external:
+            task.set_caching_options(False)
+        return task.set_display_name(stage.name).output
+
+    def _add_parts(self, stage: Stage, about: Mapping[str, Any], checked: dsl.PipelineTask) -> Any:
+        with dsl.ParallelFor(checked.output, name=f"{stage.name}-parts") as part:
+            made = self._place(self.tasks["run_part"](**about, part=part), stage, stage.resources.pool)
+            made.set_display_name(f"{stage.name}-part")
+        task = self._place(self.tasks["commit_parts"](**about, made=dsl.Collected(made.output)), stage)
+        return task.set_display_name(stage.name).output
+
+    def _add_training(self, stage: Stage, about: Mapping[str, Any]) -> Any:
+        with dsl.If(self.train_backend == "trainjob", name=f"{stage.name}-as-trainjob"):
+            elsewhere = self._place(self.tasks["run_trainjob"](**about, **self.trainjob), stage)
+            elsewhere.set_display_name(stage.name)
+        with dsl.Else(name=f"{stage.name}-in-pod"):
+            here = self._place(self.tasks["run_step"](**about, gpus=self.trainjob["gpus"]), stage, "training")
+            here.set_display_name(stage.name)
+        return dsl.OneOf(elsewhere.output, here.output)
+
+    def _place(self, task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
+        kubernetes.mount_pvc(task, pvc_name=self.work_pvc, mount_path=MOUNT)
+        self.pools[pool].place(task)
+        kubernetes.set_timeout(task, (stage.resources.hours if stage else CONTROL_HOURS) * 3600)
+        if self.retries:
+            task.set_retry(self.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
+        if stage is not None:
+            _give_secrets(task, stage)
+        return task
+
+
+def _give_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
+    for secret, names in stage.secrets.items():
+        kubernetes.use_secret_as_env(task, secret, secret_key_to_env={name: name for name in names}, optional=True)
+
+
+def compile_to(path: Path) -> None:
+    """Write the compiled pipeline: two YAML documents, of tasks and of what Kubernetes is asked for."""
+    compiler.Compiler().compile(make_pipeline(), str(path))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # kfp's own opening lists the parameters' defaults in an order that changes from one run to the next
+    path.write_text(HEADER + "".join(line for line in lines if not line.startswith("#")), encoding="utf-8")

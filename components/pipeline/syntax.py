@@ -1,0 +1,228 @@
+"""The project's own modules as syntax trees, read without importing them, and what of a tree does something."""
+
+import ast
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from components.pipeline.digests import json_digest
+
+PACKAGES = ("components", "univigu")  # the project's own; a step's own module counts wherever it is
+MOVED = {  # what texts in code call a place -> what it was called when keys were first made: moving changes no key
+    "'components.captions'": "'components'",
+    "'components.prompts'": "'components'",
+    "components.clips.archive": "components.videos",
+    "components.evaluation.pairs": "components.pairs_benchmark",
+    "components.latents.encoders": "components.encoders",
+    "components.prompts.tokens": "components.tokens",
+    "components/captions/captioners": "components/captioners",
+}
+AT_IMPORT = ""  # names the statements of a module that define nothing, and run when it is imported
+_LONGEST_NAME = 100  # characters of a text in code that may name a data file
+
+
+class Body(NamedTuple):
+    """What a definition does, and what the imports inside it bind."""
+
+    trees: Sequence[ast.AST]
+    imports: Mapping[str, str]
+    texts: Collection[str]  # in it, that may be a data file's name
+    digest: str
+
+
+class Source(NamedTuple):
+    """A module's file, read once. Imports map a local name to what it stands for: ``numpy``, ``univigu.flow:euler``."""
+
+    path: Path
+    bodies: Mapping[str, Body]
+    imports: Mapping[str, str]
+    exports: Mapping[str, str]  # name -> module, in a package that imports its names when they are asked for
+
+
+@lru_cache(maxsize=4096)
+def read_source(module: str) -> Source | None:
+    """A module, read without importing it; None where there is no file of it. Looked at once for a fingerprint."""
+    file = _file(module)
+    if file is None:
+        return None
+    facts = file.stat()
+    return _parse(file, module, facts.st_mtime_ns, facts.st_size)
+
+
+def _file(module: str) -> Path | None:
+    top, *parts = module.split(".")
+    home = _home(top)
+    if home is None or (parts and home.name != "__init__.py"):
+        return None
+    place = home.parent.joinpath(*parts)
+    files = (place / "__init__.py", place.with_suffix(".py")) if parts else (home,)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _home(top: str) -> Path | None:
+    try:
+        spec = find_spec(top)
+    except ValueError:  # the main program
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+@lru_cache(maxsize=1024)
+def _parse(path: Path, module: str, _modified: int, _size: int) -> Source:
+    tree = ast.parse(path.read_bytes())
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    imports = _imports([node for node in tree.body if not _is_definition(node)], package)
+    exports = _exports(tree)
+    found: dict[str, list[tuple[ast.AST, Mapping[str, str]]]] = {}
+    for node in tree.body:
+        inner = _imports([node], package) if _is_definition(node) else {}
+        cleaned = _WhatItDoes().visit(node)
+        for statement in cleaned if isinstance(cleaned, list) else [cleaned] if cleaned else []:
+            for name in _bound(statement) or [AT_IMPORT]:
+                found.setdefault(name, []).append((statement, inner))
+    bodies = {}
+    for name, parts in found.items():
+        trees = [tree for tree, _ in parts]
+        inner = {local: target for _, imported in parts for local, target in imported.items()}
+        texts = {text for tree in trees for text in _texts(tree)}
+        bodies[name] = Body(trees, inner, texts, json_digest([_dump(tree) for tree in trees]))
+    return Source(path, bodies, imports, exports)
+
+
+def _dump(tree: ast.AST) -> str:
+    """A tree as text, in which places are called what they were called first."""
+    text = ast.dump(tree)
+    for now, first in MOVED.items():
+        text = text.replace(now, first)
+    return text
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+
+
+def _bound(node: ast.AST) -> list[str]:
+    """The names that a statement at the top of a module defines."""
+    if _is_definition(node):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        names = [one for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+        return [one.id for one in names if isinstance(one.ctx, ast.Store)]
+    return []
+
+
+def _imports(nodes: Iterable[ast.AST], package: str) -> dict[str, str]:
+    """What the import statements at and inside `nodes` bind; not those that only type checkers read."""
+    found: dict[str, str] = {}
+    ahead = list(nodes)
+    while ahead:
+        node = ahead.pop(0)
+        if isinstance(node, ast.If) and _is_for_type_checkers(node):
+            ahead += node.orelse
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.partition(".")[0]
+                found[alias.asname or name] = name
+        elif isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                ours = origin.partition(".")[0] in (*PACKAGES, package.partition(".")[0])
+                found[alias.asname or alias.name] = inner if ours and _file(inner) else f"{origin}:{alias.name}"
+        else:
+            ahead += ast.iter_child_nodes(node)
+    return found
+
+
+def _exports(tree: ast.Module) -> dict[str, str]:
+    """The names that a package imports only when they are asked for: those of a table of texts beside `__getattr__`."""
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body):
+        return {}
+    return table_of_texts(tree.body)
+
+
+def table_of_texts(statements: Iterable[ast.AST]) -> dict[str, str]:
+    """The entries of tables from texts to texts that are assigned there."""
+    tables = [node.value for node in statements if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    return {
+        name.value: value.value
+        for table in tables
+        for name, value in zip(table.keys, table.values, strict=True)
+        if isinstance(name, ast.Constant) and isinstance(value, ast.Constant)
+    }
+
+
+# --- what a tree does -------------------------------------------------------------------------------------------------
+
+
+def dotted(node: ast.AST) -> list[str]:
+    """The parts of ``a.b.c``, or none where a node is something else."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return [node.id, *parts] if isinstance(node, ast.Name) else []
+
+
+def _texts(tree: ast.AST) -> Iterator[str]:
+    """The texts in a tree that may be a file's name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+            if 1 < len(text) < _LONGEST_NAME and text.isprintable() and not text.startswith((".", "/")):
+                yield text
+
+
+def _is_for_type_checkers(node: ast.If) -> bool:
+    return dotted(node.test)[-1:] == ["TYPE_CHECKING"]
+
+
+class _WhatItDoes(ast.NodeTransformer):
+    """Takes out of a tree what does nothing: docstrings and annotations; and imports, whose names are followed."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if getattr(node, "body", None) == []:
+            node.body = [ast.Pass()]
+        return node
+
+    def visit_FunctionDef(self, node: Any) -> Any:
+        given = node.args
+        node.returns = node.type_comment = None
+        for one in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg):
+            if one:
+                one.annotation = one.type_comment = None
+        return self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        fields = {id(child) for child in node.body if isinstance(child, ast.AnnAssign)}  # a dataclass reads them
+        body = [child if id(child) in fields else self.visit(child) for child in node.body]
+        node.body = [child for child in body if child is not None] or [ast.Pass()]
+        node.decorator_list = [self.visit(one) for one in node.decorator_list]
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        value = node.value and self.visit(node.value)
+        return value and ast.Assign([self.visit(node.target)], value, None)
+
+    def visit_If(self, node: ast.If) -> Any:
+        if not _is_for_type_checkers(node):
+            return self.generic_visit(node)
+        kept = [self.visit(child) for child in node.orelse]
+        return [child for child in kept if child is not None] or None
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> Any:
+        node.kind = None
+        return node
+
+    def visit_Import(self, node: ast.AST) -> None:
+        return None
+
+    visit_ImportFrom = visit_Pass = visit_Import  # noqa: N815

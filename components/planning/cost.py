@@ -1,0 +1,309 @@
+"""What a profile takes on given GPUs: memory, operations, days, storage, requests, money; and is that plausible.
+
+Nothing is computed but shapes: models are on the meta device. Every figure that is assumed rather than derived is named
+in ``assumptions``, and figures known from elsewhere are held against ours in ``checks``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.profiles import load_profile
+from components.planning.meta_models import MetaModels, build_models
+from components.training.train_stage import objective_settings
+from univigu import planning, wan
+from univigu.errors import BadInputError
+from univigu.hardware import Gpu, find_gpu
+from univigu.training.engine import OFFLOAD, TrainingConfig
+from univigu.training.memory import BYTES, parameter_count
+from univigu.training.room import count_learning, needed_host_memory, needed_memory
+
+if TYPE_CHECKING:
+    from univigu.training.engine import TrainingConfig
+
+NEMO_TFLOPS = 325.8  # Wan 14B on H100s, as NVIDIA reports for NeMo: what a tuned implementation reaches
+MFU = round(NEMO_TFLOPS / 989.4, 2)
+PAPER = {"gpus": 16, "gpu": "h800", "steps": 100_000, "seconds": 6.05}  # under a week
+CLIP = {"frames": 81, "height": 480, "width": 832}
+KEPT_CHECKPOINTS = 2  # of a run; the one that is being written is a third
+DAY = 86_400
+
+Profile = Mapping[str, Any]
+Plan = dict[str, Any]
+
+
+def make_plan(
+    profile: Profile,
+    root: Path,
+    gpus: int,
+    gpu: str,
+    mfu: float | None = None,
+    zero: int | None = None,
+    price: float = 0.0,
+) -> Plan:
+    """The whole plan as plain data; ``zero`` overrides the profile's ZeRO stage, ``price`` is of a GPU-hour.
+
+    ``mfu``: the share of the GPU's peak that is reached, by default what NeMo's Wan reaches.
+    """
+
+    mfu = MFU if mfu is None else mfu
+    if not 0 < mfu <= 1:
+        raise BadInputError(
+            f"An MFU of {mfu} makes no sense; give the share of the peak that is reached, above 0 to 1."
+        )
+    device = find_gpu(gpu)
+    models = build_models(profile, wan.config_folder(root / profile["base"]))
+    text = profile["text"]
+    tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
+    rate = gpus * device.tflops * 1e12 * mfu
+    stages, memory = {}, {}
+    for number in (1, 2):
+        section = profile[f"train_stage_{number}"]
+        config = TrainingConfig.from_section(section, profile["seed"])
+        objective = objective_settings(section, profile["model"], profile["seed"])
+        stages[f"stage_{number}"] = plan_stage(models, tokens, config, objective, gpus, device.tflops * 1e12 * mfu)
+        memory[f"stage_{number}"] = plan_memory(models, tokens, config, gpus, device, zero)
+    synthesis = plan_synthesis(profile, models, tokens, rate, gpus)
+    hours = {
+        "synthesis": synthesis["gpu_days"] * 24,
+        "encoding": synthesis["encoding_gpu_days"] * 24,
+        **{name: stage["gpu_days"] * 24 for name, stage in stages.items()},
+    }
+    return {
+        "gpu": {"name": gpu, "count": gpus, **device._asdict(), "mfu": mfu},
+        "model": describe_models(models, tokens),
+        "memory": memory,
+        "training": stages,
+        "days": sum(stage["days"] for stage in stages.values()),
+        "synthesis": synthesis,
+        "captioning": plan_captioning(profile),
+        "storage": plan_storage(profile, models),
+        "gpu_hours": hours,
+        "cost": {"per_gpu_hour": price, "total": price * sum(hours.values())},
+        "assumptions": assumptions(profile, mfu),
+        "checks": known_figures(mfu),
+    }
+
+
+def describe_models(models: MetaModels, tokens: planning.Tokens) -> Plan:
+    """Parameters and the lengths of a sample; latents are bf16."""
+    count = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in ("base", "vae")}
+    trained = parameter_count(models.transformer.config)
+    return {
+        "configs": models.folder.name,
+        "parameters": trained,
+        "text_side": trained - count["base"],
+        "text_encoder": sum(p.numel() for p in models.text_encoder.parameters()),
+        "vae": count["vae"],
+        "latents": list(models.latents),
+        "tokens": tokens._asdict(),
+    }
+
+
+def plan_hours(profile: Profile, models: MetaModels, gpus: int, gpu: str) -> dict[str, float]:
+    """Hours that the long steps take, by their names, with all GPUs sharing them, at the MFU of NeMo's Wan."""
+
+    text, rate = profile["text"], find_gpu(gpu).tflops * 1e12 * MFU
+    tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
+    synthesis = plan_synthesis(profile, models, tokens, gpus * rate, gpus)
+    hours = {"synthesize-videos": 24 * synthesis["gpu_days"] / gpus}
+    for number in (1, 2):
+        section = profile[f"train_stage_{number}"]
+        objective = objective_settings(section, profile["model"], profile["seed"])
+        config = TrainingConfig.from_section(section, profile["seed"])
+        stage = plan_stage(models, tokens, config, objective, gpus, rate)
+        hours[f"train-stage-{number}"] = 24 * stage["days"]
+    return hours
+
+
+def plan_stage(
+    models: MetaModels, tokens: planning.Tokens, config: Any, objective: Any, gpus: int, gpu_rate: float
+) -> Plan:
+    """Operations, and the time of a step that waits for its slowest GPU; ``gpu_rate`` is of one, in FLOP/s."""
+    costs = planning.task_costs(models.transformer, tokens, objective)
+    recomputed = 1 / int(config.gradient_checkpointing) if config.gradient_checkpointing else 0.0
+    guess, share = objective.self_conditioning, config.batch_size // gpus
+    slowest = planning.slowest_step(costs, guess, recomputed, share, gpus)
+    seconds = slowest / gpu_rate
+    return {
+        "tasks": {
+            task: {
+                "share": cost.share,
+                "forward": cost.forward,
+                "backward": 2 * cost.forward,
+                "recomputation": recomputed * cost.forward,
+                "first_guess": guess * cost.guess,
+                "step": cost.step(guess, recomputed),
+            }
+            for task, cost in costs.items()
+        },
+        "flops_per_sample": planning.mean_step(costs, guess, recomputed),
+        "flops_slowest_gpu": slowest,
+        "step_seconds": seconds,
+        "balanced_step_seconds": share * planning.mean_step(costs, guess, recomputed) / gpu_rate,
+        "steps": config.steps,
+        "days": config.steps * seconds / DAY,
+        "gpu_days": config.steps * seconds * gpus / DAY,
+    }
+
+
+def plan_memory(
+    models: MetaModels, tokens: planning.Tokens, config: "TrainingConfig", gpus: int, device: Gpu, zero: int | None
+) -> Plan:
+    """Bytes on one GPU by part for every ZeRO stage, with and without recomputation, and which of them fit.
+
+    They are `needed_memory`'s, which training itself asks before it starts.
+    """
+
+    usable = planning.usable_memory(device.memory_gib)
+    model, table = models.transformer.config, {}
+    sizes = {"video_tokens": tokens.video, "context_tokens": tokens.context, "world_size": gpus}
+    learning = count_learning(model, config)
+    every = int(config.gradient_checkpointing)
+    for stage in range(4):
+        if stage == 0 and config.precision == "bf16":
+            continue  # it would keep no fp32 weights
+        offload = tuple(part for part in config.offload if stage >= OFFLOAD[part])
+        for recomputed in sorted({0, 1, every}, key=lambda k: k or math.inf):
+            tried = replace(config, zero_stage=stage, offload=offload, gradient_checkpointing=recomputed)
+            parts = needed_memory(model, tried, **sizes, learning=learning)
+            table[_choice(stage, recomputed)] = {**parts, "fits": parts["total"] <= usable}
+    chosen = _choice(config.zero_stage if zero is None else zero, every)
+    if chosen not in table:
+        raise BadInputError(f"There is no ZeRO stage {zero} in {config.precision}; use one of 1, 2 and 3.")
+    encoders = sum(p.numel() for m in (models.text_encoder, models.vae) for p in m.parameters())
+    processes = min(gpus, 8)  # of a machine
+    host = needed_host_memory(model, config, world_size=gpus, processes=processes, learning=learning)
+    return {
+        "usable": usable,
+        "chosen": chosen,
+        "fits": table[chosen]["fits"],
+        "by_stage": table,
+        "learning": learning,
+        "encoders": 0,  # latents and states are made beforehand
+        "host_bytes_per_machine": host["total"] + 4 * encoders,
+    }
+
+
+def _choice(zero: int, every: int) -> str:
+    """The name of a row: ZeRO stage, and which blocks recompute their activations (all, none, or every so many)."""
+    return f"zero_{zero}_" + {0: "kept", 1: "recomputed"}.get(every, f"recomputed/{every}")
+
+
+def plan_synthesis(profile: Profile, models: MetaModels, tokens: planning.Tokens, rate: float, gpus: int) -> Plan:
+    """GPU-days of making clips (steps with guidance, then the VAE) and of encoding them; rate in FLOP/s of all."""
+    import torch
+
+    settings, video = profile["synthesize_videos"], profile["video"]
+    denoise = models.transformer.estimate_flops(tokens.video, 0, tokens.context)
+    passes = settings["steps"] * (2 if settings["guidance_scale"] > 1 else 1)
+    decode = planning.count_flops(lambda: models.vae.decode(torch.empty(1, *models.latents)))
+    size = (1, 3, video["frames"], video["height"], video["width"])
+    encode = planning.count_flops(lambda: models.vae.encode(torch.empty(size)))
+    clip = passes * denoise + decode
+    return {
+        "clips": settings["clips"],
+        "flops_per_clip": clip,
+        "flops_denoising": passes * denoise,
+        "flops_decoding": decode,
+        "flops_encoding": encode,
+        "gpu_seconds_per_clip": clip * gpus / rate,
+        "gpu_days": settings["clips"] * clip * gpus / rate / DAY,
+        "encoding_gpu_days": settings["clips"] * encode * gpus / rate / DAY,
+    }
+
+
+def plan_captioning(profile: Profile) -> Plan:
+    """Requests to whoever writes captions: stage 2's clips, once each at best."""
+    clips = round(profile["synthesize_videos"]["clips"] * (1 - profile["synthesize_videos"]["stage_1_share"]))
+    settings = profile["caption_videos"]
+    return {
+        "captioner": settings["captioner"],
+        "requests_at_least": clips,
+        "requests_at_most": clips * settings["attempts"],
+        "answer_tokens": clips * profile["text"]["caption_tokens"][1],
+    }
+
+
+def plan_storage(profile: Profile, models: MetaModels) -> Plan:
+    """Bytes on disk, at most: clips, latents, text states, both stages' checkpoints, both models."""
+    clips, text = profile["synthesize_videos"]["clips"], profile["text"]
+    video = profile["video"]
+    latents, states = 2, BYTES[profile["encode_latents"]["precision"]]
+    for length in models.latents:
+        latents *= length
+    trained = parameter_count(models.transformer.config)
+    encoders = sum(p.numel() for m in (models.text_encoder, models.vae) for p in m.parameters())
+    parts = {
+        "clips": clips * planning.clip_bytes(video["frames"], video["height"], video["width"]),
+        "latents": clips * latents,
+        "text_states": clips * text["prompt_tokens"][1] * models.transformer.config.text_dim * states,
+        "checkpoints": 2 * (KEPT_CHECKPOINTS + 1) * planning.STATE_BYTES * trained,
+        "models": 2 * 4 * (trained + encoders),
+    }
+    return {"latents_per_clip": latents, **parts, "total": sum(parts.values())}
+
+
+def assumptions(profile: Profile, mfu: float) -> list[str]:
+    """What the plan takes for granted."""
+    lengths = f"{profile['text']['prompt_tokens'][1]} tokens a prompt"
+    return [
+        f"{mfu:g} of the GPU's dense bf16 peak is reached, recomputation counted as work; communication, loading and "
+        "evaluation lie within it. Synthesis and encoding are given the same share.",
+        "Backward passes are counted as if every weight learned; `freeze` and `lora` leave some of them out.",
+        "A step waits for its slowest GPU, whose tasks are drawn by the profile's shares.",
+        f"{planning.CONTEXT_GIB:g} GiB of a GPU go to the CUDA context and NCCL, {100 * planning.FRAGMENTATION:g} % of "
+        "it to fragmentation; DeepSpeed's buckets have their default sizes.",
+        "Operations of the autoencoder and the transformer are counted; those of the text encoder, of norms and of the "
+        "token table are left out: under 1 % of a step.",
+        f"A clip takes {planning.CLIP_BITS_PER_PIXEL:g} bits a pixel; every clip is kept; text states are of "
+        f"{lengths}; a run keeps {KEPT_CHECKPOINTS} checkpoints of {planning.STATE_BYTES} bytes a parameter.",
+        "Prices are of GPU-hours; what a captioning endpoint asks comes on top, and so does the evaluation.",
+    ]
+
+
+# --- figures known from elsewhere -------------------------------------------------------------------------------------
+
+
+def known_figures(mfu: float) -> list[Plan]:
+    """What is known from elsewhere beside what this planner says of the same, and whether the two agree."""
+
+    profile = load_profile("wan-1.3b")
+    profile["video"] = {**profile["video"], **CLIP}
+    models = build_models(profile, wan.config_folder(profile["base"]))
+    tokens = planning.Tokens(models.video_tokens, 256, 512)
+    section = profile["train_stage_1"]
+    config = TrainingConfig.from_section(section, profile["seed"])
+    objective = objective_settings(section, profile["model"], profile["seed"])
+    peak = find_gpu(PAPER["gpu"]).tflops * 1e12
+    stage = plan_stage(models, tokens, config, objective, PAPER["gpus"], peak * mfu)
+    joint = models.transformer.estimate_flops(*tokens)
+    size = 2
+    for length in models.latents:
+        size *= length
+    return [
+        {
+            "figure": "a step of the paper's run, 100K steps on 16 H800 in under a week (s)",
+            "known": PAPER["seconds"],
+            "ours": stage["step_seconds"],
+            "agrees": stage["step_seconds"] <= PAPER["seconds"],
+            "note": f"at most; reached from an MFU of {mfu * stage['step_seconds'] / PAPER['seconds']:.2f} on",
+        },
+        _check("latents of a clip of 81 frames of 480x832 in bf16 (MB)", 4.19, size / 1e6, 0.01),
+        _check("a joint sample of the 1.3B, forward and backward (PFLOP)", 0.86, 3 * joint / 1e15, 0.02),
+        _check("the same with recomputation (PFLOP)", 1.15, 4 * joint / 1e15, 0.02),
+        {
+            "figure": "MFU of NeMo's Wan 14B, 325.8 TFLOP/s on an H100",
+            "known": NEMO_TFLOPS / 989.4,
+            "ours": mfu,
+            "agrees": mfu <= MFU,
+            "note": "at most; assumed here, not derived: above NeMo's it would have to be reached first",
+        },
+    ]
+
+
+def _check(figure: str, known: float, ours: float, tolerance: float) -> Plan:
+    agrees = abs(ours - known) <= tolerance * known
+    return {"figure": figure, "known": known, "ours": ours, "agrees": agrees, "note": f"within {100 * tolerance:g} %"}

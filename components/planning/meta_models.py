@@ -1,0 +1,72 @@
+"""A profile's models without their weights: built on the meta device from configs, at full size and at no cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from univigu import wan
+from univigu.errors import BadInputError
+from univigu.text_space import row_norm_for
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
+    from univigu import UniViGUTransformer3DModel
+
+Profile = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MetaModels:
+    """What a base consists of, and what is trained from it; every tensor is on the meta device."""
+
+    folder: Path  # where the configs come from
+    vae: "AutoencoderKLWan"
+    text_encoder: "UMT5EncoderModel"
+    base: "WanTransformer3DModel"
+    transformer: "UniViGUTransformer3DModel"
+    latents: tuple[int, int, int, int]  # (C, T, H', W') of a clip
+    video_tokens: int
+
+
+def build_models(profile: Profile, folder: Path) -> MetaModels:
+    """The modules that `profile` makes of the configs in `folder`; raises where they don't fit one another."""
+    import torch
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    transformer_config = wan.read_json(wan.transformer_folder(folder) / "config.json")
+    encoder_config = UMT5Config(**wan.read_json(folder / "text_encoder" / "config.json"))
+    vae_config = wan.read_json(folder / "vae" / "config.json")
+    if (name := vae_config.get("_class_name")) != "AutoencoderKLWan":
+        raise BadInputError(f"{folder / 'vae'} is {name}, not AutoencoderKLWan: take the autoencoder Wan came with.")
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(vae_config)
+        text_encoder = UMT5EncoderModel(encoder_config)
+        base = WanTransformer3DModel.from_config(transformer_config)
+        transformer = build_transformer(profile, base.config, encoder_config.vocab_size)
+    video = profile["video"]
+    latents = wan.latent_shape(vae, video["frames"], video["height"], video["width"])
+    tokens = 1
+    for length in transformer.grid(latents[1:]):
+        tokens *= length
+    return MetaModels(folder, vae, text_encoder, base, transformer, latents, tokens)
+
+
+def build_transformer(profile: Profile, base: Mapping[str, Any], vocab_size: int) -> "UniViGUTransformer3DModel":
+    """Wan's transformer with the text side that `profile` gives it, on whatever device is the default."""
+    from univigu import UniViGUTransformer3DModel
+
+    known, model = UniViGUTransformer3DModel._get_init_keys(UniViGUTransformer3DModel), profile["model"]
+    return UniViGUTransformer3DModel(
+        **{key: value for key, value in base.items() if key in known},
+        vocab_size=vocab_size,
+        tokenizer_length=vocab_size,
+        text_latent_dim=model["text_dim"],
+        text_length=profile["text"]["caption_tokens"][1],
+        row_norm=row_norm_for(vocab_size, model["tau_star"]),
+        prediction=model["prediction"],
+        ffn_init=model["ffn_init"],
+    )

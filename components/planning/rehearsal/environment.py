@@ -1,0 +1,158 @@
+"""What stands around the models: the profile's own sense, captioner, disk, evaluation, pipeline and jobs."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from components.captions.captioners import load_captioner
+from components.checks import load_caption_checks
+from components.clips.gate import load_gate
+from components.orchestration.train_job import Settings, build
+from components.pipeline.stages import STAGES, find_stage
+from components.planning.cost import plan_hours, plan_storage
+from components.planning.meta_models import MetaModels
+from components.planning.rehearsal.lines import Profile, Scene, ToDo
+from components.prompts.sources import raw_files, read_batches
+from univigu.errors import BadInputError, ConfigError, MissingInputError
+
+
+def check_steps(profile: Profile) -> str:
+    """Every step's function can be imported, and every section that it reads is there."""
+
+    for stage in STAGES:
+        module, _, function = stage.function.partition(":")
+        if not callable(getattr(import_module(module), function, None)):
+            raise ConfigError(f"The step '{stage.name}' names {stage.function}, which isn't there; mend stages.py.")
+        lacking = [key for key in (*stage.parameters, *stage.sources.values()) if key not in profile]
+        if lacking:
+            raise ConfigError(f"The profile lacks '{lacking[0]}', which '{stage.name}' reads; add it.")
+    return f"{len(STAGES)} steps and all they read"
+
+
+def check_texts(profile: Profile) -> str:
+    from components.validation.validate_data import token_range
+
+    text = profile["text"]
+    (_, longest), (fewest, most) = (token_range(text, key) for key in ("prompt_tokens", "caption_tokens"))
+    if fewest <= longest:
+        raise ConfigError(
+            f"Captions may have {fewest} tokens and prompts {longest}; raise the first of caption_tokens."
+        )
+    if longest > text["prompt_length"]:
+        raise ConfigError(
+            f"Prompts of {longest} tokens don't fit a prompt_length of {text['prompt_length']}; raise it."
+        )
+    return f"prompts up to {longest} of {text['prompt_length']}, captions {fewest} to {most}"
+
+
+def check_captioner(profile: Profile, root: Path) -> str:
+    """Every check that is named exists, the captioner too, and the variables that it reads are set."""
+
+    settings = profile["caption_videos"]
+    load_gate(profile["synthesize_videos"]["checks"], root)
+    load_caption_checks(settings["checks"])
+    load_caption_checks(profile["validate_data"]["caption_checks"])
+    unset = [name for name in _variables(settings) if not os.environ.get(name)]
+    if unset:
+        raise ToDo(f"set {' and '.join(unset)} where '{settings['captioner']}' will run")
+    with tempfile.TemporaryDirectory() as answers:
+        load_captioner(
+            settings["captioner"], {**settings, "seed": profile["seed"], "root": root, "answers": Path(answers)}
+        )
+    return f"captioner '{settings['captioner']}'"
+
+
+def _variables(settings: Mapping[str, Any]) -> list[str]:
+    """The environment variables that a section names, under keys that end in ``_env``."""
+    found = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found += _variables(value)
+        elif key.endswith("_env") and value:
+            found.append(value)
+    return found
+
+
+def check_disk(scene: Scene, models: MetaModels) -> str:
+
+    wanted, free = plan_storage(scene.profile, models)["total"], shutil.disk_usage(scene.root).free
+    if wanted > free:
+        raise ToDo(f"find {wanted / 1e9:,.0f} GB for the work root; at {scene.root} {free / 1e9:,.0f} GB are free")
+    return f"{wanted / 1e9:,.2g} GB of {free / 1e9:,.0f} free"
+
+
+def check_evaluation(profile: Profile, root: Path) -> str:
+    """The benchmark exists, and so does what it and its scorers read."""
+    from components.evaluation.evaluate_model import load_benchmark
+
+    settings = profile["evaluate_model"]
+    load_benchmark(settings["benchmark"])
+    for what, path in {"heldout": profile["heldout"], **settings["scorers"]}.items():
+        if not (root / path).exists():
+            raise ToDo(f"put {what} at {root / path}, where the evaluation looks for it")
+    return f"benchmark '{settings['benchmark']}', scorers: {', '.join(settings['scorers']) or 'none'}"
+
+
+def check_prompts(profile: Profile, root: Path) -> str:
+    """As many raw prompts as clips are to be made, at least, as curation reads them; it will leave fewer."""
+
+    folder, wanted = root / profile["raw_prompts"], profile["synthesize_videos"]["clips"]
+    try:
+        here = folder.exists() and raw_files(folder)
+    except MissingInputError:
+        here = False
+    if not here:
+        raise ToDo(f"put your prompts, as JSONL, CSV or Parquet, into {folder}")
+    rows = 0
+    for batch in read_batches(folder, profile["curate_prompts"]["sources"]):
+        number, first = batch.rows[0]
+        if not number:  # the file itself
+            raise BadInputError(f"Curation would do without a file: {first.why}")
+        rows += len(batch.rows)
+    if rows < wanted:
+        raise ToDo(f"put more prompts into {folder}: there are {rows:,}, and {wanted:,} clips are to be made")
+    return f"{rows:,} for {wanted:,} clips"
+
+
+def check_hours(scene: Scene, models: MetaModels) -> str:
+    """What the steps that take long would take, against when a cluster takes them for stuck."""
+
+    found = []
+    for name, hours in plan_hours(scene.profile, models, scene.gpus, scene.gpu).items():
+        limit = find_stage(name).resources.hours
+        if hours > limit:
+            raise ToDo(f"use more GPUs: {name} takes {hours:,.0f} hours on {scene.gpus} and is stopped after {limit}")
+        found.append(f"{name} {hours:,.3g} of {limit}")
+    return "hours: " + ", ".join(found)
+
+
+def check_pipeline(root: Path) -> str:
+    """The pipeline compiles, and is the one that lies in infra."""
+    from components.orchestration.kfp_pipeline import compile_to
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "pipeline.yaml"
+        compile_to(made)
+        committed = root / "infra" / "pipeline.yaml"
+        if committed.is_file() and committed.read_bytes() != made.read_bytes():
+            raise ConfigError("infra/pipeline.yaml isn't what the steps say; run `univigu pipeline compile`.")
+        return f"{len(made.read_bytes()) // 1024} KiB of YAML"
+
+
+def check_train_jobs(scene: Scene) -> str:
+    """Both stages as TrainJobs on nodes of eight GPUs, without a field that the API would drop."""
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    nodes, each = max(1, scene.gpus // 8), min(8, scene.gpus)
+    if nodes * each != scene.gpus:
+        raise ConfigError(f"{scene.gpus} GPUs don't fill nodes of {each}; take a multiple of {each}.")
+    for name in ("train-stage-1", "train-stage-2"):
+        settings = Settings(nodes=nodes, gpus=each, claim="work")
+        job = build(find_stage(name), "0" * 64, scene.name, scene.root.resolve(), settings)
+        if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
+            raise ConfigError(f"The TrainJob of '{name}' has a field that its API doesn't know; mend train_job.py.")
+    return f"2, on {nodes} node{'s' * (nodes > 1)} of {each} GPUs"

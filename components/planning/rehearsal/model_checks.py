@@ -1,0 +1,134 @@
+"""The models of a base, on the meta device: files, keys, shapes."""
+
+from typing import Any
+
+from components.planning.meta_models import MetaModels
+from components.planning.rehearsal.lines import Profile, Scene, ToDo
+from univigu import UniViGUPipeline, wan
+from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.weight_files import STEMS, check_weights, read_headers
+
+
+def check_files(profile: Profile, scene: Scene, models: list[MetaModels]) -> str:
+    """The weights' own headers against the modules; without weights, that they are still to be put there."""
+
+    folder = scene.weights or scene.root / profile["base"]
+    if not folder.is_dir():
+        if scene.weights:
+            raise MissingInputError(f"There is no folder {folder}; give that of a whole checkpoint to --weights.")
+        raise ToDo(f"put the base at {folder} (docs/wan.md); its config alone was rehearsed")
+    if not models:
+        raise BadInputError("The weights were not looked at, as no modules could be built for them; see above.")
+    if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise MissingInputError(f"{folder} has no tokenizer/tokenizer.json: download the whole repository.")
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        if not (folder / name).is_file():
+            raise MissingInputError(f"{folder} has no {name}: download the whole repository.")
+    modules = {"transformer": models[0].base, "vae": models[0].vae, "text_encoder": models[0].text_encoder}
+    found = []
+    for part, module in modules.items():
+        headers = read_headers(folder / part, STEMS[part])
+        check_weights(headers, module, part.replace("_", " "))
+        kinds = sorted({header.kind for header in headers.values()})
+        files = len({header.file for header in headers.values()})
+        found.append(f"{part} {len(headers)} tensors, {' and '.join(kinds)}, in {files} file{'s' * (files > 1)}")
+    return "; ".join(found)
+
+
+def check_keys(models: MetaModels) -> str:
+    """All of Wan's keys have a place of their shape in our transformer, and all that is left is the text side."""
+    ours = {key: tensor.shape for key, tensor in models.transformer.state_dict().items()}
+    theirs = {key: tensor.shape for key, tensor in models.base.state_dict().items()}
+    wan.check_keys(ours.keys() - theirs.keys(), theirs.keys() - ours.keys())
+    if differing := [key for key, shape in theirs.items() if ours[key] != shape]:
+        raise BadInputError(f"{differing[0]} has another shape in Wan's transformer than in ours; mend transformer.py.")
+    return f"{len(theirs)} of Wan's, {len(ours) - len(theirs)} of the text side"
+
+
+def check_shapes(profile: Profile, models: MetaModels) -> str:
+    """Frames and sides that the autoencoder and the patches divide, channels that meet, places on the rotary tables."""
+    video, config, vae = profile["video"], models.transformer.config, models.vae.config
+    steps = vae.scale_factor_spatial * config.patch_size[1], vae.scale_factor_spatial * config.patch_size[2]
+    if (video["frames"] - 1) % vae.scale_factor_temporal or video["height"] % steps[0] or video["width"] % steps[1]:
+        raise ConfigError(
+            f"{video['frames']} frames of {video['height']}x{video['width']} can't be cut into patches; choose"
+            f" {vae.scale_factor_temporal}k + 1 frames and sides that are multiples of {steps[0]} and {steps[1]}."
+        )
+    channels = vae.z_dim
+    if not channels == config.in_channels == len(vae.latents_mean) == len(vae.latents_std):
+        raise BadInputError(
+            f"The autoencoder makes latents of {channels} channels ({len(vae.latents_mean)} means) and the transformer"
+            f" takes {config.in_channels}: use the autoencoder that the transformer was trained with."
+        )
+    if (width := models.text_encoder.config.d_model) != config.text_dim:
+        raise BadInputError(
+            f"The text encoder's states have {width} numbers and the transformer takes {config.text_dim}: use the text"
+            " encoder that the transformer was trained with."
+        )
+    models.transformer.rope.text(models.transformer.grid(models.latents[1:]), config.text_length)
+    return f"latents {'x'.join(map(str, models.latents))}, {models.video_tokens:,} video tokens"
+
+
+def check_text_encoder(profile: Profile, models: MetaModels) -> str:
+    import torch
+
+    length = profile["text"]["prompt_length"]
+    with torch.no_grad(), torch.device("meta"):
+        states = models.text_encoder(torch.zeros(1, length, dtype=torch.long)).last_hidden_state
+    if tuple(states.shape) != (1, length, models.transformer.config.text_dim):
+        raise BadInputError(f"Prompt states are {tuple(states.shape)}, which the transformer can't take.")
+    return f"states {length}x{states.shape[-1]}"
+
+
+def check_autoencoder(profile: Profile, models: MetaModels) -> str:
+    """A clip through the autoencoder and back, with the normalisation of its latents."""
+    import torch
+
+    video = profile["video"]
+    frames = (1, video["frames"], video["height"], video["width"], 3)
+    with torch.no_grad():
+        pixels = torch.zeros(frames, dtype=torch.uint8, device="meta").movedim(-1, 1).to(models.vae.dtype) / 127.5 - 1
+        latents = models.vae.encode(pixels).latent_dist.mode()
+        decoded = models.vae.decode(latents, return_dict=False)[0]
+    if tuple(latents.shape[1:]) != models.latents or decoded.shape != pixels.shape:
+        raise BadInputError(
+            f"The autoencoder makes {tuple(latents.shape[1:])} of a clip and {tuple(decoded.shape[1:])} of that, not"
+            f" {models.latents} and the clip again: use another size of video."
+        )
+    return f"{video['frames']} frames of {video['height']}x{video['width']} and back"
+
+
+def check_sampling(profile: Profile, models: MetaModels) -> str:
+    """One step of each way to sample, at full size with the profile's settings: what evaluation and users run."""
+    import inspect
+
+    import torch
+
+    sampling, video = profile["model"]["sampling"], profile["video"]
+    if unknown := sorted(set(sampling) - set(inspect.signature(UniViGUPipeline.__init__).parameters)):
+        raise ConfigError(f"The profile's model.sampling has '{unknown[0]}', which sampling doesn't know; take it out.")
+    config, length = models.transformer.config, profile["text"]["prompt_length"]
+
+    class Unread(UniViGUPipeline):
+        def _encode(self, prompts):  # that words can be looked up says `check_text_encoder`
+            return torch.empty(len(prompts), length, config.text_dim, device="meta")
+
+    sizes = {"num_frames": video["frames"], "height": video["height"], "width": video["width"]}
+    pipeline = Unread(None, None, models.vae, models.transformer, **sizes, **sampling)
+    settings = pipeline.config
+    clip = torch.empty(1, *models.latents, device="meta")
+    text = torch.empty(1, config.text_length, config.text_latent_dim, device="meta")
+    with torch.no_grad():
+        say = pipeline._text_field(clip, [0], settings.caption_guidance_scale, settings.caption_temperature)
+        draw = pipeline._video_field(pipeline._encode([""]), text, 1.0, [0], settings.guidance_scale)
+        for field, state in ((say, text), (draw, clip)):
+            if (velocity := field(state, 0.0)).shape != state.shape:
+                raise BadInputError(f"A velocity is {tuple(velocity.shape)} where its state is {tuple(state.shape)}.")
+    return (
+        f"video in {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}; "
+        f"text in {settings.caption_steps}, guidance {settings.caption_guidance_scale:g}"
+    )
+
+
+def count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

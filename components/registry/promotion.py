@@ -1,0 +1,267 @@
+"""Who is champion: the one comparison, the one way to become champion, and the way back.
+
+A newcomer replaces the champion only if it is better on the same held-out items beyond doubt: if the 95 % interval of
+the paired difference of the metric (`univigu.evaluation.intervals.paired_difference`) lies above zero. Of two models
+that can't be told apart, the champion stays. Every decision, refusals too, is a line of the ledger
+(`components.registry.ledger`), and is taken under a lease: of two promotions at once the second is compared with what
+the first one left.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.digests import json_digest
+from components.registry import ledger
+from components.registry.evaluations import Evaluation, UnreadableEvaluationError, claims, read_evaluation
+from components.tracking import actor, existing_store
+from univigu import registry
+from univigu.errors import BadInputError, BusyError, GateFailedError, MissingInputError, UniViGUError
+from univigu.evaluation.intervals import Score, clustered_mean, paired_difference
+from univigu.mlflow_store import without_password
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+METRIC = "captions.mean"
+METRIC_TAG = "univigu.champion_metric"  # of a version: the score that decides about it, else METRIC
+FEWEST_ITEMS = 10  # a bootstrap over fewer says too little
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A challenger against the champion: `scores` holds `challenger`, `champion` and `difference`, or nothing."""
+
+    name: str
+    challenger: int
+    champion: int | None
+    metric: str
+    better: bool
+    reason: str
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+
+def compare(name: str, version: int | str, *, root: Path = Path(".")) -> Comparison:
+    """A version (a number or an alias) against the champion, on the champion's items; nothing is changed.
+
+    Where nobody is champion, any version is better. Raises `MissingInputError` where there is no such version.
+    """
+    store = existing_store(root)
+    return _compare(registry.find_version(name, version, store), store)
+
+
+def promote(
+    name: str, version: int | str, why: str, *, who: str = "", force: bool = False, root: Path = Path(".")
+) -> ledger.Entry:
+    """Make a version champion, and the champion `previous`, if it is better; returns the ledger's line.
+
+    A version that is champion already stays so: the line says `unchanged`. who: by default `ledger.actor`. force: even
+    where it is not better. Raises `GateFailedError` where it is not better, and `BusyError` where others keep changing
+    the same model.
+    """
+    entry = offer(name, version, why, who=who, force=force, root=root)
+    if entry.outcome == ledger.REFUSED:
+        raise GateFailedError(
+            f"Version {entry.version} of '{name}' was not promoted ({entry.reason}); to promote it all the same, use "
+            f"--force and say why."
+        )
+    return entry
+
+
+def offer(
+    name: str,
+    version: int | str,
+    why: str,
+    *,
+    who: str = "",
+    force: bool = False,
+    once: str = "",
+    root: Path = Path("."),
+) -> ledger.Entry:
+    """`promote`, for a caller that takes either answer: the line's outcome says whether the version was promoted.
+
+    once: names what is decided once only; where the ledger has a line about it, that line is the answer.
+    """
+    _require_why(why)
+    store, who = existing_store(root), who or actor()
+    challenger = registry.find_version(name, version, store)
+    number = int(challenger.version)
+    asked = {"action": "promote", "version": number, "who": who, "why": why}
+    request = once or json_digest([asked, force])
+    with ledger.hold_lease(name, root, f"promote version {number}", who, why) as lease:
+        if not (lease.find_decided(request) if once else lease.find_settled(request)):
+            _decide(lease, challenger, store, {**asked, "request": request}, force)
+    return lease.entry()
+
+
+def _decide(lease: ledger.Lease, challenger: "ModelVersion", store: str, asked: Mapping[str, Any], force: bool) -> None:
+    comparison = _compare(challenger, store)
+    number = int(challenger.version)
+    if comparison.champion == number:
+        outcome = ledger.UNCHANGED
+    elif comparison.better or force:
+        _require_files(lease, challenger, store, asked)
+        outcome = ledger.PROMOTED
+    else:
+        outcome = ledger.REFUSED
+    forced = force and not comparison.better
+    lease.decide({**asked, **_facts(comparison, outcome), "forced": forced}, _figures(comparison))
+    if outcome == ledger.PROMOTED:
+        lease.move(number, comparison.champion)
+
+
+def rollback(name: str, why: str, *, who: str = "", root: Path = Path(".")) -> ledger.Entry:
+    """Swap `champion` and `previous`; returns the ledger's line.
+
+    Raises `MissingInputError` where there is nobody to go back to, and `BusyError` where the champion changed since
+    this began: then it is another one that would be rolled back.
+    """
+    _require_why(why)
+    store, who = existing_store(root), who or actor()
+    asked = {"action": "rollback", "who": who, "why": why}
+    request = json_digest(asked)
+    before = _holders(name, store)
+    with ledger.hold_lease(name, root, "rollback", who, why) as lease:
+        if not lease.find_settled(request):
+            _roll_back(lease, name, store, {**asked, "request": request}, before)
+    return lease.entry()
+
+
+def _roll_back(
+    lease: ledger.Lease, name: str, store: str, asked: Mapping[str, Any], before: Sequence["ModelVersion | None"]
+) -> None:
+    champion, previous = _holders(name, store)
+    if _numbers(before) != _numbers((champion, previous)):
+        raise BusyError(
+            f"The champion of '{name}' was changed while this rollback waited, so nothing was done; look at "
+            f"`univigu model history`, and try again if it is still wanted."
+        )
+    if champion is None or previous is None or previous.version == champion.version:
+        raise MissingInputError(
+            f"'{name}' has no previous champion to go back to; `univigu model list` shows the versions, and "
+            f"`univigu model promote` makes one of them champion."
+        )
+    number, replaced = int(previous.version), int(champion.version)
+    asked = {**asked, "version": number}
+    _require_files(lease, previous, store, asked)
+    try:
+        comparison = _compare(previous, store)
+    except UniViGUError as error:  # no comparison may stand in the way back
+        comparison = Comparison(name, number, replaced, METRIC, False, str(error))
+    lease.decide({**asked, **_facts(comparison, ledger.ROLLED_BACK)}, _figures(comparison))
+    lease.move(number, replaced)
+
+
+def history(name: str, *, root: Path = Path(".")) -> list[ledger.Entry]:
+    """Every line of the ledger about `name`, the newest first."""
+    return ledger.read_ledger(name, root)
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def _compare(challenger: "ModelVersion", store: str) -> Comparison:
+    name, number = challenger.name, int(challenger.version)
+    metric = challenger.tags.get(METRIC_TAG, METRIC)
+    champion, _ = _holders(name, store)
+    holder = champion and int(champion.version)
+    ours = _evaluation_of(challenger, store)
+
+    def verdict(better: bool, reason: str, scores: Mapping[str, Score] | None = None) -> Comparison:
+        return Comparison(name, number, holder, metric, better, reason, scores or {})
+
+    if holder is None:
+        known = ours and ours.scores.get(metric)
+        return verdict(True, "the first one" + (f" ({metric} {known['value']:.3f})" if known else ""))
+    if holder == number:
+        return verdict(False, "it is champion already")
+    theirs = _evaluation_of(champion, store)
+    if ours is None or theirs is None:
+        return verdict(False, f"the evaluation of version {number if ours is None else holder} can't be read")
+    asked, answered = claims(theirs, metric), claims(ours, metric)
+    if not asked or not asked.keys() <= answered.keys():
+        return verdict(False, f"it and the champion, version {holder}, were not measured on the same held-out items")
+    if any(answered[one].keys() != right.keys() for one, right in asked.items()):
+        return verdict(False, f"it and the champion, version {holder}, were not scored on the same attributes")
+    if len(asked) < FEWEST_ITEMS:
+        return verdict(False, f"{len(asked)} items in common with the champion, version {holder}, tell nothing apart")
+    pairs: tuple[Sequence, Sequence] = [answered[one] for one in asked], list(asked.values())
+    scores = {
+        "challenger": clustered_mean(pairs[0]),
+        "champion": clustered_mean(pairs[1]),
+        "difference": paired_difference(*pairs),
+    }
+    return verdict(scores["difference"]["low"] > 0, _in_words(metric, holder, scores), scores)
+
+
+def _in_words(metric: str, holder: int, scores: Mapping[str, Score]) -> str:
+    difference = scores["difference"]
+    low, value, high = (difference[key] for key in ("low", "value", "high"))
+    if low > 0:
+        verdict = f"better by {value:.3f} ({low:.3f} to {high:.3f})"
+    elif high < 0:
+        verdict = f"worse by {-value:.3f} ({-high:.3f} to {-low:.3f})"
+    else:
+        verdict = f"a difference of {value:+.3f} ({low:+.3f} to {high:+.3f}), which may be chance"
+    return (
+        f"{metric} {scores['challenger']['value']:.3f} against version {holder}'s {scores['champion']['value']:.3f} on "
+        f"the same {difference['n']} items: {verdict}"
+    )
+
+
+def _evaluation_of(version: "ModelVersion", store: str) -> Evaluation | None:
+    """The evaluation that travels with a registered version; None where it has none that can be read.
+
+    A disk or a server that fails is no such answer: it would decide about a version for ever.
+    """
+    try:
+        return read_evaluation(registry.artifact(f"models:/{version.name}/{version.version}", "evaluation", store))
+    except (MissingInputError, UnreadableEvaluationError):
+        return None
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _holders(name: str, store: str) -> list["ModelVersion | None"]:
+    return [registry.version_at(name, alias, store) for alias in (registry.CHAMPION, registry.PREVIOUS)]
+
+
+def _numbers(versions: Sequence["ModelVersion | None"]) -> list[int | None]:
+    return [one and int(one.version) for one in versions]
+
+
+def _facts(comparison: Comparison, outcome: str) -> dict[str, Any]:
+    return {
+        "outcome": outcome,
+        "replaced": comparison.champion,
+        "metric": comparison.metric,
+        "reason": comparison.reason,
+    }
+
+
+def _figures(comparison: Comparison) -> dict[str, float]:
+    if not comparison.scores:
+        return {}
+    difference = comparison.scores["difference"]
+    return {
+        **{side: comparison.scores[side]["value"] for side in ("challenger", "champion", "difference")},
+        "difference_low": difference["low"],
+        "difference_high": difference["high"],
+        "items": difference["n"],
+    }
+
+
+def _require_why(why: str) -> None:
+    if not why.strip():
+        raise BadInputError("A change of champion needs a reason, for whoever reads the ledger; give one with --why.")
+
+
+def _require_files(lease: ledger.Lease, version: "ModelVersion", store: str, asked: Mapping[str, Any]) -> None:
+    if not registry.has_files(version, store):
+        lease.fail(asked)
+        raise MissingInputError(
+            f"The files of version {version.version} of '{version.name}' are gone, so it can't be champion; put them "
+            f"back ({without_password(version.source)}), or run `univigu run register-model` where it was trained."
+        )

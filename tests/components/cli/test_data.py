@@ -1,0 +1,30 @@
+"""What `univigu data import` says names the cause that there is, and no other."""
+
+import pytest
+
+from components.cli.data import _about_stages, _videos
+
+
+@pytest.mark.parametrize(
+    ("captions", "stages", "said"),
+    [
+        ({"usable": 3}, (1, 2), []),
+        ({"usable": 1}, (1, 0), ["All clips with a usable caption (1) fell to stage 1 by the draw"]),
+        ({"usable": 2}, (0, 2), ["All clips fell to stage 2 by the draw"]),
+        ({"none": 2}, (2, 0), ["No clip has a caption: import them with `--texts prompts`"]),
+        ({"is_prompt": 2}, (2, 0), ["Captions that stage 2", "Every caption says no more than its prompt: import"]),
+        ({"too_short": 2}, (2, 0), ["Captions that stage 2", "Every caption is shorter than 'text.caption_tokens'"]),
+        ({"too_long": 1}, (1, 0), ["Captions that stage 2", "Every caption is longer than 'text.caption_tokens'"]),
+        ({"none": 1, "too_long": 1}, (2, 0), ["Captions that stage 2", "No caption is one that stage 2 can learn"]),
+        ({"too_short": 2, "usable": 1}, (3, 0), ["Captions that stage 2", "All clips with a usable caption (1) fell"]),
+    ],
+)
+def test_a_stage_without_clips_is_told_with_its_cause(captions, stages, said):
+    facts = {"captions": captions, "stages": {"1": stages[0], "2": stages[1]}}
+    lines = list(_about_stages(facts))
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
+
+
+def test_rows_of_a_table_that_are_about_no_video_are_not_counted_as_videos():
+    reasons = {"no_file": 2, "duplicate_row": 1, "broken_row": 1, "no_text": 3, "damaged": 1}
+    assert _videos({"rows_in": 20, "reasons": reasons}) == 16

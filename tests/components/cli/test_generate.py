@@ -1,0 +1,211 @@
+"""`univigu caption`, `generate` and `joint` as people meet them: what they print, write and refuse."""
+
+import json
+import logging
+import re
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from components.cli.generate import BATCH
+from components.cli.main import main
+from univigu.errors import CorruptDataError, DiskFullError, TransientError
+from univigu.video import decode_mp4, encode_mp4
+
+
+@pytest.fixture
+def univigu(monkeypatch, capsys):
+    """Run the command with these arguments: (exit code, standard output, standard error).
+
+    A process of its own hushes tqdm before anything imports it; here, the libraries' own switches do the same.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    state = logging.root.manager.disable
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["univigu", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    yield run
+    logging.disable(state)
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for name, shape in {"clip": (9, 32, 32, 3), "portrait": (40, 96, 54, 3), "single": (1, 32, 32, 3)}.items():
+        frames = rng.integers(0, 256, shape, dtype=np.uint8)
+        (folder / f"{name}.mp4").write_bytes(encode_mp4(frames, 8))
+    (folder / "text.mp4").write_text("This is a letter, and no video.\n" * 20)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "list.mp4").write_text("#EXTM3U\n#EXTINF:10,\nclip.mp4\n#EXT-X-ENDLIST\n")
+    return folder
+
+
+def test_a_caption_is_one_line_on_standard_output_and_nothing_else(univigu, clips, speaking_model):
+    code, out, err = univigu("caption", clips / "clip.mp4", "--model", speaking_model)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"\S[^\n]*\n", out)
+    assert univigu("caption", clips / "clip.mp4", "--model", speaking_model)[1] == out
+
+
+def test_several_files_of_any_shape_are_captioned_in_order(univigu, clips, speaking_model):
+    files = [clips / "portrait.mp4", clips / "clip.mp4"]
+    code, out, _ = univigu("caption", *files, "--json", "--model", speaking_model, "--seed", 5)
+    said = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["file"] for row in said] == [str(file) for file in files]
+    _, alone, _ = univigu("caption", files[1], "--model", speaking_model, "--seed", 6)
+    assert alone == said[1]["caption"] + "\n"
+
+
+def test_captions_come_while_later_files_are_still_to_be_read(univigu, clips, speaking_model):
+    files = [clips / "clip.mp4"] * (BATCH + 1)
+    code, out, _ = univigu("caption", *files, "--model", speaking_model, "--steps", 2, "--seed", 5)
+    said = out.splitlines()
+    assert (code, len(said)) == (0, BATCH + 1)
+    last = univigu("caption", files[-1], "--model", speaking_model, "--steps", 2, "--seed", 5 + BATCH)
+    assert last[1] == said[-1] + "\n"
+
+
+def test_a_file_that_can_not_be_read_is_named_and_the_others_get_their_captions(univigu, clips, speaking_model):
+    options = ("--model", speaking_model, "--steps", 2, "--seed", 5)
+    good = clips / "clip.mp4"
+    _, whole, _ = univigu("caption", good, good, good, *options)
+    code, out, err = univigu("caption", good, clips / "text.mp4", good, clips / "none.mp4", *options, "--json")
+    said = [json.loads(line)["caption"] for line in out.splitlines()]
+    assert said == whole.splitlines()[::2]  # each with the seed of its place
+    assert [name in line for name, line in zip(("text.mp4", "none.mp4"), err.splitlines(), strict=True)] == [True, True]
+    assert code == 65
+    assert univigu("caption", clips / "none.mp4", good, clips / "text.mp4", *options)[0] == 66
+    many = univigu("caption", *[clips / "single.mp4"] * BATCH, good, *options)
+    assert (many[0], len(many[1].splitlines()), len(many[2].splitlines())) == (65, 1, BATCH)
+
+
+def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path, speaking_model):
+    import av
+
+    made = {}
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        path = tmp_path / f"{name}.mp4"
+        code, out, err = univigu("generate", "a red seven", "-o", path, "--model", speaking_model, "--seed", seed)
+        assert (code, out) == (0, "")
+        assert "9 frames of 32x32" in err
+        made[name] = path.read_bytes()
+    assert made["a"] == made["b"] != made["c"]
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert (container.streams.video[0].codec_context.pix_fmt, container.streams.video[0].frames) == ("yuv420p", 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_joint_prints_the_caption_and_writes_the_clip_even_without_a_prompt(univigu, tmp_path, speaking_model):
+    path = tmp_path / "both.mp4"
+    path.write_text("an older file")
+    code, out, _ = univigu("joint", "-o", path, "--model", speaking_model, "--steps", 2, "--scale", 4)
+    assert code == 0
+    assert re.fullmatch(r"\S[^\n]*\n", out)
+    assert decode_mp4(path.read_bytes())[0].shape == (9, 128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "message"),
+    [
+        ("none.mp4", 66, "no video file"),
+        ("text.mp4", 65, "not possible to read"),
+        ("empty.mp4", 65, "not possible to read"),
+        ("list.mp4", 65, "not possible to read"),
+        ("single.mp4", 65, "single frame"),
+    ],
+)
+def test_what_is_no_video_is_refused_in_one_sentence(univigu, clips, speaking_model, file, code, message):
+    assert_refused(univigu("caption", clips / file, "--model", speaking_model), code, message)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "prompt is empty"), (" \n", "prompt is empty"), ("seven " * 10_000, r"prompt has \d+ tokens.* at most")],
+)
+def test_a_prompt_that_cannot_be_read_writes_nothing(univigu, tmp_path, speaking_model, prompt, message):
+    result = univigu("generate", prompt, "-o", tmp_path / "clip.mp4", "--model", speaking_model)
+    assert_refused(result, 65, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_no_clip_can_be_written_is_refused_before_the_model_is_loaded(univigu, tmp_path):
+    for output, code, message in (
+        (tmp_path / "none" / "clip.mp4", 66, "no folder"),
+        (tmp_path, 65, "is a folder"),
+        (tmp_path / "clip.gif", 65, "written as mp4"),
+    ):
+        result = univigu("generate", "a red seven", "-o", output, "--model", tmp_path / "no-model")
+        assert_refused(result, code, message)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(univigu, speaking_model):
+    result = univigu("generate", "a red seven", "-o", "/dev/full", "--model", speaking_model)
+    assert_refused(result, DiskFullError.exit_code, "disk is full")
+
+
+def test_without_a_registered_model_people_are_told_how_to_get_one(univigu, clips, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = univigu("caption", clips / "clip.mp4", "--root", tmp_path)
+    assert_refused(result, 66, "No model is registered .* `make demo`.* `univigu run register-model`.* --root")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_model(univigu, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    arguments = ("generate", "a red seven", "-o", tmp_path / "clip.mp4", "--root", tmp_path)
+    (tmp_path / "mlflow.db").write_text("This is a letter, and no database.\n" * 100)
+    message = "mlflow.db can't be read .*not a database.* `univigu run register-model`"
+    assert_refused(univigu(*arguments), CorruptDataError.exit_code, message)
+    (tmp_path / "mlflow.db").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert_refused(univigu(*arguments), TransientError.exit_code, "http://127.0.0.1:9 does not answer")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'empty.db'}")
+    assert_refused(univigu(*arguments), 66, "no model at models:/uni-vigu@champion")
+
+
+def test_a_folder_that_holds_no_model_or_a_damaged_one_is_refused(univigu, clips, tmp_path, speaking_model):
+    import shutil
+
+    clip = clips / "clip.mp4"
+    assert_refused(univigu("caption", clip, "--model", tmp_path / "none"), 66, "no model folder")
+    assert_refused(univigu("caption", clip, "--model", tmp_path), 66, "model_index.json")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(speaking_model, damaged)
+    weights = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_refused(univigu("caption", clip, "--model", damaged), CorruptDataError.exit_code, "can't be loaded")
+
+
+def assert_refused(result, code, message):
+    """One sentence on standard error, its own exit code, and nothing on standard output."""
+    assert (result[0], result[1]) == (code, "")
+    assert re.fullmatch(r"univigu: [^\n]+[.]\n", result[2])
+    assert re.search(message, result[2])
+
+
+def test_a_file_that_cannot_be_written_is_told_in_one_sentence(univigu):
+    code, _, err = univigu("pipeline", "compile", "--output", "/sys/pipeline.yaml")  # not even by root
+    assert (code, err.count("\n")) == (65, 1)
+    assert err.startswith("univigu: /sys/pipeline.yaml can't be used (Permission denied); ")
+
+
+def test_choosing_a_profile_elsewhere_than_in_the_project_writes_nothing(univigu, tmp_path):
+    code, _, err = univigu("use", "smoke", "--root", tmp_path)
+    assert code == 78
+    assert f"There is no dvc.yaml in {tmp_path}" in err
+    assert list(tmp_path.iterdir()) == []

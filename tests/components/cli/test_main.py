@@ -1,0 +1,110 @@
+"""What `univigu run`, `univigu status` and `univigu code` say and do, as a person or DVC calls them."""
+
+import json
+import logging
+
+import pytest
+import yaml
+
+from components.cli import main as cli
+from components.pipeline import profiles, stages
+from components.pipeline.aside import list_kept
+from engine import PROFILE, made
+
+
+@pytest.fixture
+def univigu(root, capfd, monkeypatch):
+    """Run a command below the work root; returns its exit code, and what it printed on both streams."""
+    monkeypatch.setattr(profiles, "load_profile", lambda name: yaml.safe_load((root / "profile.yaml").read_text()))
+    monkeypatch.setattr(profiles, "check_watched", lambda *_: None)
+    (root / "profile.yaml").write_text(yaml.safe_dump(PROFILE))
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["univigu", *arguments, "--root", str(root)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capfd.readouterr()
+        return stop.value.code or 0, said.out, said.err
+
+    return call
+
+
+def change_parameter(root):
+    changed = {**PROFILE, "double": {"factor": 3, "max_rejected_share": 0.5}}
+    (root / "profile.yaml").write_text(yaml.safe_dump(changed))
+
+
+def test_a_fresh_start_and_a_way_back_are_one_option_each(univigu, root):
+    assert univigu("run", "first") == (0, "first: 12 rows in, 12 out, 0 quarantined\n", "")
+    assert made(root) == ["0", "4", "8"]
+    assert univigu("run", "first")[0] == 0
+    assert made(root) == []
+    code, _, said = univigu("run", "first", "--restart")
+    (place,) = list_kept(root)
+    assert (code, made(root)) == (0, ["0", "4", "8"])
+    assert str(place) in said
+    assert univigu("run", "first", "--resume-from", str(place))[0] == 0
+    assert made(root) == []
+
+
+def test_where_there_is_nothing_to_go_on_from_it_is_said_in_one_sentence(univigu, root):
+    code, out, said = univigu("run", "first", "--resume-from", str(root / "nowhere"))
+    assert (code, out) == (66, "")
+    assert (
+        said == f"univigu: There is nothing of 'first' to go on from in {root}/nowhere; nothing of it is set aside.\n"
+    )
+
+
+def test_a_part_has_no_fresh_start_of_its_own(univigu):
+    code, _, said = univigu("run", "first", "--part", "1/2", "--restart")
+    assert code == 78
+    assert "run the whole step" in said
+
+
+def test_status_says_what_is_finished_what_would_start_again_and_what_is_set_aside(univigu, root):
+    univigu("run", "first")
+    change_parameter(root)
+    code, out, _ = univigu("status")
+    assert code == 0
+    assert out.splitlines()[0].split(maxsplit=1) == ["first", "would start again: double.factor (2 -> 3)"]
+    assert out.splitlines()[1].split(maxsplit=1) == ["second", "has not run"]
+    univigu("run", "first")
+    assert univigu("status")[1].splitlines()[-1].split()[-1] == str(list_kept(root)[0])
+
+
+def test_dvc_is_told_at_once_that_a_step_is_finished(univigu, root, monkeypatch):
+    univigu("run", "first")
+    made(root)
+    (root / ".univigu/shards/first/00000.json").unlink()
+    monkeypatch.setenv("DVC_STAGE", "first")
+    code, out, _ = univigu("run", "first")
+    assert (code, out) == (0, "first: finished before, with the same inputs, parameters and code\n")
+    assert made(root) == []
+    change_parameter(root)
+    univigu("run", "first")
+    assert made(root) == ["0", "4", "8"]
+
+
+def test_the_digests_of_all_code_are_written_for_dvc(univigu, root):
+    assert univigu("code")[0] == 0
+    before = json.loads((root / ".univigu/code.json").read_text())
+    assert set(before) == {stage.name for stage in stages.STAGES}
+    path = root / "steps_under_test.py"
+    path.write_text(path.read_text().replace("def copy", "# a comment\ndef copy"))
+    univigu("code")
+    assert json.loads((root / ".univigu/code.json").read_text()) == before
+    path.write_text(path.read_text().replace("% 256", "% 255"))
+    univigu("code")
+    after = json.loads((root / ".univigu/code.json").read_text())
+    assert {name for name in before if after[name] != before[name]} == {"first"}
+
+
+def test_a_library_that_logs_a_traceback_is_not_heard(capfd, monkeypatch):
+    for name in ("UNIVIGU_VERBOSE", "TQDM_DISABLE", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        cli.keep_libraries_quiet()
+        logging.getLogger("a library").error("it failed", exc_info=OSError(28, "No space left on device"))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capfd.readouterr().err == ""

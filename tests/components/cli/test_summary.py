@@ -1,0 +1,36 @@
+"""The summary speaks of the outputs that are there now."""
+
+import json
+
+import pytest
+
+from components.cli.summary import summarise
+from components.pipeline.manifests import write_manifest
+from components.pipeline.stages import STAGES
+from univigu.errors import MissingInputError
+
+
+def leave(root, stage, digest, record=None):
+    home = root / stage.home
+    home.mkdir(parents=True, exist_ok=True)
+    rows = {"rows_in": 5, "rows_out": 4, "quarantined": 1}
+    write_manifest(home, {"digest": digest, **rows})
+    if record:
+        (root / ".univigu/runs").mkdir(parents=True, exist_ok=True)
+        known = {"name": stage.name, "seconds": 2.5, "peak_rss_mb": 100.0, "digest": record, **rows, "rows_in": 7}
+        (root / f".univigu/runs/{stage.name}.json").write_text(json.dumps(known))
+
+
+def test_a_step_that_ran_has_its_time_and_a_restored_one_has_none(tmp_path):
+    leave(tmp_path, STAGES[0], "a", record="a")
+    leave(tmp_path, STAGES[1], "b", record="of another profile")
+    leave(tmp_path, STAGES[2], "c")
+    run = summarise(tmp_path)
+    assert [(step["seconds"], step["rows_in"]) for step in run["steps"]] == [(2.5, 7), (None, 5), (None, 5)]
+    assert (run["total_seconds"], run["peak_rss_mb"], run["model_version"]) == (2.5, 100.0, None)
+    assert json.loads((tmp_path / "reports/run.json").read_text()) == run
+
+
+def test_before_any_run_it_says_what_to_do(tmp_path):
+    with pytest.raises(MissingInputError, match="make demo"):
+        summarise(tmp_path)

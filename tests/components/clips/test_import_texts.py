@@ -1,0 +1,154 @@
+"""What people wrote about their videos stays with the video that it is about, or is quarantined with its reason."""
+
+import csv
+import io
+import json
+import os
+from itertools import permutations
+
+import pytest
+
+from components.clips.import_texts import Texts, read_texts
+from components.prompts.records import LONGEST_LINE, LONGEST_QUOTE
+from univigu.errors import BadInputError, CorruptDataError
+
+COMPOSED, DECOMPOSED = "caf\u00e9.mp4", "cafe\u0301.mp4"
+
+
+def reasons(faults):
+    return [(fault.id, fault.reason) for fault in faults]
+
+
+def write_rows(path, rows):
+    """A table of (file, caption), as CSV or JSONL by its name."""
+    stream = io.StringIO()
+    if path.suffix == ".csv":
+        csv.writer(stream, lineterminator="\n").writerows([("file_name", "caption"), *rows])
+    else:
+        stream.write("".join(json.dumps({"file_name": name, "caption": text}) + "\n" for name, text in rows))
+    path.write_text(stream.getvalue(), encoding="utf-8")
+    return path
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("pair", [(COMPOSED, DECOMPOSED), ("a/b.mp4", "a\\b.mp4"), ("\u212b.mp4", "\u00c5.mp4")])
+def test_names_that_are_alike_keep_their_own_texts_in_any_order(tmp_path, ending, pair):
+    for order in permutations(pair):
+        table = write_rows(tmp_path / f"t.{ending}", [(name, f"about {pair.index(name)}") for name in order])
+        found, faults = read_texts(tmp_path, list(pair), table)
+        assert found == {name: Texts(f"about {number}", "") for number, name in enumerate(pair)}
+        assert faults == []
+
+
+def test_text_files_of_names_that_are_alike_keep_their_own_texts(tmp_path):
+    for name in (COMPOSED, DECOMPOSED):
+        (tmp_path / name).with_suffix(".txt").write_text(f"about {len(name)}")
+    found, _ = read_texts(tmp_path, [COMPOSED, DECOMPOSED], None)
+    assert found == {name: Texts(f"about {len(name)}", "") for name in (COMPOSED, DECOMPOSED)}
+
+
+def test_an_exact_name_wins_over_one_that_is_alike_wherever_it_comes(tmp_path):
+    for rows in permutations([(COMPOSED, "alike"), (DECOMPOSED, "exact")]):
+        found, faults = read_texts(tmp_path, [DECOMPOSED], write_rows(tmp_path / "t.csv", rows))
+        assert found == {DECOMPOSED: Texts("exact", "")}
+        assert [reason for _, reason in reasons(faults)] == ["duplicate_row"]
+
+
+def test_a_name_that_may_be_either_of_two_videos_is_neither(tmp_path):
+    videos = ["a/b\u00e9.mp4", "a\\b\u00e9.mp4"]
+    found, faults = read_texts(tmp_path, videos, write_rows(tmp_path / "t.csv", [("a/be\u0301.mp4", "whose?")]))
+    assert found == {}
+    assert reasons(faults) == [("t.csv:2", "ambiguous_name")]
+
+
+def test_of_two_rows_about_one_video_the_first_counts(tmp_path):
+    found, faults = read_texts(tmp_path, ["a.mp4"], write_rows(tmp_path / "t.jsonl", [("a.mp4", "1"), ("a.mp4", "2")]))
+    assert found == {"a.mp4": Texts("1", "")}
+    assert reasons(faults) == [("t.jsonl:2", "duplicate_row")]
+    assert faults[0].row["caption"] == "2"
+
+
+# --- damaged tables --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        ("b.mp4,loose, comma", [("t.csv:3", "broken_row")]),
+        ("b.mp4", [("t.csv:3", "broken_row")]),
+        ('b.mp4,"open', [("t.csv:3", "broken_row")]),
+        ("b.mp4,caf\udce9", [("b.mp4", "damaged_text")]),
+        ("b.mp4,", [("b.mp4", "no_text")]),
+        ("b.mp4,a \0 b", [("b.mp4", "damaged_text")]),
+        (",nameless", [("t.csv:3", "broken_row")]),
+    ],
+)
+def test_a_damaged_row_is_quarantined_and_the_others_are_read(tmp_path, bad, found):
+    lines = f'file_name,caption\na.mp4,"one, two"\n{bad}\nc.mp4,three\nd.mp4,"says ""four"""\n'
+    (tmp_path / "t.csv").write_bytes(lines.encode(errors="surrogateescape"))
+    texts, faults = read_texts(tmp_path, [f"{name}.mp4" for name in "abcd"], tmp_path / "t.csv")
+    assert {name: text.caption for name, text in texts.items()} == {
+        "a.mp4": "one, two",
+        "c.mp4": "three",
+        "d.mp4": 'says "four"',
+    }
+    assert reasons(faults) == found
+
+
+def test_a_caption_that_swallowed_the_rows_of_other_videos_is_none_of_its_own(tmp_path):
+    (tmp_path / "t.csv").write_text('file_name,caption\na.mp4,"open\nb.mp4,two\nc.mp4,three"\nd.mp4,four\n')
+    texts, faults = read_texts(tmp_path, [f"{name}.mp4" for name in "abcd"], tmp_path / "t.csv")
+    assert texts == {"d.mp4": Texts("four", "")}
+    assert reasons(faults) == [("a.mp4", "open_quote")]
+
+
+def test_a_caption_of_several_lines_is_whole(tmp_path):
+    table = write_rows(tmp_path / "t.csv", [("a.mp4", "One, two,\nthree.\n\nFour, says b."), ("b.mp4", "five")])
+    found, _ = read_texts(tmp_path, ["a.mp4", "b.mp4"], table)
+    assert found == {"a.mp4": Texts("One, two, three. Four, says b.", ""), "b.mp4": Texts("five", "")}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (b'{"file_name": "a.mp4", "caption": "caf\xe9"}', ("a.mp4", "damaged_text")),
+        (b'{"file_name": "a.mp4", "caption": "half \\ud83d a pair"}', ("a.mp4", "damaged_text")),
+        (b'{"file_name": "a.mp4", "caption": 7}', ("t.jsonl:1", "broken_row")),
+        (b'{"file_name": ["a.mp4"], "caption": "x"}', ("t.jsonl:1", "broken_row")),
+        (b'{"file_name": "a.mp4", "caption": "' + b"x" * LONGEST_LINE + b'"}', ("t.jsonl:1", "broken_row")),
+        (b'{"file_name": "a.mp4", "caption": ' + b"[" * 900 + b"]" * 900 + b"}", ("t.jsonl:1", "broken_row")),
+        (b'{"file_name": "\\udcff.mp4", "caption": "x"}', ("t.jsonl:1", "no_file")),
+    ],
+)
+def test_a_line_that_can_not_be_used_is_quarantined(tmp_path, line, found):
+    (tmp_path / "t.jsonl").write_bytes(line + b'\n{"file_name": "b.mp4", "caption": "", "text": "x"}\n')
+    texts, faults = read_texts(tmp_path, ["a.mp4", "b.mp4"], tmp_path / "t.jsonl")
+    assert texts == {"b.mp4": Texts("x", "")}
+    assert reasons(faults) == [found]
+    quoted = json.dumps([faults[0].row, faults[0].detail]).encode(errors="replace")
+    assert len(quoted) < 3 * LONGEST_QUOTE
+
+
+def test_a_table_that_can_not_be_read_is_told(tmp_path):
+    (tmp_path / "t.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(CorruptDataError, match=r"t.csv.gz can't be read to its end"):
+        read_texts(tmp_path, ["a.mp4"], tmp_path / "t.csv.gz")
+    (tmp_path / "t.csv").write_text("file_name,caption,caption\na.mp4,1,2\n")
+    with pytest.raises(BadInputError, match="more than one column 'caption'"):
+        read_texts(tmp_path, ["a.mp4"], tmp_path / "t.csv")
+
+
+# --- text files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_without_end_is_not_read_whole(tmp_path):
+    with (tmp_path / "a.txt").open("wb") as stream:
+        stream.truncate(1 << 40)  # a hole of a terabyte
+    (tmp_path / "b.txt").write_text("b")
+    os.mkfifo(tmp_path / "c.txt")
+    texts, faults = read_texts(tmp_path, ["a.mp4", "b.mp4", "c.mp4"], None)
+    assert texts == {"b.mp4": Texts("b", "")}
+    assert reasons(faults) == [("a.mp4", "over_long"), ("c.mp4", "not_a_file")]

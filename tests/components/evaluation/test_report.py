@@ -1,0 +1,134 @@
+"""The page holds everything it shows, escapes what came from data, and says what is missing."""
+
+import base64
+import io
+import re
+
+import numpy as np
+from PIL import Image
+
+from components.evaluation import report
+from univigu.evaluation.claims import summarise
+
+
+def render(**changes):
+    scores = {
+        name: summarise([{"colour": True, "speed": False}, {"colour": False, "speed": True}])
+        for name in ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
+    }
+    scores["joint"] = {"agreement": scores["captions"]["mean"], "colour": scores["captions"]["colour"]}
+    return report.render_report(
+        **{
+            "about": {"Model": "0123"},
+            "scores": scores,
+            "attributes": ("colour", "speed"),
+            "samples": {"captions": [], "generation": [], "joint": []},
+            "charts": {},
+            "funnel": [],
+            "rejected": [],
+            "notes": [],
+            **changes,
+        }
+    )
+
+
+def clip(frames=9):
+    return np.random.default_rng(0).integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8)
+
+
+def test_text_from_data_is_escaped_and_what_hides_is_shown():
+    evil = '<script>alert("1")</script>\u202e\x07'
+    sample = report.clip_sample(
+        {"video": report.preview(clip(), 8)},
+        prompt=evil,
+        text=evil,
+        truth={"colour": "red"},
+        found={},
+        correct={"colour": False},
+    )
+    rejected = report.rejected_examples({"curate": [{"reason": "odd", "detail": evil, "row": f'{{"text": "{evil}'}]})
+    page = render(samples={"captions": [sample], "generation": [], "joint": [sample]}, rejected=rejected)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 5
+    assert "\u202e" not in page
+    assert "\\u202e\\u0007" in page
+
+
+def test_the_page_asks_for_nothing_outside_itself():
+    page = render(samples={"captions": [], "generation": [], "joint": []})
+    assert re.findall(r"""(?:src|href)=["'](?!data:|#)""", page) == []
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_missing_pieces_are_named():
+    page = render()
+    for missing in ("No captions were made", "No videos were generated", "No joint samples", "left no such figures"):
+        assert missing in page
+
+
+def test_an_animation_keeps_every_pixel_of_every_frame():
+    frames = clip()
+    uri = report.animation(frames, 8)
+    assert uri == report.animation(frames, 8)
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert picture.n_frames == 9
+    for number, frame in enumerate(frames):
+        picture.seek(number)
+        assert np.array_equal(np.asarray(picture.convert("RGB")), frame)
+
+
+def test_the_contact_sheet_shows_the_clips_scaled_up():
+    frames = clip(3)
+    sheet = Image.open(io.BytesIO(report.contact_sheet({"Title": [(report.Preview(frames, 8), "some words")] * 2})))
+    sheet.seek(2)
+    pixels = np.asarray(sheet.convert("RGB"))
+    big = frames[2].repeat(5, 0).repeat(5, 1)
+    found = [
+        (top, left)
+        for top, left in np.argwhere((pixels == big[0, 0]).all(-1))
+        if np.array_equal(pixels[top : top + 160, left : left + 160], big)
+    ]
+    assert len(found) == 2
+
+
+def test_a_long_wide_clip_is_shown_smaller_and_with_fewer_frames_in_the_same_time():
+    small = clip()
+    assert np.array_equal(report.preview(small, 8).frames, small)
+    frames, fps = report.preview(np.full((81, 480, 832, 3), 7, np.uint8), 16)
+    assert frames.shape == (21, 147, 256, 3)
+    assert abs(len(frames) / fps - 81 / 16) < 0.25
+    assert frames.min() == frames.max() == 7
+
+
+def test_a_line_chart_maps_values_onto_the_plot():
+    chart = report.line_chart("Loss", "step", {"a": [(0, 4.0), (50, 2.0), (100, 0.0)], "b": []})
+    assert [line["name"] for line in chart["lines"]] == ["a"]
+    ticks = {float(text): at for at, text in chart["y_ticks"]}
+    assert ticks[0.0] == 100.0
+    assert chart["lines"][0]["path"] == f"0.0,{ticks[4.0]} 50.0,{ticks[2.0]} 100.0,{ticks[0.0]}"
+
+
+def test_rows_that_should_not_be_shown_again_are_only_counted():
+    rows = [
+        {"reason": "personal_data", "detail": "a@b.org", "row": '{"text": "write to a@b.org"}'},
+        {"reason": "duplicate", "detail": "of p1", "row": '{"text": "a red two"}'},
+        {"reason": "duplicate", "detail": "of p1", "row": "not JSON"},
+        {"reason": "duplicate", "detail": "of p1", "row": '{"text": "a third"}'},
+    ]
+    duplicate, personal = report.rejected_examples({"curate-prompts": rows})
+    assert (personal["count"], personal["examples"]) == (1, [])
+    assert duplicate["count"] == 3
+    assert [example["text"] for example in duplicate["examples"]] == ["a red two", "not JSON"]
+    assert "a@b.org" not in render(rejected=[duplicate, personal])
+
+
+def test_the_funnel_is_drawn_to_one_scale():
+    manifest = {"step": "s", "rows_in": 200, "rows_out": 150, "quarantined": 50, "reasons": {"x": 20, "y": 30}}
+    later = {"step": "t", "rows_in": 150, "rows_out": 150, "quarantined": 0, "reasons": {}}
+    first, second = report.funnel_steps([manifest, later])
+    assert (first["kept_width"], first["lost_width"]) == (75.0, 25.0)
+    assert second["kept_width"] == 75.0
+    assert first["reasons"] == [("y", 30), ("x", 20)]
+    assert "150</b> out" in render(funnel=[first, second])

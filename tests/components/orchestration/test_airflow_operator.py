@@ -1,0 +1,350 @@
+"""What Airflow's tasks promise: a step ends as its process does, a pipeline is submitted once and waited for."""
+
+import asyncio
+import json
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("airflow")
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout, TaskDeferred
+from airflow.sdk.execution_time.timeout import timeout
+from airflow.triggers.base import TriggerEvent
+
+from components.orchestration import airflow_operator
+from components.orchestration.airflow_operator import FAILURE, KfpRunOperator, KfpRunTrigger, StepOperator
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = str(ROOT / "infra/pipeline.yaml")
+
+
+class TaskInstance:
+    def __init__(self):
+        self.pushed = {}
+        self.returned = {}
+
+    def xcom_push(self, key, value):
+        self.pushed[key] = value
+
+    def xcom_pull(self, task_ids):
+        return self.returned.get(task_ids)
+
+
+def new_context():
+    return {"ti": TaskInstance()}
+
+
+@pytest.fixture
+def endpoint(kfp, monkeypatch):
+    monkeypatch.setenv("KFP_ENDPOINT", kfp.url)
+    return kfp
+
+
+def operator(**changes):
+    arguments = {"package": PACKAGE, "run_name": "retrain-1", "arguments": {"profile": "smoke"}} | changes
+    return KfpRunOperator(task_id="kubeflow", **{"limit_s": 3600, **arguments})
+
+
+def defer(context, **changes):
+    with pytest.raises(TaskDeferred) as deferred:
+        operator(**changes).execute(context)
+    return deferred.value
+
+
+def follow(trigger):
+    async def first():
+        return await anext(trigger.run())
+
+    return asyncio.run(first())
+
+
+def restored(trigger):
+    """The trigger as another triggerer, or the same one after a crash, would make it from Airflow's database."""
+    path, arguments = trigger.serialize()
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules[module], name)(**json.loads(json.dumps(arguments)))
+
+
+# --- Kubeflow Pipelines ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_submitted_noted_and_waited_for_without_a_worker(endpoint):
+    context = new_context()
+    deferred = defer(context, poll_s=0.01)
+    event = follow(deferred.trigger)
+    assert event.payload == {"run_id": "run-1", "state": "SUCCEEDED", "message": ""}
+    assert getattr(operator(), deferred.method_name)(context, event.payload) == "run-1"
+
+
+def test_after_a_crash_nothing_is_submitted_twice(endpoint):
+    endpoint.states = ["RUNNING"]
+    first = defer(new_context())
+    second = defer(new_context())  # the crash came before the id was noted
+    assert second.trigger.run_id == first.trigger.run_id
+    trigger = restored(first.trigger)
+    trigger.poll_s = 0.01
+    endpoint.states = ["SUCCEEDED"]
+    assert follow(trigger).payload["state"] == "SUCCEEDED"
+    assert len(endpoint.runs) == 1
+    assert operator().execute(new_context()) == "run-1"  # a task that is cleared finds the run that succeeded
+
+
+def test_a_run_that_failed_says_why_and_is_replaced_when_the_task_is_cleared(endpoint):
+    endpoint.states = ["PENDING", "FAILED"]
+    context = new_context()
+    event = follow(defer(context, poll_s=0.01).trigger)
+    with pytest.raises(AirflowFailException, match=r"run-1 ended as FAILED \(main: Error \(exit code 80\)\)"):
+        operator().finish(context, event.payload)
+    assert "exit code 80" in context["ti"].pushed[FAILURE]
+    endpoint.states = ["RUNNING"]
+    assert defer(context).trigger.run_id == "run-2"
+
+
+def test_a_run_that_is_cancelled_on_the_server_is_told_from_one_that_failed(endpoint):
+    endpoint.states = ["PENDING", "CANCELED"]
+    event = follow(defer(new_context(), poll_s=0.01).trigger)
+    with pytest.raises(AirflowFailException, match="was cancelled on the Kubeflow Pipelines server"):
+        operator().finish(new_context(), event.payload)
+
+
+def test_stopping_a_task_that_waits_cancels_its_run_and_a_triggerer_that_restarts_does_not(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = defer(new_context()).trigger
+    asyncio.run(trigger.cleanup())
+    assert endpoint.runs["run-1"]["state"] == "RUNNING"
+    asyncio.run(trigger.on_kill())
+    assert endpoint.runs["run-1"]["state"] in ("CANCELING", "CANCELED")
+
+
+def test_a_server_that_is_away_for_a_while_fails_nothing(endpoint):
+    trigger = defer(new_context(), poll_s=0.01).trigger
+    endpoint.failures = [503] * 4
+    assert follow(trigger).payload["state"] == "SUCCEEDED"
+
+
+def test_a_server_that_stays_away_is_said_and_tried_again_on_the_same_run(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = defer(new_context(), poll_s=0.01, patience_s=0.0).trigger
+    endpoint.failures = [503] * 4
+    event = follow(trigger)
+    assert event.payload["state"] == "UNREACHABLE"
+    with pytest.raises(AirflowException, match="status 503") as failure:
+        operator().finish(new_context(), event.payload)
+    assert not isinstance(failure.value, AirflowFailException)
+    assert defer(new_context()).trigger.run_id == "run-1"
+
+
+def test_a_server_that_cannot_be_reached_submits_nothing_and_is_tried_again(monkeypatch):
+    monkeypatch.setenv("KFP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("components.orchestration.kfp_server.time.sleep", lambda _: None)
+    with pytest.raises(AirflowException, match="does not answer") as failure:
+        operator().execute(new_context())
+    assert not isinstance(failure.value, AirflowFailException)
+
+
+def test_a_run_that_is_gone_from_the_server_ends_the_waiting(endpoint):
+    trigger = defer(new_context(), poll_s=0.01, patience_s=0.1).trigger
+    endpoint.runs.clear()
+    event = follow(trigger)
+    with pytest.raises(AirflowFailException, match=r"no longer knows the run run-1 \(.*not found.*clear this task"):
+        operator().finish(new_context(), event.payload)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_for_a_while_fails_nothing(endpoint, status):
+    trigger = defer(new_context(), poll_s=0.01).trigger
+    endpoint.failures = [status] * 3
+    assert follow(trigger).payload["state"] == "SUCCEEDED"
+
+
+def test_a_server_that_keeps_refusing_is_said_and_asked_again(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = defer(new_context(), poll_s=0.01, patience_s=0.1).trigger
+    endpoint.failures = [401] * 1000
+    with pytest.raises(AirflowException, match="set KFP_TOKEN") as failure:
+        operator().finish(new_context(), follow(trigger).payload)
+    assert not isinstance(failure.value, AirflowFailException)
+
+
+def test_a_run_that_takes_too_long_is_cancelled_and_said(endpoint):
+    endpoint.states = ["RUNNING"]
+    trigger = restored(defer(new_context(), poll_s=0.01, limit_s=0.2).trigger)
+    event = follow(trigger)
+    with pytest.raises(AirflowFailException, match="run-1 had not ended after 1 hours, and was cancelled"):
+        operator().finish(new_context(), event.payload)
+    assert endpoint.runs["run-1"]["state"] == "CANCELED"
+
+
+def test_a_task_that_is_cleared_while_its_run_is_being_cancelled_waits_for_that(endpoint):
+    endpoint.states = ["RUNNING"]
+    defer(new_context())
+    endpoint.runs["run-1"]["state"] = "CANCELING"
+    with pytest.raises(AirflowException, match="run-1 of this name is being cancelled") as failure:
+        operator().execute(new_context())
+    assert not isinstance(failure.value, AirflowFailException)
+    endpoint.runs["run-1"]["state"] = "CANCELED"
+    assert defer(new_context()).trigger.run_id == "run-2"
+
+
+def test_arguments_that_the_pipeline_does_not_take_fail_at_once(endpoint):
+    with pytest.raises(AirflowFailException, match="no parameter 'colour'"):
+        operator(arguments={"colour": "red"}).execute(new_context())
+    assert not endpoint.runs
+
+
+def test_a_run_has_the_settings_arguments_and_account_too(endpoint):
+    defer(new_context(), more_arguments='{"parts": 4, "gpus": 2}', service_account="univigu-launcher")
+    run = endpoint.runs["run-1"]
+    assert run["runtime_config"]["parameters"] == {"profile": "smoke", "parts": 4, "gpus": "2"}
+    assert run["service_account"] == "univigu-launcher"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("parts=4", "holds no JSON object; write it as"),
+        ("[4]", "holds no JSON object; write it as"),
+        ('{"prats": 4}', "The pipeline has no parameter 'prats'; it has accelerator, "),
+        ('{"parts": "four"}', "'parts' takes JSON of type NUMBER_INTEGER"),
+        ('{"profile": "tiny"}', "sets 'profile', which each run sets for itself; leave it out"),
+    ],
+)
+def test_a_wrong_setting_of_arguments_fails_at_once_in_one_sentence(endpoint, text, said):
+    context = new_context()
+    with pytest.raises(AirflowFailException, match=f"^UNIVIGU_KFP_ARGUMENTS[: ]+{re.escape(said)}"):
+        operator(more_arguments=text).execute(context)
+    assert context["ti"].pushed[FAILURE].count("\n") == 0
+    assert not endpoint.runs
+
+
+def test_what_airflow_keeps_of_a_trigger_holds_neither_address_nor_token(endpoint, monkeypatch):
+    monkeypatch.setenv("KFP_TOKEN", "a-secret")
+    trigger = defer(new_context()).trigger
+    kept = json.dumps(trigger.serialize())
+    assert "a-secret" not in kept
+    assert endpoint.url not in kept
+    assert isinstance(restored(trigger), KfpRunTrigger)
+    assert endpoint.tokens[-1] == "Bearer a-secret"
+    assert isinstance(follow(trigger), TriggerEvent)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(new_root, monkeypatch):
+    folder = new_root("airflow")
+    monkeypatch.setenv("AIRFLOW_VAR_UNIVIGU_ROOT", str(folder))
+    monkeypatch.setattr(airflow_operator, "work_root", lambda: folder)
+    return folder
+
+
+def step_with(script, monkeypatch):
+    """A `StepOperator` whose process is a script, as steps that fail in every way are hard to come by."""
+    monkeypatch.setattr("components.orchestration.airflow_operator.command", lambda *_: [sys.executable, "-c", script])
+    return StepOperator(task_id="step", step="train-stage-1", profile="smoke", skip_finished=False)
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(65, False), (66, False), (73, False), (78, False), (80, False), (75, True), (81, True)],
+)
+def test_a_step_that_fails_is_tried_again_only_where_that_may_help(root, monkeypatch, code, again):
+    script = f"import sys; print('univigu: the rows are bad.', file=sys.stderr); sys.exit({code})"
+    context = new_context()
+    with pytest.raises(AirflowException, match=r"^the rows are bad\.$") as failure:
+        step_with(script, monkeypatch).execute(context)
+    assert isinstance(failure.value, AirflowFailException) is not again
+    assert context["ti"].pushed == {FAILURE: "the rows are bad."}
+
+
+def test_while_another_process_makes_the_step_the_task_waits(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(airflow_operator, "BUSY_S", 0.01)
+    tried = tmp_path / "tried"
+    script = (
+        "import pathlib, sys\n"
+        f"tried = pathlib.Path({str(tried)!r})\n"
+        "code = 65 if tried.exists() else 82\n"
+        "tried.touch()\n"
+        "print('univigu: the rows are bad.')\n"
+        "sys.exit(code)"
+    )
+    with pytest.raises(AirflowFailException, match="the rows are bad"):
+        step_with(script, monkeypatch).execute(new_context())
+    monkeypatch.setattr(airflow_operator, "BUSY_S", 60)
+    busy = step_with("import sys; sys.exit(82)", monkeypatch)
+    monkeypatch.setattr(airflow_operator.time, "sleep", lambda _: busy.on_kill())
+    with pytest.raises(AirflowException, match="was stopped before it could begin"):
+        busy.execute(new_context())
+
+
+def test_a_step_whose_time_is_over_is_asked_to_stop(root, monkeypatch, tmp_path):
+    saved = tmp_path / "saved"
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(saved)!r}, 'w'), print('saved'), sys.exit(81)))\n"
+        "print('under way', flush=True)\n"
+        "time.sleep(60)"
+    )
+    context, began = new_context(), time.monotonic()
+    with pytest.raises(AirflowTaskTimeout), timeout(2):
+        step_with(script, monkeypatch).execute(context)
+    assert time.monotonic() - began < 20
+    assert saved.exists()
+    assert "longer than its time limit" in context["ti"].pushed[FAILURE]
+
+
+def test_a_task_that_is_stopped_stops_its_step_which_can_be_run_again(root, monkeypatch):
+    operator = step_with("import time; print('under way', flush=True); time.sleep(60)", monkeypatch)
+    failures = []
+
+    def execute():
+        try:
+            operator.execute(new_context())
+        except AirflowException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=execute)
+    thread.start()
+    give_up = time.monotonic() + 30
+    while operator._process is None and time.monotonic() < give_up:
+        time.sleep(0.05)
+    operator.on_kill()
+    thread.join(30)
+    assert "SIGTERM" in str(failures[0])
+    assert not isinstance(failures[0], AirflowFailException)
+
+
+def test_a_step_whose_input_is_missing_says_so_in_one_sentence(root):
+    context = new_context()
+    with pytest.raises(AirflowFailException, match="run `univigu run synthesize-videos` first"):
+        StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(context)
+    assert "univigu run synthesize-videos" in context["ti"].pushed[FAILURE]
+
+
+def test_a_step_hands_on_its_digest_and_refuses_what_another_run_has_put_in_the_place_of_its_input(
+    root, profile, tmp_path
+):
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    context, name = new_context(), "synthesize-videos"
+    operator = StepOperator(task_id=f"local.{name}", step=name, profile=str(tmp_path / "profile.yaml"))
+    context["ti"].returned = {"local.validate-prompts": "ab" * 32}
+    with pytest.raises(AirflowFailException, match="output of validate-prompts was replaced by another run"):
+        operator.execute(context)
+    assert not (root / "data/clips").exists()
+    ours = json.loads((root / "data/validated/prompts/manifest.json").read_text())["digest"]
+    context["ti"].returned = {"local.validate-prompts": ours}
+    digest = operator.execute(context)
+    assert digest == operator.execute(context) == json.loads((root / "data/clips/manifest.json").read_text())["digest"]
+
+
+def test_a_work_root_that_is_no_folder_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(airflow_operator.Variable, "get", lambda *_, **__: str(tmp_path / "nowhere"))
+    with pytest.raises(AirflowFailException, match="variable 'univigu_root' names no folder"):
+        StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(new_context())

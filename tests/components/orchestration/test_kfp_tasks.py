@@ -1,0 +1,276 @@
+"""What the pipeline's tasks promise: they fail early and clearly, are skipped only rightly, and say how a run ended."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+
+from components.orchestration import kfp_tasks
+from components.orchestration.notifications import NOTIFY_URL
+from components.pipeline.manifests import read_manifest, write_manifest
+from components.pipeline.runner import run_stage
+from components.pipeline.stages import STAGES
+
+
+@pytest.fixture
+def profile_file(profile, tmp_path):
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    return str(path)
+
+
+@pytest.fixture
+def root(new_root, tmp_path, profile, monkeypatch):
+    """A work root with every source, and validated prompts."""
+    monkeypatch.setenv(kfp_tasks.RUN_ID, "run-1")
+    folder = tmp_path / "root"
+    shutil.copytree(new_root("kfp"), folder)
+    for key in ("raw_prompts", "heldout"):
+        (folder / profile[key]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / profile[key]).write_text("[]")
+    return folder
+
+
+ASKED = {"gpus": "1", "gpu_cpu": "8", "gpu_memory": "64Gi", "training_gpus": "0", "training_memory": "1Ti"}
+
+
+def check(root, profile, **changes):
+    arguments = {"parts": 3, "train_backend": "pod", "required_env": [], "free_gib": 0.001, "asked": ASKED} | changes
+    return kfp_tasks.check_prerequisites(profile, str(root), **arguments)
+
+
+def step(name, root, profile, **changes):
+    arguments = {"cache_key": "key", "declared": kfp_tasks.declaration(name)} | changes
+    return kfp_tasks.run_step(name, profile, str(root), **arguments)
+
+
+def test_with_all_prerequisites_the_parts_are_handed_on(root, profile_file, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "value")
+    assert check(root, profile_file, required_env=["A_SECRET"]) == ["1/3", "2/3", "3/3"]
+    assert kfp_tasks.last_failure(str(root)) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"parts": 0}, 78, "can't be split in 0 parts"),
+        ({"parts": 10**6}, 78, "from 1 to 1000"),
+        ({"train_backend": "moon"}, 78, "no train_backend 'moon'; choose one of pod, trainjob"),
+        ({"required_env": ["NOT_THERE_1", "NOT_THERE_2"]}, 66, "lacks NOT_THERE_1, NOT_THERE_2"),
+        ({"free_gib": 1e9}, 73, "GiB are free"),
+        ({"profile": "huge"}, 78, "no profile 'huge'"),
+        ({"asked": ASKED | {"training_gpus": "eight"}}, 78, "'training_gpus' is 'eight'; give it a whole number"),
+        ({"asked": ASKED | {"gpus": "-1"}}, 78, "'gpus' is '-1'; give it a whole number"),
+        ({"asked": ASKED | {"gpu_memory": "lots"}}, 78, "'gpu_memory' is 'lots'; give it a quantity of Kubernetes'"),
+        ({"asked": ASKED | {"gpu_cpu": "0"}}, 78, "'gpu_cpu' is '0'"),
+        ({"asked": ASKED | {"training_gpus": "7"}}, 65, "can't be split evenly over 7 processes"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said_before_anything_runs(root, profile_file, capsys, changes, code, message):
+    with pytest.raises(SystemExit) as stop:
+        check(root, changes.pop("profile", profile_file), **changes)
+    assert stop.value.code == code
+    assert message in capsys.readouterr().out
+    failure = kfp_tasks.last_failure(str(root))
+    assert (failure["step"], failure["exit_code"]) == ("check-prerequisites", code)
+    assert message in failure["message"]
+
+
+def test_a_source_or_a_volume_that_is_not_there_is_named(root, profile, profile_file, tmp_path, capsys):
+    shutil.rmtree(root / profile["base"])
+    with pytest.raises(SystemExit):
+        check(root, profile_file)
+    assert f"no {profile['base']} below" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        check(tmp_path / "no-volume", profile_file)
+    assert stop.value.code == 66
+    assert "mount the volume" in capsys.readouterr().out
+
+
+def test_a_tracking_server_that_does_not_answer_is_found_out_at_once(root, profile_file, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stop:
+        check(root, profile_file)
+    assert stop.value.code == 75
+    assert "does not answer" in capsys.readouterr().out
+
+
+def test_a_captioner_that_does_not_answer_is_found_out_at_once(root, profile, tmp_path, monkeypatch, capsys):
+    profile["caption_videos"].update(captioner="openai", options={"model": "m", "tries": 1, "backoff_s": 0.01})
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    for address, code, said in (("", 78, "CAPTION_BASE_URL"), ("http://127.0.0.1:9/v1", 75, "doesn't answer")):
+        monkeypatch.setenv("CAPTION_BASE_URL", address)
+        with pytest.raises(SystemExit) as stop:
+            check(root, str(path))
+        assert stop.value.code == code
+        assert said in capsys.readouterr().out
+
+
+def test_a_step_in_parts_is_committed_by_a_task_that_makes_nothing(root, profile_file, profile, finished_clips, capfd):
+    for part in ("1/2", "2/2"):
+        assert step("synthesize-videos", root, profile_file, part=part) == ""
+    assert not (root / "data/clips").exists()
+    digest = step("synthesize-videos", root, profile_file)
+    said = capfd.readouterr().out
+    assert said.count("shards made") == 2
+    assert "synthesize-videos 2/2 | " in said
+    assert json.loads((root / "data/clips/manifest.json").read_text())["digest"] == digest
+    assert digest == run_stage("synthesize-videos", profile, root)["digest"]
+
+
+def test_the_only_part_does_the_whole_step_and_the_commit_finds_it_finished(root, profile_file, capfd):
+    digest = step("synthesize-videos", root, profile_file, part="1/1")
+    assert (root / "data/clips/manifest.json").is_file()
+    assert step("synthesize-videos", root, profile_file) == digest
+    assert "finished before" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["", "1/2"])
+def test_what_another_run_has_put_in_the_place_of_an_input_is_not_worked_on(root, profile_file, capfd, part):
+    with pytest.raises(SystemExit) as stop:
+        step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32} train-stage-1=", part=part)
+    assert stop.value.code == 65
+    assert "validate-prompts was replaced by another run before 'synthesize-videos'" in capfd.readouterr().out
+    assert not (root / "data/clips").exists()
+
+
+def test_a_step_that_read_another_runs_input_fails_though_it_was_made(root, profile_file, monkeypatch, capfd):
+    prompts = root / "data/validated/prompts"
+    ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._call
+
+    def after_another_run(*arguments):
+        write_manifest(prompts, {**ours, "digest": "ab" * 32})
+        run(*arguments)
+
+    monkeypatch.setattr(kfp_tasks, "_call", after_another_run)
+    with pytest.raises(SystemExit) as stop:
+        step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={ours['digest']}")
+    assert stop.value.code == 65
+    assert (root / "data/clips/manifest.json").is_file()
+    assert "was replaced by another run" in capfd.readouterr().out
+
+
+def test_a_failure_that_the_next_try_mends_is_told_to_nobody(root, profile_file, capfd):
+    with pytest.raises(SystemExit):
+        step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32}")
+    kfp_tasks.notify("uni-vigu", str(root), "SUCCEEDED", "")
+    assert '"failed_step": null, "exit_code": null' in capfd.readouterr().out
+    assert kfp_tasks.last_failure(str(root))["step"] == "synthesize-videos"
+    step("synthesize-videos", root, profile_file)
+    assert kfp_tasks.last_failure(str(root)) == {}
+
+
+def test_a_prerequisite_that_was_not_there_at_first_is_not_blamed_for_what_fails_later(root, profile_file, capsys):
+    with pytest.raises(SystemExit):
+        check(root, profile_file, required_env=["NOT_THERE"])
+    check(root, profile_file)
+    kfp_tasks.notify("uni-vigu", str(root), "FAILED", "main: OOMKilled")
+    assert '"failed_step": null, "exit_code": null, "message": "main: OOMKilled"' in capsys.readouterr().out
+
+
+def test_a_failed_step_ends_its_task_with_its_own_exit_code_and_sentence(root, profile_file, profile, capfd):
+    (root / "data/validated/prompts/prompts.parquet").write_bytes(b"damaged")
+    with pytest.raises(SystemExit) as stop:
+        step("synthesize-videos", root, profile_file)
+    assert stop.value.code == 74
+    failure = kfp_tasks.last_failure(str(root))
+    assert failure["message"].startswith(str(root / "data/validated/prompts/prompts.parquet"))
+    assert f"synthesize-videos | univigu: {failure['message']}" in capfd.readouterr().out
+
+
+def test_another_runs_failure_is_not_taken_for_this_ones(root, profile_file, monkeypatch):
+    with pytest.raises(SystemExit):
+        check(root, profile_file, parts=0)
+    monkeypatch.setenv(kfp_tasks.RUN_ID, "run-2")
+    assert kfp_tasks.last_failure(str(root)) == {}
+
+
+def test_an_image_with_another_table_than_the_pipelines_is_refused(root, profile_file, capsys):
+    declared = kfp_tasks.declaration("synthesize-videos")
+    with pytest.raises(SystemExit) as stop:
+        step("synthesize-videos", root, profile_file, declared={**declared, "parameters": ["seed"]})
+    assert stop.value.code == 78
+    assert "compiled for another version" in capsys.readouterr().out
+
+
+def test_a_key_holds_as_long_as_the_output_that_it_stands_for(root, profile_file, profile):
+    def keys(path=profile_file):
+        return kfp_tasks.cache_keys(path, str(root))
+
+    first = keys()
+    assert list(first) == [stage.name for stage in STAGES]
+    name = "synthesize-videos"
+    step(name, root, profile_file, cache_key=first[name])
+    second = keys()
+    assert second[name] == first[name]
+    assert all(second[other] != first[other] for other in first if other != name)  # which never ran
+    # another profile's output takes its place: neither profile's key holds then
+    profile["synthesize_videos"]["steps"] = 3
+    other_file = str(root / "other.yaml")
+    (root / "other.yaml").write_text(yaml.safe_dump(profile))
+    third = keys(other_file)
+    assert third[name] != first[name]
+    step(name, root, other_file, cache_key=third[name])
+    assert keys(other_file)[name] == third[name]
+    assert keys()[name] not in (first[name], third[name])
+    # and so it is when the output is wiped
+    shutil.rmtree(root / "data/clips")
+    assert keys(other_file)[name] != third[name]
+
+
+def test_a_step_runs_by_the_command_that_people_use(root):
+    def command(**options):
+        return " ".join(kfp_tasks.command("train-stage-1", "tiny", "/r", **options)[1:])
+
+    assert command() == "-m components.cli.main run train-stage-1 --profile tiny --root /r"
+    assert command(part="2/4").endswith("--part 2/4")
+    assert command(gpus=8).startswith("-m univigu.training.launch --standalone --nproc-per-node=8 -m components")
+    sent = command(trainjob={"gpus": "8", "claim": "univigu-work"})
+    assert sent.endswith("train-job train-stage-1 --profile tiny --root /r --gpus 8 --claim univigu-work")
+
+
+@pytest.fixture
+def receiver():
+    """A web server that keeps what it is sent, and answers with `status`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            server.received.append((self.path, self.headers["Content-Type"], json.loads(body)))
+            self.send_response(server.status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.received, server.status = [], 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/hook/s3cret"
+    yield server
+    server.shutdown()
+
+
+def test_the_end_of_a_run_is_told_with_the_step_that_failed(root, profile_file, receiver, monkeypatch, capsys):
+    monkeypatch.setenv(NOTIFY_URL, receiver.url)
+    with pytest.raises(SystemExit):
+        check(root, profile_file, parts=0)
+    kfp_tasks.notify("uni-vigu", str(root), "FAILED", "something else")
+    kfp_tasks.notify("uni-vigu", str(root.parent), "SUCCEEDED", "")
+    (path, kind, failed), (_, _, succeeded) = receiver.received
+    assert (path, kind) == ("/hook/s3cret", "application/json")
+    assert failed["message"].startswith("A step can't be split in 0 parts")
+    assert {**failed, "message": None} == {
+        "pipeline": "uni-vigu",
+        "run_id": "run-1",
+        "state": "FAILED",
+        "failed_step": "check-prerequisites",
+        "exit_code": 78,
+        "message": None,
+    }
+    assert (succeeded["state"], succeeded["failed_step"], succeeded["message"]) == ("SUCCEEDED", None, None)
+    assert "s3cret" not in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""Plans of the bundled profiles, held against figures known from elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from components.cli.main import app
+from components.cli.plan import as_text
+from components.pipeline.profiles import load_profile
+from components.planning import cost as planning
+from components.planning.meta_models import build_models
+from univigu import wan
+from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.hardware import find_gpu
+from univigu.planning import Tokens
+from univigu.training.engine import TrainingConfig
+from univigu.training.room import needed_memory
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "h800", price=2.0)
+
+
+def test_the_papers_run_takes_under_a_week_and_every_known_figure_is_met(plan):
+    assert plan["days"] < 7
+    assert all(stage["step_seconds"] <= 6.05 for stage in plan["training"].values())
+    assert [check["figure"] for check in plan["checks"] if not check["agrees"]] == []
+    assert plan["storage"]["latents_per_clip"] == 16 * 21 * 60 * 104 * 2
+    joint = plan["training"]["stage_1"]["tasks"]["joint"]
+    assert (joint["forward"] + joint["backward"]) / 1e15 == pytest.approx(0.86, abs=0.005)
+    assert (joint["forward"] + joint["backward"] + joint["recomputation"]) / 1e15 == pytest.approx(1.15, abs=0.005)
+
+
+def test_an_mfu_above_what_is_known_is_said_to_disagree(plan):
+    figures = {check["figure"]: check["agrees"] for check in planning.known_figures(0.6)}
+    assert [figure[:11] for figure, agrees in figures.items() if not agrees] == ["MFU of NeMo"]
+    too_slow = planning.known_figures(0.1)
+    assert [figure["agrees"] for figure in too_slow] == [False, True, True, True, True]
+
+
+def test_memory_is_there_for_each_stage_of_zero_and_without_recomputation_nothing_fits(plan):
+    table = plan["memory"]["stage_1"]["by_stage"]
+    assert {name for name, row in table.items() if row["fits"]} == {f"zero_{n}_recomputed" for n in (1, 2, 3)}
+    assert plan["memory"]["stage_1"]["chosen"] == "zero_2_recomputed"
+    assert plan["memory"]["stage_1"]["fits"]
+
+
+def test_a_plan_counts_memory_as_training_does(plan):
+    profile = load_profile("wan-1.3b")
+    section = {**profile["train_stage_1"], "lora": {"rank": 32}, "gradient_checkpointing": 2}
+    config = TrainingConfig.from_section(section, profile["seed"])
+    models = build_models(profile, wan.config_folder(profile["base"]))
+    found = planning.plan_memory(models, Tokens(32_760, 256, 512), config, 16, find_gpu("h800"), None)
+    assert found["chosen"] == "zero_2_recomputed/2"
+    every, half, none = (found["by_stage"][f"zero_2_{name}"] for name in ("recomputed", "recomputed/2", "kept"))
+    assert half["activations"] == pytest.approx((every["activations"] + none["activations"]) / 2, rel=1e-6)
+    assert 0 < found["learning"] < plan["memory"]["stage_1"]["learning"] / 2
+    sizes = {"video_tokens": 32_760, "context_tokens": 512, "world_size": 16, "learning": found["learning"]}
+    assert needed_memory(models.transformer.config, config, **sizes).items() <= half.items()
+
+
+def test_the_cost_is_every_gpu_hour_times_its_price(plan):
+    stages = [plan["training"][f"stage_{n}"]["gpu_days"] for n in (1, 2)]
+    synthesis = plan["synthesis"]["gpu_days"] + plan["synthesis"]["encoding_gpu_days"]
+    assert plan["cost"]["total"] == pytest.approx(2.0 * 24 * (sum(stages) + synthesis))
+    assert plan["captioning"]["requests_at_least"] == 10_000
+
+
+def test_people_read_what_machines_read(plan):
+    text = as_text("wan-1.3b", plan)
+    assert json.loads(json.dumps(plan)) == plan
+    assert f"{plan['days']:.3g} days" in text
+    assert "-> ZeRO 2, recomputed" in text
+    assert text.count("agrees") == len(plan["checks"])
+    assert all(each in text for each in plan["assumptions"])
+
+
+def test_a_model_that_is_too_large_for_the_gpu_is_said_to_be_with_what_would_fit():
+    found = planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "rtx4090", zero=1)
+    assert not found["memory"]["stage_1"]["fits"]
+    assert "The profile's choice doesn't fit; zero 2 recomputed would." in as_text("wan-1.3b", found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"gpus": 12}, BadInputError, "can't be split evenly over 12"),
+        ({"mfu": 40.0}, BadInputError, "MFU of 40"),
+        ({"gpu": "abacus"}, ConfigError, "no GPU 'abacus'"),
+        ({"zero": 0}, BadInputError, "no ZeRO stage 0 in bf16"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        planning.make_plan(load_profile("wan-1.3b"), ROOT, **{"gpus": 16, "gpu": "h800", **arguments})
+
+
+def test_a_base_that_is_neither_there_nor_known_is_refused(tmp_path):
+    profile = {**load_profile("tiny"), "base": "model/someone-elses"}
+    with pytest.raises(MissingInputError, match="no base at"):
+        planning.make_plan(profile, tmp_path, 1, "h100")
+
+
+def test_the_command_prints_the_same_for_machines(plan):
+    result = CliRunner().invoke(app, ["plan", "--price", "2", "--root", str(ROOT), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == plan

@@ -1,0 +1,499 @@
+"""Registration: once a model, a champion that earned it, tags that lead back, and a pull that needs no checkout."""
+
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.evaluation.evaluate_model import summarise_rows
+from components.pipeline.digests import tree_files
+from components.pipeline.manifests import describe_files, files_digest, write_manifest
+from components.pipeline.runner import run_stage
+from components.pipeline.stages import find_stage
+from components.pipeline.tables import write_table
+from components.registry import promotion
+from components.registry.lineage import trace_version
+from components.registry.register_model import _git_commit
+from components.tracking import start_run, tracking_uri
+from components.training.train_stage import model_digest
+from univigu import registry
+from univigu.errors import BadInputError, ConfigError, CorruptDataError
+from univigu.video import decode_mp4, encode_mp4
+
+TASKS = ("captions", "captions_without_video", "majority", "generation", "generation_base", "recogniser")
+HELDOUT = range(20)
+
+
+def commit(root, step, inputs):
+    """Write the manifest of what lies in a step's folder, made from earlier steps' (or sources') digests."""
+    home = root / find_stage(step).home
+    files = describe_files(home)
+    manifest = {
+        "step": step,
+        "digest": files_digest(files),
+        "inputs": inputs,
+        "parameters": {"seed": 0, step.replace("-", "_"): {"size": 4, "tasks": {"joint": 0.5}}},
+        "files": files,
+    }
+    return write_manifest(home, manifest)["digest"]
+
+
+class World:
+    """A work root whose earlier steps are finished, and what a test may change in it."""
+
+    def __init__(self, root, model):
+        self.root = root
+        self.digests = {"base": "b" * 64, "pairs": "c" * 64}
+        shutil.copytree(model, root / "data/stage2/model")
+        prompts, latents = root / "data/curated", root / "data/latents"
+        prompts.mkdir(parents=True)
+        latents.mkdir(parents=True)
+        row = {"id": "p0", "text": "a red seven", "source": "hand|written", "licence": "CC0-1.0", "language": "en"}
+        write_table(prompts, "prompts", [row, {**row, "id": "p1"}])
+        row = {"id": "c0", "stage": 2, "split": "train", "frames": 9, "height": 32, "width": 32}
+        write_table(latents, "latents", [row])
+        self.digests["prompts"] = commit(root, "curate-prompts", {"raw": "a" * 64, "base": self.digests["base"]})
+        inputs = {"clips": "d" * 64, "pairs": self.digests["pairs"], "base": self.digests["base"]}
+        self.digests["latents"] = commit(root, "encode-latents", inputs)
+        self.train("first")
+
+    def train(self, weights):
+        """Another model: `weights` is a word that its bytes depend on."""
+        (self.root / "data/stage1/model").mkdir(parents=True, exist_ok=True)
+        (self.root / "data/stage1/model/trained.txt").write_text(f"stage 1 of {weights}")
+        inputs = {"latents": self.digests["latents"], "base": self.digests["base"]}
+        self.digests["stage1"] = commit(self.root, "train-stage-1", inputs)
+        (self.root / "data/stage2/model/tokenizer/trained.txt").write_text(weights)
+        inputs = {"latents": self.digests["latents"], "model": self.digests["stage1"]}
+        self.digests["stage2"] = commit(self.root, "train-stage-2", inputs)
+        self.evaluate(10)
+
+    def evaluate(self, right, items=HELDOUT, compared_steps=()):
+        """An evaluation in which the first `right` of the items are captioned rightly, on each attribute."""
+        compared = [f"captions_in_{steps}_steps" for steps in compared_steps]
+        home = self.root / "reports"
+        home.mkdir(exist_ok=True)
+        rows = [
+            {
+                "task": task,
+                "clip_id": f"heldout-{item:03d}",
+                "truth": "{}",
+                "correct": json.dumps({"colour": item < right, "digit": item < right // 2}),
+                "open_attributes": ["colour"] if task.startswith("joint") else [],
+            }
+            for task in (*TASKS, *compared, "joint", "joint_shuffled")
+            for item in items
+        ]
+        write_table(home, "items", rows)
+        (home / "metrics.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+        names = ("prompts", "pairs", "stage2", "base")
+        commit(self.root, "evaluate-model", {name: self.digests[name] for name in names})
+
+    def register(self, name, metric="captions.mean", promotion="automatic"):
+        settings = {"name": name, "champion_metric": metric, "promotion": promotion}
+        run_stage("register-model", {"register_model": settings}, self.root)
+        return json.loads((self.root / "data/registered/registration.json").read_text())
+
+    def track(self, number, digest=None):
+        """A finished training run on this dataset; returns its id."""
+        stage = f"train-stage-{number}"
+        tags = {"univigu.stage": stage, "univigu.dataset_digest": self.digests["latents"]}
+        with start_run(self.root, stage, parameters={}, tags=tags, datasets={}) as run:
+            run.set_tags({"univigu.model_digest": digest or model_digest(self.root / f"data/stage{number}")})
+        return run.run_id
+
+    def version(self, name, alias):
+        found = registry.version_at(name, alias, tracking_uri(self.root))
+        return found and int(found.version)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, speaking_model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield World(tmp_path_factory.mktemp("root"), speaking_model)
+
+
+def test_the_first_version_is_champion_and_says_where_it_came_from(world):
+    import mlflow
+
+    run = world.track(2)
+    facts = world.register("whence")
+
+    assert (facts["version"], world.version("whence", "champion"), world.version("whence", "candidate")) == (1, 1, 1)
+    version = registry.version_at("whence", "champion", tracking_uri(world.root))
+    lineage = {"curate-prompts": "prompts", "encode-latents": "latents", "train-stage-2": "stage2", "base": "base"}
+    for step, name in lineage.items():
+        assert version.tags[f"univigu.digest.{step}"] == world.digests[name]
+    assert version.tags["univigu.dataset_digest"] == world.digests["latents"]
+    assert version.tags["univigu.run.train-stage-2"] == run
+    for text in (world.digests["latents"], "hand/written | CC0-1.0 | 2", "captions.mean | 0.375", run, "seed 0"):
+        assert text in version.description
+    assert "On 20 held-out items" in version.description
+    own = mlflow.get_run(version.run_id).data
+    assert own.metrics["captions.mean"] == 0.375
+    assert own.params["train-stage-2.train_stage_2.tasks.joint"] == "0.5"
+    assert own.tags["univigu.model_digest"] == facts["model_digest"]
+
+
+def test_the_same_model_is_registered_once(world):
+    first = world.register("once")
+    again = world.register("once")
+    assert again == first
+    assert registry.version_with("once", {"univigu.model_digest": first["model_digest"]}).version == 1
+
+
+def test_stage_1_is_the_run_that_made_what_stage_2_started_from(world):
+    world.train("child")
+    parent = world.track(1)
+    world.track(1, digest="0" * 64)  # newer, on the same dataset, of another model
+    world.register("child")
+    assert (
+        registry.version_at("child", "candidate", tracking_uri(world.root)).tags["univigu.run.train-stage-1"] == parent
+    )
+
+    world.train("orphan")
+    (world.root / "data/stage1/model/trained.txt").write_text("trained again since")
+    commit(world.root, "train-stage-1", {"latents": world.digests["latents"], "base": world.digests["base"]})
+    world.track(1)
+    world.register("child")
+    orphan = registry.version_at("child", "candidate", tracking_uri(world.root))
+    assert (orphan.version, "univigu.run.train-stage-1" in orphan.tags) == (2, False)
+
+
+def test_another_evaluation_of_the_same_model_is_another_version(world):
+    world.train("evaluated twice")
+    first = world.register("evaluations")
+    world.evaluate(14)
+    second = world.register("evaluations")
+    assert [facts["version"] for facts in (first, second, world.register("evaluations"))] == [1, 2, 2]
+    assert first["model_digest"] == second["model_digest"]
+    newer = registry.version_at("evaluations", "champion", tracking_uri(world.root))
+    assert (newer.version, "captions.mean | 0.525" in newer.description) == (2, True)
+
+
+def test_the_commit_says_whether_files_were_edited_since(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert _git_commit(tmp_path) is None
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-m", "One")
+    git("tag", "-a", "v1", "-m", "A tag is no commit")
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_champion_is_who_is_better_than_the_champion_on_the_same_items(world):
+    world.train("contested")
+    assert world.register("contest")["decision"] == "champion, as the first one (captions.mean 0.375)"
+    world.train("not surely better")
+    world.evaluate(12)
+    assert "candidate, with captions.mean 0.450 against version 1's 0.375" in world.register("contest")["decision"]
+    assert (world.version("contest", "champion"), world.version("contest", "candidate")) == (1, 2)
+    world.train("better")
+    world.evaluate(16)
+    assert world.register("contest")["decision"].startswith("champion, with captions.mean 0.600 against version 1's")
+    aliases = {alias: world.version("contest", alias) for alias in ("champion", "candidate", "previous")}
+    assert aliases == {"champion": 3, "candidate": 3, "previous": 1}
+    outcomes = [(line.version, line.replaced, line.outcome) for line in promotion.history("contest", root=world.root)]
+    assert outcomes == [(3, 1, "promoted"), (2, 1, "refused"), (1, None, "promoted")]
+
+
+def test_running_the_step_again_undoes_no_rollback(world):
+    world.train("early")
+    world.register("undone")
+    world.train("late")
+    world.evaluate(16)
+    first = world.register("undone")
+    promotion.rollback("undone", "people dislike it", root=world.root)
+    assert world.register("undone") == first
+    assert (world.version("undone", "champion"), world.version("undone", "previous")) == (1, 2)
+
+
+def test_where_promotion_is_manual_a_version_is_only_a_candidate(world):
+    assert world.register("by-hand", promotion="manual")["decision"] == "candidate, as promotion is manual"
+    assert (world.version("by-hand", "champion"), world.version("by-hand", "candidate")) == (None, 1)
+    with pytest.raises(ConfigError, match="choose one of automatic, manual"):
+        world.register("by-hand", promotion="maybe")
+
+
+def test_a_version_whose_files_are_lost_gets_them_back(world):
+    first = world.register("lost")
+    folder = registry.pipeline_folder("lost", tracking_uri(world.root)).parents[1]
+    assert folder.is_relative_to(world.root / "mlruns")
+    whole = {file.relative_to(folder) for file in tree_files(folder)}
+    shutil.rmtree(folder)
+    assert not registry.has_files(registry.find_version("lost", 1, tracking_uri(world.root)), tracking_uri(world.root))
+    assert world.register("lost") == first
+    assert {file.relative_to(folder) for file in tree_files(folder)} == whole
+    assert [line.outcome for line in promotion.history("lost", root=world.root)] == ["promoted"]
+
+
+def test_a_registry_that_was_lost_gets_the_model_again_and_says_so(world, tmp_path, monkeypatch):
+    world.train("restored")
+    first = world.register("restored")
+    home, cache = world.root / "data/registered", tmp_path / "cache"
+    shutil.copytree(home, cache)
+    shutil.rmtree(home)
+    shutil.copytree(cache, home)  # as DVC restores it
+    assert world.register("restored") == first
+    shutil.rmtree(home)
+    assert world.register("restored") == first
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
+    again = world.register("restored")
+    decision = f"{first['decision']}; registered again, as the registry no longer had version 1"
+    assert again == {**first, "decision": decision}
+    assert world.register("restored") == again
+    assert [line.outcome for line in promotion.history("restored", root=world.root)] == ["promoted"]
+    shutil.rmtree(registry.pipeline_folder("restored", tracking_uri(world.root)).parents[2])  # of the new registry
+
+
+def test_registered_files_hold_no_login(world, monkeypatch):
+    monkeypatch.setenv("CAPTION_API_KEY", "key-of-ann")
+    home = world.root / "data/curated"
+    before = (home / "manifest.json").read_bytes()
+    manifest = json.loads(before)
+    manifest["parameters"]["source"] = {"url": "https://ann:s3cret@host/prompts?token=abcdef", "key": ["key-of-ann"]}
+    write_manifest(home, manifest)
+    facts = world.register("discreet")
+    (home / "manifest.json").write_bytes(before)
+    folder = registry.artifact("models:/discreet/1", "lineage", tracking_uri(world.root))
+    held = json.loads((folder / "curate-prompts.json").read_text())["parameters"]["source"]
+    assert held == {"url": "https://***@host/prompts?token=***", "key": ["***"]}
+    version = registry.find_version("discreet", facts["version"], tracking_uri(world.root))
+    for text in (version.description, str(version.tags), (folder.parent / "README.md").read_text()):
+        assert "s3cret" not in text
+        assert "key-of-ann" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is damaged"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{}", "has no 'rows_out'"),
+        (b'{"rows_out": "many", "inputs": 5}', "has no 'rows_out'"),
+    ],
+)
+def test_a_damaged_way_back_is_named(world, content, message):
+    world.register("traced")
+    folder = registry.artifact("models:/traced/1", "lineage", tracking_uri(world.root))
+    before = (folder / "encode-latents.json").read_bytes()
+    (folder / "encode-latents.json").write_bytes(content)
+    with pytest.raises(CorruptDataError, match=message):
+        trace_version("traced", 1, world.root)
+    (folder / "encode-latents.json").write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model_index.json", b"[]", "does not say num_frames"),
+        ("transformer/config.json", b"{}", "does not say text_length"),
+        ("vae/diffusion_pytorch_model.safetensors", (2**60).to_bytes(8, "little") + b"{}", "is no safetensors file"),
+        ("vae/diffusion_pytorch_model.safetensors", (2).to_bytes(8, "little") + b"{", "is no safetensors file"),
+    ],
+)
+def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, content, message):
+    path = world.root / "data/stage2/model" / name
+    before = path.read_bytes()
+    path.write_bytes(content)
+    world.train("nonsense")
+    with pytest.raises(CorruptDataError, match=message):
+        world.register("nonsense")
+    path.write_bytes(before)
+    world.train("sense")
+    assert world.version("nonsense", "candidate") is None
+
+
+def test_a_champion_captioned_in_other_numbers_of_steps_too_is_met(world):
+    world.train("thorough")
+    world.evaluate(8, compared_steps=(1, 32))
+    world.register("steps")
+    world.train("plain")
+    world.evaluate(16)
+    assert world.register("steps")["decision"].startswith("champion, with captions.mean 0.600")
+
+
+def test_an_evaluation_of_another_model_is_refused(world):
+    world.train("evaluated")
+    (world.root / "data/stage2/model/tokenizer/trained.txt").write_text("another")
+    inputs = {"latents": world.digests["latents"], "model": world.digests["stage1"]}
+    commit(world.root, "train-stage-2", inputs)
+    with pytest.raises(BadInputError, match="different outputs of 'train-stage-2'"):
+        world.register("mixed")
+    world.train("evaluated")
+    with pytest.raises(BadInputError, match="no score 'captions"):
+        world.register("mixed", metric="captions.beauty")
+    assert world.version("mixed", "candidate") is None
+
+
+KILLED = """
+import os, resource, signal, sys
+from pathlib import Path
+import mlflow.pyfunc, scipy.stats, sqlalchemy.orm  # once, not in each child
+import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
+from components.registry import promotion, register_model
+from components.pipeline.runner import run_stage
+from univigu import registry
+from univigu.errors import DiskFullError
+sqlalchemy.orm.configure_mappers()
+root, calls = Path(sys.argv[1]), {"n": 0}
+
+def die():  # as a machine that loses its power does
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fill():  # no file can grow beyond this any more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
+
+def strike_at(owner, name, call, strike):  # right before that call
+    real = getattr(owner, name)
+    def struck(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == call:
+            strike()
+        return real(*args, **kwargs)
+    setattr(owner, name, struck)
+
+for name, place, attribute, call, strike, ends in (
+    ("kill-uploading", mlflow.models.model, "_use_logged_model", 1, die, -signal.SIGKILL),
+    ("kill-uploaded", mlflow.tracking.fluent, "finalize_logged_model", 1, die, -signal.SIGKILL),
+    ("kill-entered", registry, "set_alias", 1, die, -signal.SIGKILL),
+    ("kill-decided", registry, "set_alias", 2, die, -signal.SIGKILL),
+    ("kill-untagged", registry, "set_tags", 1, die, -signal.SIGKILL),
+    ("kill-unwritten", register_model, "write_json", 6, die, -signal.SIGKILL),
+    ("kill-full", mlflow.models.model, "_use_logged_model", 1, fill, DiskFullError.exit_code),
+    ("kill-full-late", registry, "set_alias", 2, fill, DiskFullError.exit_code),
+):
+    if not (child := os.fork()):
+        strike_at(place, attribute, call, strike)
+        settings = {"name": name, "champion_metric": "captions.mean", "promotion": "automatic"}
+        try:
+            run_stage("register-model", {"register_model": settings}, root)
+        except DiskFullError as error:
+            os._exit(error.exit_code)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == ends, (name, code)
+"""
+KILL_POINTS = ("uploading", "uploaded", "entered", "decided", "untagged", "unwritten", "full", "full-late")
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """The folder for temporary files; under each of `KILL_POINTS` a registration was killed, or its disk filled."""
+    world.train("killed")
+    temporary = tmp_path_factory.mktemp("temporary")
+    repo = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(world.root)],
+        env={**os.environ, "PYTHONPATH": f"{repo / 'model'}:{repo}", "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return temporary
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_a_registration_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(world, killed, point):
+    name = f"kill-{point}"
+    facts = world.register(name)
+    assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
+    version = registry.find_version(name, 1, tracking_uri(world.root))
+    assert version.aliases == ["candidate", "champion"]
+    assert version.tags["univigu.decision"] == facts["decision"]
+    assert [(line.version, line.outcome) for line in promotion.history(name, root=world.root)] == [(1, "promoted")]
+    runs = (
+        "SELECT runs.name, status FROM runs JOIN experiments USING (experiment_id) WHERE "
+        "runs.lifecycle_stage = 'active' AND (runs.name = ? OR experiments.name = ?) ORDER BY runs.start_time"
+    )
+    with sqlite3.connect(world.root / "mlflow.db") as database:
+        found = database.execute(runs, (f"register {name}", f"{name}/promotions")).fetchall()
+    assert found == [(f"register {name}", "FINISHED"), ("promote version 1", "FINISHED")]
+
+
+def test_killed_registrations_leave_no_files(world, killed):
+    for point in KILL_POINTS:
+        world.register(f"kill-{point}")
+    with sqlite3.connect(world.root / "mlflow.db") as database:
+        sources = database.execute("SELECT source FROM model_versions").fetchall()
+    models = {source.rpartition("/")[2] for (source,) in sources}
+    assert {folder.name for folder in (world.root / "mlruns/models").iterdir()} == models
+    assert list(killed.iterdir()) == []
+    for place in ("staging", "scratch", "aside"):
+        assert not (world.root / ".univigu" / place / "register-model").exists()
+
+
+PULL = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+from importlib.util import find_spec
+assert find_spec("univigu") is None and find_spec("components") is None
+import json, mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/pulled@champion")
+clip, data = json.load(sys.stdin)
+said = [model.predict(pandas.DataFrame({"video": [value]}), params={"seed": 3})["caption"][0] for value in (clip, data)]
+made = model.predict(pandas.DataFrame({"prompt": ["a red seven"]}), params={"task": "generate", "steps": 2})
+both = model.predict(pandas.DataFrame({"prompt": [""]}), params={"task": "joint", "steps": 2, "guidance": 1.0})
+import univigu
+print(json.dumps([univigu.__file__, said, made.to_dict("list"), both.to_dict("list")]))
+"""
+
+
+def test_a_pull_needs_no_checkout(world, tmp_path, monkeypatch, capsys):
+    import base64
+
+    from components.cli.main import main
+
+    world.train("pulled")
+    world.register("pulled")
+    clip = tmp_path / "clip.mp4"
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    clip.write_bytes(encode_mp4(frames, 8))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PULL],
+        input=json.dumps([str(clip), base64.b64encode(clip.read_bytes()).decode()]),
+        env={
+            **{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ},
+            "MLFLOW_TRACKING_URI": tracking_uri(world.root),
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    library, said, made, both = json.loads(done.stdout.splitlines()[-1])
+    assert Path(library).is_relative_to(world.root / "mlruns")
+    assert list(made) == ["video"]
+    assert sorted(both) == ["caption", "video"]
+    for video in (made["video"][0], both["video"][0]):
+        assert decode_mp4(base64.b64decode(video))[0].shape == (9, 32, 32, 3)
+
+    native = registry.load_pipeline("models:/pulled@champion", tracking_uri(world.root))
+    native.set_progress_bar_config(disable=True)
+    expected = native.caption(decode_mp4(clip.read_bytes())[0], seed=3)[0]
+    assert said == [expected, expected]
+    arguments = ["univigu", "caption", str(clip), "--seed", "3", "--name", "pulled", "--root", str(world.root)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        main()
+    logging.disable(logging.NOTSET)
+    assert capsys.readouterr().out.split() == expected.split()
