@@ -226,6 +226,11 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
             f"MLflow's database {place} can't be read ({reason}); put back a copy of it, or move it away and run "
             f"`univigu run register-model`, which begins a new one."
         )
+    if database_file(uri) and "unable to open database file" in reason:  # SQLite says no more of a disk that fails
+        return CorruptDataError(
+            f"MLflow's database {place} can't be opened ({reason}); check that its folder can be written to and has "
+            f"room, and run again."
+        )
     return TransientError(
         f"MLflow's store at {place} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
     )

@@ -1,6 +1,7 @@
 """Trials: a command is broken at a call, and given again; what it leaves is held against a run that nothing broke."""
 
 import random
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ def attempt(bench: Bench, name: str, faults: Sequence[Fault]) -> Trial:
     left = name + roots.fingerprint(place)
     if left not in bench.sound and not _decided(stage, place):
         done = _committed(stage, place)
+        _forget_what_could_not_be_removed(faults, place)
         outcome = server.run(stage.plan.arguments, place, NONE, limit)
         wrong = oracles.after_again(outcome, place, stage.state)
         if done:  # the run that was broken had made its output, so the second one was one more run
@@ -132,6 +134,13 @@ def _committed(stage: Stage, place: Path) -> bool:
     manifest = Path(find_stage(stage.plan.step).home) / MANIFEST
     now, before = place / "root" / manifest, stage.before / manifest
     return now.exists() and not (before.exists() and now.samefile(before))
+
+
+def _forget_what_could_not_be_removed(faults: Sequence[Fault], place: Path) -> None:
+    """A disk that fails from then on keeps temporary files, which no later run can know as its own."""
+    if any(fault.lasting for fault in faults):
+        shutil.rmtree(place / "tmp")
+        (place / "tmp").mkdir()
 
 
 def _decided(stage: Stage, place: Path) -> bool:
