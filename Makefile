@@ -68,10 +68,12 @@ test: install ## All tests, lint and format included, two files at a time
 chaos: install ## Kill every step, fail its disk, give it odd inputs: MINUTES=30; run it again to continue
 	@python -m tests.chaos all --minutes $(or $(MINUTES),30)
 
-lint: install ## Check style, types of imports, and who may import whom
+lint: install ## Check style, types, spelling, and who may import whom
 	ruff check .
 	ruff format --check .
 	lint-imports
+	pyrefly check
+	codespell
 
 format: install ## Format the code
 	ruff check --fix .

@@ -1,4 +1,4 @@
-"""The code keeps its own rules: lint, format, and who may import whom."""
+"""The code keeps its own rules: lint, format, types, spelling, and who may import whom."""
 
 import json
 import subprocess
@@ -14,7 +14,15 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["lint-imports"]], ids=" ".join
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["lint-imports"],
+        ["pyrefly", "check", "--python-interpreter-path", sys.executable],
+        ["codespell"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
 )
 def test_the_code_passes(command):
     done = subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.stages import Stage
@@ -115,7 +115,7 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
         names = named_in(profile, key)
         module, _, table = where.partition(":")
         if table:
-            choices = _table(_source(module).bodies[table].trees)
+            choices = _table(_known(module).bodies[table].trees)
             entries += [choices[name] for name in names if name in choices]
         elif _source(module):
             entries += [f"{module}.{name}" for name in names if _source(f"{module}.{name}")]
@@ -126,7 +126,7 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
 
 def modules_of(package: str) -> list[str]:
     """Every module of a package, itself included."""
-    top = _source(package).path.parent
+    top = _known(package).path.parent
     files = (path.relative_to(top).with_suffix("") for path in sorted(top.rglob("*.py")))
     return [".".join([package, *(part for part in file.parts if part != "__init__")]) for file in files]
 
@@ -215,7 +215,7 @@ def _expand(wanted: Definition, packages: Collection[str]) -> Iterator[Definitio
 
 def _uses(one: Definition, packages: Collection[str]) -> dict[str, Definition | str]:
     """What the names in a definition stand for: a definition of the project's, or something from elsewhere."""
-    source, body = _source(one.module), _body(one)
+    source, body = _known(one.module), _body(one)
     names = {**source.imports, **body.imports}
     found: dict[str, Definition | str] = {}
     ahead = list(body.trees)
@@ -281,8 +281,8 @@ def _data_files(
     package = one.module.partition(".")[0]
     if package not in PACKAGES:
         return
-    top = _source(package).path.parent
-    folders = dict.fromkeys((_source(one.module).path.parent, top))
+    top = _known(package).path.parent
+    folders = dict.fromkeys((_known(one.module).path.parent, top))
     for path in (folder / text for text in _body(one).texts for folder in folders):
         if path.is_file() and path.suffix != ".py":
             yield f"{package}/{path.relative_to(top).as_posix()}", path
@@ -313,6 +313,14 @@ def _source(module: str) -> Source | None:
     return _parse(file, module, facts.st_mtime_ns, facts.st_size)
 
 
+def _known(module: str) -> Source:
+    """A module that must be there."""
+    source = _source(module)
+    if source is None:
+        raise LookupError(f"there is no module '{module}'")
+    return source
+
+
 def _file(module: str) -> Path | None:
     top, *parts = module.split(".")
     home = _home(top)
@@ -332,7 +340,7 @@ def _home(top: str) -> Path | None:
 
 
 def _body(one: Definition) -> Body:
-    return _source(one.module).bodies[one.name]
+    return _known(one.module).bodies[one.name or _AT_IMPORT]
 
 
 @lru_cache(maxsize=1024)
@@ -365,7 +373,7 @@ def _dump(tree: ast.AST) -> str:
     return text
 
 
-def _is_definition(node: ast.stmt) -> bool:
+def _is_definition(node: ast.AST) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
@@ -417,6 +425,7 @@ def _table(statements: Iterable[ast.AST]) -> dict[str, str]:
         for table in tables
         for name, value in zip(table.keys, table.values, strict=True)
         if isinstance(name, ast.Constant) and isinstance(value, ast.Constant)
+        if isinstance(name.value, str) and isinstance(value.value, str)
     }
 
 
@@ -433,7 +442,8 @@ class _WhatItDoes(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         if getattr(node, "body", None) == []:
-            node.body = [ast.Pass()]
+            # pyrefly: ignore[missing-attribute]
+            node.body = [ast.Pass()]  # noqa: B010: not every node has a body
         return node
 
     def visit_FunctionDef(self, node: Any) -> Any:
