@@ -41,7 +41,7 @@ class UniViGUModel(PythonModel):
         self.pipeline.set_progress_bar_config(disable=True)
 
     # pyrefly: ignore[bad-override]
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One output row an input row, with the same index; the row at position i draws from the seed + i.
 
         Raises MLflow's own exception for what makes no sense: of any other, its server shows callers a stack trace.

@@ -438,7 +438,7 @@ class UniViGUPipeline(DiffusionPipeline):
 
     def _check_prompts(self, prompt: str | Sequence[str], allow: Sequence[str] = ()) -> list[str]:
         # pyrefly: ignore[implicit-any-type-argument]
-        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         limit = min(self.config.max_sequence_length, self.transformer.config.text_length)
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise BadInputError(
@@ -447,13 +447,11 @@ class UniViGUPipeline(DiffusionPipeline):
         for text in prompts:
             if text in allow:
                 continue
-            # pyrefly: ignore[missing-attribute]
             if not text.strip():
                 raise BadInputError("The prompt is empty: write what the video should show.")
             length = len(self.tokenizer(prompt_clean(text), verbose=False)["input_ids"])
             if length > limit:
                 raise BadInputError(f"The prompt has {length} tokens and this model reads at most {limit}: shorten it.")
-        # pyrefly: ignore[bad-return]
         return prompts
 
     def _fit(self, video: Any) -> np.ndarray:

@@ -100,7 +100,7 @@ def project_out(attention: WanAttention, x: Tensor) -> Tensor:
 class UniViGUBlock(WanTransformerBlock):
     """Wan's block with a second feed-forward and scale/shift table for text."""
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float):
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str | None, cross_attn_norm: bool, eps: float):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.ffn_text = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -257,7 +257,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
     @register_to_config
     def __init__(
         self,
-        patch_size: tuple[int, ...] = (1, 2, 2),
+        patch_size: tuple[int, int, int] = (1, 2, 2),
         num_attention_heads: int = 12,
         attention_head_dim: int = 128,
         in_channels: int = 16,
@@ -291,13 +291,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         dim = num_attention_heads * attention_head_dim
         # Wan's parts, under Wan's names
         self.rope = RotaryTables(attention_head_dim, patch_size, rope_max_seq_len)
-        # pyrefly: ignore[bad-argument-type]
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, dim * 6, text_dim)
         self.blocks = nn.ModuleList(
-            # pyrefly: ignore[bad-argument-type]
-            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps)
-            for _ in range(num_layers)
+            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))

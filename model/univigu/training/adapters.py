@@ -63,7 +63,8 @@ def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], s
     from peft import LoraConfig
 
     unknown = set(lora) - set(LORA)
-    settings: dict[str, Any] = LORA | lora  # pyrefly: ignore[unsupported-operation]: any mapping will do
+    # pyrefly: ignore[unsupported-operation]
+    settings: dict[str, Any] = LORA | lora
     if unknown or not settings["rank"] >= 1 or not settings["targets"]:
         raise ConfigError(f"`lora` is {dict(lora)}; give a rank of 1 or more, an alpha and targets, or null for none.")
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
