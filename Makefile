@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators architecture test chaos lint format clean
+.PHONY: help install demo smoke airflow measure-orchestrators architecture docs test test-fast coverage chaos lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -62,16 +62,29 @@ measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow 
 architecture: install ## The rooms and who imports whom, from the code: reports/architecture.json
 	@python -m tests.architecture
 
+docs: install ## The documentation as a web site in site/; `mkdocs serve` shows it while you write
+	mkdocs build --strict
+
 test: install ## All tests, lint and format included, two files at a time
 	pytest --numprocesses 2 --dist loadfile
+
+test-fast: install ## The tests that are not marked slow
+	pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# TESTS=tests/univigu measures what a part of the tests covers.
+coverage: install ## What no test runs, by file and by name of the function: reports/coverage.json
+	pytest --numprocesses 2 --dist loadfile --cov --cov-report term --cov-report json:reports/coverage.json $(TESTS)
+	@python -m tests.uncovered
 
 chaos: install ## Kill every step, fail its disk, give it odd inputs: MINUTES=30; run it again to continue
 	@python -m tests.chaos all --minutes $(or $(MINUTES),30)
 
-lint: install ## Check style, types of imports, and who may import whom
+lint: install ## Check style, types, spelling, and who may import whom
 	ruff check .
 	ruff format --check .
 	lint-imports
+	pyrefly check
+	codespell
 
 format: install ## Format the code
 	ruff check --fix .

@@ -85,11 +85,14 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             found = client.get_experiment_by_name(experiment)  # another process made it meanwhile
+        # pyrefly: ignore[missing-attribute]
         if found.lifecycle_stage != "active":
             raise ConfigError(
+                # pyrefly: ignore[missing-attribute]
                 f"The experiment '{experiment}' in {without_password(uri)} is deleted; bring it back with "
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
             )
+        # pyrefly: ignore[missing-attribute]
         return found.experiment_id
 
 
@@ -252,6 +255,7 @@ def _start_noted(mlflow: Any, experiment: str, name: str, note: Path | None) -> 
     known = _noted_run(mlflow, experiment, noted)
     mark = {} if known or note is None else {_NOTE_TAG: secrets.token_hex(16)}
     if mark:
+        # pyrefly: ignore[bad-argument-type]
         write_json(note, mark)
     run = mlflow.start_run(
         run_id=known,
@@ -289,6 +293,8 @@ def _noted_run(mlflow: Any, experiment: str, noted: Mapping[str, Any]) -> str | 
 
 def _dataset(name: str, source: str, digest: str) -> Any:
     from mlflow.data.meta_dataset import MetaDataset
+
+    # pyrefly: ignore[missing-module-attribute]
     from mlflow.data.sources import LocalArtifactDatasetSource
 
     # MLflow takes 36 characters of a digest; the tags hold all of it

@@ -103,7 +103,7 @@ def _function_lines() -> Iterator[tuple[int, str]]:
     for file in _files():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield node.end_lineno - node.lineno + 1, f"{file.relative_to(REPO).as_posix()}:{node.name}"
+                yield (node.end_lineno or 0) - node.lineno + 1, f"{file.relative_to(REPO).as_posix()}:{node.name}"
 
 
 def _longest(found: Iterator[tuple[int, str]], count: int = 10) -> list[list[Any]]:

@@ -76,7 +76,9 @@ def train(name: str) -> dict[str, Any]:
     from univigu.training import loader, loop
 
     if name == "default":
+        # pyrefly: ignore[bad-assignment]
         loader.side_threads = ThreadPoolExecutor
+        # pyrefly: ignore[bad-assignment]
         loop.settle_threads = lambda *_: None
     with tempfile.TemporaryDirectory() as home:
         return {"seconds": time_steps(Path(home)), "threads": torch.get_num_threads()}

@@ -112,6 +112,7 @@ def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
     engine = make_engine(TrainingObjective(model, ObjectiveConfig(shares={"generate": 1.0})), config, 1)
     seconds, waits, cached = [], [], []
     order, steps = sample_order(dataset, config), range(1, config.steps + 1)
+    # pyrefly: ignore[bad-specialization]
     with closing(load_ahead(dataset, order, steps, slice(0, 1), 1)) as batches:
         for step in steps:
             started = time.perf_counter()
@@ -150,6 +151,7 @@ def server(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
+        # pyrefly: ignore[missing-attribute, unsupported-operation]
         port = re.search(r"port (\d+)", process.stdout.readline())[1]
         yield f"http://127.0.0.1:{port}"
     finally:

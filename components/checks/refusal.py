@@ -11,6 +11,7 @@ from functools import cache
 from components.checks.patterns import read_patterns
 
 READ = 20_000  # characters; a longer text is no caption anyway
+# pyrefly: ignore[bad-argument-type]
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u02bb\u2032\u00b4`\uff07", "'"))
 _QUOTED = re.compile(r"[\"“«„][^\"”»“]{0,300}[\"”»“](?!\w)|(?<!\w)'[^'\n]{3,300}'(?!\w)")
 

@@ -1,6 +1,7 @@
 """`univigu model`: what is registered, who is champion, why, and where it all came from."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -221,7 +222,7 @@ def _show_trace(found: dict[str, Any]) -> None:
     _console().print(tree)
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
 

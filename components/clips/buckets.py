@@ -50,6 +50,7 @@ def choose_bucket(frames: float, height: int, width: int, video: Mapping[str, An
 
     ranked = sorted(list_buckets(video), key=distance)
     misfits = [_misfit(frames, height, width, bucket, video["fit"]) for bucket in ranked]
+    # pyrefly: ignore[bad-return]
     return next((bucket for bucket, misfit in zip(ranked, misfits, strict=True) if not misfit), misfits[0])
 
 

@@ -36,6 +36,7 @@ def load_gate(checks: Mapping[str, Mapping[str, Any]], root: Path) -> list[ClipC
     """
     gate = []
     for name, given in checks.items():
+        # pyrefly: ignore[no-matching-overload]
         mode = {False: "off"}.get(given.get("mode"), given.get("mode"))  # YAML reads a bare off as false
         if mode not in MODES:
             raise ConfigError(f"The check '{name}' has the mode '{mode}'; choose one of {', '.join(MODES)}.")

@@ -63,6 +63,7 @@ def load_generator(
             pipeline.enable_model_cpu_offload()
         else:
             pipeline.enable_sequential_cpu_offload()
+    # pyrefly: ignore[unreachable-except-clause]
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise ConfigError(f"The generator {folder.name} doesn't fit the GPU; {_SMALLER}.") from error

@@ -139,7 +139,9 @@ def import_videos(step: "Step") -> None:
         def make_batch(batch: Sequence[Mapping[str, Any]], place: Path) -> list[dict[str, Any]]:
             clips = list(pool.map(partial(make_clip, step.inputs["videos"], step["video"], gate), batch))
             good = [(row, clip) for row, clip in zip(batch, clips, strict=True) if _passes(step, row, clip)]
+            # pyrefly: ignore[missing-attribute]
             write_tar(place / TAR, {f"{row['id']}.mp4": clip.content for row, clip in good})
+            # pyrefly: ignore[bad-argument-type]
             return [clip_row(row, clip, step["video"]["fps"]) for row, clip in good]
 
         made = step.map_batches(shard, BATCH, folder, make_batch)

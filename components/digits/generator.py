@@ -76,6 +76,7 @@ class Generator(nn.Module):
                 pad_token_id=0,
                 eos_token_id=1,
                 decoder_start_token_id=0,
+                # pyrefly: ignore[unexpected-keyword]
                 tie_word_embeddings=True,
             )
         )

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +44,8 @@ class PretrainConfig:
     generator: generator_training.GeneratorConfig = field(default_factory=generator_training.GeneratorConfig)
 
 
-def _from_dict(kind: type, values: dict, where: str) -> object:
-    known = {f.name: f.type for f in fields(kind)}
+def _from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
+    known: dict[str, Any] = {f.name: f.type for f in fields(kind)}
     for key in values:
         if key not in known:
             raise ConfigError(f"'{key}' is not a setting of {where}; known are {', '.join(known)}.")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -76,7 +77,7 @@ def train(
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=fit.lr, betas=(0.9, 0.99), weight_decay=fit.weight_decay)
     average = {n: p.detach().clone() for n, p in named.items()}
-    state = {"step": 0, "seconds": 0.0, "log": []}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
     if path.exists():
         tensors, state = load_tensors(path)
         with torch.no_grad():
@@ -107,6 +108,7 @@ def train(
         with torch.no_grad():
             for n, p in named.items():
                 p.copy_(average[n])
+            # pyrefly: ignore[not-callable]
             numbers = report(step)
             for n, p in named.items():
                 p.copy_(kept[n])
@@ -128,6 +130,7 @@ def train(
             optimizer.step()
         decay = min(fit.ema, (1 + step) / (10 + step))
         with torch.no_grad():
+            # pyrefly: ignore[no-matching-overload]
             torch._foreach_lerp_(list(average.values()), list(named.values()), 1 - decay)
         for key, value in ({"loss": loss.item()} | numbers).items():
             shown[key] = 0.95 * shown.get(key, value) + 0.05 * value

@@ -7,6 +7,7 @@ caption are worded, and what a text says about each attribute.
 
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def sample_attributes(rng: np.random.Generator, **fixed: str) -> dict[str, str]:
 
 @cache
 def _scans() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    bunch = load_digits()
+    bunch: Any = load_digits()
     held_out = np.arange(len(bunch.target)) % HOLDOUT_EVERY == 0
     return bunch.images.astype(np.float32), bunch.target.astype(np.int64), held_out
 

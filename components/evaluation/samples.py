@@ -130,9 +130,11 @@ class Maker:
             made = {"frames": np.stack(drawn["frames"])}
         frames = made.pop("frames")
         made["seen"] = self.benchmark.reader(self.pipeline)(frames, made["texts"] if task == "captions" else None)
+        # pyrefly: ignore[unsupported-operation]
         made["previews"] = [preview(clip, video["fps"]) for clip in frames[:previews]]
         if task in SCORED_BY_MODELS:
             made |= {f"scored by {name}": list(scorer.videos(frames)) for name, scorer in self.scorers.items()}
+        # pyrefly: ignore[bad-return]
         return made
 
 

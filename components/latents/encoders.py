@@ -92,6 +92,7 @@ def load_text_encoder(base: Path, precision: str) -> Any:
     from univigu.wan import check_text_encoder
 
     with _loading(base, "text_encoder"):
+        # pyrefly: ignore[not-iterable]
         text_encoder, found = UMT5EncoderModel.from_pretrained(
             base,
             subfolder="text_encoder",
@@ -113,6 +114,7 @@ def _loading(base: Path, part: str) -> Iterator[None]:
         raise MissingInputError(f"There are no weights (*.safetensors) in {base / part}; {how_to_fetch(base)}.")
     try:
         yield
+    # pyrefly: ignore[unreachable-except-clause]
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{base / part} can't be loaded ({reason}); {how_to_fetch(base)}.") from error

@@ -20,8 +20,8 @@ from components.orchestration.train_job import Settings
 from components.pipeline.stages import STAGES, Stage, find_stage
 
 NAME = "uni-vigu"
-IMAGE = "ghcr.io/uni-vigu/uni-vigu:0.1.0"
-GPU_IMAGE = "ghcr.io/uni-vigu/uni-vigu-training:0.1.0"  # the same with a CUDA build of torch
+IMAGE = "ghcr.io/uni-vigu/uni-vigu:0.2.0"
+GPU_IMAGE = "ghcr.io/uni-vigu/uni-vigu-training:0.2.0"  # the same with a CUDA build of torch
 PACKAGE = Path("infra/pipeline.yaml")  # below the repository
 HEADER = (
     "# Compiled by `univigu pipeline compile` from components/orchestration/kfp_pipeline.py; see docs/kubeflow.md.\n"

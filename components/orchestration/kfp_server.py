@@ -133,6 +133,7 @@ class KfpServer:
         run = self._run(run_id)
         details = run.run_details.task_details or [] if run.run_details else []
         failed = [f"{task.display_name} {_said(task.error)}".strip() for task in details if task.state == "FAILED"]
+        # pyrefly: ignore[no-matching-overload]
         return RunState(run.state or "PENDING", "; ".join(filter(None, [_said(run.error), *failed])))
 
     def cancel(self, run_id: str) -> RunState:
@@ -168,6 +169,7 @@ class KfpServer:
             _return_http_data_only=True,
             _request_timeout=_request_timeout,
         )
+        # pyrefly: ignore[missing-attribute]
         return response.data.decode(errors="replace")
 
     def _run(self, run_id: str) -> "V2beta1Run":
@@ -220,6 +222,7 @@ class KfpServer:
             self._set_token()
             try:
                 answer = method(*arguments, **options, _request_timeout=self.timeout_s)
+                # pyrefly: ignore[not-iterable]
                 if not isinstance(answer, str) and "json" not in self._client.last_response.getheader(
                     "Content-Type", ""
                 ):
@@ -294,7 +297,7 @@ def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, An
     """
     pipeline, _ = read_package(package)
     declared = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
-    typed = {}
+    typed: dict[str, Any] = {}
     for name, value in arguments.items():
         if name not in declared:
             raise ConfigError(f"The pipeline has no parameter '{name}'; it has {', '.join(sorted(declared))}.")
@@ -338,6 +341,7 @@ def _followed(run: "V2beta1Run", parameters: Mapping[str, Any]) -> str:
         raise TransientError(
             f"The run {run.run_id} of this name is being cancelled; run the same command again when that is done."
         )
+    # pyrefly: ignore[bad-return]
     return run.run_id
 
 

@@ -125,6 +125,7 @@ class Cluster:
                     return error.status
                 said = _message(error)
                 if error.status not in _WORTH_ANOTHER_TRY:
+                    # pyrefly: ignore[bad-argument-type]
                     raise _refusal(error.status, said, self.namespace) from error
             except (HTTPError, OSError) as error:
                 said = type(error).__name__

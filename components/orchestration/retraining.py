@@ -71,6 +71,7 @@ def find_trained(root: Path, profile: str, digest: str) -> int | None:
     open_tracking(root)
     tags = {f"univigu.digest.{DATASET_STEP}": digest, PROFILE_TAG: profile}
     found = registry.version_with(_name(profile), tags, tracking_uri(root))
+    # pyrefly: ignore[bad-return]
     return found and int(found.version)
 
 

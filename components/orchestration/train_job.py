@@ -61,7 +61,7 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
     resources = {"cpu": settings.cpu or stage.resources.cpu, "memory": settings.memory or stage.resources.memory}
     if gpus:
         resources[settings.gpu_resource] = str(gpus)
-    trainer = {
+    trainer: dict[str, Any] = {
         "args": ["run", stage.name, "--profile", profile, "--root", str(root)],
         "env": [{"name": k, "value": v} for k, v in sorted({"PYTHONUNBUFFERED": "1", **settings.env}.items())],
         "numNodes": settings.nodes,

@@ -106,6 +106,7 @@ class _Follower:
         self.logs = _Logs(cluster)
         self.last_state = ""
 
+    # pyrefly: ignore[bad-return]
     def run(self) -> dict[str, Any]:
         """Follow the TrainJob, submitting it where it isn't there yet or was preempted; returns the manifest."""
         with _cancellation():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.stages import Stage
-from components.pipeline.syntax import AT_IMPORT, PACKAGES, Body, dotted, read_source, table_of_texts
+from components.pipeline.syntax import AT_IMPORT, PACKAGES, Body, dotted, find_source, read_source, table_of_texts
 from univigu.files import file_sha256
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
         names = named_in(profile, key)
         module, _, table = where.partition(":")
         if table:
-            choices = table_of_texts(read_source(module).bodies[table].trees)
+            choices = table_of_texts(find_source(module).bodies[table].trees)
             entries += [choices[name] for name in names if name in choices]
         elif read_source(module):
             entries += [f"{module}.{name}" for name in names if read_source(f"{module}.{name}")]
@@ -95,7 +95,7 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
 
 def modules_of(package: str) -> list[str]:
     """Every module of a package, itself included."""
-    top = read_source(package).path.parent
+    top = find_source(package).path.parent
     files = (path.relative_to(top).with_suffix("") for path in sorted(top.rglob("*.py")))
     return [".".join([package, *(part for part in file.parts if part != "__init__")]) for file in files]
 
@@ -184,7 +184,7 @@ def _expand(wanted: Definition, packages: Collection[str]) -> Iterator[Definitio
 
 def _uses(one: Definition, packages: Collection[str]) -> dict[str, Definition | str]:
     """What the names in a definition stand for: a definition of the project's, or something from elsewhere."""
-    source, body = read_source(one.module), _body(one)
+    source, body = find_source(one.module), _body(one)
     names = {**source.imports, **body.imports}
     found: dict[str, Definition | str] = {}
     ahead = list(body.trees)
@@ -232,8 +232,8 @@ def _data_files(
     package = one.module.partition(".")[0]
     if package not in PACKAGES:
         return
-    top = read_source(package).path.parent
-    folders = dict.fromkeys((read_source(one.module).path.parent, top))
+    top = find_source(package).path.parent
+    folders = dict.fromkeys((find_source(one.module).path.parent, top))
     for path in (folder / text for text in _body(one).texts for folder in folders):
         if path.is_file() and path.suffix != ".py":
             yield f"{package}/{path.relative_to(top).as_posix()}", path
@@ -252,4 +252,4 @@ def _content_digest(path: Path) -> str:
 
 
 def _body(one: Definition) -> Body:
-    return read_source(one.module).bodies[one.name]
+    return find_source(one.module).bodies[one.name or AT_IMPORT]

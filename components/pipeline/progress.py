@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 LINE_EVERY_S = 5.0
@@ -19,7 +19,7 @@ class Meter:
         self._skipped = 0
         self._started = self._shown = time.monotonic()
         self._bar = tqdm(desc=what, total=total, unit=unit, leave=False, smoothing=0, disable=not sys.stderr.isatty())
-        self._facts = {"total": total, "prefix": what, "unit": unit, "ncols": 0}
+        self._facts: dict[str, Any] = {"total": total, "prefix": what, "unit": unit, "ncols": 0}
 
     def __enter__(self) -> "Meter":
         return self
@@ -48,6 +48,7 @@ class Meter:
 
 def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yield `items`, showing how far the loop has come on standard error."""
+    # pyrefly: ignore[bad-argument-type]
     total = total if total is not None else len(items) if hasattr(items, "__len__") else None
     with Meter(what, total, unit) as meter:
         for item in items:

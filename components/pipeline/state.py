@@ -48,6 +48,7 @@ class Lock:
 
     def _is_there(self) -> bool:
         try:
+            # pyrefly: ignore[missing-attribute]
             return os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
         except FileNotFoundError:
             return False

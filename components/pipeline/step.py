@@ -153,6 +153,7 @@ def _map_batches(
         path, keys = place.with_suffix(".json"), record_keys(step, json_digest(list(batch)))
         record = _read_record(path, keys["key"])
         if record and record["files"] == _file_digests(place):
+            # pyrefly: ignore[missing-attribute]
             step.meter.skip(len(batch))
         else:
             path.unlink(missing_ok=True)
@@ -160,7 +161,9 @@ def _map_batches(
             place.mkdir(parents=True)
             record = _do(step, keys, batch, place, work)
             write_record(path, record)
+            # pyrefly: ignore[missing-attribute]
             step.meter.advance(len(batch))
+        # pyrefly: ignore[missing-attribute]
         step._rejected_of_shard.extend(record["rejected"])
         results.append((place, record["rows"]))
     return results
@@ -228,6 +231,7 @@ def _make_shard(step: Step, name: str, rows: Rows, work: Work) -> dict[str, Any]
     partial = step.out / "shards" / f".{name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    # pyrefly: ignore[missing-attribute]
     done = step.meter.done
     record = _do(step, record_keys(step, rows_digest), rows, partial, work)
     final = step.out / "shards" / name
@@ -237,6 +241,7 @@ def _make_shard(step: Step, name: str, rows: Rows, work: Work) -> dict[str, Any]
     step.records.mkdir(parents=True, exist_ok=True)
     write_record(step.records / f"{name}.json", record)
     shutil.rmtree(_batches(partial), ignore_errors=True)
+    # pyrefly: ignore[missing-attribute]
     step.meter.advance(len(rows) - (step.meter.done - done))
     return record
 

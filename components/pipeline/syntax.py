@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from components.pipeline.digests import json_digest
 
@@ -49,6 +49,14 @@ def read_source(module: str) -> Source | None:
         return None
     facts = file.stat()
     return _parse(file, module, facts.st_mtime_ns, facts.st_size)
+
+
+def find_source(module: str) -> Source:
+    """A module that must be there."""
+    source = read_source(module)
+    if source is None:
+        raise LookupError(f"there is no module '{module}'")
+    return source
 
 
 def _file(module: str) -> Path | None:
@@ -99,7 +107,7 @@ def _dump(tree: ast.AST) -> str:
     return text
 
 
-def _is_definition(node: ast.stmt) -> bool:
+def _is_definition(node: ast.AST) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
@@ -151,6 +159,7 @@ def table_of_texts(statements: Iterable[ast.AST]) -> dict[str, str]:
         for table in tables
         for name, value in zip(table.keys, table.values, strict=True)
         if isinstance(name, ast.Constant) and isinstance(value, ast.Constant)
+        if isinstance(name.value, str) and isinstance(value.value, str)
     }
 
 

@@ -53,6 +53,7 @@ class Neighbours:
         self.like = torch.zeros(len(texts), dtype=torch.long)
         self.counts = torch.zeros(len(texts), dtype=torch.long)
         for start in range(0, len(self.ids), BLOCK):
+            # pyrefly: ignore[unsupported-operation]
             cosines = self.vectors @ self.store[start : min(start + BLOCK, len(self.ids))].T
             best, place = (found.cpu() for found in cosines.max(dim=1))
             closer = best > self.closest

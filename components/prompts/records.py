@@ -220,6 +220,7 @@ def _csv_record(lines: Iterator[bytes], again: deque[str]) -> tuple[list[str] | 
     def feed() -> Iterator[str]:
         size = 0
         while again or (line := next(lines, None)) is not None:
+            # pyrefly: ignore[missing-attribute]
             taken.append(again.popleft() if again else line.decode("utf-8", errors="surrogateescape"))
             size += len(taken[-1])
             if size >= LONGEST_LINE or len(taken) > RECORD_LINES:

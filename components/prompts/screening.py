@@ -165,7 +165,9 @@ class Screen:
         """Each test's finding (without a detail: passed), in order; fills `row` on the way."""
         if isinstance(row.raw, Broken):
             yield Finding("", row.raw.reason, row.raw.why)
+        # pyrefly: ignore[bad-argument-type]
         column = row.layout.column(row.raw, "text")
+        # pyrefly: ignore[missing-attribute]
         row.given = text = row.raw.get(column)
         yield Finding("", "no_text", "" if isinstance(text, str) else _no_string(column, text))
         if self.modes["length"] == ENFORCE:

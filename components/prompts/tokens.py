@@ -18,7 +18,7 @@ def load_tokenizer(base: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # over a damaged file, transformers and tokenizers raise whatever their code trips over
         raise BadInputError(f"The tokenizer at {folder} can't be read ({first_line(error)}); fix the base.") from error
     if token_ids(tokenizer, ["a"])[0][-1:] != [tokenizer.eos_token_id]:

@@ -173,6 +173,7 @@ def _next_version(known: Sequence[Snapshot], wanted: str) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    # pyrefly: ignore[missing-attribute]
     return tuple(map(int, _VERSION.fullmatch(version).groups()))
 
 

@@ -232,6 +232,7 @@ def _point(name: str, champion: int, previous: int | None) -> None:
 
 def _champion(name: str) -> int | None:
     found = registry.version_at(name, registry.CHAMPION)
+    # pyrefly: ignore[bad-return]
     return found and int(found.version)
 
 

@@ -169,6 +169,7 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
     ours = _evaluation_of(challenger, store)
 
     def verdict(better: bool, reason: str, scores: Mapping[str, Score] | None = None) -> Comparison:
+        # pyrefly: ignore[bad-argument-type]
         return Comparison(name, number, holder, metric, better, reason, scores or {})
 
     if holder is None:
@@ -176,6 +177,7 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
         return verdict(True, "the first one" + (f" ({metric} {known['value']:.3f})" if known else ""))
     if holder == number:
         return verdict(False, "it is champion already")
+    # pyrefly: ignore[bad-argument-type]
     theirs = _evaluation_of(champion, store)
     if ours is None or theirs is None:
         return verdict(False, f"the evaluation of version {number if ours is None else holder} can't be read")
@@ -192,6 +194,7 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
         "champion": clustered_mean(pairs[1]),
         "difference": paired_difference(*pairs),
     }
+    # pyrefly: ignore[bad-argument-type]
     return verdict(scores["difference"]["low"] > 0, _in_words(metric, holder, scores), scores)
 
 
@@ -229,7 +232,7 @@ def _holders(name: str, store: str) -> list["ModelVersion | None"]:
 
 
 def _numbers(versions: Sequence["ModelVersion | None"]) -> list[int | None]:
-    return [one and int(one.version) for one in versions]
+    return [one and int(one.version) for one in versions]  # pyrefly: ignore[bad-return]: a version is never false
 
 
 def _facts(comparison: Comparison, outcome: str) -> dict[str, Any]:
@@ -262,6 +265,7 @@ def _require_files(lease: ledger.Lease, version: "ModelVersion", store: str, ask
     if not registry.has_files(version, store):
         lease.fail(asked)
         raise MissingInputError(
+            # pyrefly: ignore[bad-argument-type]
             f"The files of version {version.version} of '{version.name}' are gone, so it can't be champion; put them "
             f"back ({without_password(version.source)}), or run `univigu run register-model` where it was trained."
         )

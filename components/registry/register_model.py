@@ -247,6 +247,7 @@ def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]
             "univigu.model_digest": _model_digest(manifest),
         }
         found.append({"stage": manifest["step"], "id": find_run(root, tags)})
+    # pyrefly: ignore[bad-return]
     return [run for run in found if run["id"]]
 
 

@@ -150,7 +150,7 @@ def transformer_config(step: "Step", number: int) -> dict[str, Any]:
     base = step.inputs["base"]
     known = UniViGUTransformer3DModel._get_init_keys(UniViGUTransformer3DModel)
     config = wan.read_json(wan.transformer_folder(base) / "config.json")
-    tokenizer = AutoTokenizer.from_pretrained(base / "tokenizer")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base / "tokenizer")
     return {name: value for name, value in config.items() if name in known} | {
         "vocab_size": wan.read_json(base / "text_encoder" / "config.json")["vocab_size"],
         "tokenizer_length": len(tokenizer),

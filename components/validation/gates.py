@@ -219,7 +219,7 @@ def _seen(result: Mapping[str, Any]) -> str:
     return f"{result.get('unexpected_count', 0)} of {result.get('element_count', 0)} rows, such as {some}"
 
 
-def _counts(reasons: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+def _counts(reasons: Mapping[Any, Sequence[tuple[str, str]]]) -> str:
     counts = Counter(found[0][0] for found in reasons.values())
     return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
 

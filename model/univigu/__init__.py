@@ -9,6 +9,7 @@ _EXPORTS = {
     "ObjectiveConfig": "univigu.objective",
     "TrainingObjective": "univigu.objective",
 }
+# pyrefly: ignore[unresolvable-dunder-all]
 __all__ = sorted(_EXPORTS)
 
 

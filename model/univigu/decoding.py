@@ -278,6 +278,7 @@ class _Clock:
         for kind, stamp in stamps.items():
             self.faults[kind] += stamp <= self.last.get(kind, stamp - 1)
         self.last |= stamps
+        # pyrefly: ignore[no-matching-overload]
         before, (best, other) = self.at, sorted(self.faults, key=self.faults.get)
         if best in stamps:
             self.at = max(before, stamps[best] * base)

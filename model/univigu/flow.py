@@ -8,6 +8,7 @@ give the others; the conversions below are named after what they take and what t
 import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def integrate(
     field: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Sequence[Tensor]],
     states: Sequence[Tensor],
     grids: Sequence[Tensor],
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Tensor, ...]:
     """Carry one or several coupled states from noise to data with Euler steps (eq 16-18).
 
@@ -102,6 +103,8 @@ def keyed_generator(*key: Hashable) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def keyed_noise(keys: Sequence[tuple], shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+def keyed_noise(
+    keys: Sequence[tuple[Hashable, ...]], shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
     """Standard normal float32 (len(keys), *shape); sample i depends on keys[i] alone, not on its neighbours."""
     return torch.stack([torch.randn(*shape, generator=keyed_generator(*key)) for key in keys]).to(device)

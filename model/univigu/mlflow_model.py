@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -33,13 +34,14 @@ _SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow's server sets it
 class UniViGUModel(PythonModel):
     """caption: `video` -> `caption`; generate: `prompt` -> `video`; joint: `prompt` (may be empty) -> both."""
 
-    def load_context(self, context) -> None:  # MLflow asks for these very names
+    def load_context(self, context: Any) -> None:  # MLflow asks for these very names
         from univigu.registry import load_pipeline
 
         self.pipeline = load_pipeline(context.artifacts["pipeline"])
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    # pyrefly: ignore[bad-override]
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One output row an input row, with the same index; the row at position i draws from the seed + i.
 
         Raises MLflow's own exception for what makes no sense: of any other, its server shows callers a stack trace.
@@ -69,7 +71,7 @@ class UniViGUModel(PythonModel):
         videos = [self._read(value) for value in _column(rows, "video", "caption")]
         return {"caption": self.pipeline.caption(videos, **settings) if videos else []}
 
-    def _read(self, value: str):
+    def _read(self, value: str) -> np.ndarray:
         """A row's video as the model takes it, which is all of it that stays in memory."""
         from univigu.video import fit_frames, read_video
 
@@ -85,7 +87,7 @@ class UniViGUModel(PythonModel):
         videos, captions = self.pipeline.joint(_prompts(rows, "joint"), **settings)
         return {"caption": captions, "video": [self._mp4(frames) for frames in videos]}
 
-    def _mp4(self, frames) -> str:
+    def _mp4(self, frames: np.ndarray) -> str:
         from univigu.video import encode_mp4
 
         return base64.b64encode(encode_mp4(frames, self.pipeline.config.fps, "yuv420p")).decode("ascii")

@@ -18,7 +18,7 @@ A batch is a dict of tensors on one device:
 =================  ===================  ======================================================================
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,14 +108,14 @@ class Plan:
     say_prompt: Tensor  # the text stream holds prompt_ids, else target_ids
 
 
-def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
+def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig) -> Plan:
     """Task, times and dropouts of the samples with these keys, on the CPU; each depends on its own key alone."""
     draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
     names, tasks = list(TASKS), list(TASKS.values())
     shares = torch.tensor([float(config.shares.get(name, 0)) for name in names])
     task = torch.searchsorted(shares.cumsum(0) / shares.sum(), draws[:, 0].contiguous(), right=True)
 
-    def column(values) -> Tensor:
+    def column(values: Iterable[float | None]) -> Tensor:
         return torch.tensor([float("nan") if v is None else v for v in values])[task]
 
     absent = draws[:, 1] < column(t.absent for t in tasks)
@@ -131,6 +131,7 @@ def draw_plan(keys: list[tuple], config: ObjectiveConfig) -> Plan:
     )
     prompt_share = column(t.text.count("prompt_ids") / len(t.text) for t in tasks)
     # guidance goes away from neither text nor condition, so where the text is absent the condition is too
+    # pyrefly: ignore[bad-argument-count]
     return Plan(task, *times, (draws[:, 4] < dropout) | absent, draws[:, 5] < prompt_share)
 
 
@@ -276,6 +277,7 @@ def drop_negligible_gradient(hidden: Tensor) -> None:
     denormal numbers, with which a processor multiplies matrices a hundred times slower.
     """
     if hidden.requires_grad:
+        # pyrefly: ignore[implicit-any-lambda]
         hidden.register_hook(lambda grad: grad.masked_fill(grad.abs() < NEGLIGIBLE, 0.0))
 
 

@@ -83,7 +83,7 @@ class UniViGUPipeline(DiffusionPipeline):
         if missing:
             raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a whole checkpoint folder.")
         with wan.reading(source):
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
             text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
             vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True)
         wan.check_text_encoder(text_encoder)
@@ -141,7 +141,7 @@ class UniViGUPipeline(DiffusionPipeline):
         predicted tokens on the way, down to the likeliest at each place at 0 (categorical predictions alone).
         """
         frames = [self._fit(video) for video in _split_videos(videos)]
-        texts = []
+        texts: list[str] = []
         for part, seeds in _batches(frames, seed, batch_size):
             latents = wan.encode_frames(self.vae, torch.from_numpy(np.stack(part)))
             texts += self.caption_latents(latents, num_inference_steps, guidance_scale, temperature, seeds)
@@ -259,9 +259,10 @@ class UniViGUPipeline(DiffusionPipeline):
         context = empty if condition is None else condition
         seen = model.prefill_video(flow.interpolate(blank, latents, tau), _times(tau, latents), context)
         unseen = None if scale == 1 else model.prefill_video(blank, _times(0.0, latents), empty)
+        guess: Tensor | None
         table, guess = model.text_space(), None
 
-        def field(z, tau):
+        def field(z: Tensor, tau: Tensor) -> Tensor:
             nonlocal guess
             tau = _times(tau, z)
             hidden = model.denoise_text(z, tau, seen, guess)
@@ -279,7 +280,7 @@ class UniViGUPipeline(DiffusionPipeline):
         model, empty = self.transformer, self._encode([""])
         no_text = _noise(seeds, "no text", self._text_shape, condition.device)
 
-        def field(z, tau):
+        def field(z: Tensor, tau: Tensor) -> Tensor:
             tau = _times(tau, z)
             velocity = model(z, tau, condition, text, _times(text_tau, z)).video.float()
             if scale != 1:
@@ -294,7 +295,15 @@ class UniViGUPipeline(DiffusionPipeline):
         (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], self.progress_bar)
         return z
 
-    def _generate_latents(self, prompts, shape, num_inference_steps, guidance_scale, shift, seeds) -> Tensor:
+    def _generate_latents(
+        self,
+        prompts: Sequence[str],
+        shape: Sequence[int],
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        shift: float | None,
+        seeds: list[int],
+    ) -> Tensor:
         device = self._execution_device
         grid = flow.tau_grid(*self._video_steps(num_inference_steps, shift), device)
         ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
@@ -302,7 +311,16 @@ class UniViGUPipeline(DiffusionPipeline):
         field = self._video_field(self._encode(prompts), text, 1.0, seeds, self._guidance(guidance_scale))
         return self._carry(field, _noise(seeds, "video", shape, device), grid)
 
-    def _joint_in_turn(self, prompts, shape, sampler, text_at, scales, temperature, seeds) -> tuple[Tensor, list[str]]:
+    def _joint_in_turn(
+        self,
+        prompts: Sequence[str],
+        shape: Sequence[int],
+        sampler: tuple[int, float],
+        text_at: float,
+        scales: tuple[float, float],
+        temperature: float,
+        seeds: list[int],
+    ) -> tuple[Tensor, list[str]]:
         device, (scale, text_scale) = self._execution_device, scales
         video, text = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
         condition, grid = self._encode(prompts), flow.tau_grid(*sampler, device)
@@ -326,14 +344,23 @@ class UniViGUPipeline(DiffusionPipeline):
         field = self._video_field(self._encode(said), text, 1.0, seeds, scale)
         return wan.decode_latents(self.vae, self._carry(field, video, grid[turn:])), said
 
-    def _joint_in_step(self, prompts, shape, sampler, scales, temperature, seeds) -> tuple[Tensor, list[str]]:
+    def _joint_in_step(
+        self,
+        prompts: Sequence[str],
+        shape: Sequence[int],
+        sampler: tuple[int, float],
+        scales: tuple[float, float],
+        temperature: float,
+        seeds: list[int],
+    ) -> tuple[Tensor, list[str]]:
         model, device, (scale, text_scale) = self.transformer, self._execution_device, scales
         condition, empty = self._encode(prompts), self._encode([""])
         no_text = _noise(seeds, "no text", self._text_shape, device)
         no_video = _noise(seeds, "no video", shape, device)
+        guess: Tensor | None
         table, guess = model.text_space(), None
 
-        def field(states, taus):
+        def field(states: tuple[Tensor, ...], taus: tuple[Tensor, ...]) -> Sequence[Tensor]:
             nonlocal guess
             video, text = states
             video_tau, text_tau = (_times(tau, video) for tau in taus)
@@ -410,7 +437,8 @@ class UniViGUPipeline(DiffusionPipeline):
         return shape
 
     def _check_prompts(self, prompt: str | Sequence[str], allow: Sequence[str] = ()) -> list[str]:
-        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        # pyrefly: ignore[implicit-any-type-argument]
+        prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         limit = min(self.config.max_sequence_length, self.transformer.config.text_length)
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise BadInputError(
@@ -466,7 +494,7 @@ def _seeds(seed: Seeds, count: int) -> list[int]:
     return seeds
 
 
-def _batches(items: list, seed: Seeds, size: int) -> Iterator[tuple[list, list[int]]]:
+def _batches(items: list[Any], seed: Seeds, size: int) -> Iterator[tuple[list[Any], list[int]]]:
     seeds = _seeds(seed, len(items))
     for start in range(0, len(items), _positive(size)):
         yield items[start : start + size], seeds[start : start + size]

@@ -156,12 +156,15 @@ def restore_files(
     tracking_uri: Uri = None,
 ) -> None:
     """Put back the files of a version that lost some (see `lost_files`); its number, aliases and tags stay."""
+    # pyrefly: ignore[missing-attribute]
     if not version.source.startswith("models:/m-"):
         raise BadInputError(
+            # pyrefly: ignore[bad-argument-type]
             f"Version {version.version} of '{version.name}' lost files at {without_password(version.source)}, and was "
             f"not uploaded by this step, so they can't be put back; delete that version, and run again."
         )
     with opened(tracking_uri):
+        # pyrefly: ignore[missing-attribute]
         _log_files(pipeline, card, evidence, model_id=version.source.rpartition("/")[2])
 
 

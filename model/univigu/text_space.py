@@ -7,7 +7,7 @@ only teach copying. d is small (64), so nothing of the size V x width ever exist
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ def read_out(
     return TextPrediction(logits, data, flow.data_to_velocity(data, z, tau, floor))
 
 
-def tokenize(tokenizer, texts: Sequence[str], length: int) -> Tensor:
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
     """Token ids (B, length): the text, EOS, then PAD; a text that doesn't fit is cut so that EOS is still there."""
     rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.long)
@@ -136,7 +136,7 @@ def tokenize(tokenizer, texts: Sequence[str], length: int) -> Tensor:
     return ids
 
 
-def detokenize(tokenizer, ids: Tensor) -> list[str]:
+def detokenize(tokenizer: Any, ids: Tensor) -> list[str]:
     """Text up to the first EOS of each row of ids (B, N) (eq 8)."""
     ended = (ids == tokenizer.eos_token_id).cumsum(1) > 0
     rows = [row[~stop].tolist() for row, stop in zip(ids.cpu(), ended.cpu(), strict=True)]

@@ -13,8 +13,10 @@ PEAK = 1000.0  # cd/m2 of the brightest pixel that is told from others: what mos
 WHITE = 203.0  # cd/m2 of a white page, which becomes the white of a standard screen
 _GAMMA = 2.4  # of a standard screen (BT.1886)
 _TO_BT709 = np.float32(  # from BT.2020 primaries, linear: the inverse of BT.2087's matrix
+    # pyrefly: ignore[bad-argument-type]
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
 )
+# pyrefly: ignore[bad-argument-type]
 _LUMA = np.float32([0.2627, 0.6780, 0.0593])  # of BT.2020
 
 
@@ -39,7 +41,7 @@ def pq_to_nits(signal: np.ndarray) -> np.ndarray:
     return 10_000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)
 
 
-def nits_to_pq(nits: np.ndarray) -> np.ndarray:
+def nits_to_pq(nits: np.ndarray | float) -> np.ndarray:
     """The inverse of `pq_to_nits`."""
     power = (np.asarray(nits, np.float64) / 10_000) ** _M1
     return ((_C1 + _C2 * power) / (1 + _C3 * power)) ** _M2

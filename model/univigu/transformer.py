@@ -49,7 +49,7 @@ Memory = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condi
 class RotaryTables(WanRotaryPosEmbed):
     """Wan's rotary tables, which stay float32 when the model is cast, plus the diagonal places of text."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         cos, sin = self.freqs_cos, self.freqs_sin
         super()._apply(fn, recurse)
         if self.freqs_cos.dtype != cos.dtype:
@@ -58,6 +58,7 @@ class RotaryTables(WanRotaryPosEmbed):
 
     def video(self, latents: Tensor) -> Rotary:
         """The table of the patches of latents (B, C, T, H, W), as Wan has it."""
+        # pyrefly: ignore[not-callable]
         return self._turns(*self(latents))
 
     def text(self, grid: tuple[int, int, int], length: int) -> Rotary:
@@ -99,7 +100,7 @@ def project_out(attention: WanAttention, x: Tensor) -> Tensor:
 class UniViGUBlock(WanTransformerBlock):
     """Wan's block with a second feed-forward and scale/shift table for text."""
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float):
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str | None, cross_attn_norm: bool, eps: float):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.ffn_text = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -121,9 +122,11 @@ class UniViGUBlock(WanTransformerBlock):
         if video is not None:
             video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=1)
             video_q, video_k, video_v = self._project(video, video_mod)
+            # pyrefly: ignore[bad-argument-type]
             memory = (video_k, video_v, *self._project_context(context))
             if attention == "keys":
                 return None, None, memory
+        # pyrefly: ignore[not-iterable]
         video_k, video_v, *context_kv = memory
         if text is not None:
             text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
@@ -140,9 +143,12 @@ class UniViGUBlock(WanTransformerBlock):
             if text is not None:
                 text_out = attend(self.attn1, text_q, keys, values)
         if video is not None:
+            # pyrefly: ignore[bad-argument-type]
             video_out = self._finish(video[0], video_out, video_mod, context_kv, self.ffn)
         if text is not None:
+            # pyrefly: ignore[bad-argument-type]
             text_out = self._finish(text[0], text_out, text_mod, context_kv, self.ffn_text)
+        # pyrefly: ignore[bad-return]
         return video_out, text_out, memory
 
     def _project(self, stream: Stream, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +164,14 @@ class UniViGUBlock(WanTransformerBlock):
         key, value = self.attn2.norm_k(self.attn2.to_k(context)), self.attn2.to_v(context)
         return key.unflatten(2, (self.attn2.heads, -1)), value.unflatten(2, (self.attn2.heads, -1))
 
-    def _finish(self, hidden: Tensor, attended: Tensor, modulation, context_kv, ffn: nn.Module) -> Tensor:
+    def _finish(
+        self,
+        hidden: Tensor,
+        attended: Tensor,
+        modulation: tuple[Tensor, ...],
+        context_kv: Sequence[Tensor],
+        ffn: nn.Module,
+    ) -> Tensor:
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         hidden = (hidden.float() + project_out(self.attn1, attended) * gate).type_as(hidden)
         query = self.attn2.norm_q(self.attn2.to_q(self.norm2(hidden.float()).type_as(hidden)))
@@ -244,7 +257,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
     @register_to_config
     def __init__(
         self,
-        patch_size: tuple[int, ...] = (1, 2, 2),
+        patch_size: tuple[int, int, int] = (1, 2, 2),
         num_attention_heads: int = 12,
         attention_head_dim: int = 128,
         in_channels: int = 16,
@@ -317,6 +330,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         for block in self.blocks:
             text_stream = None if text is None else (text_hidden, text_time, text_rotary)
             video, text_hidden, _ = self._run(block, (video, time, rotary), text_stream, context, None, attention)
+        # pyrefly: ignore[bad-argument-type]
         velocity = self._video_head(video, temb, grid)
         return UniViGUOutput(velocity, None if text is None else self.text_head(text_hidden, text_temb))
 
@@ -376,8 +390,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.text_embedder.time_proj.load_state_dict(self.condition_embedder.time_proj.state_dict())
         self.text_head.scale_shift_table.copy_(self.scale_shift_table)
         for block in self.blocks:
+            # pyrefly: ignore[bad-argument-type, not-callable]
             block.text_scale_shift_table.copy_(block.scale_shift_table)
             if self.config.ffn_init == "copy":
+                # pyrefly: ignore[missing-attribute]
                 block.ffn_text.load_state_dict(block.ffn.state_dict())
 
     @classmethod

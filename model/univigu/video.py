@@ -73,7 +73,9 @@ def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
 
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), format="mp4") as container:
+            # pyrefly: ignore[missing-attribute]
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            # pyrefly: ignore[bad-argument-type]
             return np.stack(frames), float(container.streams.video[0].average_rate)
     except (av.error.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BadInputError(f"A clip is no mp4 that was made here ({error}); make it again.") from error
@@ -202,6 +204,7 @@ def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.nd
     frames = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     if frames.shape[1:3] == (height, width):
         return frames
+    # pyrefly: ignore[bad-argument-count]
     tall, wide = _covering_size(*frames.shape[1:3], height, width)
     pictures = [av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames]
     size = {"width": wide, "height": tall, "interpolation": _choose_filter(pictures[0], wide, tall).upper()}

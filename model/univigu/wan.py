@@ -41,40 +41,40 @@ def wan_output_to_velocity(model_out: Tensor) -> Tensor:
 # --- the autoencoder ------------------------------------------------------------------------------------------------
 
 
-def _latent_statistics(vae, like: Tensor) -> tuple[Tensor, Tensor]:
+def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean, std = vae.config.latents_mean, vae.config.latents_std
     return torch.tensor(mean).view(shape).to(like), torch.tensor(std).view(shape).to(like)
 
 
-def normalize_latents(vae, latents: Tensor) -> Tensor:
+def normalize_latents(vae: Any, latents: Tensor) -> Tensor:
     """z = (mu - mean) / std per channel: (B, C, T, H, W) of the autoencoder to the transformer's unit scale."""
     mean, std = _latent_statistics(vae, latents)
     return (latents - mean) / std
 
 
-def denormalize_latents(vae, latents: Tensor) -> Tensor:
+def denormalize_latents(vae: Any, latents: Tensor) -> Tensor:
     """The inverse of :func:`normalize_latents`."""
     mean, std = _latent_statistics(vae, latents)
     return latents * std + mean
 
 
 @torch.no_grad()
-def encode_frames(vae, frames: Tensor) -> Tensor:
+def encode_frames(vae: Any, frames: Tensor) -> Tensor:
     """uint8 frames (B, F, H, W, 3), F = 4k + 1, to normalised latent means (B, C, T, H', W'), float32."""
     pixels = frames.to(vae.device).movedim(-1, 1).to(vae.dtype) / 127.5 - 1
     return normalize_latents(vae, vae.encode(pixels).latent_dist.mode().float())
 
 
 @torch.no_grad()
-def decode_latents(vae, latents: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Normalised latents (B, C, T, H', W') to uint8 frames (B, F, H, W, 3) on the CPU."""
     pixels = vae.decode(denormalize_latents(vae, latents.float()).to(vae.dtype), return_dict=False)[0]
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
     return (pixels * 255).round().to(torch.uint8).movedim(1, -1).cpu()
 
 
-def latent_shape(vae, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+def latent_shape(vae: Any, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(C, T, H', W') of the latents of a clip of ``num_frames`` frames of ``height`` x ``width`` pixels."""
     config = vae.config
     frames = (num_frames - 1) // config.scale_factor_temporal + 1
@@ -124,7 +124,7 @@ def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) 
 # --- the text encoder -----------------------------------------------------------------------------------------------
 
 
-def check_text_encoder(text_encoder) -> None:
+def check_text_encoder(text_encoder: Any) -> None:
     """Assert that the encoder reads its own token table, and that the table was really loaded.
 
     An early transformers 5 left it untied and zero, after which every prompt reads the same, without any error.
@@ -138,7 +138,7 @@ def check_text_encoder(text_encoder) -> None:
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, text_encoder, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
+def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
     """Prompt states (B, max_sequence_length, text_dim) as Wan's cross-attention reads them.
 
     The encoder sees the padding mask; its states at padded places are then set to zero, and the transformer attends to

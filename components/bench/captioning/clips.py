@@ -73,6 +73,10 @@ def write_prompt(attributes: Mapping[str, str]) -> str:
 
 def write_caption(prompt: str) -> str:
     """What a good model writes for such a prompt."""
-    said = {name: next(iter(values)) for name, values in world.read_text(prompt).items() if values}
+    said: dict[str, str | None] = {
+        name: next(iter(values)) for name, values in world.read_text(prompt).items() if values
+    }
+    # pyrefly: ignore[bad-argument-type]
     said["end"] = world.end_place(said["start"], said["direction"], said["speed"])
+    # pyrefly: ignore[bad-argument-type]
     return world.write_plain_caption(said)

@@ -103,6 +103,7 @@ class MisbehavingServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # pyrefly: ignore[bad-override-mutable-attribute]
     server: MisbehavingServer
 
     def do_POST(self) -> None:
@@ -255,6 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(bytes([byte]))
             self.wfile.flush()
 
+    # pyrefly: ignore[bad-override]
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -289,6 +291,7 @@ def _colours(pictures: Sequence[bytes]) -> list[str]:
 
     def nearest(content: bytes) -> str:
         pixel = Image.open(io.BytesIO(content)).convert("RGB").resize((1, 1)).getpixel((0, 0))
+        # pyrefly: ignore[bad-argument-type]
         return min(_WORDS, key=lambda word: sum((a - b) ** 2 for a, b in zip(_WORDS[word], pixel, strict=True)))
 
     return sorted({nearest(content) for content in pictures})

@@ -32,6 +32,7 @@ JUNK: tuple[Callable[[random.Random, str], str], ...] = (
 def _words(kind: str) -> list[Any]:
     import yaml
 
+    # pyrefly: ignore[bad-argument-type]
     text = (resources.files(__package__) / "prompts.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)[kind]
 

@@ -105,7 +105,7 @@ def read_options(kind: type[T], config: Mapping[str, Any], name: str) -> T:
     Raises `ConfigError` for an option that the captioner doesn't have, lacks, or has of another type.
     """
     given = config.get("options") or {}
-    known = {field.name: field for field in fields(kind)}
+    known: dict[str, Any] = {field.name: field for field in fields(kind)}  # pyrefly: ignore[bad-argument-type]
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(f"The captioner '{name}' has no option '{unknown[0]}'; it has {', '.join(known)}.")
     for key, value in given.items():

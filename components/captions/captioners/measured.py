@@ -32,6 +32,7 @@ LOOKS = ("digit", "colour", "background")
 
 def create(config: Mapping[str, Any]) -> Captioner:
     """The captioner; of `config` it reads `seed`, `batch_size`, and `wordings`, in how many ways clips are worded."""
+    # pyrefly: ignore[bad-return]
     return Measured(config["seed"], config["wordings"], config["batch_size"])
 
 

@@ -150,6 +150,7 @@ class OpenAI:
         try:
             asyncio.run(self._caption(iter(requests), follow_up))
         except asyncio.CancelledError as error:  # told to stop, twice
+            # pyrefly: ignore[bad-raise]
             raise self.endpoint.fault from error
         finally:
             self._tell(*before)
@@ -198,6 +199,7 @@ class OpenAI:
             try:
                 body = await self.endpoint.ask(key, self.payload(request, pictures), self.question)
             except Refused as refused:
+                # pyrefly: ignore[bad-argument-type]
                 return CaptionResponse("", refused.status, str(refused), reason=refused.reason), pictures
         return read_response(body, self.terms.prices, self.options.finish_reasons), pictures
 
@@ -279,6 +281,7 @@ class OpenAI:
 
     def _tell(self, answered: int, kept: int, failures: Mapping[str, int]) -> None:
         """Say what this call received: it depends on the network's mood, so it is in no output."""
+        # pyrefly: ignore[unsupported-operation]
         lost = self.endpoint.failures - failures
         line = f"captions: {self.endpoint.answered - answered} answers, {self.endpoint.kept - kept} kept from before"
         if lost:

@@ -153,6 +153,7 @@ def check_train_jobs(scene: Scene) -> str:
     for name in ("train-stage-1", "train-stage-2"):
         settings = Settings(nodes=nodes, gpus=each, claim="work")
         job = build(find_stage(name), "0" * 64, scene.name, scene.root.resolve(), settings)
+        # pyrefly: ignore[missing-attribute]
         if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
             raise ConfigError(f"The TrainJob of '{name}' has a field that its API doesn't know; mend train_job.py.")
     return f"2, on {nodes} node{'s' * (nodes > 1)} of {each} GPUs"

@@ -1,6 +1,6 @@
 """What of the model learns: all of it, what is not frozen, or small adapters in place of the video side's weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,7 +11,9 @@ from univigu import wan
 from univigu.errors import ConfigError
 from univigu.transformer import UniViGUTransformer3DModel
 
-PARTS = {  # names for `freeze`; anything else is a pattern of parameter names, as `blocks.0.*`
+PARTS: dict[
+    str, Callable[[str], bool]
+] = {  # names for `freeze`; anything else is a pattern of parameter names, as `blocks.0.*`
     "video": lambda name: not wan.is_text_side(name),
     "text": wan.is_text_side,
     "self_attention": lambda name: ".attn1." in name,
@@ -20,7 +22,7 @@ PARTS = {  # names for `freeze`; anything else is a pattern of parameter names, 
     "text_feed_forward": lambda name: ".ffn_text." in name,
     "token_table": lambda name: name.startswith("text_space."),
 }
-LORA = {"rank": 32, "alpha": 32.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+LORA: dict[str, Any] = {"rank": 32, "alpha": 32.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
 
 
 def choose_what_learns(
@@ -36,6 +38,7 @@ def choose_what_learns(
         _add_lora(transformer, lora, seed)
     names = [name for name, _ in transformer.named_parameters()]
     for part in freeze:
+        # pyrefly: ignore[implicit-any-lambda]
         fits = PARTS.get(part, lambda name, pattern=part: fnmatchcase(name, pattern))
         chosen = {name for name in names if fits(name)}
         if not chosen:
@@ -60,7 +63,8 @@ def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], s
     from peft import LoraConfig
 
     unknown = set(lora) - set(LORA)
-    settings = LORA | lora
+    # pyrefly: ignore[unsupported-operation]
+    settings: dict[str, Any] = LORA | lora
     if unknown or not settings["rank"] >= 1 or not settings["targets"]:
         raise ConfigError(f"`lora` is {dict(lora)}; give a rank of 1 or more, an alpha and targets, or null for none.")
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]

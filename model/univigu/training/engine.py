@@ -77,7 +77,9 @@ class TrainingConfig:
         """The part of a profile's training section that is the loop's; other keys are left to who knows them."""
         known = {field.name for field in fields(cls)}
         try:
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in known}
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in known
+            }
             return cls(**values, seed=seed)
         except TypeError as error:
             raise ConfigError(f"The profile's training section does not fit ({error}); mend it.") from error
@@ -158,7 +160,7 @@ def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
     return share // size, size
 
 
-def recompute_activations(transformer: nn.Module, every: int) -> None:
+def recompute_activations(transformer: Any, every: int) -> None:
     """Have each `every`-th block forget its activations, and compute them again in the backward pass.
 
     Not the reentrant kind, which silently drops gradients where the input needs none.
@@ -176,7 +178,7 @@ def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:
     count, size = micro_batches(config, world_size)
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offload = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
-    settings = {
+    settings: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": count,

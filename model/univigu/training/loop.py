@@ -109,6 +109,7 @@ def train(
             if _is_due(step, config.samples_every, config):
                 sample(step)
 
+        # pyrefly: ignore[bad-specialization]
         with closing(load_ahead(dataset, order, steps, share, micro_size)) as batches:
             for step in steps:
                 started = time.monotonic()

@@ -124,6 +124,7 @@ def _moved(zero_stage: int, offload_optimizer: bool, offload_parameters: bool) -
 
 def parameter_count(config: Mapping[str, Any]) -> int:
     """How many parameters a transformer of this ``config`` has."""
+    # pyrefly: ignore[bad-argument-count]
     return _line(*(_parameters(_key(config), depth) for depth in (1, 2)), 1, config["num_layers"])
 
 
@@ -170,7 +171,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):

@@ -74,6 +74,7 @@ def _draw(
     batch = heldout.batch([index], [0])
     prompt, target = (text_space.detokenize(tokenizer, batch[name])[0] for name in ("prompt_ids", "target_ids"))
     states = {prompt: batch["prompt_embeds"][0], "": batch["empty_embeds"]}
+    # pyrefly: ignore[bad-argument-type]
     pipeline = EncodedPipeline(tokenizer, None, None, transformer, **sampling)
     pipeline.states = states
     pipeline.set_progress_bar_config(disable=True)

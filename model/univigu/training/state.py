@@ -83,7 +83,9 @@ def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
     if not _is_partitioned(parameter):
         return parameter.detach() if key is None else engine.optimizer.state[parameter][key]
     if key is None:
+        # pyrefly: ignore[missing-attribute]
         return safe_get_full_fp32_param(parameter).detach()
+    # pyrefly: ignore[bad-return]
     return safe_get_full_optimizer_state(parameter, key)
 
 
@@ -97,6 +99,7 @@ def _write(engine: Any, parameter: nn.Parameter, key: str | None, full: Tensor) 
         (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(full)
         return
     if hasattr(parameter, "ds_id"):  # ZeRO 3 cuts parameters into equal parts, the last of which is padded
+        # pyrefly: ignore[missing-attribute]
         size = parameter.ds_tensor.numel()
         part = torch.zeros(size * dist.get_world_size())
         part[: full.numel()] = full.flatten()

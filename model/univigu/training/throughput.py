@@ -21,6 +21,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     gpu = recognise_gpu(torch.cuda.get_device_name(device))
+    # pyrefly: ignore[bad-return]
     return gpu and gpu.tflops
 
 

@@ -79,6 +79,7 @@ class Endpoint:
         self.budget = Budget(terms.budget, terms.prices, journal.spent(), terms.reserve)
         self.answered, self.kept, self.failures = 0, 0, Counter()
         self.fault: BaseException | None = None
+        self.suspicion: Exception | None
         self.turned_away, self.suspicion = 0, None  # clips in a row with no answer between, and what it may be about
         url = httpx2.URL(terms.url)
         self.place = f"{url.host}:{url.port}" if url.port else url.host

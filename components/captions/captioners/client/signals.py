@@ -28,6 +28,7 @@ class StoppingGently:
 
     def _stop(self) -> None:
         if self.endpoint.stop.is_set():
+            # pyrefly: ignore[missing-attribute]
             self.task.cancel()
         self.endpoint.give_up(
             PreemptedError("Captioning was told to stop; every answer is kept, so the same command goes on from here.")
