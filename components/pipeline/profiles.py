@@ -73,6 +73,14 @@ def profile_files(spec: str) -> list[Path]:
     return [path for layer in layers if (path := Path(layer.name)).suffix and path not in bundled]
 
 
+def profile_parents(spec: str) -> list[str]:
+    """What a profile extends, the nearest first, by names or paths; raises as `load_profile` does."""
+    _, layers = _read(spec)
+    bundled = {str(_bundled(name)): name for name in profile_names()}
+    files = [bundled.get(layer.name, layer.name) for layer in layers if Path(layer.name).suffix]
+    return files[-2::-1]
+
+
 def find_profile(name: str) -> Path:
     """The file of a bundled profile, or the path that `name` is; raises `ConfigError` for an unknown name."""
     path = Path(name)

@@ -247,6 +247,26 @@ def test_profiles_that_extend_each_other_are_refused(write):
     assert "in a circle" in refusal(write({"extends": "mine.yaml"}))
 
 
+def count(own):
+    return sum(count(value) if isinstance(value, dict) else 1 for value in own.values())
+
+
+@pytest.mark.parametrize(("name", "parent", "differences"), [("wan-14b", "wan-1.3b", 9), ("smoke", "tiny", 42)])
+def test_a_bundled_profile_states_its_differences_and_no_more(name, parent, differences):
+    own = yaml.safe_load(find_profile(name).read_text())
+    assert own.pop("extends") == parent
+    assert count(own) == differences
+
+    def differs(before, after):
+        return sum(
+            differs(before[key], after[key]) if isinstance(after[key], dict) else before[key] != after[key]
+            for key in after
+        )
+
+    unchanged = 2 if name == "smoke" else 0  # the shares of `joint`, which complete the others
+    assert differs(load_profile(parent), load_profile(name)) == differences - unchanged
+
+
 # --- other settings on the command line ------------------------------------------------------------------------------
 
 

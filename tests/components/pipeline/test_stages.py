@@ -25,7 +25,11 @@ def test_dvc_has_the_same_steps_in_the_same_order():
 def test_dvc_watches_what_the_code_of_each_step_does():
     stage = DVC["stages"][CODE]
     assert stage["deps"] == ["components", "model/univigu"]
-    assert dvc_paths(stage["outs"]) == {".univigu/code.json"}
+    assert dvc_paths(stage["outs"]) == {".univigu/code.json", ".univigu/profile.json"}
+
+
+def test_dvc_shows_and_changes_the_profile_as_it_is_written():
+    assert DVC["stages"][CODE]["params"] == [{"components/profiles/${profile}.yaml": None}]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
@@ -45,7 +49,7 @@ def test_dvc_depends_on_the_same_inputs_and_sources(stage):
 def test_dvc_watches_the_same_parameters_and_the_code(stage):
     code, entry = DVC["stages"][stage.name]["params"]
     assert code == {".univigu/code.json": [stage.name]}
-    assert set(entry["components/profiles/${profile}.yaml"]) == {*stage.sources.values(), *stage.parameters}
+    assert set(entry[".univigu/profile.json"]) == {*stage.sources.values(), *stage.parameters}
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)
