@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from components.cli.options import Settings
-from components.pipeline.profiles import load_profile, profile_names, profile_parents, with_settings
+from components.pipeline.profiles import (
+    load_profile,
+    profile_names,
+    profile_parents,
+    settings_page,
+    settings_schema,
+    with_settings,
+)
 
 app = typer.Typer(help="Profiles: list and show them, compare two, and describe all settings.", no_args_is_help=True)
 
@@ -45,14 +52,10 @@ def diff(one: Name, other: Name) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of profile files, by which editors complete and check them."""
-    from components.settings.reference import file_schema
-
-    print(json.dumps(file_schema(), indent=1))
+    print(json.dumps(settings_schema(), indent=1))
 
 
 @app.command()
 def reference() -> None:
     """Print the page of all settings as Markdown (docs/profiles.md)."""
-    from components.settings.reference import write_page
-
-    print(write_page(), end="")
+    print(settings_page(), end="")

@@ -134,6 +134,20 @@ def check_watched(name: str, profile: Mapping[str, Any], root: Path) -> None:
         )
 
 
+def settings_page() -> str:
+    """The page of all settings, as Markdown."""
+    from components.settings.reference import write_page
+
+    return write_page()
+
+
+def settings_schema() -> dict[str, Any]:
+    """The JSON schema of a profile's file, for editors."""
+    from components.settings.reference import file_schema
+
+    return file_schema()
+
+
 def _say_all(spec: str, said: Sequence[str], keys: Sequence[str]) -> str:
     """One message for all faults. Its first line names keys, as orchestrators pass on no more than that line."""
     if len(said) == 1:

@@ -28,6 +28,23 @@ def explain(errors: Sequence[Mapping[str, Any]], values: Mapping[str, Any], sche
     return list(found.values())
 
 
+def find_odd_values(values: Any, path: Path = ()) -> Iterator[Fault]:
+    """What YAML can say and JSON can't: a key that is no text, a date, bytes, a set."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if isinstance(key, str):
+                yield from find_odd_values(value, (*path, key))
+            else:
+                yield Fault(path, f"has the key {_shown(key)}, which is no text; put it in quotation marks")
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from find_odd_values(value, (*path, number))
+    elif not isinstance(values, str | int | float | None):
+        yield Fault(
+            path, f"is {_shown(values)}, which YAML reads as a {type(values).__name__}; put it in quotation marks"
+        )
+
+
 def dotted(path: Path) -> str:
     """``("text", "prompt_tokens", 0)`` as ``text.prompt_tokens[0]``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)

@@ -4,7 +4,9 @@ A table is merged with the parent's key by key; a list or a single value replace
 belong to someone else (a captioner's options) is replaced as a whole, since half of it makes no sense to another one.
 """
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from univigu.files import parse_yaml, read_yaml
 
 EXTENDS = "extends"
 SET = "--set"
+_NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _SPEC = re.compile(r"(.+?) (\{.*\})", re.DOTALL)
 
 
@@ -43,7 +46,7 @@ def read_layers(path: Path, find: Callable[[str], Path | None]) -> list[Layer]:
         if EXTENDS not in values:
             return layers
         parent = _find_parent(values[EXTENDS], path, find)
-        if any(parent.resolve() == one.resolve() for one in seen):
+        if os.path.abspath(parent) in map(os.path.abspath, seen):
             circle = " extends ".join(str(one) for one in [*seen, parent])
             raise ConfigError(f"Profiles extend each other in a circle: {circle}; remove one `extends`.")
         path = parent
@@ -119,7 +122,9 @@ def _read(path: Path, children: Sequence[Path]) -> dict[str, Any]:
     child = f", which {children[-1]} extends" if children else ""
     try:
         values = read_yaml(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         raise ConfigError(f"There is no profile file {path}{child}; check the path.") from error
     except ValueError as error:
         raise ConfigError(f"The profile {path}{child} is not readable YAML ({error}); correct it.") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from components.settings.faults import Fault, explain
+from components.settings.faults import Fault, explain, find_odd_values
 from components.settings.fields import Count, Name, Section, setting
 from components.settings.sections import (
     CaptionVideos,
@@ -26,7 +26,7 @@ from components.settings.training import Model, TrainStage
 class Profile(Section):
     """The parameters of one way to make the data and the model."""
 
-    seed: Count = setting("Seed of everything that is random")
+    seed: Count = setting("Seed of everything that is random", lt=2**63)
     raw_prompts: Name = setting("Folder of raw prompts: JSONL, CSV or Parquet")
     base: Name = setting("Folder of the base model, in diffusers' Wan layout")
     generator: Name = setting("Folder of the pipeline that makes the clips: any text-to-video pipeline of diffusers")
@@ -54,8 +54,10 @@ def schema() -> dict[str, Any]:
 
 def find_faults(values: Mapping[str, Any]) -> list[Fault]:
     """All that is wrong in a complete profile, in the order of its keys; empty where nothing is."""
+    odd = list(find_odd_values(values))
     try:
         Profile.model_validate(dict(values))
     except ValidationError as error:
-        return explain(error.errors(include_url=False, include_input=False), values, schema())
-    return []
+        faults = explain(error.errors(include_url=False, include_input=False), values, schema())
+        return [*odd, *(fault for fault in faults if not any(fault.path[: len(one.path)] == one.path for one in odd))]
+    return odd

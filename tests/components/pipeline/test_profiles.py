@@ -149,6 +149,16 @@ def test_every_fault_of_a_profile_is_in_one_message(write):
     ]
 
 
+def test_what_is_no_json_is_named_before_it_reaches_a_recipe(write):
+    said = refusal(
+        write("extends: tiny\ntext: {1: 2}\ncaption_videos: {options: {since: 2026-01-01}}\nseed: 1970-01-01")
+    )
+    assert "text has the key 1, which is no text; put it in quotation marks" in said
+    assert 'caption_videos.options.since is "2026-01-01", which YAML reads as a date' in said
+    assert 'seed is "1970-01-01"' in said
+    assert "has 3 faults" in said
+
+
 def test_a_message_does_not_grow_with_thousands_of_faults(write):
     said = refusal(write({f"key{number}": 1 for number in range(5000)})).splitlines()
     assert len(said) == 52
@@ -236,6 +246,8 @@ def test_an_unknown_parent_is_named_with_the_profile_that_extends_it(write):
     path = write({"extends": "nowhere.yaml"})
     assert f"nowhere.yaml, which {path} extends" in refusal(path)
     assert "give a bundled profile's name or a YAML file" in refusal(write({"extends": ["tiny"]}))
+    assert "no profile file" in refusal(write({"extends": f"{'x' * 5000}.yaml"}))
+    assert "not readable YAML" in refusal(write({"extends": "\0.yaml"}))
 
 
 def test_profiles_that_extend_each_other_are_refused(write):
