@@ -77,11 +77,39 @@ def test_a_profile_written_out_in_full_is_the_same_profile(name, write):
         ("caption_videos", "checks", [3], "[0] is 3; give a text that is not empty or a table."),
         ("video", "buckets", [[9, 32]], "[0][2] is missing; add a whole number of at least 1."),
         ("curate_prompts", "semantic_duplicate_cosine", 3, "is 3; give a number from -1 to 1."),
+        ("synthesize_videos", "precision", "int4", 'is "int4"; give one of fp32, bf16.'),
+        ("synthesize_videos", "offload", "disk", 'is "disk"; give one of none, model, sequential.'),
+        ("synthesize_videos", "vae_memory", ["folding"], '[0] is "folding"; give one of tiling, slicing.'),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_with_what_would_do(write, section, key, value, said):
     path = write(changed(section, **{key: value}))
     assert f"{path}: {section}.{key}{'' if said.startswith('[') else ' '}{said}" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("curate_prompts", {"filters": {"speling": "off"}}, "curate_prompts.filters.speling is not a setting"),
+        (
+            "curate_prompts",
+            {"filters": {"unsafe": "maybe"}},
+            'filters.unsafe is "maybe"; give one of off, score,',
+        ),
+        ("curate_prompts", {"filters": {"unsafe": None}}, "curate_prompts.filters.unsafe is null"),
+        ("curate_prompts", {"sources": {"a*": {"sauce": "x"}}}, "curate_prompts.sources.a*.sauce is not a setting"),
+        (
+            "curate_prompts",
+            {"sources": {"a*": {"columns": {"txt": "x"}}}},
+            "columns.txt is not a setting; did you",
+        ),
+        ("synthesize_videos", {"checks": {"blank": {"mode": "maybe"}}}, 'checks.blank.mode is "maybe"'),
+        ("video", {"fit": {"hdr": "dance"}}, 'video.fit.hdr is "dance"; give one of tone_map, quarantine'),
+        ("model", {"sampling": {"luck": 7}}, "model.sampling.luck is not a setting"),
+    ],
+)
+def test_what_is_wrong_inside_a_table_is_named(write, section, values, said):
+    assert said in refusal(write({"extends": "tiny", section: values}))
 
 
 @pytest.mark.parametrize(

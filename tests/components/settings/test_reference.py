@@ -1,5 +1,6 @@
 """The page of all settings and the schema for editors say what the models say."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import yaml
 
 from components.pipeline.profiles import find_profile, load_profile, profile_names
 from components.prompts.screening import FILTERS
+from components.prompts.sources import KNOWN_COLUMNS
 from components.settings.profile import Profile, schema
 from components.settings.reference import file_schema, write_page
 from components.settings.schema_words import properties
-from components.settings.sections import Filters
+from components.settings.sections import Columns, Filters
+from components.settings.training import Sampling
+from univigu import UniViGUPipeline
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "components/profiles"
@@ -57,6 +61,14 @@ def test_every_key_of_the_largest_profile_is_on_the_page():
 
 def test_the_models_know_the_filters_that_there_are():
     assert set(Filters.model_fields) == set(FILTERS)
+
+
+def test_sampling_knows_every_setting_of_it():
+    assert set(Sampling.model_fields) <= set(inspect.signature(UniViGUPipeline.__init__).parameters)
+
+
+def test_the_models_know_the_columns_of_prompts_that_there_are():
+    assert set(Columns.model_fields) == {*KNOWN_COLUMNS, "unsafe"}
 
 
 @pytest.mark.parametrize("name", profile_names())
