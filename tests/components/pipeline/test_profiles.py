@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from components.pipeline.profiles import (
+    absolute_profile,
     check_watched,
     find_profile,
     load_profile,
@@ -346,6 +347,15 @@ def test_what_is_no_setting_on_the_command_line_is_named():
     assert "'steps' is not section.key=VALUE" in said
     assert "'.x=1' is not section.key=VALUE" in said
     assert "the value in 'seed=[1' is not YAML" in said
+
+
+def test_a_profile_is_the_same_one_from_another_folder(write, monkeypatch, tmp_path):
+    write({"extends": "smoke", "seed": 4})
+    monkeypatch.chdir(tmp_path)
+    spec = absolute_profile(with_settings("mine.yaml", ["video.fps=9"]))
+    monkeypatch.chdir("/")
+    assert (load_profile(spec)["seed"], load_profile(spec)["video"]["fps"]) == (4, 9)
+    assert absolute_profile("tiny") == "tiny"
 
 
 def test_a_profile_given_with_broken_settings_is_refused():
