@@ -93,6 +93,6 @@ def test_every_task_of_a_pipeline_is_given_the_settings_in_its_profile():
         "parts": "2",
         "profile": 'tiny {"train_stage_2.steps": 5}',
     }
-    on_the_volume = {"profile": "/work-root/mine.yaml"}
-    assert _with_settings(on_the_volume, ["seed=1"]) == {"profile": '/work-root/mine.yaml {"seed": 1}'}
+    on_the_volume = {"profile": "/volume/mine.yaml"}
+    assert _with_settings(on_the_volume, ["seed=1"]) == {"profile": '/volume/mine.yaml {"seed": 1}'}
     assert _with_settings(on_the_volume, []) == on_the_volume
