@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators architecture docs test test-fast coverage chaos lint format clean
+.PHONY: help install demo smoke airflow measure-orchestrators architecture profiles docs test test-fast coverage chaos lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -64,6 +64,10 @@ architecture: install ## The rooms and who imports whom, from the code: reports/
 
 docs: install ## The documentation as a web site in site/; `mkdocs serve` shows it while you write
 	mkdocs build --strict
+
+profiles: install ## The page of all settings, and their schema for editors: docs/profiles.md, components/profiles/schema.json
+	@univigu profile reference > docs/.profiles.md && mv docs/.profiles.md docs/profiles.md
+	@univigu profile schema > components/profiles/.schema && mv components/profiles/.schema components/profiles/schema.json
 
 test: install ## All tests, lint and format included, two files at a time
 	pytest --numprocesses 2 --dist loadfile

@@ -212,7 +212,7 @@ def test_the_plots_of_dvc_are_the_ones_to_look_at(clone):
 
 
 def test_an_experiment_runs_what_its_change_decides_and_is_shown_with_its_scores(clone):
-    changed = "components/profiles/smoke.yaml:register_model.promotion=manual"
+    changed = "components/profiles/smoke.yaml:+register_model.promotion=manual"  # +: `smoke` has it from `tiny`
     done = call(["dvc", "exp", "run", "--name", "by-hand", "--set-param", changed], clone)
     assert done.returncode == 0, said(done)
     assert re.findall(r"Running stage '([\w-]+)'", done.stdout) == ["code", "register-model"]

@@ -12,7 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from components.cli import data, generate, models, pipeline, plan, train_job
+from components.cli import data, generate, models, pipeline, plan, profile, train_job
+from components.cli.options import Profile, Settings
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
 
@@ -30,8 +31,8 @@ plan.add_to(app)
 app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")
 app.add_typer(data.app, name="data")
+app.add_typer(profile.app, name="profile")
 
-Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
 Root = Annotated[Path, typer.Option(help="The work root: every path a step reads or writes lies below it.")]
 
 
@@ -39,6 +40,7 @@ Root = Annotated[Path, typer.Option(help="The work root: every path a step reads
 def run(
     step: Annotated[str, typer.Argument(help="The step's name; `univigu steps` lists them.")],
     profile: Profile = "tiny",
+    settings: Settings = None,
     root: Root = Path("."),
     part: Annotated[
         str,
@@ -76,12 +78,13 @@ def run(
     """
     from components.pipeline.freshness import finished
     from components.pipeline.processes import count_processes, end_with_parent, make_parts
-    from components.pipeline.profiles import check_watched, load_profile
+    from components.pipeline.profiles import check_watched, load_profile, with_settings
     from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
     from components.pipeline.workspace import Part
 
     end_with_parent()
+    profile = with_settings(profile, settings or [])
     values = load_profile(profile)
     check_watched(profile, values, root)
     if part:
@@ -141,14 +144,14 @@ def steps() -> None:
 
 
 @app.command()
-def status(profile: Profile = "tiny", root: Root = Path(".")) -> None:
+def status(profile: Profile = "tiny", settings: Settings = None, root: Root = Path(".")) -> None:
     """Say which steps are finished, what would start the others again, and what is set aside."""
     from components.pipeline.aside import list_kept
     from components.pipeline.freshness import why_not_finished
-    from components.pipeline.profiles import load_profile
+    from components.pipeline.profiles import load_profile, with_settings
     from components.pipeline.stages import STAGES
 
-    values = load_profile(profile)
+    values = load_profile(with_settings(profile, settings or []))
     for stage in STAGES:
         print(f"{stage.name:<20} {why_not_finished(stage.name, values, root) or 'finished'}")
     for folder in list_kept(root.resolve()):
@@ -165,7 +168,10 @@ def clean(root: Root = Path(".")) -> None:
 
 @app.command(hidden=True)
 def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
-    """Write the digest of what each step's code does with a profile to .univigu/code.json, which dvc.yaml watches."""
+    """Write what dvc.yaml watches: the digest of what each step's code does, and the profile with all that it extends.
+
+    They are .univigu/code.json and .univigu/profile.json.
+    """
     from components.pipeline.fingerprint import code_digest, stage_code
     from components.pipeline.profiles import load_profile
     from components.pipeline.stages import STAGES
@@ -175,6 +181,7 @@ def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
     values = load_profile(profile)
     (root / STATE).mkdir(exist_ok=True)
     write_json(root / STATE / "code.json", {stage.name: code_digest(stage_code(stage, values)) for stage in STAGES})
+    write_json(root / STATE / "profile.json", values)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.cli.options import Settings
 from univigu.errors import BadInputError, ConfigError, UniViGUError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 POLL_S = 10.0
 DEFAULT_PACKAGE = Path("infra/pipeline.yaml")
+DEFAULT_PROFILE = "tiny"  # of the pipeline
 
 Host = Annotated[str, typer.Option(help="The server's address. (default: KFP_ENDPOINT or KF_PIPELINES_ENDPOINT)")]
 Namespace = Annotated[str, typer.Option(help="Your namespace, on a server with several users.")]
@@ -49,6 +51,7 @@ def compile_pipeline(
 @app.command("run")
 def run_here(
     parameters: Parameters = None,
+    settings: Settings = None,
     local: Annotated[bool, typer.Option("--local", help="Run on this machine; servers are for `submit`.")] = False,
     root: Annotated[Path, typer.Option(help="The work root, which holds prompts and base.")] = Path("."),
 ) -> None:
@@ -59,13 +62,14 @@ def run_here(
         raise ConfigError(
             "Say where to run: `univigu pipeline run --local`, or `univigu pipeline submit` for a server."
         )
-    run_locally(root, _pairs(parameters or []))
+    run_locally(root, _with_settings(_pairs(parameters or []), settings or []))
     print("SUCCEEDED")
 
 
 @app.command()
 def submit(
     parameters: Parameters = None,
+    settings: Settings = None,
     package: Package = DEFAULT_PACKAGE,
     name: Annotated[
         str, typer.Option(help="The run's name. (default: the same for the same pipeline and parameters)")
@@ -80,7 +84,7 @@ def submit(
     """Start a run on a server and print its id; a run of the same name that lives or succeeded is not started again."""
     from components.orchestration.kfp_server import KfpServer, default_run_name, typed_arguments
 
-    arguments = typed_arguments(package, _pairs(parameters or []))
+    arguments = typed_arguments(package, _with_settings(_pairs(parameters or []), settings or []))
     server = KfpServer(host, namespace)
     name = name or default_run_name(package, arguments)
     run_id = server.submit(package, name, arguments, experiment, service_account)
@@ -167,3 +171,19 @@ def _pairs(parameters: Sequence[str]) -> Mapping[str, str]:
         if "=" not in text:
             raise ConfigError(f"'{text}' is no parameter; write KEY=VALUE, such as profile=smoke.")
     return dict(text.split("=", 1) for text in parameters)
+
+
+def _with_settings(parameters: Mapping[str, str], settings: Sequence[str]) -> Mapping[str, str]:
+    """The pipeline's parameters with ``--set`` in its profile, which every task is given.
+
+    A bundled profile is checked here already; a file may be on the cluster's volume alone, and is checked there.
+    """
+    from components.pipeline.profiles import load_profile, profile_names, with_settings
+
+    if not settings:
+        return parameters
+    name = parameters.get("profile", DEFAULT_PROFILE)
+    spec = with_settings(name, settings)
+    if name in profile_names():
+        load_profile(spec)
+    return {**parameters, "profile": spec}

@@ -7,15 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from components.cli.options import Profile, Settings
+
 PANEL = "Plan the real thing"
 
-Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
 Root = Annotated[Path, typer.Option(help="The work root, where the base lies, if it is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines: everything, in bytes, seconds and FLOPs.")]
 
 
 def plan(
     profile: Profile = "wan-1.3b",
+    settings: Settings = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs train together.")] = 16,
     gpu: Annotated[str, typer.Option(help="Their name, such as h100; a wrong one lists those there are.")] = "h800",
     mfu: Annotated[
@@ -27,15 +29,17 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a profile takes on given GPUs: memory, operations, days, storage, requests, cost."""
-    from components.pipeline.profiles import load_profile
+    from components.pipeline.profiles import load_profile, with_settings
     from components.planning.cost import make_plan
 
+    profile = with_settings(profile, settings or [])
     found = make_plan(load_profile(profile), root, gpus, gpu, mfu, zero, price)
     print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
 
 
 def rehearse(
     profile: Profile = "wan-1.3b",
+    settings: Settings = None,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A base's folder, whose files' headers are read. (default: the profile's)"),
@@ -49,9 +53,10 @@ def rehearse(
 
     `to do` marks what only you can put there: weights, variables, disk.
     """
-    from components.pipeline.profiles import load_profile
+    from components.pipeline.profiles import load_profile, with_settings
     from components.planning import rehearsal
 
+    profile = with_settings(profile, settings or [])
     scene = rehearsal.Scene(profile, load_profile(profile), root, weights, gpus, gpu)
     lines = rehearsal.rehearse(scene, (lambda line: None) if as_json else _show)
     if as_json:

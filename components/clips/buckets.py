@@ -9,8 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from univigu.errors import ConfigError
-
 
 class Bucket(NamedTuple):
     frames: int
@@ -29,11 +27,8 @@ class Misfit(NamedTuple):
 
 
 def list_buckets(video: Mapping[str, Any]) -> list[Bucket]:
-    """The buckets of a profile's `video`; raises `ConfigError` for one that isn't three positive numbers."""
+    """The buckets of a profile's `video`."""
     given = video["buckets"] or [[video["frames"], video["height"], video["width"]]]
-    for one in given:
-        if not (isinstance(one, list) and len(one) == 3 and all(isinstance(n, int) and n > 0 for n in one)):
-            raise ConfigError(f"'{one}' is no bucket; write [frames, height, width] in the profile's 'video.buckets'.")
     return [Bucket(*one) for one in given]
 
 

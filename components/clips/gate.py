@@ -17,8 +17,6 @@ from univigu.errors import ConfigError, MissingInputError
 if TYPE_CHECKING:
     import numpy as np
 
-MODES = ("off", "score", "enforce")
-
 
 class ClipCheck(NamedTuple):
     """One check of the gate, with its settings complete."""
@@ -32,14 +30,12 @@ def load_gate(checks: Mapping[str, Mapping[str, Any]], root: Path) -> list[ClipC
     """The checks that are on, in the profile's order.
 
     A setting called `model` is a folder below the work root, and is made absolute. Raises `ConfigError` for an unknown
-    check, mode or setting, and `MissingInputError` where such a folder isn't there.
+    check or setting, and `MissingInputError` where such a folder isn't there.
     """
     gate = []
     for name, given in checks.items():
         # pyrefly: ignore[no-matching-overload]
         mode = {False: "off"}.get(given.get("mode"), given.get("mode"))  # YAML reads a bare off as false
-        if mode not in MODES:
-            raise ConfigError(f"The check '{name}' has the mode '{mode}'; choose one of {', '.join(MODES)}.")
         (module,) = load_checks([name], "check")
         defaults = getattr(module, "DEFAULTS", {})
         settings = {key: value for key, value in given.items() if key != "mode"}

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
     from diffusers import DiffusionPipeline
 
-OFFLOADS = ("none", "model", "sequential")
-VAE_MEMORY = ("tiling", "slicing")
 PLACEMENT = ("vae_precision", "flow_shift", "offload", "vae_memory", "attention_backend")
 
 
@@ -42,11 +40,6 @@ def load_generator(
     from safetensors import SafetensorError
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for given in (precision, vae_precision):
-        if given not in kinds:
-            raise ConfigError(f"There is no precision '{given}'; choose one of {', '.join(kinds)}.")
-    if offload not in OFFLOADS:
-        raise ConfigError(f"There is no offload '{offload}'; choose one of {', '.join(OFFLOADS)}.")
     check_layout(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
@@ -114,8 +107,6 @@ def _with_shift(scheduler: Any, flow_shift: float) -> Any:
 
 
 def _save_memory(pipeline: "DiffusionPipeline", way: str) -> None:
-    if way not in VAE_MEMORY:
-        raise ConfigError(f"There is no '{way}' of an autoencoder; choose from {', '.join(VAE_MEMORY)}.")
     try:
         getattr(pipeline.vae, f"enable_{way}")()
     except (AttributeError, NotImplementedError) as error:

@@ -31,7 +31,6 @@ TAR = "clips.tar"
 BATCH = 8  # videos that are decoded at the same time, at most, and that a killed run loses
 NAME = "import"  # of the generator and captioner in the tables
 KINDS = ("captions", "prompts")
-HDR = ("tone_map", "quarantine")  # what the profile's `video.fit.hdr` may say of such videos; at first, the first
 SAME_SPEED = 0.05  # a clip that is no more than so much faster or slower plays as its video does
 
 _VIDEOS = Stage(
@@ -129,8 +128,6 @@ def import_videos(step: "Step") -> None:
     from univigu.wan import check_autoencoder
 
     check_autoencoder(step.inputs["base"], list_buckets(step["video"]))
-    if step["video"]["fit"].get("hdr", HDR[0]) not in HDR:
-        raise ConfigError(f"The profile's 'video.fit.hdr' must be one of {', '.join(HDR)}; correct it.")
     gate = load_gate(step["synthesize_videos"]["checks"], step.root)
     models = gate_digests(gate)
     plans = [{**plan, "gate_models": models} for plan in plan_clips(step)]

@@ -18,9 +18,6 @@ class Encoders:
     """Each part of `base` is loaded when it is first needed, on the GPU if there is one, and stays."""
 
     def __init__(self, base: Path, precision: str, text: Mapping[str, Any]) -> None:
-
-        if precision not in ("fp32", "bf16"):
-            raise ConfigError(f"There is no precision '{precision}'; choose one of fp32, bf16.")
         self.tokenizer = load_tokenizer(base)
         self._base, self._precision = base, precision
         self._prompt_length, self._text_length = text["prompt_length"], text["caption_tokens"][1]

@@ -11,7 +11,7 @@ from typing import Any
 from components.orchestration.kubernetes_api import NODE, Cluster, one_line
 from components.orchestration.train_job import Settings, build, processes, work_key
 from components.pipeline.manifests import Recipe, verify
-from components.pipeline.profiles import load_profile
+from components.pipeline.profiles import absolute_profile, load_profile, profile_files
 from components.pipeline.stages import Stage, find_stage
 from univigu.errors import (
     BadInputError,
@@ -63,10 +63,10 @@ def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Sta
     mount_path = (settings.mount_path or root).resolve()
     if not root.is_relative_to(mount_path):
         raise BadInputError(f"The work root {root} is not on the volume at {mount_path}; give another --mount-path.")
-    if profile.endswith((".yaml", ".yml")):
-        profile = str(Path(profile).resolve())
-        if not Path(profile).is_relative_to(mount_path):
-            raise BadInputError(f"The profile {profile} is not on the volume at {mount_path}; copy it there.")
+    profile = absolute_profile(profile)
+    for path in profile_files(profile):
+        if not path.resolve().is_relative_to(mount_path):
+            raise BadInputError(f"The profile {path} is not on the volume at {mount_path}; copy it there.")
     values = load_profile(profile)
     micro_batches(
         TrainingConfig.from_section(values[stage.parameters[-1]], values["seed"]),

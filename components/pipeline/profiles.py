@@ -1,18 +1,25 @@
-"""Profiles: one YAML file of parameters each; code never asks which one it is in."""
+"""Profiles: a YAML file of settings each, which may extend another; code never asks which one it is in.
 
-import functools
-import json
+What the settings are, and what is wrong in a profile, is known to `components.settings`, which is imported when a
+profile is read, since pydantic takes a tenth of a second.
+"""
+
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.pipeline.stages import STAGES
 from univigu.errors import ConfigError
 from univigu.files import read_yaml
 
+if TYPE_CHECKING:
+    from components.settings.layers import Layer
+
 PARAMS = "params.yaml"
+MOST_FAULTS = 50  # in one message
+MOST_KEYS = 5  # in its first line
 
 
 def profile_names() -> list[str]:
@@ -21,28 +28,69 @@ def profile_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
-def load_profile(name: str) -> dict[str, Any]:
-    """Read a profile by its name, or by the path of a YAML file; raises `ConfigError` where there is none."""
+def load_profile(spec: str) -> dict[str, Any]:
+    """The settings of a profile, complete and checked, as the plain mapping whose values a recipe hashes.
+
+    spec: a bundled profile's name, or the path of a YAML file; after a space, as JSON, what is set otherwise
+    (`with_settings`). Raises `ConfigError` that names every key that doesn't fit, where it is, and what would do.
+    """
+    from components.settings.faults import dotted
+    from components.settings.layers import find_origin
+    from components.settings.profile import find_faults
+
+    values, layers = _read(spec)
+    if faults := find_faults(values):
+        said = [f"{find_origin(path, layers)}: {dotted(path)} {text}" for path, text in faults]
+        keys = [dotted(path) for path, _ in faults]
+        raise ConfigError(_say_all(spec, said, keys))
+    return values
+
+
+def with_settings(spec: str, settings: Sequence[str]) -> str:
+    """A profile with ``section.key=VALUE`` set otherwise, as text for `load_profile`, wherever a profile is named.
+
+    Every process and every step that is given this text reads the same settings. Raises `ConfigError` for what can't
+    be read; whether the keys are right is up to `load_profile`.
+    """
+    from components.settings.layers import join_spec, parse_settings
+
+    return join_spec(spec, parse_settings(settings)) if settings else spec
+
+
+def absolute_profile(spec: str) -> str:
+    """The same profile for a process that works in another folder: a file's path made absolute."""
+    from components.settings.layers import join_spec, split_spec
+
+    name, changes = split_spec(spec)
     path = Path(name)
-    if path.suffix not in {".yaml", ".yml"}:
-        if name not in profile_names():
-            raise ConfigError(
-                f"There is no profile '{name}'; choose one of {', '.join(profile_names())}, or give a YAML file's path."
-            )
-        path = _bundled(name)
-    try:
-        profile = read_yaml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no profile file {path}; check the path.") from error
-    except ValueError as error:
-        raise ConfigError(f"The profile {path} is not readable YAML ({error}); correct it.") from error
-    if not isinstance(profile, dict):
-        raise ConfigError(f"The profile {path} is not a table of parameters; see {profile_names()} for examples.")
-    missing = sorted(_keys(_examples()["tiny"]) - _keys(profile))
-    if missing:
-        raise ConfigError(f"The profile {path} lacks {', '.join(missing)}; the bundled profile 'tiny' shows them.")
-    _check_kinds(profile, list(_examples().values()), str(path), "")
-    return profile
+    return join_spec(str(path.resolve()) if path.suffix in {".yaml", ".yml"} else name, changes)
+
+
+def profile_files(spec: str) -> list[Path]:
+    """The files that a profile is made of, without those that come with the project; raises as `load_profile` does."""
+    _, layers = _read(spec)
+    bundled = {_bundled(name) for name in profile_names()}
+    return [path for layer in layers if (path := Path(layer.name)).suffix and path not in bundled]
+
+
+def profile_parents(spec: str) -> list[str]:
+    """What a profile extends, the nearest first, by names or paths; raises as `load_profile` does."""
+    _, layers = _read(spec)
+    bundled = {str(_bundled(name)): name for name in profile_names()}
+    files = [bundled.get(layer.name, layer.name) for layer in layers if Path(layer.name).suffix]
+    return files[-2::-1]
+
+
+def find_profile(name: str) -> Path:
+    """The file of a bundled profile, or the path that `name` is; raises `ConfigError` for an unknown name."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        return path
+    if name not in profile_names():
+        raise ConfigError(
+            f"There is no profile '{name}'; choose one of {', '.join(profile_names())}, or give a YAML file's path."
+        )
+    return _bundled(name)
 
 
 def watched(profile: Mapping[str, Any]) -> dict[str, str]:
@@ -86,46 +134,44 @@ def check_watched(name: str, profile: Mapping[str, Any], root: Path) -> None:
         )
 
 
+def settings_page() -> str:
+    """The page of all settings, as Markdown."""
+    from components.settings.reference import write_page
+
+    return write_page()
+
+
+def settings_schema() -> dict[str, Any]:
+    """The JSON schema of a profile's file, for editors."""
+    from components.settings.reference import file_schema
+
+    return file_schema()
+
+
+def _say_all(spec: str, said: Sequence[str], keys: Sequence[str]) -> str:
+    """One message for all faults. Its first line names keys, as orchestrators pass on no more than that line."""
+    if len(said) == 1:
+        return f"{said[0]}."
+    some = ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else "")
+    more = [f"and {len(said) - MOST_FAULTS} more"] if len(said) > MOST_FAULTS else []
+    return "\n  ".join([f"The profile {spec} has {len(said)} faults ({some}):", *said[:MOST_FAULTS], *more])
+
+
 def _bundled(name: str) -> Path:
     return Path(str(resources.files("components") / "profiles" / f"{name}.yaml"))
 
 
-@functools.cache
-def _examples() -> dict[str, dict[str, Any]]:
-    """The bundled profiles by name; nobody changes them."""
-    return {name: read_yaml(_bundled(name)) for name in profile_names()}
+def _read(spec: str) -> "tuple[dict[str, Any], list[Layer]]":
+    """The settings of a profile, not checked yet, and the layers that they come from."""
+    from components.settings.layers import SET, Layer, combine, read_layers, set_value, split_spec
+    from components.settings.profile import schema
 
-
-def _check_kinds(value: Any, examples: Sequence[Any], path: str, key: str) -> None:
-    """Raise `ConfigError` where a profile has another kind of value than the bundled ones have in that place."""
-    if isinstance(value, Mapping) and {} not in examples:  # else it is somebody else's, as a captioner's options are
-        for name, entry in value.items():
-            found = [example[name] for example in examples if isinstance(example, Mapping) and name in example]
-            _check_kinds(entry, found, path, f"{key}.{name}" if key else name)
-    known = [example for example in examples if example is not None]
-    if not known or (value is None and len(known) < len(examples)):
-        return
-    wrong = f"'{key}' in the profile {path} is {json.dumps(value, default=str)}"
-    kinds = {type(example) for example in known}
-    if kinds <= {int, float}:
-        whole = kinds == {int}
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            hint = " (to YAML, 2e-3 is a text, and 2.0e-3 a number)" if "e" in str(value) and not whole else ""
-            raise ConfigError(f"{wrong}; give it a {'whole ' if whole else ''}number, such as {known[0]}{hint}.")
-        if value < 0 <= min(known) or (value == 0 and key.endswith("_size")):
-            raise ConfigError(f"{wrong}; give it a number above that, such as {known[0]}.")
-    elif kinds == {list}:
-        if not isinstance(value, list):
-            raise ConfigError(f"{wrong}; give it a list, such as {json.dumps(known[0])}.")
-        entries = [entry for example in known for entry in example]
-        for entry in value:
-            if not isinstance(entry, list):
-                _check_kinds(entry, entries, path, key)
-    elif kinds == {dict} and not isinstance(value, Mapping):
-        raise ConfigError(f"{wrong}; give it a table, as the bundled profile 'tiny' does.")
-
-
-def _keys(profile: dict[str, Any]) -> set[str]:
-    """Every section, and every ``section.key``."""
-    sections = {name: values for name, values in profile.items() if isinstance(values, dict)}
-    return set(profile) | {f"{name}.{key}" for name, values in sections.items() for key in values}
+    name, changes = split_spec(spec)
+    layers = read_layers(find_profile(name), lambda parent: _bundled(parent) if parent in profile_names() else None)
+    values = combine(layers, schema())
+    if changes:
+        said: dict[str, Any] = {}
+        for key, value in changes.items():
+            values, said = (set_value(one, key.split("."), value) for one in (values, said))
+        layers = [*layers, Layer(SET, said)]
+    return values, layers

@@ -129,15 +129,7 @@ def _misplaced(file: Path, path: Path) -> str:
 
 
 def _check_sources(sources: Mapping[str, Any], files: Sequence[Path], path: Path) -> None:
-    for pattern, about in sources.items():
-        if not isinstance(about, Mapping) or not set(about) <= {"source", "licence", "columns"}:
-            raise ConfigError(f"The profile's 'sources' say of '{pattern}' more than source, licence and columns.")
-        unknown = sorted(set(about.get("columns", {})) - {*KNOWN_COLUMNS, "unsafe"})
-        if unknown:
-            raise ConfigError(
-                f"The profile's 'sources' map '{unknown[0]}' for '{pattern}'; a column can hold "
-                f"{', '.join(KNOWN_COLUMNS)} or unsafe."
-            )
+    for pattern in sources:
         if not any(fnmatchcase(file.name, pattern) for file in files):
             raise ConfigError(f"The profile's 'sources' name '{pattern}', and no file in {path} is called that.")
 

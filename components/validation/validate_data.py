@@ -26,7 +26,6 @@ from components.prompts.filters import UNDECIDED, text_id
 from components.prompts.screening import ENFORCE, filter_modes
 from components.prompts.tokens import count_tokens, load_tokenizer
 from components.validation.gates import Reject, expectations, run_gate
-from univigu.errors import ConfigError
 
 STATUSES = ("success", "truncated", "blocked", "error", "skipped")
 
@@ -50,7 +49,7 @@ def validate_prompts(step: Step) -> None:
         *_table_contract(gx, "prompts", ["counted_tokens", "text_id"]),
         *_never_null(gx, SCHEMAS["prompts"].names),
         gx.ExpectColumnPairValuesToBeEqual(column_A="id", column_B="text_id", meta={"reason": "id_mismatch"}),
-        *_contract_of_filters(gx, curation, token_range(step["text"], "prompt_tokens")),
+        *_contract_of_filters(gx, curation, step["text"]["prompt_tokens"]),
         _one_of(gx, "verdict", ["keep"]),
     ]
     remedy = "mend the raw prompts or the profile, then run `univigu run curate-prompts` again"
@@ -106,18 +105,12 @@ def validate_pairs(step: Step) -> None:
     """Validated clips and their captions -> the table `pairs`: what the two training stages learn from.
 
     A stage-1 pair has no caption. A stage-2 clip whose caption did not succeed was quarantined where it was captioned,
-    and is only counted here. Raises `ConfigError` where the profile's caption range does not lie above its prompts'.
+    and is only counted here.
     """
 
     gx = expectations()
     settings = step["validate_data"]
-    longest_prompt = token_range(step["text"], "prompt_tokens")[1]
-    fewest, most = token_range(step["text"], "caption_tokens")
-    if fewest <= longest_prompt:
-        raise ConfigError(
-            f"The profile allows captions of {fewest} tokens and prompts of {longest_prompt}, but a caption must be "
-            "longer than any prompt; raise the first of 'caption_tokens'."
-        )
+    fewest, most = step["text"]["caption_tokens"]
     clips = step.read("clips", "clips").to_pylist()
     captions = step.read("captions", "captions")
     rows = join_captions(clips, captions.to_pylist())
@@ -151,7 +144,7 @@ def validate_pairs(step: Step) -> None:
     frame = pa.Table.from_pylist(rows).to_pandas() if rows else pa.table({"id": []}).to_pandas()
 
     between = gx.ExpectColumnValuesToBeBetween
-    prompt_range = token_range(step["text"], "prompt_tokens")
+    prompt_range = step["text"]["prompt_tokens"]
     suite = [
         gx.ExpectColumnValuesToBeUnique(column="id"),
         gx.ExpectColumnValuesToBeUnique(column="clip_id"),  # so no clip is in both stages, nor twice in one
@@ -256,14 +249,6 @@ def _check_captions(step: Step, gx: Any, captions: pa.Table, remedy: str) -> Non
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
-
-
-def token_range(text: Mapping[str, Any], key: str) -> tuple[int, int]:
-    """A profile's range of token lengths, EOS included; raises `ConfigError` where it is none."""
-    fewest, most = text[key]
-    if not 1 <= fewest <= most:
-        raise ConfigError(f"The profile's '{key}' is [{fewest}, {most}], and must be two numbers from 1 up, in order.")
-    return fewest, most
 
 
 def _table_contract(gx: Any, table: str, computed: Sequence[str] = ()) -> list[Any]:

@@ -62,7 +62,18 @@ def read_yaml_documents(path: Path) -> list[Any]:
     more than `MOST_YAML` values, or for themselves.
     """
     with path.open("rb") as stream:
-        content = stream.read(LARGEST_YAML + 1)
+        return _parse_documents(stream.read(LARGEST_YAML + 1))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value in a YAML text; raises `ValueError` as `read_yaml` does."""
+    documents = _parse_documents(text.encode(errors="surrogatepass"))
+    if len(documents) > 1:
+        raise ValueError("it holds more than one document")
+    return documents[0] if documents else None
+
+
+def _parse_documents(content: bytes) -> list[Any]:
     if len(content) > LARGEST_YAML:
         raise ValueError(f"it is larger than {LARGEST_YAML >> 20} MiB")
     import yaml

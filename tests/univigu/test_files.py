@@ -92,3 +92,11 @@ def test_yaml_with_anchors_as_people_use_them_is_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8"):
         files.read_yaml(tmp_path / "latin.yaml")
+
+
+def test_a_text_is_read_as_yaml_within_the_same_bounds():
+    assert files.parse_yaml("{rank: 4, targets: [to_q]}") == {"rank": 4, "targets": ["to_q"]}
+    assert files.parse_yaml("") is None
+    for text, said in (("a: [1", "flow sequence"), ("a\n---\nb", "more than one"), ("x" * 2**21, "larger than 1 MiB")):
+        with pytest.raises(ValueError, match=said):
+            files.parse_yaml(text)

@@ -100,13 +100,10 @@ def check_autoencoder(profile: Profile, models: MetaModels) -> str:
 
 def check_sampling(profile: Profile, models: MetaModels) -> str:
     """One step of each way to sample, at full size with the profile's settings: what evaluation and users run."""
-    import inspect
 
     import torch
 
     sampling, video = profile["model"]["sampling"], profile["video"]
-    if unknown := sorted(set(sampling) - set(inspect.signature(UniViGUPipeline.__init__).parameters)):
-        raise ConfigError(f"The profile's model.sampling has '{unknown[0]}', which sampling doesn't know; take it out.")
     config, length = models.transformer.config, profile["text"]["prompt_length"]
 
     class Unread(UniViGUPipeline):

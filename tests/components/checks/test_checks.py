@@ -146,7 +146,6 @@ def test_a_check_is_off_scores_or_enforces(panorama, tmp_path):
     ("check", "message"),
     [
         ({"beauty": {"mode": "score"}}, "no check 'beauty'"),
-        ({"blank": {"mode": "maybe"}}, "mode 'maybe'; choose one of off, score, enforce"),
         ({"blank": {"mode": "score", "contrast": 1}}, "no setting 'contrast'; it has min_contrast"),
     ],
 )

@@ -2,20 +2,30 @@
 
 import json
 import logging
+from functools import partial
 
 import pytest
 import yaml
 
 from components.cli import main as cli
-from components.pipeline import profiles, stages
+from components.pipeline import processes, profiles, stages
 from components.pipeline.aside import list_kept
+from components.settings import layers
 from engine import PROFILE, made
+
+
+def read_profile(root, spec):
+    """The profile of the steps under test, which has none of the real sections."""
+    values = yaml.safe_load((root / "profile.yaml").read_text())
+    for key, value in layers.split_spec(spec)[1].items():
+        values = layers.set_value(values, key.split("."), value)
+    return values
 
 
 @pytest.fixture
 def univigu(root, capfd, monkeypatch):
     """Run a command below the work root; returns its exit code, and what it printed on both streams."""
-    monkeypatch.setattr(profiles, "load_profile", lambda name: yaml.safe_load((root / "profile.yaml").read_text()))
+    monkeypatch.setattr(profiles, "load_profile", partial(read_profile, root))
     monkeypatch.setattr(profiles, "check_watched", lambda *_: None)
     (root / "profile.yaml").write_text(yaml.safe_dump(PROFILE))
 
@@ -72,6 +82,19 @@ def test_status_says_what_is_finished_what_would_start_again_and_what_is_set_asi
     assert univigu("status")[1].splitlines()[-1].split()[-1] == str(list_kept(root)[0])
 
 
+def test_a_step_is_run_with_settings_of_the_command_line_and_status_compares_with_them(univigu, root):
+    assert univigu("run", "first", "--set", "double.factor=3")[0] == 0
+    assert univigu("status")[1].splitlines()[0].endswith("would start again: double.factor (3 -> 2)")
+    assert univigu("status", "--set", "double.factor=3")[1].splitlines()[0].split() == ["first", "finished"]
+
+
+def test_settings_reach_the_processes_that_make_a_step_in_parts(univigu, root, monkeypatch):
+    given = []
+    monkeypatch.setattr(processes, "make_parts", lambda *arguments: given.append(arguments))
+    univigu("run", "first", "--set", "double.factor=3", "--processes", "2")
+    assert given == [("first", 'tiny {"double.factor": 3}', root, 2)]
+
+
 def test_dvc_is_told_at_once_that_a_step_is_finished(univigu, root, monkeypatch):
     univigu("run", "first")
     made(root)
@@ -89,6 +112,7 @@ def test_the_digests_of_all_code_are_written_for_dvc(univigu, root):
     assert univigu("code")[0] == 0
     before = json.loads((root / ".univigu/code.json").read_text())
     assert set(before) == {stage.name for stage in stages.STAGES}
+    assert json.loads((root / ".univigu/profile.json").read_text()) == PROFILE
     path = root / "steps_under_test.py"
     path.write_text(path.read_text().replace("def copy", "# a comment\ndef copy"))
     univigu("code")

@@ -183,9 +183,6 @@ def test_what_saves_memory_changes_no_clip(folders):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vae_memory": ["folding"]}, "no 'folding' of an autoencoder; choose from tiling, slicing"),
-        ({"offload": "disk"}, "no offload 'disk'; choose one of none, model, sequential"),
-        ({"vae_precision": "int4"}, "no precision 'int4'; choose one of fp32, bf16"),
         ({"attention_backend": "telepathy"}, "attention backend 'telepathy' can't be used here"),
         ({"attention_backend": "flash"}, "attention backend 'flash' can't be used here"),
     ],

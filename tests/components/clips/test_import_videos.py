@@ -321,12 +321,6 @@ def test_hdr_is_tone_mapped_or_left_out_as_the_profile_says(root, profile, tmp_p
         assert (np.diff(brightness(frames_of(root, profile)["bright"])) > 2).all()
 
 
-def test_a_word_about_hdr_that_is_not_known_is_told(folder, root, profile):
-    profile["video"]["fit"]["hdr"] = "dance"
-    with pytest.raises(ConfigError, match=r"'video.fit.hdr' must be one of tone_map, quarantine"):
-        import_folder(folder, None, OPTIONS, profile, root)
-
-
 def test_a_clip_that_the_gate_stops_is_quarantined_with_its_scores(folder, root, profile):
     profile["synthesize_videos"]["checks"]["blank"]["mode"] = "enforce"
     assert import_folder(folder, None, OPTIONS, profile, root)["reasons"] == {"blank": 12}

@@ -19,7 +19,7 @@ from components.prompts import sources as prompt_sources
 from components.prompts.records import LONGEST_LINE, parse
 from components.prompts.screening import CHARACTERS_PER_TOKEN, LONGEST_QUOTE, WITHHELD
 from components.prompts.sources import read_batches
-from univigu.errors import ConfigError, GateFailedError, MissingInputError
+from univigu.errors import GateFailedError, MissingInputError
 
 STEP = "curate-prompts"
 RAW = Path(__file__).parents[3] / "data" / "prompts"
@@ -217,20 +217,6 @@ def test_what_a_filter_lets_through_passes_the_gate_on_prompts(curate, profile, 
     _, prompts, _ = curate([GOOD, SPOILED[name][0], {**GOOD, "text": "a\x07 blue\tsix"}])
     manifest = run_stage("validate-prompts", profile, tmp_path / "root")
     assert (manifest["rows_out"], manifest["quarantined"]) == (len(prompts), 0) == (3, 0)
-
-
-@pytest.mark.parametrize(
-    ("filters", "said"),
-    [
-        ({"speling": "off"}, "name 'speling'"),
-        ({"unsafe": "maybe"}, "'unsafe' is 'maybe'"),
-        ({"unsafe": None}, "unsafe"),
-    ],
-)
-def test_a_filter_or_mode_that_there_is_not_is_told(curate, profile, filters, said):
-    profile["curate_prompts"]["filters"].update(filters)
-    with pytest.raises(ConfigError, match=said):
-        curate([GOOD])
 
 
 def test_half_a_surrogate_pair_is_rejected_whatever_the_modes(curate, profile):

@@ -109,9 +109,6 @@ def test_a_profile_can_say_which_column_holds_what(tmp_path):
     [
         ({"*.csv": {"columns": {"text": "nothing"}}}, BadInputError, "no column 'nothing' .it has words, source"),
         ({}, BadInputError, "no column 'text'"),
-        ({"*.csv": {"columns": {"title": "words"}}}, ConfigError, "map 'title'"),
-        ({"*.csv": {"license": "CC0-1.0"}}, ConfigError, "more than source, licence and columns"),
-        ({"*.csv": "CC0-1.0"}, ConfigError, "more than source, licence and columns"),
         ({"VidProM*": {}}, ConfigError, "no file in .* is called that"),
     ],
 )

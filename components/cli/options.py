@@ -1,0 +1,16 @@
+"""Options that several commands have."""
+
+from typing import Annotated
+
+import typer
+
+Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Another setting than the profile's, such as train_stage_2.steps=500; may be given again.",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,55 @@
+"""What the models of all sections share: the base class, how a setting is declared, and kinds of value."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
+
+REPLACED = "x-replaced"  # in a schema: a table that an extending profile replaces as a whole
+UNIT = "x-unit"
+RULES = "rules"  # the kind of error that `Section` raises; its context holds the broken rules
+
+
+class Section(BaseModel):
+    """A table of settings. Every key must be there, no other may be, and nothing is converted: "3" is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """What settings that are each right don't allow together: the key, and a sentence on what to change."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        if broken := list(self.broken_rules()):
+            raise PydanticCustomError(RULES, "settings that contradict each other", {RULES: broken})
+        return self
+
+
+def setting(description: str, unit: str = "", **more: Any) -> Any:
+    """A required key of a section. `more` goes to pydantic's `Field`: bounds such as ``ge=0``."""
+    return Field(description=description, json_schema_extra={UNIT: unit} if unit else None, **more)
+
+
+def foreign_table(description: str) -> Any:
+    """A required table whose keys belong to someone else, such as a captioner's options."""
+    return Field(description=description, json_schema_extra={REPLACED: True})
+
+
+def _read_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare off as false
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+Range = Annotated[tuple[Size, Size], Strict(False)]  # YAML has lists where Python has tuples
+Mode = Annotated[Literal["off", "score", "enforce"], BeforeValidator(_read_off)]
+Precision = Literal["fp32", "bf16"]
+Every = bool | Count  # false is 0, and true is 1
+CaptionCheck = Name | dict[Name, dict[str, Any]]

@@ -1,0 +1,63 @@
+"""A whole profile: its sections in order, and what a mapping of settings has wrong."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from components.settings.faults import Fault, explain, find_odd_values
+from components.settings.fields import Count, Name, Section, setting
+from components.settings.sections import (
+    CaptionVideos,
+    CuratePrompts,
+    EncodeLatents,
+    EvaluateModel,
+    ImportVideos,
+    RegisterModel,
+    SynthesizeVideos,
+    Text,
+    ValidateData,
+    Video,
+)
+from components.settings.training import Model, TrainStage
+
+
+class Profile(Section):
+    """The parameters of one way to make the data and the model."""
+
+    seed: Count = setting("Seed of everything that is random", lt=2**63)
+    raw_prompts: Name = setting("Folder of raw prompts: JSONL, CSV or Parquet")
+    base: Name = setting("Folder of the base model, in diffusers' Wan layout")
+    generator: Name = setting("Folder of the pipeline that makes the clips: any text-to-video pipeline of diffusers")
+    heldout: Name = setting("File of what the evaluation is measured on")
+    text: Text = setting("How long prompts and captions may be")
+    video: Video = setting("The size of the clips")
+    curate_prompts: CuratePrompts = setting("Which raw prompts are kept")
+    validate_data: ValidateData = setting("What the gates between steps ask for")
+    synthesize_videos: SynthesizeVideos = setting("How clips are generated, and which are kept")
+    import_videos: ImportVideos = setting("`univigu data import`")
+    caption_videos: CaptionVideos = setting("Who captions the clips, and what a caption must pass")
+    encode_latents: EncodeLatents = setting("How clips and texts are encoded")
+    model: Model = setting("The text side that is added to the base")
+    train_stage_1: TrainStage = setting("Training on prompts")
+    train_stage_2: TrainStage = setting("Training on captions")
+    evaluate_model: EvaluateModel = setting("What the trained model is measured on")
+    register_model: RegisterModel = setting("What the model is called in the registry, and when it becomes champion")
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of a complete profile; no caller changes it."""
+    return Profile.model_json_schema()
+
+
+def find_faults(values: Mapping[str, Any]) -> list[Fault]:
+    """All that is wrong in a complete profile, in the order of its keys; empty where nothing is."""
+    odd = list(find_odd_values(values))
+    try:
+        Profile.model_validate(dict(values))
+    except ValidationError as error:
+        faults = explain(error.errors(include_url=False, include_input=False), values, schema())
+        return [*odd, *(fault for fault in faults if not any(fault.path[: len(one.path)] == one.path for one in odd))]
+    return odd
