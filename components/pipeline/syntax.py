@@ -194,6 +194,7 @@ class _WhatItDoes(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         if getattr(node, "body", None) == []:
+            # pyrefly: ignore[missing-attribute]
             node.body = [ast.Pass()]
         return node
 

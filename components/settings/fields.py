@@ -29,7 +29,8 @@ class Section(BaseModel):
 
 def setting(description: str, unit: str = "", **more: Any) -> Any:
     """A required key of a section. `more` goes to pydantic's `Field`: bounds such as ``ge=0``."""
-    return Field(description=description, json_schema_extra={UNIT: unit} if unit else None, **more)
+    extra: dict[str, Any] | None = {UNIT: unit} if unit else None
+    return Field(description=description, json_schema_extra=extra, **more)
 
 
 def foreign_table(description: str) -> Any:

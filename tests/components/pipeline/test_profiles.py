@@ -334,10 +334,10 @@ def test_a_setting_goes_into_a_table_that_a_profile_would_replace():
 
 
 def test_an_unknown_key_and_a_wrong_value_on_the_command_line_are_named_together():
-    said = refusal(with_settings("smoke", ["train_stage_2.stepz=5", "seed=often", "tekst.length=3"]))
+    said = refusal(with_settings("smoke", ["train_stage_2.stepz=5", "seed=often", "txet.length=3"]))
     assert "--set: train_stage_2.stepz is not a setting; did you mean 'steps'?" in said
     assert '--set: seed is "often"; give a whole number of at least 0' in said
-    assert "--set: tekst is not a setting; did you mean 'text'?" in said
+    assert "--set: txet is not a setting; did you mean 'text'?" in said
 
 
 def test_what_is_no_setting_on_the_command_line_is_named():
