@@ -7,6 +7,7 @@ order of the rooms is that of import-linter's layers in pyproject.toml.
 
 import ast
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def room_of(module: str) -> str:
 
 def find_arrows() -> Mapping[str, Sequence[str]]:
     """Each room and the rooms that it imports."""
+    sys.path[:0] = [] if str(REPO) in sys.path else [str(REPO)]  # `dags` is in no environment
     graph = grimp.build_graph("components", "univigu", "dags", cache_dir=None)
     found: dict[str, set[str]] = {}
     for module in sorted(graph.modules):

@@ -36,7 +36,9 @@ def clone(reproduced):
 
 
 def call(command, cwd, **more):
+    """Run a command in a clone with the clone's own code and profiles, as where the project is installed from it."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    env["PYTHONPATH"] = f"{cwd}:{cwd}/model"
     return subprocess.run(command, cwd=cwd, env={**env, **more}, capture_output=True, text=True, check=False)
 
 
