@@ -68,7 +68,6 @@ def start_run(name: str) -> dict[str, Any]:
 
 def train(name: str) -> dict[str, Any]:
     """Train in this process; the seconds of each timed step by the number of busy programs, and the threads used."""
-
     if name == "ours":
         bound_spinning()
     import torch

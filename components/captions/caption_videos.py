@@ -28,7 +28,6 @@ Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slu
 
 def caption_videos(step: "Step") -> None:
     """Clips that passed their gate -> a caption row for each, with a status; failures are quarantined as well."""
-
     settings, bounds = step["caption_videos"], tuple(step["text"]["caption_tokens"])
     tokenizer = load_tokenizer(step.inputs["base"])
     checks = load_caption_checks(settings["checks"])
@@ -79,7 +78,6 @@ def caption_videos(step: "Step") -> None:
 
 def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":
     """The profile's captioner, with what it was answered before below `root`; raises as its `create` does."""
-
     settings, answers = profile["caption_videos"], root / STATE / "answers" / "caption-videos"
     return load_captioner(
         settings["captioner"], {**settings, "seed": profile["seed"], "root": root, "answers": answers}

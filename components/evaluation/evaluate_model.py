@@ -35,7 +35,6 @@ Metrics = dict[str, dict[str, Any]]
 
 def evaluate_model(step: "Step") -> None:
     """Held-out items -> ``metrics.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``."""
-
     settings = step["evaluate_model"]
     benchmark = load_benchmark(settings["benchmark"])
     heldout = benchmark.open_heldout(step)
@@ -104,7 +103,6 @@ def score_everything(
 
 def make_row(task: str, item: Item, truth: Mapping[str, str], found: Mapping[str, str], text: str | None = None) -> Row:
     """A row of the table `items`; `found` is kept only on the attributes that are scored."""
-
     found = {name: found[name] for name in truth if name in found}
     return {
         "task": task,
@@ -123,7 +121,6 @@ def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[
 
     Only the attributes that the prompt leaves open are scored, and there is no truth about those.
     """
-
     left_open, said = benchmark.left_open(item["prompt"], video), benchmark.read_text(text)
     seen = {name: video[name] for name in left_open}
     return {
@@ -144,7 +141,6 @@ def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     ``joint_video`` and ``joint_text`` are held against what the prompt states; ``caption_steps`` has the mean of the
     captions by the number of Euler steps that they were made in.
     """
-
     correct: dict[str, list[dict[str, bool]]] = {}
     for row in rows:
         correct.setdefault(row["task"], []).append(json.loads(row["correct"]))
@@ -201,7 +197,6 @@ def write_page(
     notes: Sequence[str],
 ) -> None:
     """``report.html``, and ``gallery.webp`` with the same first samples for a README."""
-
     settings, digests = step["evaluate_model"], step.input_digests
     by_task = {task: [row for row in rows if row["task"] == task] for task in PAGE_SAMPLES}
 
@@ -265,7 +260,6 @@ def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
 
 def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How right captions are by the number of Euler steps that they are made in; no chart of fewer than two."""
-
     points = sorted((int(steps), score["value"]) for steps, score in scores.items())
     return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []
 

@@ -51,7 +51,6 @@ def open_heldout(step: "Step") -> dict[str, Any]:
 
     Of each kind as many as the profile says, or as there are. Raises where there is none.
     """
-
     settings, video = step["evaluate_model"], step["video"]
     size = tuple(video[key] for key in ("frames", "height", "width"))
     pairs = step.read("pairs", "pairs").to_pylist()
@@ -154,7 +153,6 @@ def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list
 
 def content_words(text: str) -> list[str]:
     """The words of a text that say something, lower-case, in order, each once."""
-
     words = (word.rpartition(":")[2] for phrase in content_phrases(text) for word in phrase)
     return list(dict.fromkeys(word for word in words if re.search(r"\w", word)))
 

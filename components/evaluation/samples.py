@@ -94,7 +94,6 @@ class Maker:
 
     def draw_with_base(self, batches: Sequence[Sequence[Item]]) -> None:
         """Have the base make its clips, as far as they aren't there or were read before."""
-
         base = None
         for number, items in enumerate(self.step.progress(batches, unit="batches of the base")):
             if read_part(self.kept / f"{DRAWN}{number}") or read_part(self.kept / f"{BASE_TASK}-{number}"):

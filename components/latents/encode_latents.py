@@ -118,7 +118,6 @@ def code_facts(step: "Step") -> dict[str, str]:
 
 def part_digests(base: Path) -> dict[str, str]:
     """Digests of the parts of a base that tensors depend on."""
-
     parts = {"vae_digest": "vae", "tokenizer_digest": "tokenizer", "text_encoder_digest": "text_encoder"}
     return {name: tree_digest([base / part], relative_to=base) for name, part in parts.items()}
 

@@ -54,7 +54,6 @@ def merge_arguments(package: Path, own: Mapping[str, Any], more: str) -> dict[st
 
     Raises `ConfigError` for what is none, and for a parameter that the pipeline lacks or that `own` has.
     """
-
     try:
         found = json.loads(more or "{}")
     except ValueError:
@@ -149,7 +148,6 @@ class StepOperator(BaseOperator):
 
     def _inputs(self, context: Mapping[str, Any]) -> dict[str, str]:
         """What the tasks of this DAG run have returned that make this step's inputs; they lie in the same group."""
-
         group = self.task_id.removesuffix(self.step)
         makers = sorted(set(find_stage(self.step).inputs.values()))
         digests = (context["ti"].xcom_pull(task_ids=group + maker) for maker in makers)
@@ -163,7 +161,6 @@ class StepOperator(BaseOperator):
 
     def _run(self, arguments: list[str]) -> tuple[int, str]:
         """Run a command to its end; returns its exit code and the last sentence that it said."""
-
         said = ""
         with subprocess.Popen(
             arguments,
@@ -241,7 +238,6 @@ class KfpRunOperator(BaseOperator):
 
     def finish(self, context: Mapping[str, Any], event: Mapping[str, str]) -> str:
         """Called with the run's last state: returns its id if it succeeded, and fails the task otherwise."""
-
         run_id, state, message = event["run_id"], event["state"], event["message"]
         with clear_failures(context):
             if state == UNREACHABLE:
@@ -270,7 +266,6 @@ class KfpRunOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """Cancel the run of a task that is stopped before it waits."""
-
         if self._run_id:
             KfpServer(namespace=self.namespace).cancel(self._run_id)
 

@@ -318,7 +318,6 @@ def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, An
 
 def default_run_name(package: Path, arguments: Mapping[str, Any]) -> str:
     """A name that says what is run: the same pipeline with the same arguments has the same name."""
-
     pipeline, _ = read_package(package)
     digest = json_digest([file_sha256(package), typed_arguments(package, arguments)])
     return f"{pipeline['pipelineInfo']['name']}-{digest[:10]}"

@@ -151,7 +151,6 @@ def run_step(
 
 def declaration(step: str) -> dict[str, list[str]]:
     """What the table says of a step, and a compiled pipeline repeats."""
-
     stage = find_stage(step)
     return {"inputs": sorted(set(stage.inputs.values())), "parameters": [*stage.sources.values(), *stage.parameters]}
 

@@ -108,7 +108,6 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
 
 def work_key(run_key: str, root: Path, settings: Settings) -> str:
     """A digest of all that decides the output, and of where it goes: two roots may make the same."""
-
     return json_digest([run_key, str(root), settings.claim])
 
 

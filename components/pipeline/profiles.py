@@ -95,7 +95,6 @@ def find_profile(name: str) -> Path:
 
 def watched(profile: Mapping[str, Any]) -> dict[str, str]:
     """The paths of a profile that ``dvc.yaml`` watches, by their keys: DVC can't look them up in the profile itself."""
-
     return {key: profile[key] for key in sorted({key for stage in STAGES for key in stage.sources.values()})}
 
 

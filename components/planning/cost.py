@@ -47,7 +47,6 @@ def make_plan(
 
     ``mfu``: the share of the GPU's peak that is reached, by default what NeMo's Wan reaches.
     """
-
     mfu = MFU if mfu is None else mfu
     if not 0 < mfu <= 1:
         raise BadInputError(
@@ -104,7 +103,6 @@ def describe_models(models: MetaModels, tokens: planning.Tokens) -> Plan:
 
 def plan_hours(profile: Profile, models: MetaModels, gpus: int, gpu: str) -> dict[str, float]:
     """Hours that the long steps take, by their names, with all GPUs sharing them, at the MFU of NeMo's Wan."""
-
     text, rate = profile["text"], find_gpu(gpu).tflops * 1e12 * MFU
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
     synthesis = plan_synthesis(profile, models, tokens, gpus * rate, gpus)
@@ -156,7 +154,6 @@ def plan_memory(
 
     They are `needed_memory`'s, which training itself asks before it starts.
     """
-
     usable = planning.usable_memory(device.memory_gib)
     model, table = models.transformer.config, {}
     sizes = {"video_tokens": tokens.video, "context_tokens": tokens.context, "world_size": gpus}
@@ -269,7 +266,6 @@ def assumptions(profile: Profile, mfu: float) -> list[str]:
 
 def known_figures(mfu: float) -> list[Plan]:
     """What is known from elsewhere beside what this planner says of the same, and whether the two agree."""
-
     profile = load_profile("wan-1.3b")
     profile["video"] = {**profile["video"], **CLIP}
     models = build_models(profile, wan.config_folder(profile["base"]))

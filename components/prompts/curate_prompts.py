@@ -93,7 +93,6 @@ class Curation:
 
     def without_neighbours(self, rows: Iterator[Reading]) -> Iterator[Reading]:
         """The rows that don't mean the same as an earlier one, and don't lie in a crowd."""
-
         settings = self.screen.settings
         neighbours = Neighbours(inside(self.step.root, settings["embedding_model"]), settings["diversity"]["cosine"])
         self.step.facts["embedding_model"] = neighbours.digest

@@ -41,7 +41,6 @@ def read_evaluation(folder: Path) -> Evaluation:
     Captions in other numbers of steps than the model's own are no part of the comparison. Raises
     `UnreadableEvaluationError`, and what `storage_fault` says where the disk doesn't read the files.
     """
-
     try:
         scores = dict(_scores(read_json_object(folder / "metrics.json")))
         rows = [row for row in read_table(folder, "items").to_pylist() if not STEPS_TASK.fullmatch(row["task"])]

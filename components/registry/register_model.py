@@ -65,7 +65,6 @@ def _temporary_files(staging: Path) -> Iterator[Path]:
 
 def _register(step: Step, temporary: Path) -> dict[str, Any]:
     """Register, and decide; returns what `registration.json` says."""
-
     settings = step["register_model"]
     name, metric = settings["name"], settings["champion_metric"]
     how = os.environ.get(PROMOTION) or settings["promotion"]
@@ -136,7 +135,6 @@ def _register(step: Step, temporary: Path) -> dict[str, Any]:
 
 def _enter(name: str, identity: Mapping[str, str], root: Path, make: "Callable[[], ModelVersion]") -> "ModelVersion":
     """The version of this identity, made by `make` where nobody has made it meanwhile; the newest is the candidate."""
-
     with ledger.hold_lease(name, root, "register", actor(), WHY):
         version = registry.version_with(name, identity) or make()
         if int(version.version) == max(int(one.version) for one in registry.versions(name)):
@@ -237,7 +235,6 @@ def _evaluation_digest(manifest: Mapping[str, Any]) -> str:
 
 def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]:
     """MLflow's finished runs that made stage 1's model and, from it, this one; a run that can't be told is left out."""
-
     parent = _parent_manifest(root, model)
     found = []
     for manifest in [parent, model] if parent else [model]:
@@ -281,7 +278,6 @@ def _copy_evaluation(folder: Path, temporary: Path) -> Path:
 
 def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
     """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
-
     target = temporary / "lineage"
     target.mkdir()
     for manifest in manifests.values():

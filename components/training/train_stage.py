@@ -287,5 +287,4 @@ def save(step: "Step", pipeline: "UniViGUPipeline") -> None:
 
 def model_digest(folder: Path) -> str:
     """What identifies a trained model: the names and bytes of its pipeline folder."""
-
     return tree_digest([folder / MODEL], relative_to=folder / MODEL)

@@ -35,7 +35,6 @@ def validate_prompts(step: Step) -> None:
 
     What a filter of the curation did not enforce is not asked for here either.
     """
-
     gx = expectations()
     prompts = step.read("prompts", "prompts")
     curation = step["curate_prompts"]
@@ -58,7 +57,6 @@ def validate_prompts(step: Step) -> None:
 
 def _contract_of_filters(gx: Any, curation: Mapping[str, Any], tokens: tuple[int, int]) -> Iterator[Any]:
     """What holds of a prompt that each filter of the curation let pass; nothing for one that it doesn't enforce."""
-
     enforced = {name for name, mode in filter_modes(curation).items() if mode == ENFORCE}
     if "unicode" in enforced:
         control = r"[\x00-\x1f\x7f]"
@@ -107,7 +105,6 @@ def validate_pairs(step: Step) -> None:
     A stage-1 pair has no caption. A stage-2 clip whose caption did not succeed was quarantined where it was captioned,
     and is only counted here.
     """
-
     gx = expectations()
     settings = step["validate_data"]
     fewest, most = step["text"]["caption_tokens"]

@@ -150,7 +150,6 @@ def caption_in_batches(answer: Answer, requests: Iterable[CaptionRequest], follo
 
 def read_text(text: str, usage: Mapping[str, float]) -> CaptionResponse:
     """The response that all of what a model wrote makes: the caption in it, or what can't be told from a caption."""
-
     caption, complaint = extract_caption(text)
     return CaptionResponse(caption, usage=usage, reason="wrapping" if complaint else "", detail=complaint)
 

@@ -22,7 +22,6 @@ from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 def check_steps(profile: Profile) -> str:
     """Every step's function can be imported, and every section that it reads is there."""
-
     for stage in STAGES:
         module, _, function = stage.function.partition(":")
         if not callable(getattr(import_module(module), function, None)):
@@ -39,7 +38,6 @@ def describe_texts(profile: Profile) -> str:
 
 def check_captioner(profile: Profile, root: Path) -> str:
     """Every check that is named exists, the captioner too, and the variables that it reads are set."""
-
     settings = profile["caption_videos"]
     load_gate(profile["synthesize_videos"]["checks"], root)
     load_caption_checks(settings["checks"])
@@ -87,7 +85,6 @@ def check_evaluation(profile: Profile, root: Path) -> str:
 
 def check_prompts(profile: Profile, root: Path) -> str:
     """As many raw prompts as clips are to be made, at least, as curation reads them; it will leave fewer."""
-
     folder, wanted = root / profile["raw_prompts"], profile["synthesize_videos"]["clips"]
     try:
         here = folder.exists() and raw_files(folder)
@@ -108,7 +105,6 @@ def check_prompts(profile: Profile, root: Path) -> str:
 
 def check_hours(scene: Scene, models: MetaModels) -> str:
     """What the steps that take long would take, against when a cluster takes them for stuck."""
-
     found = []
     for name, hours in plan_hours(scene.profile, models, scene.gpus, scene.gpu).items():
         limit = find_stage(name).resources.hours

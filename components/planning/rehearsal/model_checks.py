@@ -11,7 +11,6 @@ from univigu.weight_files import STEMS, check_weights, read_headers
 
 def check_files(profile: Profile, scene: Scene, models: list[MetaModels]) -> str:
     """The weights' own headers against the modules; without weights, that they are still to be put there."""
-
     folder = scene.weights or scene.root / profile["base"]
     if not folder.is_dir():
         if scene.weights:
@@ -100,7 +99,6 @@ def check_autoencoder(profile: Profile, models: MetaModels) -> str:
 
 def check_sampling(profile: Profile, models: MetaModels) -> str:
     """One step of each way to sample, at full size with the profile's settings: what evaluation and users run."""
-
     import torch
 
     sampling, video = profile["model"]["sampling"], profile["video"]

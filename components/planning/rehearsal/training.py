@@ -52,7 +52,6 @@ def _training_config(profile: Profile, number: int) -> Any:
 
 def check_memory(scene: Scene, models: MetaModels, number: int) -> str:
     """What a step needs on the GPU that was named, against what that GPU has."""
-
     config, text = _training_config(scene.profile, number), scene.profile["text"]
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
     memory = plan_memory(models, tokens, config, scene.gpus, find_gpu(scene.gpu), None)
