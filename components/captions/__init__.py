@@ -1,0 +1,1 @@
+"""The step caption-videos, and the captioners that it can use."""

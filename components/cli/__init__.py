@@ -1,0 +1,1 @@
+"""The command `univigu`: read the arguments, call, print."""

@@ -1,0 +1,1 @@
+"""The step synthesize-videos, and the import of existing videos and texts."""

@@ -1,0 +1,1 @@
+"""The step evaluate-model: samples, scores, and the report page."""

@@ -1,0 +1,1 @@
+"""The steps on Kubeflow Pipelines, as a TrainJob, and from Airflow."""

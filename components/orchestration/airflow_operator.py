@@ -21,7 +21,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from components.orchestration.kfp_server import KfpServer, RunCanceledError, RunFailedError, typed_arguments
 from components.orchestration.kfp_tasks import STOP_S, command
-from components.pipeline.processes import child_environment
+from components.pipeline.processes import read_lines, start_child
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import find_stage
 from univigu.errors import BusyError, ConfigError, MissingInputError, PreemptedError, TransientError, UniViGUError
@@ -161,20 +161,10 @@ class StepOperator(BaseOperator):
 
     def _run(self, arguments: list[str]) -> tuple[int, str]:
         """Run a command to its end; returns its exit code and the last sentence that it said."""
-        said = ""
-        with subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**child_environment(), **self.env},
-        ) as process:
+        with start_child(arguments, self.env) as process:
             self._process = process
             try:
-                for line in process.stdout or ():
-                    self.log.info("%s", line.rstrip())
-                    said = line.removeprefix("univigu: ").strip() if line.startswith("univigu: ") else said
+                said = read_lines(process, lambda line: self.log.info("%s", line))
             except BaseException:  # AirflowTaskTimeout, which comes from a signal
                 process.terminate()
                 try:

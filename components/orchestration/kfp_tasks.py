@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from uuid import uuid4
 from components.captions.caption_videos import open_captioner
 from components.orchestration import notifications
 from components.pipeline.manifests import inside
-from components.pipeline.processes import child_environment
+from components.pipeline.processes import read_lines, shell_code, start_child
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES, find_stage
 from components.pipeline.state import STATE
@@ -279,24 +278,14 @@ def _call(
     step: str, root: str, arguments: Sequence[str], part: str = "", environment: Mapping[str, str] | None = None
 ) -> None:
     """Run a command, passing on a request to stop; exits as it does where it fails."""
-    said = ""
-    with subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**child_environment(), **(environment or {})},
-    ) as process:
+    with start_child(arguments, environment) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
-            for line in process.stdout or ():
-                _say(f"{step} {part}".strip(), line)
-                said = line.removeprefix("univigu: ").strip() if line.startswith("univigu: ") else said
+            said = read_lines(process, lambda line: _say(f"{step} {part}".strip(), line))
         finally:
             signal.signal(signal.SIGTERM, before)
     if process.returncode:
-        code = process.returncode if process.returncode > 0 else 128 - process.returncode
+        code = shell_code(process.returncode)
         _exit(step, root, code, said or f"'{step}' ended with exit code {code}; its log says why.")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from components.orchestration.kubernetes_api import NODE, Cluster, one_line
 from components.orchestration.train_job import Settings, build, processes, work_key
 from components.pipeline.manifests import Recipe, verify
+from components.pipeline.processes import sentence
 from components.pipeline.profiles import absolute_profile, load_profile, profile_files
 from components.pipeline.stages import Stage, find_stage
 from univigu.errors import (
@@ -268,8 +269,8 @@ class _Logs:
             self._remember(line)
 
     def _remember(self, line: str) -> None:
-        if line.startswith("univigu: "):
-            self.last_words = one_line(line.removeprefix("univigu: "))
+        if said := sentence(line):
+            self.last_words = one_line(said)
 
 
 def _condition(job: Mapping[str, Any], kind: str) -> dict[str, Any]:

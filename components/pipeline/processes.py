@@ -1,7 +1,8 @@
-"""A step's shards made by several processes of this machine, each with a GPU of its own where there are GPUs.
+"""Child processes: started so that they end with this one, read line by line, and a step's shards made by several.
 
-Each process is `univigu run STEP --part K/N`; what it says comes out with its part in front. The run that follows keeps
-and commits what they made.
+Shards are made by processes of this machine, each with a GPU of its own where there are GPUs. Each is
+`univigu run STEP --part K/N`; what it says comes out with its part in front. The run that follows keeps and commits
+what they made.
 """
 
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -19,6 +20,7 @@ from univigu.errors import ConfigError, PreemptedError, UniViGUError
 GPUS = "CUDA_VISIBLE_DEVICES"
 PARENTS = "UNIVIGU_PARENTS"  # processes that this one works for: the end of any of them is its own
 _LOOK_EVERY_S = 0.5
+_SAYS = "univigu: "  # begins what is meant for people
 
 
 def visible_gpus() -> list[str]:
@@ -52,6 +54,38 @@ def end_with_parent() -> None:
 def child_environment() -> dict[str, str]:
     """The environment for a process that ends with this one (`end_with_parent`)."""
     return {**os.environ, PARENTS: f"{os.environ.get(PARENTS, '')},{os.getpid()}"}
+
+
+def start_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+    """Start a process that ends with this one; all that it prints, errors too, is in its `stdout`."""
+    return subprocess.Popen(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**child_environment(), **(environment or {})},
+    )
+
+
+def read_lines(process: "subprocess.Popen[str]", show: Callable[[str], object]) -> str:
+    """Give `show` each line that a child prints, until it ends; returns the last `sentence` among them."""
+    said = ""
+    for line in process.stdout or ():
+        show(line.rstrip())
+        said = sentence(line) or said
+    return said
+
+
+def sentence(line: str) -> str:
+    """What a command of ours says to people in a line of its output; empty for any other line."""
+    return line.removeprefix(_SAYS).strip() if line.startswith(_SAYS) else ""
+
+
+def shell_code(code: int) -> int:
+    """The exit code that a shell gives for a process: 128 and the signal's number where a signal ended it."""
+    return code if code >= 0 else 128 - code
 
 
 def _watch(parents: Sequence[int]) -> None:
@@ -101,15 +135,7 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
         for number in range(1, count + 1):
             where = {GPUS: gpus[(number - 1) % len(gpus)]} if gpus else {}
             command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile]
-            process = subprocess.Popen(
-                [*command, "--root", str(root), "--part", f"{number}/{count}"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env={**child_environment(), **where},
-            )
+            process = start_child([*command, "--root", str(root), "--part", f"{number}/{count}"], where)
             processes.append(process)
             readers.append(Thread(target=_pass_on, args=(process, step, number, count, said), daemon=True))
             readers[-1].start()
@@ -132,11 +158,13 @@ def _stop(*_: object) -> None:
 
 def _pass_on(process: "subprocess.Popen[str]", step: str, number: int, count: int, said: dict[int, str]) -> None:
     """Print what a process says; its last sentence, if it fails, is kept for `_raise_failure`."""
-    for line in process.stdout or ():
-        if line.startswith("univigu: "):
-            said[number] = line.removeprefix("univigu: ").strip()
-        else:
-            print(f"{step} {number}/{count} | {line.rstrip()}", file=sys.stderr, flush=True)
+
+    def show(line: str) -> None:
+        if not sentence(line):
+            print(f"{step} {number}/{count} | {line}", file=sys.stderr, flush=True)
+
+    if last := read_lines(process, show):
+        said[number] = last
 
 
 def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
@@ -161,5 +189,5 @@ def _raise_failure(step: str, processes: "Sequence[subprocess.Popen[str]]", said
     code = codes.get(number, 1)
     message = said.get(number) or f"part {number} of '{step}' ended with exit code {code}; what it printed says why."
     failure = UniViGUError(message)
-    failure.exit_code = code if code > 0 else 128 - code
+    failure.exit_code = shell_code(code)
     raise failure

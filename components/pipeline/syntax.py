@@ -10,13 +10,9 @@ from typing import Any, NamedTuple, TypeGuard
 from components.pipeline.digests import json_digest
 
 PACKAGES = ("components", "univigu")  # the project's own; a step's own module counts wherever it is
-MOVED = {  # what texts in code call a place -> what it was called when keys were first made: moving changes no key
+MOVED = {  # where something is, as texts in code say it -> as they said it when keys were first made of them
     "'components.captions'": "'components'",
     "'components.prompts'": "'components'",
-    "components.clips.archive": "components.videos",
-    "components.evaluation.pairs": "components.pairs_benchmark",
-    "components.latents.encoders": "components.encoders",
-    "components.prompts.tokens": "components.tokens",
     "components/captions/captioners": "components/captioners",
 }
 AT_IMPORT = ""  # names the statements of a module that define nothing, and run when it is imported
@@ -100,10 +96,10 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> Source:
 
 
 def _dump(tree: ast.AST) -> str:
-    """A tree as text, in which places are called what they were called first."""
+    """A tree as text, in which places have their former names: moving what they name changes no key."""
     text = ast.dump(tree)
-    for now, first in MOVED.items():
-        text = text.replace(now, first)
+    for place, former in MOVED.items():
+        text = text.replace(place, former)
     return text
 
 

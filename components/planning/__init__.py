@@ -1,0 +1,1 @@
+"""What a profile costs, and a check of all its steps without data, weights or GPUs."""

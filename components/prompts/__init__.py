@@ -1,0 +1,1 @@
+"""The step curate-prompts: sources, filters, and the search for duplicates."""

@@ -1,0 +1,1 @@
+"""The step register-model; promotion, rollback, lineage, and versions of the dataset."""

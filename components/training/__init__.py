@@ -1,0 +1,1 @@
+"""The steps train-stage-1 and train-stage-2."""

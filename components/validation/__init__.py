@@ -1,0 +1,1 @@
+"""The steps validate-prompts, validate-clips and validate-pairs: Great Expectations as a gate."""

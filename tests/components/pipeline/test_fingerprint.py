@@ -141,8 +141,8 @@ def test_a_text_that_names_a_place_by_its_new_name_is_the_same_and_another_text_
     def places(text):
         return code_digest(world({**CODE, "world/tools.py": CODE["world/tools.py"].replace("SHIFT = 3", text)}))
 
-    for now, first in syntax.MOVED.items():
-        one, other = (f"SHIFT = {place}" if place.startswith("'") else f"SHIFT = {place!r}" for place in (now, first))
+    for names in syntax.MOVED.items():
+        one, other = (f"SHIFT = {name}" if name.startswith("'") else f"SHIFT = {name!r}" for name in names)
         assert places(one) == places(other) != places("SHIFT = 'components.elsewhere'")
 
 
