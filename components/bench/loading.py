@@ -38,7 +38,7 @@ PROMPT, PROMPT_LENGTH, STATES, TEXT_LENGTH, VOCABULARY = 64, 512, 4096, 256, 512
 def measure() -> dict[str, Any]:
     import torch
 
-    from univigu.training.shards import REMOTE, RemoteShards, put_shards
+    from univigu.training.remote_shards import REMOTE, RemoteShards, put_shards
 
     with tempfile.TemporaryDirectory() as home:
         folder, bucket = Path(home) / "latents", Path(home) / "bucket"

@@ -5,7 +5,7 @@ Both see the same condition, in fp32 on the CPU, at three widths, the last one W
 pairs, a step of each side in turn, so that whatever else the machine does falls on both, and on one thread, as two
 that wait for each other suffer most from it; `ratio` is the worst median of three.
 
-Memory is counted, not sampled, as a process's resident size says little of tensors of a few MB:
+KVCache is counted, not sampled, as a process's resident size says little of tensors of a few MB:
 
 - ``saved``: the bytes that autograd keeps between forward and backward (`torch.autograd.graph.saved_tensors_hooks`;
   each storage once, parameters and buffers not at all);

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from components.checks import Finding
-from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from univigu.errors import BadInputError, MissingInputError
+from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor

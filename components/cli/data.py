@@ -160,7 +160,7 @@ def offload(
     """
     from components.pipeline.manifests import verify
     from components.pipeline.stages import find_stage
-    from univigu.training.shards import put_shards
+    from univigu.training.remote_shards import put_shards
 
     stage = find_stage("encode-latents")
     folder = root.resolve() / stage.home

@@ -65,7 +65,7 @@ def import_folder(
     prompts, the captions are left to `caption-videos`. Raises as `run_stage` does, and `ConfigError` for a licence that
     the profile doesn't accept.
     """
-    from components.pipeline.runner import run_unlisted
+    from components.pipeline.runner import run_adhoc_stage
 
     if options["texts"] not in KINDS:
         raise ConfigError(f"There are no texts '{options['texts']}'; choose one of {', '.join(KINDS)}.")
@@ -79,7 +79,7 @@ def import_folder(
         raise ConfigError("A source of nothing but blanks says nothing; say where the videos come from.")
     paths = {"videos": folder.resolve(), **({"table": table.resolve()} if table else {})}
     profile = {**profile, "import_options": dict(options)}
-    manifest = run_unlisted(_VIDEOS, profile, root, paths)
+    manifest = run_adhoc_stage(_VIDEOS, profile, root, paths)
     for name in ("prompts", "captions") if options["texts"] == "captions" else ("prompts",):
         step, home = _TABLES[name]
         stage = Stage(
@@ -89,7 +89,7 @@ def import_folder(
             inputs={"clips": "synthesize-videos"},
             parameters=("import_videos",),
         )
-        run_unlisted(stage, profile, root, {})
+        run_adhoc_stage(stage, profile, root, {})
     return manifest
 
 

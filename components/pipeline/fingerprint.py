@@ -22,6 +22,7 @@ from univigu.files import file_sha256
 FORMAT = 1
 MACHINERY = (
     "components.pipeline",  # runs steps
+    "components.settings",  # gives their parameters types; the values are in the recipe
     "components.tracking",  # logs them
     "components.prompts.workers",  # shares their work out to processes
     "univigu.errors",  # has words for what fails
@@ -29,11 +30,11 @@ MACHINERY = (
     "univigu.hardware",  # knows how fast a GPU is
     "univigu.threads",  # shares the processor's cores out to threads
     "univigu.training.memory",  # how much memory a run needs
-    "univigu.training.room",  # whether it fits
+    "univigu.training.memory_check",  # whether it fits
     "univigu.training.throughput",  # how fast it is
-    "univigu.training.samples",  # what it shows on the way
-    "components.training.samples",
-    "components.training.train_stage:check_room",
+    "univigu.training.previews",  # what it shows on the way
+    "components.training.previews",
+    "components.training.train_stage:check_memory",
 )
 _DIGITS = 16  # of a digest, in a manifest that lists hundreds
 

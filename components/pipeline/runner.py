@@ -63,8 +63,8 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
     if found := imported(stage, root):
         return found
     if os.environ.get("RANK", "0") != "0":
-        return _help_along(stage, profile, root)
-    return run_unlisted(stage, profile, root, {})
+        return _run_worker_rank(stage, profile, root)
+    return run_adhoc_stage(stage, profile, root, {})
 
 
 def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
     return verify(home, stage.name) if str(maker).startswith(IMPORTED) else None
 
 
-def run_unlisted(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
+def run_adhoc_stage(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
     """Run a step that need not be in the table of steps, with what `run_stage` promises; returns its manifest.
 
     paths: inputs by name that may lie outside the work root and have no manifest; the step names what it read of them
@@ -162,7 +162,7 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
         raise
 
 
-def _help_along(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def _run_worker_rank(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Take part in a step that torchrun started as several processes: the first of them prepares and commits."""
     step = make_step(stage, profile, root)
     _load_function(stage)(step)

@@ -11,9 +11,10 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -27,6 +28,9 @@ from components.pipeline.state import STATE, lock
 from components.pipeline.tables import TableWriter, read_table, write_table
 from components.pipeline.workspace import Part, PartEnded, Workspace
 from univigu.files import file_sha256, link_or_copy, sync_tree
+
+if TYPE_CHECKING:
+    from components.settings.profile import Profile
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
@@ -48,6 +52,16 @@ class Step(Workspace):
 
     def __post_init__(self) -> None:
         self._rejected = TableWriter("rejected", self.scratch)
+
+    @cached_property
+    def settings(self) -> "Profile":
+        """The sections of the profile that the stage declares, e.g. ``step.settings.video.height``.
+
+        Reading a section that it doesn't declare raises `AttributeError`: what isn't declared decides no output.
+        """
+        from components.settings.profile import read_sections  # pydantic's models: only steps need them
+
+        return read_sections(self.parameters)
 
     def __getitem__(self, section: str) -> Any:
         """A section of the profile, e.g. ``step["video"]["height"]``."""

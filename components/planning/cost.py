@@ -18,7 +18,7 @@ from univigu.errors import BadInputError
 from univigu.hardware import Gpu, find_gpu
 from univigu.training.engine import OFFLOAD, TrainingConfig
 from univigu.training.memory import BYTES, parameter_count
-from univigu.training.room import count_learning, needed_host_memory, needed_memory
+from univigu.training.memory_check import count_learning, needed_host_memory, needed_memory
 
 if TYPE_CHECKING:
     from univigu.training.engine import TrainingConfig

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from components.pipeline.digests import tree_digest
 from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
+from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 
 if TYPE_CHECKING:
     import torch

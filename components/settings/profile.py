@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from components.settings.faults import Fault, explain, find_odd_values
 from components.settings.fields import Count, Name, Section, setting
@@ -44,6 +44,17 @@ class Profile(Section):
     train_stage_2: TrainStage = setting("Training on captions")
     evaluate_model: EvaluateModel = setting("What the trained model is measured on")
     register_model: RegisterModel = setting("What the model is called in the registry, and when it becomes champion")
+
+
+def read_sections(values: Mapping[str, Any]) -> Profile:
+    """The profile of a stage that declares only some sections; reading another one raises `AttributeError`."""
+    read = {name: _kinds()[name].validate_python(value) for name, value in values.items() if name in _kinds()}
+    return Profile.model_construct(None, **read)
+
+
+@functools.cache
+def _kinds() -> dict[str, TypeAdapter[Any]]:
+    return {name: TypeAdapter(field.annotation) for name, field in Profile.model_fields.items()}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from components.pipeline.digests import tree_digest
 from components.pipeline.fingerprint import code_digest
 from components.tracking import start_run
-from components.training.samples import show_samples
+from components.training.previews import show_samples
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _train(step: "Step", number: int, source: str) -> None:
     objective_config = objective_settings(section, step["model"], step["seed"])
     dataset, heldout = open_datasets(step, number)
     shape = transformer_config(step, number)
-    check_room(shape, config, dataset)
+    check_memory(shape, config, dataset)
     run = nullcontext()
     if is_main_process():
         run = start_run(
@@ -109,7 +109,7 @@ def open_datasets(step: "Step", number: int) -> tuple["LatentDataset", "LatentDa
     Where the folder of latents says that its shards lie in an object store, they are fetched when they are needed.
     """
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
-    from univigu.training.shards import REMOTE, RemoteShards
+    from univigu.training.remote_shards import REMOTE, RemoteShards
 
     folder = step.inputs["latents"]
     rows = [row for row in step.read("latents", "latents").to_pylist() if row["stage"] == number]
@@ -174,10 +174,10 @@ def text_side(step: "Step", words: int) -> dict[str, Any]:
     }
 
 
-def check_room(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
+def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
     """Refuse, before anything is loaded, a run that would need more memory than there is."""
     from univigu.training.memory import parameter_count
-    from univigu.training.room import (
+    from univigu.training.memory_check import (
         count_learning,
         free_host_memory,
         free_memory,

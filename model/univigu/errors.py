@@ -5,6 +5,7 @@ from "try again" from "resume".
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,8 @@ def storage_fault(error: BaseException, place: Path) -> UniViGUError | None:
         where = cause.filename if isinstance(cause, OSError) and cause.filename else place
         words = str(cause).lower()
         kind = next((known for known in _SAID if number in known or any(one in words for one in _SAID[known])), None)
+        if kind is _FORBIDDEN and not isinstance(cause, OSError) and _is_writable(Path(where)):
+            kind = _BROKEN  # SQLite opens a database for reading alone if opening it for writing fails
         if kind is _FULL:
             return DiskFullError(f"The disk is full at {where}; make room and run it again.")
         if kind is _BROKEN:
@@ -118,6 +121,10 @@ def storage_fault(error: BaseException, place: Path) -> UniViGUError | None:
     if place.is_dir() and shutil.disk_usage(place).free < _SCARCE_BYTES:
         return DiskFullError(f"The disk is full at {place}; make room and run it again.")
     return None
+
+
+def _is_writable(file: Path) -> bool:
+    return all(os.access(one, os.W_OK) for one in (file, file.parent))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

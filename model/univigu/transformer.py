@@ -43,7 +43,7 @@ from .text_space import PREDICTIONS, TextPrediction, TextSpace, read_out, row_no
 ATTENTION = ("joint", "prefix")
 Rotary = Tensor  # complex64 (1, S, 1, head_dim / 2): what each pair of channels is turned by
 Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table
-Memory = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
+KVCache = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
 
 
 class RotaryTables(WanRotaryPosEmbed):
@@ -110,9 +110,9 @@ class UniViGUBlock(WanTransformerBlock):
         video: Stream | None,
         text: Stream | None,
         context: Tensor | None,
-        memory: Memory | None,
+        memory: KVCache | None,
         attention: str,
-    ) -> tuple[Tensor | None, Tensor | None, Memory]:
+    ) -> tuple[Tensor | None, Tensor | None, KVCache]:
         """One block over the streams that are given; without a video stream, text attends to ``memory``.
 
         ``attention`` is ``joint``, ``prefix``, or ``keys``: then only the memory is computed, for a last block whose
@@ -236,7 +236,7 @@ class UniViGUOutput(BaseOutput):
 class VideoCache:
     """What text needs of a video: each block's keys and values, and where text begins on the rotary tables."""
 
-    memories: list[Memory]
+    memories: list[KVCache]
     grid: tuple[int, int, int]
 
 
@@ -363,7 +363,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         """How many patches lie along each axis of latents of size (T, H, W)."""
         return tuple(length // patch for length, patch in zip(size, self.config.patch_size, strict=True))
 
-    def _run(self, block: UniViGUBlock, *args: Any) -> tuple[Tensor | None, Tensor | None, Memory]:
+    def _run(self, block: UniViGUBlock, *args: Any) -> tuple[Tensor | None, Tensor | None, KVCache]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)

@@ -69,7 +69,8 @@ def state(airflow, run):
     return airflow.call("GET", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}")["state"]
 
 
-def wait_for(condition, patience_s=360):
+def wait_for(condition, patience_s=1800):
+    """What the condition finds; the bound only keeps a test that hangs from hanging for ever."""
     give_up = time.monotonic() + patience_s
     while time.monotonic() < give_up:
         if found := condition():
@@ -116,8 +117,14 @@ def answer(airflow, run, option):
 
 
 def stop(airflow, run):
-    airflow.call("PATCH", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}", {"state": "failed"})
-    ended(airflow, run)
+    """End a run. A scheduler that has just read the run writes it back as running, so this asks until it is ended."""
+
+    def stopped():
+        airflow.call("PATCH", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}", {"state": "failed"})
+        time.sleep(2)
+        return state(airflow, run) == "failed"
+
+    wait_for(stopped)
 
 
 def asset(airflow, name):

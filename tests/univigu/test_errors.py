@@ -20,7 +20,6 @@ from univigu.errors import BadInputError, CorruptDataError, DiskFullError, stora
         (RuntimeError("I/O error: Input/output error (os error 5)"), CorruptDataError, 74),
         (OSError(errno.EROFS, "Read-only file system", "/data/x"), BadInputError, 65),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), BadInputError, 65),
-        (sqlite3.OperationalError("attempt to write a readonly database"), BadInputError, 65),
     ],
 )
 def test_a_failing_disk_has_its_sentence_and_exit_code(tmp_path, error, kind, code):
@@ -28,6 +27,16 @@ def test_a_failing_disk_has_its_sentence_and_exit_code(tmp_path, error, kind, co
     assert type(fault) is kind
     assert fault.exit_code == code
     assert ("/data/x" if getattr(error, "filename", None) else str(tmp_path)) in str(fault)
+
+
+@pytest.mark.parametrize(("made", "kind"), [(True, CorruptDataError), (False, BadInputError)])
+def test_a_database_that_sqlite_opened_for_reading_alone_is_a_failing_disk_where_it_may_be_written(
+    tmp_path, made, kind
+):
+    place = tmp_path / "mlflow.db"
+    if made:
+        place.write_bytes(b"")
+    assert type(storage_fault(sqlite3.OperationalError("attempt to write a readonly database"), place)) is kind
 
 
 def test_a_failing_disk_is_recognised_behind_what_a_library_made_of_it(tmp_path):

@@ -135,9 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
             )
         trouble = server.next_trouble(name, prompt)
         server.note(name, trouble, body)
-        self.befall(trouble, prompt, limits)
+        self.inject_fault(trouble, prompt, limits)
 
-    def befall(self, trouble: str, prompt: str, limits: dict[str, str]) -> None:
+    def inject_fault(self, trouble: str, prompt: str, limits: dict[str, str]) -> None:
         good = self.server.describe(prompt)
         match trouble:
             case "429":

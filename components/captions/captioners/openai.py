@@ -30,7 +30,7 @@ from components.captions.captioners.client.answers import WHOLE, read_response
 from components.captions.captioners.client.endpoint import Endpoint, Stopped, Terms
 from components.captions.captioners.client.journal import Journal
 from components.captions.captioners.client.replies import Refused
-from components.captions.captioners.client.signals import StoppingGently
+from components.captions.captioners.client.signals import GracefulShutdown
 from components.captions.captioners.client.usage import answer_cost
 from components.captions.captioners.wording import data_url, jpeg, load_template, sample_frames, write_messages
 from components.pipeline.digests import json_digest
@@ -158,7 +158,7 @@ class OpenAI:
     async def _caption(self, requests: Iterator[CaptionRequest], follow_up: FollowUp) -> None:
         endpoint = self.endpoint
         self.probing = asyncio.Lock()
-        with side_threads(DECODERS, "clips") as decoders, StoppingGently(endpoint):
+        with side_threads(DECODERS, "clips") as decoders, GracefulShutdown(endpoint):
             async with endpoint.open():
                 workers = [self._work(requests, follow_up, decoders) for _ in range(self.options.concurrency)]
                 await asyncio.gather(*workers)

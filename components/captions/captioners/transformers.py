@@ -21,10 +21,10 @@ from components.captions.captioners import (
     read_text,
 )
 from components.captions.captioners.wording import fit, load_template, sample_frames, write_messages
-from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from components.pipeline.digests import json_digest, tree_digest
 from components.pipeline.manifests import inside
 from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 
 if TYPE_CHECKING:
     import torch

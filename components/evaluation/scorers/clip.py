@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.local_models import LOCAL, WEIGHTS, require_safetensors
 from univigu.errors import MissingInputError
+from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from univigu.errors import ConfigError
 from univigu.files import file_sha256, read_json_object, replaced, sync, write_json
-from univigu.training.state import read_state, write_state
+from univigu.training.optimizer_state import read_state, write_state
 
 LATEST = "latest"
 MANIFEST = "manifest.json"

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from univigu import wan
 from univigu.errors import ConfigError
-from univigu.training.order import rank_slice
-from univigu.training.state import make_moments
+from univigu.training.optimizer_state import make_moments
+from univigu.training.sampler import rank_slice
 
 OFFLOAD = {"optimizer": 1, "parameters": 3}  # what can be, from which ZeRO stage on
 

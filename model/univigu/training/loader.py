@@ -8,7 +8,7 @@ from torch import Tensor
 
 from univigu.threads import side_threads
 from univigu.training.data import LatentDataset
-from univigu.training.order import SampleOrder
+from univigu.training.sampler import SampleOrder
 
 STEPS_AHEAD = 2  # whose batches are in memory
 SHARDS_AHEAD = 64  # steps ahead whose shards are asked for

@@ -35,9 +35,15 @@ from univigu.training.engine import (
     recompute_activations,
 )
 from univigu.training.loader import MicroBatches, load_ahead
-from univigu.training.order import SampleOrder, rank_slice
-from univigu.training.records import RECORDS, Curves, Evaluations, ProgressLine, StepSums, heldout_summary
-from univigu.training.state import averaged_weights, frozen_weights, gather_weights, swap_average, update_average
+from univigu.training.metrics import RECORDS, Curves, Evaluations, ProgressLine, StepSums, heldout_summary
+from univigu.training.optimizer_state import (
+    averaged_weights,
+    frozen_weights,
+    gather_weights,
+    swap_average,
+    update_average,
+)
+from univigu.training.sampler import SampleOrder, rank_slice
 from univigu.training.throughput import Throughput
 
 Report = Callable[[int, Mapping[str, float]], None]

@@ -4,7 +4,7 @@ from components.bench import loading
 from univigu.errors import UniViGUError
 from univigu.training.checkpoints import file_sha256
 from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
-from univigu.training.shards import fetch_file
+from univigu.training.remote_shards import fetch_file
 
 
 def test_a_sample_is_as_large_as_one_of_wans(tmp_path, monkeypatch):

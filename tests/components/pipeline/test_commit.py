@@ -47,7 +47,7 @@ runner.run_stage("first", {OTHER!r}, Path({str(root)!r}))
     monkeypatch.syspath_prepend(str(root))
     during(monkeypatch, replace_input)
     stage = find_stage("second")
-    manifest = runner.run_unlisted(stage, PROFILE, root, {})
+    manifest = runner.run_adhoc_stage(stage, PROFILE, root, {})
     assert manifest["inputs"] == {"first": before["digest"]}
     assert read_manifest(root / "data/first", "first") == before
 

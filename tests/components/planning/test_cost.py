@@ -16,7 +16,7 @@ from univigu.errors import BadInputError, ConfigError, MissingInputError
 from univigu.hardware import find_gpu
 from univigu.planning import Tokens
 from univigu.training.engine import TrainingConfig
-from univigu.training.room import needed_memory
+from univigu.training.memory_check import needed_memory
 
 ROOT = Path(__file__).parents[3]
 

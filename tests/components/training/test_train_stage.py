@@ -25,7 +25,7 @@ from components.tracking import find_run, flatten, tracking_uri
 from components.training.train_stage import model_digest
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, PreemptedError, TransientError
-from univigu.training import shards
+from univigu.training import remote_shards
 from univigu.training.data import write_latents
 
 
@@ -118,7 +118,7 @@ def test_samples_are_shown_in_the_run_as_training_goes_on(latents_root, profile)
 
 
 def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shards.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     here = run_stage("train-stage-1", profile, latents_root)["digest"]
     shard = latents_root / "data/latents/shards/00000/latents.safetensors"
     data_commands.offload(str(tmp_path / "store"), remove=True, root=latents_root)
@@ -178,7 +178,7 @@ def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(lat
 
 
 def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(latents_root, profile, monkeypatch):
-    monkeypatch.setattr("univigu.training.room.free_memory", lambda: 10**6)
+    monkeypatch.setattr("univigu.training.memory_check.free_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match=r"needs .* GiB a process, and 0\.0 are free \(.*zero_stage: 1 on more"):
         run_stage("train-stage-1", profile, latents_root)
     assert not (latents_root / "mlflow.db").exists()
@@ -188,8 +188,8 @@ def test_a_run_that_offloads_more_than_the_machine_has_is_refused_by_one_process
     latents_root, profile, monkeypatch
 ):
     profile["train_stage_1"].update(zero_stage=2, offload=["optimizer"])
-    monkeypatch.setattr("univigu.training.room.free_host_memory", lambda: 10**6)
-    monkeypatch.setattr("univigu.training.room.free_memory", lambda: 10**12)
+    monkeypatch.setattr("univigu.training.memory_check.free_host_memory", lambda: 10**6)
+    monkeypatch.setattr("univigu.training.memory_check.free_memory", lambda: 10**12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match=r"machine's own memory for all its processes, .*set offload: \[\], or lora"):
         run_stage("train-stage-1", profile, latents_root)

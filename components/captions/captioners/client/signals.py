@@ -8,7 +8,7 @@ from components.captions.captioners.client.endpoint import Endpoint
 from univigu.errors import PreemptedError
 
 
-class StoppingGently:
+class GracefulShutdown:
     """While active, the first SIGINT or SIGTERM lets what is under way end; the second doesn't."""
 
     def __init__(self, endpoint: Endpoint) -> None:

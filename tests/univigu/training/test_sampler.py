@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from univigu.errors import BadInputError
-from univigu.training.order import SampleOrder, rank_slice
+from univigu.training.sampler import SampleOrder, rank_slice
 
 BUCKETS = [(81, 480, 832)] * 30 + [(49, 480, 832)] * 13 + [(81, 832, 480)] * 3
 

@@ -26,7 +26,7 @@ def show_samples(
     """Draw the first held-out samples; all processes do, and the one with a `pipeline` and a run decodes and logs."""
     import torch
 
-    from univigu.training.samples import draw_samples
+    from univigu.training.previews import draw_samples
 
     samples = draw_samples(transformer, tokenizer, heldout, SAMPLES, sampling)
     if tracked is None or pipeline is None:

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from components.captions.captioners import load_captioner
 from components.checks import aesthetic
 from components.evaluation.scorers import clip
-from components.local_models import require_safetensors
 from components.prompts.embeddings import Neighbours
 from univigu.errors import BadInputError
+from univigu.local_models import require_safetensors
 
 
 def load_captions(folder):

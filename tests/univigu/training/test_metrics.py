@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from univigu import files
-from univigu.training import records
+from univigu.training import metrics
 from univigu.training.engine import TrainingConfig
-from univigu.training.records import Curves, Evaluations
+from univigu.training.metrics import Curves, Evaluations
 
 FIGURES = {"samples_per_second": 0.5, "tokens_per_second": 16508.0, "tflops_per_process": 431.0, "loading_share": 0.0}
 
@@ -16,12 +16,12 @@ FIGURES = {"samples_per_second": 0.5, "tokens_per_second": 16508.0, "tflops_per_
 def clock(monkeypatch):
     """A clock that tests set: `clock.now`, in seconds."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
 def new_line(first=0, steps=10):
-    return records.ProgressLine(first, TrainingConfig(steps=steps, batch_size=1, learning_rate=1.0))
+    return metrics.ProgressLine(first, TrainingConfig(steps=steps, batch_size=1, learning_rate=1.0))
 
 
 def test_a_line_says_where_training_stands_how_fast_it_is_and_what_is_left_by_the_clock(clock, capsys):

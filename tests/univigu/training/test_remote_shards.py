@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from univigu.errors import ConfigError, CorruptDataError, MissingInputError, TransientError
-from univigu.training import shards
+from univigu.training import remote_shards
 from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef, write_empty_prompt, write_latents
 from univigu.training.loader import load_ahead
-from univigu.training.order import SampleOrder
-from univigu.training.shards import REMOTE, RemoteShards, put_shards
+from univigu.training.remote_shards import REMOTE, RemoteShards, put_shards
+from univigu.training.sampler import SampleOrder
 
 ROWS, SHARDS = 4, 6
 
@@ -121,18 +121,18 @@ def test_a_cache_that_cannot_hold_two_shards_is_refused(latents, tmp_path):
 
 
 def test_bytes_that_differ_are_fetched_again_and_then_refused(latents, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     stored = store[2] / "shards/00002/latents.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1] + b"x")
     dataset = opened(latents, tmp_path)
     with pytest.raises(CorruptDataError, match="00002"):
         dataset.batch([8], [0])
-    assert len(store[0].asked) == shards.ATTEMPTS
+    assert len(store[0].asked) == remote_shards.ATTEMPTS
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_a_store_that_is_busy_for_a_while_is_asked_again(latents, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     store[0].fail = 2
     opened(latents, tmp_path).batch([0], [0])
     store[0].fail = 99

@@ -4,7 +4,7 @@ from univigu import UniViGUTransformer3DModel, wan
 from univigu.errors import ConfigError
 from univigu.training.engine import TrainingConfig
 from univigu.training.memory import parameter_count
-from univigu.training.room import needed_host_memory, needed_memory, require_host_room, require_room
+from univigu.training.memory_check import needed_host_memory, needed_memory, require_host_room, require_room
 
 GIB = 2**30
 SETTINGS = {"steps": 1, "batch_size": 16, "learning_rate": 1.0, "precision": "bf16", "micro_batch_size": 1}
