@@ -34,12 +34,12 @@ help: ## Show this help
 	@echo "  PORT=8081       another port than 8080 for make airflow"
 	@echo "  PYTHON=...      another Python 3.11 interpreter than python3.11"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml components/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "make: Python 3.11 with its venv module is needed (Debian: apt install python3.11-venv)." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(TORCH_SOURCE) \
-		$(TORCH_AGAIN) --compile-bytecode --editable '.[dev]'
+		$(TORCH_AGAIN) --compile-bytecode --editable '.[dev]' --editable ./components
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -70,7 +70,7 @@ profiles: install ## The page of all settings, and their schema for editors: doc
 	@univigu profile schema > components/profiles/.schema && mv components/profiles/.schema components/profiles/schema.json
 
 test: install ## All tests, lint and format included, two files at a time
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-fast: install ## The tests that are not marked slow
 	pytest --numprocesses 2 --dist loadfile -m "not slow"

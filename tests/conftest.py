@@ -22,6 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from components.bench.orchestrators import call, copy_repository
 
 
+def pytest_collection_modifyitems(items):
+    """Run the files with slow tests first, so that two processes that share the files finish at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_wan_folder(tmp_path_factory):
     """A random Wan text-to-video pipeline for clips of 9 frames of 32x32: latents (4, 3, 8, 8), 48 video tokens.

@@ -18,8 +18,11 @@ MOST_YAML = 100_000  # values, those behind an alias counted where they are used
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(2**20):  # `hashlib.file_digest` needs Python 3.11
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:
