@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import resources
 
-from components.checks.patterns import read_patterns
 from components.checks.texts import words
+from components.prompts.patterns import read_patterns
 
 PROSE = 5  # words from which on a text may be a description
 _SPACES = re.compile(r"[^\S\n]+")
@@ -58,7 +59,7 @@ def answer_rank(name: str) -> int:
 @cache
 def phrases() -> dict[str, dict[str, re.Pattern[str]]]:
     """The patterns of ``phrases.yaml``, by group and name."""
-    lists = read_patterns("wrapping/phrases.yaml")
+    lists = read_patterns(resources.files("components.checks.wrapping") / "phrases.yaml")
     return {
         group: {name: re.compile(each, re.IGNORECASE | re.MULTILINE) for name, each in named.items()}
         for group, named in lists.items()

@@ -146,7 +146,7 @@ def test_a_check_is_off_scores_or_enforces(panorama, tmp_path):
     ("check", "message"),
     [
         ({"beauty": {"mode": "score"}}, "no check 'beauty'"),
-        ({"blank": {"mode": "score", "contrast": 1}}, "no setting 'contrast'; it has min_contrast"),
+        ({"blank": {"mode": "score", "contrast": 1}}, "no setting 'contrast'; its settings: min_contrast"),
     ],
 )
 def test_a_gate_that_makes_no_sense_is_refused(check, message, tmp_path):

@@ -10,10 +10,12 @@ from diffusers.models import attention_dispatch
 
 from components.clips import generator
 from components.pipeline.profiles import load_profile
+from components.settings.sections import Fit, Video
 from univigu.errors import ConfigError, MissingInputError
 
-VIDEO = {"frames": 9, "height": 32, "width": 32, "fps": 8}
-SETTINGS = {"steps": 2, "guidance_scale": 3.0, "negative_prompt": "", "arguments": {}}
+FIT = Fit(upscale=1.0, cut=0.0, speed=(1.0, 1.0), hdr="tone_map")
+VIDEO = Video(frames=9, height=32, width=32, fps=8, buckets=[], fit=FIT)
+SAMPLING = generator.Sampling(steps=2, guidance_scale=3.0)
 ROWS = [{"prompt": f"a red digit {seed}", "seed": seed} for seed in range(3)]
 
 
@@ -105,22 +107,22 @@ def folders(tiny_wan_folder, tmp_path_factory):
 )
 def test_a_clip_does_not_depend_on_its_batch_whatever_makes_it(folders, name, arguments):
     pipeline = generator.load_generator(folders[name], "fp32")
-    settings = {**SETTINGS, "arguments": arguments}
-    together = generator.generate(pipeline, ROWS, VIDEO, settings)
+    sampling = SAMPLING._replace(arguments=arguments)
+    together = generator.generate(pipeline, ROWS, VIDEO, sampling)
     assert together.shape == (3, 9, 32, 32, 3)
-    alone = generator.generate(pipeline, ROWS[1:2], VIDEO, settings)
+    alone = generator.generate(pipeline, ROWS[1:2], VIDEO, sampling)
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 0.05
 
 
 def test_a_pipeline_is_called_with_the_arguments_that_it_has(folders):
     wan, other = (generator.load_generator(folders[name], "fp32") for name in ("wan", "ltx"))
-    for_wan, for_ltx = (generator.call_arguments(one, ROWS, VIDEO, SETTINGS) for one in (wan, other))
+    for_wan, for_ltx = (generator.call_arguments(one, ROWS, VIDEO, SAMPLING) for one in (wan, other))
     assert (for_wan["num_frames"], for_ltx["num_frames"]) == (9, 9)
     assert "frame_rate" not in for_wan
     assert for_ltx["frame_rate"] == 8
     with pytest.raises(ConfigError, match=r"LTXPipeline has no argument 'shift'; it has .*guidance_scale"):
-        generator.call_arguments(other, ROWS, VIDEO, {**SETTINGS, "arguments": {"shift": 3}})
+        generator.call_arguments(other, ROWS, VIDEO, SAMPLING._replace(arguments={"shift": 3}))
 
 
 def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
@@ -129,8 +131,8 @@ def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
     wan = generator.load_generator(folders["wan"], "fp32")
     parts = {**wan.components, "image_processor": None, "image_encoder": None}
     pipeline = WanImageToVideoPipeline(**{name: part for name, part in parts.items() if name != "guider"})
-    with pytest.raises(ConfigError, match=r"WanImageToVideoPipeline doesn't make a video of a text alone .*'image'"):
-        generator.generate(pipeline, ROWS, VIDEO, SETTINGS)
+    with pytest.raises(ConfigError, match=r"WanImageToVideoPipeline can't make a video from text alone .*'image'"):
+        generator.generate(pipeline, ROWS, VIDEO, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
 def test_a_size_that_would_only_be_rounded_to_is_refused(folders, name, size, sides, frames):
     pipeline = generator.load_generator(folders[name], "fp32")
     with pytest.raises(ConfigError, match=rf"sides that are multiples of {sides} and {frames}k \+ 1 frames"):
-        generator.generate(pipeline, ROWS, {**VIDEO, **size}, SETTINGS)
+        generator.generate(pipeline, ROWS, VIDEO.model_copy(update=size), SAMPLING)
 
 
 def test_the_autoencoder_keeps_its_own_precision(folders):
@@ -153,8 +155,8 @@ def test_the_autoencoder_keeps_its_own_precision(folders):
     assert {pipeline.transformer.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
     assert pipeline.vae.dtype == torch.float32
     assert generator.load_generator(folders["wan"], "fp32", vae_precision="bf16").vae.dtype == torch.bfloat16
-    arguments = {"max_sequence_length": 32}
-    assert np.isfinite(generator.generate(pipeline, ROWS[:1], VIDEO, {**SETTINGS, "arguments": arguments})).all()
+    sampling = SAMPLING._replace(arguments={"max_sequence_length": 32})
+    assert np.isfinite(generator.generate(pipeline, ROWS[:1], VIDEO, sampling)).all()
 
 
 def test_the_shift_of_the_scheduler_is_the_profiles(folders):
@@ -165,19 +167,19 @@ def test_the_shift_of_the_scheduler_is_the_profiles(folders):
     assert own.scheduler.config.shift == 3.0
     own.scheduler.set_timesteps(4)
     assert (shifted.scheduler.timesteps[1:] > own.scheduler.timesteps[1:]).all()
-    with pytest.raises(ConfigError, match="CogVideoXDDIMScheduler has no shift"):
+    with pytest.raises(ConfigError, match="CogVideoXDDIMScheduler has no timestep shift"):
         generator.load_generator(folders["cogvideox"], "fp32", flow_shift=8.0)
 
 
 def test_what_saves_memory_changes_no_clip(folders):
-    settings = {**SETTINGS, "arguments": {"max_sequence_length": 32}}
-    plain = generator.generate(generator.load_generator(folders["wan"], "fp32"), ROWS, VIDEO, settings)
+    sampling = SAMPLING._replace(arguments={"max_sequence_length": 32})
+    plain = generator.generate(generator.load_generator(folders["wan"], "fp32"), ROWS, VIDEO, sampling)
     thrifty = generator.load_generator(
         folders["wan"], "fp32", vae_memory=["tiling", "slicing"], attention_backend="_native_math", offload="model"
     )
     assert thrifty.vae.use_tiling
     assert attention_dispatch._AttentionBackendRegistry.get_active_backend()[0] == "native"  # of other models
-    np.testing.assert_allclose(generator.generate(thrifty, ROWS, VIDEO, settings), plain, atol=1e-4)
+    np.testing.assert_allclose(generator.generate(thrifty, ROWS, VIDEO, sampling), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -436,7 +436,7 @@ def test_a_folder_says_who_wrote_about_it_without_being_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("none.csv", None, MissingInputError, "no file of captions"),
+        ("none.csv", None, MissingInputError, "no file with captions"),
         ("x.xlsx", b"", ConfigError, "neither CSV nor JSONL"),
         ("x.csv", b"clip;words\na;b\n", BadInputError, "has the columns clip;words; it needs one of file_name"),
         ("x.csv", b"", BadInputError, r"has the columns \(none\)"),
@@ -491,4 +491,4 @@ def test_generated_clips_are_not_replaced_unasked(folder, root, profile, tmp_pat
     (root / "data/clips/manifest.json").write_text('{"step": "synthesize-videos"}')
     call = ["data", "import", str(folder), "--licence", "CC0-1.0", "--source", "x", "--root", str(root)]
     refused = CliRunner().invoke(app, call)
-    assert "holds clips that 'synthesize-videos' made; give another --root" in str(refused.exception)
+    assert "has clips made by 'synthesize-videos'; choose another --root" in str(refused.exception)

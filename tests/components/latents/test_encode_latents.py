@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from components.latents.encoders import Encoders, load_text_encoder, load_vae
 from components.pipeline.processes import make_parts
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
+from components.prompts.tokens import load_tokenizer
+from components.settings.profile import read_sections
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
 from univigu.video import encode_mp4
@@ -93,7 +96,7 @@ def test_prompt_states_are_those_of_diffusers_own_pipeline(encoded, profile):
 
 def test_stage_1_says_its_prompt_and_stage_2_its_caption(encoded, profile):
     root, pairs, rows = encoded
-    tokenizer = Encoders(root / profile["base"], "fp32", profile["text"]).tokenizer
+    tokenizer = load_tokenizer(root / profile["base"])
     length = profile["text"]["caption_tokens"][1]
     for pair in pairs[:3]:
         batch = sample(root, rows[pair["id"]], profile)
@@ -200,11 +203,12 @@ def test_another_autoencoder_encodes_every_video_and_no_text_again(encoded, prof
     ],
 )
 def test_tensors_are_kept_only_where_the_code_that_made_them_is_the_same(file, function, facts, profile, project):
-    before = code_facts(profile)
+    step = SimpleNamespace(settings=read_sections(profile))
+    before = code_facts(step)
     path = project / file
     assert f"\ndef {function}(" in path.read_text()
     path.write_text(path.read_text().replace(f"\ndef {function}(", f"\n@print\ndef {function}("))
-    assert {name for name, digest in code_facts(profile).items() if digest != before[name]} == facts
+    assert {name for name, digest in code_facts(step).items() if digest != before[name]} == facts
 
 
 def test_each_clip_is_kept_by_itself_or_with_its_batch_and_damaged_tensors_are_not_taken(
@@ -358,11 +362,11 @@ def test_a_damaged_clip_is_quarantined(encoded, digits_root, profile, recommit):
 def test_pairs_of_clips_that_are_gone_are_refused(encoded, digits_root, profile, recommit):
     root, _, _ = encoded
     recommit(root, "synthesize-videos", {"clips": digits_root[1][1:]})
-    with pytest.raises(BadInputError, match="1 clips that are no longer there, such as c00"):
+    with pytest.raises(BadInputError, match="1 clips of the pairs no longer exist, such as c00"):
         run_stage(STEP, profile, root)
 
 
 def test_a_text_that_does_not_fit_is_refused(tiny_wan_folder):
-    text = {"prompt_length": 32, "caption_tokens": [1, 8]}
-    with pytest.raises(BadInputError, match="over the profile's 8"):
-        Encoders(tiny_wan_folder, "fp32", text).token_ids(["a red digit", "a red digit that moves on and on and on"])
+    encoders = Encoders(tiny_wan_folder, "fp32", prompt_length=32, text_length=8)
+    with pytest.raises(BadInputError, match="more than the profile's 8"):
+        encoders.token_ids(["a red digit", "a red digit that moves on and on and on"])

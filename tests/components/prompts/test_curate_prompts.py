@@ -169,7 +169,7 @@ def test_no_usable_prompt_and_no_file_fail_with_a_sentence(curate, tmp_path, pro
     with pytest.raises(GateFailedError, match="None of the 1 raw prompts"):
         curate([b"{"])
     (tmp_path / "root" / profile["raw_prompts"] / "raw.jsonl").unlink()
-    with pytest.raises(MissingInputError, match=r"There is no .*jsonl file"):
+    with pytest.raises(MissingInputError, match="There is no JSONL, CSV or Parquet file"):
         run_stage(STEP, profile, tmp_path / "root")
 
 

@@ -44,7 +44,7 @@ def looks(model_folder, batches, cosine=0.9):
     for batch in batches:
         neighbours.start(batch)
         for number, text in enumerate(batch):
-            found.append(neighbours.look(number))
+            found.append(neighbours.measure(number))
             neighbours.keep(number, text)
     return found
 
@@ -137,5 +137,5 @@ def test_a_model_that_is_missing_or_damaged_is_told(tmp_path, model_folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInputError, match="can't be read"):
         Neighbours(folder, 0.8)
-    with pytest.raises(ConfigError, match="within cosine 3"):
+    with pytest.raises(ConfigError, match="'diversity.cosine' is 3"):
         Neighbours(model_folder, 3)
