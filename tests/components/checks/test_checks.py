@@ -125,7 +125,7 @@ def test_a_scorer_that_is_not_there_or_does_not_fit_is_told_at_once(aesthetic_ro
     shutil.copytree(aesthetic_root / "scorer", tmp_path / "wide")
     save_file({"weight": torch.zeros(1, 12), "bias": torch.zeros(1)}, tmp_path / "wide/head.safetensors")
     (check,) = gate_of(tmp_path, aesthetic={"mode": "score", "model": "wide"})
-    with pytest.raises(BadInputError, match="holds no image model with a head that fits it"):
+    with pytest.raises(BadInputError, match="has no image model with a matching head"):
         check.module.check(pan(panorama, 1)[None], [{}], check.settings)
 
 

@@ -137,5 +137,5 @@ def test_a_model_that_is_missing_or_damaged_is_told(tmp_path, model_folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInputError, match="can't be read"):
         Neighbours(folder, 0.8)
-    with pytest.raises(ConfigError, match="'diversity.cosine' is 3"):
+    with pytest.raises(ConfigError, match=r"'diversity\.cosine' is 3"):
         Neighbours(model_folder, 3)
