@@ -1,4 +1,4 @@
-"""What is around a caption is taken off, what can't be told from it is asked again, and a caption stays as it is."""
+"""Wrappings of a caption are removed, ambiguous texts get a complaint, and plain captions are unchanged."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def test_what_is_around_a_caption_is_taken_off(template):
 
 
 @pytest.mark.parametrize("form", TEXTS["inline"])
-def test_what_marks_a_word_in_a_caption_is_taken_off(form):
+def test_markup_of_words_in_a_caption_is_removed(form):
     assert extract_caption(CAPTION.replace("a clock", form)) == (CAPTION, "")
 
 
@@ -51,7 +51,7 @@ def test_what_can_not_be_told_from_a_caption_is_asked_again(template):
 
 
 @pytest.mark.parametrize("text", TEXTS["captions"])
-def test_a_caption_with_braces_quotes_or_lists_stays_as_it_is(text):
+def test_a_caption_with_braces_quotes_or_lists_is_unchanged(text):
     assert extract_caption(text) == (text, "")
     assert wrapping(text) == ""
 
@@ -67,7 +67,7 @@ INNER = ["<think>¤</think>%s", '"%s"', "<caption>%s</caption>", "%s\n\n(Word co
 
 
 @pytest.mark.parametrize(("outer", "inner"), [*itertools.product(OUTER, INNER)])
-def test_wrappings_may_be_around_one_another(outer, inner):
+def test_wrappings_may_be_nested(outer, inner):
     assert extract_caption(fill(outer % inner % "§")) == (CAPTION, "")
     asked = json.dumps({"caption": fill(outer % inner % "§"), "confidence": 0.9})
     assert extract_caption(asked) == (CAPTION, "")
@@ -76,14 +76,14 @@ def test_wrappings_may_be_around_one_another(outer, inner):
 @pytest.mark.parametrize(
     "template", [text for name in TAKEN_OFF if name not in ("markdown", "more") for text in TEXTS[name]]
 )
-def test_a_caption_from_elsewhere_is_named_for_what_is_around_it(template):
+def test_a_stored_caption_with_a_wrapping_gets_a_complaint(template):
     assert wrapping(fill(template)).startswith("it ")
 
 
 @pytest.mark.parametrize(
     "text", [*TEXTS["quotes"], f"*{CAPTION}*", CAPTION.replace(" slowly", " *slowly*"), f"  {CAPTION}\n"]
 )
-def test_a_caption_from_elsewhere_may_be_in_quotes_or_italics(text):
+def test_a_stored_caption_may_be_in_quotes_or_italics(text):
     assert wrapping(fill(text)) == ""
 
 

@@ -1,4 +1,4 @@
-"""Any text-to-video pipeline makes clips, called by its own names; what can't is told in a sentence."""
+"""Any text-to-video pipeline makes clips, called with its own arguments; others are refused in one sentence."""
 
 import json
 import shutil
@@ -105,7 +105,7 @@ def folders(tiny_wan_folder, tmp_path_factory):
         ("cogvideox", {"max_sequence_length": 16, "use_dynamic_cfg": False}),
     ],
 )
-def test_a_clip_does_not_depend_on_its_batch_whatever_makes_it(folders, name, arguments):
+def test_a_clip_does_not_depend_on_its_batch_with_any_pipeline(folders, name, arguments):
     pipeline = generator.load_generator(folders[name], "fp32")
     sampling = SAMPLING._replace(arguments=arguments)
     together = generator.generate(pipeline, ROWS, VIDEO, sampling)
@@ -115,7 +115,7 @@ def test_a_clip_does_not_depend_on_its_batch_whatever_makes_it(folders, name, ar
     assert np.abs(together[0] - together[1]).max() > 0.05
 
 
-def test_a_pipeline_is_called_with_the_arguments_that_it_has(folders):
+def test_a_pipeline_is_called_with_the_arguments_that_it_accepts(folders):
     wan, other = (generator.load_generator(folders[name], "fp32") for name in ("wan", "ltx"))
     for_wan, for_ltx = (generator.call_arguments(one, ROWS, VIDEO, SAMPLING) for one in (wan, other))
     assert (for_wan["num_frames"], for_ltx["num_frames"]) == (9, 9)
@@ -125,7 +125,7 @@ def test_a_pipeline_is_called_with_the_arguments_that_it_has(folders):
         generator.call_arguments(other, ROWS, VIDEO, SAMPLING._replace(arguments={"shift": 3}))
 
 
-def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
+def test_a_pipeline_that_needs_an_image_is_refused(folders):
     from diffusers import WanImageToVideoPipeline
 
     wan = generator.load_generator(folders["wan"], "fp32")
@@ -144,7 +144,7 @@ def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
         ("cogvideox", {"width": 40}, 16, 4),
     ],
 )
-def test_a_size_that_would_only_be_rounded_to_is_refused(folders, name, size, sides, frames):
+def test_a_size_that_the_pipeline_would_round_is_refused(folders, name, size, sides, frames):
     pipeline = generator.load_generator(folders[name], "fp32")
     with pytest.raises(ConfigError, match=rf"sides that are multiples of {sides} and {frames}k \+ 1 frames"):
         generator.generate(pipeline, ROWS, VIDEO.model_copy(update=size), SAMPLING)
@@ -159,7 +159,7 @@ def test_the_autoencoder_keeps_its_own_precision(folders):
     assert np.isfinite(generator.generate(pipeline, ROWS[:1], VIDEO, sampling)).all()
 
 
-def test_the_shift_of_the_scheduler_is_the_profiles(folders):
+def test_the_shift_of_the_scheduler_comes_from_the_profile(folders):
     shifted = generator.load_generator(folders["wan"], "fp32", flow_shift=8.0)
     assert shifted.scheduler.config.shift == 8.0
     shifted.scheduler.set_timesteps(4)
@@ -171,7 +171,7 @@ def test_the_shift_of_the_scheduler_is_the_profiles(folders):
         generator.load_generator(folders["cogvideox"], "fp32", flow_shift=8.0)
 
 
-def test_what_saves_memory_changes_no_clip(folders):
+def test_options_that_save_memory_change_no_clip(folders):
     sampling = SAMPLING._replace(arguments={"max_sequence_length": 32})
     plain = generator.generate(generator.load_generator(folders["wan"], "fp32"), ROWS, VIDEO, sampling)
     thrifty = generator.load_generator(
@@ -189,21 +189,21 @@ def test_what_saves_memory_changes_no_clip(folders):
         ({"attention_backend": "flash"}, "attention backend 'flash' can't be used here"),
     ],
 )
-def test_an_option_that_there_is_not_is_refused(folders, options, message):
+def test_an_unavailable_option_is_refused(folders, options, message):
     with pytest.raises(ConfigError, match=message):
         generator.load_generator(folders["wan"], "fp32", **options)
 
 
 @pytest.fixture
 def wan_copy(tiny_wan_folder, tmp_path):
-    """A Wan that a test may damage, named as the real one."""
+    """A copy of the tiny Wan that a test may damage, with the name of the real one."""
     return shutil.copytree(tiny_wan_folder, tmp_path / "Wan2.1-T2V-1.3B-Diffusers")
 
 
 FETCH = r"`hf download Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers --local-dir .*/Wan2\.1-T2V-1\.3B-Diffusers`"
 
 
-def test_missing_weights_come_with_the_command_that_fetches_them(wan_copy):
+def test_the_error_for_missing_weights_has_the_command_that_fetches_them(wan_copy):
     (wan_copy / "transformer/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(
         MissingInputError, match=rf"no weights \(\*\.safetensors\) in .*transformer; fetch it with {FETCH}"
@@ -234,7 +234,7 @@ def test_code_in_a_pipelines_folder_is_not_run(wan_copy, tmp_path, part):
     assert not (tmp_path / "ran").exists()
 
 
-def test_wans_own_layout_is_told_from_diffusers(tmp_path):
+def test_wans_original_layout_is_refused(tmp_path):
     folder = tmp_path / "Wan2.1-T2V-1.3B"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "t2v"}')
@@ -273,7 +273,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_before_anything_is_made(wan_
 
 
 @pytest.mark.parametrize(("name", "shift", "guidance"), [("wan-1.3b", 8.0, 6.0), ("wan-14b", 3.0, 5.0)])
-def test_wans_profiles_say_what_wan_recommends(name, shift, guidance):
+def test_wans_profiles_have_the_values_that_wan_recommends(name, shift, guidance):
     profile = load_profile(name)
     settings = profile["synthesize_videos"]
     assert [profile["video"][key] for key in ("frames", "height", "width", "fps")] == [81, 480, 832, 16]
