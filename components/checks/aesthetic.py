@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from components.checks import Finding
-from univigu.errors import BadInputError, MissingInputError
+from univigu.errors import BadInputError, MissingInputError, first_line
 from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def load_scorer(folder: Path) -> Scorer:
         score(scorer, np.zeros((1, 64, 64, 3), np.uint8))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         raise BadInputError(
-            f"{folder} has no image model with a matching head ({str(error).splitlines()[0]}); fix the folder, or set "
+            f"{folder} has no image model with a matching head ({first_line(error)}); fix the folder, or set "
             "the mode of the check 'aesthetic' to off."
         ) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
-from univigu.errors import ConfigError, MissingInputError
+from univigu.errors import ConfigError, MissingInputError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,13 +70,13 @@ def load_generator(
         if isinstance(error, torch.OutOfMemoryError):
             raise ConfigError(f"The generator {folder.name} doesn't fit the GPU; {_SMALLER}.") from error
         raise ConfigError(
-            f"The pipeline at {folder} can't be loaded ({_first_line(error)}); it is damaged, incomplete, or from "
+            f"The pipeline at {folder} can't be loaded ({first_line(error)}); it is damaged, incomplete, or from "
             f"another library: {how_to_fetch(folder)}."
         ) from error
     if flow_shift is not None:
         pipeline.scheduler = _with_shift(pipeline.scheduler, flow_shift)
-    for way in vae_memory:
-        _save_memory(pipeline, way)
+    for option in vae_memory:
+        _save_memory(pipeline, option)
     if attention_backend:
         _set_attention(pipeline, attention_backend)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
@@ -103,8 +103,8 @@ def check_layout(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'model_index.json'} can't be read as JSON; {how_to_fetch(folder)}.") from error
     for name, part in index.items():
-        weighty = isinstance(part, list) and part[0] and name in ("transformer", "unet", "vae", "text_encoder")
-        if weighty and not list((folder / name).glob("*.safetensors")):
+        needs_weights = isinstance(part, list) and part[0] and name in ("transformer", "unet", "vae", "text_encoder")
+        if needs_weights and not list((folder / name).glob("*.safetensors")):
             raise MissingInputError(f"There are no weights (*.safetensors) in {folder / name}; {how_to_fetch(folder)}.")
 
 
@@ -115,11 +115,11 @@ def _with_shift(scheduler: Any, flow_shift: float) -> Any:
     raise ConfigError(f"The generator's {type(scheduler).__name__} has no timestep shift; set 'flow_shift' to null.")
 
 
-def _save_memory(pipeline: "DiffusionPipeline", way: str) -> None:
+def _save_memory(pipeline: "DiffusionPipeline", option: str) -> None:
     try:
-        getattr(pipeline.vae, f"enable_{way}")()
+        getattr(pipeline.vae, f"enable_{option}")()
     except (AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"The generator's autoencoder has no {way}; take it out of 'vae_memory'.") from error
+        raise ConfigError(f"The generator's autoencoder has no {option}; remove it from 'vae_memory'.") from error
 
 
 def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
@@ -131,7 +131,7 @@ def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
             denoiser.set_attention_backend(backend)
     except (AttributeError, ValueError, RuntimeError, ImportError, OSError) as error:
         raise ConfigError(
-            f"The attention backend '{backend}' can't be used here ({_first_line(error)}); leave it empty for torch's."
+            f"The attention backend '{backend}' can't be used here ({first_line(error)}); leave it empty for torch's."
         ) from error
 
 
@@ -158,7 +158,7 @@ def generate(
         raise ConfigError(f"The GPU has too little memory for a batch of {len(rows)} clips; {_SMALLER}.") from error
     except ValueError as error:  # raised by pipelines for invalid arguments
         raise ConfigError(
-            f"{name} rejected the profile's settings ({_first_line(error)}); correct them in the profile."
+            f"{name} rejected the profile's settings ({first_line(error)}); correct them in the profile."
         ) from error
     wanted = (len(rows), video.frames, video.height, video.width, 3)
     if videos.shape != wanted:
@@ -220,7 +220,3 @@ def check_size(pipeline: "DiffusionPipeline", video: Video) -> None:
 
 def _first(pipeline: Any, *names: str) -> Any:
     return next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

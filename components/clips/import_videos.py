@@ -174,11 +174,11 @@ def plan_clips(step: "Step") -> list[dict[str, Any]]:
     videos, unopened = list_videos(folder)
     texts, faults = read_texts(folder, videos, step.inputs.get("table"))
     faults += [Fault(printable(name), *fault) for name, fault in unopened.items()]
-    told = texts.keys() | {fault.id for fault in faults}
+    reported = texts.keys() | {fault.id for fault in faults}
     faults += [
         Fault(printable(name), "no_text", "nothing is written about it")
         for name in videos
-        if not {name, printable(name)} & told
+        if not {name, printable(name)} & reported
     ]
     count = partial(count_tokens, load_tokenizer(step.inputs["base"]))
     plans: dict[str, dict[str, Any]] = {}

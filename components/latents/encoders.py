@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.pipeline.weights import how_to_fetch
 from components.prompts.tokens import count_tokens, load_tokenizer
-from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,8 +116,7 @@ def _loading(base: Path, part: str) -> Iterator[None]:
         yield
     # pyrefly: ignore[unreachable-except-clause]
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{base / part} can't be loaded ({reason}); {how_to_fetch(base)}.") from error
+        raise ConfigError(f"{base / part} can't be loaded ({first_line(error)}); {how_to_fetch(base)}.") from error
 
 
 def _check_whole(found: Mapping[str, Any]) -> None:

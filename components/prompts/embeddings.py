@@ -121,7 +121,7 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
         model = AutoModel.from_pretrained(folder, **WEIGHTS)
     except Exception as error:  # on a damaged file, transformers raises any kind of exception
         raise BadInputError(
-            f"The embedding model at {folder} can't be read ({first_line(error)}); fix or replace that folder."
+            f"The embedding model at {folder} can't be read ({first_line(error)}); fix or replace it."
         ) from error
     return tokenizer, model.eval().to(device)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.checks.wrapping import extract_caption, wrapping
+from components.pipeline.fingerprint import fingerprint
 
 CAPTION = "A ball moves slowly from the left to the right, over coloured bars; a clock counts in the corner."
 THOUGHT = "The user wants a caption of the video. Let me look at the frames one by one; I see a ball and bars."
@@ -108,3 +109,7 @@ def test_paragraphs_become_one_line(text):
 def test_a_text_made_to_be_slow_takes_a_moment_only(unit):
     extract_caption(unit * (19_000 // len(unit)))
     extract_caption(f"<think>{unit * (390_000 // len(unit))}</think>{CAPTION}")
+
+
+def test_the_phrases_decide_the_output_of_steps_that_check_captions():
+    assert "components/checks/wrapping/phrases.yaml" in fingerprint(["components.checks.wrapping:wrapping"])
