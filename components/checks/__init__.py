@@ -1,9 +1,9 @@
-"""Checks of made clips and captions: one module a check, named in the profile.
+"""Checks of clips and captions: one module per check, named in the profile.
 
-A module has ``check(frames, rows, settings) -> list[Finding]`` for clips (frames uint8 (B, F, H, W, 3), one row of the
-clips table each; its ``DEFAULTS`` are the settings there are), or ``check_caption(prompt, caption, **settings) -> str |
-None`` for captions (what is wrong, or None), or both. `REASON` is the slug that captions are quarantined by,
-``misses_prompt`` where there is none.
+A module has ``check(frames, rows, settings) -> list[Finding]`` for clips (frames uint8 (B, F, H, W, 3), each with its
+row of the table `clips`; ``DEFAULTS`` has all settings and their defaults), or ``check_caption(prompt, caption,
+**settings) -> str | None`` for captions (the fault, or None), or both. Captions are quarantined with the slug `REASON`,
+or ``misses_prompt`` if the module has none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from univigu.errors import ConfigError
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check saw in one clip. `reason` is the slug to quarantine it by, or None where the clip may stay."""
+    """The result of a check for one clip. `reason` is the slug to quarantine it with, or None if it passes."""
 
     scores: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class CaptionCheck:
-    """A check of captions with its settings: `find(prompt, caption)` says what is wrong, or None."""
+    """A check of captions with its settings: `find(prompt, caption)` returns the fault, or None."""
 
     find: Callable[[str, str], str | None]
     reason: str
@@ -36,7 +36,7 @@ class CaptionCheck:
 def load_caption_checks(entries: Sequence[str | Mapping[str, Mapping]]) -> list[CaptionCheck]:
     """The caption checks that a profile lists, each by its name or as ``{name: {setting: value}}``.
 
-    Raises `ConfigError` for another name, and for settings that the check doesn't have or needs.
+    Raises `ConfigError` for an unknown check, and for unknown or missing settings.
     """
     checks = []
     for entry in entries:
@@ -47,14 +47,14 @@ def load_caption_checks(entries: Sequence[str | Mapping[str, Mapping]]) -> list[
             signature(check).bind("", "", **settings)
         except TypeError as error:
             raise ConfigError(
-                f"The check '{name}' has other settings ({error}); correct them in the profile."
+                f"The settings of the check '{name}' are wrong ({error}); correct them in the profile."
             ) from error
         checks.append(CaptionCheck(partial(check, **settings), getattr(module, "REASON", "misses_prompt")))
     return checks
 
 
 def load_checks(names: list[str], kind: str) -> list[ModuleType]:
-    """The modules of the checks called `names` that have the function `kind`; raises `ConfigError` for another name."""
+    """The modules of the checks `names`, which must have the function `kind`; raises `ConfigError` otherwise."""
     modules = []
     for name in names:
         try:
@@ -62,8 +62,8 @@ def load_checks(names: list[str], kind: str) -> list[ModuleType]:
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise
-            raise ConfigError(f"There is no check '{name}'; name a module of components/checks.") from error
+            raise ConfigError(f"There is no check '{name}'; choose a module of components/checks.") from error
         if not hasattr(module, kind):
-            raise ConfigError(f"The check '{name}' has no '{kind}'; take it out of that list of the profile.")
+            raise ConfigError(f"The check '{name}' has no '{kind}'; remove it from that list in the profile.")
         modules.append(module)
     return modules

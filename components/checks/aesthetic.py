@@ -1,8 +1,8 @@
-"""How pleasing a clip looks to a CLIP-like model with a linear head, as the LAION aesthetic predictors are.
+"""The aesthetic score of clips, by a CLIP-like model with a linear head, like the LAION aesthetic predictors.
 
-`model` is a folder below the work root: a model of transformers' that has image features (CLIP, SigLIP ...) with its
-image processor, and `head.safetensors` with `weight` (1, D) and `bias` (1), which reads a score from the features of
-length 1. Nothing is fetched from a hub.
+`model` is a folder under the work root: a model of transformers with image features (CLIP, SigLIP ...) and its image
+processor, and `head.safetensors` with `weight` (1, D) and `bias` (1), applied to the normalised features. Nothing is
+downloaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from components.checks import Finding
-from univigu.errors import BadInputError, MissingInputError
+from univigu.errors import BadInputError, MissingInputError, first_line
 from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULTS = {
-    "model": "",  # the folder; part of the check's key by what it holds
+    "model": "",  # the folder; its content is part of the recipe
     "min_score": 4.5,
-    "frames": 4,  # evenly spread over a clip, scored one by one, and averaged
+    "frames": 4,  # spread evenly over a clip; their scores are averaged
 }
 
 
@@ -34,7 +34,7 @@ class Scorer(NamedTuple):
 
 
 def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Finding]:
-    """One finding a clip of frames uint8 (B, F, H, W, 3): its `aesthetic` score, and `unaesthetic` below the least."""
+    """The finding for each clip of frames uint8 (B, F, H, W, 3): its `aesthetic` score, `unaesthetic` if too low."""
     scorer = load_scorer(Path(settings["model"]))
     return [_examine(scorer, clip, settings["frames"], settings["min_score"]) for clip in frames]
 
@@ -49,7 +49,7 @@ def _examine(scorer: Scorer, clip: np.ndarray, count: int, least: float) -> Find
 
 
 def score(scorer: Scorer, frames: np.ndarray) -> "Tensor":
-    """The score of each of frames uint8 (F, H, W, 3), fp32."""
+    """The score of each frame of uint8 (F, H, W, 3), (F,) in fp32."""
     import torch
 
     pixels = scorer.processor(list(frames), return_tensors="pt")["pixel_values"].to(scorer.model.device)
@@ -63,8 +63,8 @@ def score(scorer: Scorer, frames: np.ndarray) -> "Tensor":
 def load_scorer(folder: Path) -> Scorer:
     """The model and head in `folder`, on the GPU if there is one, in fp32.
 
-    Raises `MissingInputError` where there is none, and `BadInputError` where it is no such model, or head and model
-    don't fit.
+    Raises `MissingInputError` if there is no head, and `BadInputError` if the model can't be loaded or doesn't fit the
+    head.
     """
     import torch
     from safetensors import SafetensorError
@@ -74,8 +74,8 @@ def load_scorer(folder: Path) -> Scorer:
     head = folder / "head.safetensors"
     if not head.is_file():
         raise MissingInputError(
-            f"There is no {head} for the check 'aesthetic'; put a CLIP-like model and its head there, or set the "
-            "check's mode to off."
+            f"There is no {head} for the check 'aesthetic'; put a CLIP-like model and its head into this folder, or "
+            "set the check's mode to off."
         )
     require_safetensors(folder)
     try:
@@ -86,8 +86,8 @@ def load_scorer(folder: Path) -> Scorer:
         score(scorer, np.zeros((1, 64, 64, 3), np.uint8))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         raise BadInputError(
-            f"{folder} holds no image model with a head that fits it ({str(error).splitlines()[0]}); "
-            "mend it, or set the mode of the check 'aesthetic' to off."
+            f"{folder} has no image model with a matching head ({first_line(error)}); fix the folder, or set "
+            "the mode of the check 'aesthetic' to off."
         ) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return scorer

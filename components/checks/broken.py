@@ -1,4 +1,4 @@
-"""Clips that are noise."""
+"""Clips that show only noise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from components.checks import Finding
 DEFAULTS = {
     "min_smoothness": 0.3,  # correlation of neighbouring pixels: about 0 for noise, over 0.7 for a picture
 }
-FRAMES = 16  # at most, evenly spread: noise is noise in all of them
+FRAMES = 16  # spread evenly; a noisy clip is noisy in all frames
 
 
 def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Finding]:
-    """One finding a clip of frames uint8 (B, F, H, W, 3): its `smoothness`, and `broken` where it is noise."""
+    """The finding for each clip of frames uint8 (B, F, H, W, 3): its `smoothness`, `broken` if it is noise."""
     return [_examine(clip, settings["min_smoothness"]) for clip in frames]
 
 
@@ -28,7 +28,7 @@ def _examine(clip: np.ndarray, least: float) -> Finding:
 
 
 def _neighbour_correlation(frame: np.ndarray) -> float:
-    """Correlation between horizontally and vertically adjacent pixels of one frame (H, W, 3); 1 for a flat one."""
+    """Correlation of horizontally and vertically adjacent pixels of a frame (H, W, 3); 1 for a uniform frame."""
     centred = frame - frame.mean(axis=(0, 1))
     variance = float((centred**2).mean())
     if variance < 1e-6:

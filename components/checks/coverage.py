@@ -1,7 +1,7 @@
-"""Captions that leave out what their prompt says: a check for open vocabularies, by the stems of content words.
+"""Captions that leave out content of their prompt: a check for any vocabulary, by the stems of content words.
 
-A caption may use other words for the same thing, so only a share of the prompt's words is asked for. Scripts without
-spaces are compared by pairs of characters.
+A caption may use synonyms, so only a share of the prompt's words is required. Scripts without spaces are compared by
+pairs of characters.
 """
 
 import re
@@ -12,14 +12,14 @@ from typing import Any
 from components.checks.texts import UNSPACED
 from components.prompts.filters import content_phrases
 
-SHOWN = 8  # words in a complaint
+SHOWN = 8  # words in the message
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 def check_caption(prompt: str, caption: str, least: float = 0.5, stemmer: str = "english") -> str | None:
-    """Names the prompt's words that a caption leaves out, where it has fewer than the share `least` of them.
+    """The prompt's words that a caption leaves out, if it has less than the share `least` of them; otherwise None.
 
-    stemmer: one of snowballstemmer's languages; it only matters for words of that language.
+    stemmer: a language of snowballstemmer, for words of that language.
     """
     asked = {unit: word for word in _content_words(prompt) for unit in _units(word, stemmer)}
     if not asked:
@@ -32,7 +32,7 @@ def check_caption(prompt: str, caption: str, least: float = 0.5, stemmer: str = 
 
 
 def _content_words(prompt: str) -> list[str]:
-    """The words of its phrases, where neighbours in a script without spaces are one word."""
+    """The words of a prompt's phrases; adjacent characters of a script without spaces are joined to one word."""
     words: list[str] = []
     for phrase in content_phrases(prompt):
         bare = [word.rpartition(":")[2] for word in phrase if re.search(r"\w", word)]
@@ -43,7 +43,7 @@ def _content_words(prompt: str) -> list[str]:
 
 
 def _units(word: str, stemmer: str) -> list[str]:
-    """The stem of a word, or the pairs of characters of one in a script without spaces."""
+    """The stem of a word, or its pairs of characters in a script without spaces."""
     if _UNSPACED.search(word):
         return [word[i : i + 2] for i in range(max(1, len(word) - 1))]
     return [_stemmer(stemmer).stemWord(word)]

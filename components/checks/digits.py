@@ -1,4 +1,4 @@
-"""Clips and captions of the embedded world that measurably contradict their prompt, or leave out what it says."""
+"""Clips and captions of the built-in toy dataset that contradict their prompt or leave out an attribute of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,18 +8,20 @@ import numpy as np
 from components.checks import Finding
 from components.digits import measure, world
 
-# A measurement below this decides nothing: margins between the two nearest candidates, and for the digit a vote of its
-# neighbours. Of the tenths from a half up, each is the least above which 98 % of the values were right on blurred,
-# noisy clips of every fifth training scan, measured with templates of the other four; a test chooses them again.
+# Measurements with a lower confidence are ignored. The confidence is the margin between the two nearest candidates, and
+# for the digit the vote of its neighbours. Each threshold is the smallest of 0.5, 0.6 ... above which 98 % of the
+# values were right on blurred, noisy clips of every fifth training scan, with templates of the other four fifths; a
+# test chooses the thresholds again.
 CONFIDENT = {**dict.fromkeys(world.ATTRIBUTES, 0.5), "digit": 0.9}
 
 
 def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Finding]:
-    """One finding a clip of frames uint8 (B, F, H, W, 3), with `prompt` in its row: `wrong_<attribute>`, or nothing."""
+    """The finding for each clip of frames uint8 (B, F, H, W, 3), with `prompt` in its row: `wrong_<attribute>`."""
     return [compare(row["prompt"], seen) for row, seen in zip(rows, measure.measure(frames), strict=True)]
 
 
 def compare(prompt: str, seen: Mapping[str, measure.Measurement]) -> Finding:
+    """The finding for the attributes that were measured in a clip of `prompt`."""
     scores = {f"{name}_confidence": round(float(found.confidence), 3) for name, found in seen.items()}
     for name, asked in world.read_text(prompt).items():
         found = seen[name]
@@ -30,7 +32,7 @@ def compare(prompt: str, seen: Mapping[str, measure.Measurement]) -> Finding:
 
 
 def check_caption(prompt: str, caption: str) -> str | None:
-    """What a caption of `prompt` leaves out, contradicts or says in two ways, or None."""
+    """The attribute of `prompt` that a caption leaves out, contradicts or gives twice, or None."""
     said = world.read_text(caption)
     for name, asked in world.read_text(prompt).items():
         if asked and not said[name] & asked:

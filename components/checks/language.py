@@ -1,4 +1,4 @@
-"""Captions in another language than the profile allows."""
+"""Captions in a language that the profile doesn't allow."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ REASON = "language"
 
 
 def check_caption(prompt: str, caption: str, allowed: Sequence[str]) -> str | None:
-    """What is wrong with the language of a caption, or None. allowed: ISO 639-1 codes."""
+    """The fault of a caption in another language than those allowed (ISO 639-1 codes), or None."""
     language, probability = identify_language(caption, tuple(allowed))
     if language in allowed or language == UNDECIDED:
         return None

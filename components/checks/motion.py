@@ -1,4 +1,4 @@
-"""How far things move: the motion vectors that FFmpeg's motion estimation finds for each block of a frame."""
+"""Clips with too little or too much motion, by the motion vectors of FFmpeg's motion estimation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ import numpy as np
 from components.checks import Finding
 
 DEFAULTS = {
-    "min_displacement": 0.0005,  # share of the frame's height that a block moves between two frames, on average
+    "min_displacement": 0.0005,  # mean motion of a block between two frames, as a share of the frame's height
     "max_displacement": 0.08,
 }
-HEIGHT = 128  # pixels; larger frames are scaled down to it, so that all clips are searched equally far
-REACH = 16  # pixels in each direction
-BLOCK = 8  # pixels a side
+HEIGHT = 128  # pixels; larger frames are scaled down to it, so that the search range is the same for all clips
+REACH = 16  # search range in pixels, in each direction
+BLOCK = 8  # pixels per side
 
 
 def check(frames: np.ndarray, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Finding]:
-    """One finding a clip of frames uint8 (B, F, H, W, 3): its `displacement`; `still` or `hectic` beyond limits."""
+    """The finding for each clip of frames uint8 (B, F, H, W, 3): `displacement`, `still` or `hectic` beyond limits."""
     return [_examine(clip, settings["min_displacement"], settings["max_displacement"]) for clip in frames]
 
 
@@ -32,9 +32,9 @@ def _examine(clip: np.ndarray, least: float, most: float) -> Finding:
 
 
 def motion_vectors(clip: np.ndarray) -> Iterator[np.ndarray]:
-    """How far the blocks of each frame but the first and the last came since the frame before.
+    """Motion of the blocks since the previous frame, for each frame but the first and the last.
 
-    (blocks, 2): x and y as shares of the frame's height, by FFmpeg's `mestimate` filter (EPZS) on brightness alone.
+    (blocks, 2): x and y as shares of the frame's height, by FFmpeg's filter `mestimate` (EPZS) on brightness.
     """
     import av
 
@@ -53,13 +53,13 @@ def motion_vectors(clip: np.ndarray) -> Iterator[np.ndarray]:
         picture = picture.reformat(width=wide, height=tall, format="gray", interpolation="AREA")
         picture.pts = number
         source.push(picture)
-        if number < 2:  # it looks one frame ahead, and the first frame has none before it
+        if number < 2:  # the filter needs the next frame, and the first frame has no previous one
             if number:
                 sink.pull()
             continue
         found = sink.pull().side_data.get("MOTION_VECTORS")
         if found is not None:
             vectors = found.to_ndarray()
-            vectors = vectors[vectors["source"] < 0]  # from the frame before; those from the frame after say it again
-            came = (vectors["dst_x"] - vectors["src_x"], vectors["dst_y"] - vectors["src_y"])
-            yield np.stack(came, axis=1) / tall
+            vectors = vectors[vectors["source"] < 0]  # from the previous frame; those from the next frame repeat them
+            moved = (vectors["dst_x"] - vectors["src_x"], vectors["dst_y"] - vectors["src_y"])
+            yield np.stack(moved, axis=1) / tall

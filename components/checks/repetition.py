@@ -1,7 +1,7 @@
-"""Loops: a model that can't find its end says the same words, the same sentence or a counter over and over.
+"""Repetition loops: captions in which a model repeats the same words, the same sentence or a counter.
 
-A description may repeat itself a little (left, right, left, right; three signs that say the same), so each rule asks
-for more than any description does. Numbers count as equal where a counter is looked for.
+A good description may repeat words a little (left, right, left, right; three equal signs), so each rule needs more
+repetition than that. When counters are detected, all numbers count as equal.
 """
 
 import re
@@ -11,14 +11,14 @@ from itertools import pairwise
 
 from components.checks.texts import words
 
-READ = 20_000  # characters; a longer text is no caption anyway
-_RULES = ((2, 30), (3, 24), (4, 16), (6, 8))  # as many times in a row, and as many words in all
-_LONGEST = 120  # words that are said again
-_COUNTS = 16  # numbers, or single letters, in a row; a countdown from ten is none
-_COUNTER = (5, 20)  # times and words of a phrase that is said again with other numbers
-_SENTENCES = ((3, 4), (2, 10))  # as often in all, and as many words in it
+READ = 20_000  # characters; no caption is longer
+_RULES = ((2, 30), (3, 24), (4, 16), (6, 8))  # repetitions in a row, and words in total
+_LONGEST = 120  # words of a repeated phrase
+_COUNTS = 16  # numbers or single letters in a row; a countdown from ten is allowed
+_COUNTER = (5, 20)  # repetitions, and words in total, of a phrase that is repeated with other numbers
+_SENTENCES = ((3, 4), (2, 10))  # occurrences of a sentence, and words in it
 _CHARACTERS = re.compile(r"(\S{2,20}?)\1{7,}|(\S)\2{23,}")
-_DENSE = (400, 4.5)  # bytes, and how many times smaller they get; descriptions of this length shrink by 1.5 to 2.5
+_DENSE = (400, 4.5)  # least bytes, and compression ratio; descriptions of this length have ratios of 1.5 to 2.5
 _NUMBER = re.compile(
     r"\d[\w.,:/%]*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
     r"|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred"
@@ -27,7 +27,7 @@ _SENTENCE_END = re.compile(r"[.!?。！？…\n]+")
 
 
 def repetition(text: str) -> str:
-    """Quotes what a text says over and over, or is empty."""
+    """The repeated part of a text, or an empty string."""
     text = text[:READ]
     if found := _CHARACTERS.search(text):
         return _quote(found[1] or found[2])
@@ -36,7 +36,7 @@ def repetition(text: str) -> str:
 
 
 def _loop(said: list[str]) -> str:
-    """The words that follow each other several times without anything between."""
+    """The words that are repeated several times in a row."""
     for period in _possible_periods(said):
         run, start = _longest_run(said, period)
         times = run // period + 1
@@ -46,7 +46,7 @@ def _loop(said: list[str]) -> str:
 
 
 def _counter(said: list[str]) -> str:
-    """Numbers or letters in a row, or one phrase with ever other numbers."""
+    """Numbers or letters in a row, or one phrase repeated with other numbers."""
     kinds = ["#" if _NUMBER.fullmatch(word) else "@" if len(word) == 1 and word.isascii() else word for word in said]
     if "#" not in kinds and "@" not in kinds:
         return ""
@@ -61,27 +61,27 @@ def _counter(said: list[str]) -> str:
 
 
 def _possible_periods(said: list[str]) -> list[int]:
-    """After how many words the same three words come again, the shortest first: no loop has another period."""
+    """The distances between equal runs of three words, ascending: only these can be periods of a loop."""
     last: dict[tuple[str, ...], int] = {}
     found = set()
-    for place, three in enumerate(zip(said, said[1:], said[2:], strict=False)):
-        found.add(place - last.get(three, place))
-        last[three] = place
+    for index, three in enumerate(zip(said, said[1:], said[2:], strict=False)):
+        found.add(index - last.get(three, index))
+        last[three] = index
     return sorted(period for period in found if 0 < period <= _LONGEST)
 
 
 def _longest_run(said: list[str], period: int) -> tuple[int, int]:
-    """How many words in a row equal the one `period` before, at most, and where that run starts."""
-    longest = run = place = 0
+    """The length of the longest run of words that equal the word `period` before, and where the run starts."""
+    longest = run = start = 0
     for index, (one, other) in enumerate(zip(said, said[period:], strict=False)):
         run = run + 1 if one == other else 0
         if run > longest:
-            longest, place = run, index - run + 1
-    return longest, place
+            longest, start = run, index - run + 1
+    return longest, start
 
 
 def _sentence(text: str) -> str:
-    """A sentence that comes several times, wherever."""
+    """A sentence that occurs several times anywhere in a text."""
     sentences = Counter(tuple(words(part)) for part in _SENTENCE_END.split(text))
     for sentence, times in sentences.items():
         if any(times >= least and len(sentence) >= length for least, length in _SENTENCES):
@@ -90,7 +90,7 @@ def _sentence(text: str) -> str:
 
 
 def _dense(text: str) -> str:
-    """The commonest pair of words of a long text that is nearly the same throughout."""
+    """The most common pair of words of a long text that compresses too well."""
     content, (least, ratio) = text.encode(errors="replace"), _DENSE
     if len(content) < least or len(content) < ratio * len(zlib.compress(content)):
         return ""

@@ -1,32 +1,32 @@
-"""What no caption may be, in any world: damaged, its prompt again, or its own instructions.
+"""Tests that apply to every caption: it must not be damaged, repeat its prompt, or repeat the captioner's instructions.
 
-Each test answers with an empty string (or False) where the text passes, and otherwise with what was seen.
+Each test returns an empty string (or False) if the text passes, otherwise what was found.
 """
 
 import re
 import unicodedata
 from functools import cache
 
-ECHO_WORDS = 8  # as many words of the instructions in a row are no chance
+ECHO_WORDS = 8  # this many words of the instructions in a row are no coincidence
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts without spaces
 _WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
-# Marks that change the reading order of what follows can show another text than is there (Unicode TR 36). Marks of a
-# single place (U+200E, U+200F) and joiners belong to right-to-left scripts and to emoji.
+# Marks that change the reading order of the text after them can disguise it (Unicode TR 36). The marks U+200E and
+# U+200F and joiners are allowed: right-to-left scripts and emoji need them.
 _OVERRIDES = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case; in a script without spaces, its characters."""
+    """The words of a text in lower case; in scripts without spaces, the characters."""
     return _WORD.findall(text.casefold())
 
 
 def repeats_prompt(prompt: str, caption: str) -> bool:
-    """Whether a caption is its prompt again: the same words, whatever their case and punctuation."""
+    """Whether a caption has the same words as its prompt, ignoring case and punctuation."""
     return words(prompt) == words(caption)
 
 
 def damage(text: str) -> str:
-    """Says what makes a text unfit to be stored, shown or learned from: NUL and other controls, lost characters."""
+    """The characters that make a text unusable, such as control characters and lost characters."""
     if text.isascii() and text.isprintable():
         return ""
     bad = sorted({character for character in text if _is_bad(character)})
@@ -34,7 +34,7 @@ def damage(text: str) -> str:
 
 
 def echo(instructions: str, text: str) -> str:
-    """Quotes the first `ECHO_WORDS` words of the instructions that a text repeats in a row."""
+    """The first `ECHO_WORDS` words in a row that a text repeats from the instructions, or an empty string."""
     if not instructions:
         return ""
     known, found = _runs(instructions), words(text)

@@ -1,6 +1,6 @@
-"""Clips on disk: mp4 files in deterministic tar shards, read by name without extraction, and checked against their row.
+"""Clips on disk: mp4 files in deterministic tar shards, read by name without extraction and checked against their row.
 
-How frames become mp4 and back is the library's business (`univigu.video`).
+`univigu.video` encodes and decodes the mp4s.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ LARGEST_MEMBER = 1 << 30  # bytes of one clip
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write `members` (name -> bytes) as an uncompressed tar, sorted by name, with no clock, owner or host in it.
+    """Write `members` (name -> bytes) as an uncompressed tar, sorted by name, without times, owners or hosts.
 
     Raises `BadInputError` for a name that isn't a plain relative path.
     """
@@ -33,14 +33,14 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 def join_tars(parts: Iterable[Path], path: Path) -> None:
-    """Write the members of some shards as one shard at `path`."""
+    """Write the members of the shards `parts` as one shard at `path`."""
     write_tar(path, {name: content for part in parts for name, content in read_tar(part)})
 
 
 def read_tar(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, bytes]]:
     """Each member's name and bytes, in the tar's order or in that of `names`; nothing is extracted to the disk.
 
-    Raises `MissingInputError` where the tar is missing, `CorruptDataError` where it is damaged or lacks a member, and
+    Raises `MissingInputError` if the tar is missing, `CorruptDataError` if it is damaged or lacks a member, and
     `BadInputError` for an unsafe name.
     """
     if not path.is_file():
@@ -62,10 +62,10 @@ def read_tar(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[s
 
 
 def _list_members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Each regular file's name, where its bytes start, and how many they are, none of them beyond the tar's own end.
+    """Each regular file's name, offset and size in bytes, all within the tar.
 
-    Headers are read one by one: extensions, whose sizes and holes `tarfile` would believe, are not ours. Raises
-    `tarfile.TarError` for a header that makes no sense.
+    The headers are read one by one, without extensions: `tarfile` would trust their sizes and sparse maps. Raises
+    `tarfile.TarError` for an invalid header.
     """
     size, at = file.seek(0, io.SEEK_END), 0
     if not size:
@@ -85,7 +85,7 @@ def _list_members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
 
 
 def read_clips(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], bytes]]:
-    """Each row (with `shard` and `member`) and its mp4 bytes; a run of rows from one shard opens it once."""
+    """Each row (with `shard` and `member`) and its mp4 bytes; a shard is opened once for consecutive rows from it."""
     for shard, group in groupby(rows, key=lambda row: row["shard"]):
         group = list(group)
         members = read_tar(folder / shard, [row["member"] for row in group])
@@ -94,9 +94,9 @@ def read_clips(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[tupl
 
 
 def open_clip(row: Mapping[str, Any], content: bytes) -> tuple[np.ndarray, float]:
-    """Frames uint8 (F, H, W, 3) and frame rate of a clip's bytes; raises `BadInputError` unless they are its row's.
+    """Frames uint8 (F, H, W, 3) and frame rate of a clip's bytes; raises `BadInputError` if they don't match the row.
 
-    row: of the clips table (`id`, `sha256`, `frames`, `height`, `width`).
+    row: of the table `clips` (`id`, `sha256`, `frames`, `height`, `width`).
     """
     if hashlib.sha256(content).hexdigest() != row["sha256"]:
         raise BadInputError(f"The bytes of clip {row['id']} are not those that its row names; make the clip again.")

@@ -1,13 +1,14 @@
-"""Buckets: the few sizes of clips that there are, and which of them a clip is fitted to.
+"""Buckets: the sizes that clips are fitted to, and the choice of one for a clip.
 
-The profile's `video.buckets` lists them as [frames, height, width]; without any, there is the one size of `video`. How
-a clip becomes its bucket's size is `univigu.video`'s business: its frames taken evenly, scaled and cut around the
-centre. How far that may go is the profile's `video.fit`.
+The profile's `video.buckets` lists them as [frames, height, width]; if it is empty, the size in `video` is the only
+one. `univigu.video` fits a clip to its bucket: frames are sampled evenly, scaled, and cropped around the centre. The
+profile's `video.fit` limits how much a clip may change.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from components.settings.sections import Fit, Video
 
 
 class Bucket(NamedTuple):
@@ -20,22 +21,22 @@ class Bucket(NamedTuple):
 
 
 class Misfit(NamedTuple):
-    """Why a clip fits no bucket: a slug to count by, and what was seen."""
+    """Why a clip fits no bucket: a slug to count by, and the details."""
 
     reason: str
     detail: str
 
 
-def list_buckets(video: Mapping[str, Any]) -> list[Bucket]:
-    """The buckets of a profile's `video`."""
-    given = video["buckets"] or [[video["frames"], video["height"], video["width"]]]
-    return [Bucket(*one) for one in given]
+def list_buckets(video: Video) -> list[Bucket]:
+    """The buckets of a profile."""
+    return [Bucket(*size) for size in video.buckets or [(video.frames, video.height, video.width)]]
 
 
-def choose_bucket(frames: float, height: int, width: int, video: Mapping[str, Any]) -> Bucket | Misfit:
-    """The bucket nearest to a clip in aspect and duration, of those that it fits; the largest of equally near ones.
+def choose_bucket(frames: float, height: int, width: int, video: Video) -> Bucket | Misfit:
+    """The bucket nearest in aspect ratio and duration that the clip fits; the largest of equally near ones.
 
-    frames: how many the clip has at the profile's frame rate. Where it fits none, what keeps it out of the nearest.
+    frames: the clip's number of frames at the profile's frame rate. If the clip fits no bucket, returns why it doesn't
+    fit the nearest.
     """
 
     def distance(bucket: Bucket) -> tuple[float, int]:
@@ -44,13 +45,13 @@ def choose_bucket(frames: float, height: int, width: int, video: Mapping[str, An
         return round(math.hypot(aspect, duration), 6), -bucket.height * bucket.width
 
     ranked = sorted(list_buckets(video), key=distance)
-    misfits = [_misfit(frames, height, width, bucket, video["fit"]) for bucket in ranked]
+    misfits = [_misfit(frames, height, width, bucket, video.fit) for bucket in ranked]
     # pyrefly: ignore[bad-return]
     return next((bucket for bucket, misfit in zip(ranked, misfits, strict=True) if not misfit), misfits[0])
 
 
-def _misfit(frames: float, height: int, width: int, bucket: Bucket, fit: Mapping[str, Any]) -> Misfit | None:
-    slowest, fastest = fit["speed"]
+def _misfit(frames: float, height: int, width: int, bucket: Bucket, fit: Fit) -> Misfit | None:
+    slowest, fastest = fit.speed
     scale = max(bucket.height / height, bucket.width / width)
     cut = 1 - bucket.height * bucket.width / (scale**2 * height * width)
     if frames < slowest * bucket.frames:
@@ -61,8 +62,8 @@ def _misfit(frames: float, height: int, width: int, bucket: Bucket, fit: Mapping
         return Misfit(
             "too_long", f"its {frames:.0f} frames are too many for the {bucket.frames} of the bucket {bucket}"
         )
-    if scale > fit["upscale"]:
+    if scale > fit.upscale:
         return Misfit("too_small", f"{height}x{width} would be enlarged {scale:.2f} times for the bucket {bucket}")
-    if cut > fit["cut"]:
+    if cut > fit.cut:
         return Misfit("aspect", f"{cut:.0%} of {height}x{width} would be cut off for the bucket {bucket}")
     return None

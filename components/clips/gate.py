@@ -1,7 +1,7 @@
-"""The quality gate of clips: which checks look at them, what they may decide, and what is kept of them.
+"""The quality gate of clips: the checks that a profile turns on, and their verdict on each clip.
 
-The profile's `synthesize_videos.checks` names modules of `components/checks`, each with a mode and its thresholds:
-`off` doesn't look, `score` keeps the figures in the clips table, `enforce` quarantines what falls short as well.
+The profile's `synthesize_videos.checks` names modules of `components/checks`, each with a mode and its own settings.
+`off` doesn't run a check, `score` keeps its scores in the table `clips`, and `enforce` also quarantines failing clips.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ClipCheck(NamedTuple):
-    """One check of the gate, with its settings complete."""
+    """One check of the gate, with all its settings."""
 
     module: ModuleType
     mode: str
@@ -29,8 +29,9 @@ class ClipCheck(NamedTuple):
 def load_gate(checks: Mapping[str, Mapping[str, Any]], root: Path) -> list[ClipCheck]:
     """The checks that are on, in the profile's order.
 
-    A setting called `model` is a folder below the work root, and is made absolute. Raises `ConfigError` for an unknown
-    check or setting, and `MissingInputError` where such a folder isn't there.
+    checks: the profile's `synthesize_videos.checks`. A setting called `model` is a folder under the work root, and is
+    made absolute. Raises `ConfigError` for an unknown check or setting, and `MissingInputError` if there is no such
+    folder.
     """
     gate = []
     for name, given in checks.items():
@@ -41,7 +42,7 @@ def load_gate(checks: Mapping[str, Mapping[str, Any]], root: Path) -> list[ClipC
         settings = {key: value for key, value in given.items() if key != "mode"}
         if unknown := sorted(settings.keys() - defaults.keys()):
             known = ", ".join(sorted(defaults)) or "none"
-            raise ConfigError(f"The check '{name}' has no setting '{unknown[0]}'; it has {known}.")
+            raise ConfigError(f"The check '{name}' has no setting '{unknown[0]}'; its settings: {known}.")
         if mode != "off":
             gate.append(ClipCheck(module, mode, _with_model(name, {**defaults, **settings}, root)))
     return gate
@@ -53,14 +54,14 @@ def _with_model(name: str, settings: dict[str, Any], root: Path) -> dict[str, An
     folder = inside(root, settings["model"] or ".")
     if not settings["model"] or not folder.is_dir():
         raise MissingInputError(
-            f"The check '{name}' needs a model and there is no folder '{settings['model']}' below {root}; put it there "
-            "and name it in the profile, or set the check's mode to off."
+            f"The check '{name}' needs a model, and there is no folder '{settings['model']}' under {root}; put it "
+            "there and name it in the profile, or set the check's mode to off."
         )
     return {**settings, "model": str(folder)}
 
 
 def gate_digests(gate: Sequence[ClipCheck]) -> dict[str, str]:
-    """What the models of the gate hold: it decides the output beside the profile."""
+    """Digests of the models of the gate by folder name; like the profile, the models decide the output."""
     folders = {check.settings["model"] for check in gate if "model" in check.settings}
     return {Path(folder).name: tree_digest([Path(folder)], relative_to=Path(folder)) for folder in sorted(folders)}
 
@@ -68,7 +69,7 @@ def gate_digests(gate: Sequence[ClipCheck]) -> dict[str, str]:
 def examine(videos: "np.ndarray", rows: Sequence[Mapping[str, Any]], gate: Sequence[ClipCheck]) -> list[tuple]:
     """(row, frames uint8, finding) for each clip of float videos (B, F, H, W, 3) in [0, 1].
 
-    The finding is `judge`'s, or `broken` where values are not finite.
+    The finding is that of `judge`, or `broken` if values are not finite.
     """
     import numpy as np
 
@@ -82,15 +83,15 @@ def examine(videos: "np.ndarray", rows: Sequence[Mapping[str, Any]], gate: Seque
 
 
 def judge(frames: "np.ndarray", rows: Sequence[Mapping[str, Any]], gate: Sequence[ClipCheck]) -> list[Finding]:
-    """What the gate says of each clip of frames uint8 (B, F, H, W, 3).
+    """The gate's verdict on each clip of frames uint8 (B, F, H, W, 3).
 
-    All scores, and the first reason that a check with the mode `enforce` found.
+    It has the scores of all checks, and the first reason that a check with mode `enforce` found.
     """
-    seen = [(check.mode, check.module.check(frames, rows, check.settings)) for check in gate]
+    findings = [(check.mode, check.module.check(frames, rows, check.settings)) for check in gate]
     results = []
     for index in range(len(rows)):
-        scores = {name: score for _, found in seen for name, score in found[index].scores.items()}
-        reasons = (found[index] for mode, found in seen if mode == "enforce" and found[index].reason)
-        stopped = next(reasons, Finding())
-        results.append(Finding(scores, stopped.reason, stopped.detail))
+        scores = {name: score for _, found in findings for name, score in found[index].scores.items()}
+        failures = (found[index] for mode, found in findings if mode == "enforce" and found[index].reason)
+        first = next(failures, Finding())
+        results.append(Finding(scores, first.reason, first.detail))
     return results

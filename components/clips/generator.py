@@ -1,20 +1,29 @@
-"""The generator of clips: any text-to-video pipeline in diffusers' layout, called with the arguments that it has."""
+"""The generator of clips: any text-to-video pipeline in diffusers' layout, called with the arguments it accepts."""
 
 import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.pipeline.weights import how_to_fetch
-from univigu.errors import ConfigError, MissingInputError
+from components.settings.sections import Video
+from univigu.errors import ConfigError, MissingInputError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import DiffusionPipeline
 
-PLACEMENT = ("vae_precision", "flow_shift", "offload", "vae_memory", "attention_backend")
+
+class Sampling(NamedTuple):
+    """How clips are sampled."""
+
+    steps: int
+    guidance_scale: float
+    negative_prompt: str = ""
+    arguments: Mapping[str, Any] = MappingProxyType({})  # further arguments of the pipeline's call, by name
 
 
 def load_generator(
@@ -29,11 +38,11 @@ def load_generator(
 ) -> "DiffusionPipeline":
     """The text-to-video pipeline in `folder`, on the GPU if there is one.
 
-    precision: fp32 or bf16, of all but the autoencoder, which has `vae_precision`. flow_shift: of the scheduler's
-    timesteps, where not its own. offload: `none`, or `model` (whole parts wait in the CPU's memory) or `sequential`
-    (layers do), both of which mean nothing without a GPU. vae_memory: `tiling` and `slicing`, which save memory.
-    attention_backend: one of diffusers', such as `flash` or `sage`. Raises `MissingInputError` where the folder or
-    its weights are not there, and `ConfigError` where it is no such pipeline, or an option is not its.
+    precision: fp32 or bf16, of all parts but the autoencoder, which has `vae_precision`. flow_shift: the scheduler's
+    timestep shift; None keeps its own. offload: `none`, `model` (idle parts are moved to CPU memory) or `sequential`
+    (idle layers are); ignored without a GPU. vae_memory: `tiling` and `slicing`, which save memory. attention_backend:
+    one of diffusers', such as `flash` or `sage`. Raises `MissingInputError` if the folder or its weights are missing,
+    and `ConfigError` if it isn't such a pipeline or doesn't support an option.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -61,13 +70,13 @@ def load_generator(
         if isinstance(error, torch.OutOfMemoryError):
             raise ConfigError(f"The generator {folder.name} doesn't fit the GPU; {_SMALLER}.") from error
         raise ConfigError(
-            f"The pipeline at {folder} can't be loaded ({_first_line(error)}); it is damaged, not fetched as a whole, "
-            f"or another library's: {how_to_fetch(folder)}."
+            f"The pipeline at {folder} can't be loaded ({first_line(error)}); it is damaged, incomplete, or from "
+            f"another library: {how_to_fetch(folder)}."
         ) from error
     if flow_shift is not None:
         pipeline.scheduler = _with_shift(pipeline.scheduler, flow_shift)
-    for way in vae_memory:
-        _save_memory(pipeline, way)
+    for option in vae_memory:
+        _save_memory(pipeline, option)
     if attention_backend:
         _set_attention(pipeline, attention_backend)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
@@ -78,7 +87,7 @@ _SMALLER = "lower 'batch_size', set 'vae_memory' to [tiling], or 'offload' to mo
 
 
 def check_layout(folder: Path) -> None:
-    """Whether `folder` has a pipeline's index and a weight file a part; raises as `load_generator` does."""
+    """Check that `folder` has a pipeline's index and weights for each part; raises as `load_generator` does."""
     import json
 
     if (unfinished := sorted(folder.rglob("*.incomplete"))) and not list(folder.glob("*/*.safetensors")):
@@ -94,8 +103,8 @@ def check_layout(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'model_index.json'} can't be read as JSON; {how_to_fetch(folder)}.") from error
     for name, part in index.items():
-        weighty = isinstance(part, list) and part[0] and name in ("transformer", "unet", "vae", "text_encoder")
-        if weighty and not list((folder / name).glob("*.safetensors")):
+        needs_weights = isinstance(part, list) and part[0] and name in ("transformer", "unet", "vae", "text_encoder")
+        if needs_weights and not list((folder / name).glob("*.safetensors")):
             raise MissingInputError(f"There are no weights (*.safetensors) in {folder / name}; {how_to_fetch(folder)}.")
 
 
@@ -103,14 +112,14 @@ def _with_shift(scheduler: Any, flow_shift: float) -> Any:
     for name in ("flow_shift", "shift"):
         if name in scheduler.config:
             return type(scheduler).from_config(scheduler.config, **{name: flow_shift})
-    raise ConfigError(f"The generator's {type(scheduler).__name__} has no shift; set 'flow_shift' to null.")
+    raise ConfigError(f"The generator's {type(scheduler).__name__} has no timestep shift; set 'flow_shift' to null.")
 
 
-def _save_memory(pipeline: "DiffusionPipeline", way: str) -> None:
+def _save_memory(pipeline: "DiffusionPipeline", option: str) -> None:
     try:
-        getattr(pipeline.vae, f"enable_{way}")()
+        getattr(pipeline.vae, f"enable_{option}")()
     except (AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"The generator's autoencoder has no {way}; take it out of 'vae_memory'.") from error
+        raise ConfigError(f"The generator's autoencoder has no {option}; remove it from 'vae_memory'.") from error
 
 
 def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
@@ -118,41 +127,43 @@ def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     try:
-        with attention_backend():  # else it would become the backend of every model in this process
+        with attention_backend():  # otherwise it would become the backend of every model in this process
             denoiser.set_attention_backend(backend)
     except (AttributeError, ValueError, RuntimeError, ImportError, OSError) as error:
         raise ConfigError(
-            f"The attention backend '{backend}' can't be used here ({_first_line(error)}); leave it empty for torch's."
+            f"The attention backend '{backend}' can't be used here ({first_line(error)}); leave it empty for torch's."
         ) from error
 
 
 def generate(
     pipeline: "DiffusionPipeline",
     rows: Sequence[Mapping[str, Any]],
-    video: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    video: Video,
+    sampling: Sampling,
 ) -> "np.ndarray":
-    """Clips float (B, F, H, W, 3) in [0, 1], one for each row; each has its own noise, so its batch doesn't matter.
+    """Clips float (B, F, H, W, 3) in [0, 1], one per row; each has its own noise, so the batch doesn't change it.
 
-    rows: with `prompt` and `seed`. settings: `steps`, `guidance_scale`, `negative_prompt`, and `arguments`, which go to
-    the pipeline as they are. Raises `ConfigError` for what this pipeline can't make or doesn't take.
+    rows: with `prompt` and `seed`. Raises `ConfigError` for a size that this pipeline can't make, and for arguments
+    that it doesn't accept.
     """
     import numpy as np
     import torch
 
     check_size(pipeline, video)
-    arguments = call_arguments(pipeline, rows, video, settings)
+    arguments = call_arguments(pipeline, rows, video, sampling)
     name = type(pipeline).__name__
     try:
         videos = np.asarray(pipeline(**arguments).frames)
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"The GPU has too little memory for a batch of {len(rows)} clips; {_SMALLER}.") from error
-    except ValueError as error:  # what a pipeline says of arguments that it can't use
-        raise ConfigError(f"{name} refuses what the profile asks for ({_first_line(error)}); mend it there.") from error
-    wanted = (len(rows), video["frames"], video["height"], video["width"], 3)
+    except ValueError as error:  # raised by pipelines for invalid arguments
+        raise ConfigError(
+            f"{name} rejected the profile's settings ({first_line(error)}); correct them in the profile."
+        ) from error
+    wanted = (len(rows), video.frames, video.height, video.width, 3)
     if videos.shape != wanted:
         raise ConfigError(
-            f"{name} made clips of the shape {videos.shape} and not {wanted}; choose another size in the profile's "
+            f"{name} made clips of shape {videos.shape} instead of {wanted}; choose another size in the profile's "
             "'video'."
         )
     return videos
@@ -161,26 +172,26 @@ def generate(
 def call_arguments(
     pipeline: "DiffusionPipeline",
     rows: Sequence[Mapping[str, Any]],
-    video: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    video: Video,
+    sampling: Sampling,
 ) -> dict[str, Any]:
-    """What to call a pipeline with: of all that the profile says, what the pipeline has an argument for."""
+    """The arguments of a pipeline's call: those of the profile's settings that the pipeline accepts."""
     import torch
 
     known = inspect.signature(pipeline.__call__).parameters
     offered = {
         "prompt": [row["prompt"] for row in rows],
-        "negative_prompt": settings.get("negative_prompt", ""),
-        **dict.fromkeys(("num_frames", "video_length"), video["frames"]),
-        **dict.fromkeys(("frame_rate", "fps"), video["fps"]),
-        "height": video["height"],
-        "width": video["width"],
-        "num_inference_steps": settings["steps"],
-        "guidance_scale": settings["guidance_scale"],
+        "negative_prompt": sampling.negative_prompt,
+        **dict.fromkeys(("num_frames", "video_length"), video.frames),
+        **dict.fromkeys(("frame_rate", "fps"), video.fps),
+        "height": video.height,
+        "width": video.width,
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
         "generator": [torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
         "output_type": "np",
     }
-    extra = settings.get("arguments", {})
+    extra = sampling.arguments
     name = type(pipeline).__name__
     if unknown := sorted(extra.keys() - known.keys()):
         raise ConfigError(f"{name} has no argument '{unknown[0]}'; it has {', '.join(sorted(known))}.")
@@ -188,28 +199,24 @@ def call_arguments(
     needed = [key for key, parameter in known.items() if parameter.default is inspect.Parameter.empty]
     missing = [key for key in ("prompt", "generator", *needed) if key not in arguments]
     if missing or not {"num_frames", "video_length"} & arguments.keys():
-        lack = f"it wants '{missing[0]}'" if missing else "it takes no number of frames"
-        raise ConfigError(f"{name} doesn't make a video of a text alone ({lack}); name a text-to-video pipeline.")
+        lack = f"it needs '{missing[0]}'" if missing else "it has no argument for the number of frames"
+        raise ConfigError(f"{name} can't make a video from text alone ({lack}); use a text-to-video pipeline.")
     return arguments
 
 
-def check_size(pipeline: "DiffusionPipeline", video: Mapping[str, Any]) -> None:
-    """Whether the pipeline makes clips of this very size, which many only round to; raises `ConfigError`."""
+def check_size(pipeline: "DiffusionPipeline", video: Video) -> None:
+    """Raise `ConfigError` if the pipeline can't make clips of exactly this size; many would round it."""
     temporal = _first(pipeline, "vae_scale_factor_temporal", "vae_temporal_compression_ratio") or 1
     spatial = _first(pipeline, "vae_scale_factor_spatial", "vae_spatial_compression_ratio") or 1
     denoiser = getattr(pipeline, "transformer", None)
     patch = getattr(denoiser.config, "patch_size", 1) if denoiser else 1
     sides = math.lcm(16, spatial * (patch[-1] if isinstance(patch, Sequence) else patch or 1))
-    if video["height"] % sides or video["width"] % sides or (video["frames"] - 1) % temporal:
+    if video.height % sides or video.width % sides or (video.frames - 1) % temporal:
         raise ConfigError(
-            f"{type(pipeline).__name__} can't make {video['frames']} frames of {video['height']}x{video['width']}; "
+            f"{type(pipeline).__name__} can't make {video.frames} frames of {video.height}x{video.width}; "
             f"choose sides that are multiples of {sides} and {temporal}k + 1 frames in the profile's 'video'."
         )
 
 
 def _first(pipeline: Any, *names: str) -> Any:
     return next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

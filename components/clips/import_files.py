@@ -1,7 +1,7 @@
-"""The files of a folder that people bring in: what is a video by its name, and what must not be opened.
+"""The files of a folder to import: which are videos by their names, and which must not be opened.
 
-No link is followed out of the folder, whatever part of a path it is, and only regular files are opened: a named pipe
-blocks, and a device is no video. What is left out is named with its reason.
+Links out of the folder are not followed, wherever they are in a path, and only regular files are opened: a named pipe
+would block. Files that are left out are listed with a reason.
 """
 
 import os
@@ -17,16 +17,16 @@ VIDEOS = frozenset(
         *(".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".y4m"),
     )
 )
-Faults = dict[str, tuple[str, str]]  # a name in the folder -> a slug to count by, and what was seen
+Faults = dict[str, tuple[str, str]]  # a name in the folder -> a slug to count by, and the details
 
 
 def list_videos(folder: Path) -> tuple[list[str], Faults]:
-    """The videos below a folder by their names in it, sorted, and what can't be opened; hidden ones are left out.
+    """The sorted names of the videos in a folder, at any depth, and the faults of others; hidden files are left out.
 
-    Raises `MissingInputError` where there is neither.
+    Raises `MissingInputError` if there are neither.
     """
     if not folder.is_dir():
-        raise MissingInputError(f"There is no folder {folder}; give one with videos.")
+        raise MissingInputError(f"There is no folder {folder}; give a folder with videos.")
     names, faults = [], {}
     for path, fault in _walk(folder):
         name = path.relative_to(folder).as_posix()
@@ -36,13 +36,13 @@ def list_videos(folder: Path) -> tuple[list[str], Faults]:
             names.append(name)
     if not names and not faults:
         raise MissingInputError(
-            f"There is no video in {folder} ({', '.join(sorted(VIDEOS))}); give a folder with some."
+            f"There is no video in {folder} ({', '.join(sorted(VIDEOS))}); give a folder with videos."
         )
     return sorted(names), faults
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, tuple[str, str] | None]]:
-    """Every video and every folder that can't be entered, with what is wrong with it."""
+    """Every video, and every folder that can't be read, each with its fault if it has one."""
     unreadable: list[OSError] = []
     for home, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -59,7 +59,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, tuple[str, str] | None]]:
 
 
 def find_fault(folder: Path, path: Path) -> tuple[str, str] | None:
-    """Why what is at `path` below `folder` must not be opened, as a slug and what was seen; None where it may."""
+    """Why `path` in `folder` must not be opened, as a slug and the details; None if it may be."""
     try:
         real, kind = path.resolve(strict=True), path.stat().st_mode
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError

@@ -1,7 +1,7 @@
-"""What people wrote about their own videos: a text file beside each, or one CSV or JSONL file for all.
+"""Captions and prompts of imported videos: a text file beside each video, or one CSV or JSONL file for all.
 
-Texts are as people's tools leave them: with or without a byte-order mark, in UTF-8 or UTF-16, with stray control
-characters. They are repaired as prompts are, and a text that is lost is told from one that isn't there.
+Texts may be UTF-8 or UTF-16, with or without a byte-order mark, and have stray control characters. They are repaired in
+the same way as prompts, and a damaged text is distinguished from a missing one.
 """
 
 import os
@@ -27,14 +27,21 @@ from components.prompts.records import (
 )
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
-FILE, CAPTION, PROMPT = ("file_name", "file", "video", "path"), ("caption", "text"), ("prompt",)  # the first there is
-OF_ROWS = ("broken_row", "name_outside", "no_file", "ambiguous_name", "duplicate_row")  # not about a video
-BESIDE = ("metadata.jsonl", "metadata.csv")  # found without being named, as other tools call them
+# The columns of each, of which the first that exists is used.
+FILE, CAPTION, PROMPT = ("file_name", "file", "video", "path"), ("caption", "text"), ("prompt",)
+OF_ROWS = (
+    "broken_row",
+    "name_outside",
+    "no_file",
+    "ambiguous_name",
+    "duplicate_row",
+)  # concern no video
+BESIDE = ("metadata.jsonl", "metadata.csv")  # the usual names of tables in other tools
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is written about one video; empty where nothing is."""
+    """The texts of one video; an empty string for a missing one."""
 
     caption: str
     prompt: str
@@ -42,7 +49,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Fault:
-    """What can't be used: an id (a file's name, or a table's line), a slug to count by, what was seen, the raw row."""
+    """Something unusable: its id (a file's name, or a table's line), a slug to count by, the details, the raw row."""
 
     id: str
     reason: str
@@ -51,11 +58,11 @@ class Fault:
 
 
 def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple[dict[str, Texts], list[Fault]]:
-    """The texts of the videos by name, and what could not be used.
+    """The texts of the videos by name, and the faults.
 
-    table: a CSV or JSONL file; without one, a `metadata.jsonl` or `metadata.csv` in the folder, or else `NAME.txt`
-    beside `NAME.mp4`. Of two rows about one video, the one with its exact name counts, then the first. Raises where a
-    table can't be read at all.
+    table: a CSV or JSONL file; without one, a `metadata.jsonl` or `metadata.csv` in the folder, otherwise `NAME.txt`
+    beside `NAME.mp4`. Of several rows about one video, one with its exact name is preferred, then the first. Raises as
+    `read_table` does.
     """
     table, faults = (table, []) if table else _find_table(folder)
     rows = read_table(table) if table else read_sidecars(folder, videos)
@@ -87,7 +94,7 @@ def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple
 
 
 def _find_table(folder: Path) -> tuple[Path | None, list[Fault]]:
-    """The table that is in the folder, if any, and those that must not be opened."""
+    """The table in the folder, if there is one, and the faults of tables that must not be opened."""
     found = [name for name in BESIDE if os.path.lexists(folder / name) and not (folder / name).is_dir()]
     faults = [Fault(name, *fault) for name in found if (fault := find_fault(folder, folder / name))]
     bad = {fault.id for fault in faults}
@@ -106,7 +113,7 @@ def _bounded(fault: Fault) -> Fault:
 
 
 class Names:
-    """The videos' names, and what else they may be called: accents composed otherwise, `\\` for `/`."""
+    """Finds videos by name, also if accents are composed differently or `\\` is used for `/`."""
 
     def __init__(self, videos: Sequence[str]) -> None:
         self.exact = frozenset(videos)
@@ -115,7 +122,7 @@ class Names:
             self.alike[_key(name)].append(name)
 
     def find(self, name: str) -> str | Broken:
-        """The video that is called so, or why there is none."""
+        """The name of the video that `name` stands for, or `Broken` if it is not exactly one."""
         if name in self.exact:
             return name
         parts = name.replace("\\", "/")
@@ -128,12 +135,12 @@ class Names:
 
 
 def _key(name: str) -> str:
-    """A name that is the same however its accents are composed and its parts are written."""
+    """A name in a normal form: accents composed, parts separated by `/`."""
     return unicodedata.normalize("NFC", PurePosixPath(name.replace("\\", "/")).as_posix())
 
 
 def _broken(where: str, row: Broken, names: Names) -> Fault:
-    """A row that can't be read; where only letters of it are lost, it is known which video they are about."""
+    """The fault of a row that can't be read: that of its video if only some characters are lost."""
     said = _named(row.row) if row.row else None
     name = names.find(said["file"]) if isinstance(said, dict) else None
     if isinstance(name, str):
@@ -158,7 +165,7 @@ def _text_fault(where: str, name: str, row: dict[str, str], names: Names, known:
 
 
 def _swallowed(text: str, names: Names) -> str:
-    """The video whose own row of a CSV file begins a line of this text, if there is one."""
+    """The video whose row of a CSV file was read as part of this text, or an empty string."""
     lines = text.splitlines()[1:] if "\n" in text else []
     starts = (line.partition(",")[0].strip('"') for line in lines if "," in line)
     return next((start for start in starts if start in names.exact), "")
@@ -189,16 +196,16 @@ def _sidecar(name: str, path: Path) -> dict[str, str] | Broken:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row of a CSV or JSONL file is, and the row with `file`, `caption` and `prompt`, or `Broken`.
+    """Each row of a CSV or JSONL file as ``file:line`` and a dict of `file`, `caption` and `prompt`, or `Broken`.
 
-    Raises `MissingInputError` where there is no such file, `ConfigError` for another kind, `BadInputError` where its
-    columns aren't those of texts, and `CorruptDataError` where it can't be read to its end.
+    Raises `MissingInputError` if there is no such file, `ConfigError` for another format, `BadInputError` if its
+    columns aren't those of texts, and `CorruptDataError` if it can't be read to its end.
     """
     if not path.is_file():
-        raise MissingInputError(f"There is no file of captions at {path}; check the path.")
+        raise MissingInputError(f"There is no file with captions at {path}; check the path.")
     form, _ = file_format(path.name)
     if form not in ("csv", "jsonl"):
-        raise ConfigError(f"{path.name} is neither CSV nor JSONL; give a file of captions that ends in .csv or .jsonl.")
+        raise ConfigError(f"{path.name} is neither CSV nor JSONL; give a file that ends in .csv or .jsonl.")
     for line, row in _open_csv(path) if form == "csv" else open_jsonl(path):
         yield f"{printable(path.name)}:{line}", _named(parse(row))
 
@@ -212,12 +219,12 @@ def _open_csv(path: Path) -> Iterator[Record]:
         )
     twice = sorted(name for name in {*FILE, *CAPTION, *PROMPT} if columns.count(name) > 1)
     if twice:
-        raise BadInputError(f"{path.name} has more than one column '{twice[0]}'; give each a name of its own.")
+        raise BadInputError(f"{path.name} has more than one column '{twice[0]}'; give each column its own name.")
     return rows
 
 
 def _named(row: Any) -> dict[str, str] | Broken:
-    """A row under our own names; of several columns for one thing, the first that says something counts."""
+    """A row with the keys `file`, `caption` and `prompt`, each from the first of its columns that isn't empty."""
     if isinstance(row, Broken):
         return row
     found = {}
@@ -230,6 +237,6 @@ def _named(row: Any) -> dict[str, str] | Broken:
 
 
 def decode(content: bytes) -> str:
-    """A text file's text, in UTF-8 or UTF-16; what isn't its encoding's becomes U+FFFD, which `repair` keeps."""
+    """A text file's text, from UTF-8 or UTF-16; invalid bytes become U+FFFD, which `repair` keeps."""
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     return content.decode(encoding, errors="replace")

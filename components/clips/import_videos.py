@@ -1,9 +1,9 @@
-"""Import a folder of people's own videos and captions: what making and captioning clips would have left.
+"""Import a folder of existing videos and texts in place of the steps that would make clips, prompts and captions.
 
-It fills the places of three steps: `data/clips` (whose gate, and all that follows, then go on as ever), and out of it
-`data/curated` and `data/captions`. Videos are looked at with their own clocks: each becomes a clip of its bucket's size
-at the profile's frame rate, upright, in square pixels. A clip whose caption can't serve stage 2 (none, or outside the
-profile's range) serves stage 1, which needs a prompt alone.
+It writes the outputs of three steps: `data/clips`, and from it `data/curated` and `data/captions`; all later steps run
+as usual. Each video becomes a clip of its bucket's size at the profile's frame rate, upright, with square pixels, with
+frames chosen by their timestamps. A clip whose caption can't be used for stage 2 (missing, or outside the profile's
+range) is used for stage 1, which needs only a prompt.
 """
 
 import hashlib
@@ -19,19 +19,21 @@ from components.clips.buckets import Bucket, Misfit, choose_bucket, list_buckets
 from components.clips.import_files import list_videos
 from components.clips.import_texts import Fault, Texts, printable, read_texts
 from components.pipeline.stages import Stage
+from components.settings.sections import Video
 from univigu.errors import ConfigError, MissingInputError, VideoError
 from univigu.files import file_sha256
 from univigu.threads import side_threads
 
 if TYPE_CHECKING:
     from components.checks import Finding
+    from components.clips.gate import ClipCheck
     from components.pipeline.step import Step
 
 TAR = "clips.tar"
-BATCH = 8  # videos that are decoded at the same time, at most, and that a killed run loses
-NAME = "import"  # of the generator and captioner in the tables
+BATCH = 8  # videos that are decoded concurrently, at most, and that a killed run loses
+NAME = "import"  # the generator and captioner in the tables
 KINDS = ("captions", "prompts")
-SAME_SPEED = 0.05  # a clip that is no more than so much faster or slower plays as its video does
+SAME_SPEED = 0.05  # a clip whose speed differs by no more than this share counts as unchanged
 
 _VIDEOS = Stage(
     "import-videos",
@@ -48,27 +50,27 @@ _TABLES = {
 
 
 class Clip(NamedTuple):
-    """A video made into a clip: its mp4 (empty where the gate stops it), its size, and what the gate says."""
+    """A clip made from a video: its mp4 (empty if the gate rejects it), its size, and the gate's finding."""
 
     content: bytes
     bucket: Bucket
     finding: "Finding"
-    made: Mapping[str, float]  # what was done to it, for its scores: `speed` 2.0 plays twice as fast as the video did
+    changes: Mapping[str, float]  # noted in its scores: `speed` 2.0 is twice as fast as the video
 
 
 def import_folder(
     folder: Path, table: Path | None, options: Mapping[str, str], profile: Mapping[str, Any], root: Path
 ) -> dict[str, Any]:
-    """Import a folder below the work root `root`; returns the manifest of the clips.
+    """Import a folder into the work root `root`; returns the manifest of the clips.
 
-    options: `licence` and `source` of all of it, and `texts`, which is `captions` or `prompts`: what people wrote. With
-    prompts, the captions are left to `caption-videos`. Raises as `run_stage` does, and `ConfigError` for a licence that
+    options: `licence` and `source` of the whole import, and `texts`, the kind of the texts: `captions` or `prompts`.
+    With prompts, `caption-videos` writes the captions. Raises as `run_stage` does, and `ConfigError` for a licence that
     the profile doesn't accept.
     """
     from components.pipeline.runner import run_adhoc_stage
 
     if options["texts"] not in KINDS:
-        raise ConfigError(f"There are no texts '{options['texts']}'; choose one of {', '.join(KINDS)}.")
+        raise ConfigError(f"'{options['texts']}' is not a kind of texts; choose one of {', '.join(KINDS)}.")
     licences = profile["curate_prompts"]["licences"]
     if options["licence"] not in licences:
         raise ConfigError(
@@ -76,7 +78,7 @@ def import_folder(
             "'curate_prompts.licences' if you may train on it."
         )
     if not options["source"].strip():
-        raise ConfigError("A source of nothing but blanks says nothing; say where the videos come from.")
+        raise ConfigError("The source of the videos must not be empty; say where they come from.")
     paths = {"videos": folder.resolve(), **({"table": table.resolve()} if table else {})}
     profile = {**profile, "import_options": dict(options)}
     manifest = run_adhoc_stage(_VIDEOS, profile, root, paths)
@@ -94,59 +96,60 @@ def import_folder(
 
 
 def check_place(root: Path) -> None:
-    """Raise `ConfigError` where clips lie below `root` that were generated, which an import would replace."""
+    """Raise `ConfigError` if there are generated clips in `root`, which an import would replace."""
     home = root / _VIDEOS.home
     try:
         maker = json.loads((home / "manifest.json").read_text(encoding="utf-8")).get("step")
     except (OSError, ValueError, AttributeError):
         return
     if maker != _VIDEOS.name:
-        raise ConfigError(f"{home} holds clips that '{maker}' made; give another --root, or --replace to lose them.")
+        raise ConfigError(f"{home} has clips made by '{maker}'; choose another --root, or replace them with --replace.")
 
 
 def import_prompts(step: "Step") -> None:
-    """The prompts of imported clips, where `curate-prompts` leaves its own."""
-    _pass_on(step, "prompts")
+    """Write the prompts of imported clips where `curate-prompts` writes its prompts."""
+    _copy_table(step, "prompts")
 
 
 def import_captions(step: "Step") -> None:
-    """The captions of imported clips, where `caption-videos` leaves its own."""
-    _pass_on(step, "captions")
+    """Write the captions of imported clips where `caption-videos` writes its captions."""
+    _copy_table(step, "captions")
 
 
-def _pass_on(step: "Step", table: str) -> None:
+def _copy_table(step: "Step", table: str) -> None:
     rows = step.read("clips", table).to_pylist()
     step.rows_in = len(rows)
     step.write(table, rows)
 
 
 def import_videos(step: "Step") -> None:
-    """Videos and texts -> clips in tar shards, and the tables `clips`, `prompts` and `captions`."""
+    """Make clips in tar shards, and the tables `clips`, `prompts` and `captions`, from videos and texts."""
     from components.clips.archive import join_tars, write_tar
     from components.clips.gate import gate_digests, load_gate
     from components.pipeline.tables import write_table
     from univigu.wan import check_autoencoder
 
-    check_autoencoder(step.inputs["base"], list_buckets(step["video"]))
-    gate = load_gate(step["synthesize_videos"]["checks"], step.root)
+    video = step.settings.video
+    check_autoencoder(step.inputs["base"], list_buckets(video))
+    gate = load_gate(step.parameters["synthesize_videos"]["checks"], step.root)
     models = gate_digests(gate)
     plans = [{**plan, "gate_models": models} for plan in plan_clips(step)]
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-        def make_batch(batch: Sequence[Mapping[str, Any]], place: Path) -> list[dict[str, Any]]:
-            clips = list(pool.map(partial(make_clip, step.inputs["videos"], step["video"], gate), batch))
+        def make_batch(batch: Sequence[Mapping[str, Any]], batch_folder: Path) -> list[dict[str, Any]]:
+            clips = list(pool.map(partial(make_clip, step.inputs["videos"], video, gate), batch))
             good = [(row, clip) for row, clip in zip(batch, clips, strict=True) if _passes(step, row, clip)]
             # pyrefly: ignore[missing-attribute]
-            write_tar(place / TAR, {f"{row['id']}.mp4": clip.content for row, clip in good})
+            write_tar(batch_folder / TAR, {f"{row['id']}.mp4": clip.content for row, clip in good})
             # pyrefly: ignore[bad-argument-type]
-            return [clip_row(row, clip, step["video"]["fps"]) for row, clip in good]
+            return [clip_row(row, clip, video.fps) for row, clip in good]
 
         made = step.map_batches(shard, BATCH, folder, make_batch)
-        join_tars([place / TAR for place, _ in made], folder / TAR)
+        join_tars([batch_folder / TAR for batch_folder, _ in made], folder / TAR)
         return [{**row, "shard": f"shards/{folder.name.removeprefix('.')}/{TAR}"} for _, rows in made for row in rows]
 
     with side_threads(min(BATCH, len(os.sched_getaffinity(0))), "read-videos") as pool:
-        clips = step.map_shards(plans, step["import_videos"]["shard_size"], make_shard, unit="videos")
+        clips = step.map_shards(plans, step.settings.import_videos.shard_size, make_shard, unit="videos")
     kept = {row["id"] for row in clips}
     chosen = [plan for plan in plans if plan["id"] in kept]
     write_table(step.out, "prompts", prompt_rows(step, chosen))
@@ -164,18 +167,18 @@ def import_videos(step: "Step") -> None:
 
 
 def plan_clips(step: "Step") -> list[dict[str, Any]]:
-    """All that is known of each clip from its file's bytes and its texts; what has no usable text is quarantined."""
+    """A plan of each clip from its file's bytes and its texts; videos without a usable text are quarantined."""
     from components.prompts.tokens import count_tokens, load_tokenizer
 
     folder = step.inputs["videos"]
     videos, unopened = list_videos(folder)
     texts, faults = read_texts(folder, videos, step.inputs.get("table"))
     faults += [Fault(printable(name), *fault) for name, fault in unopened.items()]
-    told = texts.keys() | {fault.id for fault in faults}
+    reported = texts.keys() | {fault.id for fault in faults}
     faults += [
         Fault(printable(name), "no_text", "nothing is written about it")
         for name in videos
-        if not {name, printable(name)} & told
+        if not {name, printable(name)} & reported
     ]
     count = partial(count_tokens, load_tokenizer(step.inputs["base"]))
     plans: dict[str, dict[str, Any]] = {}
@@ -204,21 +207,21 @@ def plan_clips(step: "Step") -> list[dict[str, Any]]:
 def plan_clip(
     step: "Step", name: str, digest: str, texts: Texts, count: Callable[[Sequence[str]], list[int]]
 ) -> dict[str, Any] | Fault:
-    """A clip's row as far as it is known before its video is opened: its id is its file's digest, whatever its name."""
+    """A clip's row before its video is opened; its id is the start of its file's digest, whatever the file's name."""
     from components.clips.synthesize_videos import training_stage
     from components.prompts.filters import text_id
 
-    captioned = step["import_options"]["texts"] == "captions"
+    captioned = step.parameters["import_options"]["texts"] == "captions"
     caption = texts.caption if captioned else ""
     prompt = texts.prompt or (first_sentence(caption) if captioned else texts.caption)
-    fewest, most = step["text"]["prompt_tokens"]
+    fewest, most = step.settings.text.prompt_tokens
     (prompt_tokens,), clip_id = count([prompt]), digest[:16]
     if not fewest <= prompt_tokens <= most:
         detail = f"its prompt has {prompt_tokens} tokens and should have {fewest} to {most}"
         return Fault(printable(name), "prompt_range", detail, {"prompt": prompt, "caption": caption})
     caption_tokens = count([caption])[0] if caption else 0
-    use = caption_use(prompt, caption, caption_tokens, step["text"]["caption_tokens"])
-    stage = training_stage(clip_id, step["synthesize_videos"]["stage_1_share"])
+    use = caption_use(prompt, caption, caption_tokens, step.settings.text.caption_tokens)
+    stage = training_stage(clip_id, step.settings.synthesize_videos.stage_1_share)
     return {
         "id": clip_id,
         "file": name,
@@ -235,7 +238,7 @@ def plan_clip(
 
 
 def caption_use(prompt: str, caption: str, tokens: int, allowed: Sequence[int]) -> str:
-    """Whether a caption can teach stage 2: `usable`, or why not."""
+    """Whether a caption can be used for stage 2: `usable`, or the reason why not."""
     from components.checks.texts import repeats_prompt
 
     if not caption:
@@ -246,7 +249,7 @@ def caption_use(prompt: str, caption: str, tokens: int, allowed: Sequence[int]) 
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a text in any language; a text without an end of one is a sentence."""
+    """The first sentence of a text in any language; the whole text if no sentence ends in it."""
     import sentencex
 
     from components.prompts.filters import identify_language
@@ -256,7 +259,7 @@ def first_sentence(text: str) -> str:
 
 
 def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str | OSError]]:
-    """Each name and the SHA-256 of its file, in order, or why the file can't be read."""
+    """Each name in order, and the SHA-256 of its file or the error that it can't be read with."""
 
     def digest(name: str) -> str | OSError:
         try:
@@ -271,39 +274,40 @@ def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple
 # --- a video becomes a clip ------------------------------------------------------------------------------------------
 
 
-def make_clip(folder: Path, video: Mapping[str, Any], gate: Sequence[Any], row: Mapping[str, Any]) -> Clip | Misfit:
-    """A video as a clip of its bucket's size, with what the gate says of it; or why it is none.
+def make_clip(folder: Path, video: Video, gate: Sequence["ClipCheck"], row: Mapping[str, Any]) -> Clip | Misfit:
+    """A video as a clip of its bucket's size with the gate's finding, or why it can't become one.
 
-    Of its whole length, frames are taken evenly, by when they are shown; so its own frame rate, if it has one, doesn't
-    matter.
+    Frames are sampled evenly over the whole length by their timestamps, so the video's own frame rate, which may vary,
+    doesn't matter.
     """
     import numpy as np
 
     from components.clips.gate import judge
     from univigu.video import encode_mp4, probe_video, sample_video
 
-    path, fps = folder / row["file"], video["fps"]
+    path, fps = folder / row["file"], video.fps
     try:
         facts = probe_video(path)
-        if facts.hdr and video["fit"].get("hdr") == "quarantine":
+        if facts.hdr and video.fit.hdr == "quarantine":
             return Misfit("hdr", f"its colours are HDR ({facts.hdr}), which the profile's 'video.fit.hdr' leaves out")
         count = facts.frames(fps)
         bucket = choose_bucket(count, facts.height, facts.width, video)
         if isinstance(bucket, Misfit):
             return bucket
-        times = (np.linspace(0, count - 1, bucket.frames).round() + 0.5) / fps  # amid each tick: clocks are not exact
+        # In the middle of each frame's interval, because timestamps are not exact.
+        times = (np.linspace(0, count - 1, bucket.frames).round() + 0.5) / fps
         frames = sample_video(path, times.tolist(), bucket.height, bucket.width)
     except MissingInputError:
         return Misfit("damaged", f"'{row['file']}' is no longer there; import again")
-    except VideoError as error:  # without the place of the folder, which says nothing about the video
+    except VideoError as error:  # without the path of the folder, which must not end up in the data
         return Misfit(error.reason, str(error).replace(str(path), row["file"]))
     (finding,) = judge(frames[None], [row], gate)
-    made = {"speed": round(count / bucket.frames, 3), **({"tone_mapped": 1} if facts.hdr else {})}
-    return Clip(b"" if finding.reason else encode_mp4(frames, fps), bucket, finding, made)
+    changes = {"speed": round(count / bucket.frames, 3), **({"tone_mapped": 1} if facts.hdr else {})}
+    return Clip(b"" if finding.reason else encode_mp4(frames, fps), bucket, finding, changes)
 
 
 def _passes(step: "Step", row: Mapping[str, Any], clip: Clip | Misfit) -> bool:
-    """Whether a clip is one to keep; what isn't is quarantined under its file's name."""
+    """Whether a clip is kept; otherwise it is quarantined under its file's name."""
     fault = clip if isinstance(clip, Misfit) else clip.finding
     if fault.reason:
         scores = {} if isinstance(clip, Misfit) else {"scores": clip.finding.scores}
@@ -312,7 +316,7 @@ def _passes(step: "Step", row: Mapping[str, Any], clip: Clip | Misfit) -> bool:
 
 
 def count_changes(clips: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many of the clips play faster or slower than their videos, how much at most, and how many were HDR."""
+    """How many clips are faster or slower than their videos, the extreme speeds, and how many were HDR."""
     scores = [json.loads(row["scores"]) for row in clips]
     speeds = [score["speed"] for score in scores] or [1.0]
     return {
@@ -330,7 +334,7 @@ def count_changes(clips: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def clip_row(row: Mapping[str, Any], clip: Clip, fps: float) -> dict[str, Any]:
-    """A row of `clips`; `shard` is added by whoever knows it."""
+    """A row of the table `clips`, without `shard`, which the caller adds."""
     return {
         **{key: row[key] for key in ("id", "prompt_id", "prompt", "stage", "seed")},
         "generator": NAME,
@@ -338,13 +342,13 @@ def clip_row(row: Mapping[str, Any], clip: Clip, fps: float) -> dict[str, Any]:
         **clip.bucket._asdict(),
         "fps": fps,
         "sha256": hashlib.sha256(clip.content).hexdigest(),
-        "scores": json.dumps({**clip.finding.scores, **clip.made}, sort_keys=True),
+        "scores": json.dumps({**clip.finding.scores, **clip.changes}, sort_keys=True),
         "member": f"{row['id']}.mp4",
     }
 
 
 def caption_row(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `captions`: a stage-1 clip needs none."""
+    """A row of the table `captions`; a stage-1 clip has no caption."""
     wanted = plan["stage"] == 2
     return {
         "clip_id": plan["id"],
@@ -359,10 +363,10 @@ def caption_row(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_rows(step: "Step", plans: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `prompts`: each prompt once, with the licence and source of the whole import."""
+    """The rows of the table `prompts`: each prompt once, with the licence and source of the import."""
     from components.prompts.filters import identify_language
 
-    languages, options = step["curate_prompts"]["languages"], step["import_options"]
+    languages, options = step.settings.curate_prompts.languages, step.parameters["import_options"]
     prompts = {plan["prompt_id"]: plan for plan in plans}
     return [
         {

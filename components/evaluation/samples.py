@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from components.clips.generator import generate, load_generator
+from components.clips.generator import Sampling, generate, load_generator
 from components.evaluation import scorers as scorer_modules
 from components.evaluation.report import Preview, preview
 from components.pipeline.digests import tree_digest
@@ -258,11 +258,8 @@ def generate_with_base(base: Any, items: Sequence[Item], step: "Step") -> dict[s
     """The base generator's clips for the same prompts and seeds, as it makes them best, by diffusers' own pipeline."""
     import numpy as np
 
-    settings = step["evaluate_model"]
-    sampling = {
-        "steps": settings["base_steps"],
-        "guidance_scale": settings["base_guidance"],
-        "arguments": {"max_sequence_length": step["text"]["prompt_length"]},
-    }
-    videos = generate(base, items, step["video"], sampling)
+    settings = step.settings.evaluate_model
+    arguments = {"max_sequence_length": step.settings.text.prompt_length}
+    sampling = Sampling(settings.base_steps, settings.base_guidance, arguments=arguments)
+    videos = generate(base, items, step.settings.video, sampling)
     return {"frames": (np.nan_to_num(videos) * 255).round().clip(0, 255).astype(np.uint8)}

@@ -1,4 +1,4 @@
-"""The parts of a base that turn samples into tensors: its autoencoder, its text encoder, its tokenizer."""
+"""The parts of a base that encode samples as tensors: autoencoder, text encoder, tokenizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from components.pipeline.weights import how_to_fetch
 from components.prompts.tokens import count_tokens, load_tokenizer
-from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Encoders:
-    """Each part of `base` is loaded when it is first needed, on the GPU if there is one, and stays."""
+    """The encoders of `base`, each loaded when it is first needed, on the GPU if there is one.
 
-    def __init__(self, base: Path, precision: str, text: Mapping[str, Any]) -> None:
+    prompt_length: length to which the text encoder's input is padded. text_length: most tokens of a text, EOS included.
+    """
+
+    def __init__(self, base: Path, precision: str, prompt_length: int, text_length: int) -> None:
         self.tokenizer = load_tokenizer(base)
         self._base, self._precision = base, precision
-        self._prompt_length, self._text_length = text["prompt_length"], text["caption_tokens"][1]
+        self._prompt_length, self._text_length = prompt_length, text_length
 
     @cached_property
     def vae(self) -> Any:
@@ -35,24 +38,24 @@ class Encoders:
         return latent_means(self.vae, clips) if clips else []
 
     def encode_texts(self, prompts: Sequence[str]) -> list["Tensor"]:
-        """Text-encoder states of each prompt, (length, D) in bf16, without the zeros that Wan pads them with."""
+        """Text-encoder states of each prompt, (length, D) in bf16, without Wan's zero padding."""
         return text_states(self.tokenizer, self.text_encoder, prompts, self._prompt_length) if prompts else []
 
     def token_ids(self, texts: Sequence[str]) -> "Tensor":
-        """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that doesn't fit."""
+        """Texts as ids (N, length): EOS, then PAD to the end; raises `BadInputError` for a text that is too long."""
         from univigu.text_space import tokenize
 
         for text, count in zip(texts, count_tokens(self.tokenizer, texts), strict=True):
             if count > self._text_length:
                 raise BadInputError(
-                    f"A text has {count} tokens, over the profile's {self._text_length} ('{text[:60]}'); "
-                    "run the pairs' gate again."
+                    f"A text has {count} tokens, more than the profile's {self._text_length} ('{text[:60]}'); run "
+                    "validate-pairs again."
                 )
         return tokenize(self.tokenizer, texts, self._text_length)
 
 
 def latent_means(vae: Any, clips: "Sequence[Tensor]") -> list["Tensor"]:
-    """What `Encoders.encode_clips` gives: it and `load_vae` alone decide a clip's latents."""
+    """The result of `Encoders.encode_clips`; only this function and `load_vae` decide a clip's latents."""
     import torch
 
     from univigu.wan import encode_frames
@@ -61,7 +64,7 @@ def latent_means(vae: Any, clips: "Sequence[Tensor]") -> list["Tensor"]:
 
 
 def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], length: int) -> list["Tensor"]:
-    """What `Encoders.encode_texts` gives: it and the loaders of its parts alone decide a prompt's states."""
+    """The result of `Encoders.encode_texts`; only this function and the loaders decide a prompt's states."""
     from univigu.wan import encode_prompts
 
     padded = encode_prompts(tokenizer, text_encoder, prompts, length)
@@ -69,7 +72,7 @@ def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], lengt
 
 
 def load_vae(base: Path) -> Any:
-    """The autoencoder of a base, always in fp32; raises where it isn't there, isn't whole, or isn't Wan's."""
+    """The autoencoder of a base, always in fp32; raises if it is missing, incomplete, or not Wan's."""
     import torch
     from diffusers import AutoencoderKLWan
 
@@ -104,7 +107,7 @@ def load_text_encoder(base: Path, precision: str) -> Any:
 
 @contextmanager
 def _loading(base: Path, part: str) -> Iterator[None]:
-    """Say in one sentence what a loader stumbled over."""
+    """Raise a loader's errors as `ConfigError`, in one sentence."""
     from safetensors import SafetensorError
 
     if not list((base / part).glob("*.safetensors")):
@@ -113,12 +116,11 @@ def _loading(base: Path, part: str) -> Iterator[None]:
         yield
     # pyrefly: ignore[unreachable-except-clause]
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{base / part} can't be loaded ({reason}); {how_to_fetch(base)}.") from error
+        raise ConfigError(f"{base / part} can't be loaded ({first_line(error)}); {how_to_fetch(base)}.") from error
 
 
 def _check_whole(found: Mapping[str, Any]) -> None:
-    """A loader fills what a file lacks with random numbers, and says so; that is no encoder."""
+    """Raise `ValueError` if weights are missing, unexpected or of another shape: a loader would make them random."""
     for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has too"), ("mismatched_keys", "misshapes")):
         if keys := sorted(str(key) for key in found.get(kind) or ()):
             raise ValueError(f"its file {words} {keys[0]} and {len(keys) - 1} other weights")

@@ -1,9 +1,9 @@
-"""Curate prompts: raw and messy rows in, clean prompts with source and licence out, a reason for every other row.
+"""Step curate-prompts: select clean prompts with source and licence from raw rows, and give a reason for every other.
 
-What transport did to a text is repaired (mojibake, entities, stray control characters, odd blanks); what a text says is
-never changed, only accepted or rejected. Rows are read as a stream, screened in batches by as many processes as there
-are cores, and compared with each other in their order, so the output doesn't depend on how many processes there were.
-What stays in memory is the index that duplicates are looked up in.
+Transport damage is repaired (mojibake, entities, stray control characters, odd white space); the content of a text is
+never changed, only accepted or rejected. Rows are read as a stream and screened in batches, with one process per core.
+They are then compared with each other in their original order, so the output doesn't depend on the number of processes.
+Only the index of duplicates stays in memory.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from components.pipeline.manifests import inside
 from components.pipeline.step import Step
 from components.prompts.duplicates import ExactTexts, NearDuplicates
-from components.prompts.embeddings import Neighbours
+from components.prompts.embeddings import Closeness, Neighbours
 from components.prompts.funnel import Funnel
 from components.prompts.records import parse, printable
 from components.prompts.screening import ENFORCE, Accepted, Finding, Rejected, Screen, quotable_row
@@ -23,26 +23,26 @@ from components.prompts.workers import map_in_order, worker_count
 from univigu.errors import GateFailedError
 from univigu.files import file_sha256
 
-INLINE = 16  # batches; fewer are screened in this process, as it takes seconds to start others
+INLINE = 16  # batches; fewer are screened in this process, because starting others takes seconds
 EMBEDDED = 256  # prompts that are embedded together
 
-Reading = tuple[RawBatch, int, Accepted]  # a row that is still in the running: its batch, its place there, what it is
+Candidate = tuple[RawBatch, int, Accepted]  # a row that is not rejected so far: its batch, its index there, its data
 
 
 def curate_prompts(step: Step) -> None:
-    """Write the table `prompts` and the funnel, and quarantine every raw row that is not kept with its reason."""
-    settings = step["curate_prompts"]
-    screen = Screen(settings, tuple(step["text"]["prompt_tokens"]), step.inputs["base"])
+    """Write the table `prompts` and the funnel, and quarantine every other raw row with its reason."""
+    settings = step.settings.curate_prompts
+    screen = Screen(settings, step.settings.text.prompt_tokens, step.inputs["base"])
     curation = Curation(step, screen)
-    rows = curation.screened(read_batches(step.inputs["raw"], settings["sources"]))
-    rows = curation.without_duplicates(rows)
-    if screen.on("semantic_duplicates") or screen.on("diversity"):
-        rows = curation.without_neighbours(rows)
+    rows = curation.screen_rows(read_batches(step.inputs["raw"], step.parameters["curate_prompts"]["sources"]))
+    rows = curation.drop_duplicates(rows)
+    if screen.is_on("semantic_duplicates") or screen.is_on("diversity"):
+        rows = curation.drop_neighbours(rows)
     step.write("prompts", map(curation.keep, rows))
     if not step.rows_out:
         raise GateFailedError(
-            f"None of the {step.rows_in} raw prompts in {step.inputs['raw']} is usable; add prompts, or widen the "
-            "profile's 'curate_prompts'."
+            f"None of the {step.rows_in} raw prompts in {step.inputs['raw']} was accepted; add prompts, or relax "
+            "'curate_prompts' in the profile."
         )
     step.facts |= {
         "repaired": curation.repaired,
@@ -54,7 +54,7 @@ def curate_prompts(step: Step) -> None:
 
 
 class Curation:
-    """One run: the indexes, and the counts."""
+    """The indexes and counts of one run."""
 
     def __init__(self, step: Step, screen: Screen) -> None:
         self.step, self.screen = step, screen
@@ -63,81 +63,81 @@ class Curation:
         self.repaired = 0
         self.exact = ExactTexts()
         self.near = None
-        if screen.on("near_duplicates"):
-            self.near = NearDuplicates(screen.settings["near_duplicate_jaccard"])
+        if screen.is_on("near_duplicates"):
+            self.near = NearDuplicates(screen.settings.near_duplicate_jaccard)
 
-    def screened(self, batches: Iterator[RawBatch]) -> Iterator[Reading]:
-        """The rows that pass the tests of a row alone; counts all rows as the step's `rows_in`."""
-        for batch, place, result in self.step.progress(_screen(self.screen, batches)):
+    def screen_rows(self, batches: Iterator[RawBatch]) -> Iterator[Candidate]:
+        """The rows that pass the filters of single rows; counts all rows as the step's `rows_in`."""
+        for batch, index, result in self.step.progress(_screen(self.screen, batches)):
             self.step.rows_in += 1
             self.funnel.read += 1
             if isinstance(result, Rejected):
-                self._reject(batch, place, result)
+                self._reject(batch, index, result)
             else:
-                yield batch, place, result
+                yield batch, index, result
 
-    def without_duplicates(self, rows: Iterable[Reading]) -> Iterator[Reading]:
-        """The rows that are no exact or near duplicate of an earlier one."""
-        for batch, place, row in rows:
-            if not any(self._refuse(batch, place, row, found) for found in self._duplicates(row)):
-                yield batch, place, row
+    def drop_duplicates(self, rows: Iterable[Candidate]) -> Iterator[Candidate]:
+        """The rows that are not an exact or near duplicate of an earlier one."""
+        for batch, index, row in rows:
+            if not any(self._apply(batch, index, row, finding) for finding in self._find_duplicates(row)):
+                yield batch, index, row
 
-    def _duplicates(self, row: Accepted) -> Iterator[Finding]:
+    def _find_duplicates(self, row: Accepted) -> Iterator[Finding]:
         prompt = row.prompt
         if before := self.exact.add(row.fingerprint):
-            if self.screen.on("exact_duplicates"):
+            if self.screen.is_on("exact_duplicates"):
                 yield Finding("exact_duplicates", "exact_duplicate", f"same text as {prompt['id']}", before)
-            prompt["id"] = f"{prompt['id']}-{before + 1}"  # it stays, and an id is one row's
+            prompt["id"] = f"{prompt['id']}-{before + 1}"  # the row is kept, and ids must be unique
         if self.near and (alike := self.near.find(row.fingerprint)):
             yield Finding("near_duplicates", "near_duplicate", alike.detail, round(alike.jaccard, 4))
 
-    def without_neighbours(self, rows: Iterator[Reading]) -> Iterator[Reading]:
-        """The rows that don't mean the same as an earlier one, and don't lie in a crowd."""
+    def drop_neighbours(self, rows: Iterator[Candidate]) -> Iterator[Candidate]:
+        """The rows that are not a semantic duplicate of an earlier one, and don't have too many close neighbours."""
         settings = self.screen.settings
-        neighbours = Neighbours(inside(self.step.root, settings["embedding_model"]), settings["diversity"]["cosine"])
+        neighbours = Neighbours(inside(self.step.root, settings.embedding_model), settings.diversity.cosine)
         self.step.facts["embedding_model"] = neighbours.digest
         while batch := list(islice(rows, EMBEDDED)):
             neighbours.start([row.prompt["text"] for _, _, row in batch])
-            for number, (raw, place, row) in enumerate(batch):
-                look = neighbours.look(number)
-                if any(self._refuse(raw, place, row, found) for found in self._closeness(row, look)):
+            for number, (raw, index, row) in enumerate(batch):
+                closeness = neighbours.measure(number)
+                if any(self._apply(raw, index, row, finding) for finding in self._find_neighbours(row, closeness)):
                     continue
                 if "semantic_duplicate" not in row.prompt["scores"]:
                     neighbours.keep(number, row.prompt["id"])
-                yield raw, place, row
+                yield raw, index, row
 
-    def _closeness(self, row: Accepted, look: Any) -> Iterator[Finding]:
+    def _find_neighbours(self, row: Accepted, closeness: Closeness) -> Iterator[Finding]:
         settings, scores = self.screen.settings, row.prompt["scores"]
-        if self.screen.on("semantic_duplicates"):
-            alike = look.cosine >= settings["semantic_duplicate_cosine"]
-            detail = f"means the same as {look.id}, cosine {look.cosine:.3f}" if alike else ""
-            yield Finding("semantic_duplicates", "semantic_duplicate", detail, look.cosine)
-        if self.screen.on("diversity"):
-            scores["neighbours"] = look.count
-            most, cosine = settings["diversity"]["neighbours"], settings["diversity"]["cosine"]
-            detail = f"{look.count} earlier prompts within cosine {cosine}, at most {most}" if look.count > most else ""
-            yield Finding("diversity", "crowded", detail, look.count)
+        if self.screen.is_on("semantic_duplicates"):
+            alike = closeness.cosine >= settings.semantic_duplicate_cosine
+            detail = f"means the same as {closeness.id}, cosine {closeness.cosine:.3f}" if alike else ""
+            yield Finding("semantic_duplicates", "semantic_duplicate", detail, closeness.cosine)
+        if self.screen.is_on("diversity"):
+            count, most, cosine = closeness.count, settings.diversity.neighbours, settings.diversity.cosine
+            scores["neighbours"] = count
+            detail = f"{count} earlier prompts within cosine {cosine}, at most {most}" if count > most else ""
+            yield Finding("diversity", "crowded", detail, count)
 
-    def keep(self, reading: Reading) -> dict[str, Any]:
-        """A row of the table `prompts`."""
-        _, _, row = reading
+    def keep(self, candidate: Candidate) -> dict[str, Any]:
+        """Count a row that is kept; returns its row of the table `prompts`."""
+        _, _, row = candidate
         self.repaired += row.repaired
         self.funnel.keep(row.prompt["scores"])
         return row.prompt | {"scores": json.dumps(row.prompt["scores"], sort_keys=True)}
 
-    def _refuse(self, batch: RawBatch, place: int, row: Accepted, found: Finding) -> bool:
-        """Whether a finding costs a row its place; where its filter only scores, it is noted."""
-        if not found.detail:
+    def _apply(self, batch: RawBatch, index: int, row: Accepted, finding: Finding) -> bool:
+        """Reject the row if the finding's filter is enforced, otherwise note it in the scores; returns if rejected."""
+        if not finding.detail:
             return False
-        if self.modes[found.filter] != ENFORCE:
-            row.prompt["scores"][found.reason] = found.figure
+        if self.modes[finding.filter] != ENFORCE:
+            row.prompt["scores"][finding.reason] = finding.figure
             return False
-        raw = quotable_row(parse(batch.rows[place][1]))
-        self._reject(batch, place, Rejected(found.reason, found.detail, raw))
+        raw = quotable_row(parse(batch.rows[index][1]))
+        self._reject(batch, index, Rejected(finding.reason, finding.detail, raw))
         return True
 
-    def _reject(self, batch: RawBatch, place: int, rejected: Rejected) -> None:
-        row_id, text = batch.row_id(place), rejected.row
+    def _reject(self, batch: RawBatch, index: int, rejected: Rejected) -> None:
+        row_id, text = batch.row_id(index), rejected.row
         self.step.reject(row_id, rejected.reason, rejected.detail, rejected.row)
         if isinstance(text, dict):
             text = text.get(batch.layout.column(text, "text"))
@@ -145,9 +145,9 @@ class Curation:
 
 
 def _screen(screen: Screen, batches: Iterator[RawBatch]) -> Iterator[tuple[RawBatch, int, Rejected | Accepted]]:
-    """What becomes of each row, in the order of the rows."""
+    """Screen each row; yields its batch, its index there and the result, in the order of the rows."""
     first = list(islice(batches, INLINE))
     workers = worker_count() if len(first) == INLINE else 1
     for batch, results in map_in_order(screen.screen, chain(first, batches), workers):
-        for place, result in enumerate(results):
-            yield batch, place, result
+        for index, result in enumerate(results):
+            yield batch, index, result

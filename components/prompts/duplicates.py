@@ -1,8 +1,8 @@
-"""Exact and near duplicates among prompts: what two texts are compared by, and the index they are looked up in.
+"""Exact and near duplicates among prompts: the fingerprints that texts are compared by, and the index of them.
 
-Fingerprints are made batch by batch, in any process; the index sees them one after another, in the order of the rows,
-so which of two alike prompts stays is decided by their order alone. MinHash and LSH are rensa's (in Rust: two
-microseconds a prompt); its candidates are verified by the exact Jaccard of their features.
+Fingerprints are computed in batches, in any process. The index receives them one after another, in the order of the
+rows, so of two similar prompts the first always stays. MinHash and LSH are rensa's (in Rust: two microseconds per
+prompt); their candidates are verified by the exact Jaccard similarity of their features.
 """
 
 import hashlib
@@ -15,36 +15,36 @@ from typing import Any, NamedTuple
 from components.prompts import filters
 from univigu.errors import ConfigError
 
-PERMUTATIONS = 128  # of a MinHash: 512 bytes a text
-RECALL = 0.98  # share of the pairs at the threshold that the LSH must put forward
-CANDIDATES = 256  # verified for one text at most: what is more is a crowd that has enough members in the index
+PERMUTATIONS = 128  # of a MinHash: 512 bytes per text
+RECALL = 0.98  # share of the pairs at the threshold that the LSH must find
+CANDIDATES = 256  # verified per text at most: a text with more is in a cluster that the index covers well enough
 SEED = 1
 
 
 class Fingerprint(NamedTuple):
-    """What a text is compared by. Two texts that say the same have a digest in common."""
+    """What a text is compared by. Two texts with the same content have a digest in `content` in common."""
 
     text: int  # 64 bits of the text's SHA-256: its id
-    content: tuple[int, ...] = ()  # what it says in order, and as a set of features
-    features: array = array("Q")  # hashes of the features of a text that is long enough for Jaccard
-    sketch: Any = None  # the MinHash of those
+    content: tuple[int, ...] = ()  # digests of its content words: in order, and as a set of features
+    features: array = array("Q")  # hashes of its features, if the text is long enough for Jaccard
+    sketch: Any = None  # the MinHash of `features`
 
 
 def fingerprints(texts: Sequence[str], min_features: int) -> list[Fingerprint]:
-    """A fingerprint for each text; those with fewer than `min_features` features have no MinHash.
+    """A fingerprint for each text; texts with fewer than `min_features` features have no MinHash.
 
-    In a short text a single word can be all that sets two prompts apart, so those are compared by their content alone.
+    Short prompts can differ in a single word that matters, so they are compared by their content alone.
     """
     from rensa import RMinHash
 
     phrases = [filters.content_phrases(text) for text in texts]
     features = [list(filters.content_features(each)) for each in phrases]
     hashes = [array("Q", sorted(each)) for each in RMinHash.hash_token_sets(features)]
-    long = [each for each in features if len(each) >= min_features]
-    sketches = iter(RMinHash.from_token_sets(long, PERMUTATIONS, SEED))
+    long_enough = [each for each in features if len(each) >= min_features]
+    sketches = iter(RMinHash.from_token_sets(long_enough, PERMUTATIONS, SEED))
     prints = []
-    for text, said, hashed in zip(texts, phrases, hashes, strict=True):
-        in_order = _digest(" ".join(chain.from_iterable(said)).encode())
+    for text, words, hashed in zip(texts, phrases, hashes, strict=True):
+        in_order = _digest(" ".join(chain.from_iterable(words)).encode())
         content = (in_order, _digest(hashed.tobytes()))
         compared = (hashed, next(sketches)) if len(hashed) >= min_features else ()
         prints.append(Fingerprint(int(filters.text_id(text), 16), content, *compared))
@@ -68,58 +68,59 @@ class ExactTexts:
         return before
 
 
-class Alike(NamedTuple):
-    """An earlier text that another one is a near duplicate of."""
+class Match(NamedTuple):
+    """An earlier text of which a text is a near duplicate."""
 
     id: str
-    jaccard: float  # 1 where both say the same
+    jaccard: float  # 1 if both have the same content
     detail: str
 
 
 class NearDuplicates:
-    """The texts that were kept so far, and what they are found by.
+    """The index of the texts that were kept so far.
 
-    Texts that say the same up to case, punctuation and stop words, or up to the order of phrases, are found in a table.
-    Longer ones that differ a little are candidates of a MinHash LSH, each verified by exact Jaccard of their features,
-    of which `threshold` makes a near duplicate. A text that has `CANDIDATES` candidates and is like none of them is not
-    put into the LSH any more (`left_out` counts them): so the cost of a prompt stays flat in a crowd of similar ones.
+    Texts that are equal up to case, punctuation and stop words, or up to the order of phrases, are found in a table.
+    Longer texts that differ slightly are candidates of a MinHash LSH; each is verified by the exact Jaccard similarity
+    of the features, and from `threshold` on it is a near duplicate. A text with `CANDIDATES` candidates that matches
+    none of them is not added to the LSH (`left_out` counts these), so the cost per prompt stays constant in a large
+    cluster of similar prompts.
     """
 
     def __init__(self, threshold: float) -> None:
         if not 0 < threshold <= 1:
-            raise ConfigError(f"'near_duplicate_jaccard' is {threshold}, and must lie above 0 and not above 1.")
+            raise ConfigError(f"'near_duplicate_jaccard' is {threshold}; set it above 0 and up to 1.")
         from rensa import RMinHashLSH
 
         self.threshold = threshold
-        self.same: dict[int, int] = {}  # a digest of what a text says -> the text's id
+        self.same: dict[int, int] = {}  # digest of a text's content -> the text's id
         self.index = RMinHashLSH(threshold, PERMUTATIONS, bands(threshold))
-        self.ids = array("Q")  # of the texts in the index
-        self.features = array("Q")  # of one after another
+        self.ids = array("Q")  # of the texts in the LSH
+        self.features = array("Q")  # of all these texts, concatenated
         self.ends = array("Q", [0])
         self.left_out = 0
 
-    def find(self, fingerprint: Fingerprint) -> Alike | None:
-        """The earlier text that says the same or is most alike, if it is alike enough; else remembers this one."""
+    def find(self, fingerprint: Fingerprint) -> Match | None:
+        """The most similar earlier text, if it is a near duplicate; otherwise adds this one to the index."""
         for digest in fingerprint.content:
             if digest in self.same:
                 like = f"{self.same[digest]:016x}"
-                return Alike(like, 1.0, f"says the same as {like}")
-        if fingerprint.sketch is not None and (found := self._find_alike(fingerprint)):
+                return Match(like, 1.0, f"says the same as {like}")
+        if fingerprint.sketch is not None and (found := self._find_similar(fingerprint)):
             return found
         self.same.update(dict.fromkeys(fingerprint.content, fingerprint.text))
         return None
 
-    def _find_alike(self, fingerprint: Fingerprint) -> Alike | None:
+    def _find_similar(self, fingerprint: Fingerprint) -> Match | None:
         candidates = self.index.query(fingerprint.sketch)
         crowded = len(candidates) >= CANDIDATES
         features = frozenset(fingerprint.features)
         best, like = 0.0, 0
-        for place in sorted(candidates)[:CANDIDATES]:
-            found = self._jaccard(features, place)
-            if found > best or (found == best and self.ids[place] < like):
-                best, like = found, self.ids[place]
+        for index in sorted(candidates)[:CANDIDATES]:
+            found = self._jaccard(features, index)
+            if found > best or (found == best and self.ids[index] < like):
+                best, like = found, self.ids[index]
         if best >= self.threshold:
-            return Alike(f"{like:016x}", best, f"like {like:016x}, Jaccard {best:.2f}")
+            return Match(f"{like:016x}", best, f"like {like:016x}, Jaccard {best:.2f}")
         if crowded:
             self.left_out += 1
             return None
@@ -129,9 +130,9 @@ class NearDuplicates:
         self.ends.append(len(self.features))
         return None
 
-    def _jaccard(self, features: frozenset[int], place: int) -> float:
-        """Of some features and those of the text at `place`; 0 where their sizes alone say that it's too little."""
-        start, end = self.ends[place], self.ends[place + 1]
+    def _jaccard(self, features: frozenset[int], index: int) -> float:
+        """Jaccard similarity with the text at `index`; 0 if the sizes alone show that it is below the threshold."""
+        start, end = self.ends[index], self.ends[index + 1]
         sizes = len(features), end - start
         if min(sizes) < self.threshold * max(sizes):
             return 0.0
@@ -140,11 +141,11 @@ class NearDuplicates:
 
 
 def bands(threshold: float) -> int:
-    """Into how many bands a MinHash is cut: as few as put forward `RECALL` of the pairs at the threshold.
+    """Number of LSH bands of a MinHash: the fewest that find `RECALL` of the pairs at the threshold.
 
-    With b bands of r values, texts of Jaccard s share a band with probability 1 - (1 - s^r)^b.
+    With b bands of r values, texts of Jaccard similarity s share a band with probability 1 - (1 - s^r)^b.
     """
-    wide = PERMUTATIONS
-    while wide > 1 and 1 - (1 - threshold**wide) ** (PERMUTATIONS // wide) < RECALL:
-        wide //= 2
-    return PERMUTATIONS // wide
+    rows = PERMUTATIONS
+    while rows > 1 and 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) < RECALL:
+        rows //= 2
+    return PERMUTATIONS // rows

@@ -1,8 +1,8 @@
 """Semantic duplicates and diversity of prompts, by the cosine of sentence embeddings.
 
-The model is a folder in transformers' layout (a sentence-transformers folder is one), and nothing is fetched. Each
-prompt is compared with every earlier one that was kept, exactly: the cost of a prompt grows with their number, a
-million of them take 1.5 GB and want a GPU, which is used where there is one.
+The model is a local folder in transformers' layout (a sentence-transformers folder is one); nothing is downloaded. Each
+prompt is compared exactly with every earlier prompt that was kept, so the cost per prompt grows with their number: a
+million prompts take 1.5 GB and need a GPU, which is used if there is one.
 """
 
 import json
@@ -17,25 +17,30 @@ from univigu.local_models import LOCAL, WEIGHTS, require_safetensors
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 65_536  # earlier prompts that are compared at once
+BLOCK = 65_536  # earlier prompts per comparison
 
 
-class Look(NamedTuple):
-    """How close a prompt lies to the earlier ones."""
+class Closeness(NamedTuple):
+    """How close a prompt is to the earlier ones."""
 
-    cosine: float  # of the closest; -1 without any
-    id: str  # of that one
-    count: int  # of those within the cosine that makes a neighbour
+    cosine: float  # to the closest; -1 if there are none
+    id: str  # of the closest
+    count: int  # earlier prompts that are neighbours
 
 
 class Neighbours:
-    """The prompts kept so far. A batch is started with its texts; then each is looked at, and kept or not, in order."""
+    """Embeddings of the prompts kept so far.
+
+    Call `start` with a batch of texts, then for each text in order `measure`, and `keep` if the prompt stays.
+
+    cosine: prompts at least this similar are neighbours.
+    """
 
     def __init__(self, folder: Path, cosine: float) -> None:
         import torch
 
         if not -1 <= cosine <= 1:
-            raise ConfigError(f"The profile's diversity counts neighbours within cosine {cosine}; give one of -1 to 1.")
+            raise ConfigError(f"The profile's 'diversity.cosine' is {cosine}; set it between -1 and 1.")
         self.cosine = cosine
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer, self.model = _load(folder, self.device)
@@ -45,7 +50,7 @@ class Neighbours:
         self.store: torch.Tensor | None = None  # (capacity, width), of which len(self.ids) rows are used
 
     def start(self, texts: Sequence[str]) -> None:
-        """Embed a batch of prompts, and compare it with the earlier ones."""
+        """Embed a batch of prompts, and compare them with those of earlier batches."""
         import torch
 
         self.vectors = self.embed(texts)
@@ -55,25 +60,25 @@ class Neighbours:
         for start in range(0, len(self.ids), BLOCK):
             # pyrefly: ignore[unsupported-operation]
             cosines = self.vectors @ self.store[start : min(start + BLOCK, len(self.ids))].T
-            best, place = (found.cpu() for found in cosines.max(dim=1))
+            best, index = (found.cpu() for found in cosines.max(dim=1))
             closer = best > self.closest
-            self.closest[closer], self.like[closer] = best[closer], place[closer] + start
+            self.closest[closer], self.like[closer] = best[closer], index[closer] + start
             self.counts += (cosines >= self.cosine).sum(dim=1).cpu()
         self.within = (self.vectors @ self.vectors.T).cpu()
         self.kept: list[int] = []
 
-    def look(self, number: int) -> Look:
-        """How close the batch's prompt `number` lies to the earlier ones, of this batch too."""
+    def measure(self, number: int) -> Closeness:
+        """How close prompt `number` of the batch is to the earlier ones, including those of this batch."""
         closest, like, count = float(self.closest[number]), int(self.like[number]), int(self.counts[number])
         if self.kept:
             cosines = self.within[number, self.kept]
             count += int((cosines >= self.cosine).sum())
             if (best := float(cosines.max())) > closest:
                 closest, like = best, len(self.ids) - len(self.kept) + int(cosines.argmax())
-        return Look(round(closest, 4), self.ids[like] if self.ids else "", count)
+        return Closeness(round(closest, 4), self.ids[like] if self.ids else "", count)
 
     def keep(self, number: int, prompt_id: str) -> None:
-        """Compare later prompts with this one."""
+        """Compare later prompts with prompt `number` of the batch as well."""
         import torch
 
         if self.store is None:
@@ -85,7 +90,7 @@ class Neighbours:
         self.kept.append(number)
 
     def embed(self, texts: Sequence[str]) -> "torch.Tensor":
-        """Embeddings of texts, (B, width), of length 1."""
+        """Embeddings of texts, (B, width), normalised to length 1."""
         import torch
 
         longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
@@ -114,15 +119,15 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
         model = AutoModel.from_pretrained(folder, **WEIGHTS)
-    except Exception as error:  # over a damaged file, transformers raises whatever its code trips over
+    except Exception as error:  # on a damaged file, transformers raises any kind of exception
         raise BadInputError(
-            f"The embedding model at {folder} can't be read ({first_line(error)}); fix that folder."
+            f"The embedding model at {folder} can't be read ({first_line(error)}); fix or replace it."
         ) from error
     return tokenizer, model.eval().to(device)
 
 
 def _pooling(folder: Path) -> str:
-    """How token states become one vector, as sentence-transformers notes it beside a model: ``mean`` or ``cls``."""
+    """How token states are pooled, as sentence-transformers saves it beside a model: ``mean`` or ``cls``."""
     note = folder / "1_Pooling" / "config.json"
     try:
         settings = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}

@@ -1,7 +1,8 @@
-"""What makes a raw prompt usable: repair, and the tests that reject one. Pure functions of a text.
+"""Repair of raw prompts, and the tests that reject them: pure functions of a text.
 
-Each test answers with an empty string where the text passes, and otherwise with what was seen. Near-duplicates are
-compared by `content_phrases`; language by py3langid, which is small, offline, and right on very short prompts.
+Each test returns an empty string if the text passes, otherwise what was found. Near duplicates are compared by
+`content_phrases`. Languages are identified by py3langid, which is small, works offline, and is accurate on very short
+prompts.
 """
 
 import hashlib
@@ -14,12 +15,12 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any
 
-UNDECIDED = "und"  # ISO 639's word for a language that can't be told
-LANGUAGE_CONFIDENCE = 0.5  # below it, a short text's language is left undecided rather than called foreign
-LANGUAGE_CHARACTERS = 200  # of a text, that its language is told from
-CONTROL_SHARE = 0.1  # more control characters than this: the row is binary or was cut, so stripping would be guessing
+UNDECIDED = "und"  # ISO 639's code for an undetermined language
+LANGUAGE_CONFIDENCE = 0.5  # below it, a language that is not accepted counts as undetermined
+LANGUAGE_CHARACTERS = 200  # of a text that its language is identified from
+CONTROL_SHARE = 0.1  # a text with a larger share of control characters is binary or truncated, not repairable
 
-# The languages that prompts come in. All of py3langid's 97 would have rare ones win on three-word prompts.
+# The languages to choose from. Among all of py3langid's 97, rare ones would win on three-word prompts.
 _LANGUAGES = (
     *("ar", "bg", "ca", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hr", "hu", "id", "it", "ja"),
     *("ko", "nl", "no", "pl", "pt", "ro", "ru", "sk", "sv", "sw", "th", "tr", "uk", "ur", "vi", "zh"),
@@ -33,7 +34,7 @@ _HTML = re.compile(r"&#?\w{1,31};")
 
 @cache
 def wordlists() -> dict[str, Any]:
-    """What is in `wordlists.yaml`."""
+    """The content of `wordlists.yaml`."""
     import yaml
 
     return yaml.safe_load((resources.files("components.prompts") / "wordlists.yaml").read_text(encoding="utf-8"))
@@ -48,7 +49,7 @@ def text_id(text: str) -> str:
 
 
 def control_damage(text: str) -> str:
-    """Says why control characters make `text` unusable: a NUL, or too many of them to be strays."""
+    """Why control characters make `text` unusable: a NUL, or more than a few stray ones."""
     if text.isprintable():
         return ""
     if "\x00" in text:
@@ -58,9 +59,9 @@ def control_damage(text: str) -> str:
 
 
 def repair(text: str) -> str:
-    """Undo what transport does to a text: mojibake, HTML entities, stray control and invisible characters, odd blanks.
+    """Undo transport damage: mojibake, HTML entities, stray control and invisible characters, odd white space.
 
-    The result is a fixed point: repairing it again changes nothing. What can't be recovered stays visible as U+FFFD.
+    Repairing the result again changes nothing. What can't be recovered is shown as U+FFFD.
     """
     if text.isascii() and text.isprintable() and not _HTML.search(text):
         return " ".join(text.split())
@@ -73,11 +74,11 @@ def repair(text: str) -> str:
         if fixed == text:
             return fixed
         text = fixed
-    return "\ufffd"  # it still changes: an escape inside an escape, nested deeper than any accident
+    return "\ufffd"  # it still changes: escapes nested deeper than happens by accident
 
 
 def text_damage(text: str) -> str:
-    """Says whether something of a repaired text is lost for good."""
+    """Whether characters of a repaired text are lost."""
     return f"{text.count(chr(0xFFFD))} unreadable characters" if "\ufffd" in text else ""
 
 
@@ -94,7 +95,7 @@ def _identifier(languages: tuple[str, ...]) -> Any:
 
 
 def identify_language(text: str, accepted: Sequence[str]) -> tuple[str, float]:
-    """The ISO 639-1 code of a text's language and its probability; `und` where it is foreign but far from sure."""
+    """The ISO 639-1 code of a text's language and its probability; `und` if it is not accepted and uncertain."""
     language, probability = _identifier(tuple({*_LANGUAGES, *accepted})).classify(text[:LANGUAGE_CHARACTERS])
     if language not in accepted and probability < LANGUAGE_CONFIDENCE:
         return UNDECIDED, round(float(probability), 3)
@@ -116,7 +117,7 @@ def _unsafe_patterns() -> dict[str, re.Pattern[str]]:
 
 
 def find_unsafe(text: str) -> str:
-    """Names the kind of unsafe content that `text` asks for, and the word that says so."""
+    """The kind of unsafe content that `text` asks for, and the word that shows it."""
     patterns = _unsafe_patterns()
     found = patterns["any"].search(text.casefold())
     if not found:
@@ -125,7 +126,7 @@ def find_unsafe(text: str) -> str:
     return f"{kind}: {found[0]}"
 
 
-# The look-behind keeps the search linear: without it, every character of a long word would start an attempt of its own.
+# The look-behind keeps the search linear: without it, a match would be tried at every character of a long word.
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+\s?(?:@|\[at\]|\(at\))\s?[\w-]+(?:\s?(?:\.|\[dot\]|\(dot\))\s?[\w-]+)+")
 _NUMBER = re.compile(r"(?<![\w.])\+?\(?\d(?:[\s().-]{0,2}\d){6,18}(?![\w])")
 _DIGIT = re.compile(r"\d")
@@ -139,7 +140,7 @@ _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:\s?[A-Z0-9]{4}){3,7}(?:\s?[A-Z0-9]{1,3})?
 
 
 def find_personal_data(text: str) -> str:
-    """Names the kind of personal data in `text`; never quotes it, so that a report does not spread it."""
+    """The kind of personal data in `text`; the data themselves are not quoted, so that reports don't spread them."""
     if ("@" in text or "at]" in text or "at)" in text) and _EMAIL.search(text):
         return "e-mail address"
     if not _DIGIT.search(text):
@@ -162,15 +163,15 @@ def find_personal_data(text: str) -> str:
 
 
 def _luhn_holds(digits: Sequence[int]) -> bool:
-    """The check sum that every payment card number satisfies (ISO/IEC 7812-1)."""
+    """Whether the checksum of payment card numbers is correct (ISO/IEC 7812-1)."""
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return (sum(digits[::-2]) + sum(doubled)) % 10 == 0
 
 
-# --- likeness --------------------------------------------------------------------------------------------------------
+# --- similarity ------------------------------------------------------------------------------------------------------
 
-_WORD = re.compile(r"\w+|[^\w\s-]|(?<!\w)-|-(?!\w)")  # a hyphen inside a word is no break
-# Thai, Lao, Burmese, Khmer, kana and Han: written without blanks, so each character is a word.
+_WORD = re.compile(r"\w+|[^\w\s-]|(?<!\w)-|-(?!\w)")  # a hyphen inside a word doesn't split it
+# Thai, Lao, Burmese, Khmer, kana and Han are written without spaces, so each character is a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
@@ -178,13 +179,13 @@ _UNSPACED = (
 
 @cache
 def _any_word() -> re.Pattern[str]:
-    """`_WORD` for every script: vowel signs and accents, which are no letters to it, belong to the one before them."""
+    """`_WORD` for every script: vowel signs and accents, which \\w doesn't match, belong to the letter before them."""
     marks = "".join(char for char in map(chr, range(0x20000)) if unicodedata.category(char) in ("Mn", "Mc"))
     return re.compile(rf"[{_UNSPACED}][{marks}]*|(?:(?![{_UNSPACED}])[\w{marks}])+|[^\w\s-]|(?<!\w)-|-(?!\w)")
 
 
-def _is_sign(char: str) -> bool:
-    """Whether a character that is no letter stands for something, as an emoji does; punctuation doesn't."""
+def _is_symbol(char: str) -> bool:
+    """Whether a character is a symbol with a meaning, such as an emoji, and not punctuation."""
     return unicodedata.category(char) == "So"
 
 
@@ -195,10 +196,10 @@ def _grammar() -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
 
 
 def content_phrases(text: str) -> list[list[str]]:
-    """The content words of a text, in phrases: what is left without case, punctuation and stop words.
+    """The content words of a text in lower case, in phrases, without punctuation and stop words.
 
-    Punctuation, articles and prepositions open a new phrase; a preposition is joined to the word after it, because it
-    decides that word's role ("from:left" and "to:left" are not alike). A text of nothing but stop words keeps itself.
+    Punctuation, articles and prepositions start a new phrase; a preposition is joined to the next word, because it
+    decides that word's role ("from:left" and "to:left" differ). A text of stop words alone is one phrase.
     """
     stop_words, determiners, prepositions = _grammar()
     phrases: list[list[str]] = [[]]
@@ -207,7 +208,7 @@ def content_phrases(text: str) -> list[list[str]]:
     for word in pattern.findall(text.casefold()):
         if word in stop_words:
             continue
-        if word in determiners or word in prepositions or not (word[0].isalnum() or _is_sign(word[0])):
+        if word in determiners or word in prepositions or not (word[0].isalnum() or _is_symbol(word[0])):
             phrases.append([])
             preposition = f"{word}:" if word in prepositions else preposition
         else:
@@ -217,10 +218,10 @@ def content_phrases(text: str) -> list[list[str]]:
 
 
 def content_features(phrases: Sequence[Sequence[str]]) -> frozenset[str]:
-    """Features of phrases for Jaccard: every word, and every two neighbours in a phrase; a repeated one is another.
+    """Features of phrases for Jaccard: every word and every pair of neighbours in a phrase, repetitions numbered.
 
-    So the order of phrases does not count while the order in a phrase does: "on grass, a red car" is "a red car on
-    grass", and "a dog bites a man" is not "a man bites a dog".
+    So the order within a phrase counts and the order of phrases doesn't: "on grass, a red car" equals "a red car on
+    grass", and "a dog bites a man" differs from "a man bites a dog".
     """
     features: list[str] = []
     for phrase in phrases:

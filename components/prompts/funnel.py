@@ -1,6 +1,6 @@
-"""What became of raw prompts: how many each test rejected, how many were left after it, and the first of them.
+"""The funnel of raw prompts: how many rows each filter rejected, how many were left after it, and examples.
 
-As a table on the terminal, as JSON and CSV for machines, and as a picture (SVG). Equal runs give equal bytes.
+Printed as a table on the terminal, and written as JSON, CSV and SVG. Equal runs give equal bytes.
 """
 
 import csv
@@ -13,30 +13,30 @@ from typing import Any
 
 from components.prompts.screening import FILTERS, OFF, REASONS
 
-EXAMPLES = 3  # of each reason
+EXAMPLES = 3  # per reason
 LONGEST_EXAMPLE = 120  # characters
-WITHHELD = ("unsafe", "personal_data")  # rows of such reasons are named, and not shown again
+WITHHELD = ("unsafe", "personal_data")  # the examples of these reasons show no text
 BAR = 400  # pixels
 
 
 class Funnel:
-    """Counts as a run goes on. Reasons are in the order of the tests."""
+    """Counts of a run. Reasons are in the order of the filters."""
 
     def __init__(self, modes: Mapping[str, str]) -> None:
-        of_filter = {reason: name for name, reasons in FILTERS.items() for reason in reasons}
-        self.modes = {reason: modes[of_filter[reason]] if reason in of_filter else "always" for reason in REASONS}
+        filters = {reason: name for name, reasons in FILTERS.items() for reason in reasons}
+        self.modes = {reason: modes[filters[reason]] if reason in filters else "always" for reason in REASONS}
         self.read = self.kept = 0
         self.rejected: Counter[str] = Counter()
         self.scored: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
 
     def keep(self, scores: Mapping[str, Any]) -> None:
-        """Count a row that is kept, and what filters noted that only score."""
+        """Count a row that is kept, and the findings of filters that only score."""
         self.kept += 1
         self.scored.update(reason for reason in scores if reason in self.modes)
 
     def reject(self, reason: str, row_id: str, detail: str, text: Any) -> None:
-        """Count a row that is rejected; `text` is what a person would know it by, without personal data."""
+        """Count a row that is rejected; `text` is shown as an example and holds no personal data."""
         self.rejected[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
@@ -44,7 +44,7 @@ class Funnel:
             examples.append({"id": row_id, "detail": detail, "text": shown})
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each reason whose filter isn't off: rejected, scored, and how many rows were left after it."""
+        """A row for each reason whose filter isn't off: rows rejected, scored, and left after it."""
         left, rows = self.read, []
         for reason, mode in self.modes.items():
             if mode == OFF:
@@ -68,7 +68,7 @@ class Funnel:
         (folder / "funnel.svg").write_text(self._picture(), encoding="utf-8")
 
     def show(self) -> None:
-        """Print the reasons that apply to any row as a table on standard error."""
+        """Print the reasons that occurred as a table on standard error."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -78,7 +78,7 @@ class Funnel:
         table.add_column("reason", no_wrap=True, min_width=max(map(len, self.modes)))
         for name in ("rejected", "scored", "left"):
             table.add_column(name, justify="right", no_wrap=True, min_width=9)
-        table.add_column("the first", no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("first example", no_wrap=True, overflow="ellipsis", ratio=1)
         for row in self.rows():
             if row["rejected"] or row["scored"]:
                 counts = (f"{row[key]:,}" for key in ("rejected", "scored", "left"))
@@ -107,7 +107,7 @@ class Funnel:
 
 
 def _example(row: Mapping[str, Any]) -> str:
-    """The first row of a reason in one line; what can't be seen is escaped, so that none of it can do anything."""
+    """The first example of a reason in one line; control characters are escaped, so a terminal ignores them."""
     if not row["examples"]:
         return ""
     first = row["examples"][0]

@@ -1,7 +1,7 @@
-"""Parquet files as streams of records: what is damaged costs its own record, or its own row group, alone.
+"""Parquet files as streams of records: damage affects only its own record or row group.
 
-Before a row group is decoded, its metadata say how large it may become. A value that a dictionary holds once can be in
-every row, so rows are decoded in batches that stay below `BATCH_BYTES`.
+Before a row group is decoded, its size is bounded from the metadata. A value that is stored once in a dictionary can
+occur in every row, so rows are decoded in batches that stay below `BATCH_BYTES`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pyarrow import parquet
 
 BATCH = 1024  # rows that are decoded together, at most
-BATCH_BYTES = 1 << 28  # that repeated values of one batch may take
-LARGEST_COLUMN = 1 << 31  # bytes of a column in one row group, unpacked
-_DATA_PAGES = (0, 3)  # of Parquet's enum PageType; a dictionary's is 2
+BATCH_BYTES = 1 << 28  # that the repeated values of a batch may take
+LARGEST_COLUMN = 1 << 31  # bytes of a column in one row group, uncompressed
+_DATA_PAGES = (0, 3)  # of Parquet's enum PageType; 2 is a dictionary page
 
 
 def column_names(file: Path) -> list[str]:
-    """The names of a file's columns; raises `CorruptDataError` where it can't be read."""
+    """The names of a file's columns; raises `CorruptDataError` if it can't be read."""
     from pyarrow import parquet
 
     with readable(file):
@@ -30,10 +30,10 @@ def column_names(file: Path) -> list[str]:
 
 
 def read_parquet(file: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """The rows with the columns that are named, which are all that is read; `Broken` for what can't be.
+    """The rows, with only the named columns read; `Broken` for rows that can't be read.
 
-    A row group that can't be read to its end is one broken record, with the number of the first row that is missing.
-    Raises `CorruptDataError` where that is so of all of them, or of the file.
+    A row group that can't be read to its end gives one broken record, with the number of the first missing row. Raises
+    `CorruptDataError` if that applies to all row groups, or to the file itself.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -63,8 +63,8 @@ def read_parquet(file: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _batch_size(file: Path, table: "parquet.ParquetFile", group: int, columns: Sequence[str]) -> int:
-    """How many rows of a row group may be decoded together; raises `CorruptDataError` where a column is too large."""
-    # Over damaged metadata, reading raises, and asking for them aborts the process (as of pyarrow 25): so read first.
+    """How many rows of a row group may be decoded together; raises `CorruptDataError` if a column is too large."""
+    # With damaged metadata, reading rows raises, but reading metadata aborts the process (as of pyarrow 25).
     next(table.iter_batches(1, row_groups=[group], columns=columns), None)
     paths = [table.schema.column(number).path for number in range(len(table.schema))]
     facts = table.metadata.row_group(group)
@@ -79,14 +79,14 @@ def _batch_size(file: Path, table: "parquet.ParquetFile", group: int, columns: S
 
 
 def _repeatable(file: Path, chunk: Any) -> int:
-    """Bytes that the rows of a column share: its dictionary's, or, where values begin as others do, all of it."""
+    """Bytes that the rows of a column may share: those of the dictionary, or all of it with shared prefixes."""
     if "DELTA_BYTE_ARRAY" in chunk.encodings:
         return chunk.total_uncompressed_size
     with file.open("rb") as stream:
         offsets = (chunk.dictionary_page_offset or 0, chunk.data_page_offset)
         stream.seek(min((offset for offset in offsets if offset > 0), default=0))
         header = stream.read(12)
-    # Thrift's compact protocol: field 1 is the page's type, field 2 its size unpacked, both 32-bit integers.
+    # Thrift's compact protocol: field 1 is the page's type, field 2 its uncompressed size, both 32-bit integers.
     kind, rest = _thrift_int(header)
     if kind in _DATA_PAGES:
         return 0
@@ -95,14 +95,14 @@ def _repeatable(file: Path, chunk: Any) -> int:
 
 
 def _thrift_int(content: bytes) -> tuple[int | None, bytes]:
-    """The 32-bit integer of a field that follows the one before it, and what comes after; None where it isn't one."""
+    """The next field as a 32-bit integer, and the bytes after it; None if the field is not one."""
     if content[:1] != b"\x15":
         return None, content
     value = 0
-    for place, byte in enumerate(content[1:]):
-        value |= (byte & 0x7F) << 7 * place
+    for index, byte in enumerate(content[1:]):
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            return (value >> 1) ^ -(value & 1), content[place + 2 :]
+            return (value >> 1) ^ -(value & 1), content[index + 2 :]
     return None, b""
 
 
@@ -114,13 +114,13 @@ def _rows(batch: "pa.RecordBatch") -> list[dict[str, Any] | Broken]:
     names = batch.schema.names
     columns = [_values(name, column, faults) for name, column in zip(names, batch.columns, strict=True)]
     rows: list[Any] = [dict(zip(names, cells, strict=False)) for cells in zip(*columns, strict=True)]
-    for place, why in faults.items():
-        rows[place] = Broken(str(rows[place]), why)
+    for index, why in faults.items():
+        rows[index] = Broken(str(rows[index]), why)
     return rows
 
 
 def _values(name: str, column: "pa.Array", faults: dict[int, str]) -> list[Any]:
-    """A column's values, bytes as text. What can't be used is None, and its place is among `faults`."""
+    """A column's values, with bytes as text. A value that can't be used is None, and its index is put into `faults`."""
     import pyarrow as pa
 
     types = pa.types
@@ -133,20 +133,20 @@ def _values(name: str, column: "pa.Array", faults: dict[int, str]) -> list[Any]:
         return _texts(name, column, faults)
     try:
         return column.to_pylist()
-    except Exception:  # whatever pyarrow raises over a value that Python has no type for
-        return [_value(name, value, place, faults) for place, value in enumerate(column)]
+    except Exception:  # pyarrow raises various errors for a value without a Python type
+        return [_value(name, value, index, faults) for index, value in enumerate(column)]
 
 
 def _texts(name: str, column: "pa.Array", faults: dict[int, str]) -> list[str | None]:
-    """The texts of a column, with U+FFFD for what is no UTF-8; those that are too long become no Python objects."""
+    """The texts of a column, with U+FFFD for invalid UTF-8; too long texts are never made Python objects."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     lengths = pc.binary_length(column)
     if (pc.max(lengths).as_py() or 0) > LONGEST_LINE:
         long = pc.fill_null(pc.greater(lengths, LONGEST_LINE), False)
-        for place in pc.indices_nonzero(long).to_pylist():
-            faults[place] = f"'{name}' has {lengths[place].as_py():,} bytes, more than {LONGEST_LINE >> 20} MiB"
+        for index in pc.indices_nonzero(long).to_pylist():
+            faults[index] = f"'{name}' has {lengths[index].as_py():,} bytes, more than {LONGEST_LINE >> 20} MiB"
         column = pc.if_else(long, pa.scalar(None, column.type), column)
     try:
         values = column.to_pylist()
@@ -155,9 +155,9 @@ def _texts(name: str, column: "pa.Array", faults: dict[int, str]) -> list[str | 
     return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
 
 
-def _value(name: str, value: "pa.Scalar", place: int, faults: dict[int, str]) -> Any:
+def _value(name: str, value: "pa.Scalar", index: int, faults: dict[int, str]) -> Any:
     try:
         return value.as_py()
-    except Exception as error:  # a date beyond Python's years, text inside a list that is no UTF-8, ...
-        faults[place] = f"'{name}' holds a {value.type} that can't be read ({type(error).__name__})"
+    except Exception as error:  # such as a date out of Python's range, or invalid UTF-8 inside a list
+        faults[index] = f"'{name}' holds a {value.type} that can't be read ({type(error).__name__})"
         return None

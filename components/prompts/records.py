@@ -1,8 +1,8 @@
-"""JSONL and CSV files, plain or compressed, as streams of records: what is damaged costs its own record alone.
+"""JSONL and CSV files, plain or compressed, as streams of records: damage affects only its own record.
 
-Nothing that could be without end is held whole: a line has at most `LONGEST_LINE` bytes, a CSV record at most
-`RECORD_LINES` lines, a JSON value at most `DEEPEST` levels, and what is compressed expands to at most `EXPANSION` times
-its size. Text is UTF-8 with or without a byte-order mark, or UTF-16 with one.
+All sizes are bounded: a line has at most `LONGEST_LINE` bytes, a CSV record at most `RECORD_LINES` lines, a JSON value
+at most `DEEPEST` levels, and a compressed file expands to at most `EXPANSION` times its size. Text is UTF-8 with or
+without a byte-order mark, or UTF-16 with one.
 """
 
 import codecs
@@ -20,28 +20,28 @@ from typing import Any, NamedTuple
 from univigu.errors import BadInputError, CorruptDataError, first_line
 
 LONGEST_LINE = 1 << 20  # bytes; a longer line is one broken record
-RECORD_LINES = 256  # of a CSV record: a quote that never ends is given up after so many
-DEEPEST = 32  # levels of lists and objects in each other
+RECORD_LINES = 256  # of a CSV record; a quote that is still open after these is treated as unclosed
+DEEPEST = 32  # levels of nested lists and objects
 EXPANSION = 250  # times a compressed file's size; text shrinks to a tenth, equal lines to a hundredth
-LONGEST_QUOTE = 4096  # characters of one value that a quarantine keeps
+LONGEST_QUOTE = 4096  # characters per value that the quarantine keeps
 SMALL = 1 << 28  # bytes that any compressed file may expand to
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
-Record = tuple[int, Any]  # the number of its first line, from 1, and the record
+Record = tuple[int, Any]  # the number of the record's first line, from 1, and the record
 
 
 class Broken(NamedTuple):
-    """A record that can't be used as it is."""
+    """A record that can't be used."""
 
-    text: str  # as far as it could be read
+    text: str  # as much of it as could be read
     why: str
     reason: str = "broken_row"  # a slug to count by
-    row: dict[str, Any] | None = None  # what it seems to say, where bytes of it are lost
+    row: dict[str, Any] | None = None  # its probable content, if only some bytes are lost
 
 
 def file_format(name: str) -> tuple[str, str]:
-    """A file's format and compression by its name, upper case or lower; empty where it has none that is known."""
+    """A file's format and compression by its name, ignoring case; empty strings for an unknown format."""
     path = Path(name.casefold())
     compression = COMPRESSIONS.get(path.suffix, "")
     form = FORMATS.get(Path(path.stem).suffix if compression else path.suffix, "")
@@ -51,8 +51,8 @@ def file_format(name: str) -> tuple[str, str]:
 def open_csv(file: Path) -> tuple[list[str], Iterator[Record]]:
     """The names of a CSV file's columns, and its records: an object with a cell for each column, or `Broken`.
 
-    Raises `BadInputError` where the first line is no header, and `CorruptDataError` where the file can't be read to its
-    end, which may be later.
+    Raises `BadInputError` if the first line is not a header. Raises `CorruptDataError` if the file can't be read to its
+    end; the iterator may raise it later.
     """
     lines = _lines(file)
     records = _csv_records(chain([next(lines, b"").removeprefix(codecs.BOM_UTF8)], lines))
@@ -64,12 +64,12 @@ def open_csv(file: Path) -> tuple[list[str], Iterator[Record]]:
 
 
 def open_jsonl(file: Path) -> Iterator[Record]:
-    """The lines of a JSONL file that aren't blank, as bytes for `parse`; raises as `open_csv` does."""
+    """The non-blank lines of a JSONL file, as bytes for `parse`; raises as `open_csv` does."""
     return ((number, line) for number, line in enumerate(_lines(file), start=1) if line.strip())
 
 
 def parse(raw: Any) -> Any:
-    """A record as it was meant: the object in a line of JSON, or `Broken`; what is no line comes back as it is."""
+    """The object in a line of JSON, or `Broken`; a record that is already parsed is returned unchanged."""
     if not isinstance(raw, bytes):
         return raw
     text = raw.decode("utf-8-sig", errors="replace").strip()
@@ -109,7 +109,7 @@ def _is_deep(value: Any) -> bool:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Raise `CorruptDataError` for whatever keeps a file from being read to its end."""
+    """Raise `CorruptDataError` if a file can't be read to its end."""
     import pyarrow as pa
 
     try:
@@ -122,7 +122,7 @@ def readable(file: Path) -> Iterator[None]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Lines in UTF-8, of which never more than `LONGEST_LINE` is held: what is over is dropped (see `_is_cut`)."""
+    """Lines in UTF-8, each cut to `LONGEST_LINE` bytes (see `_is_cut`)."""
     _, compression = file_format(file.name)
     total = 0
     with readable(file), _open(file, compression) as stream:
@@ -149,12 +149,12 @@ def _open(file: Path, compression: str) -> io.BufferedReader:
         return file.open("rb")
     import pyarrow as pa
 
-    # Where a file ends in the middle, what is in the buffer is lost.
+    # If a file is truncated, the content of the buffer is lost.
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), compression), 1 << 16)
 
 
 def _line_reader(stream: io.BufferedReader) -> Callable[[int], bytes]:
-    """`stream.readline`, in UTF-8 whatever the stream is in, and with the line ends of an old Mac, too."""
+    """`stream.readline` that always gives UTF-8, and also accepts the line ends of old Macs (CR)."""
     start = stream.peek(1)
     wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding, errors = ("utf-16", "replace") if wide else ("utf-8", "surrogateescape")
@@ -168,7 +168,7 @@ def _line_reader(stream: io.BufferedReader) -> Callable[[int], bytes]:
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
-# A record as it should be written: a quote opens a cell and closes it, and is nowhere else but doubled inside.
+# A well-formed record: a quote opens and closes a cell, and is doubled inside it.
 _CELL = r'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
 _WHOLE = re.compile(rf"{_CELL}(?:,{_CELL})*\r?\n?")
 
@@ -187,20 +187,20 @@ def _csv_rows(names: Sequence[str], records: Iterable[tuple[int, list[str] | Bro
 
 
 def _csv_records(lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | Broken]]:
-    """Each record as its first line's number and its cells, or as a line that can't be read.
+    """Each record as its first line's number and its cells, or `Broken` for a line that can't be read.
 
-    A quote that isn't closed would swallow what follows: then only the line that it's in is broken, and reading goes on
-    with the next. It shows where a record of several lines has no end, or a quote out of place, or not a cell for each
-    column while one of its lines has.
+    An unclosed quote would swallow the following records: in that case only its own line is broken, and reading resumes
+    with the next line. The signs of one are a record of several lines without an end, with a misplaced quote, or with
+    the wrong number of cells while one of its lines has the right number.
     """
-    again: deque[str] = deque()
+    unread: deque[str] = deque()
     number, width = 1, 0
     while True:
-        cells, taken = _csv_record(lines, again)
+        cells, taken = _csv_record(lines, unread)
         if isinstance(cells, list) and len(taken) > 1 and _swallows(taken, len(cells) == width, width):
             cells = Broken(_visible(taken[0]).strip(), _QUOTE)
         if isinstance(cells, Broken):
-            again.extendleft(reversed(taken[1:]))
+            unread.extendleft(reversed(taken[1:]))
             del taken[1:]
         if cells:
             width = width or len(cells)
@@ -210,18 +210,18 @@ def _csv_records(lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | Brok
         number += len(taken)
 
 
-def _csv_record(lines: Iterator[bytes], again: deque[str]) -> tuple[list[str] | Broken, list[str]]:
-    """The next record's cells (none: a blank line, or the end) or what it's broken by, and the lines it was read from.
+def _csv_record(lines: Iterator[bytes], unread: deque[str]) -> tuple[list[str] | Broken, list[str]]:
+    """The next record's cells (empty: a blank line, or the end) or `Broken`, and the lines it was read from.
 
-    again: lines that come before `lines`.
+    unread: lines to read before `lines`.
     """
     taken: list[str] = []
 
     def feed() -> Iterator[str]:
         size = 0
-        while again or (line := next(lines, None)) is not None:
+        while unread or (line := next(lines, None)) is not None:
             # pyrefly: ignore[missing-attribute]
-            taken.append(again.popleft() if again else line.decode("utf-8", errors="surrogateescape"))
+            taken.append(unread.popleft() if unread else line.decode("utf-8", errors="surrogateescape"))
             size += len(taken[-1])
             if size >= LONGEST_LINE or len(taken) > RECORD_LINES:
                 raise csv.Error("no end in sight")
@@ -235,7 +235,7 @@ def _csv_record(lines: Iterator[bytes], again: deque[str]) -> tuple[list[str] | 
 
 
 def _swallows(lines: Sequence[str], fits: bool, width: int) -> bool:
-    """Whether a record of several lines has others in it; fits: it has as many cells as it should have."""
+    """Whether a record of several lines contains other records; fits: it has the right number of cells."""
     if not _WHOLE.fullmatch("".join(lines)):
         return True
     whole = (line for line in lines[1:] if _WHOLE.fullmatch(line))
@@ -243,15 +243,15 @@ def _swallows(lines: Sequence[str], fits: bool, width: int) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text is without halves of surrogate pairs: they stand for bytes that were no UTF-8, or for nothing."""
+    """Whether a text has no lone surrogates, which stand for invalid UTF-8 or for no character at all."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def printable(name: str) -> str:
-    """A file's name as text that every table can hold."""
+    """A file's name as valid Unicode, for tables."""
     return name.encode(errors="replace").decode()
 
 
 def _visible(text: str) -> str:
-    """Text with U+FFFD for bytes that were no UTF-8."""
+    """A text with U+FFFD for bytes that were not UTF-8."""
     return text.encode(errors="surrogateescape").decode(errors="replace")

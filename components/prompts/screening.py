@@ -1,7 +1,7 @@
-"""The tests that a raw prompt passes alone, without a look at the others: what a worker process does with a batch.
+"""The filters that look at one raw prompt at a time; worker processes run them on batches.
 
-The tests run in the order of `FILTERS`, and a row's reason is the first that it fails. Each can be off, or only score:
-then what it saw is noted in the row's `scores`, and the row stays.
+The filters run in the order of `FILTERS`, and a row is rejected with the reason of the first that it fails. Each can be
+off, or only score: then its finding is noted in the row's `scores`, and the row stays.
 """
 
 import json
@@ -19,9 +19,10 @@ from components.prompts.injection import find_injection
 from components.prompts.records import LONGEST_QUOTE, Broken, is_unicode, parse
 from components.prompts.sources import Layout, RawBatch
 from components.prompts.tokens import load_tokenizer, token_ids
+from components.settings.sections import CuratePrompts, Filters
 
 OFF, SCORE, ENFORCE = "off", "score", "enforce"
-# What a filter's rows are rejected for. What is no filter of the profile's always applies.
+# Each filter's reasons to reject a row. Reasons that belong to no filter always apply.
 FILTERS: Mapping[str, tuple[str, ...]] = {
     "unicode": ("control_characters", "damaged_text"),
     "licence": ("no_source", "licence"),
@@ -44,25 +45,24 @@ REASONS = (
     "empty",
     *(reason for reasons in FILTERS.values() for reason in reasons),
 )
-CHARACTERS_PER_TOKEN = 64  # a text longer than this, times the most tokens allowed, is not looked at any closer
-WITHHELD = "[withheld]"  # stands for personal data in the quarantine: the raw file has it, and no copy is needed
+CHARACTERS_PER_TOKEN = 64  # a text longer than this times the maximum of tokens is rejected without tokenizing it
+WITHHELD = "[withheld]"  # replaces personal data in the quarantine; the raw file still has them
 LONGEST_ID = 200  # characters of a row's own id
-MOST_QUOTES = 64  # values of one row
+MOST_QUOTES = 64  # values of a row that the quarantine keeps
 
 
-def filter_modes(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Each filter's mode, in the order in which they run."""
-    given = settings["filters"]
-    return {name: OFF if given[name] is False else given[name] for name in FILTERS}  # YAML reads a bare `off` as false
+def filter_modes(settings: Filters) -> dict[str, str]:
+    """Each filter's mode, in the order in which the filters run."""
+    return {name: getattr(settings, name) for name in FILTERS}
 
 
 class Finding(NamedTuple):
-    """What a test has against a row."""
+    """What a filter found in a row."""
 
     filter: str  # empty: always enforced
     reason: str
-    detail: str
-    figure: float | None = None  # what `scores` hold instead of the detail
+    detail: str  # empty: the row passes
+    figure: float | None = None  # noted in `scores` in place of the detail
 
 
 class Rejected(NamedTuple):
@@ -74,7 +74,7 @@ class Rejected(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """A row that passed: as it stands in the table `prompts`, but for its `scores`, which are still an object."""
+    """A row that passed: a row of the table `prompts`, with `scores` still a dict."""
 
     prompt: dict[str, Any]
     repaired: bool
@@ -83,11 +83,11 @@ class Accepted(NamedTuple):
 
 @dataclass
 class Row:
-    """A raw row on its way through the tests."""
+    """A raw row, and what the filters find out about it."""
 
     raw: Any
     layout: Layout
-    given: str = ""  # its text as it came
+    given: str = ""  # its text before repair
     text: str = ""
     source: str = ""
     licence: str = ""
@@ -98,26 +98,26 @@ class Row:
 
 @dataclass
 class Screen:
-    """The tests as a profile wants them; travels to worker processes."""
+    """The filters with a profile's settings; pickled for worker processes."""
 
-    settings: Mapping[str, Any]  # the profile's `curate_prompts`
-    prompt_tokens: tuple[int, int]
-    base: Path  # whose tokenizer counts
+    settings: CuratePrompts
+    prompt_tokens: tuple[int, int]  # fewest and most
+    base: Path  # folder of the base model, for its tokenizer
 
     @cached_property
     def modes(self) -> dict[str, str]:
-        return filter_modes(self.settings)
+        return filter_modes(self.settings.filters)
 
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.base)
 
-    def on(self, name: str) -> bool:
+    def is_on(self, name: str) -> bool:
         """Whether a filter is not off."""
         return self.modes[name] != OFF
 
     def screen(self, batch: RawBatch) -> list[Rejected | Accepted]:
-        """What becomes of each of a batch's rows."""
+        """The result for each row of a batch."""
         rows = [Row(parse(raw), batch.layout) for _, raw in batch.rows]
         results: dict[int, Rejected | Accepted] = {}
 
@@ -126,11 +126,11 @@ class Screen:
                 results[number] = verdict
 
         for number, row in enumerate(rows):
-            judge(number, self._alone(row))
+            judge(number, self._check_text(row))
         left = [number for number in range(len(rows)) if number not in results]
         for number, ids in zip(left, token_ids(self.tokenizer, [rows[n].text for n in left]), strict=True):
             rows[number].n_tokens = len(ids)
-            judge(number, self._tokens(ids))
+            judge(number, self._check_tokens(ids))
         left = [number for number in left if number not in results]
         prints = self._fingerprints([rows[number].text for number in left])
         for number, fingerprint in zip(left, prints, strict=True):
@@ -138,34 +138,34 @@ class Screen:
         return [results[number] for number in range(len(rows))]
 
     def _judge(self, row: Row, findings: Iterable[Finding]) -> Rejected | None:
-        """A row's rejection by the first of `findings` that is enforced; the others go into its scores."""
-        for found in findings:
-            if not found.detail:
+        """The rejection by the first enforced finding, or None; findings before it are noted in the row's scores."""
+        for finding in findings:
+            if not finding.detail:
                 continue
-            if not found.filter or self.modes[found.filter] == ENFORCE:
-                return Rejected(found.reason, quotable(found.detail), quotable_row(row.raw))
-            row.scores[found.reason] = found.detail if found.figure is None else found.figure
+            if not finding.filter or self.modes[finding.filter] == ENFORCE:
+                return Rejected(finding.reason, quotable(finding.detail), quotable_row(row.raw))
+            row.scores[finding.reason] = finding.detail if finding.figure is None else finding.figure
         return None
 
     def _fingerprints(self, texts: Sequence[str]) -> list[Fingerprint]:
-        if self.on("near_duplicates"):
-            return fingerprints(texts, self.settings["near_duplicate_min_features"])
+        if self.is_on("near_duplicates"):
+            return fingerprints(texts, self.settings.near_duplicate_min_features)
         return [Fingerprint(int(filters.text_id(text), 16)) for text in texts]
 
-    def _alone(self, row: Row) -> Iterator[Finding]:
-        """Each test's finding (without a detail: passed), in order; fills `row` on the way."""
+    def _check_text(self, row: Row) -> Iterator[Finding]:
+        """The findings of all filters that need no tokens, in order; also fills the fields of `row`."""
         if isinstance(row.raw, Broken):
             yield Finding("", row.raw.reason, row.raw.why)
         # pyrefly: ignore[bad-argument-type]
         column = row.layout.column(row.raw, "text")
         # pyrefly: ignore[missing-attribute]
         row.given = text = row.raw.get(column)
-        yield Finding("", "no_text", "" if isinstance(text, str) else _no_string(column, text))
+        yield Finding("", "no_text", "" if isinstance(text, str) else _describe_type(column, text))
         if self.modes["length"] == ENFORCE:
             longest = CHARACTERS_PER_TOKEN * self.prompt_tokens[1]
             yield Finding("length", "over_long", f"{len(text)} characters" if len(text) > longest else "")
         row.text = text
-        if self.on("unicode"):
+        if self.is_on("unicode"):
             yield Finding("unicode", "control_characters", filters.control_damage(text))
             repaired = filters.repair(text)
             yield Finding("unicode", "damaged_text", filters.text_damage(repaired))
@@ -175,40 +175,41 @@ class Screen:
                 row.scores["needs_repair"] = True
         yield Finding("", "damaged_text", "" if is_unicode(row.text) else "half a surrogate pair")
         yield Finding("", "empty", "" if any(map(str.isalnum, row.text)) else "no letter or figure in it")
-        yield from self._provenance(row)
-        yield from self._content(row)
+        yield from self._check_provenance(row)
+        yield from self._check_content(row)
 
-    def _provenance(self, row: Row) -> Iterator[Finding]:
+    def _check_provenance(self, row: Row) -> Iterator[Finding]:
         layout, raw = row.layout, row.raw
         row.source, problem = _source(raw.get(layout.column(raw, "source")) or layout.whole_source)
-        if self.on("licence"):
+        if self.is_on("licence"):
             yield Finding("licence", "no_source", problem)
         licence = raw.get(layout.column(raw, "licence")) or layout.whole_licence
-        row.licence, problem = _licence(licence, self.settings["licences"])
-        if self.on("licence"):
+        row.licence, problem = _licence(licence, self.settings.licences)
+        if self.is_on("licence"):
             yield Finding("licence", "licence", problem)
 
-    def _content(self, row: Row) -> Iterator[Finding]:
-        if self.on("prompt_injection"):
-            found = find_injection(row.text) or (row.given != row.text and find_injection(row.given))  # with its lines
+    def _check_content(self, row: Row) -> Iterator[Finding]:
+        if self.is_on("prompt_injection"):
+            # Before repair, the text still has its line breaks.
+            found = find_injection(row.text) or (row.given != row.text and find_injection(row.given))
             yield Finding("prompt_injection", "prompt_injection", found or "")
-        if self.on("personal_data"):
+        if self.is_on("personal_data"):
             yield Finding("personal_data", "personal_data", filters.find_personal_data(row.text))
-        if self.on("unsafe"):
+        if self.is_on("unsafe"):
             yield Finding("unsafe", "unsafe", filters.find_unsafe(row.text) or self._unsafe_column(row))
         row.scores |= {"characters": len(row.text), "words": len(row.text.split())}
         own = row.layout.column(row.raw, "id")
         if row.raw.get(own):
             row.scores[own] = str(row.raw[own])[:LONGEST_ID]
-        if self.on("language"):
-            languages = self.settings["languages"]
+        if self.is_on("language"):
+            languages = self.settings.languages
             row.language, row.scores["language"] = filters.identify_language(row.text, languages)
             foreign = row.language not in (*languages, filters.UNDECIDED)
             detail = f"{row.language} ({row.scores['language']:.2f})" if foreign else ""
             yield Finding("language", "wrong_language", detail)
 
     def _unsafe_column(self, row: Row) -> str:
-        """Names the column whose probability of unsafe content is the highest, where it is too high or no number."""
+        """The column with the highest probability of unsafe content if that is too high, or one with no probability."""
         found = {}
         for name in row.layout.unsafe_columns(row.raw):
             try:
@@ -220,16 +221,16 @@ class Screen:
         worst = max(found, key=found.__getitem__, default="")
         if worst:
             row.scores["unsafe_probability"] = round(found[worst], 4)
-        return f"{worst} {found[worst]:.2f}" if worst and found[worst] >= self.settings["unsafe_probability"] else ""
+        return f"{worst} {found[worst]:.2f}" if worst and found[worst] >= self.settings.unsafe_probability else ""
 
-    def _tokens(self, ids: Sequence[int]) -> Iterator[Finding]:
-        """Length in tokens, EOS included, and tokens that stand for nothing: as a training target they teach noise."""
+    def _check_tokens(self, ids: Sequence[int]) -> Iterator[Finding]:
+        """Findings on the length in tokens, EOS included, and on unknown tokens, which are bad training targets."""
         fewest, most = self.prompt_tokens
-        if self.on("length"):
+        if self.is_on("length"):
             yield Finding("length", "over_long", f"{len(ids)} tokens, at most {most}" if len(ids) > most else "")
             yield Finding("length", "too_short", f"{len(ids)} tokens, at least {fewest}" if len(ids) < fewest else "")
         unknown = self.tokenizer.unk_token_id
-        if self.on("unknown_tokens") and unknown is not None and (missing := ids.count(unknown)):
+        if self.is_on("unknown_tokens") and unknown is not None and (missing := ids.count(unknown)):
             detail = f"{missing} of {len(ids)} tokens are unknown to the tokenizer"
             yield Finding("unknown_tokens", "unknown_tokens", detail, missing / len(ids))
 
@@ -248,7 +249,7 @@ def _accepted(row: Row, fingerprint: Fingerprint) -> Accepted:
     return Accepted(prompt, row.text != row.given, fingerprint)
 
 
-def _no_string(column: str, value: Any) -> str:
+def _describe_type(column: str, value: Any) -> str:
     return f"'{column}' is {type(value).__name__}, not a string"
 
 
@@ -258,7 +259,7 @@ def _source(source: Any) -> tuple[str, str]:
 
 
 def _licence(licence: Any, allowed: Iterable[str]) -> tuple[str, str]:
-    """A licence as the profile spells it, or as it is, and what is wrong with it."""
+    """A licence as the profile spells it, otherwise as it is; and what is wrong with it."""
     name = filters.repair(licence) if isinstance(licence, str) else ""
     spelling = {known.casefold(): known for known in allowed}.get(name.casefold(), "")
     return spelling or name, "" if spelling else f"'{name}' is not allowed here" if name else "no licence is named"
@@ -268,7 +269,7 @@ def _licence(licence: Any, allowed: Iterable[str]) -> tuple[str, str]:
 
 
 def quotable_row(raw: Any) -> Any:
-    """A raw row as the quarantine may keep it, whatever it is rejected for and wherever in it personal data are."""
+    """A raw row as the quarantine may keep it, without the values that hold personal data."""
     if not isinstance(raw, dict):
         return quotable(raw.text if isinstance(raw, Broken) else raw)
     return {quotable(key): quotable(value) for key, value in islice(raw.items(), MOST_QUOTES)}
@@ -277,7 +278,7 @@ def quotable_row(raw: Any) -> Any:
 def quotable(value: Any) -> Any:
     """A value as the quarantine may keep it: at most `LONGEST_QUOTE` characters, and `WITHHELD` for personal data.
 
-    What JSON has no number for (NaN, infinity) is kept as text.
+    NaN and infinity, which JSON doesn't have, are kept as text.
     """
     text, plain = (value, True) if isinstance(value, str) else _as_json(value)
     quote = text[:LONGEST_QUOTE]
@@ -288,7 +289,7 @@ def quotable(value: Any) -> Any:
 
 
 def _as_json(value: Any) -> tuple[str, bool]:
-    """A value as JSON, and whether that is what the standard calls JSON."""
+    """A value as JSON, and whether it is standard JSON."""
     try:
         return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False), True
     except ValueError:

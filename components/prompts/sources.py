@@ -1,11 +1,10 @@
-"""Raw prompts as they lie in files: JSONL, CSV or Parquet, plain or compressed, always read as a stream.
+"""Raw prompts in files: JSONL, CSV or Parquet, plain or compressed, always read as a stream.
 
-Which column holds what is decided for each file, by its header (or by its first lines of JSON): by the names that are
-known here, or by what the profile's `sources` says of files of that name. How unsafe it is, each row says for itself,
-whatever columns others have. What the rows of a file don't say of themselves, `sources` may say for all of them: where
-they come from, and under which licence.
+The columns of each file are found by its header (or its first lines of JSON), under the names listed here or those that
+the profile's `sources` gives for the file. Probabilities of unsafe content are looked up in each row, whatever columns
+other rows have. If the rows of a file have no source or licence, `sources` may give one for the whole file.
 
-A file that can't be read is one row that can't be used: it is quarantined by its name, and the others are read.
+A file that can't be read counts as one broken row: it is quarantined by its name, and the other files are read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +19,11 @@ from components.prompts.parquet_records import column_names, read_parquet
 from components.prompts.records import Broken, Record, file_format, open_csv, open_jsonl, parse, printable
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
-BATCH = 1024  # rows that travel together
-BATCH_BYTES = 1 << 24  # after so many, a batch travels with fewer
+BATCH = 1024  # rows per batch, at most
+BATCH_BYTES = 1 << 24  # a batch ends once it has this many
 
-# The first of these that a file has is its column. `text` is this project's own name for it, `prompt` VidProM's, and so
-# are `uuid` and the six probabilities of unsafe content (https://huggingface.co/datasets/WenhaoWang/VidProM).
+# The first of these names that a file has is used. `text` is this project's own name; `prompt`, `uuid` and the six
+# probabilities of unsafe content are VidProM's (https://huggingface.co/datasets/WenhaoWang/VidProM).
 KNOWN_COLUMNS: Mapping[str, Sequence[str]] = {
     "text": ("text", "prompt"),
     "source": ("source",),
@@ -36,12 +35,13 @@ UNSAFE_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which of a file's columns holds what, and what the whole file says."""
+    """The columns of a file, and what holds for all its rows."""
 
-    # What -> the column's name; several where a file's beginning has none of them: of those, the first that a row has.
+    # `text`, `source` ... -> the column's name. Several names if the start of a file has none of them: then the first
+    # that a row has is used.
     columns: Mapping[str, Sequence[str]] = field(default_factory=lambda: KNOWN_COLUMNS)
-    unsafe: tuple[str, ...] | None = None  # probabilities of unsafe content; None: known ones, where a row has them
-    whole_source: str = ""  # of the rows that name none
+    unsafe: tuple[str, ...] | None = None  # probabilities of unsafe content; None: the known columns that a row has
+    whole_source: str = ""  # of rows without one
     whole_licence: str = ""
 
     def column(self, row: Mapping[str, Any], what: str) -> str:
@@ -50,7 +50,7 @@ class Layout:
         return next((name for name in names if row.get(name) is not None), names[0])
 
     def unsafe_columns(self, row: Mapping[str, Any]) -> Sequence[str]:
-        """The columns of a row that say how unsafe it is."""
+        """The columns of a row with probabilities of unsafe content."""
         return [name for name in row if _is_unsafe(name)] if self.unsafe is None else self.unsafe
 
 
@@ -61,24 +61,25 @@ def _is_unsafe(name: str) -> bool:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Rows of one file. A row is a line that should be JSON (bytes), an object, or `Broken`."""
+    """Rows of one file. A row is a line of JSON that isn't parsed yet (bytes), a dict, or `Broken`."""
 
-    file: str  # its name as text that any table can hold
+    file: str  # its name, as valid Unicode
     layout: Layout
     rows: Sequence[Record]  # numbered from 1 by line (in Parquet: by row); 0: the file itself
 
-    def row_id(self, place: int) -> str:
-        """A row's place in the raw files."""
-        number = self.rows[place][0]
+    def row_id(self, index: int) -> str:
+        """An id that says where a row is in the raw files: ``file:line``."""
+        number = self.rows[index][0]
         return f"{self.file}:{number}" if number else self.file
 
 
 def read_batches(path: Path, sources: Mapping[str, Any]) -> Iterator[RawBatch]:
-    """All rows of a file, or of a folder's files by name, in batches of up to `BATCH`; blank lines are no rows.
+    """All rows of a file, or of a folder's files in the order of their names, in batches; blank lines are skipped.
 
-    sources: a file name's pattern -> `source`, `licence`, `columns` (what -> name) of those files; the first that fits.
-    A file that can't be read (to its end), and one that has no column of prompts, is a batch of one broken row; raises
-    its error where all are so. Raises `ConfigError` where `sources` makes no sense, and as `raw_files` does.
+    sources: the profile's `curate_prompts.sources`: a pattern of file names -> `source`, `licence`, `columns` of those
+    files; the first pattern that matches counts. A file that can't be read to its end, or that has no column of
+    prompts, gives a batch of one broken row; if all files do, the first one's error is raised. Raises `ConfigError` if
+    `sources` doesn't fit the files, and as `raw_files` does.
     """
     files = _named_files(path)
     _check_sources(sources, files, path)
@@ -89,7 +90,7 @@ def read_batches(path: Path, sources: Mapping[str, Any]) -> Iterator[RawBatch]:
             yield from _file_batches(file, path, sources.get(pattern, {}))
         except BadInputError as error:
             if isinstance(error, ConfigError) and sum(fnmatchcase(other.name, pattern) for other in files) == 1:
-                raise  # what the profile says of this file is wrong
+                raise  # the profile has wrong columns for this file
             unreadable.append(error)
             why = printable(str(error).replace(str(file), file.name))
             yield RawBatch(printable(file.name), Layout(), [(0, Broken("", why, "unreadable_file"))])
@@ -100,12 +101,12 @@ def read_batches(path: Path, sources: Mapping[str, Any]) -> Iterator[RawBatch]:
 
 
 def raw_files(path: Path) -> list[Path]:
-    """A file, or a folder's files of a known format by name; raises `MissingInputError` without any."""
+    """A file, or a folder's files with a known format by their names; raises `MissingInputError` if there are none."""
     return [file for file in _named_files(path) if not _misplaced(file, path)]
 
 
 def _named_files(path: Path) -> list[Path]:
-    """What is called like a file of prompts, hidden ones left out."""
+    """The files whose names have a known format, without hidden ones."""
     if not path.is_dir():
         if not file_format(path.name)[0]:
             raise BadInputError(f"{path} is neither JSONL, CSV nor Parquet by its name; rename or convert it.")
@@ -113,13 +114,13 @@ def _named_files(path: Path) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file_format(file.name)[0] and not file.name.startswith("."))
     if not files:
         raise MissingInputError(
-            f"There is no *.jsonl file in {path}, nor CSV or Parquet; put prompts there, one JSON object a line."
+            f"There is no JSONL, CSV or Parquet file in {path}; put prompts there, such as JSON objects, one per line."
         )
     return files
 
 
 def _misplaced(file: Path, path: Path) -> str:
-    """Why what is called like a file of prompts is not opened at all, or an empty string."""
+    """Why a file of prompts must not be opened, or an empty string."""
     if not file.resolve().is_relative_to(path.resolve()):
         return "it is a link out of the folder of prompts; put the file itself there"
     return "" if file.is_file() else "it is no file; put the files of prompts themselves into the folder"
@@ -131,7 +132,9 @@ def _misplaced(file: Path, path: Path) -> str:
 def _check_sources(sources: Mapping[str, Any], files: Sequence[Path], path: Path) -> None:
     for pattern in sources:
         if not any(fnmatchcase(file.name, pattern) for file in files):
-            raise ConfigError(f"The profile's 'sources' name '{pattern}', and no file in {path} is called that.")
+            raise ConfigError(
+                f"'{pattern}' in the profile's 'sources' matches no file in {path}; correct or remove it."
+            )
 
 
 def _layout(names: Iterable[str], about: Mapping[str, Any]) -> Layout:
@@ -151,7 +154,7 @@ def _layout(names: Iterable[str], about: Mapping[str, Any]) -> Layout:
 
 
 def _header_layout(file: Path, names: Sequence[str], about: Mapping[str, Any]) -> Layout:
-    """The layout of a file with a header; raises where it has no column of prompts, or not those of the profile."""
+    """The layout of a file with a header; raises if it lacks the column of prompts, or one that the profile names."""
     layout, given = _layout(names, about), about.get("columns", {})
     wanted = [column for what, (column, *_) in layout.columns.items() if what in given or what == "text"]
     missing = [name for name in (*wanted, *(layout.unsafe or ())) if name not in names]
@@ -167,7 +170,7 @@ def _header_layout(file: Path, names: Sequence[str], about: Mapping[str, Any]) -
 
 
 def _used(names: Iterable[str], layout: Layout) -> list[str]:
-    """The columns, of those that there are, that are looked at."""
+    """The columns among `names` that are read."""
     known = {name for columns in layout.columns.values() for name in columns} | {*(layout.unsafe or ())}
     return [name for name in names if name in known or (layout.unsafe is None and _is_unsafe(name))]
 
@@ -176,7 +179,7 @@ def _used(names: Iterable[str], layout: Layout) -> list[str]:
 
 
 def _file_batches(file: Path, path: Path, about: Mapping[str, Any]) -> Iterator[RawBatch]:
-    """The rows of one file; raises `BadInputError` where it can't be read to its end or has no column of prompts."""
+    """The rows of one file; raises `BadInputError` if it can't be read to its end or has no column of prompts."""
     if why := _misplaced(file, path):
         raise BadInputError(f"{file} is not read: {why}.")
     form, _ = file_format(file.name)
@@ -197,7 +200,7 @@ def _file_batches(file: Path, path: Path, about: Mapping[str, Any]) -> Iterator[
 
 
 def _batched(rows: Iterator[Record]) -> Iterator[list[Record]]:
-    """Rows in lists of `BATCH`, or fewer where they are long; what was read before an error comes before it."""
+    """Rows in lists of up to `BATCH` and about `BATCH_BYTES`; rows before an error are yielded before it is raised."""
     batch, size = [], 0
     try:
         for number, raw in rows:

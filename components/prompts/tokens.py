@@ -1,4 +1,4 @@
-"""Token lengths: counted in one place, with the base's own tokenizer and EOS included, so that no two steps differ."""
+"""Token lengths, with the base's own tokenizer and EOS included; all steps count with these functions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from univigu.errors import BadInputError, MissingInputError, first_line
 def load_tokenizer(base: Path) -> Any:
     """The tokenizer of a base in diffusers' layout (``base/tokenizer``), read from disk only.
 
-    Raises where there is none, or where it does not end a text with EOS: every length in a profile counts EOS.
+    Raises `MissingInputError` if there is none, and `BadInputError` if it can't be read or doesn't end a text with EOS:
+    every length in a profile includes EOS.
     """
     folder = base / "tokenizer"
     if not folder.is_dir():
@@ -19,7 +20,7 @@ def load_tokenizer(base: Path) -> Any:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # over a damaged file, transformers and tokenizers raise whatever their code trips over
+    except Exception as error:  # on a damaged file, transformers and tokenizers raise any kind of exception
         raise BadInputError(f"The tokenizer at {folder} can't be read ({first_line(error)}); fix the base.") from error
     if token_ids(tokenizer, ["a"])[0][-1:] != [tokenizer.eos_token_id]:
         raise BadInputError(f"The tokenizer at {folder} does not end a text with EOS; give the base's own tokenizer.")
@@ -30,12 +31,12 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, EOS included, neither padded nor truncated."""
     if not tokenizer.is_fast:
         return tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
-    backend = tokenizer.backend_tokenizer  # the same without offsets and masks, in two thirds of the time
+    backend = tokenizer.backend_tokenizer  # takes two thirds of the time: no offsets, no masks
     backend.no_truncation()
     backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
 
 
 def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """How many tokens each text has, EOS included."""
+    """The number of tokens of each text, EOS included."""
     return [len(ids) for ids in token_ids(tokenizer, texts)]

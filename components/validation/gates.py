@@ -1,14 +1,14 @@
-"""Great Expectations as a gate: a suite built in code, run on a table in memory, and trusted only when it really ran.
+"""Great Expectations as a gate: a suite built in code and run on a table in memory, with proof that all of it ran.
 
-Great Expectations fails open: an expectation that raised is one `success: false` among many, an empty table passes
-every row-wise expectation, and one that was never run is not missed. `run_gate` closes these doors. Each expectation
-says in its `meta` what happens to the rows that fail it: they are quarantined under its `reason`, or (without one) the
-step fails. Of rows that must not be alike, the first in the table stays, if nothing else is wrong with it. After a
-quarantine the whole suite runs again: what leaves a gate has passed all of it.
+Great Expectations fails open: an expectation that raises is one `success: false` among many, an empty table passes
+every row-wise expectation, and an expectation that never ran is not reported. `run_gate` treats each of these as a
+failure. The `meta` of an expectation decides about the rows that fail it: with a `reason` they are quarantined under
+it, without one the step fails. Of rows that violate uniqueness, the first stays if it passes everything else. After a
+quarantine the whole suite runs again, so the rows that leave a gate have passed all of it.
 
-Its pages (Data Docs) are written for people, outside the committed output: they carry times and random ids. Opened in
-a browser they ask a public CDN for style sheets and scripts, and show the logo of Great Expectations; the committed
-`validation.json` says the same without either.
+The HTML pages (Data Docs) are written outside the committed output, because they contain times and random ids. They
+load style sheets, scripts and the logo of Great Expectations from public servers. The committed `validation.json` has
+the same figures.
 """
 
 import os
@@ -22,19 +22,19 @@ from typing import Any
 from univigu.errors import GateFailedError
 
 UNIQUE = ("expect_column_values_to_be_unique", "expect_compound_columns_to_be_unique")
-Reject = Callable[[str | None, str, str], None]  # takes a row's id, if it has one, a reason and a detail
+Reject = Callable[[str | None, str, str], None]  # called with a row's id (None if it has none), a reason and a detail
 
 
 @dataclass
 class Gate:
-    """What came of a suite: the rows that passed all of it, and each expectation's figures."""
+    """The result of a suite: the rows that passed all of it, and the figures of each expectation."""
 
     passed: Any  # pandas.DataFrame
     report: list[dict[str, Any]]
 
 
 def expectations() -> Any:
-    """Great Expectations' module of expectations, imported with everything that would call home switched off."""
+    """Great Expectations' module of expectations, imported with telemetry switched off."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations.expectations as expectations_module
 
@@ -44,17 +44,17 @@ def expectations() -> Any:
 def run_gate(
     name: str, frame: Any, suite: Sequence[Any], docs: Path, min_rows: int, remedy: str, reject: Reject
 ) -> Gate:
-    """Run `suite` on a DataFrame with a unique column `id`; returns what passed, and gives `reject` every other row.
+    """Run `suite` on a DataFrame with a unique column `id`; calls `reject` for every row that fails.
 
-    Raises `GateFailedError`, which ends with `remedy`, where the table has fewer than `min_rows` rows before or after
-    the quarantine, where an expectation without a `reason` fails, and where one raised, was not run, or did not look
-    at every row. The failing rows have been given to `reject` by then. `docs` is replaced by the pages of the run that
-    saw the whole table.
+    Raises `GateFailedError`, whose message ends with `remedy`, if the table has fewer than `min_rows` rows before or
+    after the quarantine, if an expectation without a `reason` fails, and if one raised, was not run, or did not see
+    every row. By then `reject` was called for the failing rows. `docs` is replaced by the pages of the run on the whole
+    table.
     """
     shutil.rmtree(docs, ignore_errors=True)
     if not suite:
-        raise GateFailedError(f"The gate '{name}' expects nothing of its table, so it can't vouch for it; {remedy}.")
-    _require_rows(name, frame, min_rows, "holds", remedy)
+        raise GateFailedError(f"The gate '{name}' has no expectations, so it validates nothing; {remedy}.")
+    _require_rows(name, frame, min_rows, "has", remedy)
     results, write_docs = _validate(name, frame, suite, docs)
     write_docs()
     report = sorted((_figures(result) for result in results), key=lambda figures: figures["expectation"])
@@ -83,9 +83,9 @@ def run_gate(
 
 
 def _reject_rows(failed: Sequence[Any], frame: Any, reject: Reject) -> dict[str | None, list[tuple[str, str]]]:
-    """Give every row that is quarantined to `reject`; returns each one's (reason, detail) by id.
+    """Call `reject` for every failing row; returns the (reason, detail) pairs of each by id.
 
-    Where the expectation fails the whole step, its type is the reason.
+    The reason is the expectation's type if it has no `reason` of its own.
     """
     reasons: dict[str | None, list[tuple[str, str]]] = {}
     alike: dict[str | None, list[tuple[str, str]]] = {}
@@ -104,13 +104,13 @@ def _reject_rows(failed: Sequence[Any], frame: Any, reject: Reject) -> dict[str 
 
 
 def _row_id(value: Any) -> str | None:
-    return value if isinstance(value, str) else None  # pandas has a NaN for it
+    return value if isinstance(value, str) else None  # pandas has NaN for a missing id
 
 
 def _all_but_first(
     alike: Mapping[str | None, Sequence[tuple[str, str]]], order: Sequence[str | None]
 ) -> Iterator[tuple[str | None, list[tuple[str, str]]]]:
-    """The rows that are like an earlier one of those that stay; rows are alike where they have a finding in common."""
+    """The rows of `alike` that share a finding with an earlier row that stays, with these findings."""
     taken: set[tuple[str, str]] = set()
     for row_id in (row_id for row_id in order if row_id in alike):
         found = [finding for finding in alike[row_id] if finding in taken]
@@ -123,13 +123,13 @@ def _all_but_first(
 def _require_rows(name: str, frame: Any, min_rows: int, verb: str, remedy: str) -> None:
     if len(frame) < max(min_rows, 1):
         raise GateFailedError(
-            f"The gate '{name}' failed: its table {verb} {len(frame)} rows, fewer than the profile's "
+            f"The gate '{name}' failed: its table {verb} {len(frame)} rows, fewer than the required "
             f"{max(min_rows, 1)}; {remedy}."
         )
 
 
 def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> tuple[list[Any], Callable[[], Any]]:
-    """Run the suite in an ephemeral context; returns a result for each expectation that ran, and what writes pages."""
+    """Run the suite in an ephemeral context; returns the results, and a function that writes the HTML pages."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.data_context.types import base
@@ -170,12 +170,12 @@ def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> tuple[
 
 
 def _check_that_all_ran(name: str, suite: Sequence[Any], results: Sequence[Any], rows: int, remedy: str) -> None:
-    """Hold the results against the suite: every expectation there, none raised, and all rows looked at."""
+    """Raise `GateFailedError` unless every expectation of the suite ran without an exception and saw all rows."""
     wanted = Counter(_signature(expectation.configuration) for expectation in suite)
     ran = Counter(_signature(result.expectation_config) for result in results)
     missing = next(iter((wanted - ran) + (ran - wanted)), None)
     if missing:
-        raise GateFailedError(f"The gate '{name}' failed: {missing} was asked for and not run; {remedy}.")
+        raise GateFailedError(f"The gate '{name}' failed: {missing} was not run as often as it should; {remedy}.")
     for result in results:
         raised = _exception(result.exception_info or {})
         if raised is not None:
@@ -183,12 +183,12 @@ def _check_that_all_ran(name: str, suite: Sequence[Any], results: Sequence[Any],
         count = result.result.get("element_count", rows)
         if count != rows:
             raise GateFailedError(
-                f"The gate '{name}' failed: {_describe(result)} looked at {count} of {rows} rows; {remedy}."
+                f"The gate '{name}' failed: {_describe(result)} saw {count} of {rows} rows; {remedy}."
             )
 
 
 def _exception(info: Mapping[str, Any]) -> str | None:
-    """The message of an expectation's exception; there is one record, or one for each metric that raised."""
+    """The message of an expectation's exception, or None; `info` is one record, or one per metric."""
     records = [info] if "raised_exception" in info else list(info.values())
     for record in records:
         if record.get("raised_exception"):
@@ -212,7 +212,7 @@ def _describe(result: Any) -> str:
 
 
 def _seen(result: Mapping[str, Any]) -> str:
-    """The few figures of a failed result that tell a person what was wrong."""
+    """A summary of a failed result for an error message."""
     if "observed_value" in result:
         return f"observed {result['observed_value']}"
     some = ", ".join(str(value) for value in result.get("partial_unexpected_list", [])[:3])
@@ -225,7 +225,7 @@ def _counts(reasons: Mapping[Any, Sequence[tuple[str, str]]]) -> str:
 
 
 def _figures(result: Any) -> dict[str, Any]:
-    """What the committed report keeps of a result: nothing that depends on the clock or on chance."""
+    """The figures of a result in the committed report, without times or random ids."""
     return {
         "expectation": _describe(result),
         "success": bool(result.success),

@@ -1,9 +1,9 @@
-"""What chat models and services put around a caption, and how it is taken off.
+"""Removal of what chat models and services put around a caption.
 
-Reasoning, tokens of chat templates, boxes of grounding, code fences, JSON, tags, Markdown, and words to the reader.
-Each layer is a function from text to text that takes one kind off. Where what remains may be the caption or not, it
-raises `Ambiguous`: such a text is asked for again, never guessed. A caption that merely has braces, quotes or a list in
-it comes out as it went in.
+That is reasoning, tokens of chat templates, grounding boxes, code fences, JSON, tags, Markdown, and remarks to the
+reader. Each layer is a function from text to text that removes one kind. If it is not certain what the caption is, the
+layer raises `Ambiguous`, and the captioner is asked again. A caption that only contains braces, quotes or a list is
+returned unchanged.
 """
 
 import re
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from components.checks.wrapping import chat_tokens, grounding, markup, prose, reasoning, structure
 from components.checks.wrapping.common import Ambiguous, tidy
 
-READ = 400_000  # characters of an answer, most of which may be reasoning
-LONGEST = 20_000  # of what is left without reasoning: more is no caption
-_STEPS = 40  # wrappings inside and after one another
+READ = 400_000  # characters of an answer; most of it may be reasoning
+LONGEST = 20_000  # characters of an answer without reasoning; no caption is longer
+_STEPS = 40  # wrappings to remove, at most
 _BLANKS = " \t\r\n\f\v\u00a0\u200b\u200c\u200d\u200e\u200f\u2060"
 
-# What is around everything comes first: what JSON, quotes or a fence hold can be wrapped again.
+# Outer layers come first: the content of JSON, quotes or a fence can be wrapped again.
 _LAYERS: tuple[Callable[[str], str], ...] = (
     tidy,
     structure.from_json,
@@ -37,7 +37,7 @@ _LAYERS: tuple[Callable[[str], str], ...] = (
 
 
 def extract_caption(text: str) -> tuple[str, str]:
-    """The caption in what a model wrote, as one line, and an empty string; or the whole text, and a complaint."""
+    """The caption in a model's answer as one line, and an empty string; or the whole text, and a complaint."""
     found = tidy(text[:READ].replace("\ufeff", "")).strip(_BLANKS)
     try:
         if len(found) > LONGEST:
@@ -56,13 +56,13 @@ def extract_caption(text: str) -> tuple[str, str]:
 
 
 def _unwrap(text: str) -> str:
-    """A text without the first wrapping that a layer finds, or as it is."""
+    """A text without the wrapping that the first matching layer removes; unchanged if none matches."""
     changed = (layer(text).strip(_BLANKS) for layer in _LAYERS)
     return next((inner for inner in changed if inner != text), text)
 
 
 def wrapping(text: str) -> str:
-    """Says what is wrong with a text that isn't a caption alone, or is empty. Quotes around it and italics may stay."""
+    """A complaint about a text that isn't only a caption, or an empty string. Outer quotes and italics are allowed."""
     caption, complaint = extract_caption(text)
     if complaint or _bare(caption) == _bare(one_line(text[:READ])):
         return complaint

@@ -1,11 +1,11 @@
-"""Tokens of chat templates in a text: they begin and end turns, and only the model's own first turn is the answer."""
+"""Tokens of chat templates in a text: they delimit turns, and only the model's first turn is the answer."""
 
 import re
 
 from components.checks.texts import words
 from components.checks.wrapping.common import PROSE, Ambiguous, is_prose, shown
 
-# ChatML, Llama, Gemma, Mistral, DeepSeek, Cohere, GLM, EXAONE, harmony ..., and what tokenizers leave behind.
+# Tokens of ChatML, Llama, Gemma, Mistral, DeepSeek, Cohere, GLM, EXAONE, harmony and others, and of tokenizers.
 _TOKEN = re.compile(
     r"<\|[^<>|\n]{1,64}\|>|<｜[^<>｜\n]{1,64}｜>|<\|[a-z_]{1,32}>|<[a-z_]{1,32}\|>|\[\|[^\[\]|\n]{1,32}\|\]"
     r"|</?s>|<(?:eos|bos|pad|unk|eod|sop|eop|cls|sep|mask|eot|eom)>|</?(?:start|end|begin)_of_\w{1,24}>"
@@ -29,7 +29,7 @@ _ROLE = re.compile(r"\s*(assistant|model|user|system|human|tool|developer|ipytho
 
 
 def own_turn(text: str) -> str:
-    """The first turn of the model's own in a text; a text without tokens of a template is its own turn."""
+    """The model's first turn in a text; the whole text if it has no tokens of a template."""
     if boxed := list(_BOXED.finditer(text)):
         return boxed[-1][1]
     tokens = list(shown(_TOKEN, text))
@@ -44,28 +44,28 @@ def own_turn(text: str) -> str:
 
 
 def without_tokens(text: str) -> str:
-    """A text with a space for each token of a chat template."""
+    """A text with a space in place of each token of a chat template."""
     return _TOKEN.sub(" ", text)
 
 
 def _own_turns(text: str, tokens: list[re.Match[str]]) -> list[str]:
-    """The model's turns in order. What stands before the first token is one of them, unless a token ends a user's."""
-    turns, own, place, role_follows = [""], True, 0, False
+    """The model's turns in order. The text before the first token is one, unless a token ends a user's turn there."""
+    turns, own, end, role_follows = [""], True, 0, False
     for token in tokens:
-        own = _add(turns, text[place : token.start()], own, role_follows)
-        name, place = _name(token), token.end()
+        own = _add(turns, text[end : token.start()], own, role_follows)
+        name, end = _name(token), token.end()
         role_follows = _NAMES_ROLE.fullmatch(name) is not None
-        if name == "/inst" and text[place:].strip():
+        if name == "/inst" and text[end:].strip():
             turns.clear()
         if role_follows or name in _USER or name in _OWN or _ENDS.fullmatch(name) or _BEGINS.fullmatch(name):
             turns.append("")
             own = name not in _USER
-    _add(turns, text[place:], own, role_follows)
+    _add(turns, text[end:], own, role_follows)
     return turns
 
 
 def _add(turns: list[str], part: str, own: bool, role_follows: bool) -> bool:
-    """Add what stands between two tokens to the last turn, if it is the model's own; whether it is."""
+    """Add the text between two tokens to the last turn if it is the model's own; returns whether it is."""
     if role_follows and (role := _ROLE.match(part)):
         own, part = role[1] in (*_OWN, "bot"), part[role.end() :]
     if own:

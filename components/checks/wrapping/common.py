@@ -1,21 +1,22 @@
-"""What the layers share."""
+"""Functions and patterns that several layers use."""
 
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import resources
 
-from components.checks.patterns import read_patterns
 from components.checks.texts import words
+from components.prompts.patterns import read_patterns
 
-PROSE = 5  # words from which on a text may be a description
+PROSE = 5  # least words of a description
 _SPACES = re.compile(r"[^\S\n]+")
 _EMPTY_LINES = re.compile(r" ?\n(?: ?\n)+ ?")
 _LINE_ENDS = re.compile(r" \n ?|\n ")
 _BRACKETS = re.compile(r"\"[^\"\\]*(?:\\.[^\"\\]*)*\"|[\[{]|[\]}]", re.DOTALL)
-# What is quoted within a sentence.
+# Quotes within a sentence.
 QUOTED = re.compile(r"(?<![\w.!?])[\"“«„][^\"”»“\n]{0,300}[\"”»“](?!\w)")
 _QUOTES = "\"'“”‘’«»„`「」"
-# Names of keys in JSON, of tags and of labels under which a description stands, the surest first.
+# Names of JSON keys, tags and labels of a description, the most certain first.
 ANSWER_NAMES = (
     *("finalcaption", "finaldescription", "finalanswer", "finalresponse", "final", "conclusion", "revisedcaption"),
     *("reviseddescription", "detailedcaption", "detaileddescription", "videocaption", "videodescription", "caption"),
@@ -24,22 +25,22 @@ ANSWER_NAMES = (
 )
 
 
-class Ambiguous(Exception):  # noqa: N818 (a text's fate, told as data)
-    """What is around a caption can't be told from it; the message says what, in words for the model."""
+class Ambiguous(Exception):  # noqa: N818 (a verdict on a text, not an error)
+    """A caption can't be separated from the text around it; the message tells the model why."""
 
 
 def tidy(text: str) -> str:
-    """A text with single spaces and at most one empty line, which lines neither begin nor end with a space."""
+    """A text with single spaces, at most one empty line in a row, and no spaces at the ends of lines."""
     return _LINE_ENDS.sub("\n", _EMPTY_LINES.sub("\n\n", _SPACES.sub(" ", text)))
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has as many words as a sentence."""
+    """Whether a text has enough words for a sentence."""
     return len(words(text)) >= PROSE
 
 
 def shown(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """The places of a pattern in a text, without those in quotes of their own: a sign may say "<think>"."""
+    """The matches of a pattern in a text, without those that are quoted: a sign may say "<think>"."""
     for found in pattern.finditer(text):
         before, after = text[max(0, found.start() - 2) : found.start()], text[found.end() : found.end() + 2]
         opened = before[-1:] in _QUOTES and (len(before) < 2 or (not before[0].isalnum() and before[0] not in ".!?>"))
@@ -48,7 +49,7 @@ def shown(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
 
 
 def answer_rank(name: str) -> int:
-    """How surely a key, tag or label of this name holds a description; less is surer, and -1 is not at all."""
+    """The rank of a key, tag or label as a name for a description; 0 is the most certain, and -1 is none."""
     plain = re.sub(r"[^a-z]", "", name.casefold())
     if plain in ANSWER_NAMES:
         return ANSWER_NAMES.index(plain)
@@ -58,7 +59,7 @@ def answer_rank(name: str) -> int:
 @cache
 def phrases() -> dict[str, dict[str, re.Pattern[str]]]:
     """The patterns of ``phrases.yaml``, by group and name."""
-    lists = read_patterns("wrapping/phrases.yaml")
+    lists = read_patterns(resources.files("components.checks.wrapping") / "phrases.yaml")
     return {
         group: {name: re.compile(each, re.IGNORECASE | re.MULTILINE) for name, each in named.items()}
         for group, named in lists.items()
@@ -66,7 +67,7 @@ def phrases() -> dict[str, dict[str, re.Pattern[str]]]:
 
 
 def only(texts: list[str], what: str) -> str:
-    """The one of several texts, where they are equal; raises `Ambiguous` where they aren't."""
+    """The one text in `texts` if all are equal; raises `Ambiguous` otherwise."""
     different = {" ".join(words(text)): text for text in texts}
     if len(different) != 1:
         raise Ambiguous(f"it holds {what}; write one description and nothing else")
@@ -74,7 +75,7 @@ def only(texts: list[str], what: str) -> str:
 
 
 def bracket_depth(text: str) -> int:
-    """How deep the brackets of JSON are in one another, at most, without those in strings."""
+    """The depth of nested brackets of JSON, without those in strings."""
     deepest = depth = 0
     for found in _BRACKETS.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)

@@ -1,4 +1,4 @@
-"""Boxes, points and places that models for grounding write into their text, and the tags around what they point at."""
+"""Boxes and points that grounding models write into their text, and tags around the phrases for them."""
 
 import re
 
@@ -23,9 +23,9 @@ _STRAY = re.compile(r"</?(?:box|bbox|quad|ref|phrase|poly|roi|det)>|<\|(?:object
 
 
 def without_boxes(text: str) -> str:
-    """A text without coordinates, and its phrases without tags.
+    """A text without coordinates and without tags around phrases.
 
-    A phrase between two sentences, which is a list of what was found and no part of them, goes with its box.
+    A phrase between two sentences is not part of them, so it is removed with its box.
     """
     phrases = list(_PHRASE.finditer(text))
     for found in reversed(phrases):

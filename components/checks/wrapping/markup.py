@@ -1,4 +1,4 @@
-"""Markdown around and in a description: a title above it, bold type, quotes in its margin."""
+"""Markdown around and in a description: titles, bold type, block quotes."""
 
 import re
 
@@ -19,7 +19,7 @@ _ITEM = re.compile(r"[-*•–—] (?=\S)")
 
 
 def without_markdown(text: str) -> str:
-    """A text without Markdown. A list, or more than one heading, stays: it isn't a paragraph."""
+    """A text without Markdown. Lists and further headings are kept: such a text isn't one paragraph."""
     if (title := _TITLE.match(text)) and is_prose(text[title.end() :]):
         text = text[title.end() :]
     text = _MARGIN.sub("", _RULE.sub("", text)) if _is_quoted(text) else _RULE.sub("", text)

@@ -1,4 +1,4 @@
-"""Words to the reader around a description: "Sure! Here is a caption:", "Caption:", "Let me know if ..."."""
+"""Remarks to the reader around a description: "Sure! Here is a caption:", "Caption:", "Let me know if ..."."""
 
 import re
 
@@ -8,19 +8,19 @@ _SPEAKS = re.compile(r"\b(?:I|I['’]\w+|[Yy]ou|[Yy]our|[Mm]y)\b")
 _SENTENCE_START = re.compile(r"(?:(?<=[.!?。！？…])[\"”’)\]*]*\s+|(?<=[。！？])|\n+)(?=\S)")
 
 
-def left_to_say(text: str) -> str:
-    """What is left of a text that may be for the reader alone."""
+def without_remarks(text: str) -> str:
+    """A text without remarks to the reader at its start and end; empty if it has nothing else."""
     rest = without_end(f".\n{text.strip()}").removeprefix(".").strip()
     return without_start(f"{rest}\n.").removesuffix(".").strip()
 
 
 def describes(text: str) -> bool:
-    """Whether a text holds a sentence that isn't for the reader alone."""
-    return is_prose(left_to_say(text))
+    """Whether a text has a sentence besides remarks to the reader."""
+    return is_prose(without_remarks(text))
 
 
 def check_leftovers(text: str) -> None:
-    """Raise `Ambiguous` for what no layer takes off, because it would be a guess."""
+    """Raise `Ambiguous` for wrappings that no layer can remove without guessing."""
     spoken = QUOTED.sub('""', text)
     for what, pattern in phrases()["leftovers"].items():
         if any(shown(pattern, spoken)):
@@ -34,7 +34,7 @@ def check_leftovers(text: str) -> None:
 
 
 def _is_unbalanced(text: str) -> bool:
-    """Whether a text begins or ends with a quote or bracket that has no partner; a screen of 12" may."""
+    """Whether a text begins or ends with an unpaired quote or bracket; inches, as in 12", are allowed."""
     if any(text.endswith(closing) and text.count(closing) > text.count(opening) for opening, closing in ("{}", "[]")):
         return True
     for opening, closing, without in (
@@ -47,19 +47,19 @@ def _is_unbalanced(text: str) -> bool:
 
 
 def without_start(text: str) -> str:
-    """A text without what introduces it, as far as that speaks of the text itself."""
+    """A text without introductions that are about the text itself."""
     patterns = phrases()["starts"]
     while True:
         found = next((found for pattern in patterns.values() if (found := pattern.match(text))), None)
         if not found or not found[0].strip() or not text[found.end() :].strip():
             return text
         text = text[found.end() :].strip()
-        if found[0].count("**") % 2 and text.endswith("**"):  # the text itself was bold
+        if found[0].count("**") % 2 and text.endswith("**"):  # the whole text was bold
             text = text[:-2]
 
 
 def without_end(text: str) -> str:
-    """A text without its last sentences or lines, as far as they are for the reader."""
+    """A text without remarks to the reader in its last sentences or lines."""
     if (turn := phrases()["turns"]["next"].search(text)) and is_prose(text[: turn.start()]):
         text = text[: turn.start()].rstrip()
     starts = [found.end() for found in _SENTENCE_START.finditer(text)]

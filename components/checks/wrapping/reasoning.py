@@ -1,4 +1,4 @@
-"""Reasoning that stands in the answer: between tags of any spelling, opened or not, closed or not, and in channels."""
+"""Reasoning in an answer: between tags of any spelling, also unopened or unclosed ones, and in channels."""
 
 import re
 
@@ -22,7 +22,7 @@ _EMPTY_TAG = re.compile(rf"<{_NAME}\s*/>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<([A-Za-z_]{1,40})>")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(?P<name>[a-z]+)[^<]{0,100}(?:<\|constrain\|>[^<]{0,40})?<\|message\|>")
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call|start|channel)\|>")
-# The channels' names, where a tokenizer left the tokens out: "analysisWe need ... assistantfinalA ball moves."
+# Names of channels whose tokens a tokenizer removed: "analysisWe need ... assistantfinalA ball moves."
 _BARE_FINAL = re.compile(r"assistantfinal|(?<=[.!?\"\s])assistant\s+final(?=\s*[A-Z\"“{])")
 _BARE_ANALYSIS = re.compile(r"analysis(?=[A-Z\"“\n])")
 _ONLY = "it holds only reasoning; write the description alone"
@@ -30,7 +30,7 @@ _MIXED = "it holds reasoning as well; write the description alone"
 
 
 def final_channel(text: str) -> str:
-    """The final channel's text of an answer in harmony's format, with or without its tokens; other text as it is."""
+    """The final channel of an answer in the harmony format, with or without its tokens; other texts are unchanged."""
     messages = list(_CHANNEL.finditer(text))
     if messages:
         ends = [*(found.start() for found in messages[1:]), len(text)]
@@ -49,7 +49,7 @@ def final_channel(text: str) -> str:
 
 
 def without_reasoning(text: str) -> str:
-    """What is left of a text without reasoning; raises `Ambiguous` where that is nothing, or is in pieces."""
+    """A text without reasoning; raises `Ambiguous` if nothing is left, or several parts."""
     text = _EMPTY_TAG.sub("", text)
     tags = [(found.start(), found.end(), _is_closing(found)) for found in shown(_TAG, text)]
     if not tags:
@@ -75,23 +75,23 @@ def _is_closing(found: re.Match[str]) -> bool:
 
 
 def _visible(text: str, tags: list[tuple[int, int, bool]]) -> tuple[list[str], bool]:
-    """The parts of a text outside of reasoning, and whether the last reasoning has an end.
+    """The parts of a text outside of reasoning, and whether the last reasoning is closed.
 
-    Tags nest where they balance; else any closing tag ends the reasoning, which a tag that is only mentioned in it
-    doesn't begin again. A closing tag without an opening one makes reasoning of all that stands before it.
+    Tags nest if they are balanced. Otherwise any closing tag ends the reasoning, and an opening tag within it has no
+    effect. If a closing tag has no opening tag, all text before it is reasoning.
     """
     nested = _balanced([closing for _, _, closing in tags])
-    parts, depth, place = [""], 0, 0
+    parts, depth, last_end = [""], 0, 0
     for start, end, closing in tags:
         if depth == 0:
-            parts.append(text[place:start])
+            parts.append(text[last_end:start])
         if closing:
             parts = parts if depth else []
             depth = depth - 1 if nested else 0
         else:
             depth = depth + 1 if nested else 1
-        place = end
-    return ([*parts, text[place:]], True) if depth == 0 else (parts, False)
+        last_end = end
+    return ([*parts, text[last_end:]], True) if depth == 0 else (parts, False)
 
 
 def _balanced(closings: list[bool]) -> bool:
@@ -104,7 +104,7 @@ def _balanced(closings: list[bool]) -> bool:
 
 
 def _without_marked_thoughts(text: str) -> str:
-    """Reasoning that only a label or its own words give away, up to the last label of an answer."""
+    """A text without reasoning that has no tags, only a label or typical words; it ends at the last answer label."""
     patterns = phrases()["reasoning"]
     if (block := patterns["block"].match(text)) and is_prose(text[block.end() :]):
         return text[block.end() :]

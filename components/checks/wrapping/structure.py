@@ -1,4 +1,4 @@
-"""What programs put around a text: marker lines, code fences, JSON, tags, quotes."""
+"""Machine-readable wrappings of a text: marker lines, code fences, JSON, tags, quotes."""
 
 import ast
 import html
@@ -11,9 +11,9 @@ from typing import Any
 from components.checks.texts import words
 from components.checks.wrapping.chat_tokens import own_turn
 from components.checks.wrapping.common import Ambiguous, answer_rank, bracket_depth, is_prose, only, shown
-from components.checks.wrapping.prose import describes, left_to_say
+from components.checks.wrapping.prose import describes, without_remarks
 
-DEPTH = 32  # of brackets in brackets
+DEPTH = 32  # nested brackets, at most
 _MARKER = re.compile(r" ?={2,4} ?[0-9a-f]{16} ?={2,4} ?\n?")
 _FENCE = re.compile(r"`{3,}|~{3,}|'''|\"\"\"")
 _WHOLE_FENCE = re.compile(r"(?P<fence>`{3,}|~{3,})[^\n`]{0,40}\n(?P<text>.*?)\n?[ \t]*(?P=fence)", re.DOTALL)
@@ -60,7 +60,7 @@ _LATEX = re.compile(r"\$*\\(?:boxed|text)\{(?P<text>.*)\}\$*", re.DOTALL)
 
 
 def without_markers(text: str) -> str:
-    """A text without the marker lines of a request, which a model may write around its own text as well."""
+    """A text without the marker lines of a request, which a model may copy into its answer."""
     parts = [part for part in _MARKER.split(text) if part.strip()]
     if len(parts) < 2 or not _MARKER.search(text):
         return _MARKER.sub("", text)
@@ -68,7 +68,7 @@ def without_markers(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """What is in a text's only code fence, where nothing else is said; raises `Ambiguous` where more is."""
+    """The content of a text's only code fence; raises `Ambiguous` if there is a description beside it."""
     parts = _FENCE.split(text)
     if len(parts) == 1:
         return text
@@ -80,7 +80,7 @@ def fenced(text: str) -> str:
 
 
 def from_json(text: str) -> str:
-    """The caption in JSON (or in a Python literal); a text that isn't JSON comes back as it is."""
+    """The caption in JSON (or in a Python literal); a text that isn't JSON is returned unchanged."""
     if text[:1] not in ("{", "[", '"'):
         return text
     if bracket_depth(text) > DEPTH:
@@ -90,15 +90,15 @@ def from_json(text: str) -> str:
         if value is None and _OBJECT.match(text):
             raise Ambiguous("it is JSON that can't be read; write plain text")
         return text
-    if words(left_to_say(own_turn(_MARKER.sub("", rest)))):
+    if words(without_remarks(own_turn(_MARKER.sub("", rest)))):
         if isinstance(value, str):
-            return text  # a caption that begins with what a sign says
+            return text  # a caption that begins with the quoted text of a sign
         raise Ambiguous("it holds JSON beside the description; write plain text")
     return value if isinstance(value, str) else _choose(value)
 
 
 def _decode(text: str) -> tuple[Any, str]:
-    """A JSON value at the start of a text, and what follows it; None where there is none."""
+    """The JSON value at the start of a text (None if there is none), and the text after it."""
     try:
         value, end = json.JSONDecoder(strict=False).raw_decode(f"{{{text}}}" if _BARE_KEY.match(text) else text)
         return _with_further(value, text[end:])
@@ -109,14 +109,14 @@ def _decode(text: str) -> tuple[Any, str]:
     if not _OBJECT.match(text):
         return None, ""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd escapes
+        with warnings.catch_warnings(action="ignore"):  # about invalid escapes
             return ast.literal_eval(text), ""
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None, ""
 
 
 def _with_further(value: Any, rest: str) -> tuple[Any, str]:
-    """A JSON value, in a list with those that follow it at once, and what follows them."""
+    """A JSON value, in a list with any objects directly after it, and the text after them."""
     values = [value]
     while isinstance(value, dict) and rest.lstrip()[:1] == "{":
         try:
@@ -128,7 +128,7 @@ def _with_further(value: Any, rest: str) -> tuple[Any, str]:
 
 
 def _choose(value: Any) -> str:
-    """The caption among the strings of an object or list: the one under the surest key, or the only one."""
+    """The caption among the strings of an object or list: the one with the best-ranked key, or the only one."""
     found = list(_strings(value))
     prose = [(answer_rank(key), text) for key, text in found if is_prose(text)]
     if not prose:
@@ -139,7 +139,7 @@ def _choose(value: Any) -> str:
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All strings of a JSON value with their keys, but those of reasoning."""
+    """All strings of a JSON value with their keys, without those of reasoning."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, list | tuple | set):
@@ -152,7 +152,7 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def tagged(text: str) -> str:
-    """What is in a text's tags (XML, HTML): in those of an answer, or in one around everything."""
+    """The content of a text's tags (XML, HTML): of an answer's tag, or of a tag around the whole text."""
     text = _COMMENT.sub("", text)
     tags = list(shown(_TAG, text))
     if not tags:
@@ -175,7 +175,7 @@ def tagged(text: str) -> str:
 
 
 def _between(text: str, tags: list[re.Match[str]]) -> list[str]:
-    """The texts in tags of one name; where one has no partner, up to the text's end or from its start."""
+    """The contents of tags of one name; without its partner, a tag reaches to the end of the text or from its start."""
     if not any(tag["end"] for tag in tags):
         return [text[tags[-1].end() :]]
     found, start = [], 0
@@ -187,7 +187,7 @@ def _between(text: str, tags: list[re.Match[str]]) -> list[str]:
 
 
 def unescaped(text: str) -> str:
-    """A text without escapes of JSON or entities of HTML."""
+    """A text with JSON escapes and HTML entities decoded."""
     text = html.unescape(text) if _ENTITY.search(text) else text
     if not _ESCAPES.search(text) or re.search(r"(?<!\\)\"", text):
         return text
@@ -198,9 +198,9 @@ def unescaped(text: str) -> str:
 
 
 def unquoted(text: str) -> str:
-    """A text without quotes or bold type around the whole of it.
+    """A text without quotes or bold type around the whole text.
 
-    A text that begins and ends with what signs say keeps its own quotes.
+    A text that begins and ends with different quotations keeps them.
     """
     if found := _LATEX.fullmatch(text):
         return found["text"]
@@ -217,7 +217,7 @@ def unquoted(text: str) -> str:
 
 
 def _is_one(opening: str, inner: str, closing: str) -> bool:
-    """Whether two quotes belong together, with others of their kind between them at most in pairs."""
+    """Whether an opening and a closing quote are a pair; other quotes of the kind between them must be pairs."""
     if opening in "([{":
         return not (_OBJECT.match(opening + inner) or re.search(r"[()\[\]{}]", inner))
     if inner[:1] == opening == "`":

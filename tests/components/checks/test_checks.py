@@ -1,4 +1,4 @@
-"""Checks find what they are for, and let good clips pass."""
+"""Checks find the faults they look for, and let good clips pass."""
 
 import shutil
 
@@ -23,7 +23,7 @@ def clips():
 
 
 def reasons(frames, *modules):
-    """The first reason that any of the modules finds, with its own thresholds."""
+    """The first reason that any of the modules finds with its default thresholds."""
     found = [module.check(frames, [{}] * len(frames), module.DEFAULTS) for module in modules or (blank, broken, frozen)]
     return [next((one.reason for one in each if one.reason), None) for each in zip(*found, strict=True)]
 
@@ -42,18 +42,18 @@ def test_blank_frozen_and_broken_clips_are_found(clips):
     assert reasons(found) == ["blank", "frozen", "broken", "broken"]
 
 
-def test_one_frame_is_not_called_frozen(clips):
+def test_a_clip_of_one_frame_is_not_frozen(clips):
     assert reasons(clips[0][:2, :1]) == [None, None]
 
 
 @pytest.fixture(scope="module")
 def panorama():
-    """A smooth picture of 200x400, which clips look at through a window."""
+    """A smooth picture of 200x400, of which clips show a window."""
     return uniform_filter(np.random.default_rng(0).integers(0, 256, (200, 400, 3)).astype(float), (9, 9, 0))
 
 
 def pan(picture, pixels, count=9):
-    """A window of 96x128 that moves over the picture to the right, so what is seen moves to the left."""
+    """A window of 96x128 that moves over the picture to the right, so the content moves to the left."""
     return np.stack([picture[20:116, 20 + pixels * i : 148 + pixels * i] for i in range(count)]).astype(np.uint8)
 
 
@@ -66,7 +66,7 @@ def test_motion_is_measured_in_pixels_and_judged_by_the_height(panorama):
     assert reasons(np.stack([still, pan(panorama, 2), fast]), motion) == ["still", None, "hectic"]
 
 
-def test_flicker_is_found_and_a_fade_or_a_pan_is_not_called_so(panorama):
+def test_flicker_is_found_and_fades_and_pans_are_not_flicker(panorama):
     clip = pan(panorama, 2).astype(float)
     fade = clip * np.linspace(1, 0.5, 9)[:, None, None, None]
     jumps = clip + 20 * (np.arange(9) % 2)[:, None, None, None]
@@ -103,7 +103,7 @@ def gate_of(root, **checks):
     return clip_gate.load_gate(checks, root)
 
 
-def test_an_aesthetic_scorer_is_a_folder_and_its_score_the_heads(aesthetic_root, panorama):
+def test_the_aesthetic_score_comes_from_the_model_and_head_in_a_folder(aesthetic_root, panorama):
     clips = np.stack([pan(panorama, 2), 255 - pan(panorama, 2)])
     (check,) = gate_of(aesthetic_root, aesthetic={"mode": "enforce", "model": "scorer", "min_score": 0.0})
     scores = [found.scores["aesthetic"] for found in check.module.check(clips, [{}] * 2, check.settings)]
@@ -116,7 +116,7 @@ def test_an_aesthetic_scorer_is_a_folder_and_its_score_the_heads(aesthetic_root,
     assert clip_gate.gate_digests([check]) != before
 
 
-def test_a_scorer_that_is_not_there_or_does_not_fit_is_told_at_once(aesthetic_root, panorama, tmp_path):
+def test_a_missing_or_mismatched_scorer_is_an_error(aesthetic_root, panorama, tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -125,7 +125,7 @@ def test_a_scorer_that_is_not_there_or_does_not_fit_is_told_at_once(aesthetic_ro
     shutil.copytree(aesthetic_root / "scorer", tmp_path / "wide")
     save_file({"weight": torch.zeros(1, 12), "bias": torch.zeros(1)}, tmp_path / "wide/head.safetensors")
     (check,) = gate_of(tmp_path, aesthetic={"mode": "score", "model": "wide"})
-    with pytest.raises(BadInputError, match="holds no image model with a head that fits it"):
+    with pytest.raises(BadInputError, match="has no image model with a matching head"):
         check.module.check(pan(panorama, 1)[None], [{}], check.settings)
 
 
@@ -146,10 +146,10 @@ def test_a_check_is_off_scores_or_enforces(panorama, tmp_path):
     ("check", "message"),
     [
         ({"beauty": {"mode": "score"}}, "no check 'beauty'"),
-        ({"blank": {"mode": "score", "contrast": 1}}, "no setting 'contrast'; it has min_contrast"),
+        ({"blank": {"mode": "score", "contrast": 1}}, "no setting 'contrast'; its settings: min_contrast"),
     ],
 )
-def test_a_gate_that_makes_no_sense_is_refused(check, message, tmp_path):
+def test_an_invalid_gate_is_refused(check, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         gate_of(tmp_path, **check)
 
@@ -166,14 +166,14 @@ def test_a_true_prompt_passes_and_a_false_one_is_named(clips):
     assert "the frames show" in found[0].detail
 
 
-def test_an_unclear_clip_is_given_the_benefit_of_the_doubt():
+def test_a_clip_measured_with_low_confidence_passes():
     unclear = {name: Measurement(values[0], 0.1) for name, values in world.ATTRIBUTES.items()}
     assert digits.compare("a green two on white moving left", unclear).reason is None
 
 
 @pytest.fixture
 def left_out(monkeypatch):
-    """Every fifth training scan, of which `measure` has no template meanwhile."""
+    """Every fifth training scan, for which `measure` has no template during the test."""
     scans, labels = world.train_scans()
     out = np.arange(len(labels)) % 5 == 0
     monkeypatch.setattr(world, "train_scans", lambda: (scans[~out], labels[~out]))
@@ -182,7 +182,7 @@ def left_out(monkeypatch):
     measure._templates.cache_clear()
 
 
-def test_the_confidence_asked_for_is_what_training_scans_call_for(left_out):
+def test_the_confidence_thresholds_are_those_chosen_on_training_scans(left_out):
     rng = np.random.default_rng(0)
     attributes = [world.sample_attributes(rng) for _ in range(1536)]
     frames = world.render(attributes, world.draw_scans(attributes, left_out, 0), 0)
@@ -196,7 +196,7 @@ def test_the_confidence_asked_for_is_what_training_scans_call_for(left_out):
         assert least == next(tenth for tenth in tenths if right[sure >= tenth].mean() >= 0.98), name
 
 
-def test_a_caption_must_say_what_its_prompt_says_and_say_it_once():
+def test_a_caption_must_give_each_attribute_of_its_prompt_once():
     prompt = "a green two moving left"
     assert digits.check_caption(prompt, "The green digit two moves left from the top-right.") is None
     assert "green" in digits.check_caption(prompt, "The digit two moves left.")
@@ -214,7 +214,7 @@ def test_an_echo_is_a_run_of_words_from_the_instructions():
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "الكلب يركض‏", "一只狗", "👩‍🚀 waves", "שלום", "ไทย", "नमस्ते"])
-def test_every_script_is_undamaged(text):
+def test_text_in_any_script_is_not_damaged(text):
     assert texts.damage(text) == ""
 
 
@@ -238,7 +238,7 @@ def test_a_caption_must_be_in_an_allowed_language():
     assert "'de'" in english_only.find("", german)
 
 
-def test_a_caption_covers_its_prompt_in_other_forms_of_its_words():
+def test_a_caption_may_cover_its_prompt_with_other_forms_of_the_words():
     (check,) = load_caption_checks([{"coverage": {"least": 0.6}}])
     prompt = "two dogs running on a beach"
     assert check.find(prompt, "A pair of dogs runs along a sandy beach.") is None
@@ -255,17 +255,17 @@ def test_a_prompt_without_spaces_is_covered_by_pairs_of_characters():
 
 
 @pytest.mark.parametrize("entry", ["nothing", {"language": {}}, {"coverage": {"most": 1}}, "degenerate"])
-def test_a_check_that_does_not_exist_or_takes_other_settings_is_refused(entry):
+def test_an_unknown_check_and_wrong_settings_are_refused(entry):
     with pytest.raises(ConfigError):
         load_caption_checks([entry])
 
 
-def test_a_prompt_in_another_dress_is_no_caption():
+def test_a_prompt_with_other_case_and_punctuation_is_no_caption():
     assert texts.repeats_prompt("a red-ish two, moving left", "A red ish two moving left!")
     assert not texts.repeats_prompt("a red two", "a red two moving left")
 
 
-def test_the_captioner_believes_clear_frames_then_the_prompt_then_unclear_frames():
+def test_the_captioner_trusts_clear_frames_over_the_prompt_and_the_prompt_over_unclear_frames():
     truth = {"digit": "two", "colour": "red", "background": "black"}
     truth |= {"direction": "left", "speed": "fast", "start": "top-right", "end": "top-left"}
     silent = {name: set() for name in truth}
@@ -277,7 +277,7 @@ def test_the_captioner_believes_clear_frames_then_the_prompt_then_unclear_frames
     assert decide(unclear, {**silent, "colour": {"blue"}})["colour"] == "blue"
 
 
-def test_the_course_that_the_captioner_states_is_possible():
+def test_the_motion_that_the_captioner_describes_is_possible():
     rng = np.random.default_rng(0)
     for _ in range(50):
         seen = {name: Measurement(str(rng.choice(values)), rng.random()) for name, values in world.ATTRIBUTES.items()}

@@ -1,4 +1,4 @@
-"""Refusals are found in whatever words, and descriptions aren't mistaken for them."""
+"""Refusals in many wordings are found, and descriptions aren't mistaken for them."""
 
 import pytest
 
@@ -127,12 +127,12 @@ An eye opens, and a policeman helps a woman across the road. Nothing else is in 
 
 
 @pytest.mark.parametrize("text", REFUSALS.strip().splitlines())
-def test_a_refusal_is_found_in_whatever_words(text):
+def test_a_refusal_is_found(text):
     assert refusal(text)
 
 
 @pytest.mark.parametrize("text", DESCRIPTIONS.strip().splitlines())
-def test_a_description_is_no_refusal(text):
+def test_a_description_is_not_a_refusal(text):
     assert refusal(text) == ""
 
 

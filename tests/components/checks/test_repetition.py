@@ -1,4 +1,4 @@
-"""Loops and counters are found, and a description that repeats itself a little is none."""
+"""Loops and counters are found, and descriptions with a little repetition pass."""
 
 import numpy as np
 import pytest
@@ -50,20 +50,20 @@ def test_a_loop_is_found(text):
 
 
 @pytest.mark.parametrize("text", DESCRIPTIONS.strip().splitlines())
-def test_a_description_that_repeats_itself_a_little_is_no_loop(text):
+def test_a_description_with_a_little_repetition_is_not_a_loop(text):
     assert repetition(text) == ""
 
 
-def test_captions_of_digits_are_no_loops():
+def test_captions_of_the_toy_dataset_are_not_loops():
     rng = np.random.default_rng(0)
     for _ in range(200):
         assert repetition(world.write_caption(world.sample_attributes(rng), rng)) == ""
 
 
-def test_what_is_said_again_is_quoted():
+def test_the_repeated_words_are_quoted():
     assert repetition("A dog. " + "The sky is wide and blue. " * 5) == "the sky is wide and blue"
 
 
-def test_a_long_text_takes_a_moment_only():
+def test_a_long_text_is_checked_quickly():
     assert repetition("ab " * 1_000_000)
     assert repetition(" ".join(f"w{number}x" for number in range(100_000))) == ""

@@ -1,4 +1,4 @@
-"""What is around a caption is taken off, what can't be told from it is asked again, and a caption stays as it is."""
+"""Wrappings of a caption are removed, ambiguous texts get a complaint, and plain captions are unchanged."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.checks.wrapping import extract_caption, wrapping
+from components.pipeline.fingerprint import fingerprint
 
 CAPTION = "A ball moves slowly from the left to the right, over coloured bars; a clock counts in the corner."
 THOUGHT = "The user wants a caption of the video. Let me look at the frames one by one; I see a ball and bars."
@@ -38,7 +39,7 @@ def test_what_is_around_a_caption_is_taken_off(template):
 
 
 @pytest.mark.parametrize("form", TEXTS["inline"])
-def test_what_marks_a_word_in_a_caption_is_taken_off(form):
+def test_markup_of_words_in_a_caption_is_removed(form):
     assert extract_caption(CAPTION.replace("a clock", form)) == (CAPTION, "")
 
 
@@ -51,7 +52,7 @@ def test_what_can_not_be_told_from_a_caption_is_asked_again(template):
 
 
 @pytest.mark.parametrize("text", TEXTS["captions"])
-def test_a_caption_with_braces_quotes_or_lists_stays_as_it_is(text):
+def test_a_caption_with_braces_quotes_or_lists_is_unchanged(text):
     assert extract_caption(text) == (text, "")
     assert wrapping(text) == ""
 
@@ -67,7 +68,7 @@ INNER = ["<think>¤</think>%s", '"%s"', "<caption>%s</caption>", "%s\n\n(Word co
 
 
 @pytest.mark.parametrize(("outer", "inner"), [*itertools.product(OUTER, INNER)])
-def test_wrappings_may_be_around_one_another(outer, inner):
+def test_wrappings_may_be_nested(outer, inner):
     assert extract_caption(fill(outer % inner % "§")) == (CAPTION, "")
     asked = json.dumps({"caption": fill(outer % inner % "§"), "confidence": 0.9})
     assert extract_caption(asked) == (CAPTION, "")
@@ -76,14 +77,14 @@ def test_wrappings_may_be_around_one_another(outer, inner):
 @pytest.mark.parametrize(
     "template", [text for name in TAKEN_OFF if name not in ("markdown", "more") for text in TEXTS[name]]
 )
-def test_a_caption_from_elsewhere_is_named_for_what_is_around_it(template):
+def test_a_stored_caption_with_a_wrapping_gets_a_complaint(template):
     assert wrapping(fill(template)).startswith("it ")
 
 
 @pytest.mark.parametrize(
     "text", [*TEXTS["quotes"], f"*{CAPTION}*", CAPTION.replace(" slowly", " *slowly*"), f"  {CAPTION}\n"]
 )
-def test_a_caption_from_elsewhere_may_be_in_quotes_or_italics(text):
+def test_a_stored_caption_may_be_in_quotes_or_italics(text):
     assert wrapping(fill(text)) == ""
 
 
@@ -108,3 +109,7 @@ def test_paragraphs_become_one_line(text):
 def test_a_text_made_to_be_slow_takes_a_moment_only(unit):
     extract_caption(unit * (19_000 // len(unit)))
     extract_caption(f"<think>{unit * (390_000 // len(unit))}</think>{CAPTION}")
+
+
+def test_the_phrases_decide_the_output_of_steps_that_check_captions():
+    assert "components/checks/wrapping/phrases.yaml" in fingerprint(["components.checks.wrapping:wrapping"])

@@ -1,4 +1,4 @@
-"""Clips on disk: shards that are the same each time, and nothing read that was not meant."""
+"""Clips on disk: deterministic shards, and no content from outside them."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from univigu.video import encode_mp4
 MEMBERS = {"b.mp4": b"second", "a.mp4": b"first", "empty.mp4": b""}
 
 
-def test_a_tar_is_the_same_bytes_whatever_the_order_and_comes_back_whole(tmp_path):
+def test_a_tar_has_the_same_bytes_in_any_order_and_is_read_back_completely(tmp_path):
     write_tar(tmp_path / "one.tar", MEMBERS)
     write_tar(tmp_path / "two.tar", dict(reversed(MEMBERS.items())))
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
@@ -46,7 +46,7 @@ def test_a_link_in_a_tar_is_not_followed(tmp_path):
         list(read_tar(tmp_path / "link.tar", ["a.mp4"]))
 
 
-def test_a_missing_damaged_or_cut_tar_says_what_to_do(tmp_path):
+def test_a_missing_damaged_or_truncated_tar_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(MissingInputError, match="run the step"):
         list(read_tar(tmp_path / "none.tar"))
     (tmp_path / "text.tar").write_text("no tar at all, but long enough to be looked at " * 50)
@@ -59,7 +59,7 @@ def test_a_missing_damaged_or_cut_tar_says_what_to_do(tmp_path):
 
 
 def resize(content, at, size):
-    """The tar with another size in the header at `at`, and the checksum that fits."""
+    """The tar with another size in the header at `at`, and a matching checksum."""
     header = bytearray(content[at : at + 512])
     header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
     header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
@@ -75,7 +75,7 @@ def test_a_member_of_a_size_that_the_tar_can_not_hold_is_told_before_it_is_read(
         list(read_tar(tmp_path / "0.tar"))
 
 
-def test_a_header_that_was_damaged_anywhere_ends_in_one_sentence(tmp_path):
+def test_a_header_damaged_anywhere_is_reported_in_one_sentence(tmp_path):
     write_tar(tmp_path / "whole.tar", {"a.mp4": bytes(700), "b.mp4": bytes(700)})
     whole = (tmp_path / "whole.tar").read_bytes()
     told = 0
@@ -89,8 +89,8 @@ def test_a_header_that_was_damaged_anywhere_ends_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
-def test_what_an_extension_claims_is_not_believed(tmp_path, kind):
-    """Names as long as memory, and holes of exabytes: shards have neither."""
+def test_sizes_in_tar_extensions_are_not_trusted(tmp_path, kind):
+    """Huge names, and sparse maps of exabytes."""
     with tarfile.open(tmp_path / "odd.tar", "w", format=tarfile.GNU_FORMAT) as archive:
         info = tarfile.TarInfo("a.mp4")
         info.type, info.size = kind, 600
@@ -105,7 +105,7 @@ def test_clips_are_read_in_the_order_of_their_rows(tmp_path):
     assert [content for _, content in read_clips(tmp_path, rows)] == [b"0b", b"1a", b"0a"]
 
 
-def test_a_clip_is_opened_only_if_it_is_what_its_row_says():
+def test_a_clip_is_opened_only_if_it_matches_its_row():
     frames = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     content = encode_mp4(frames, 8)
     row = {"id": "c", "sha256": hashlib.sha256(content).hexdigest(), "frames": 5, "height": 16, "width": 16}

@@ -1,4 +1,4 @@
-"""Any text-to-video pipeline makes clips, called by its own names; what can't is told in a sentence."""
+"""Any text-to-video pipeline makes clips, called with its own arguments; others are refused in one sentence."""
 
 import json
 import shutil
@@ -10,10 +10,12 @@ from diffusers.models import attention_dispatch
 
 from components.clips import generator
 from components.pipeline.profiles import load_profile
+from components.settings.sections import Fit, Video
 from univigu.errors import ConfigError, MissingInputError
 
-VIDEO = {"frames": 9, "height": 32, "width": 32, "fps": 8}
-SETTINGS = {"steps": 2, "guidance_scale": 3.0, "negative_prompt": "", "arguments": {}}
+FIT = Fit(upscale=1.0, cut=0.0, speed=(1.0, 1.0), hdr="tone_map")
+VIDEO = Video(frames=9, height=32, width=32, fps=8, buckets=[], fit=FIT)
+SAMPLING = generator.Sampling(steps=2, guidance_scale=3.0)
 ROWS = [{"prompt": f"a red digit {seed}", "seed": seed} for seed in range(3)]
 
 
@@ -103,34 +105,34 @@ def folders(tiny_wan_folder, tmp_path_factory):
         ("cogvideox", {"max_sequence_length": 16, "use_dynamic_cfg": False}),
     ],
 )
-def test_a_clip_does_not_depend_on_its_batch_whatever_makes_it(folders, name, arguments):
+def test_a_clip_does_not_depend_on_its_batch_with_any_pipeline(folders, name, arguments):
     pipeline = generator.load_generator(folders[name], "fp32")
-    settings = {**SETTINGS, "arguments": arguments}
-    together = generator.generate(pipeline, ROWS, VIDEO, settings)
+    sampling = SAMPLING._replace(arguments=arguments)
+    together = generator.generate(pipeline, ROWS, VIDEO, sampling)
     assert together.shape == (3, 9, 32, 32, 3)
-    alone = generator.generate(pipeline, ROWS[1:2], VIDEO, settings)
+    alone = generator.generate(pipeline, ROWS[1:2], VIDEO, sampling)
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 0.05
 
 
-def test_a_pipeline_is_called_with_the_arguments_that_it_has(folders):
+def test_a_pipeline_is_called_with_the_arguments_that_it_accepts(folders):
     wan, other = (generator.load_generator(folders[name], "fp32") for name in ("wan", "ltx"))
-    for_wan, for_ltx = (generator.call_arguments(one, ROWS, VIDEO, SETTINGS) for one in (wan, other))
+    for_wan, for_ltx = (generator.call_arguments(one, ROWS, VIDEO, SAMPLING) for one in (wan, other))
     assert (for_wan["num_frames"], for_ltx["num_frames"]) == (9, 9)
     assert "frame_rate" not in for_wan
     assert for_ltx["frame_rate"] == 8
     with pytest.raises(ConfigError, match=r"LTXPipeline has no argument 'shift'; it has .*guidance_scale"):
-        generator.call_arguments(other, ROWS, VIDEO, {**SETTINGS, "arguments": {"shift": 3}})
+        generator.call_arguments(other, ROWS, VIDEO, SAMPLING._replace(arguments={"shift": 3}))
 
 
-def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
+def test_a_pipeline_that_needs_an_image_is_refused(folders):
     from diffusers import WanImageToVideoPipeline
 
     wan = generator.load_generator(folders["wan"], "fp32")
     parts = {**wan.components, "image_processor": None, "image_encoder": None}
     pipeline = WanImageToVideoPipeline(**{name: part for name, part in parts.items() if name != "guider"})
-    with pytest.raises(ConfigError, match=r"WanImageToVideoPipeline doesn't make a video of a text alone .*'image'"):
-        generator.generate(pipeline, ROWS, VIDEO, SETTINGS)
+    with pytest.raises(ConfigError, match=r"WanImageToVideoPipeline can't make a video from text alone .*'image'"):
+        generator.generate(pipeline, ROWS, VIDEO, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +144,10 @@ def test_what_needs_an_image_is_no_text_to_video_pipeline(folders):
         ("cogvideox", {"width": 40}, 16, 4),
     ],
 )
-def test_a_size_that_would_only_be_rounded_to_is_refused(folders, name, size, sides, frames):
+def test_a_size_that_the_pipeline_would_round_is_refused(folders, name, size, sides, frames):
     pipeline = generator.load_generator(folders[name], "fp32")
     with pytest.raises(ConfigError, match=rf"sides that are multiples of {sides} and {frames}k \+ 1 frames"):
-        generator.generate(pipeline, ROWS, {**VIDEO, **size}, SETTINGS)
+        generator.generate(pipeline, ROWS, VIDEO.model_copy(update=size), SAMPLING)
 
 
 def test_the_autoencoder_keeps_its_own_precision(folders):
@@ -153,11 +155,11 @@ def test_the_autoencoder_keeps_its_own_precision(folders):
     assert {pipeline.transformer.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
     assert pipeline.vae.dtype == torch.float32
     assert generator.load_generator(folders["wan"], "fp32", vae_precision="bf16").vae.dtype == torch.bfloat16
-    arguments = {"max_sequence_length": 32}
-    assert np.isfinite(generator.generate(pipeline, ROWS[:1], VIDEO, {**SETTINGS, "arguments": arguments})).all()
+    sampling = SAMPLING._replace(arguments={"max_sequence_length": 32})
+    assert np.isfinite(generator.generate(pipeline, ROWS[:1], VIDEO, sampling)).all()
 
 
-def test_the_shift_of_the_scheduler_is_the_profiles(folders):
+def test_the_shift_of_the_scheduler_comes_from_the_profile(folders):
     shifted = generator.load_generator(folders["wan"], "fp32", flow_shift=8.0)
     assert shifted.scheduler.config.shift == 8.0
     shifted.scheduler.set_timesteps(4)
@@ -165,19 +167,19 @@ def test_the_shift_of_the_scheduler_is_the_profiles(folders):
     assert own.scheduler.config.shift == 3.0
     own.scheduler.set_timesteps(4)
     assert (shifted.scheduler.timesteps[1:] > own.scheduler.timesteps[1:]).all()
-    with pytest.raises(ConfigError, match="CogVideoXDDIMScheduler has no shift"):
+    with pytest.raises(ConfigError, match="CogVideoXDDIMScheduler has no timestep shift"):
         generator.load_generator(folders["cogvideox"], "fp32", flow_shift=8.0)
 
 
-def test_what_saves_memory_changes_no_clip(folders):
-    settings = {**SETTINGS, "arguments": {"max_sequence_length": 32}}
-    plain = generator.generate(generator.load_generator(folders["wan"], "fp32"), ROWS, VIDEO, settings)
+def test_options_that_save_memory_change_no_clip(folders):
+    sampling = SAMPLING._replace(arguments={"max_sequence_length": 32})
+    plain = generator.generate(generator.load_generator(folders["wan"], "fp32"), ROWS, VIDEO, sampling)
     thrifty = generator.load_generator(
         folders["wan"], "fp32", vae_memory=["tiling", "slicing"], attention_backend="_native_math", offload="model"
     )
     assert thrifty.vae.use_tiling
     assert attention_dispatch._AttentionBackendRegistry.get_active_backend()[0] == "native"  # of other models
-    np.testing.assert_allclose(generator.generate(thrifty, ROWS, VIDEO, settings), plain, atol=1e-4)
+    np.testing.assert_allclose(generator.generate(thrifty, ROWS, VIDEO, sampling), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -187,21 +189,21 @@ def test_what_saves_memory_changes_no_clip(folders):
         ({"attention_backend": "flash"}, "attention backend 'flash' can't be used here"),
     ],
 )
-def test_an_option_that_there_is_not_is_refused(folders, options, message):
+def test_an_unavailable_option_is_refused(folders, options, message):
     with pytest.raises(ConfigError, match=message):
         generator.load_generator(folders["wan"], "fp32", **options)
 
 
 @pytest.fixture
 def wan_copy(tiny_wan_folder, tmp_path):
-    """A Wan that a test may damage, named as the real one."""
+    """A copy of the tiny Wan that a test may damage, with the name of the real one."""
     return shutil.copytree(tiny_wan_folder, tmp_path / "Wan2.1-T2V-1.3B-Diffusers")
 
 
 FETCH = r"`hf download Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers --local-dir .*/Wan2\.1-T2V-1\.3B-Diffusers`"
 
 
-def test_missing_weights_come_with_the_command_that_fetches_them(wan_copy):
+def test_the_error_for_missing_weights_has_the_command_that_fetches_them(wan_copy):
     (wan_copy / "transformer/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(
         MissingInputError, match=rf"no weights \(\*\.safetensors\) in .*transformer; fetch it with {FETCH}"
@@ -232,7 +234,7 @@ def test_code_in_a_pipelines_folder_is_not_run(wan_copy, tmp_path, part):
     assert not (tmp_path / "ran").exists()
 
 
-def test_wans_own_layout_is_told_from_diffusers(tmp_path):
+def test_wans_original_layout_is_refused(tmp_path):
     folder = tmp_path / "Wan2.1-T2V-1.3B"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "t2v"}')
@@ -271,7 +273,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_before_anything_is_made(wan_
 
 
 @pytest.mark.parametrize(("name", "shift", "guidance"), [("wan-1.3b", 8.0, 6.0), ("wan-14b", 3.0, 5.0)])
-def test_wans_profiles_say_what_wan_recommends(name, shift, guidance):
+def test_wans_profiles_have_the_values_that_wan_recommends(name, shift, guidance):
     profile = load_profile(name)
     settings = profile["synthesize_videos"]
     assert [profile["video"][key] for key in ("frames", "height", "width", "fps")] == [81, 480, 832, 16]

@@ -1,4 +1,4 @@
-"""No link is followed out of a folder that is brought in, and what can't be opened is named with its reason."""
+"""No link out of an imported folder is followed, and files that can't be opened are reported with a reason."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from univigu.errors import MissingInputError
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with two videos, beside another that is nobody's business."""
+    """A folder with two videos, beside a private folder."""
     for name in ("mine/a.mp4", "mine/deep/b.MOV", "theirs/secret.mp4", "theirs/more/c.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -53,7 +53,7 @@ def test_a_link_out_of_the_folder_is_named_and_not_followed(folder):
     assert reasons(faults) == {name: "broken_link" if name in broken else "outside" for name in links}
 
 
-def test_a_link_within_the_folder_is_one_more_name_and_a_circle_ends(folder):
+def test_a_link_within_the_folder_is_another_name_and_link_cycles_end(folder):
     (folder / "again.mp4").symlink_to("deep/b.MOV")
     (folder / "circle").symlink_to(".")
     (folder / "deep/back").symlink_to("..")
@@ -81,7 +81,7 @@ def test_pipes_sockets_and_devices_are_not_opened(folder):
     }
 
 
-def test_a_folder_reached_by_a_link_is_that_folder(folder, tmp_path):
+def test_the_folder_itself_may_be_a_link(folder, tmp_path):
     (tmp_path / "way").symlink_to("mine")
     (folder / "out.mp4").symlink_to("../theirs/secret.mp4")
     names, faults = list_videos(tmp_path / "way")
@@ -106,7 +106,7 @@ def test_a_text_or_a_table_that_is_a_link_out_of_the_folder_is_not_read(folder):
     }  # asked for
 
 
-def test_a_folder_without_any_video_is_told(tmp_path):
+def test_a_folder_without_any_video_is_an_error(tmp_path):
     for folder, message in ((tmp_path, "no video in"), (tmp_path / "none", "no folder")):
         with pytest.raises(MissingInputError, match=message):
             list_videos(folder)

@@ -1,4 +1,4 @@
-"""What people wrote about their videos stays with the video that it is about, or is quarantined with its reason."""
+"""A text of an imported video is assigned to that video, or quarantined with a reason."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 @pytest.mark.parametrize("pair", [(COMPOSED, DECOMPOSED), ("a/b.mp4", "a\\b.mp4"), ("\u212b.mp4", "\u00c5.mp4")])
-def test_names_that_are_alike_keep_their_own_texts_in_any_order(tmp_path, ending, pair):
+def test_similar_names_keep_their_own_texts_in_any_order(tmp_path, ending, pair):
     for order in permutations(pair):
         table = write_rows(tmp_path / f"t.{ending}", [(name, f"about {pair.index(name)}") for name in order])
         found, faults = read_texts(tmp_path, list(pair), table)
@@ -43,21 +43,21 @@ def test_names_that_are_alike_keep_their_own_texts_in_any_order(tmp_path, ending
         assert faults == []
 
 
-def test_text_files_of_names_that_are_alike_keep_their_own_texts(tmp_path):
+def test_text_files_of_similar_names_keep_their_own_texts(tmp_path):
     for name in (COMPOSED, DECOMPOSED):
         (tmp_path / name).with_suffix(".txt").write_text(f"about {len(name)}")
     found, _ = read_texts(tmp_path, [COMPOSED, DECOMPOSED], None)
     assert found == {name: Texts(f"about {len(name)}", "") for name in (COMPOSED, DECOMPOSED)}
 
 
-def test_an_exact_name_wins_over_one_that_is_alike_wherever_it_comes(tmp_path):
+def test_an_exact_name_wins_over_a_similar_one_in_any_order(tmp_path):
     for rows in permutations([(COMPOSED, "alike"), (DECOMPOSED, "exact")]):
         found, faults = read_texts(tmp_path, [DECOMPOSED], write_rows(tmp_path / "t.csv", rows))
         assert found == {DECOMPOSED: Texts("exact", "")}
         assert [reason for _, reason in reasons(faults)] == ["duplicate_row"]
 
 
-def test_a_name_that_may_be_either_of_two_videos_is_neither(tmp_path):
+def test_an_ambiguous_name_matches_no_video(tmp_path):
     videos = ["a/b\u00e9.mp4", "a\\b\u00e9.mp4"]
     found, faults = read_texts(tmp_path, videos, write_rows(tmp_path / "t.csv", [("a/be\u0301.mp4", "whose?")]))
     assert found == {}
@@ -98,14 +98,14 @@ def test_a_damaged_row_is_quarantined_and_the_others_are_read(tmp_path, bad, fou
     assert reasons(faults) == found
 
 
-def test_a_caption_that_swallowed_the_rows_of_other_videos_is_none_of_its_own(tmp_path):
+def test_a_caption_that_contains_the_rows_of_other_videos_is_quarantined(tmp_path):
     (tmp_path / "t.csv").write_text('file_name,caption\na.mp4,"open\nb.mp4,two\nc.mp4,three"\nd.mp4,four\n')
     texts, faults = read_texts(tmp_path, [f"{name}.mp4" for name in "abcd"], tmp_path / "t.csv")
     assert texts == {"d.mp4": Texts("four", "")}
     assert reasons(faults) == [("a.mp4", "open_quote")]
 
 
-def test_a_caption_of_several_lines_is_whole(tmp_path):
+def test_a_caption_of_several_lines_is_read_completely(tmp_path):
     table = write_rows(tmp_path / "t.csv", [("a.mp4", "One, two,\nthree.\n\nFour, says b."), ("b.mp4", "five")])
     found, _ = read_texts(tmp_path, ["a.mp4", "b.mp4"], table)
     assert found == {"a.mp4": Texts("One, two, three. Four, says b.", ""), "b.mp4": Texts("five", "")}
@@ -123,7 +123,7 @@ def test_a_caption_of_several_lines_is_whole(tmp_path):
         (b'{"file_name": "\\udcff.mp4", "caption": "x"}', ("t.jsonl:1", "no_file")),
     ],
 )
-def test_a_line_that_can_not_be_used_is_quarantined(tmp_path, line, found):
+def test_an_unusable_line_is_quarantined(tmp_path, line, found):
     (tmp_path / "t.jsonl").write_bytes(line + b'\n{"file_name": "b.mp4", "caption": "", "text": "x"}\n')
     texts, faults = read_texts(tmp_path, ["a.mp4", "b.mp4"], tmp_path / "t.jsonl")
     assert texts == {"b.mp4": Texts("x", "")}
@@ -132,7 +132,7 @@ def test_a_line_that_can_not_be_used_is_quarantined(tmp_path, line, found):
     assert len(quoted) < 3 * LONGEST_QUOTE
 
 
-def test_a_table_that_can_not_be_read_is_told(tmp_path):
+def test_an_unreadable_table_is_an_error(tmp_path):
     (tmp_path / "t.csv.gz").write_bytes(b"no gzip")
     with pytest.raises(CorruptDataError, match=r"t.csv.gz can't be read to its end"):
         read_texts(tmp_path, ["a.mp4"], tmp_path / "t.csv.gz")
@@ -144,9 +144,9 @@ def test_a_table_that_can_not_be_read_is_told(tmp_path):
 # --- text files ------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_file_without_end_is_not_read_whole(tmp_path):
+def test_a_huge_text_file_is_not_read_completely(tmp_path):
     with (tmp_path / "a.txt").open("wb") as stream:
-        stream.truncate(1 << 40)  # a hole of a terabyte
+        stream.truncate(1 << 40)  # a sparse file of a terabyte
     (tmp_path / "b.txt").write_text("b")
     os.mkfifo(tmp_path / "c.txt")
     texts, faults = read_texts(tmp_path, ["a.mp4", "b.mp4", "c.mp4"], None)

@@ -1,4 +1,4 @@
-"""People's own videos and captions come in as clips that the pipeline goes on with, and nothing is lost on the way."""
+"""Existing videos and captions are imported as clips for the rest of the pipeline, and nothing is lost silently."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def write_video(path, times, height=32, width=32, pixel=None, dark=40):
 
 
 def turned(content):
-    """The bytes of an mp4 with the order to turn it clockwise by a quarter."""
+    """The bytes of an mp4 with metadata that rotates it clockwise by 90 degrees."""
     identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     clockwise = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
     at = content.index(identity, content.index(b"tkhd"))
@@ -71,7 +71,7 @@ def sound():
 
 
 def caption(number):
-    """A caption of the embedded world, whose tokens lie in its range; each is another."""
+    """A caption of the toy dataset within its token range; each number gives another."""
     rng = np.random.default_rng(number)
     return world.write_plain_caption(world.sample_attributes(rng))
 
@@ -119,7 +119,7 @@ def brightness(frames):
     return frames.mean(axis=(1, 2, 3))
 
 
-def test_what_is_imported_goes_through_the_gates_to_latents(folder, root, profile):
+def test_imported_clips_pass_the_gates_and_are_encoded(folder, root, profile):
     profile["synthesize_videos"]["stage_1_share"] = 0.5
     manifest = import_folder(folder, None, OPTIONS, profile, root)
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (12, 12, 0)
@@ -141,8 +141,8 @@ def test_what_is_imported_goes_through_the_gates_to_latents(folder, root, profil
     assert {(row["source"], row["licence"]) for row in prompts} == {("a test", "CC0-1.0")}
 
 
-def test_a_video_is_shown_by_its_own_clock(root, profile, tmp_path):
-    """Equal steps of time in the clip, whatever the steps between the video's frames."""
+def test_frames_are_sampled_by_their_timestamps(root, profile, tmp_path):
+    """The clip's frames are equally spaced in time, even if the video's aren't."""
     folder = tmp_path / "videos"
     clocks = {
         "even": np.arange(9) / 8,
@@ -162,7 +162,7 @@ def test_a_video_is_shown_by_its_own_clock(root, profile, tmp_path):
     np.testing.assert_allclose(found["uneven"], 40 + 80 * np.arange(9) / 8, atol=6)
 
 
-def test_a_video_is_upright_with_square_pixels_and_its_middle_kept(root, profile, tmp_path):
+def test_clips_are_upright_centre_crops_with_square_pixels(root, profile, tmp_path):
     profile["video"]["buckets"] = [[9, 32, 32], [9, 64, 32], [9, 32, 64]]
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -187,7 +187,7 @@ def test_a_video_is_upright_with_square_pixels_and_its_middle_kept(root, profile
     assert corners["standing"].tolist() == [False, True, False, False]
 
 
-def test_what_can_not_be_used_is_quarantined_with_its_reason(folder, root, profile):
+def test_unusable_videos_are_quarantined_with_their_reasons(folder, root, profile):
     whole = (folder / "v00.mp4").read_bytes()
     noisy = encode_mp4(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3)).astype(np.uint8), 8)
     middle = noisy.index(b"mdat") + (len(noisy) - noisy.index(b"mdat")) // 2
@@ -232,7 +232,7 @@ def test_what_can_not_be_used_is_quarantined_with_its_reason(folder, root, profi
 
 
 def test_one_odd_file_ends_no_import(folder, root, profile, tmp_path):
-    """A title that is no UTF-8, a codec that FFmpeg lacks, a link out, a pipe, a file that claims gigabytes."""
+    """A title that isn't UTF-8, an unknown codec, a link out of the folder, a pipe, a file that claims gigabytes."""
     (tmp_path / "elsewhere.mp4").write_bytes((folder / "v00.mp4").read_bytes())
     with av.open(str(folder / "old.avi"), "w") as container:
         container.metadata["title"] = "Xxxxxxx"
@@ -261,7 +261,7 @@ def test_one_odd_file_ends_no_import(folder, root, profile, tmp_path):
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (17, 13, 4)
 
 
-def test_a_clip_that_plays_faster_or_slower_than_its_video_says_so(root, profile, tmp_path):
+def test_the_speed_of_a_clip_is_recorded(root, profile, tmp_path):
     folder = tmp_path / "videos"
     for name, seconds in {"same": 9 / 8, "fast": 27 / 8, "slow": 7 / 8}.items():
         write_video(folder / f"{name}.mp4", np.arange(round(seconds * 8)) / 8, dark=0)
@@ -289,7 +289,7 @@ def test_a_clip_that_plays_faster_or_slower_than_its_video_says_so(root, profile
 
 
 def hdr_video(path):
-    """A PQ video of steadily growing light."""
+    """An HDR (PQ) video of steadily rising brightness."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx265", rate=8)
         stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p10le"
@@ -302,15 +302,13 @@ def hdr_video(path):
     path.with_suffix(".txt").write_text(path.stem)
 
 
-@pytest.mark.parametrize("choice", ["tone_map", None, "quarantine"])
-def test_hdr_is_tone_mapped_or_left_out_as_the_profile_says(root, profile, tmp_path, choice):
+@pytest.mark.parametrize("choice", ["tone_map", "quarantine"])
+def test_hdr_is_tone_mapped_or_quarantined_according_to_the_profile(root, profile, tmp_path, choice):
     folder = tmp_path / "videos"
     write_video(folder / "plain.mp4", np.arange(9) / 8)
     (folder / "plain.txt").write_text("plain")
     hdr_video(folder / "bright.mp4")
     profile["video"]["fit"]["hdr"] = choice
-    if choice is None:  # as in a profile that was written before
-        del profile["video"]["fit"]["hdr"]
     manifest = import_folder(folder, None, {**OPTIONS, "texts": "prompts"}, profile, root)
     kept = {row["prompt"]: json.loads(row["scores"]) for row in read_table(root / "data/clips", "clips").to_pylist()}
     if choice == "quarantine":
@@ -321,14 +319,14 @@ def test_hdr_is_tone_mapped_or_left_out_as_the_profile_says(root, profile, tmp_p
         assert (np.diff(brightness(frames_of(root, profile)["bright"])) > 2).all()
 
 
-def test_a_clip_that_the_gate_stops_is_quarantined_with_its_scores(folder, root, profile):
+def test_a_clip_that_fails_the_gate_is_quarantined_with_its_scores(folder, root, profile):
     profile["synthesize_videos"]["checks"]["blank"]["mode"] = "enforce"
     assert import_folder(folder, None, OPTIONS, profile, root)["reasons"] == {"blank": 12}
     row = json.loads(read_table(root / "data/clips", "rejected").to_pylist()[0]["row"])
     assert set(row["scores"]) == {"contrast"}
 
 
-def test_an_import_is_the_same_bytes_elsewhere_and_after_it_was_stopped(folder, root, profile, tmp_path, monkeypatch):
+def test_an_import_gives_equal_bytes_elsewhere_and_after_a_kill(folder, root, profile, tmp_path, monkeypatch):
     profile["import_videos"]["shard_size"] = 5
     monkeypatch.setattr(module, "BATCH", 2)
     import_folder(folder, None, OPTIONS, profile, root)
@@ -365,7 +363,7 @@ def test_captions_come_from_a_table_and_prompts_with_them(folder, root, profile)
     assert prompts == {"my own prompt", first_sentence(caption(1))}
 
 
-def test_a_caption_out_of_range_serves_stage_1(folder, root, profile):
+def test_a_clip_whose_caption_is_out_of_range_is_used_for_stage_1(folder, root, profile):
     (folder / "v00.txt").write_text("a red five moves right. it is fast.")
     (folder / "deep/v01.txt").write_text(" ".join(caption(number) for number in range(5)))
     profile["synthesize_videos"]["stage_1_share"] = 0.0
@@ -391,14 +389,14 @@ def test_a_caption_out_of_range_serves_stage_1(folder, root, profile):
     ],
     ids=["chinese", "arabic", "emoji", "bom", "utf-16", "mojibake", "nul", "latin-1", "blank"],
 )
-def test_texts_in_any_script_are_kept_and_lost_ones_told(tmp_path, content, texts):
+def test_texts_in_any_script_are_kept_and_damaged_ones_reported(tmp_path, content, texts):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "a.txt").write_bytes(content)
     found, faults = read_texts(tmp_path, ["a.mp4"], None)
     assert (found == {"a.mp4": texts}) if isinstance(texts, Texts) else [fault.reason for fault in faults] == [texts]
 
 
-def test_a_table_of_lines_holds_rows_and_what_is_none(tmp_path):
+def test_a_jsonl_table_may_have_broken_rows(tmp_path):
     lines = [
         {"file_name": "a.mp4", "text": "first"},
         {"video": "sub\\B.mp4", "caption": "second", "prompt": "brief"},
@@ -423,7 +421,7 @@ def test_a_table_of_lines_holds_rows_and_what_is_none(tmp_path):
     ]
 
 
-def test_a_folder_says_who_wrote_about_it_without_being_told(tmp_path):
+def test_the_table_of_a_folder_is_found_by_its_name(tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden/b.mp4").touch()
@@ -436,13 +434,13 @@ def test_a_folder_says_who_wrote_about_it_without_being_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("none.csv", None, MissingInputError, "no file of captions"),
+        ("none.csv", None, MissingInputError, "no file with captions"),
         ("x.xlsx", b"", ConfigError, "neither CSV nor JSONL"),
         ("x.csv", b"clip;words\na;b\n", BadInputError, "has the columns clip;words; it needs one of file_name"),
         ("x.csv", b"", BadInputError, r"has the columns \(none\)"),
     ],
 )
-def test_a_table_that_can_not_be_read_is_told(tmp_path, name, content, error, message):
+def test_an_unreadable_table_is_an_error(tmp_path, name, content, error, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
@@ -462,7 +460,7 @@ def test_a_first_sentence_is_found_in_any_script(text, sentence):
     assert first_sentence(text) == sentence
 
 
-def test_a_file_whose_name_is_no_text_is_told(folder, root, profile):
+def test_a_file_whose_name_is_not_utf_8_is_quarantined(folder, root, profile):
     name = os.fsencode(folder) + b"/caf\xe9"
     Path(os.fsdecode(name + b".mp4")).write_bytes((folder / "v00.mp4").read_bytes() + b"\0" * 8)
     Path(os.fsdecode(name + b".txt")).write_text(caption(0))
@@ -486,9 +484,9 @@ def test_the_command_asks_for_licence_and_source_and_says_what_is_next(folder, r
     assert verify(root / "data/captions", "caption-videos")["step"] == "import-captions"
 
 
-def test_generated_clips_are_not_replaced_unasked(folder, root, profile, tmp_path):
+def test_generated_clips_are_replaced_only_on_request(folder, root, profile, tmp_path):
     (root / "data/clips").mkdir(parents=True)
     (root / "data/clips/manifest.json").write_text('{"step": "synthesize-videos"}')
     call = ["data", "import", str(folder), "--licence", "CC0-1.0", "--source", "x", "--root", str(root)]
     refused = CliRunner().invoke(app, call)
-    assert "holds clips that 'synthesize-videos' made; give another --root" in str(refused.exception)
+    assert "has clips made by 'synthesize-videos'; choose another --root" in str(refused.exception)

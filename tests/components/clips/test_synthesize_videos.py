@@ -1,4 +1,4 @@
-"""Prompts become checked clips: the same each time, resumable, and none that shows nothing."""
+"""Prompts become checked clips: deterministic, resumable, and without blank ones."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def snapshot(root):
     return {file.relative_to(home).as_posix(): file.read_bytes() for file in home.rglob("*") if file.is_file()}
 
 
-def test_every_clip_is_what_its_row_says(finished, profile):
+def test_every_clip_matches_its_row(finished, profile):
     root, manifest = finished
     clips = read_table(root / "data/clips", "clips").to_pylist()
     assert (manifest["rows_in"], len(clips)) == (10, 10)
@@ -50,7 +50,7 @@ def test_every_clip_is_what_its_row_says(finished, profile):
         assert json.loads(clip["scores"])["contrast"] > 0
 
 
-def test_killed_within_a_shard_and_run_again_it_loses_one_batch_and_ends_with_the_same_bytes(
+def test_a_run_killed_within_a_shard_loses_one_batch_and_resumes_to_the_same_bytes(
     finished, new_root, profile, monkeypatch
 ):
     root = new_root("killed")
@@ -109,7 +109,7 @@ def test_the_share_of_stage_1_is_kept_and_a_prompt_keeps_its_stage():
 
 
 def blank_base(root, profile):
-    """Let the base's autoencoder decode everything to one colour."""
+    """Make the base's autoencoder decode everything to one colour."""
     from safetensors.torch import load_file, save_file
 
     path = root / profile["base"] / "vae/diffusion_pytorch_model.safetensors"
@@ -151,7 +151,7 @@ def test_an_unknown_check_is_refused(finished, profile):
         run_stage(STEP, profile, finished[0])
 
 
-def test_two_processes_make_the_bytes_of_one_and_one_generator_is_enough_afterwards(
+def test_two_processes_give_the_bytes_of_one_and_no_generator_is_needed_afterwards(
     finished, new_root, profile, monkeypatch
 ):
     root = new_root("parts")
@@ -163,7 +163,7 @@ def test_two_processes_make_the_bytes_of_one_and_one_generator_is_enough_afterwa
     assert snapshot(root) == snapshot(finished[0])
 
 
-def test_a_process_that_fails_says_why_once_and_with_its_own_exit_code(new_root, profile, capfd):
+def test_a_failing_process_reports_its_error_once_and_keeps_its_exit_code(new_root, profile, capfd):
     root = new_root("failing-parts")
     profile["synthesize_videos"]["checks"] = {"beauty": {"mode": "score"}}
     (root / "profile.yaml").write_text(yaml.safe_dump(profile))
@@ -173,7 +173,7 @@ def test_a_process_that_fails_says_why_once_and_with_its_own_exit_code(new_root,
     assert "beauty" not in capfd.readouterr().err
 
 
-def test_told_to_stop_it_stops_its_processes(new_root, profile):
+def test_sigterm_also_stops_the_processes(new_root, profile):
     root = new_root("stopped-parts")
     (root / "profile.yaml").write_text(yaml.safe_dump(profile))
     command = [sys.executable, "-m", "components.cli.main", "run", STEP, "--processes", "2"]
@@ -198,7 +198,7 @@ def test_scores_are_kept_of_clips_that_pass(new_root, profile):
     assert [set(json.loads(clip["scores"])) for clip in clips] == [kept] * 2
 
 
-def test_a_base_that_was_not_fetched_comes_with_the_command_that_fetches_it(new_root, profile):
+def test_the_error_for_a_missing_base_has_the_command_that_fetches_it(new_root, profile):
     profile["generator"] = "model/Wan2.1-T2V-14B-Diffusers"
     with pytest.raises(MissingInputError, match=r"`hf download Wan-AI/Wan2\.1-T2V-14B-Diffusers --local-dir "):
         run_stage(STEP, profile, new_root("unfetched"))

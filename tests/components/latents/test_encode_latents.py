@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from components.latents.encoders import Encoders, load_text_encoder, load_vae
 from components.pipeline.processes import make_parts
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
+from components.prompts.tokens import load_tokenizer
+from components.settings.profile import read_sections
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
 from univigu.video import encode_mp4
@@ -91,9 +94,9 @@ def test_prompt_states_are_those_of_diffusers_own_pipeline(encoded, profile):
         torch.testing.assert_close(states, expected[0], rtol=2**-7, atol=1e-3)
 
 
-def test_stage_1_says_its_prompt_and_stage_2_its_caption(encoded, profile):
+def test_the_target_text_is_the_prompt_in_stage_1_and_the_caption_in_stage_2(encoded, profile):
     root, pairs, rows = encoded
-    tokenizer = Encoders(root / profile["base"], "fp32", profile["text"]).tokenizer
+    tokenizer = load_tokenizer(root / profile["base"])
     length = profile["text"]["caption_tokens"][1]
     for pair in pairs[:3]:
         batch = sample(root, rows[pair["id"]], profile)
@@ -111,7 +114,7 @@ def snapshot(root):
 
 @contextlib.contextmanager
 def not_loaded(monkeypatch, *names):
-    """Fail where one of these parts of the base is loaded."""
+    """Fail if one of these parts of the base is loaded."""
     with monkeypatch.context() as context:
         for name in names:
             context.setattr(encoders, f"load_{name}", lambda *_, name=name: pytest.fail(f"the {name} was loaded"))
@@ -130,13 +133,13 @@ def test_equal_pairs_give_equal_bytes_and_finished_shards_need_no_encoder(encode
 
 
 def fresh(root, profile, copy):
-    """Another work root with what the step reads, and nothing that it has made."""
+    """Another work root with the step's inputs and without its output."""
     for name in (profile["base"], "data/clips", "data/pairs"):
         shutil.copytree(root / name, copy / name)
     return copy
 
 
-def test_two_processes_make_the_bytes_of_one_and_no_encoder_is_needed_afterwards(
+def test_two_processes_give_the_bytes_of_one_and_no_encoder_is_needed_afterwards(
     encoded, profile, monkeypatch, tmp_path
 ):
     root = fresh(encoded[0], profile, tmp_path / "parts")
@@ -149,12 +152,12 @@ def test_two_processes_make_the_bytes_of_one_and_no_encoder_is_needed_afterwards
 
 
 def elsewhere(root, profile, tmp_path):
-    """What a run without anything to take from leaves, in another work root."""
+    """The output of a run in another work root, without tensors to reuse."""
     run_stage(STEP, profile, fresh(root, profile, tmp_path / "fresh"))
     return snapshot(tmp_path / "fresh")
 
 
-def test_other_captions_encode_nothing_again(encoded, profile, recommit, monkeypatch, tmp_path):
+def test_new_captions_encode_nothing_again(encoded, profile, recommit, monkeypatch, tmp_path):
     root, pairs, _ = encoded
     for pair in pairs:
         pair["caption"] = pair["caption"] and f"{pair['caption']} at all"
@@ -164,7 +167,7 @@ def test_other_captions_encode_nothing_again(encoded, profile, recommit, monkeyp
     assert snapshot(root) == elsewhere(root, profile, tmp_path)
 
 
-def test_another_text_encoder_encodes_no_video_again(encoded, profile, monkeypatch, tmp_path):
+def test_a_new_text_encoder_encodes_no_video_again(encoded, profile, monkeypatch, tmp_path):
     root, _, _ = encoded
     path = root / profile["base"] / "text_encoder/model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -173,7 +176,7 @@ def test_another_text_encoder_encodes_no_video_again(encoded, profile, monkeypat
     assert snapshot(root) == elsewhere(root, profile, tmp_path)
 
 
-def test_another_autoencoder_encodes_every_video_and_no_text_again(encoded, profile, monkeypatch, tmp_path):
+def test_a_new_autoencoder_encodes_every_video_and_no_text_again(encoded, profile, monkeypatch, tmp_path):
     root, _, _ = encoded
     path = root / profile["base"] / "vae/diffusion_pytorch_model.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -199,17 +202,16 @@ def test_another_autoencoder_encodes_every_video_and_no_text_again(encoded, prof
         ("components/prompts/tokens.py", "count_tokens", set()),
     ],
 )
-def test_tensors_are_kept_only_where_the_code_that_made_them_is_the_same(file, function, facts, profile, project):
-    before = code_facts(profile)
+def test_tensors_are_reused_only_if_their_code_is_the_same(file, function, facts, profile, project):
+    step = SimpleNamespace(settings=read_sections(profile))
+    before = code_facts(step)
     path = project / file
     assert f"\ndef {function}(" in path.read_text()
     path.write_text(path.read_text().replace(f"\ndef {function}(", f"\n@print\ndef {function}("))
-    assert {name for name, digest in code_facts(profile).items() if digest != before[name]} == facts
+    assert {name for name, digest in code_facts(step).items() if digest != before[name]} == facts
 
 
-def test_each_clip_is_kept_by_itself_or_with_its_batch_and_damaged_tensors_are_not_taken(
-    encoded, profile, recommit, monkeypatch, tmp_path
-):
+def test_clips_are_reused_in_whole_batches_and_damaged_tensors_never(encoded, profile, recommit, monkeypatch, tmp_path):
     root, pairs, _ = encoded
     asked, ask = [], Encoders.encode_clips
     monkeypatch.setattr(Encoders, "encode_clips", lambda self, clips: asked.append(len(clips)) or ask(self, clips))
@@ -220,7 +222,7 @@ def test_each_clip_is_kept_by_itself_or_with_its_batch_and_damaged_tensors_are_n
         run_stage(STEP, profile, root)
         return sum(asked)
 
-    assert encode(pairs[:11]) == 1  # shards of 5, batches of 3: the last one was of two clips, and is of one
+    assert encode(pairs[:11]) == 1  # shards of 5, batches of 3: the last batch had two clips, and has one now
     assert snapshot(root) == elsewhere(root, profile, tmp_path / "of-3")
     profile["encode_latents"]["batch_size"] = 1
     assert encode(pairs[:11]) == 11
@@ -230,10 +232,10 @@ def test_each_clip_is_kept_by_itself_or_with_its_batch_and_damaged_tensors_are_n
     shard = bytearray((root / "data/latents/shards/00001/latents.safetensors").read_bytes())
     shard[-1] ^= 1
     (root / "data/latents/shards/00001/latents.safetensors").write_bytes(shard)
-    assert encode(pairs[3:]) == 5  # what the damaged shard held
+    assert encode(pairs[3:]) == 5  # the clips of the damaged shard
 
 
-def test_killed_within_a_shard_and_run_again_it_loses_one_batch_and_ends_with_the_same_bytes(
+def test_a_run_killed_within_a_shard_loses_one_batch_and_resumes_to_the_same_bytes(
     encoded, profile, tmp_path, monkeypatch
 ):
     root = fresh(encoded[0], profile, tmp_path / "killed")
@@ -255,7 +257,7 @@ def test_killed_within_a_shard_and_run_again_it_loses_one_batch_and_ends_with_th
     assert snapshot(root) == snapshot(encoded[0])
 
 
-def test_every_shard_holds_one_bucket_and_what_fits_none_is_counted(encoded, profile, recommit):
+def test_every_shard_holds_one_bucket_and_clips_that_fit_none_are_quarantined(encoded, profile, recommit):
     root, _, _ = encoded
     profile["video"]["buckets"] = [[9, 32, 32], [5, 32, 32], [9, 32, 64]]
     profile["encode_latents"]["shard_size"] = 3
@@ -300,7 +302,7 @@ def spoil(root, profile, part, **values):
         ("transformer", {"in_channels": 16}, "makes latents of 4 channels and its transformer takes 16"),
     ],
 )
-def test_a_wrong_autoencoder_is_told_before_anything_is_read(encoded, profile, part, values, message, monkeypatch):
+def test_a_wrong_autoencoder_is_refused_before_anything_is_read(encoded, profile, part, values, message, monkeypatch):
     root, _, _ = encoded
     spoil(root, profile, part, **values)
     with not_loaded(monkeypatch, "vae", "text_encoder"), pytest.raises(BadInputError, match=message):
@@ -336,7 +338,7 @@ def point(path):
         (point, ConfigError, "can't be loaded"),
     ],
 )
-def test_weights_that_are_missing_or_not_whole_are_told_with_what_fetches_them(
+def test_the_error_for_missing_or_incomplete_weights_has_the_command_that_fetches_them(
     tiny_wan_folder, tmp_path, load, spoil, error, message
 ):
     base = shutil.copytree(tiny_wan_folder, tmp_path / "Wan2.1-T2V-1.3B-Diffusers")
@@ -355,14 +357,14 @@ def test_a_damaged_clip_is_quarantined(encoded, digits_root, profile, recommit):
     assert "sc02" not in {row["id"] for row in read_table(root / "data/latents", "latents").to_pylist()}
 
 
-def test_pairs_of_clips_that_are_gone_are_refused(encoded, digits_root, profile, recommit):
+def test_pairs_of_missing_clips_are_refused(encoded, digits_root, profile, recommit):
     root, _, _ = encoded
     recommit(root, "synthesize-videos", {"clips": digits_root[1][1:]})
-    with pytest.raises(BadInputError, match="1 clips that are no longer there, such as c00"):
+    with pytest.raises(BadInputError, match="1 clips of the pairs no longer exist, such as c00"):
         run_stage(STEP, profile, root)
 
 
-def test_a_text_that_does_not_fit_is_refused(tiny_wan_folder):
-    text = {"prompt_length": 32, "caption_tokens": [1, 8]}
-    with pytest.raises(BadInputError, match="over the profile's 8"):
-        Encoders(tiny_wan_folder, "fp32", text).token_ids(["a red digit", "a red digit that moves on and on and on"])
+def test_a_text_that_is_too_long_is_refused(tiny_wan_folder):
+    encoders = Encoders(tiny_wan_folder, "fp32", prompt_length=32, text_length=8)
+    with pytest.raises(BadInputError, match="more than the profile's 8"):
+        encoders.token_ids(["a red digit", "a red digit that moves on and on and on"])

@@ -12,7 +12,7 @@ from univigu.errors import ConfigError
 
 
 def find(texts, threshold=0.9, min_features=48):
-    """What each text is found to be like, or None, one after another."""
+    """The match of each text in order, or None."""
     near = NearDuplicates(threshold)
     return [near.find(fingerprint) for fingerprint in fingerprints(texts, min_features)]
 
@@ -30,13 +30,13 @@ def find(texts, threshold=0.9, min_features=48):
         ("كلب أسود، تحت المطر", "تحت المطر: كلب أسود!"),
     ],
 )
-def test_texts_that_say_the_same_are_near_duplicates(left, right):
+def test_texts_with_the_same_content_are_near_duplicates(left, right):
     first, second = find([left, right])
     assert first is None
     assert second.id == filters.text_id(left)
 
 
-def test_a_changed_content_word_makes_another_prompt():
+def test_prompts_with_different_content_words_are_no_near_duplicates():
     different = [
         ("a red seven", "a blue seven"),
         ("a seven from the left to the right", "a seven from the right to the left"),
@@ -62,7 +62,7 @@ def test_a_changed_content_word_makes_another_prompt():
 
 
 def texts_with_a_changed_word(count, words):
-    """Texts and, behind each, the same with one word changed."""
+    """Texts, each followed by a copy with one word changed."""
     rng = np.random.default_rng(2)
     vocabulary = [f"word{i}" for i in range(400)]
     texts = []
@@ -75,7 +75,7 @@ def texts_with_a_changed_word(count, words):
 
 
 @pytest.mark.parametrize(("threshold", "words"), [(0.9, 40), (0.8, 20), (0.7, 12)])
-def test_near_duplicates_are_those_that_exact_jaccard_finds(threshold, words):
+def test_near_duplicates_are_those_with_a_high_exact_jaccard(threshold, words):
     texts = texts_with_a_changed_word(100, words)
     found = {number for number, alike in enumerate(find(texts, threshold, min_features=1)) if alike}
     kept, exact = [], set()
@@ -89,7 +89,7 @@ def test_near_duplicates_are_those_that_exact_jaccard_finds(threshold, words):
     assert len(found) >= 0.95 * len(exact)
 
 
-def test_the_most_alike_is_named_with_its_jaccard():
+def test_the_most_similar_text_is_named_with_its_jaccard():
     words = [f"word{i}" for i in range(60)]
     far, near = ["x", "y", "z", *words[3:]], [*words[:58], "p", "q"]
     found = find([" ".join(far), " ".join(near), " ".join(words)])
@@ -98,13 +98,13 @@ def test_the_most_alike_is_named_with_its_jaccard():
     assert found[2].jaccard == pytest.approx(115 / 123)
 
 
-def test_a_short_text_is_no_near_duplicate_for_a_word_more():
+def test_short_texts_that_differ_in_a_word_are_no_near_duplicates():
     short = "a red seven on a black background moving left"
     assert find([short, f"{short} quickly"], threshold=0.5) == [None, None]
     assert find([short, f"{short} quickly"], threshold=0.5, min_features=1)[1]
 
 
-def test_a_crowd_of_similar_texts_does_not_fill_the_index(monkeypatch):
+def test_a_large_cluster_of_similar_texts_does_not_fill_the_index(monkeypatch):
     monkeypatch.setattr(prompt_duplicates, "CANDIDATES", 8)
     rest = " ".join(f"word{i}" for i in range(60))
     texts = [f"one{i} two{i} three{i} {rest}" for i in range(100)]  # a Jaccard of about 0.91 each, below the threshold
@@ -116,13 +116,13 @@ def test_a_crowd_of_similar_texts_does_not_fill_the_index(monkeypatch):
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.5])
-def test_a_threshold_that_makes_no_sense_is_refused(threshold):
+def test_an_invalid_threshold_is_refused(threshold):
     with pytest.raises(ConfigError, match="near_duplicate_jaccard"):
         NearDuplicates(threshold)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
-def test_the_bands_put_forward_enough_of_the_pairs_at_the_threshold(threshold):
+def test_the_bands_find_enough_of_the_pairs_at_the_threshold(threshold):
     count = bands(threshold)
     assert 1 - (1 - threshold ** (PERMUTATIONS / count)) ** count >= RECALL
     wider = count // 2

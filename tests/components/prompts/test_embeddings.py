@@ -18,7 +18,7 @@ WORDS = ["a", "red", "blue", "seven", "six", "on", "white", "black", "moving", "
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A random sentence model, in which a word and its plural are one token: they mean the same."""
+    """A random sentence model, in which a word and its plural are one token, so they have the same meaning."""
     folder = tmp_path_factory.mktemp("embedding")
     ids = {"[PAD]": 0, "[UNK]": 1} | {word: 2 + place for place, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
@@ -39,12 +39,12 @@ TEXTS = ["a red seven", "a blue six on black", "red sevens", "a red sevens", "mo
 
 
 def looks(model_folder, batches, cosine=0.9):
-    """What each text is like when all are kept."""
+    """The closeness of each text to the earlier ones if all are kept."""
     neighbours, found = Neighbours(model_folder, cosine), []
     for batch in batches:
         neighbours.start(batch)
         for number, text in enumerate(batch):
-            found.append(neighbours.look(number))
+            found.append(neighbours.measure(number))
             neighbours.keep(number, text)
     return found
 
@@ -119,7 +119,7 @@ def test_semantic_duplicates_are_rejected_or_scored(curate, profile):
     assert {text for text in kept if "semantic_duplicate" in kept[text]} == {"a red sevens", "a blue six on blacks"}
 
 
-def test_a_crowd_is_thinned_out(curate, profile):
+def test_prompts_with_too_many_neighbours_are_rejected(curate, profile):
     profile["curate_prompts"]["diversity"] = {"cosine": 0.999, "neighbours": 1}
     profile["curate_prompts"]["filters"]["diversity"] = "enforce"
     texts = ["a red seven", "a red sevens", "as red seven", "as red sevens", "moving left"]
@@ -129,7 +129,7 @@ def test_a_crowd_is_thinned_out(curate, profile):
     assert kept["a red sevens"]["neighbours"] == 1
 
 
-def test_a_model_that_is_missing_or_damaged_is_told(tmp_path, model_folder):
+def test_a_missing_or_damaged_model_is_an_error(tmp_path, model_folder):
     with pytest.raises(MissingInputError, match="no sentence-embedding model at"):
         Neighbours(tmp_path / "none", 0.8)
     folder = tmp_path / "model"
@@ -137,5 +137,5 @@ def test_a_model_that_is_missing_or_damaged_is_told(tmp_path, model_folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInputError, match="can't be read"):
         Neighbours(folder, 0.8)
-    with pytest.raises(ConfigError, match="within cosine 3"):
+    with pytest.raises(ConfigError, match=r"'diversity\.cosine' is 3"):
         Neighbours(model_folder, 3)

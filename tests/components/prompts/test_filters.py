@@ -20,12 +20,12 @@ from components.prompts.injection import find_injection
         ("\ufeffa\u200b  red\r\n\tsix\x07 ", "a red six"),
     ],
 )
-def test_damage_of_transport_is_repaired_and_repair_is_a_fixed_point(broken, whole):
+def test_transport_damage_is_repaired_and_repair_is_idempotent(broken, whole):
     assert filters.repair(broken) == whole
     assert filters.repair(whole) == whole
 
 
-def test_repair_settles_on_any_text():
+def test_repair_is_idempotent_for_any_text():
     rng = np.random.default_rng(0)
     alphabet = [*"ab &;<>#x0123456789Ââ€™\u00a0\u200b\ufeff\x07\x1b[m\u2010ﬁｃ'\"", "&amp;", "&lt;", "&#38;"]
     for _ in range(300):
@@ -33,7 +33,7 @@ def test_repair_settles_on_any_text():
         assert filters.repair(text) == text
 
 
-def test_the_prompts_of_the_world_pass_every_filter():
+def test_the_prompts_of_the_toy_dataset_pass_every_filter():
     rng = np.random.default_rng(5)
     for _ in range(1500):
         text = world.write_prompt(world.sample_attributes(rng), rng)
@@ -53,7 +53,7 @@ def test_the_prompts_of_the_world_pass_every_filter():
         "Sussex in spring",
     ],
 )
-def test_innocent_prompts_pass(text):
+def test_harmless_prompts_pass(text):
     assert not any((find_injection(text), filters.find_personal_data(text), filters.find_unsafe(text)))
 
 
@@ -82,4 +82,4 @@ def test_the_search_for_personal_data_takes_time_in_proportion_to_the_text():
         started = time.process_time()
         assert filters.find_personal_data("a" * length) == ""
         seconds[length] = time.process_time() - started
-    assert seconds[200_000] < 40 * max(seconds[20_000], 0.001)  # 100 times, where every letter starts an attempt
+    assert seconds[200_000] < 40 * max(seconds[20_000], 0.001)  # 100 times if a match is tried at every letter

@@ -1,4 +1,4 @@
-"""Parquet files whose values, pages or metadata are odd: a row or a row group is lost at most, and is told."""
+"""Parquet files with odd values, pages or metadata: at most a row or a row group is lost, and it is reported."""
 
 import decimal
 import os
@@ -26,13 +26,13 @@ def read(path, columns, **options):
 
 
 def not_utf8(content=b"\xff a red seven"):
-    """A string of Arrow's that holds no UTF-8."""
+    """An Arrow string that is not UTF-8."""
     ends = b"".join(end.to_bytes(4, "little") for end in (0, len(content)))
     return pa.StringArray.from_buffers(1, pa.py_buffer(ends), pa.py_buffer(content))
 
 
 def as_is(kind, number):
-    """A value of a 64-bit type that any number is put into."""
+    """A value of a 64-bit type, made from any integer."""
     return pa.array([number], pa.int64()).view(kind)
 
 
@@ -50,7 +50,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("place", ["text", "source"])
-def test_a_value_that_python_has_no_type_for_costs_its_own_row(path, name, place):
+def test_a_value_without_a_python_type_breaks_only_its_row(path, name, place):
     other = {"text": "source", "source": "text"}[place]
     columns = {place: pa.concat_arrays([ODD[name], ODD[name].slice(0, 0), pa.nulls(1, ODD[name].type)])}
     first, second = read(path, {**columns, other: ["a", "b"]})
@@ -76,11 +76,11 @@ def test_a_value_that_python_has_no_type_for_costs_its_own_row(path, name, place
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_bytes_are_text_and_other_values_are_themselves(path, values, found):
+def test_bytes_are_decoded_as_text_and_other_values_are_unchanged(path, values, found):
     assert read(path, {"text": values}) == [{"text": found}]
 
 
-def test_a_large_value_in_every_row_is_not_held_as_often(path):
+def test_a_large_value_repeated_in_every_row_takes_bounded_memory(path):
     """A file of two kilobytes, whose rows would take three gigabytes."""
     once = pa.DictionaryArray.from_arrays(pa.array([0] * 150, pa.int32()), pa.array(["x" * 20_000_000]))
     pq.write_table(pa.table({"text": once}), path, compression="zstd")
@@ -97,7 +97,7 @@ def test_a_large_value_in_every_row_is_not_held_as_often(path):
     assert int(peak) < 1_500_000  # kB
 
 
-def test_rows_are_decoded_together_as_long_as_they_are_small(path):
+def test_small_rows_are_decoded_together(path):
     pq.write_table(pa.table({"text": [f"prompt {number}" for number in range(5000)]}), path)
     with pq.ParquetFile(path) as table:
         assert parquet_records._batch_size(path, table, 0, ["text"]) == parquet_records.BATCH
@@ -132,7 +132,7 @@ def test_a_damaged_page_costs_its_row_group_alone(path, checksum):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "no footer"])
-def test_a_file_that_is_none_is_told(path, damage):
+def test_a_file_that_is_not_parquet_is_an_error(path, damage):
     pq.write_table(pa.table({"text": ["a"]}), path)
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-10], "empty": b"", "text": b"text\n" * 9, "no footer": whole[:50]}[damage])
@@ -140,7 +140,7 @@ def test_a_file_that_is_none_is_told(path, damage):
         column_names(path)
 
 
-def test_a_file_of_which_nothing_can_be_read_is_told(path):
+def test_a_file_without_any_readable_row_group_is_an_error(path):
     pq.write_table(pa.table({"text": ["a" * 50] * 10}), path, compression="none")
     content = bytearray(path.read_bytes())
     content[4:60] = b"\xff" * 56
@@ -150,7 +150,7 @@ def test_a_file_of_which_nothing_can_be_read_is_told(path):
 
 
 def test_damaged_metadata_do_not_end_the_process(path):
-    """Each byte of the footer changed: where pyarrow itself would abort, reading raises."""
+    """With any byte of the footer changed, reading raises where pyarrow itself would abort."""
     pq.write_table(pa.table({"text": ["a red seven"] * 20, "source": ["x"] * 20}), path)
     whole = path.read_bytes()
     footer = int.from_bytes(whole[-8:-4], "little")

@@ -1,4 +1,4 @@
-"""JSONL and CSV as people's tools leave them: what is damaged costs its own record, and nothing has no end."""
+"""JSONL and CSV files of all kinds: damage breaks only its own record, and all sizes are bounded."""
 
 import csv
 import gzip
@@ -50,8 +50,8 @@ def path(tmp_path):
         (['"open,s,l', '"open again,s,l'], {2: "not closed", 3: "not closed"}),
         (['a "quote",s,"open'], {2: "not closed"}),
         (['"a"b,s,l'], {2: "out of place"}),
-        (['"a line\nof two",s,l,more'], {2: "4 cells"}),  # one record, which holds no other
-        (['x","a'] * 9, dict.fromkeys(range(2, 11), "not closed")),  # each opens what the next one closes and opens
+        (['"a line\nof two",s,l,more'], {2: "4 cells"}),  # one record, which contains no others
+        (['x","a'] * 9, dict.fromkeys(range(2, 11), "not closed")),  # each opens a quote that the next one closes
     ],
 )
 def test_a_loose_comma_or_an_open_quote_costs_its_own_row_alone(path, lines, broken):
@@ -63,7 +63,7 @@ def test_a_loose_comma_or_an_open_quote_costs_its_own_row_alone(path, lines, bro
     assert found[len(broken) :] == [good(f"row {number}", first + number) for number in range(20)]
 
 
-def test_an_open_quote_that_another_row_closes_takes_no_row_with_it(path):
+def test_an_unclosed_quote_that_a_later_row_closes_breaks_only_its_row(path):
     found = read_csv(path, 'text,source,licence\n"open,s,l\nfirst,s,l\nsecond,", x",l\nthird,s,l\n')
     assert [number for number, row in found if isinstance(row, Broken)] == [2]
     assert [row["text"] for _, row in found if not isinstance(row, Broken)] == ["first", "second", "third"]
@@ -71,7 +71,7 @@ def test_an_open_quote_that_another_row_closes_takes_no_row_with_it(path):
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_what_a_csv_file_may_hold_is_read_whatever_its_line_ends_and_encoding(path, ending, encoding):
+def test_a_csv_file_is_read_with_any_line_ends_and_encoding(path, ending, encoding):
     texts = ["plain", "a, b", 'says "hi"', f"two{ending}lines", "", " é 一只猫 🐈 ", "=1+1"]
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator=ending)
@@ -80,7 +80,7 @@ def test_what_a_csv_file_may_hold_is_read_whatever_its_line_ends_and_encoding(pa
     assert found == [text.splitlines() for text in texts]
 
 
-def test_bytes_that_are_no_text_break_their_row_and_leave_what_it_seems_to_say(path):
+def test_invalid_bytes_break_their_row_and_its_probable_content_is_kept(path):
     ((_, row),) = read_csv(path, b"text,source,licence\na dog\x92s ball,s,l\n")
     assert (row.why, row.row) == ("not UTF-8", {"text": "a dog\ufffds ball", "source": "s", "licence": "l"})
 
@@ -95,7 +95,7 @@ def test_a_cell_of_many_lines_is_read_up_to_a_limit(path):
 
 
 @pytest.mark.parametrize("first", ['"open', 'a"b"c","d'])
-def test_a_first_line_that_is_no_header_is_told(path, first):
+def test_a_first_line_that_is_not_a_header_is_an_error(path, first):
     with pytest.raises(BadInputError, match=r"first line of .*a.csv is no header"):
         read_csv(path, f"{first}\nrow,s,l\n")
 
@@ -118,18 +118,18 @@ def test_a_first_line_that_is_no_header_is_told(path, first):
         (b'{"text": "' + b"a" * LONGEST_LINE + b'"}', "longer than 1 MiB"),
     ],
 )
-def test_a_line_that_is_no_object_says_why(line, why):
+def test_a_line_that_is_not_an_object_is_broken_with_a_reason(line, why):
     found = parse(line)
     assert isinstance(found, Broken)
     assert found.why.startswith(why)
 
 
-def test_brackets_in_a_text_are_no_levels():
+def test_brackets_in_a_text_do_not_count_as_nesting():
     row = {"text": "[{" * 100, "list": [[1]] * 50}
     assert parse(json.dumps(row).encode()) == row
 
 
-def test_jsonl_in_utf_16_and_with_the_line_ends_of_an_old_mac_is_read(tmp_path):
+def test_jsonl_in_utf_16_and_with_cr_line_ends_is_read(tmp_path):
     rows = [{"text": "é"}, {"text": "一"}]
     for encoding, ending in (("utf-16", "\n"), ("utf-16", "\r\n"), ("utf-8", "\r"), ("utf-8-sig", "\n")):
         text = "".join(json.dumps(row, ensure_ascii=False) + ending for row in rows)
@@ -155,7 +155,7 @@ def test_jsonl_in_utf_16_and_with_the_line_ends_of_an_old_mac_is_read(tmp_path):
         ("a.gz", ("", "")),
     ],
 )
-def test_a_file_is_what_the_end_of_its_name_says(name, found):
+def test_the_format_of_a_file_is_decided_by_its_suffix(name, found):
     assert file_format(name) == found
 
 
@@ -170,7 +170,7 @@ def test_what_expands_without_measure_is_given_up(tmp_path, monkeypatch, compres
 
 
 @pytest.mark.parametrize("cut", [1, 20, 0.5, -3])
-def test_a_compressed_file_that_ends_in_the_middle_is_told_in_either_format(tmp_path, cut):
+def test_a_truncated_compressed_file_is_an_error_in_either_format(tmp_path, cut):
     lines = "".join(f'{{"text": "row {number * 7919 % 1000}"}}\n' for number in range(2000)).encode()
     for name, content in (("gz", gzip.compress(lines)), ("zst", pa.Codec("zstd").compress(lines, asbytes=True))):
         path = tmp_path / f"a.jsonl.{name}"

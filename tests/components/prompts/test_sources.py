@@ -61,13 +61,13 @@ def test_every_format_gives_the_same_rows(tmp_path, write, form, compression, en
     assert rows_of(path) == rows_of(tmp_path) == ROWS
 
 
-def test_parquet_gives_the_same_rows_and_leaves_other_columns_on_disk(tmp_path):
+def test_parquet_gives_the_same_rows_and_reads_no_other_columns(tmp_path):
     rows = [{**row, "embedding": [0.5] * 8} for row in ROWS]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw.parquet")
     assert read(tmp_path) == list(enumerate(ROWS, start=1))
 
 
-def test_parts_written_one_after_another_into_a_gzip_are_all_read(tmp_path):
+def test_all_members_of_a_gzip_file_are_read(tmp_path):
     (tmp_path / "raw.jsonl.gz").write_bytes(gzip.compress(as_jsonl(ROWS[:3])) + gzip.compress(as_jsonl(ROWS[3:])))
     assert rows_of(tmp_path) == ROWS
 
@@ -109,17 +109,17 @@ def test_a_profile_can_say_which_column_holds_what(tmp_path):
     [
         ({"*.csv": {"columns": {"text": "nothing"}}}, BadInputError, "no column 'nothing' .it has words, source"),
         ({}, BadInputError, "no column 'text'"),
-        ({"VidProM*": {}}, ConfigError, "no file in .* is called that"),
+        ({"VidProM*": {}}, ConfigError, "matches no file in"),
     ],
 )
-def test_a_mapping_that_fits_no_file_is_told(tmp_path, sources, error, said):
+def test_a_mapping_that_matches_no_file_or_column_is_an_error(tmp_path, sources, error, said):
     (tmp_path / "raw.csv").write_bytes(as_csv([{"words": "a red seven", "source": "test"}]))
     with pytest.raises(error, match=said):
         rows_of(tmp_path, sources)
 
 
-def test_no_file_and_an_unknown_format_are_told(tmp_path):
-    with pytest.raises(MissingInputError, match=r"no \*.jsonl file"):
+def test_no_file_and_an_unknown_format_are_errors(tmp_path):
+    with pytest.raises(MissingInputError, match="no JSONL, CSV or Parquet file"):
         rows_of(tmp_path)
     (tmp_path / "raw.xlsx").write_bytes(b"PK")
     with pytest.raises(BadInputError, match="neither JSONL, CSV nor Parquet"):
@@ -129,7 +129,7 @@ def test_no_file_and_an_unknown_format_are_told(tmp_path):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_a_quote_that_never_ends_breaks_its_own_row_alone(tmp_path):
+def test_an_unclosed_quote_breaks_only_its_row(tmp_path):
     lines = [b"text,source,licence", b"a,s,l", b'"open,s,l', *(f"row {n},s,l".encode() for n in range(3000))]
     (tmp_path / "raw.csv").write_bytes(b"\n".join(lines) + b"\n")
     rows = read(tmp_path)
@@ -150,13 +150,13 @@ def test_a_quote_that_never_ends_breaks_its_own_row_alone(tmp_path):
         (b",,", {"text": "", "source": "", "licence": ""}),
     ],
 )
-def test_a_csv_row_that_is_odd_stays_one_row(tmp_path, line, row):
+def test_an_odd_csv_row_stays_one_row(tmp_path, line, row):
     (tmp_path / "raw.csv").write_bytes(b"\xef\xbb\xbftext,source,licence\r\n\r\nfirst,s,l\r\n" + line)
     assert read(tmp_path) == [(3, {"text": "first", "source": "s", "licence": "l"}), (4, row)]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_a_line_of_ten_megabytes_is_one_broken_row_and_never_held_whole(tmp_path, form):
+def test_a_line_of_ten_megabytes_is_one_broken_row_and_never_in_memory_as_a_whole(tmp_path, form):
     path, write = tmp_path / f"raw.{form}", {"jsonl": as_jsonl, "csv": as_csv}[form]
     path.write_bytes(write([ROWS[0], {**ROWS[0], "text": "x" * 10_000_000}, ROWS[1]]))
     first, broken, last = rows_of(path)
@@ -166,14 +166,14 @@ def test_a_line_of_ten_megabytes_is_one_broken_row_and_never_held_whole(tmp_path
 
 
 @pytest.mark.parametrize("cut", [1, 20, -3])
-def test_a_compressed_file_that_ends_in_the_middle_is_an_error(tmp_path, cut):
+def test_a_truncated_compressed_file_is_an_error(tmp_path, cut):
     whole = gzip.compress(as_jsonl(ROWS))
     (tmp_path / "raw.jsonl.gz").write_bytes(whole[:cut])
     with pytest.raises(CorruptDataError, match=r"raw.jsonl.gz can't be read to its end"):
         rows_of(tmp_path)
 
 
-def test_a_parquet_file_that_ends_in_the_middle_is_an_error(tmp_path):
+def test_a_truncated_parquet_file_is_an_error(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "raw.parquet")
     content = (tmp_path / "raw.parquet").read_bytes()
     (tmp_path / "raw.parquet").write_bytes(content[:-10])
@@ -181,7 +181,7 @@ def test_a_parquet_file_that_ends_in_the_middle_is_an_error(tmp_path):
         rows_of(tmp_path)
 
 
-def test_rows_are_read_only_as_they_are_asked_for(tmp_path, monkeypatch):
+def test_rows_are_read_lazily(tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_sources, "BATCH", 2)
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
     (tmp_path / "b.csv").write_bytes(b"no columns that anybody knows\n")
@@ -193,7 +193,7 @@ def test_rows_are_read_only_as_they_are_asked_for(tmp_path, monkeypatch):
 
 
 def faults(path, sources=None):
-    """The files that can't be read, by name, with what is said of them."""
+    """The files that can't be read, by name, with the reported reasons."""
     batches = list(read_batches(path, sources or {}))
     return {
         batch.row_id(place): row.why
@@ -204,7 +204,7 @@ def faults(path, sources=None):
 
 
 def make_bad(folder, kind):
-    """Something that is called like a file of prompts and is none, in `folder`; returns its name."""
+    """Put something that has the name of a file of prompts, but isn't one, into `folder`; returns its name."""
     whole = gzip.compress(as_jsonl(ROWS * 50))
     files = {
         "cut.jsonl.gz": whole[:-300],
@@ -239,7 +239,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_file_that_can_not_be_read_is_told_by_its_name_and_the_others_are_read(tmp_path, kind):
+def test_an_unreadable_file_is_reported_by_its_name_and_the_others_are_read(tmp_path, kind):
     folder = tmp_path / "raw"
     folder.mkdir()
     name = make_bad(folder, kind)
@@ -254,7 +254,7 @@ def test_a_file_that_can_not_be_read_is_told_by_its_name_and_the_others_are_read
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_where_no_file_can_be_read_the_first_is_named(tmp_path, kind):
+def test_if_no_file_can_be_read_the_first_is_named(tmp_path, kind):
     folder = tmp_path / "raw"
     folder.mkdir()
     name = make_bad(folder, kind)
@@ -265,7 +265,7 @@ def test_where_no_file_can_be_read_the_first_is_named(tmp_path, kind):
         rows_of(folder)
 
 
-def test_what_a_cut_file_holds_before_its_end_is_read(tmp_path):
+def test_the_rows_before_the_end_of_a_truncated_file_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
     rows = [{"text": f"row {number * 7919 % 100_003}"} for number in range(20_000)]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(as_jsonl(rows))[:-2000])
@@ -279,13 +279,13 @@ def test_a_link_inside_the_folder_is_followed(tmp_path):
     assert rows_of(tmp_path) == ROWS * 2
 
 
-def test_hidden_files_are_no_prompts(tmp_path):
+def test_hidden_files_are_ignored(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
     (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07 what a Mac leaves beside each file")
     assert rows_of(tmp_path) == ROWS
 
 
-def test_a_profile_that_is_wrong_about_one_of_many_files_loses_that_one(tmp_path):
+def test_wrong_columns_in_the_profile_for_one_of_several_files_lose_only_that_file(tmp_path):
     for name, column in (("a.csv", "caption"), ("b.csv", "caption"), ("c.csv", "words")):
         (tmp_path / name).write_bytes(as_csv([{column: "a red seven"}]))
     assert list(faults(tmp_path, {"*.csv": {"columns": {"text": "caption"}}})) == ["c.csv"]
@@ -304,7 +304,7 @@ def unsafe_of(path):
     ]
 
 
-def test_how_unsafe_a_row_is_is_read_wherever_a_row_says_it(tmp_path):
+def test_probabilities_of_unsafe_content_are_read_from_any_row(tmp_path):
     rows = [{"text": "a"}, {"text": "b", "toxicity": 0.9}, {"text": "c", " Sexual-Explicit ": 0.8}, {"text": "d"}]
     found = [{}, {"toxicity": 0.9}, {" Sexual-Explicit ": 0.8}, {}]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))

@@ -9,14 +9,14 @@ from univigu.errors import BadInputError, first_line
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"model": 5}'])
-def test_a_damaged_tokenizer_is_told_in_a_sentence(tiny_wan_folder, tmp_path, name, content):
+def test_a_damaged_tokenizer_is_reported_in_one_sentence(tiny_wan_folder, tmp_path, name, content):
     shutil.copytree(tiny_wan_folder / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / name).write_bytes(content)
     with pytest.raises(BadInputError, match=r"The tokenizer at .*tokenizer (can't be read|does not end a text)"):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_of_another_kind_is_told_in_a_sentence(tiny_wan_folder, tmp_path):
+def test_an_unknown_tokenizer_model_is_reported_in_one_sentence(tiny_wan_folder, tmp_path):
     shutil.copytree(tiny_wan_folder / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer" / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model": {"type": "Unheard"}}))

@@ -10,7 +10,7 @@ from univigu.errors import MissingInputError, TransientError
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_the_order_of_the_items_and_items_are_not_taken_ahead(workers):
+def test_results_come_in_order_and_few_items_are_consumed_ahead(workers):
     taken = []
 
     def items():
@@ -25,12 +25,12 @@ def test_results_come_in_the_order_of_the_items_and_items_are_not_taken_ahead(wo
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_the_function_raises_is_raised(workers):
+def test_exceptions_of_the_function_are_raised(workers):
     with pytest.raises(MissingInputError, match="no folder 'tokenizer'"):
         list(map_in_order(load_tokenizer, [Path("nowhere")], workers))
 
 
-def test_a_process_that_is_killed_is_told_in_a_sentence():
+def test_a_killed_process_is_reported_in_one_sentence():
     with pytest.raises(TransientError, match="worker processes was killed"):
         list(map_in_order(os._exit, [9] * 9, 2))
 

@@ -51,7 +51,7 @@ def rows(tiny_wan_folder):
 
 @pytest.fixture
 def validate(tmp_path, tiny_wan_folder, profile, rows, recommit):
-    """Run one gate on the good rows as `change(rows)` leaves them; returns the manifest and the folder it filled."""
+    """Run one gate on the good rows after `change(rows)`; returns the manifest and the output folder."""
     root = tmp_path / "root"
     before = {
         "validate-prompts": [("curate-prompts", "prompts")],
@@ -93,7 +93,7 @@ def test_good_rows_pass_and_equal_inputs_give_equal_bytes(validate, step):
     assert tree_digest([home], home) == before
 
 
-def test_pages_for_people_are_kept_outside_the_output(validate):
+def test_html_pages_are_kept_outside_the_output(validate):
     _, home = validate("validate-clips")
     assert {path.name for path in home.iterdir()} == {
         "clips.parquet", "validation.json", "rejected.parquet", "manifest.json"
@@ -143,7 +143,9 @@ BAD = {
         (lambda text: text + " It moves, and" * 9, "repetition"),
     ],
 )
-def test_a_caption_from_anywhere_is_no_refusal_and_undamaged(validate, profile, rows, tiny_wan_folder, spoil, reason):
+def test_captions_of_any_source_are_checked_for_damage_and_refusals(
+    validate, profile, rows, tiny_wan_folder, spoil, reason
+):
     profile["text"]["caption_tokens"] = [32, 80]
     text = spoil(rows["captions"][1]["text"])
     count = count_tokens(load_tokenizer(tiny_wan_folder), [text])[0]
@@ -168,7 +170,7 @@ def test_bad_rows_are_quarantined_by_reason_and_the_rest_passes(validate, profil
     assert {row["id"] for row in rejected}.isdisjoint(row["id"] for row in kept)
 
 
-def test_a_caption_that_leaves_out_what_its_prompt_says_is_quarantined(validate, rows):
+def test_a_caption_that_omits_an_attribute_of_its_prompt_is_quarantined(validate, rows):
     number = next(
         i for i, clip in enumerate(rows["clips"]) if clip["stage"] == 2 and world.read_text(clip["prompt"])["colour"]
     )
@@ -186,7 +188,7 @@ def test_a_failed_caption_is_counted_and_not_quarantined_twice(validate):
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (COUNT - 1, COUNT - 1, 0)
 
 
-def test_pairs_hold_both_stages_apart_and_both_splits(validate, rows):
+def test_pairs_have_separate_stages_and_both_splits(validate, rows):
     _, home = validate("validate-pairs")
     pairs = read_table(home, "pairs").to_pandas()
     assert set(pairs["clip_id"]) == {clip["id"] for clip in rows["clips"]}
@@ -198,7 +200,7 @@ def test_pairs_hold_both_stages_apart_and_both_splits(validate, rows):
     }  # fmt: skip
 
 
-def test_a_clip_keeps_its_split_whatever_order_the_rows_come_in():
+def test_a_clip_keeps_its_split_in_any_order_of_the_rows():
     rows = [{"clip_id": f"c{i}", "stage": 1 + i % 2} for i in range(60)]
     assign_splits(rows, 0.1)
     before = {row["clip_id"]: row["split"] for row in rows}
@@ -212,8 +214,8 @@ def test_a_clip_keeps_its_split_whatever_order_the_rows_come_in():
 @pytest.mark.parametrize(
     ("step", "change", "message"),
     [
-        ("validate-prompts", lambda tables: tables["prompts"].clear(), "holds 0 rows"),
-        ("validate-prompts", lambda tables: tables["prompts"].__delitem__(slice(7, None)), "holds 7 rows"),
+        ("validate-prompts", lambda tables: tables["prompts"].clear(), "has 0 rows"),
+        ("validate-prompts", lambda tables: tables["prompts"].__delitem__(slice(7, None)), "has 7 rows"),
         ("validate-prompts", lambda tables: tables["prompts"].append(tables["prompts"][0]), "unique"),
         ("validate-clips", one("clips", 1, id="c000"), "unique"),
         (
@@ -222,13 +224,13 @@ def test_a_clip_keeps_its_split_whatever_order_the_rows_come_in():
             "seed",
         ),
         ("validate-clips", lambda tables: [row.update(stage=2) for row in tables["clips"]], "stage"),
-        ("validate-clips", lambda tables: tables["clips"].clear(), "holds 0 rows"),
+        ("validate-clips", lambda tables: tables["clips"].clear(), "has 0 rows"),
         ("validate-pairs", lambda tables: tables["clips"].append({**tables["clips"][0], "stage": 2}), "unique"),
         ("validate-pairs", one("clips", 1, sha256=f"{0:064x}"), "sha256"),
         ("validate-pairs", one("captions", 1, status="finished"), "status"),
         ("validate-pairs", one("captions", 1, text=None), "has_text"),
         ("validate-pairs", one("captions", 1, clip_id="c000"), "clip_id"),
-        ("validate-pairs", lambda tables: tables["captions"].clear(), "holds 0 rows"),
+        ("validate-pairs", lambda tables: tables["captions"].clear(), "has 0 rows"),
     ],
 )
 def test_a_broken_table_fails_the_step_and_leaves_nothing(validate, tmp_path, step, change, message):
@@ -250,7 +252,7 @@ def test_too_many_bad_rows_fail_the_step_with_counts(validate):
 
 
 def gate(tmp_path, frame, suite, min_rows=1):
-    """Run a gate; returns what came of it, and the (id, reason) of the rows that it rejected on the way."""
+    """Run a gate; returns its result, and the (id, reason) of the rows that it rejected."""
     rejected = []
     reject = lambda row_id, reason, detail: rejected.append((row_id, reason))  # noqa: E731
     return run_gate("test", frame, suite, tmp_path / "docs", min_rows, "run `univigu run it` again", reject), rejected
@@ -275,7 +277,7 @@ def gate(tmp_path, frame, suite, min_rows=1):
     ],
     ids=["no id", "same id", "bad caption", "a stage is gone", "too few are left"],
 )
-def test_a_gate_that_fails_the_step_leaves_the_rows_that_failed_it(validate, tmp_path, rows, step, change, found):
+def test_a_gate_that_fails_the_step_keeps_the_failing_rows(validate, tmp_path, rows, step, change, found):
     with pytest.raises(GateFailedError):
         validate(step, change)
     rejected = read_table(tmp_path / "root" / ".univigu" / "scratch" / step, "rejected").to_pylist()
@@ -284,7 +286,7 @@ def test_a_gate_that_fails_the_step_leaves_the_rows_that_failed_it(validate, tmp
     assert all(row["row"] != "null" for row in rejected)
 
 
-def test_the_pages_show_the_run_that_saw_the_bad_rows(validate):
+def test_the_html_pages_show_the_run_on_the_whole_table(validate):
     _, home = validate("validate-clips", one("clips", 0, frames=76543))
     docs = home.parents[2] / ".univigu" / "docs" / "validate-clips" / "clips"
     (page,) = (docs / "validations").rglob("*.html")
@@ -298,7 +300,7 @@ def test_an_expectation_that_raises_fails_the_gate(tmp_path):
         gate(tmp_path, pd.DataFrame({"id": ["a", "b"]}), suite)
 
 
-def test_an_expectation_that_raises_is_no_quarantine_even_with_a_reason(tmp_path):
+def test_an_expectation_that_raises_fails_the_gate_even_with_a_reason(tmp_path):
     gx = expectations()
     suite = [gx.ExpectColumnValuesToBeBetween(column="text", min_value=1, meta={"reason": "range"})]
     with pytest.raises(GateFailedError, match="raised"):
@@ -308,17 +310,17 @@ def test_an_expectation_that_raises_is_no_quarantine_even_with_a_reason(tmp_path
 def test_an_expectation_that_did_not_run_fails_the_gate(tmp_path):
     gx = expectations()
     unique = gx.ExpectColumnValuesToBeUnique(column="id")
-    # The same expectation twice: a suite keeps one of them, and says nothing.
-    with pytest.raises(GateFailedError, match="asked for and not run"):
+    # A suite silently keeps only one of two equal expectations.
+    with pytest.raises(GateFailedError, match="was not run as often as it should"):
         gate(tmp_path, pd.DataFrame({"id": ["a", "b"]}), [unique, unique])
 
 
-def test_an_empty_suite_is_no_gate(tmp_path):
-    with pytest.raises(GateFailedError, match="expects nothing"):
+def test_an_empty_suite_is_refused(tmp_path):
+    with pytest.raises(GateFailedError, match="has no expectations"):
         gate(tmp_path, pd.DataFrame({"id": ["a"]}), [])
 
 
-def test_what_is_left_after_a_quarantine_must_pass_the_whole_suite(tmp_path):
+def test_the_rows_left_after_a_quarantine_must_pass_the_whole_suite(tmp_path):
     gx = expectations()
     frame = pd.DataFrame({"id": ["a", "b", "c"], "value": [1, 2, 99], "kind": ["x", "x", "y"]})
     small = gx.ExpectColumnValuesToBeBetween(column="value", max_value=9, meta={"reason": "large"})
@@ -328,12 +330,12 @@ def test_what_is_left_after_a_quarantine_must_pass_the_whole_suite(tmp_path):
     result, rejected = gate(tmp_path, frame, [small])
     assert list(result.passed["id"]) == ["a", "b"]
     assert rejected == [("c", "large")]
-    with pytest.raises(GateFailedError, match=r"keeps .*2 rows, fewer than the profile's 3"):
+    with pytest.raises(GateFailedError, match=r"keeps .*2 rows, fewer than the required 3"):
         gate(tmp_path, frame, [small], min_rows=3)
 
 
 def unique(column, **meta):
-    """Great Expectations' rule that a column, or several together, must not be twice the same."""
+    """Great Expectations' rule that the values of a column, or of several together, are unique."""
     gx = expectations()
     if isinstance(column, str):
         return gx.ExpectColumnValuesToBeUnique(column=column, meta=meta or None)
@@ -345,7 +347,7 @@ def unique(column, **meta):
     [
         ([unique("key", reason="same")], "acf", [("b", "same"), ("d", "same"), ("e", "same")]),
         ([unique(["key", "part"], reason="same")], "abcdf", [("e", "same")]),
-        # c is like a in its part, so d is the first of its key that stays.
+        # c has the same part as a, so d is the first of its key that stays.
         (
             [unique("key", reason="same"), unique("part", reason="part")],
             "adf",
@@ -354,7 +356,7 @@ def unique(column, **meta):
     ],
     ids=["a column", "two columns", "two rules"],
 )
-def test_of_rows_that_are_alike_the_first_stays(tmp_path, suite, passed, rejected):
+def test_of_rows_that_violate_uniqueness_the_first_stays(tmp_path, suite, passed, rejected):
     keys, parts = ["x", "x", "y", "y", "x", None], ["m", "n", "m", "o", "m", "q"]
     frame = pd.DataFrame({"id": list("abcdef"), "key": keys, "part": parts})
     result, found = gate(tmp_path, frame, suite)
@@ -362,7 +364,7 @@ def test_of_rows_that_are_alike_the_first_stays(tmp_path, suite, passed, rejecte
     assert sorted(found) == rejected
 
 
-def test_a_row_that_is_bad_for_another_reason_is_not_the_one_that_stays(tmp_path):
+def test_a_row_with_another_fault_is_not_the_one_that_stays(tmp_path):
     gx = expectations()
     frame = pd.DataFrame({"id": ["a", "b", "c"], "key": ["x", "x", "x"], "value": [99, 1, 2]})
     small = gx.ExpectColumnValuesToBeBetween(column="value", max_value=9, meta={"reason": "large"})
@@ -371,7 +373,7 @@ def test_a_row_that_is_bad_for_another_reason_is_not_the_one_that_stays(tmp_path
     assert sorted(found) == [("a", "large"), ("c", "same")]
 
 
-def test_a_rule_without_a_reason_still_fails_the_step_over_rows_that_are_alike(tmp_path):
+def test_uniqueness_without_a_reason_fails_the_step(tmp_path):
     frame = pd.DataFrame({"id": ["a", "b"], "key": ["x", "x"]})
     with pytest.raises(GateFailedError, match="unique"):
         gate(tmp_path, frame, [unique("key")])
