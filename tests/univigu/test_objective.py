@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 
 from univigu import flow, objective, text_space
 from univigu.errors import ConfigError
-from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, evaluate_heldout, training_loss
+from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, training_loss
+from univigu.training.heldout import evaluate_heldout
 from univigu.transformer import UniViGUTransformer3DModel
 
 DEFAULT = ObjectiveConfig()
@@ -83,8 +84,8 @@ def test_the_table_of_tasks_is_drawn_in_its_shares_with_its_corners():
     with_text = generate & (plan.text_tau == 1)
     assert plan.drop_condition[with_text].float().mean() == pytest.approx(0.1, abs=0.03)
     assert plan.drop_condition[generate & ~with_text].all()  # the corner that guidance goes away from
-    assert plan.say_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
-    assert not plan.say_prompt[understand | joint].any()
+    assert plan.text_is_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
+    assert not plan.text_is_prompt[understand | joint].any()
 
 
 def test_shifted_times_lie_nearer_to_the_noise_and_the_corners_stay():

@@ -275,7 +275,7 @@ def test_a_caption_at_full_size_costs_thirty_times_less_with_the_video_computed_
     whole, out = count(lambda: model(video, tau, condition, text, tau, text, "prefix"))
     assert out.text.shape == (1, 256, 64)
     once, cache = count(lambda: model.prefill_video(video, tau, condition))
-    assert cache.memories[0][0].shape[1] == 32760
+    assert cache.kv_cache[0][0].shape[1] == 32760
     step, _ = count(lambda: model.denoise_text(text, tau, cache, text))
     assert 50 * whole / (once + 50 * step) >= 30
     assert 50 * whole == pytest.approx(14.34e15, rel=0.01)

@@ -45,12 +45,12 @@ def needed_memory(
 
 def count_learning(transformer: Mapping[str, Any], config: TrainingConfig) -> int:
     """How many parameters learn, adapters included, of a model whose config `transformer` is."""
-    from univigu.training.adapters import choose_what_learns
+    from univigu.training.adapters import choose_trainable
     from univigu.transformer import UniViGUTransformer3DModel
 
     with torch.device("meta"):
         model = UniViGUTransformer3DModel.from_config(transformer)
-        choose_what_learns(model, config.freeze, config.lora, config.seed)
+        choose_trainable(model, config.freeze, config.lora, config.seed)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

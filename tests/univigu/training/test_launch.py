@@ -100,7 +100,7 @@ def test_ranks_told_to_stop_agree_on_a_step_save_it_and_leave_with_the_code_to_r
     saved = {path.name for path in (folder / "checkpoints" / latest["checkpoint"]).iterdir()}
     ranks, records = {"rank-00000.safetensors", "rank-00001.safetensors"}, {"curves.csv", "evaluations.json"}
     assert saved == {*ranks, *records, "loop.json", "manifest.json"}
-    assert done.stderr.count(f"Training was told to stop and saved step {latest['step']} of 8") == 2
+    assert done.stderr.count(f"Training received SIGTERM and saved step {latest['step']} of 8") == 2
     assert not (folder / "weights.safetensors").exists()
 
 
@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, two, stoppe
 
 
 def resumed_after(capsys):
-    return int(re.search(r"Going on after step (\d+) of", capsys.readouterr().err)[1])
+    return int(re.search(r"Resuming after step (\d+) of", capsys.readouterr().err)[1])
 
 
 @slow

@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole_run, c
     assert json.loads((tmp_path / "checkpoints" / "latest").read_text())["step"] == 3
     reported = {}
     weights = tiny_run.run(tmp_path, lambda step, metrics: reported.setdefault(step, {}).update(metrics))
-    assert "Going on after step 3 of 8" in capsys.readouterr().err
+    assert "Resuming after step 3 of 8" in capsys.readouterr().err
     assert sorted(reported) == [1, 2, 3, 4, 5, 6, 7, 8]  # what was under way to MLflow when it was killed is not lost
     assert [f"{reported[step]['loss']:.6g}" for step in sorted(reported)] == read_column(tmp_path, "loss")
     assert_same_run(tmp_path, weights, whole_run)
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsy
     assert [path.name for path in saved] == ["step-00000006", "step-00000007"]
     weights = saved[1] / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] + b"x" * 100)
-    assert checkpoints.newest_good(tmp_path / "checkpoints") == saved[0]
+    assert checkpoints.newest_valid(tmp_path / "checkpoints") == saved[0]
     assert "damaged" in capsys.readouterr().err
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
     assert (tmp_path / "checkpoints/damaged-step-00000007/rank-00000.safetensors").is_file()
@@ -158,7 +158,7 @@ def test_a_run_goes_on_in_another_stage_of_zero(tmp_path, whole_run, capsys, bef
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, stop, zero_stage=before)
     weights = tiny_run.run(tmp_path, zero_stage=after)
-    assert "Going on after step 4 of 8" in capsys.readouterr().err
+    assert "Resuming after step 4 of 8" in capsys.readouterr().err
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
 
