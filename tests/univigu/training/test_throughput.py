@@ -4,7 +4,7 @@ from torch import nn
 
 from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel, wan
 from univigu.training.engine import TrainingConfig, init_distributed
-from univigu.training.throughput import Throughput, learning_share, peak_tflops, sample_flops
+from univigu.training.throughput import Throughput, peak_tflops, sample_flops, trainable_share
 
 LATENTS = (21, 60, 104)  # of 81 frames of 480x832
 ALONE = {"joint": {"joint": 1.0}, "understand": {"understand": 1.0}}
@@ -34,7 +34,7 @@ def test_weights_that_do_not_learn_cost_a_third_less(wan_sized):
     assert flops(wan_sized, "joint", share=0.0) == pytest.approx(flops(wan_sized, "joint") * 2 / 3)
     layers = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 9, bias=False)])
     layers[1].requires_grad_(False)
-    assert learning_share(layers) == 0.25
+    assert trainable_share(layers) == 0.25
 
 
 def test_figures_are_sums_over_steps_and_there_is_an_mfu_where_a_peak_is_known(wan_sized):
