@@ -74,7 +74,7 @@ def test_plain_texts_stay_as_they_are():
         (sqlite3.OperationalError("disk I/O error"), CorruptDataError, 74, "The disk fails at"),
         (sqlite3.OperationalError("attempt to write a readonly database"), BadInputError, 65, "can't be used"),
         (OSError(errno.EROFS, "Read-only file system"), BadInputError, 65, "can't be used"),
-        (sqlite3.DatabaseError("file is not a database"), CorruptDataError, 74, "put back a copy of it"),
+        (sqlite3.DatabaseError("file is not a database"), CorruptDataError, 74, "restore a backup of it"),
         (sqlite3.OperationalError("unable to open database file"), CorruptDataError, 74, "can't be opened"),
         (sqlite3.OperationalError("database is locked"), TransientError, 75, "does not answer"),
         (requests.exceptions.ConnectionError("refused"), TransientError, 75, "does not answer"),

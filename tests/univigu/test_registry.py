@@ -44,7 +44,7 @@ def test_the_place_of_files_is_told_without_its_login(uri):
 
 
 def test_a_part_that_a_version_lacks_is_named(uri):
-    with pytest.raises(MissingInputError, match="carries no 'evaluation' among its files at"):
+    with pytest.raises(MissingInputError, match="has no 'evaluation' among its files at"):
         registry.artifact("models:/uni-vigu/1", "evaluation", uri)
 
 
@@ -56,7 +56,7 @@ def test_a_model_that_is_not_there_is_said_to_be_missing(uri, model):
 
 @pytest.mark.parametrize("model", ["models:/uni-vigu@", "models:/", "models:/uni-vigu/1/2", "a/b", "https://host/x"])
 def test_what_can_be_no_address_of_a_model_is_refused(uri, model):
-    with pytest.raises(ConfigError, match="is no address of a model"):
+    with pytest.raises(ConfigError, match="is not the address of a model"):
         registry.pipeline_folder(model, uri)
 
 

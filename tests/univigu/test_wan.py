@@ -110,7 +110,7 @@ def test_presets_have_exactly_wans_parameters_and_every_wan_key_has_its_place(pr
 
 def test_weights_that_miss_or_exceed_wans_are_refused():
     wan.check_keys(["text_head.log_scale", "blocks.3.ffn_text.net.2.bias"], [])
-    with pytest.raises(BadInputError, match="1 weights missing, 1 without a place"):
+    with pytest.raises(BadInputError, match="1 weights missing, 1 unexpected"):
         wan.check_keys(["blocks.0.ffn.net.2.bias"], ["blocks.0.more"])
 
 

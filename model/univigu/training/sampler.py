@@ -1,9 +1,9 @@
 """The order of the samples in a training run: a pure function of the seed and the step.
 
 The samples form an endless stream: permutations of all samples, keyed by (seed, 0), (seed, 1) and so on, one after the
-other. Each sample goes to the bucket of its size. Whenever a bucket has `batch_size` samples, they are the next step. So
-a batch has one shape, each sample is used once per epoch, and nothing is padded or dropped: samples that are in a bucket
-at the end of an epoch are carried over to the next. With one bucket, a step takes the next `batch_size` samples.
+other. Each sample goes to the bucket of its size. Whenever a bucket has `batch_size` samples, they are the next step.
+So a batch has one shape, each sample is used once per epoch, and nothing is padded or dropped: samples that remain in
+a bucket at the end of an epoch are carried over. With one bucket, a step takes the next `batch_size` samples.
 
 The order has no state: step n is computed from the number of samples, without the steps before. Ranks split the samples
 of a step, so a step does not depend on the number of ranks.
@@ -147,7 +147,7 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     """
     if batch_size % world_size:
         raise BadInputError(
-            f"A batch of {batch_size} can't be split evenly over {world_size} processes; use a multiple of their number."
+            f"A batch of {batch_size} can't be split evenly over {world_size} processes; use a multiple of that."
         )
     share = batch_size // world_size
     return slice(rank * share, (rank + 1) * share)
