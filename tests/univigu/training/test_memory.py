@@ -1,4 +1,4 @@
-"""What a step is said to need, against real tensors, a real engine, and Wan at its real sizes."""
+"""The computed memory of a step, compared with real tensors, a real engine, and Wan at its real sizes."""
 
 import copy
 import importlib.util
@@ -43,7 +43,7 @@ def on_meta(config):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_a_real_step(checkpointing):
+def test_activations_equal_those_of_a_real_step(checkpointing):
     model = UniViGUTransformer3DModel(**TINY)
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -65,7 +65,7 @@ def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
-def test_weights_and_optimizer_take_what_a_real_engine_holds(stage, precision, tmp_path):
+def test_weights_and_optimizer_equal_those_of_a_real_engine(stage, precision, tmp_path):
     init_distributed()
     dataset, _ = tiny_run.open_data(tmp_path)
     objective = tiny_run.make_objective(dataset)
@@ -89,7 +89,7 @@ def test_weights_and_optimizer_take_what_a_real_engine_holds(stage, precision, t
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_offloaded_takes_what_a_real_engine_holds(stage, tmp_path):
+def test_offloaded_memory_equals_that_of_a_real_engine(stage, tmp_path):
     init_distributed()
     dataset, _ = tiny_run.open_data(tmp_path)
     objective = tiny_run.make_objective(dataset)
@@ -114,7 +114,7 @@ def test_what_is_offloaded_takes_what_a_real_engine_holds(stage, tmp_path):
     assert said["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
 
 
-def test_each_stage_of_zero_shares_out_more():
+def test_each_zero_stage_partitions_more():
     config = on_meta(TINY).config
     sizes = {**ONE_GPU, "precision": "bf16", "world_size": 4}
     count = parameter_count(config)
@@ -150,13 +150,13 @@ def test_wan_at_its_real_size_is_counted_exactly_and_without_weights():
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 97, 1021, 75_600])
-def test_any_number_of_video_tokens_finds_a_place_of_nearly_its_size(tokens):
+def test_latents_are_found_for_any_number_of_video_tokens(tokens):
     config = on_meta({**wan.WAN_1_3B, "num_layers": 1}).config
     frames, height, width = latent_size(config, tokens, 256)
     assert tokens <= frames * height * width / 4 <= max(1.01 * tokens, tokens + 1)
 
 
-def test_what_no_model_can_hold_is_refused():
+def test_impossible_sizes_are_refused():
     config = on_meta(TINY).config
     with pytest.raises(BadInputError, match="rotary tables"):
         memory_needed(config, **{**ONE_GPU, "video_tokens": 100_000})

@@ -1,4 +1,4 @@
-"""A rank's process ends as Python ends, in all but what gloo's threads could abort."""
+"""The process of a rank exits as Python does, without the shutdown that gloo's threads can abort."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ sys.stdout.write("no newline yet ")
         ("raise ValueError('not caught')", 1, "ValueError: not caught\n"),
     ],
 )
-def test_a_script_ends_as_under_python_itself(tmp_path, end, code, said):
+def test_a_script_exits_as_under_python_itself(tmp_path, end, code, said):
     (tmp_path / "beside.py").touch()
     script = tmp_path / "script.py"
     script.write_text(ENDS.format(end))
