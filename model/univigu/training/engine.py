@@ -163,8 +163,10 @@ def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
 def recompute_activations(transformer: Any, every: int) -> None:
     """Turn on gradient checkpointing for each `every`-th block: it recomputes its activations in the backward pass.
 
-    It is the non-reentrant kind: the reentrant one silently drops gradients where a block's input needs none.
+    It is the non-reentrant kind: the reentrant one silently drops gradients where a block's input needs none. 0: none.
     """
+    if not every:
+        return
     chosen = set(transformer.blocks[::every])
 
     def run(block: nn.Module, *args: Any) -> Any:

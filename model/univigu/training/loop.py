@@ -62,29 +62,24 @@ def train(
 ) -> SampleOrder:
     """Train `objective` in place until step `config.steps`, resuming from the newest valid checkpoint in `folder`.
 
-    Rank 0 calls `report(step, metrics)` for each step, those before the checkpoint included, and writes to `folder`:
-    ``curves.csv``, one row per step; ``heldout.json``, the result of the last `evaluate_heldout`; and ``heldout.csv``,
-    all results, one row per (step, bin). All ranks call `sample(step)` every `config.samples_every` steps, with the
-    weights that would be saved. Returns the order of the samples. Raises `PreemptedError` after SIGTERM, with all
-    progress saved, `ConfigError` for a checkpoint of another seed, and `CorruptDataError` where the loss is not finite.
+    Rank 0 calls `report(step, metrics)` for each step, those before the checkpoint included, and writes the files of
+    `metrics` to `folder`. All ranks call `sample(step)` every `config.samples_every` steps, with the weights that would
+    be saved. Returns the order of the samples. Raises `PreemptedError` after SIGTERM, with all progress saved,
+    `ConfigError` for a checkpoint of another seed, and `CorruptDataError` where the loss is not finite.
     """
     with _termination_flag() as stop_requested:
         # --- the engine, and where it resumes
         device = init_distributed()
         choose_trainable(objective.transformer, config.freeze, config.lora, config.seed)
-        if config.gradient_checkpointing:
-            recompute_activations(objective.transformer, config.gradient_checkpointing)
+        recompute_activations(objective.transformer, config.gradient_checkpointing)
         throughput = Throughput(objective, config, device)  # counts weights, which ZeRO 3 partitions in `make_engine`
         frozen = frozen_weights(objective, config.precision)
         engine = make_engine(objective, config, dist.get_world_size())
         order = sample_order(dataset, config)
         run = _Run(engine, objective, dataset, heldout, config, folder, device, throughput, report, sample)
-        first = run.resume()
-        steps = range(first + 1, config.steps + 1)
+        steps = range(run.resume() + 1, config.steps + 1)
         if device.type == "cpu" and dist.get_world_size() == 1 and steps:
             settle_threads(_trial_pass(objective, dataset, order, run.micro_size), folder / "threads.json")
-        run.open_records(first)
-
         # pyrefly: ignore[bad-specialization]
         with closing(load_ahead(dataset, order, steps, run.share, run.micro_size)) as batches:
             for step in steps:
@@ -94,8 +89,7 @@ def train(
                 waited = time.monotonic() - started
                 row = run_step(engine, config, step, micro, device, stop_requested)
                 if row is None:
-                    run.save_interrupted(step - 1)
-                    raise _preempted(step - 1, config)
+                    raise run.interrupted(step - 1)
                 if config.ema_decay:
                     update_average(engine, step, config.ema_decay)
                 run.record(step, row, micro, time.monotonic() - started, waited)
@@ -105,7 +99,7 @@ def train(
 
                 # --- every `checkpoint_every` steps, at the end, and on SIGTERM: save
                 stop = _any_rank(stop_requested(), device)
-                if step % config.checkpoint_every == 0 or step == config.steps or stop:
+                if stop or run.is_due(step, config.checkpoint_every):
                     run.save(step)
                 if stop and step < config.steps:
                     raise _preempted(step, config)
@@ -143,18 +137,14 @@ class _Run:
         self.first = 0
 
     def resume(self) -> int:
-        """Load the newest valid checkpoint, if there is one; returns its step, or 0."""
+        """Load the newest valid checkpoint, if there is one, and its records; returns its step, or 0."""
         state = load_checkpoint(self.engine, self.folder / "checkpoints", self.records) or {"step": 0}
         if state["step"] and state["seed"] != self.config.seed:
             raise ConfigError(
                 f"The checkpoint in {self.folder} was trained with seed {state['seed']}; use that seed, or start again "
                 "with --restart."
             )
-        self.first = state["step"]
-        return self.first
-
-    def open_records(self, first: int) -> None:
-        """Open the curves and evaluations, and report again what they hold from before step `first`."""
+        self.first = first = state["step"]
         self.curves = Curves(self.folder / "curves.csv", first)
         self.evaluations = Evaluations(self.folder, first)
         self.line = ProgressLine(first, self.config)
@@ -165,6 +155,7 @@ class _Run:
             for scores in self.evaluations.all:
                 self.report(scores["step"], _heldout_metrics(scores))
             print(f"Resuming after step {first} of {self.config.steps}.", file=sys.stderr)
+        return first
 
     def record(self, step: int, row: Mapping[str, float], micro: MicroBatches, seconds: float, waited: float) -> None:
         """Write and report a step's metrics; `seconds` is its duration, of which it `waited` for its batch."""
@@ -181,8 +172,8 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         """Evaluate on held-out samples and draw samples, where either is due, with the weights that would be saved."""
-        scoring = self._is_due(step, self.config.heldout_every)
-        sampling = self._is_due(step, self.config.samples_every)
+        scoring = self.is_due(step, self.config.heldout_every)
+        sampling = self.is_due(step, self.config.samples_every)
         if not (scoring or sampling):
             return
         with averaged_weights(self.engine):
@@ -195,7 +186,7 @@ class _Run:
             if sampling:
                 self.sample(step)
 
-    def _is_due(self, step: int, every: int) -> bool:
+    def is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def save(self, step: int) -> None:
@@ -204,10 +195,11 @@ class _Run:
         loop = {"seed": self.config.seed, "position": position, "epoch": position // len(self.dataset)}
         save_checkpoint(self.engine, self.folder / "checkpoints", step, loop, self.records)
 
-    def save_interrupted(self, step: int) -> None:
-        """Save `step`, the last complete one, after an incomplete one: the weights have not changed since."""
-        if step > self.first and step % self.config.checkpoint_every:  # otherwise its checkpoint is there already
+    def interrupted(self, step: int) -> PreemptedError:
+        """Save `step`, the last complete one: the weights have not changed since. Returns the error to raise."""
+        if step > self.first and step % self.config.checkpoint_every:  # otherwise its checkpoint exists
             self.save(step)
+        return _preempted(step, self.config)
 
 
 def _trial_pass(
