@@ -92,8 +92,8 @@ def test_frames_of_billions_of_pixels_are_refused_before_allocation(tmp_path, si
         "try: read_video(Path(sys.argv[1]))\n"
         "except VideoError as error: print(error.reason, peak() - before)\n"
     )
-    said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
-    reason, megabytes = said.split()
+    output = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    reason, megabytes = output.split()
     assert (reason, int(megabytes) < 100) == ("too_large", True)
 
 

@@ -58,9 +58,9 @@ def test_clustered_interval_has_its_nominal_coverage():
 
 def test_a_claim_is_correct_only_if_it_is_the_one_true_value():
     truth = {"colour": "red", "speed": "slow", "digit": "two"}
-    said = {"colour": {"red"}, "speed": {"slow", "fast"}, "digit": set(), "start": {"top"}}
-    assert single_values(said) == {"colour": "red", "start": "top"}
-    assert score_item(truth, single_values(said)) == {"colour": True, "speed": False, "digit": False}
+    stated = {"colour": {"red"}, "speed": {"slow", "fast"}, "digit": set(), "start": {"top"}}
+    assert single_values(stated) == {"colour": "red", "start": "top"}
+    assert score_item(truth, single_values(stated)) == {"colour": True, "speed": False, "digit": False}
 
 
 def test_summarise_counts_only_the_items_scored_on_an_attribute():

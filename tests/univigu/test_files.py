@@ -97,6 +97,10 @@ def test_yaml_with_ordinary_anchors_is_read(tmp_path):
 def test_a_yaml_text_has_the_same_limits():
     assert files.parse_yaml("{rank: 4, targets: [to_q]}") == {"rank": 4, "targets": ["to_q"]}
     assert files.parse_yaml("") is None
-    for text, said in (("a: [1", "flow sequence"), ("a\n---\nb", "more than one"), ("x" * 2**21, "larger than 1 MiB")):
-        with pytest.raises(ValueError, match=said):
+    for text, reason in (
+        ("a: [1", "flow sequence"),
+        ("a\n---\nb", "more than one"),
+        ("x" * 2**21, "larger than 1 MiB"),
+    ):
+        with pytest.raises(ValueError, match=reason):
             files.parse_yaml(text)

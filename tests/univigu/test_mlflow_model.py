@@ -30,12 +30,12 @@ def test_a_video_is_captioned_from_a_path_and_from_base64_as_by_the_pipeline(mod
     rng = np.random.default_rng(0)
     content = encode_mp4(rng.integers(0, 256, (40, 96, 54, 3), dtype=np.uint8), 8)
     (tmp_path / "clip.mp4").write_bytes(content)
-    said = [
+    captions = [
         model.predict(None, pd.DataFrame({"video": [value]}), {"seed": 3})["caption"][0]
         for value in (str(tmp_path / "clip.mp4"), in_base64(content), "data:video/mp4;base64," + in_base64(content))
     ]
     frames, _ = read_video(content, model.pipeline.config.num_frames)
-    assert said == model.pipeline.caption(frames, seed=3) * 3
+    assert captions == model.pipeline.caption(frames, seed=3) * 3
     np.testing.assert_array_equal(fit_frames(fit_frames(frames, 9, 32, 32), 9, 32, 32), fit_frames(frames, 9, 32, 32))
 
 

@@ -50,9 +50,9 @@ def test_secrets_of_the_environment_are_masked(monkeypatch):
     for name in ("MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "CAPTION_API_KEY"):
         monkeypatch.setenv(name, f"value-of-{name.lower()}")
         assert without_secrets(f"sent value-of-{name.lower()}, and refused") == "sent ***, and refused"
-    said = store_error(mlflow.exceptions.MlflowException("bad token value-of-mlflow_tracking_token"), SERVER)
-    assert "value-of" not in str(said)
-    assert "s3cret" not in str(said)
+    error_shown = store_error(mlflow.exceptions.MlflowException("bad token value-of-mlflow_tracking_token"), SERVER)
+    assert "value-of" not in str(error_shown)
+    assert "s3cret" not in str(error_shown)
 
 
 def test_plain_texts_are_not_changed():
@@ -86,10 +86,10 @@ def test_a_failing_store_is_reported_by_its_cause_even_if_wrapped(tmp_path, erro
     wrapped.__cause__ = sqlalchemy.exc.OperationalError("INSERT", {}, error)
     wrapped.__cause__.__cause__ = error
     for one in (error, wrapped):
-        said = store_error(one, uri)
-        assert (type(said), said.exit_code) == (kind, code)
-        assert message in str(said)
-        assert "\n" not in str(said)
+        error_shown = store_error(one, uri)
+        assert (type(error_shown), error_shown.exit_code) == (kind, code)
+        assert message in str(error_shown)
+        assert "\n" not in str(error_shown)
 
 
 def test_a_database_is_created_completely_after_a_kill(tmp_path):

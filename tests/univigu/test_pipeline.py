@@ -126,8 +126,8 @@ def test_joint_gives_a_video_and_its_text_from_noise(pipeline, path):
     assert frames.shape == (1, 9, 32, 32, 3)
     assert len(texts) == 1
     assert isinstance(texts[0], str)
-    many, said = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
-    assert many.shape[0] == len(said) == 2
+    many, captions = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
+    assert many.shape[0] == len(captions) == 2
     alone, guided = pipeline.joint(caption_guidance_scale=3.0, **path)
     assert np.abs(many[0].astype(int) - alone[0]).max() <= 1
     assert guided != texts
@@ -157,11 +157,11 @@ def test_the_rest_of_a_joint_video_is_generated_from_its_own_text(pipeline, monk
 
 def test_a_joint_text_is_written_at_the_first_step_from_text_at_on(pipeline):
     """In two steps without shift, the times of the video are 0, 0.5 and 1."""
-    made = {at: pipeline.joint(seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
-    assert made[0.1][1] == made[0.5][1]
-    assert np.array_equal(made[0.1][0], made[0.5][0])
-    assert np.array_equal(made[0.6][0], made[1.0][0])
-    assert not np.array_equal(made[0.5][0], made[0.6][0])
+    pairs = {at: pipeline.joint(seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
+    assert pairs[0.1][1] == pairs[0.5][1]
+    assert np.array_equal(pairs[0.1][0], pairs[0.5][0])
+    assert np.array_equal(pairs[0.6][0], pairs[1.0][0])
+    assert not np.array_equal(pairs[0.5][0], pairs[0.6][0])
 
 
 def test_an_invalid_time_or_temperature_is_refused(pipeline, clips):
@@ -202,7 +202,7 @@ def test_saved_files_do_not_depend_on_the_source_folder(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("video", "says"),
+    ("video", "message"),
     [
         (np.zeros((0, 32, 32, 3), np.uint8), "decode it"),
         (np.zeros((1, 32, 32, 3), np.uint8), "single frame"),
@@ -215,14 +215,14 @@ def test_saved_files_do_not_depend_on_the_source_folder(pipeline, tmp_path):
         (None, "no video"),
     ],
 )
-def test_an_invalid_video_is_refused_in_one_sentence(pipeline, video, says):
-    with pytest.raises(BadInputError, match=says) as caught:
+def test_an_invalid_video_is_refused_in_one_sentence(pipeline, video, message):
+    with pytest.raises(BadInputError, match=message) as caught:
         pipeline.caption(video)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "message"),
     [
         ("", "empty"),
         ("  \n", "empty"),
@@ -232,8 +232,8 @@ def test_an_invalid_video_is_refused_in_one_sentence(pipeline, video, says):
         ([7], "a text"),
     ],
 )
-def test_an_invalid_prompt_is_refused_in_one_sentence(pipeline, prompt, says):
-    with pytest.raises(BadInputError, match=says):
+def test_an_invalid_prompt_is_refused_in_one_sentence(pipeline, prompt, message):
+    with pytest.raises(BadInputError, match=message):
         pipeline.generate(prompt)
 
 

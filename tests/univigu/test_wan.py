@@ -123,17 +123,17 @@ def test_a_folder_and_its_transformer_part_are_both_accepted(tiny_wan_folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"_class_name": "CogVideoXTransformer3DModel"}, BadInputError, "is CogVideoXTransformer3DModel, not Wan"),
         ({"image_dim": 1280}, BadInputError, "conditioned on images"),
         ({"in_channels": 36}, BadInputError, "conditioned on images"),
     ],
 )
-def test_another_architecture_is_refused_in_one_sentence(tiny_wan_folder, tmp_path, change, error, says):
+def test_another_architecture_is_refused_in_one_sentence(tiny_wan_folder, tmp_path, change, error, message):
     config = json.loads((tiny_wan_folder / "transformer" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         wan.transformer_folder(tmp_path)
 
 

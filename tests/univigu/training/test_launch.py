@@ -165,7 +165,7 @@ def test_with_all_settings_on_a_run_of_two_processes_resumes_on_one_with_the_sam
 
 
 @pytest.mark.parametrize(
-    ("codes", "told", "expected"),
+    ("codes", "terminated", "expected"),
     [
         ([81, 81], False, 81),  # another node received the signal
         ([-15, 81], True, 81),
@@ -176,8 +176,8 @@ def test_with_all_settings_on_a_run_of_two_processes_resumes_on_one_with_the_sam
         ([-15, 1], True, 1),
     ],
 )
-def test_one_exit_code_speaks_for_all_workers(codes, told, expected):
-    assert exit_code(codes, told) == expected
+def test_one_exit_code_speaks_for_all_workers(codes, terminated, expected):
+    assert exit_code(codes, terminated) == expected
 
 
 def test_a_workers_own_exit_code_reaches_the_caller(tmp_path):

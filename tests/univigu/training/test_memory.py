@@ -49,11 +49,11 @@ def test_activations_equal_those_of_a_real_step(checkpointing):
         model.enable_gradient_checkpointing()
     real = [tracked_step(model, task, (2, 4, 1, 48, 48), 10, 6) for task in ("joint", "understand")]
     kept, peak = max(real, key=lambda found: found[1])
-    said = memory_needed(model.config, **{**ONE_GPU, "video_tokens": 576}, gradient_checkpointing=checkpointing)
+    needed_bytes = memory_needed(model.config, **{**ONE_GPU, "video_tokens": 576}, gradient_checkpointing=checkpointing)
     # a checkpoint keeps the generator's state, 5 KB on a CPU, for each of the two passes through a block
     states = 2 * TINY["num_layers"] * torch.get_rng_state().nbytes if checkpointing else 0
-    assert kept - states <= said["activations"] <= kept
-    assert peak - states <= said["activations"] + said["workspace"] <= peak
+    assert kept - states <= needed_bytes["activations"] <= kept
+    assert peak - states <= needed_bytes["activations"] + needed_bytes["workspace"] <= peak
 
 
 def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp32():
@@ -79,13 +79,15 @@ def test_weights_and_optimizer_equal_those_of_a_real_engine(stage, precision, tm
         flat = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
         masters = getattr(engine.optimizer, flat)
     moments = [tensor for state in adamw.state.values() for tensor in state.values() if tensor.ndim]
-    said = memory_needed(
+    needed_bytes = memory_needed(
         config,
         **{**ONE_GPU, "video_tokens": 8, "context_tokens": 4, "zero_stage": stage, "precision": precision},
     )
-    assert said["parameters"] == sum(tensor.nbytes for tensor in held)
+    assert needed_bytes["parameters"] == sum(tensor.nbytes for tensor in held)
     padding = 64 * len(masters)
-    assert said["optimizer"] == pytest.approx(sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding)
+    assert needed_bytes["optimizer"] == pytest.approx(
+        sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -103,15 +105,17 @@ def test_offloaded_memory_equals_that_of_a_real_engine(stage, tmp_path):
     moments = [
         tensor for state in engine.optimizer.optimizer.state.values() for tensor in state.values() if tensor.ndim
     ]
-    said = offloaded_memory(
+    needed_bytes = offloaded_memory(
         config, world_size=1, **settings, offload_optimizer=True, offload_parameters="parameters" in offload
     )
     padding = 64 * len(masters)
-    assert said["optimizer"] == pytest.approx(sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding)
+    assert needed_bytes["optimizer"] == pytest.approx(
+        sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding
+    )
     buffers = "grad_partitions_flat_buffer" if stage == 3 else "param_buffer_of_bit16_for_cpu_offload_groups"
     buffers = getattr(engine.optimizer, buffers)
     gradients = [*(tensor.grad for tensor in masters), *([buffers] if stage == 3 else buffers)]
-    assert said["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
+    assert needed_bytes["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
 
 
 def test_each_zero_stage_partitions_more():

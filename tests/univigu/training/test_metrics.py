@@ -37,13 +37,13 @@ def test_the_progress_line_has_the_mfu_if_known_and_the_loading_time_if_notable(
     line = new_line()
     clock.now += 60
     line.show(1, {}, FIGURES | {"mfu": 0.4356, "loading_share": 0.0049})
-    said = capsys.readouterr().err
-    assert "431 TFLOP/s MFU 43.6% 0:09:00 left" in said
+    line_text = capsys.readouterr().err
+    assert "431 TFLOP/s MFU 43.6% 0:09:00 left" in line_text
     clock.now += 60
     line.show(2, {}, FIGURES | {"loading_share": 0.012})
-    said = capsys.readouterr().err
-    assert "waiting for data 1.2%" in said
-    assert "MFU" not in said
+    line_text = capsys.readouterr().err
+    assert "waiting for data 1.2%" in line_text
+    assert "MFU" not in line_text
 
 
 def test_a_line_comes_every_few_seconds_and_at_the_last_step(clock, capsys):

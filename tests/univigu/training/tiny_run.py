@@ -2,8 +2,8 @@
 
     python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP KILL|TERM]
 
-Once it has done STEP, the process kills itself (KILL), or has whoever started it told to stop (TERM), as a cluster does
-with a pod, and goes slowly from there. At the end the weights lie in FOLDER/weights.safetensors.
+After STEP, the process kills itself (KILL), or sends SIGTERM to its parent (TERM), as a cluster does with a pod, and
+slows down from there. At the end the weights are in FOLDER/weights.safetensors.
 """
 
 import json
