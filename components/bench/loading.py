@@ -21,13 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from univigu.errors import UniViGUError
+
+if TYPE_CHECKING:
+    from univigu import UniViGUTransformer3DModel
 
 STEPS = 11  # that are timed, after one that is not
 SHARDS, ROWS, CACHED = 6, 2, 3
@@ -81,13 +84,11 @@ def write_shards(folder: Path) -> list[str]:
 
 
 def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
-    """Some steps as the training loop takes them; seconds a step, and how much of them it waited for data.
+    """Time some steps of the training loop: seconds per step, and the share of them that it waits for data.
 
     Raises `UniViGUError` where `shards` come from a store and none is fetched, or none dropped, while steps are timed.
     """
-    import torch
-
-    from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel
+    from univigu import ObjectiveConfig, TrainingObjective
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
     from univigu.training.engine import TrainingConfig, init_distributed, make_engine
     from univigu.training.loader import load_ahead
@@ -95,18 +96,7 @@ def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
 
     refs = [SampleRef(f"{name}-{row}", folder / name, row) for name in names for row in range(ROWS)]
     dataset = LatentDataset(refs, folder / EMPTY_PROMPT, PROMPT_LENGTH, shards)
-    torch.manual_seed(0)
-    model = UniViGUTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=24,
-        num_layers=1,
-        ffn_dim=96,
-        text_dim=STATES,
-        text_latent_dim=16,
-        vocab_size=VOCABULARY,
-        tokenizer_length=VOCABULARY,
-        text_length=TEXT_LENGTH,
-    )
+    model = make_model()
     device = init_distributed()
     config = TrainingConfig(steps=STEPS + 1, batch_size=1, learning_rate=1e-4, shuffle_shards=1)
     engine = make_engine(TrainingObjective(model, ObjectiveConfig(shares={"generate": 1.0})), config, 1)
@@ -121,16 +111,7 @@ def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
             run_step(engine, config, step, micro, device, lambda: False)
             seconds.append(time.perf_counter() - started)
             cached.append({path.name for path in shards.cache.glob("*.safetensors")} if shards else set())
-    counts = {}
-    if shards:
-        changes = list(pairwise(cached))
-        counts["shards_fetched"] = sum(len(after - before) for before, after in changes)
-        counts["shards_dropped"] = sum(len(before - after) for before, after in changes)
-        if not all(counts.values()):
-            raise UniViGUError(
-                f"{counts['shards_fetched']} shards were fetched and {counts['shards_dropped']} dropped in {STEPS} "
-                "timed steps, which say nothing of streaming; time more, or have more shards than the cache holds."
-            )
+    counts = count_changes(cached) if shards else {}
     started = time.perf_counter()
     for step in steps:
         dataset.batch(*order.batch(step))
@@ -143,6 +124,42 @@ def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
         "prepare_seconds": round(prepare, 4),
         **counts,
     }
+
+
+def make_model() -> "UniViGUTransformer3DModel":
+    """A small model, always with the same weights."""
+    import torch
+
+    from univigu import UniViGUTransformer3DModel
+
+    torch.manual_seed(0)
+    return UniViGUTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=24,
+        num_layers=1,
+        ffn_dim=96,
+        text_dim=STATES,
+        text_latent_dim=16,
+        vocab_size=VOCABULARY,
+        tokenizer_length=VOCABULARY,
+        text_length=TEXT_LENGTH,
+    )
+
+
+def count_changes(cached: Sequence[set[str]]) -> dict[str, int]:
+    """The numbers of shards that were fetched and dropped between steps; `cached` are the names after each step.
+
+    Raises `UniViGUError` where one of them is zero: the timed steps then don't measure streaming.
+    """
+    changes = list(pairwise(cached))
+    fetched = sum(len(after - before) for before, after in changes)
+    dropped = sum(len(before - after) for before, after in changes)
+    if not fetched or not dropped:
+        raise UniViGUError(
+            f"{fetched} shards were fetched and {dropped} dropped in {STEPS} timed steps, which don't measure "
+            "streaming; time more steps, or use more shards than fit the cache."
+        )
+    return {"shards_fetched": fetched, "shards_dropped": dropped}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from univigu.errors import BadInputError
 from univigu.hardware import Gpu, find_gpu
 from univigu.training.engine import OFFLOAD, TrainingConfig
 from univigu.training.memory import BYTES, parameter_count
-from univigu.training.memory_check import count_learning, needed_host_memory, needed_memory
+from univigu.training.memory_check import count_trainable, needed_host_memory, needed_memory
 
 if TYPE_CHECKING:
     from univigu.training.engine import TrainingConfig
@@ -157,7 +157,7 @@ def plan_memory(
     usable = planning.usable_memory(device.memory_gib)
     model, table = models.transformer.config, {}
     sizes = {"video_tokens": tokens.video, "context_tokens": tokens.context, "world_size": gpus}
-    learning = count_learning(model, config)
+    trainable = count_trainable(model, config)
     every = int(config.gradient_checkpointing)
     for stage in range(4):
         if stage == 0 and config.precision == "bf16":
@@ -165,20 +165,20 @@ def plan_memory(
         offload = tuple(part for part in config.offload if stage >= OFFLOAD[part])
         for recomputed in sorted({0, 1, every}, key=lambda k: k or math.inf):
             tried = replace(config, zero_stage=stage, offload=offload, gradient_checkpointing=recomputed)
-            parts = needed_memory(model, tried, **sizes, learning=learning)
+            parts = needed_memory(model, tried, **sizes, trainable=trainable)
             table[_choice(stage, recomputed)] = {**parts, "fits": parts["total"] <= usable}
     chosen = _choice(config.zero_stage if zero is None else zero, every)
     if chosen not in table:
         raise BadInputError(f"There is no ZeRO stage {zero} in {config.precision}; use one of 1, 2 and 3.")
     encoders = sum(p.numel() for m in (models.text_encoder, models.vae) for p in m.parameters())
     processes = min(gpus, 8)  # of a machine
-    host = needed_host_memory(model, config, world_size=gpus, processes=processes, learning=learning)
+    host = needed_host_memory(model, config, world_size=gpus, processes=processes, trainable=trainable)
     return {
         "usable": usable,
         "chosen": chosen,
         "fits": table[chosen]["fits"],
         "by_stage": table,
-        "learning": learning,
+        "learning": trainable,
         "encoders": 0,  # latents and states are made beforehand
         "host_bytes_per_machine": host["total"] + 4 * encoders,
     }

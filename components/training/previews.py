@@ -32,7 +32,7 @@ def show_samples(
     if tracked is None or pipeline is None:
         return
     rows = [
-        {"step": step, "sample": one.id, "prompt": one.prompt, "target": one.target, "said": one.said}
+        {"step": step, "sample": one.id, "prompt": one.prompt, "target": one.target, "said": one.caption}
         for one in samples
     ]
     print(f"sample at step {step}: {rows[0]['said'][:200]!r}", file=sys.stderr)

@@ -178,24 +178,24 @@ def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "L
     """Refuse, before anything is loaded, a run that would need more memory than there is."""
     from univigu.training.memory import parameter_count
     from univigu.training.memory_check import (
-        count_learning,
+        count_trainable,
         free_host_memory,
         free_memory,
         needed_host_memory,
         needed_memory,
-        require_host_room,
-        require_room,
+        require_host_memory,
+        require_memory,
     )
 
-    learning = count_learning(shape, config)
+    trainable = count_trainable(shape, config)
     free, free_host = free_memory(), free_host_memory()
     if parameter_count(shape) * _BYTES_A_WEIGHT * 100 < min(free, free_host):
         return  # next to nothing: not worth the seconds that counting activations takes
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("LOCAL_RANK", "0") == "0":  # speaks for its machine's others; rank 0 loads only after this
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        host = needed_host_memory(shape, config, world_size=world_size, processes=processes, learning=learning)
-        require_host_room(host, free_host, config)
+        host = needed_host_memory(shape, config, world_size=world_size, processes=processes, trainable=trainable)
+        require_host_memory(host, free_host, config)
     largest = max(range(len(dataset)), key=lambda index: math.prod(dataset.samples[index].bucket))
     latents = dataset.batch([largest], [0])["latents"].shape[2:]
     frames, height, width = empty_transformer(shape).grid(latents)
@@ -205,9 +205,9 @@ def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "L
         video_tokens=frames * height * width,
         context_tokens=dataset.prompt_length,
         world_size=world_size,
-        learning=learning,
+        trainable=trainable,
     )
-    require_room(needed, free, config)
+    require_memory(needed, free, config)
 
 
 def empty_transformer(config: Mapping[str, Any]) -> "UniViGUTransformer3DModel":

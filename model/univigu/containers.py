@@ -1,8 +1,8 @@
-"""What a video file's container says of its own size, checked before any demuxer reads it.
+"""Check the sizes that a video file's container declares, before a demuxer reads the file.
 
-A demuxer plays what is there of a file that was cut off, and reserves memory for as many frames as a header claims. The
-declared sizes tell both: a part that ends after the file does was cut off, and a file has no more samples than bytes.
-MPEG transport and program streams declare nothing: whatever is a whole number of packets of one is one.
+A demuxer reads a truncated file as far as it goes, and allocates memory for as many frames as a header declares. The
+declared sizes reveal both problems: in a truncated file a part ends after the end of the file, and a file can't have
+more samples than bytes. MPEG transport and program streams declare no sizes; a whole number of packets is accepted.
 
 Sources: ISO/IEC 14496-12 (MP4, MOV), RFC 8794 and RFC 9559 (Matroska, WebM), GIF89a, RIFF (AVI), RFC 3533 (Ogg),
 ISO/IEC 13818-1 (transport streams), Adobe's FLV 10.1, Microsoft's ASF 1.20.3 and yuv4mpeg(5).
@@ -17,29 +17,33 @@ from typing import BinaryIO
 
 from univigu.errors import VideoError
 
-MAX_PARTS = 2_000_000  # boxes, blocks or pages that are looked at
+MAX_PARTS = 2_000_000  # boxes, blocks or pages that are checked
 MAX_HEADER = 64 << 20  # bytes of a compressed header
-FEWEST_SAMPLES = 10_000  # so many may be claimed in a file of any size
-_MEDIA_BOXES = (b"moov", b"mdat", b"moof")  # behind the last of these may be anything that a tool appended
+FEWEST_SAMPLES = 10_000  # may be declared in a file of any size
+_MEDIA_BOXES = (b"moov", b"mdat", b"moof")  # after the last of these, tools may have appended anything
 _BOX_FOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
-_SAMPLE_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # where in a box's content the number of samples is
-_TS_PACKETS = {188: 188, 192: 188, 204: 204}  # length, and from the sync byte: plain, Blu-ray's, with parity
-_TS_SYNC, _TS_RUN = 0x47, 4  # so many sync bytes at the same distance make a transport stream
+_SAMPLE_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # offset of the number of samples in a box's content
+_TS_PACKETS = {
+    188: 188,
+    192: 188,
+    204: 204,
+}  # packet length, and that from its sync byte: plain, Blu-ray, with parity
+_TS_SYNC, _TS_RUN = 0x47, 4  # number of equidistant sync bytes that identify a transport stream
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 
 
 class _CutOffError(Exception):
-    """The file ends before its container says."""
+    """The file is shorter than its container declares."""
 
 
 class _TooManyError(Exception):
-    """The file claims more than it can hold."""
+    """The file declares more than it can hold."""
 
 
 def check_container(file: BinaryIO, size: int, name: str) -> None:
-    """Raise `VideoError` for a file of `size` bytes that was cut off (`damaged`) or claims too much (`too_large`).
+    """Raise `VideoError` for a file of `size` bytes that is truncated (`damaged`) or declares too much (`too_large`).
 
-    What is no container that is known here is left to the demuxer.
+    Unknown containers are left to the demuxer.
     """
     walk = _choose_walker(file.read((_TS_RUN + 1) * max(_TS_PACKETS)))
     try:
@@ -52,7 +56,7 @@ def check_container(file: BinaryIO, size: int, name: str) -> None:
         raise VideoError(f"{name} claims {error}; convert it with a tool that you trust.", "too_large") from None
 
 
-Walker = Callable[[BinaryIO, int], Iterator[int]]  # yields where each part starts
+Walker = Callable[[BinaryIO, int], Iterator[int]]  # yields the start of each part
 
 
 def _choose_walker(start: bytes) -> Walker | None:
@@ -80,7 +84,7 @@ def _check_end(end: int, size: int) -> None:
 
 
 def _walk_boxes(file: BinaryIO, size: int) -> Iterator[int]:
-    """Every box that holds samples ends within the file, and the samples that are listed have a byte each."""
+    """Check that every box with samples ends within the file, and that there is a byte for each listed sample."""
     claimed = 0
     ahead = [(0, size)]
     while ahead:
@@ -106,7 +110,7 @@ def _walk_boxes(file: BinaryIO, size: int) -> Iterator[int]:
 
 
 def _read_box(file: BinaryIO, at: int, end: int) -> tuple[bytes, int, int]:
-    """A box's type, where its content starts, and where it ends; it ends where it starts if its size makes no sense."""
+    """A box's type, and the start and end of its content; for an invalid size, the end is the start of the box."""
     file.seek(at)
     head = file.read(16)
     length, kind = struct.unpack_from(">I4s", head)
@@ -119,7 +123,7 @@ def _read_box(file: BinaryIO, at: int, end: int) -> tuple[bytes, int, int]:
 
 
 def _inflate_header(file: BinaryIO, start: int, stop: int) -> bytes:
-    """The boxes of a compressed QuickTime header: its `cmvd` holds a size, and zlib's bytes."""
+    """The boxes of a compressed QuickTime header, whose `cmvd` box has a size and zlib data."""
     file.seek(start)
     content = file.read(min(stop - start, MAX_HEADER))
     at = content.find(b"cmvd")
@@ -137,14 +141,14 @@ def _inflate_header(file: BinaryIO, start: int, stop: int) -> bytes:
 
 
 def _walk_ebml(file: BinaryIO, size: int) -> Iterator[int]:
-    """Every element ends within the file; of a live recording, whose sizes are unknown, every block does."""
+    """Check that every element ends within the file; in live recordings, with unknown sizes, every block."""
     at = 0
     while at < size:
         yield at
         file.seek(at)
         found = _read_element(file.read(12))
         if found is None:
-            return  # no element: the demuxer looks for the next one
+            return  # not an element: the demuxer searches for the next one
         kind, header, length = found
         if length is None and kind not in (_SEGMENT, _CLUSTER):
             return
@@ -153,7 +157,7 @@ def _walk_ebml(file: BinaryIO, size: int) -> Iterator[int]:
 
 
 def _read_element(head: bytes) -> tuple[int, int, int | None] | None:
-    """An element's id, the length of its header, and that of its content (None: unknown)."""
+    """An element's id, and the lengths of its header and of its content (None: unknown)."""
     if not head or head[0] < 0x10:
         return None
     id_length = 9 - head[0].bit_length()
@@ -171,7 +175,7 @@ def _read_element(head: bytes) -> tuple[int, int, int | None] | None:
 
 
 def _walk_gif(file: BinaryIO, size: int) -> Iterator[int]:
-    """The blocks of a GIF lead to its trailer."""
+    """Check that the blocks of a GIF lead to its trailer."""
     file.seek(10)
     at = 13 + _colour_table(file.read(1))
     while True:
@@ -183,18 +187,18 @@ def _walk_gif(file: BinaryIO, size: int) -> Iterator[int]:
         if not block or (block[:1] == b"\x2c" and len(block) < 10):
             raise _CutOffError("it has no end")
         if block[:1] not in b"\x2c\x21":
-            return  # no block: the demuxer looks for the next one
+            return  # not a block: the demuxer searches for the next one
         at += 11 + _colour_table(block[9:]) if block[:1] == b"\x2c" else 2
         at = yield from _walk_sub_blocks(file, at)
 
 
 def _colour_table(flags: bytes) -> int:
-    """How many bytes the colour table takes that a packed field announces."""
+    """The size in bytes of the colour table that a packed field declares."""
     return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
 def _walk_sub_blocks(file: BinaryIO, at: int) -> Iterator[int]:
-    """Returns where the sub-blocks end that start at `at`."""
+    """Walk the sub-blocks that start at `at`; returns their end."""
     file.seek(at)
     while length := file.read(1):
         yield at
@@ -209,7 +213,7 @@ def _walk_sub_blocks(file: BinaryIO, at: int) -> Iterator[int]:
 
 
 def _walk_riff(file: BinaryIO, size: int) -> Iterator[int]:
-    """Each of the RIFF chunks that an AVI is made of ends within the file, if it says where."""
+    """Check that each RIFF chunk of an AVI ends within the file, where its size is declared."""
     at = 0
     while at + 12 <= size:
         yield at
@@ -218,23 +222,23 @@ def _walk_riff(file: BinaryIO, size: int) -> Iterator[int]:
         if kind != b"RIFF" or length in (0, 0xFFFFFFFF):
             return
         at += 8 + length
-        _check_end(at - 8, size)  # some tools count these eight bytes, too
+        _check_end(at - 8, size)  # some tools include the eight bytes of the header
         at += length % 2
 
 
 def _walk_flv(file: BinaryIO, size: int) -> Iterator[int]:
-    """Each tag of an FLV ends within the file."""
+    """Check that each tag of an FLV ends within the file."""
     file.seek(5)
     at = int.from_bytes(file.read(4), "big") + 4
     while at < size:
         yield at
         file.seek(at)
         at += 15 + int.from_bytes(file.read(4)[1:], "big")
-        _check_end(at - 4, size)  # the last tag's length need not follow it
+        _check_end(at - 4, size)  # the length after the last tag is optional
 
 
 def _walk_asf(file: BinaryIO, size: int) -> Iterator[int]:
-    """Each of the objects at the top of an ASF file ends within it."""
+    """Check that each top-level object of an ASF file ends within it."""
     at = 0
     while at + 24 <= size:
         yield at
@@ -247,8 +251,8 @@ def _walk_asf(file: BinaryIO, size: int) -> Iterator[int]:
 
 
 def _walk_ogg(file: BinaryIO, size: int) -> Iterator[int]:
-    """The last page of an Ogg file is whole, and ends its stream."""
-    start = max(0, size - (1 << 17))  # a page has less than 64 KB
+    """Check that the last page of an Ogg file is complete and ends its stream."""
+    start = max(0, size - (1 << 17))  # a page is smaller than 64 KB
     yield start
     file.seek(start)
     tail = file.read()
@@ -261,7 +265,7 @@ def _walk_ogg(file: BinaryIO, size: int) -> Iterator[int]:
 
 
 def _is_ts(start: bytes) -> bool:
-    """Whether sync bytes follow each other at a fixed distance; a recording may start anywhere in a packet."""
+    """Whether sync bytes are at a fixed distance; a recording may start anywhere in a packet."""
     return any(
         len(run := start[at::length][:_TS_RUN]) == _TS_RUN and set(run) == {_TS_SYNC}
         for length in _TS_PACKETS
@@ -270,7 +274,7 @@ def _is_ts(start: bytes) -> bool:
 
 
 def _walk_ts(file: BinaryIO, size: int) -> Iterator[int]:
-    """A transport stream ends with a whole packet, wherever it begins."""
+    """Check that a transport stream ends with a complete packet; it may start anywhere in one."""
     start = max(0, size - _TS_RUN * max(_TS_PACKETS))
     yield start
     file.seek(start)
@@ -281,12 +285,12 @@ def _walk_ts(file: BinaryIO, size: int) -> Iterator[int]:
 
 
 def _walk_y4m(file: BinaryIO, size: int) -> Iterator[int]:
-    """Each frame of a yuv4mpeg file, all of one length, ends within it."""
+    """Check that each frame of a yuv4mpeg file, all of one length, ends within it."""
     file.seek(0)
     fields = {word[:1]: word[1:].decode("latin-1") for word in file.readline(256).split()[1:]}
     kind = re.fullmatch(r"(420|422|444|411|mono)(?:jpeg|mpeg2|paldv|p(\d+))?", fields.get(b"C", "420"))
     if not kind or not all(re.fullmatch(r"\d{1,6}", fields.get(key, "")) for key in (b"W", b"H")):
-        return  # the demuxer knows more kinds
+        return  # the demuxer supports more formats
     width, height = int(fields[b"W"]), int(fields[b"H"])
     across, down = {"420": (2, 2), "422": (2, 1), "444": (1, 1), "411": (4, 1), "mono": (0, 0)}[kind[1]]
     chroma = 2 * -(-width // across) * -(-height // down) if across else 0

@@ -1,8 +1,8 @@
-"""Video files as people have them, decoded: which stream, which of its frames are shown, in what order, and when.
+"""Decoding users' video files: which stream is shown, which of its frames, in what order, and when.
 
-A video is whole or refused: errors of a decoder count, except where every player passes over them too, which is before
-the first frame that can be shown (a stream that starts between key frames) and where an edit list hides the frame.
-It knows PyAV, and no torch.
+A video is either complete or refused. Every decoder error counts, except where players ignore it too: before the first
+frame that can be shown (in a stream that starts between key frames), and in frames that an edit list hides. It needs
+PyAV, not torch.
 """
 
 import io
@@ -15,47 +15,47 @@ from typing import Any, BinaryIO, NamedTuple
 from univigu.containers import check_container
 from univigu.errors import MissingInputError, UniViGUError, VideoError
 
-MAX_PIXELS = 8192 * 4352  # of one frame: 8K in every usual shape; a decoder holds up to sixteen such frames
-MAX_FRAMES_READ = 500_000  # of one file: more than two hours at 60 a second
-MAX_PIXELS_READ = 5 * 10**11  # of all frames of one file: two hours of 1920x1080 at 30 a second
-MOVING = 5  # frames: streams of fewer may be thumbnails
-WIDEST_PIXEL = 16.0  # times as wide as high, or as high as wide: what is beyond is a mistake in the file
-LONGEST_GAP = 10.0  # seconds in a broadcast stream; a longer one is a clock that was set anew, as FFmpeg takes it too
-# Demuxers that hold media themselves. Playlists (HLS, concat ...) are left out: they can name other files and hosts.
+MAX_PIXELS = 8192 * 4352  # of one frame: 8K in all usual aspect ratios; a decoder holds up to sixteen frames
+MAX_FRAMES_READ = 500_000  # of one file: more than two hours at 60 frames per second
+MAX_PIXELS_READ = 5 * 10**11  # of all frames of one file: two hours of 1920x1080 at 30 frames per second
+MOVING = 5  # frames: a stream with fewer may be a thumbnail
+WIDEST_PIXEL = 16.0  # largest plausible ratio of a pixel's sides; a larger one is an error in the file
+LONGEST_GAP = 10.0  # seconds in a broadcast stream; a longer gap means that its clock was reset, as in FFmpeg
+# Demuxers of self-contained formats. Playlists (HLS, concat and so on) are excluded: they can name files and hosts.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,yuv4mpegpipe"
-_BROADCAST = ("mpegts", "mpeg")  # whose clocks may jump
-_LATE_STREAMS = (b"FLV\x01", b"\x00\x00\x01\xba")  # FFmpeg would decode some of these when it opens them, unbounded
-_MAKE_UP_TIMES = 0x1  # AVFMT_FLAG_GENPTS, which PyAV sets: in an AVI with B-frames it gives the wrong order
+_BROADCAST = ("mpegts", "mpeg")  # formats whose clock may jump
+_LATE_STREAMS = (b"FLV\x01", b"\x00\x00\x01\xba")  # FFmpeg decodes some of these while opening them, without limits
+_MAKE_UP_TIMES = 0x1  # AVFMT_FLAG_GENPTS, set by PyAV: it gives a wrong order in an AVI with B-frames
 
 
 class Video(NamedTuple):
-    """An open video file: PyAV's container and the stream that players show, and what to call it in a sentence."""
+    """An open video file: PyAV's container, the stream that players show, and a name for messages."""
 
     container: Any
     stream: Any
     name: str
-    pixels: int  # of all frames together, that are read at most
-    transfer: int  # of the stream's colours, by ITU-T H.273: a decoder forgets it where frames don't say it
+    pixels: int  # limit for all frames together
+    transfer: int  # the stream's transfer characteristics (ITU-T H.273), which untagged frames lose in the decoder
 
     @property
     def interval(self) -> float:
-        """Seconds between two frames, where these don't say themselves."""
+        """Seconds between two frames without time stamps of their own."""
         return 1 / (float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0)
 
     @property
     def pixel_aspect(self) -> float:
-        """How many times as wide as high a pixel is."""
+        """The width of a pixel divided by its height."""
         aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
         return aspect if 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL else 1.0
 
 
 @contextmanager
 def open_video(source: bytes | Path, pixels: int = MAX_PIXELS_READ) -> Iterator[Video]:
-    """A video file, opened within bounds; whatever goes wrong with it inside of the `with` is a `VideoError` of it.
+    """Open a video file within limits; any failure of reading it within the block becomes a `VideoError`.
 
-    pixels: of all frames together, that are read at most. Raises `MissingInputError` where there is no such file.
-    Reasons: `damaged`; `no_video` (nothing that moves is in it); `codec` (FFmpeg has no decoder for it); `too_large`
-    (more pixels, or more than `MAX_PIXELS` in a frame, or more than `MAX_FRAMES_READ` frames).
+    pixels: the limit for all frames together. Raises `MissingInputError` where there is no such file. Reasons of the
+    `VideoError`: `damaged`; `no_video` (no moving picture); `codec` (FFmpeg has no decoder); `too_large` (more pixels
+    in total, more than `MAX_PIXELS` in a frame, or more than `MAX_FRAMES_READ` frames).
     """
     import av
 
@@ -75,9 +75,9 @@ def open_video(source: bytes | Path, pixels: int = MAX_PIXELS_READ) -> Iterator[
             yield Video(container, stream, name, pixels, stream.codec_context.color_trc)
     except UniViGUError:
         raise
-    except Exception as error:  # PyAV raises all kinds: of Python's, of FFmpeg's, and those that are both
+    except Exception as error:  # PyAV raises exceptions of Python's, of FFmpeg's, and some that are both
         if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
-            raise  # this machine's fault, not the file's
+            raise  # this machine is out of memory, the file may be fine
         raise _unreadable(name, error) from error
 
 
@@ -110,7 +110,7 @@ def _demuxer(source: bytes | Path) -> Iterator[Any]:
 
 
 def _choose_stream(container: Any, source: bytes | Path, name: str) -> Any:
-    """The stream to show: one that moves before a few pictures, then the default one, the largest, the first."""
+    """The stream to show: moving pictures before stills, then the default stream, the largest, the first."""
     from av.stream import Disposition
 
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
@@ -134,7 +134,7 @@ def _choose_stream(container: Any, source: bytes | Path, name: str) -> Any:
 
 
 def _count_first(source: bytes | Path, indices: Sequence[int]) -> dict[int, int]:
-    """How many frames each of the streams has, counted up to `MOVING`."""
+    """The number of frames in each stream, counted up to `MOVING`."""
     seen = dict.fromkeys(indices, 0)
     with _demuxer(source) as container:
         for packet in container.demux([container.streams[index] for index in indices]):
@@ -166,10 +166,10 @@ def _too_many(name: str) -> VideoError:
 
 
 def read_packets(video: Video) -> Iterator[tuple[Any, bool]]:
-    """Each packet of the video in the order of decoding, and whether a frame of it must be shown.
+    """Each packet of the video in decoding order, and whether it must produce a frame that is shown.
 
-    None need be of a packet that an edit list hides, that only prepares a later one, or that comes before the first key
-    frame or refers to what did. The last packet is empty and flushes the decoder.
+    It need not where an edit list hides it, where it is only a reference for later frames, and where it comes before
+    the first key frame or refers to something before it. The last packet is empty and flushes the decoder.
     """
     start, keyed, settled = None, False, False
     hides = video.stream.codec_context.name in ("vp8", "libvpx")
@@ -187,7 +187,7 @@ def read_packets(video: Video) -> Iterator[tuple[Any, bool]]:
 
 
 def _continuous(video: Video) -> Iterator[Any]:
-    """The packets, with the clock going on where two recordings were put together."""
+    """The packets, with a continuous clock where two recordings were joined."""
     shift, last, step = 0, None, 0
     broadcast = video.container.format.name in _BROADCAST
     gap = round(LONGEST_GAP / float(video.stream.time_base)) if broadcast else None
@@ -209,14 +209,14 @@ def _continuous(video: Video) -> Iterator[Any]:
 
 
 def read_frames(video: Video) -> Iterator[tuple[float, Any]]:
-    """When each frame is shown, in seconds and in order, and the `av.VideoFrame`.
+    """The time of each frame in seconds, ascending, and the `av.VideoFrame`.
 
-    Raises `VideoError` unless the whole of the video could be decoded.
+    Raises `VideoError` unless the complete video could be decoded.
     """
     clock = _Clock(video.interval)
     shown = expected = pixels = 0
     interlaced = False
-    first: list[int | None] = []  # the time stamps of packets before a frame is shown
+    first: list[int | None] = []  # time stamps of the packets before the first shown frame
     for packet, needed in read_packets(video):
         expected += needed
         if needed and not shown:
@@ -224,7 +224,7 @@ def read_frames(video: Video) -> Iterator[tuple[float, Any]]:
         for frame in _decode(packet, needed, video.name):
             if frame.is_corrupt:
                 raise VideoError(f"A frame in the middle of {video.name} is damaged; get the file afresh.")
-            if not shown:  # what a decoder needs to begin, no player shows
+            if not shown:  # frames that only start the decoder are not shown by players either
                 start = frame.pts if frame.pts is not None else frame.dts
                 expected -= sum(start is not None and stamp is not None and stamp < start for stamp in first)
             shown += 1
@@ -244,7 +244,7 @@ def read_frames(video: Video) -> Iterator[tuple[float, Any]]:
 
 
 def _decode(packet: Any, needed: bool, name: str) -> list[Any]:
-    """The frames that are ready after a packet; none where a packet can't be decoded that nobody needs to see."""
+    """The frames that are ready after a packet; none where a packet that need not be shown can't be decoded."""
     import av
 
     try:
@@ -253,13 +253,13 @@ def _decode(packet: Any, needed: bool, name: str) -> list[Any]:
         if needed or packet.is_keyframe or not packet.size:
             raise
         return []
-    except av.error.ArgumentError:  # what FFmpeg says of a size over `max_pixels`
+    except av.error.ArgumentError:  # FFmpeg's error for a size over `max_pixels`
         said = f"A frame of {name} is larger than the {MAX_PIXELS} pixels that are read, or of no size at all"
         raise VideoError(f"{said}; convert it with a tool that you trust.", "too_large") from None
 
 
 class _Clock:
-    """When frames are shown: by the time stamps of frames, or of packets, whichever run backwards less often.
+    """The presentation times of frames, from the time stamps of frames or packets, whichever go backwards less often.
 
     An AVI with B-frames has no time stamps of frames, and some tools write wrong ones.
     """
@@ -269,10 +269,10 @@ class _Clock:
         self.last: dict[str, int] = {}
         self.faults = {"pts": 0, "dts": 0}
         self.at, self.gap = float("-inf"), 0.0
-        self.end, self.step = 0.0, 0.0  # when the last frame goes, in seconds, and how long it was shown
+        self.end, self.step = 0.0, 0.0  # end and duration of the last frame, in seconds
 
     def time(self, frame: Any) -> float:
-        """Seconds at which `frame`, the next one to be shown, appears."""
+        """The time in seconds of `frame`, the next one to be shown."""
         base = float(frame.time_base)
         stamps = {kind: stamp for kind in self.faults if (stamp := getattr(frame, kind)) is not None}
         for kind, stamp in stamps.items():

@@ -1,4 +1,4 @@
-"""Files that must be whole: hashed, replaced at once, on the disk before anything names them, and bounded when read."""
+"""Reading and writing files safely: hashed, replaced atomically, synced to disk, and with limits when read."""
 
 import errno
 import hashlib
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-LARGEST_JSON = 256 * 2**20  # bytes of a JSON file that is read as a whole: more is none of ours
-LARGEST_YAML = 2**20  # bytes of a YAML file, which people write
+LARGEST_JSON = 256 * 2**20  # bytes of a JSON file that is read as a whole: none of ours is larger
+LARGEST_YAML = 2**20  # bytes of a YAML file, which is written by hand
 DEEPEST_YAML = 50  # levels
-MOST_YAML = 100_000  # values, those behind an alias counted where they are used
+MOST_YAML = 100_000  # values; those of an alias count each time it is used
 
 
 def file_sha256(path: Path) -> str:
@@ -28,8 +28,8 @@ def file_sha256(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
-    Raises `OSError` where the file can't be read, and `ValueError` for anything that is no JSON of ours: damaged,
-    not UTF-8, nested without end, or larger than `LARGEST_JSON`.
+    Raises `OSError` where the file can't be read, and `ValueError` for invalid JSON: damaged, not UTF-8, nested too
+    deeply, or larger than `LARGEST_JSON`.
     """
     with path.open("rb") as stream:
         content = stream.read(LARGEST_JSON + 1)
@@ -60,9 +60,9 @@ def read_yaml(path: Path) -> Any:
 def read_yaml_documents(path: Path) -> list[Any]:
     """The values in a YAML file, of plain types.
 
-    Raises `OSError` where the file can't be read, and `ValueError`, in one line, for anything that isn't YAML as people
-    write it: damaged, not UTF-8, larger than `LARGEST_YAML`, deeper than `DEEPEST_YAML`, or with aliases that stand for
-    more than `MOST_YAML` values, or for themselves.
+    Raises `OSError` where the file can't be read, and `ValueError`, with a message of one line, for invalid YAML:
+    damaged, not UTF-8, larger than `LARGEST_YAML`, deeper than `DEEPEST_YAML`, or with aliases that expand to more than
+    `MOST_YAML` values or contain themselves.
     """
     with path.open("rb") as stream:
         return _parse_documents(stream.read(LARGEST_YAML + 1))
@@ -97,7 +97,7 @@ def _parse_documents(content: bytes) -> list[Any]:
 
 
 def _require_shallow(events: Iterable[Any]) -> None:
-    """Before anything is built of it: the C parser's own limit is the stack."""
+    """Raise `ValueError` for deep nesting, before values are built: the C parser's only limit is the stack."""
     depth = 0
     for event in events:
         kind = type(event).__name__
@@ -108,32 +108,32 @@ def _require_shallow(events: Iterable[Any]) -> None:
 
 
 def _count_values(node: Any, known: dict[int, int]) -> int:
-    """How many values a node stands for, each alias written out; a node that is being counted stands for itself."""
+    """The number of values in a node, with aliases expanded; `known` has 0 for a node whose count is in progress."""
     if id(node) in known:
         if not known[id(node)]:
-            raise ValueError("an alias in it stands for itself")
+            raise ValueError("an alias in it contains itself")
         return known[id(node)]
     known[id(node)] = 0
     pairs = node.value if isinstance(node.value, list) else []
     inner = [one for pair in pairs for one in (pair if isinstance(pair, tuple) else (pair,))]
     known[id(node)] = count = 1 + sum(_count_values(one, known) for one in inner)
     if count > MOST_YAML:
-        raise ValueError(f"its aliases stand for more than {MOST_YAML:,} values")
+        raise ValueError(f"its aliases expand to more than {MOST_YAML:,} values")
     return count
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file at once; it is on the disk when this returns."""
+    """Replace a JSON file atomically; it is on the disk when this returns."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     with replaced(path) as stream:
-        stream.write(text.encode(errors="surrogatepass") + b"\n")  # as `json.loads` reads bytes
+        stream.write(text.encode(errors="surrogatepass") + b"\n")  # `json.loads` decodes bytes the same way
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that takes its place at once when the block ends well, and leaves nothing behind otherwise.
+    """Write a file that replaces `path` atomically if the block succeeds, and is removed otherwise.
 
-    A reader sees the old file or the new one, never half of it, also after a power cut.
+    A reader sees the old file or the new one, never a part of it, even after a power failure.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -149,12 +149,12 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Be sure that a file's bytes, or a folder's names, have reached the disk."""
+    """Flush a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't, for a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't sync a folder
             raise
     finally:
         os.close(descriptor)
@@ -169,7 +169,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A `copy_function` of `shutil.copytree` that takes no room on the same disk, for files that nobody changes."""
+    """A `copy_function` for `shutil.copytree` that makes hard links on the same disk; for files that never change."""
     try:
         os.link(source, target)
     except OSError:

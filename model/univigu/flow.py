@@ -1,8 +1,8 @@
 """Straight paths between noise and data, in the paper's time: tau = 0 is noise, tau = 1 is data (eq 6-10, 16-18).
 
-Everything is a pure function of tensors, for video and text latents alike. Shapes: a latent is (B, ...), tau is (B,) or
-a scalar. A path is z_tau = (1 - tau) z_0 + tau z_1 and its velocity u = z_1 - z_0, so any two of (z_tau, u, z_0, z_1)
-give the others; the conversions below are named after what they take and what they give.
+All functions are pure, and work on video and text latents alike. Shapes: a latent is (B, ...), tau is (B,) or a scalar.
+A path is z_tau = (1 - tau) z_0 + tau z_1, its velocity is u = z_1 - z_0. At a given tau, any two of z_tau, u, z_0 and
+z_1 determine the others; the conversions below are named after their input and output.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def velocity_to_data(velocity: Tensor, z: Tensor, tau: Tensor | float) -> Tensor
 
 
 def data_to_velocity(data: Tensor, z: Tensor, tau: Tensor | float, floor: float = 0.0) -> Tensor:
-    """u = (z_1 - z_tau) / (1 - tau); ``floor`` bounds 1 - tau from below, so that a loss near tau = 1 stays finite."""
+    """u = (z_1 - z_tau) / (1 - tau); 1 - tau is at least ``floor``, so that a loss near tau = 1 stays finite."""
     return (data - z) / (1 - expand_tau(tau, z)).clamp_min(floor)
 
 
@@ -64,12 +64,12 @@ def noise_to_data(noise: Tensor, z: Tensor, tau: Tensor | float) -> Tensor:
 
 
 def shift_tau(tau: Tensor, shift: float) -> Tensor:
-    """tau' = tau / (tau + s (1 - tau)): Wan's timestep shift in the paper's time; s > 1 moves times to the noise."""
+    """tau' = tau / (tau + s (1 - tau)): Wan's timestep shift in the paper's time; s > 1 moves tau towards noise."""
     return tau / (tau + shift * (1 - tau))
 
 
 def tau_grid(steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> Tensor:
-    """The (steps + 1,) times from 0 to 1 of a sampler, float32, shifted as :func:`shift_tau` does."""
+    """The times from 0 to 1 of a sampler, (steps + 1,) float32, shifted by :func:`shift_tau`."""
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return shift_tau(tau, shift).to(device=device, dtype=torch.float32)
 
@@ -85,20 +85,20 @@ def integrate(
     grids: Sequence[Tensor],
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Tensor, ...]:
-    """Carry one or several coupled states from noise to data with Euler steps (eq 16-18).
+    """Integrate one or several coupled states from noise to data with Euler steps (eq 16-18).
 
-    ``field(states, taus)`` gives a velocity per state, ``taus`` being one scalar tensor per state; ``grids`` holds each
-    state's own (steps + 1,) times, all of the same length; ``progress`` wraps the loop over steps.
+    ``field(states, taus)`` returns one velocity per state; ``taus`` has one scalar tensor per state. ``grids`` has the
+    times (steps + 1,) of each state, all of the same length. ``progress`` wraps the loop over steps.
     """
     states, times = tuple(states), torch.stack(list(grids), dim=1)
     for taus, tau_nexts in progress(list(itertools.pairwise(times))):
-        moves = zip(states, field(states, taus.unbind()), taus, tau_nexts, strict=True)
-        states = tuple(euler_step(*move) for move in moves)
+        steps = zip(states, field(states, taus.unbind()), taus, tau_nexts, strict=True)
+        states = tuple(euler_step(*step) for step in steps)
     return states
 
 
 def keyed_generator(*key: Hashable) -> torch.Generator:
-    """A CPU generator that depends on ``key`` alone: the same numbers in any process, batch or order of calls."""
+    """A CPU generator that depends on ``key`` alone: the same numbers in every process, batch and order of calls."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

@@ -1,4 +1,4 @@
-"""GPUs by name: what each can do at most, for plans and for the share of it that a run reaches.
+"""GPUs by name, with their peak performance: for cost estimates and for the MFU of a run.
 
 Dense bf16 TFLOP/s with fp32 accumulation (data sheets often print twice that, with sparsity), memory in GiB as the
 driver reports it, its bandwidth in TB/s. Sources: the vendors' data sheets of each product (NVIDIA A100 80GB SXM, H100
@@ -37,15 +37,15 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, in any case; raises `ConfigError` with the names there are."""
+    """The GPU of that name, in upper or lower case; raises `ConfigError` with the known names."""
     gpu = GPUS.get(name.lower().replace(" ", "-"))
     if gpu is None:
-        raise ConfigError(f"There is no GPU '{name}' in the table; choose one of {', '.join(GPUS)}.")
+        raise ConfigError(f"There is no GPU '{name}' in the table; use one of {', '.join(GPUS)}.")
     return gpu
 
 
 def recognise_gpu(device_name: str) -> Gpu | None:
-    """The GPU that a driver calls so, such as "NVIDIA H100 80GB HBM3"; None for one that isn't in the table."""
-    said = re.sub(r"[^a-z0-9]", "", device_name.lower())
-    found = [name for name in GPUS if all(part in said for part in name.split("-"))]
+    """The GPU with this device name, such as "NVIDIA H100 80GB HBM3"; None if it isn't in the table."""
+    words = re.sub(r"[^a-z0-9]", "", device_name.lower())
+    found = [name for name in GPUS if all(part in words for part in name.split("-"))]
     return GPUS[max(found, key=len)] if found else None

@@ -1,12 +1,12 @@
-"""Models of others in transformers' layout, from folders on this machine: safetensors only, and no code of theirs."""
+"""Third-party models in transformers' layout, from local folders: safetensors only, and no remote code."""
 
 import json
 from pathlib import Path
 
 from univigu.errors import BadInputError
 
-# Arguments of every `from_pretrained`: without `trust_remote_code=False`, transformers asks the user whether it may run
-# the code that a folder names.
+# Arguments of every `from_pretrained`. Without `trust_remote_code=False`, transformers asks the user whether to run the
+# code in a folder.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 WEIGHTS = {**LOCAL, "use_safetensors": True}
 _INDEX = "model.safetensors.index.json"
@@ -14,14 +14,14 @@ _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raise `BadInputError` where loading the model in `folder` would unpickle a file, or load another folder's."""
+    """Raise `BadInputError` where loading the model in `folder` would unpickle a file or read another folder."""
     if (folder / "adapter_config.json").is_file():
         raise BadInputError(f"The model at {folder} can't be read: it is an adapter of another; merge the two first.")
     if (folder / _INDEX).is_file():
         for name in _indexed(folder / _INDEX):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise BadInputError(
-                    f"The model at {folder} can't be read: its index names '{name}', which is no safetensors file "
+                    f"The model at {folder} can't be read: its index lists '{name}', which is no safetensors file "
                     "beside it; save the model there again."
                 )
     elif not (folder / "model.safetensors").is_file():
@@ -35,7 +35,7 @@ def require_safetensors(folder: Path) -> None:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that an index of weights names."""
+    """The files that an index of weights lists."""
     try:
         return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,9 +1,10 @@
-"""The registered model as code: MLflow runs this file to make the model that `mlflow.pyfunc.load_model` returns.
+"""The registered model as code: MLflow runs this file to create the model that `mlflow.pyfunc.load_model` returns.
 
-It travels with the registered version, and the library beside it, so it needs nothing but what the version requires.
-A row has a `video` (an mp4 in base64, or a file's path) or a `prompt`, and params choose the task: see
-`registration.signature`. What a caller sends is bounded before it is decoded or tokenized. MLflow's server takes paths
-only below the folder UNIVIGU_VIDEO_FOLDER, if that is set: its callers must not choose which files it reads.
+It is part of the registered version, together with the library, so it needs nothing but the version's requirements.
+A row has a `video` (an mp4 in base64, or a file's path) or a `prompt`; params select the task, see
+`registration.signature`. The size of a request is checked before anything is decoded or tokenized. Behind MLflow's
+server, paths are accepted only in the folder UNIVIGU_VIDEO_FOLDER, if that is set: callers must not choose which files
+a server reads.
 """
 
 import base64
@@ -20,12 +21,12 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
-SERVED_PIXELS = 2 * 10**10  # of a video's frames together: five minutes of 1920x1080 at 30 a second
+SERVED_PIXELS = 2 * 10**10  # in all frames of a video: five minutes of 1920x1080 at 30 frames per second
 SERVED_BYTES = 512 << 20  # of a video in base64
-SERVED_ROWS = 64  # of a request: all of them are in memory together
+SERVED_ROWS = 64  # of a request, which are all in memory at once
 SERVED_CHARACTERS = 10_000  # of a prompt
 SERVED_STEPS = 1000
-LARGEST_SEED = 2**62  # what is added to it for a row has to fit into 64 bits too
+LARGEST_SEED = 2**62  # the sum of seed and row number must fit into 64 bits
 LARGEST_SCALE = 1000.0  # guidance, temperature
 VIDEO_FOLDER = "UNIVIGU_VIDEO_FOLDER"
 _SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow's server sets it
@@ -34,7 +35,7 @@ _SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow's server sets it
 class UniViGUModel(PythonModel):
     """caption: `video` -> `caption`; generate: `prompt` -> `video`; joint: `prompt` (may be empty) -> both."""
 
-    def load_context(self, context: Any) -> None:  # MLflow asks for these very names
+    def load_context(self, context: Any) -> None:  # the method's name and arguments are MLflow's
         from univigu.registry import load_pipeline
 
         self.pipeline = load_pipeline(context.artifacts["pipeline"])
@@ -42,9 +43,9 @@ class UniViGUModel(PythonModel):
 
     # pyrefly: ignore[bad-override]
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One output row an input row, with the same index; the row at position i draws from the seed + i.
+        """One output row per input row, with the same index; the row at position i has the seed ``seed + i``.
 
-        Raises MLflow's own exception for what makes no sense: of any other, its server shows callers a stack trace.
+        Raises MLflow's own exception for invalid input: for any other, its server shows callers a stack trace.
         """
         from univigu.errors import UniViGUError
 
@@ -59,11 +60,13 @@ class UniViGUModel(PythonModel):
         task = params.get("task", "caption")
         tasks = {"caption": self._caption, "generate": self._generate, "joint": self._joint}
         if task not in tasks:
-            raise BadInputError(f"There is no task '{str(task)[:40]}'; choose one of {', '.join(tasks)}.")
+            raise BadInputError(f"There is no task '{str(task)[:40]}'; use one of {', '.join(tasks)}.")
         if len(model_input) > SERVED_ROWS:
-            raise BadInputError(f"{len(model_input)} rows are more than {SERVED_ROWS} at once; send fewer at a time.")
+            raise BadInputError(
+                f"The request has {len(model_input)} rows, more than {SERVED_ROWS}; send fewer at a time."
+            )
         settings = _settings(params)
-        if task != "generate":  # which writes no words
+        if task != "generate":  # the temperature applies to text
             settings["temperature"] = _unless_negative("temperature", params)
         return pd.DataFrame(tasks[task](model_input, settings), index=model_input.index)
 
@@ -72,7 +75,7 @@ class UniViGUModel(PythonModel):
         return {"caption": self.pipeline.caption(videos, **settings) if videos else []}
 
     def _read(self, value: str) -> np.ndarray:
-        """A row's video as the model takes it, which is all of it that stays in memory."""
+        """A row's video with the model's number and size of frames, so that no more of it stays in memory."""
         from univigu.video import fit_frames, read_video
 
         config = self.pipeline.config
@@ -94,14 +97,14 @@ class UniViGUModel(PythonModel):
 
 
 def _settings(params: dict[str, Any]) -> dict[str, Any]:
-    """Settings of every task; 0 steps and -1 stand for the model's own, as MLflow's parameters can't be left open."""
+    """The settings of every task; 0 steps and -1 select the model's own, because MLflow's params can't be optional."""
     from univigu.errors import BadInputError
 
     steps, seed = int(params.get("steps", 0)), int(params.get("seed", 0))
     if steps > SERVED_STEPS:
-        raise BadInputError(f"{steps} steps are more than {SERVED_STEPS}; give fewer.")
+        raise BadInputError(f"{steps} steps are more than the limit of {SERVED_STEPS}; use fewer.")
     if abs(seed) > LARGEST_SEED:
-        raise BadInputError(f"The seed {seed} is beyond {LARGEST_SEED}; give a smaller one.")
+        raise BadInputError(f"The seed {seed} is larger than {LARGEST_SEED}; use a smaller one.")
     guidance = _unless_negative("guidance", params)
     return {"num_inference_steps": steps or None, "guidance_scale": guidance, "seed": seed}
 
@@ -111,7 +114,7 @@ def _unless_negative(name: str, params: dict[str, Any]) -> float | None:
 
     value = float(params.get(name, -1.0))
     if math.isnan(value) or value > LARGEST_SCALE:
-        raise BadInputError(f"A {name} of {value} makes no sense; give one up to {LARGEST_SCALE}, or -1 for its own.")
+        raise BadInputError(f"The {name} is {value}; give a number up to {LARGEST_SCALE}, or -1 for the model's own.")
     return value if value >= 0 else None
 
 
@@ -121,7 +124,7 @@ def _prompts(rows: pd.DataFrame, task: str) -> list[str]:
     prompts = _column(rows, "prompt", task)
     for text in prompts:
         if len(text) > SERVED_CHARACTERS:
-            raise BadInputError(f"A prompt of {len(text)} characters is longer than {SERVED_CHARACTERS}; shorten it.")
+            raise BadInputError(f"A prompt has {len(text)} characters, more than {SERVED_CHARACTERS}; shorten it.")
     return prompts
 
 
@@ -129,36 +132,36 @@ def _column(rows: pd.DataFrame, name: str, task: str) -> list[str]:
     from univigu.errors import BadInputError
 
     if name not in rows or not all(isinstance(value, str) for value in rows[name]):
-        raise BadInputError(f"The task '{task}' needs a text in the column '{name}' of each row; add it.")
+        raise BadInputError(f"The task '{task}' needs a text in the column '{name}' of every row; add it.")
     return list(rows[name])
 
 
 def _video(value: str) -> Path | bytes:
-    """A row's video: the path of a file that may be read, or else its bytes from base64 (a data URL will do)."""
+    """A row's video: the path of a file that may be read, or its bytes, decoded from base64 or a data URL."""
     from univigu.errors import MissingInputError, VideoError
 
     if len(value) > SERVED_BYTES * 4 // 3:
         raise VideoError(f"A video has more than {SERVED_BYTES >> 20} MiB; send a shorter or smaller one.", "too_large")
 
-    if len(value) < 4096 and _may_read(value) and os.path.isfile(value):  # False for what is no name at all
+    if len(value) < 4096 and _may_read(value) and os.path.isfile(value):  # False for an invalid path
         return Path(value)
     try:
         return base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MissingInputError(
-            f"There is no video file '{value[:80]}' that may be read here, and it is no base64 either; give one of the "
-            f"two (a server reads files only below its {VIDEO_FOLDER})."
+            f"'{value[:80]}' is neither a video file that may be read here nor base64; give one of the two (a server "
+            f"reads files only in its {VIDEO_FOLDER})."
         ) from error
 
 
 def _may_read(path: str) -> bool:
-    """Whether a caller may name this file: anywhere from Python, only below `VIDEO_FOLDER` over HTTP."""
+    """Whether a caller may name this file: any file from Python, only those in `VIDEO_FOLDER` over HTTP."""
     folder = os.environ.get(VIDEO_FOLDER)
     if not folder:
         return os.environ.get(_SERVING) != "true"
     try:
         return Path(path).resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+    except (OSError, ValueError, RuntimeError):  # an invalid path, or circular links
         return False
 
 

@@ -1,4 +1,4 @@
-"""MLflow's store: pointing at it, making its database, and what its failures mean, in one sentence without a login."""
+"""MLflow's store: selecting it, creating its database, and turning its failures into errors without credentials."""
 
 import fcntl
 import logging
@@ -16,16 +16,16 @@ from univigu.files import sync
 
 Uri = str | None
 
-_QUIET = {  # MLflow calls nobody, unpickles nothing, and leaves the folder that a command runs in alone
+_QUIET = {  # no telemetry, no pickles, nothing taken from the current folder
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_UV_AUTO_DETECT": "false",  # would put a uv.lock of that folder into the model
+    "MLFLOW_UV_AUTO_DETECT": "false",  # would add a uv.lock from the current folder to the model
 }
-_SILENT = ("mlflow.store.db.utils", "sqlalchemy.pool")  # log the whole traceback of what they raise
+_SILENT = ("mlflow.store.db.utils", "sqlalchemy.pool")  # they log a traceback for every exception that they raise
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _SECRET_NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|(?:API|ACCESS)_?KEY", re.I)
-_SECRETS = (  # in an address, a header or a setting, and what stands in their place
+_SECRETS = (  # patterns of secrets in an address, a header or a setting, and their replacements
     (re.compile(r"(?<=://)[^/\s\"]*@"), "***@"),
     (
         re.compile(r"([?&;][^=&\s]*(?:token|key|secret|password|sig|signature|credential)[^=&\s]*=)[^&\s'\"]+", re.I),
@@ -39,19 +39,20 @@ _SECRETS = (  # in an address, a header or a setting, and what stands in their p
         r"\1***",
     ),
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.I), r"\1 ***"),
-    # what GitHub, GitLab, Hugging Face, OpenAI and AWS issue
+    # tokens of GitHub, GitLab, Hugging Face, OpenAI and AWS
     (re.compile(r"\b(?:gh[opusr]_|github_pat_|glpat-|hf_|sk-)[\w-]{20,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
 )
-_SHORTEST_SECRET = 6  # characters: of a shorter one, too many words would have a part
+_SHORTEST_SECRET = 6  # characters: a shorter one would match parts of ordinary words
 _REFUSED_LOGIN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
 _REFUSED = ("ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 
 
 @contextmanager
 def opened(tracking_uri: Uri) -> Iterator[str]:
-    """MLflow pointed at `tracking_uri` (None: where it points already), which answers; yields its address.
+    """Within the block, MLflow uses `tracking_uri` (None: its current store); yields the address of the store.
 
-    A database that is not there is made. Raises what `store_error` says where the store fails, now or within the block.
+    The store is checked first, and an SQLite database is created if it is missing. Raises an error of `store_error`
+    where the store fails, here or within the block.
     """
     mlflow = quiet_mlflow()
     before, chosen = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
@@ -66,14 +67,14 @@ def opened(tracking_uri: Uri) -> Iterator[str]:
     finally:
         if tracking_uri is not None:
             mlflow.set_tracking_uri(before)
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow notes the store there, as if the user had chosen it
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow writes the store there, as if the user had set it
             if chosen is not None:
                 os.environ["MLFLOW_TRACKING_URI"] = chosen
 
 
 @contextmanager
 def first_contact(uri: str) -> Iterator[None]:
-    """The first calls of a store, with short timeouts; `explained`, whatever its database driver or client raises."""
+    """The first calls to a store: with short timeouts, and any exception turned into one of `store_error`."""
     try:
         make_database(uri)
         with short_timeouts():
@@ -85,7 +86,7 @@ def first_contact(uri: str) -> Iterator[None]:
 
 
 def quiet_mlflow():
-    """The module `mlflow`: it calls nobody, unpickles nothing, and says nothing that an error says too."""
+    """Import `mlflow` without telemetry, pickles and the log lines that repeat its exceptions."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -99,7 +100,7 @@ def quiet_mlflow():
 
 @contextmanager
 def short_timeouts() -> Iterator[None]:
-    """Let MLflow give up on a server within seconds, not minutes, where the user has not said how patient to be."""
+    """Let MLflow give up on a server after seconds instead of minutes, unless the user has set its timeouts."""
     changed = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
     os.environ.update(changed)
     try:
@@ -127,10 +128,10 @@ def database_file(uri: str) -> Path | None:
 
 
 def make_database(uri: str) -> None:
-    """Make the SQLite database that `uri` names where there is none: whole, or not at all.
+    """Create the SQLite database of `uri` atomically, if there is none.
 
-    MLflow creates its tables by some 50 migrations, and can't go on with what a process that was killed among them
-    leaves; so they are made in a file beside, which takes its place when it is finished.
+    MLflow creates its tables in some 50 migrations, and can't use a database whose migrations were interrupted. So they
+    run in a temporary file, which is renamed when it is complete.
     """
     path = database_file(uri)
     if path is None:
@@ -140,7 +141,7 @@ def make_database(uri: str) -> None:
         return
     partial = path.with_name(f".{path.name}.partial")
     with _locked(path.parent):
-        if _is_made(path):  # by another process, meanwhile
+        if _is_made(path):  # another process has created it in the meantime
             return
         _remove_database(partial)
         try:
@@ -153,8 +154,8 @@ def make_database(uri: str) -> None:
 
 
 def _is_made(path: Path) -> bool:
-    """Whether a database is there; raises SQLite's error where it can't be read, which MLflow tries for minutes."""
-    if not path.is_file() or not path.stat().st_size:  # SQLite makes an empty file before anything else
+    """Whether the database exists; raises SQLite's error where it can't be read, which MLflow retries for minutes."""
+    if not path.is_file() or not path.stat().st_size:  # SQLite creates an empty file first
         return False
     with closing(sqlite3.connect(path)) as database:
         return bool(database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
@@ -175,7 +176,7 @@ def _remove_database(path: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Be the only process that makes a database in this folder; on a file system without locks, hope so."""
+    """Hold an exclusive lock on this folder; on a file system without locks there is no protection."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -190,7 +191,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn what MLflow, its database, its HTTP client or the disk raise into what `store_error` says of it."""
+    """Turn exceptions of MLflow, its database, its HTTP client and the disk into errors of `store_error`."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -199,45 +200,46 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, RequestException) as error:
         raise store_error(error, uri) from error
-    except OSError as error:  # of files that MLflow copies
+    except OSError as error:  # from files that MLflow copies
         if fault := _storage_fault(error, uri):
             raise fault from error
         raise
 
 
 def store_error(error: Exception, uri: str) -> UniViGUError:
-    """What to tell people of a store that failed: its disk, its database, the login, or that it is not there."""
+    """The error for a store that failed: because of its disk, its database or the login, or because it is down."""
     place, reason = without_password(uri), _reason(error)
     if fault := _storage_fault(error, uri):
         return fault
     code = getattr(error, "error_code", "")
     if code in _REFUSED_LOGIN:
         return BadInputError(
-            f"MLflow's store at {place} refuses the login ({reason}); check MLFLOW_TRACKING_USERNAME and "
+            f"MLflow's store at {place} refused the login ({reason}); check MLFLOW_TRACKING_USERNAME and "
             f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         )
     if code in _REFUSED:
         return BadInputError(
-            f"MLflow's store at {place} refuses what it was asked ({reason}); check that it is an MLflow server of "
-            f"this version, and run again."
+            f"MLflow's store at {place} refused a request ({reason}); check that it is an MLflow server of this "
+            f"version, and run the command again."
         )
     if _is_damaged(error) or "out-of-date database schema" in reason:
         return CorruptDataError(
-            f"MLflow's database {place} can't be read ({reason}); put back a copy of it, or move it away and run "
-            f"`univigu run register-model`, which begins a new one."
+            f"MLflow's database {place} can't be read ({reason}); restore a backup of it, or move it away and run "
+            f"`univigu run register-model`, which creates a new one."
         )
-    if database_file(uri) and "unable to open database file" in reason:  # SQLite says no more of a disk that fails
+    if database_file(uri) and "unable to open database file" in reason:  # SQLite's only message for a failing disk
         return CorruptDataError(
-            f"MLflow's database {place} can't be opened ({reason}); check that its folder can be written to and has "
-            f"room, and run again."
+            f"MLflow's database {place} can't be opened ({reason}); check that its folder is writable and has free "
+            f"space, and run the command again."
         )
     return TransientError(
-        f"MLflow's store at {place} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run again."
+        f"MLflow's store at {place} does not answer ({reason}); start it, or set MLFLOW_TRACKING_URI, and run the "
+        "command again."
     )
 
 
 def _storage_fault(error: Exception, uri: str) -> UniViGUError | None:
-    """A failing disk: of the database, which hides why it can't be opened, or of the files that MLflow writes."""
+    """The error for a failing disk, under the database (which hides the reason) or under the files of MLflow."""
     path = database_file(uri)
     if path is None:
         return storage_fault(error, Path(without_password(uri)))
@@ -245,12 +247,12 @@ def _storage_fault(error: Exception, uri: str) -> UniViGUError | None:
         try:
             _try_to_write(path)
         except OSError as cause:
-            return storage_fault(OSError(cause.errno, cause.strerror), path)  # which names the database
+            return storage_fault(OSError(cause.errno, cause.strerror), path)  # the error has the database's path
     return storage_fault(error, path)
 
 
 def _try_to_write(path: Path) -> None:
-    """Write beside a database, and open it, to see what the disk says."""
+    """Write a file beside the database, and open the database, so that a failing disk raises its own error."""
     with tempfile.TemporaryFile(dir=path.parent) as stream:
         stream.write(bytes(2**16))
         stream.flush()
@@ -267,14 +269,14 @@ def _is_of_database(error: BaseException) -> bool:
 
 
 def _is_damaged(error: BaseException) -> bool:
-    """Whether SQLite can't make sense of the file; the classes below these two say that it is busy, or not there."""
+    """Whether SQLite can't read the file; subclasses of these two exceptions mean that it is busy or missing."""
     from sqlalchemy.exc import DatabaseError
 
     return any(type(one) in (DatabaseError, sqlite3.DatabaseError) for one in _chain(error))
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause's first line: MLflow's and requests' own words repeat the whole query."""
+    """The first line of the root cause: the messages of MLflow and requests repeat the whole query."""
     *_, cause = _chain(error)
     lines = str(cause).splitlines()
     return without_secrets(lines[0] if lines else type(cause).__name__)
@@ -290,9 +292,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def without_login(uri: str) -> str:
-    """The address of an MLflow server without the login in it, which goes to the variables that MLflow reads it from.
+    """The address of an MLflow server without its login, which is moved to the variables that MLflow reads.
 
-    MLflow's own messages and logs repeat whole addresses.
+    MLflow's own messages and logs repeat complete addresses.
     """
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
@@ -306,21 +308,21 @@ def without_login(uri: str) -> str:
 
 
 def without_password(uri: str) -> str:
-    """The address of a store as messages and logs may have it: with asterisks in the place of what is secret."""
+    """The address of a store for messages and logs: secrets are replaced by asterisks."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         return without_secrets(make_url(uri).render_as_string(hide_password=True))
-    except (ArgumentError, ValueError):  # no URL: a folder, or a word that MLflow knows
+    except (ArgumentError, ValueError):  # not a URL: a folder, or a keyword of MLflow's
         return without_secrets(uri.rpartition("@")[2])
 
 
 def without_secrets(text: str) -> str:
-    """A text that others wrote, with asterisks in the place of logins, tokens and keys."""
+    """A third-party text in which logins, tokens and keys are replaced by asterisks."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
     return text

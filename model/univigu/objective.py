@@ -1,20 +1,20 @@
 """What a training sample is, and its loss (eq 9-11).
 
-tau drawn at random never hits the corners that inference uses (a clean video, an embedded prompt, no condition), so a
-share of the samples sits exactly there: `TASKS` is the table. All that is random about a sample (its task, its times,
-its noise, what is dropped) is a function of (seed, epoch, sample id), so a run does not depend on how many processes
-share it, nor on what else is in the batch.
+A tau drawn from (0, 1) is never exactly at the corners that inference uses (a clean video, an embedded prompt, no
+condition), so a share of the samples is placed exactly there: see the table `TASKS`. Everything random about a sample
+(its task, its times, its noise, what is dropped) is a function of (seed, epoch, sample id). So a run depends neither on
+the number of processes nor on what else is in a batch.
 
-A batch is a dict of tensors on one device:
+A batch is a dict of tensors on one device (B samples, N text tokens, L condition tokens):
 
 =================  ===================  ======================================================================
 ``latents``        (B, C, T, H, W)      clean video z_v1: normalised VAE means
 ``prompt_embeds``  (B, L, text_dim)     the condition c: text-encoder states, zeros at padded places
 ``empty_embeds``   (L, text_dim)        the dropped condition: the states of the empty string, padded likewise
 ``prompt_ids``     (B, N)               the prompt as tokens: EOS, then PAD
-``target_ids``     (B, N)               what the stage says about the video: the prompt (stage 1), a caption (2)
+``target_ids``     (B, N)               the stage's target text: the prompt (stage 1), a caption (stage 2)
 ``sample_ids``     (B,)                 int64 keys of the samples
-``epochs``         (B,)                 int64, how often each sample was met before
+``epochs``         (B,)                 int64, how often each sample was used before
 =================  ===================  ======================================================================
 """
 
@@ -30,21 +30,23 @@ from .errors import ConfigError
 from .text_space import TextPrediction
 from .transformer import UniViGUTransformer3DModel
 
-TAU_FLOOR = 0.05  # 1 - tau is clamped here in the loss: identities between velocity and data hold up to tau = 0.95
-NEGLIGIBLE = 1e-20  # a gradient below this adds nothing to its neighbours in float32
+# In the loss, 1 - tau is at least this. The velocity is (z_1 - z_tau) / (1 - tau), so near tau = 1 a tiny error of the
+# predicted z_1 would outweigh all other samples. Velocity and data are equivalent up to tau = 0.95.
+TAU_FLOOR = 0.05
+NEGLIGIBLE = 1e-20  # a gradient below this changes no float32 sum that it is part of
 Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table of tasks. A time of None is drawn from (0, 1); a modality at its clean corner has no loss."""
+    """A row of `TASKS`. A time of None is drawn from (0, 1); a modality at its clean corner has no loss."""
 
     share: float
-    text: tuple[str, ...]  # which ids the text stream holds; with two, half of the samples each
-    condition_dropout: float | None  # None: as ObjectiveConfig.prompt_dropout says for this task
+    text: tuple[str, ...]  # the ids in the text stream; of two, each is used for half of the samples
+    condition_dropout: float | None  # None: ObjectiveConfig.prompt_dropout of this task
     video_tau: float | None
     text_tau: float | None
-    absent: float  # in this share, the modality at its clean corner is not there at all: tau = 0, the guidance branch
+    absent: float  # share in which the clean modality is replaced by noise (tau = 0): the unconditional guidance branch
     attention: str
     loss: tuple[str, ...]
 
@@ -58,23 +60,27 @@ TASKS = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Choices of the objective; ``form="literal"`` is eq 11 as printed, on the joint task alone."""
+    """Choices of the objective. ``form="literal"`` is eq 11 as printed, and needs the joint task alone.
+
+    ``weighted`` adds a cross-entropy, because E under a squared error alone can collapse. Its default weights are those
+    that worked in small trials. Raises ConfigError for invalid values and for values that exclude each other.
+    """
 
     shares: Mapping[str, float] = field(default_factory=lambda: {name: task.share for name, task in TASKS.items()})
     prompt_dropout: Mapping[str, float] = field(default_factory=lambda: {"joint": 0.5, "generate": 0.1})
-    video_shift: float = 1.0  # of the times drawn in training, as flow.shift_tau shifts them
+    video_shift: float = 1.0  # timestep shift of the times drawn in training, see flow.shift_tau
     text_shift: float = 1.0
     video_weight: float = 0.3
     text_weight: float = 0.1
     ce_weight: float = 1.0
-    self_conditioning: float = 0.5  # share of steps in which the text sees its own first guess
+    self_conditioning: float = 0.5  # share of steps in which the text is given its own first estimate of z_1
     form: str = "weighted"  # weighted | literal
     seed: int = 0
 
     def __post_init__(self):
         unknown = set(self.shares) - set(TASKS)
         if unknown or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
-            raise ConfigError(f"Task shares {dict(self.shares)} make no sense: give {', '.join(TASKS)} numbers >= 0.")
+            raise ConfigError(f"Task shares {dict(self.shares)} are invalid: give {', '.join(TASKS)} numbers >= 0.")
         dropped = {name for name, task in TASKS.items() if task.condition_dropout is None}
         if (
             not isinstance(self.prompt_dropout, Mapping)
@@ -82,34 +88,34 @@ class ObjectiveConfig:
             or not all(0 <= p <= 1 for p in self.prompt_dropout.values())
         ):
             raise ConfigError(
-                f"prompt_dropout {self.prompt_dropout} makes no sense: give {' and '.join(sorted(dropped))} a"
-                " number from 0 to 1."
+                f"prompt_dropout {self.prompt_dropout} is invalid: give {' and '.join(sorted(dropped))} a number"
+                " from 0 to 1."
             )
         if not min(self.video_shift, self.text_shift) > 0:
             raise ConfigError(
-                f"Timestep shifts of {self.video_shift} and {self.text_shift} make no sense: give numbers above 0."
+                f"Timestep shifts {self.video_shift} and {self.text_shift} are invalid: give numbers above 0."
             )
         if self.form not in ("weighted", "literal"):
             raise ConfigError(f"Unknown form {self.form!r}: use weighted or literal.")
         if self.form == "literal" and any(self.shares.get(name) for name in TASKS if name != "joint"):
-            raise ConfigError("The literal objective is the joint task alone: set shares to {joint: 1}.")
+            raise ConfigError("The literal objective has the joint task alone: set shares to {joint: 1}.")
         if self.form == "literal" and not self.video_shift == self.text_shift == 1:
-            raise ConfigError("The literal objective draws its times evenly: set both timestep shifts to 1.")
+            raise ConfigError("The literal objective draws its times uniformly: set both timestep shifts to 1.")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each of B samples is in this epoch: all tensors (B,)."""
+    """The random choices for each of B samples in this epoch: all tensors (B,)."""
 
     task: Tensor  # index into TASKS
     video_tau: Tensor
     text_tau: Tensor
     drop_condition: Tensor
-    say_prompt: Tensor  # the text stream holds prompt_ids, else target_ids
+    text_is_prompt: Tensor  # bool: the text stream holds prompt_ids, otherwise target_ids
 
 
 def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig) -> Plan:
-    """Task, times and dropouts of the samples with these keys, on the CPU; each depends on its own key alone."""
+    """Task, times and dropouts of the samples with these keys, on the CPU; a sample depends on its own key alone."""
     draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
     names, tasks = list(TASKS), list(TASKS.values())
     shares = torch.tensor([float(config.shares.get(name, 0)) for name in names])
@@ -130,25 +136,25 @@ def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig) -> 
         for name, task in TASKS.items()
     )
     prompt_share = column(t.text.count("prompt_ids") / len(t.text) for t in tasks)
-    # guidance goes away from neither text nor condition, so where the text is absent the condition is too
+    # the unconditional branch of guidance has neither text nor condition, so where the text is absent, drop both
     # pyrefly: ignore[bad-argument-count]
     return Plan(task, *times, (draws[:, 4] < dropout) | absent, draws[:, 5] < prompt_share)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch on its paths: tensors of B samples, ready for the model."""
+    """A batch on its paths from noise to data (eq 9): tensors of B samples, ready for the model."""
 
-    latents: Tensor  # z_v1
-    video_noise: Tensor
-    video_tau: Tensor
-    z_video: Tensor
-    ids: Tensor
-    text_data: Tensor  # z_t1 = E[ids]
-    text_noise: Tensor
-    text_tau: Tensor
-    z_text: Tensor
-    condition: Tensor
+    latents: Tensor  # z_v1 (B, C, T, H, W)
+    video_noise: Tensor  # z_v0
+    video_tau: Tensor  # (B,)
+    z_video: Tensor  # z_v at video_tau
+    ids: Tensor  # (B, N)
+    text_data: Tensor  # z_t1 = E[ids] (B, N, d)
+    text_noise: Tensor  # z_t0
+    text_tau: Tensor  # (B,)
+    z_text: Tensor  # z_t at text_tau
+    condition: Tensor  # c (B, L, text_dim)
     is_prefix: Tensor  # bool: attention policy
     has_video_loss: Tensor  # bool
     has_text_loss: Tensor  # bool
@@ -159,8 +165,8 @@ class Samples:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def least(self, patch: Sequence[int]) -> "Samples":
-        """The first sample, cut down to one patch of video, one word and one word of condition."""
+    def smallest(self, patch: Sequence[int]) -> "Samples":
+        """The first sample, cut down to one patch of video, one text token and one condition token."""
         frames, height, width = (slice(size) for size in patch)
         cuts = {
             **dict.fromkeys(("latents", "video_noise", "z_video"), (slice(1), slice(None), frames, height, width)),
@@ -170,13 +176,13 @@ class Samples:
 
 
 def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
-    """Give every sample of a batch its task, noise and times (eq 6, 7, 9); ``table`` is E, (V, d)."""
+    """Draw each sample's task, noise and times, and place it on its paths (eq 6, 7, 9); ``table`` is E, (V, d)."""
     device, latents = batch["latents"].device, batch["latents"].float()
     ids, epochs = batch["sample_ids"].tolist(), batch["epochs"].tolist()
     keys = [(config.seed, epoch, sample) for sample, epoch in zip(ids, epochs, strict=True)]
     plan = draw_plan(keys, config)
     video_tau, text_tau = plan.video_tau.to(device), plan.text_tau.to(device)
-    token_ids = torch.where(plan.say_prompt.to(device)[:, None], batch["prompt_ids"], batch["target_ids"])
+    token_ids = torch.where(plan.text_is_prompt.to(device)[:, None], batch["prompt_ids"], batch["target_ids"])
     text_data = text_space.embed(token_ids, table)
     video_noise = flow.keyed_noise([(*key, "video") for key in keys], latents.shape[1:], device)
     text_noise = flow.keyed_noise([(*key, "text") for key in keys], text_data.shape[1:], device)
@@ -200,10 +206,14 @@ def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
 
 
 def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> Tensor:
-    """The text's h (B, N, d) of samples under ``prefix``; the video is computed once, for the guess and the answer."""
-    # all of these have the empty condition, so one copy of it serves them all
+    """The text's h (B, N, d) for samples under ``prefix``; the video is computed once, for both passes of the text.
+
+    ``guessing``: condition the text on its own first estimate of z_1 (self-conditioning).
+    """
+    # under `prefix` every sample has the empty condition, so one row of it is enough
     cache = model.prefill_video(s.z_video, s.video_tau, s.condition[:1])
-    guess = torch.zeros_like(s.z_text)  # not None: each step must use all weights, or ZeRO 3 updates by stale gradients
+    # zeros, not None: a weight that a step does not use keeps the last step's gradient under ZeRO 3
+    guess = torch.zeros_like(s.z_text)
     if guessing:
         with torch.no_grad():
             first = model.denoise_text(s.z_text, s.text_tau, cache)
@@ -212,12 +222,13 @@ def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, 
 
 
 def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> tuple[Tensor, Tensor]:
-    """Video velocity and the text's h of samples under ``joint``."""
+    """Video velocity (B, C, T, H, W) and the text's h (B, N, d) for samples under ``joint`` (eq 10)."""
     guess = torch.zeros_like(s.z_text)
     if guessing:
-        # a text that is given, not denoised, has no guess: in training as in inference
+        # a text at tau = 1 is given, not denoised: inference has no estimate for it, so training has none either
         rows = s.has_text_loss.nonzero()[:, 0]
-        t = s[rows] if len(rows) else s.least(model.config.patch_size)
+        # without such a text the extra pass runs all the same, on one patch: see `training_loss`
+        t = s[rows] if len(rows) else s.smallest(model.config.patch_size)
         with torch.no_grad():
             first = model(t.z_video, t.video_tau, t.condition, t.z_text, t.text_tau).text
             if len(rows):
@@ -228,7 +239,7 @@ def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, g
 
 
 def video_losses(velocity: Tensor, s: Samples, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """Each sample's contribution to the loss, and its mean squared error, both (B,)."""
+    """Each sample's contribution to the loss, and its mean squared error of the velocity (eq 11), both (B,)."""
     squares = (velocity.float() - flow.velocity(s.video_noise, s.latents)).square().flatten(1)
     mse = squares.mean(1)
     return (squares.sum(1) if config.form == "literal" else config.video_weight * mse), mse
@@ -246,7 +257,7 @@ def text_losses(
     prediction = model.read_text(hidden, s.z_text, s.text_tau, table, TAU_FLOOR)
     data, z = s.text_data, s.z_text
     if config.form == "weighted":
-        # E is trained by the cross-entropy; a target that could move would rather collapse
+        # E learns from the cross-entropy alone: a target with a gradient is easiest to hit where all rows are equal
         data, z = data.detach(), z.detach()
     if model.config.prediction == "velocity":
         target = flow.velocity(s.text_noise, data)
@@ -271,10 +282,10 @@ def text_losses(
 
 
 def drop_negligible_gradient(hidden: Tensor) -> None:
-    """Have `NEGLIGIBLE` entries of the gradient of `hidden` become zeros on their way back.
+    """Register a hook that sets entries below `NEGLIGIBLE` to zero in the gradient of `hidden`.
 
-    Near tau = 1 the text is read from z_tau alone, its loss is nearly zero, and its gradient sinks into float32's
-    denormal numbers, with which a processor multiplies matrices a hundred times slower.
+    Near tau = 1 a token can be read from z_tau alone. Its loss is nearly zero, and its gradient becomes denormal in
+    float32: a CPU multiplies such matrices a hundred times slower.
     """
     if hidden.requires_grad:
         # pyrefly: ignore[implicit-any-lambda]
@@ -288,13 +299,13 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_accuracy(prediction: TextPrediction, ids: Tensor, table: Tensor, model: UniViGUTransformer3DModel) -> Tensor:
-    """Share of each sample's tokens, PAD left out, that the predicted z_1 names rightly: (B,)."""
+    """Share of each sample's tokens, PAD left out, that are predicted correctly: (B,)."""
     if prediction.logits is None:
-        said = text_space.nearest(prediction.data, table, model.config.tokenizer_length)
+        predicted = text_space.nearest(prediction.data, table, model.config.tokenizer_length)
     else:
-        said = prediction.logits.argmax(-1)
+        predicted = prediction.logits.argmax(-1)
     counted = ids != model.config.pad_token_id
-    return ((said == ids) & counted).sum(1) / counted.sum(1).clamp_min(1)
+    return ((predicted == ids) & counted).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def training_loss(
@@ -304,17 +315,17 @@ def training_loss(
     step: int,
     token_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """One batch's ``loss`` (with gradient), and its parts as detached scalars.
+    """One batch's ``loss`` (eq 11, or its weighted form) with gradient, and its parts as detached scalars.
 
-    ``step`` decides, alike on all ranks, whether this step is self-conditioned. ``token_weights`` (V,) weigh the
-    cross-entropy; without them all tokens weigh the same. ``loss`` is the mean over all B samples, a modality without
-    loss counting as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over
-    the ``video_samples`` and ``text_samples`` of this batch that have them, zero where there is none. Samples are
-    grouped by attention policy, one pass each.
+    ``step`` decides, identically on all ranks, whether this step is self-conditioned. ``token_weights`` (V,) weight the
+    cross-entropy; without them all tokens weigh the same. ``loss`` is the mean over all B samples; a modality without
+    loss counts as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
+    ``video_samples`` and ``text_samples`` of this batch, or zero where there are none. Samples are grouped by attention
+    policy, with one forward pass per group.
 
-    Each batch takes both passes through all weights, and every output has a part in ``loss``, if only by zero: ranks
-    that share out weights or gradients (ZeRO) would wait for each other for ever where one has a use for a weight and
-    another has none. A policy without samples passes over a single patch and word, which costs next to nothing.
+    Every batch runs both passes through all weights, and every output enters ``loss``, even if multiplied by zero.
+    Ranks that partition weights or gradients (ZeRO) would deadlock where one uses a weight and another does not. For a
+    policy without samples the pass has a single patch and token, which costs next to nothing.
     """
     table = model.text_space()
     samples = prepare(batch, table, config)
@@ -323,7 +334,7 @@ def training_loss(
     loss, parts = table.new_zeros(()), {}
     for policy in (True, False):
         rows = (samples.is_prefix == policy).nonzero()[:, 0]
-        group = samples[rows] if len(rows) else samples.least(model.config.patch_size)
+        group = samples[rows] if len(rows) else samples.smallest(model.config.patch_size)
         if policy:
             hidden = predict_prefix(model, group, table, guessing)
             drop_negligible_gradient(hidden)
@@ -338,9 +349,9 @@ def training_loss(
             video_loss, mse = video_losses(video, group, config)
             loss = loss + video_loss.sum()
             parts.setdefault("video_mse", []).append(mse)
-        talking = group.has_text_loss.nonzero()[:, 0]
-        if len(talking):
-            text_loss, values = text_losses(hidden[talking], group[talking], table, model, config, token_weights)
+        texts = group.has_text_loss.nonzero()[:, 0]
+        if len(texts):
+            text_loss, values = text_losses(hidden[texts], group[texts], table, model, config, token_weights)
             loss = loss + text_loss.sum()
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
@@ -354,7 +365,7 @@ def training_loss(
 
 
 class TrainingObjective(nn.Module):
-    """:func:`training_loss` as a module, for engines that want one root ``forward``: ``objective(batch, step)``."""
+    """:func:`training_loss` as a module, for engines that need one root ``forward``: ``objective(batch, step)``."""
 
     def __init__(
         self, transformer: UniViGUTransformer3DModel, config: ObjectiveConfig, token_weights: Tensor | None = None
@@ -366,55 +377,3 @@ class TrainingObjective(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         return training_loss(self.transformer, batch, self.config, step, self.token_weights)
-
-
-@torch.no_grad()
-def evaluate_heldout(
-    model: UniViGUTransformer3DModel, batches: Iterable[Batch], seed: int = 0, bins: int = 10
-) -> dict[str, float | int | list[float]]:
-    """Losses on held-out batches at fixed noise and at the centres of ``bins`` bins of tau, and the video gain.
-
-    Text: the understand task (empty condition, clean video; and once more without the video, at tau_v = 0). Video: the
-    generate task (condition and embedded prompt given). Lists have one mean per bin: ``tau``, ``video_mse``,
-    ``text_mse``, ``text_ce`` (categorical only), ``token_accuracy``, ``token_accuracy_without_video``; then
-    ``video_gain``, the mean difference of the two accuracies over bins, and ``samples``.
-    """
-    table = model.text_space()
-    taus = [(i + 0.5) / bins for i in range(bins)]
-    sums: dict[str, list[float]] = {}
-    count = 0
-
-    def add(name: str, i: int, values: Tensor) -> None:
-        sums.setdefault(name, [0.0] * bins)[i] += float(values.double().sum())
-
-    for batch in batches:
-        latents, ids = batch["latents"].float(), batch["target_ids"]
-        keys = [(seed, "held out", sample) for sample in batch["sample_ids"].tolist()]
-        video_noise = flow.keyed_noise([(*key, "video") for key in keys], latents.shape[1:], latents.device)
-        text_data, prompt = (text_space.embed(batch[name], table) for name in ("target_ids", "prompt_ids"))
-        text_noise = flow.keyed_noise([(*key, "text") for key in keys], text_data.shape[1:], latents.device)
-        ones, empty = latents.new_ones(len(latents)), batch["empty_embeds"][None]
-        count += len(latents)
-        seen = model.prefill_video(latents, ones, empty)
-        unseen = model.prefill_video(video_noise, 0 * ones, empty)
-        for i, value in enumerate(taus):
-            tau = value * ones
-            z = flow.interpolate(text_noise, text_data, tau)
-            for cache, suffix in ((seen, ""), (unseen, "_without_video")):
-                prediction = model.read_text(model.denoise_text(z, tau, cache), z, tau, table)
-                add("token_accuracy" + suffix, i, token_accuracy(prediction, ids, table, model))
-                if suffix:
-                    continue
-                errors = prediction.velocity - flow.velocity(text_noise, text_data)
-                add("text_mse", i, errors.square().flatten(1).mean(1))
-                if prediction.logits is not None:
-                    ce = cross_entropy(prediction.logits, ids)
-                    add("text_ce", i, ce.mean(1))
-            z = flow.interpolate(video_noise, latents, tau)
-            video = model(z, tau, batch["prompt_embeds"], prompt, ones).video.float()
-            add("video_mse", i, (video - flow.velocity(video_noise, latents)).square().flatten(1).mean(1))
-    if not count:
-        raise ConfigError("There is no held-out sample to evaluate on: hold some back from training.")
-    means = {name: [value / count for value in values] for name, values in sums.items()}
-    gains = zip(means["token_accuracy"], means["token_accuracy_without_video"], strict=True)
-    return {"tau": taus, **means, "video_gain": sum(a - b for a, b in gains) / bins, "samples": count}

@@ -1,13 +1,12 @@
 """Caption a video, generate a video, or do both jointly (eq 16-18), as one diffusers pipeline.
 
-Videos are uint8 RGB frames (F, H, W, 3). A video of another size or length than the model's is scaled and cut around
-its centre, and its frames are taken evenly from its whole length; what can't be used raises ``BadInputError``.
-All noise of a sample comes from its own seed, so a result does not depend on what else is in the batch.
+Videos are uint8 RGB frames (F, H, W, 3). A video whose size or length is not the model's is scaled and cropped around
+its centre, and its frames are taken evenly from its whole length. Input that can't be used raises ``BadInputError``.
+All noise of a sample comes from its own seed, so a result does not depend on the rest of the batch.
 """
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,20 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from . import flow, text_space, wan
+from . import flow, inputs, text_space, wan
 from .errors import BadInputError, MissingInputError
+from .inputs import Seeds
+from .sampling import Field, integrate_one, joint_field, seeded_noise, text_field, video_field
 from .transformer import UniViGUTransformer3DModel
 from .video import fit_frames
-
-Seeds = int | Sequence[int]
-Field = Callable[[Tensor, Tensor], Tensor]  # (z, tau) to a velocity
 
 
 class UniViGUPipeline(DiffusionPipeline):
     """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
 
-    There is no scheduler: the times of sampling are :func:`flow.tau_grid`'s. ``shift`` is Wan's timestep shift,
-    ``max_sequence_length`` the text encoder's padded length, ``fps`` what a saved clip plays at.
+    There is no scheduler: the sampling times come from :func:`flow.tau_grid`. ``height`` and ``width`` are in pixels,
+    ``fps`` is the frame rate of saved clips, ``shift`` Wan's timestep shift, ``max_sequence_length`` the padded length
+    of the text encoder's states in tokens, and ``joint_text_at`` the tau_v at which :meth:`joint` writes the text.
     """
 
     def __init__(
@@ -74,14 +73,14 @@ class UniViGUPipeline(DiffusionPipeline):
     def from_wan(cls, source: str | Path, **settings: Any) -> "UniViGUPipeline":
         """A whole Wan text-to-video folder (or hub id) with a new, untrained text side.
 
-        ``settings`` are this pipeline's defaults (``num_frames`` ...) and the transformer's text arguments
-        (``text_length`` ...). Raises MissingInputError or BadInputError where the folder isn't such a checkpoint.
+        ``settings`` are this pipeline's defaults (``num_frames`` and so on) and the transformer's text arguments
+        (``text_length`` and so on). Raises MissingInputError or BadInputError for any other folder.
         """
         wan.transformer_folder(source)
         folder = wan.local_folder(source)
         missing = [n for n in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / n).is_dir()]
         if missing:
-            raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a whole checkpoint folder.")
+            raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a complete checkpoint folder.")
         with wan.reading(source):
             tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
             text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
@@ -97,10 +96,10 @@ class UniViGUPipeline(DiffusionPipeline):
         return cls(tokenizer, text_encoder, vae, transformer, **defaults)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the whole pipeline. Nothing in it says where its parts were read from: equal models, equal bytes."""
+        """Write the whole pipeline. The files don't name the source of its parts: equal models give equal bytes."""
         for part in (self, self.vae, self.transformer):
             part.register_to_config(_name_or_path="")
-        # A tokenizer that was used keeps the last call's length, and would write it down.
+        # A tokenizer keeps the length of its last call, and would save it.
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):
             backend.no_truncation()
             backend.no_padding()
@@ -108,20 +107,20 @@ class UniViGUPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UniViGUPipeline":
-        """Load what ``save_pretrained`` wrote; a folder that holds something else is refused in one sentence."""
+        """Load what ``save_pretrained`` wrote; raises a BadInputError (or a subclass of it) for other folders."""
         source = pretrained_model_name_or_path
         folder = wan.local_folder(source)
         if not (folder / "model_index.json").is_file():
-            raise MissingInputError(f"{source} holds no model_index.json: give the folder of a trained Uni-ViGU.")
+            raise MissingInputError(f"{source} has no model_index.json: give the folder of a trained Uni-ViGU model.")
         name = wan.read_json(folder / "model_index.json").get("_class_name")
         if name != cls.__name__:
-            raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU.")
+            raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU model.")
         with wan.reading(source):
             pipeline = super().from_pretrained(folder, **({"use_safetensors": True} | kwargs))
         wan.check_text_encoder(pipeline.text_encoder)
         return pipeline
 
-    # --- the three things it does -----------------------------------------------------------------------------------
+    # --- caption, generate, joint -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def caption(
@@ -133,16 +132,16 @@ class UniViGUPipeline(DiffusionPipeline):
         seed: Seeds = 0,
         batch_size: int = 8,
     ) -> list[str]:
-        """Say what is in one video (F, H, W, 3), uint8, or in each of several; always a list of texts.
+        """Describe one video (F, H, W, 3), uint8, or each of several; always returns a list of texts (eq 16).
 
         ``videos`` is an array, a tensor, a list of frames, or a list of videos. Video ``i`` has the seed ``seed[i]``,
-        or ``seed + i``. A guidance of 1 costs nothing; another runs the text a second time, without the video. In many
-        steps at a ``temperature`` of 1 a text is drawn from those that fit the video; a lower one sharpens the
-        predicted tokens on the way, down to the likeliest at each place at 0 (categorical predictions alone).
+        or ``seed + i``. A guidance other than 1 runs the text a second time, without the video. A ``temperature`` of 1
+        samples from the texts that fit the video; a lower one sharpens the predicted tokens in each step, and 0 takes
+        the most likely token at each position (for categorical predictions only).
         """
-        frames = [self._fit(video) for video in _split_videos(videos)]
+        frames = [self._fit(video) for video in inputs.split_videos(videos)]
         texts: list[str] = []
-        for part, seeds in _batches(frames, seed, batch_size):
+        for part, seeds in inputs.batches(frames, seed, batch_size):
             latents = wan.encode_frames(self.vae, torch.from_numpy(np.stack(part)))
             texts += self.caption_latents(latents, num_inference_steps, guidance_scale, temperature, seeds)
         return texts
@@ -159,17 +158,18 @@ class UniViGUPipeline(DiffusionPipeline):
     ) -> list[str]:
         """:meth:`caption` for normalised latents (B, C, T, H, W), in one batch (eq 16).
 
-        ``video_tau`` is how much of the video is seen: 1 all, 0 nothing but noise, which shows what the model says
-        without any video.
+        ``video_tau`` is the time at which the video is shown: 1 is the clean video, 0 is noise, which shows what the
+        model writes without any video.
         """
-        steps = _positive(self.config.caption_steps if num_inference_steps is None else num_inference_steps)
-        seeds = _seeds(seed, len(latents))
+        steps = inputs.positive(self.config.caption_steps if num_inference_steps is None else num_inference_steps)
+        seeds = inputs.list_seeds(seed, len(latents))
         device = self._execution_device
-        temperature = self._temperature(temperature)
-        field = self._text_field(latents.to(device), seeds, self._text_guidance(guidance_scale), temperature, video_tau)
-        z = self._carry(field, _noise(seeds, "text", self._text_shape, device), flow.tau_grid(steps, device=device))
+        scale, temperature = self._text_guidance(guidance_scale), self._temperature(temperature)
+        empty = self._encode([""])
+        field = text_field(self.transformer, latents.to(device), seeds, empty, empty, scale, temperature, video_tau)
+        ids = self._write(field, seeds, steps)
         self.maybe_free_model_hooks()
-        return self._say(z)
+        return text_space.detokenize(self.tokenizer, ids)
 
     @torch.no_grad()
     def generate(
@@ -186,13 +186,14 @@ class UniViGUPipeline(DiffusionPipeline):
     ) -> np.ndarray:
         """A video for each prompt: uint8 (B, F, H, W, 3) (eq 17).
 
-        The prompt is given twice, as Wan's condition and as clean text beside the video; guidance goes away from
-        the empty condition without text. F must be 4k + 1 and the sides multiples of the model's patch, in pixels.
+        The prompt is given twice, as Wan's condition and as clean text beside the video; guidance moves away from the
+        empty condition without text. F must be 4k + 1; height and width are in pixels, and multiples of what one patch
+        covers. Video ``i`` has the seed ``seed[i]``, or ``seed + i``.
         """
         prompts = self._check_prompts(prompt)
         shape = self._latent_shape(num_frames, height, width)
         frames = []
-        for part, seeds in _batches(prompts, seed, batch_size):
+        for part, seeds in inputs.batches(prompts, seed, batch_size):
             latents = self._generate_latents(part, shape, num_inference_steps, guidance_scale, shift, seeds)
             frames.append(wan.decode_latents(self.vae, latents))
         self.maybe_free_model_hooks()
@@ -215,85 +216,36 @@ class UniViGUPipeline(DiffusionPipeline):
         seed: Seeds = 0,
         batch_size: int = 8,
     ) -> tuple[np.ndarray, list[str]]:
-        """A video and its caption from noise together, for each prompt, which may be empty (eq 18).
+        """A video and its caption, both from noise, for each prompt, which may be empty (eq 18).
 
-        Returns uint8 (B, F, H, W, 3) and B texts. Of the two times one moves at a time: the video goes to tau_v =
-        ``text_at``; the text is written, from noise, in the model's ``caption_steps``, beside the clean video that is
-        predicted there, decoded and encoded like any other (eq 16); the video goes on with that text as its prompt (eq
-        17). At 1 the text describes the finished video, at 0 it is written before there is one. With ``in_step`` both
-        go together, as eq 18 is printed, in the larger of the two numbers of steps. Video guidance goes away from the
-        empty condition without text, text guidance away from the text without video.
+        Returns uint8 (B, F, H, W, 3) and B texts. The two times move one after the other. First the video is denoised
+        to tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside the clean
+        video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed with that
+        text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it is written before any video.
+
+        With ``in_step``, video and text are denoised in lockstep, as eq 18 is printed, in the larger of the two numbers
+        of steps. Video guidance moves away from the empty condition without text, text guidance away from the text
+        without video.
         """
-        prompts = [prompt] if prompt == "" else self._check_prompts(prompt, allow=("",))
+        prompts = self._check_prompts(prompt, allow_empty=True)
         shape = self._latent_shape(num_frames, height, width)
         steps, shift = self._video_steps(num_inference_steps, shift)
         scales = self._guidance(guidance_scale), self._text_guidance(caption_guidance_scale)
         if in_step and text_at is not None:
-            raise BadInputError("With in_step a joint text is written all along: leave text_at out, or in_step.")
+            raise BadInputError(
+                "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
+            )
         temperature, text_at = self._temperature(temperature), self._text_at(text_at)
         frames, texts = [], []
-        for part, seeds in _batches(prompts, seed, batch_size):
+        for part, seeds in inputs.batches(prompts, seed, batch_size):
             if in_step:
-                drawn, said = self._joint_in_step(part, shape, (steps, shift), scales, temperature, seeds)
+                videos, captions = self._joint_in_step(part, shape, (steps, shift), scales, temperature, seeds)
             else:
-                drawn, said = self._joint_in_turn(part, shape, (steps, shift), text_at, scales, temperature, seeds)
-            frames.append(drawn)
-            texts += said
+                videos, captions = self._joint_in_turn(part, shape, (steps, shift), text_at, scales, temperature, seeds)
+            frames.append(videos)
+            texts += captions
         self.maybe_free_model_hooks()
         return torch.cat(frames).numpy(), texts
-
-    # --- how --------------------------------------------------------------------------------------------------------
-
-    def _text_field(
-        self,
-        latents: Tensor,
-        seeds: list[int],
-        scale: float,
-        temperature: float,
-        tau: float = 1.0,
-        condition: Tensor | None = None,
-    ) -> Field:
-        """The text's velocity beside a video that is given: (z_t, tau_t) to u_t (eq 16)."""
-        model, empty = self.transformer, self._encode([""])
-        blank = _noise(seeds, "no video", latents.shape[1:], latents.device)
-        context = empty if condition is None else condition
-        seen = model.prefill_video(flow.interpolate(blank, latents, tau), _times(tau, latents), context)
-        unseen = None if scale == 1 else model.prefill_video(blank, _times(0.0, latents), empty)
-        guess: Tensor | None
-        table, guess = model.text_space(), None
-
-        def field(z: Tensor, tau: Tensor) -> Tensor:
-            nonlocal guess
-            tau = _times(tau, z)
-            hidden = model.denoise_text(z, tau, seen, guess)
-            if unseen is not None:
-                without = model.denoise_text(z, tau, unseen, guess)
-                hidden = without + scale * (hidden - without)
-            prediction = model.read_text(hidden, z, tau, table, temperature=temperature)
-            guess = prediction.data
-            return prediction.velocity
-
-        return field
-
-    def _video_field(self, condition: Tensor, text: Tensor, text_tau: float, seeds: list[int], scale: float) -> Field:
-        """The video's velocity beside a text at rest: (z_v, tau_v) to u_v (eq 17)."""
-        model, empty = self.transformer, self._encode([""])
-        no_text = _noise(seeds, "no text", self._text_shape, condition.device)
-
-        def field(z: Tensor, tau: Tensor) -> Tensor:
-            tau = _times(tau, z)
-            velocity = model(z, tau, condition, text, _times(text_tau, z)).video.float()
-            if scale != 1:
-                without = model(z, tau, empty, no_text, _times(0.0, z)).video.float()
-                velocity = without + scale * (velocity - without)
-            return velocity
-
-        return field
-
-    def _carry(self, field: Field, z: Tensor, grid: Tensor) -> Tensor:
-        """One modality along its grid, by Euler steps."""
-        (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], self.progress_bar)
-        return z
 
     def _generate_latents(
         self,
@@ -304,12 +256,13 @@ class UniViGUPipeline(DiffusionPipeline):
         shift: float | None,
         seeds: list[int],
     ) -> Tensor:
+        """Normalised latents (B, *shape) for each prompt (eq 17)."""
         device = self._execution_device
         grid = flow.tau_grid(*self._video_steps(num_inference_steps, shift), device)
         ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
         text = text_space.embed(ids.to(device), self.transformer.text_space())
-        field = self._video_field(self._encode(prompts), text, 1.0, seeds, self._guidance(guidance_scale))
-        return self._carry(field, _noise(seeds, "video", shape, device), grid)
+        field = self._video_field(text, 1.0, seeds, self._encode(prompts), self._guidance(guidance_scale))
+        return integrate_one(field, seeded_noise(seeds, "video", shape, device), grid, self.progress_bar)
 
     def _joint_in_turn(
         self,
@@ -321,28 +274,34 @@ class UniViGUPipeline(DiffusionPipeline):
         temperature: float,
         seeds: list[int],
     ) -> tuple[Tensor, list[str]]:
+        """:meth:`joint` with one time moving at a time; ``sampler`` is the number of video steps and the shift."""
         device, (scale, text_scale) = self._execution_device, scales
-        video, text = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
+        video = seeded_noise(seeds, "video", shape, device)
+        text = seeded_noise(seeds, "text", self._text_shape, device)
         condition, grid = self._encode(prompts), flow.tau_grid(*sampler, device)
+
+        # the video, beside a text that is still noise, up to the first time that is not before `text_at`
         turn = int(torch.searchsorted(grid, text_at))
-        field = self._video_field(condition, text, 0.0, seeds, scale)
-        video = self._carry(field, video, grid[: turn + 1])
+        field = self._video_field(text, 0.0, seeds, condition, scale)
+        video = integrate_one(field, video, grid[: turn + 1], self.progress_bar)
 
+        # the text, beside the clean video predicted there
         finished = turn == len(grid) - 1
-        sketch = video if finished else flow.velocity_to_data(field(video, grid[turn]), video, grid[turn])
-        frames = wan.decode_latents(self.vae, sketch)
+        predicted = video if finished else flow.velocity_to_data(field(video, grid[turn]), video, grid[turn])
+        # decoded and encoded again, because captioning is trained on the latents of real clips alone
+        frames = wan.decode_latents(self.vae, predicted)
         latents = wan.encode_frames(self.vae, frames).to(device)
-        field = self._text_field(latents, seeds, text_scale, temperature, condition=condition)
-        ids = self._nearest(
-            self._carry(field, text, flow.tau_grid(_positive(self.config.caption_steps), device=device))
-        )
-        said = text_space.detokenize(self.tokenizer, ids)
+        empty = self._encode([""])
+        field = text_field(self.transformer, latents, seeds, condition, empty, text_scale, temperature)
+        ids = self._write(field, seeds, inputs.positive(self.config.caption_steps))
+        captions = text_space.detokenize(self.tokenizer, ids)
         if finished:
-            return frames, said
+            return frames, captions
 
+        # the rest of the video, with that text as its prompt
         text = text_space.embed(ids, self.transformer.text_space())
-        field = self._video_field(self._encode(said), text, 1.0, seeds, scale)
-        return wan.decode_latents(self.vae, self._carry(field, video, grid[turn:])), said
+        field = self._video_field(text, 1.0, seeds, self._encode(captions), scale)
+        return wan.decode_latents(self.vae, integrate_one(field, video, grid[turn:], self.progress_bar)), captions
 
     def _joint_in_step(
         self,
@@ -353,55 +312,43 @@ class UniViGUPipeline(DiffusionPipeline):
         temperature: float,
         seeds: list[int],
     ) -> tuple[Tensor, list[str]]:
-        model, device, (scale, text_scale) = self.transformer, self._execution_device, scales
-        condition, empty = self._encode(prompts), self._encode([""])
-        no_text = _noise(seeds, "no text", self._text_shape, device)
-        no_video = _noise(seeds, "no video", shape, device)
-        guess: Tensor | None
-        table, guess = model.text_space(), None
-
-        def field(states: tuple[Tensor, ...], taus: tuple[Tensor, ...]) -> Sequence[Tensor]:
-            nonlocal guess
-            video, text = states
-            video_tau, text_tau = (_times(tau, video) for tau in taus)
-            out = model(video, video_tau, condition, text, text_tau, guess)
-            velocity, hidden = out.video.float(), out.text
-            if scale != 1:
-                without = model(video, video_tau, empty, no_text, _times(0.0, video)).video.float()
-                velocity = without + scale * (velocity - without)
-            if text_scale != 1:
-                without = model(no_video, _times(0.0, video), condition, text, text_tau, guess).text
-                hidden = without + text_scale * (hidden - without)
-            prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
-            guess = prediction.data
-            return velocity, prediction.velocity
-
-        steps, shift = max(sampler[0], _positive(self.config.caption_steps)), sampler[1]
+        """:meth:`joint` in lockstep; only the video's times are shifted."""
+        device, condition, empty = self._execution_device, self._encode(prompts), self._encode([""])
+        field = joint_field(self.transformer, shape, self._text_shape, seeds, condition, empty, scales, temperature)
+        steps, shift = max(sampler[0], inputs.positive(self.config.caption_steps)), sampler[1]
         grids = [flow.tau_grid(steps, shift, device), flow.tau_grid(steps, device=device)]
-        states = _noise(seeds, "video", shape, device), _noise(seeds, "text", self._text_shape, device)
+        states = [seeded_noise(seeds, "video", shape, device), seeded_noise(seeds, "text", self._text_shape, device)]
         video, text = flow.integrate(field, states, grids, self.progress_bar)
-        return wan.decode_latents(self.vae, video), self._say(text)
+        return wan.decode_latents(self.vae, video), text_space.detokenize(self.tokenizer, self._nearest(text))
+
+    def _video_field(self, text: Tensor, text_tau: float, seeds: list[int], condition: Tensor, scale: float) -> Field:
+        return video_field(self.transformer, text, text_tau, seeds, condition, self._encode([""]), scale)
+
+    def _write(self, field: Field, seeds: list[int], steps: int) -> Tensor:
+        """Token ids (B, N) of the texts that a text field leads to from noise."""
+        device = self._execution_device
+        noise = seeded_noise(seeds, "text", self._text_shape, device)
+        return self._nearest(integrate_one(field, noise, flow.tau_grid(steps, device=device), self.progress_bar))
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
+        """The condition c (B, L, text_dim) for each prompt."""
         length = self.config.max_sequence_length
         return wan.encode_prompts(self.tokenizer, self.text_encoder, prompts, length).to(self._execution_device)
 
     def _nearest(self, z: Tensor) -> Tensor:
         return text_space.nearest(z, self.transformer.text_space(), self.transformer.config.tokenizer_length)
 
-    def _say(self, z: Tensor) -> list[str]:
-        return text_space.detokenize(self.tokenizer, self._nearest(z))
+    # --- arguments, or else the pipeline's defaults ------------------------------------------------------------------
 
     @property
     def _text_shape(self) -> tuple[int, int]:
+        """(N, d) of a text's latents."""
         return self.transformer.config.text_length, self.transformer.config.text_latent_dim
 
     def _video_steps(self, num_inference_steps: int | None, shift: float | None) -> tuple[int, float]:
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        shift = self.config.shift if shift is None else shift
-        if not shift > 0:
-            raise BadInputError(f"A timestep shift of {shift} makes no sense: give a number above 0.")
-        return _positive(steps), shift
+        shift = inputs.valid_shift(self.config.shift if shift is None else shift)
+        return inputs.positive(steps), shift
 
     def _guidance(self, guidance_scale: float | None) -> float:
         return self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -410,18 +357,13 @@ class UniViGUPipeline(DiffusionPipeline):
         return self.config.caption_guidance_scale if guidance_scale is None else guidance_scale
 
     def _temperature(self, temperature: float | None) -> float:
-        temperature = self.config.caption_temperature if temperature is None else temperature
-        if not 0 <= temperature < math.inf:
-            raise BadInputError(f"A temperature of {temperature} makes no sense: give 0 or more.")
-        return temperature
+        return inputs.valid_temperature(self.config.caption_temperature if temperature is None else temperature)
 
     def _text_at(self, text_at: float | None) -> float:
-        text_at = self.config.joint_text_at if text_at is None else text_at
-        if not 0 <= text_at <= 1:
-            raise BadInputError(f"No video is at tau = {text_at}: give text_at a time from 0 (noise) to 1 (clean).")
-        return text_at
+        return inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
 
     def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
+        """(C, T, H, W) of the latents of a video, given or default, that this model can make."""
         given, default = (num_frames, height, width), (self.config.num_frames, self.config.height, self.config.width)
         frames, height, width = (d if g is None else g for g, d in zip(given, default, strict=True))
         time = self.vae.config.scale_factor_temporal
@@ -433,83 +375,18 @@ class UniViGUPipeline(DiffusionPipeline):
                 f" that is a multiple of {tall} and a width that is a multiple of {wide}."
             )
         shape = wan.latent_shape(self.vae, frames, height, width)
-        self.transformer.rope.text(self.transformer.grid(shape[1:]), self._text_shape[0])  # is there room for all of it
+        # raises where video and text together are longer than the rotary tables
+        self.transformer.rope.text(self.transformer.grid(shape[1:]), self._text_shape[0])
         return shape
 
-    def _check_prompts(self, prompt: str | Sequence[str], allow: Sequence[str] = ()) -> list[str]:
-        # pyrefly: ignore[implicit-any-type-argument]
-        prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    def _check_prompts(self, prompt: str | Sequence[str], allow_empty: bool = False) -> list[str]:
         limit = min(self.config.max_sequence_length, self.transformer.config.text_length)
-        if not prompts or not all(isinstance(p, str) for p in prompts):
-            raise BadInputError(
-                "A prompt must be a text, or a list of texts that isn't empty: write what the video shows."
-            )
-        for text in prompts:
-            if text in allow:
-                continue
-            if not text.strip():
-                raise BadInputError("The prompt is empty: write what the video should show.")
-            length = len(self.tokenizer(prompt_clean(text), verbose=False)["input_ids"])
-            if length > limit:
-                raise BadInputError(f"The prompt has {length} tokens and this model reads at most {limit}: shorten it.")
-        return prompts
+        return inputs.list_prompts(prompt, self.tokenizer, limit, allow_empty)
 
     def _fit(self, video: Any) -> np.ndarray:
-        frames = _as_array(video)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-            raise BadInputError(
-                f"A video must be uint8 RGB frames of shape (F, H, W, 3) and this is {frames.dtype} {frames.shape}:"
-                " decode it to such frames first."
-            )
+        """A video as the model takes it: (num_frames, height, width, 3)."""
+        frames = inputs.as_frames(video)
         wanted = self.config.num_frames
         if len(frames) == 1 < wanted:
             raise BadInputError("The video is a single frame and this model describes motion: give two frames or more.")
         return fit_frames(frames, wanted, self.config.height, self.config.width)
-
-
-def _as_array(video: Any) -> np.ndarray:
-    if isinstance(video, Tensor):
-        return video.cpu().numpy()
-    try:
-        return np.asarray(video) if isinstance(video, np.ndarray) else np.stack([np.asarray(f) for f in video])
-    except (TypeError, ValueError) as error:
-        raise BadInputError(f"This is not a list of equal frames ({error}): give RGB frames of one size.") from error
-
-
-def _split_videos(videos: Any) -> list[Any]:
-    """One video, or several, as a list of videos: what has frames of three dimensions is one."""
-    if isinstance(videos, np.ndarray | Tensor):
-        return list(videos) if videos.ndim == 5 else [videos]
-    if not isinstance(videos, Sequence) or isinstance(videos, str | bytes) or not len(videos):
-        raise BadInputError("There is no video in what was given: give frames (F, H, W, 3), or a list of such videos.")
-    # an image's array has three dimensions, a video has more, or is itself a list of frames
-    several = isinstance(videos[0], Sequence) or np.ndim(videos[0]) == 4
-    return list(videos) if several else [videos]
-
-
-def _seeds(seed: Seeds, count: int) -> list[int]:
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
-    if len(seeds) != count:
-        raise BadInputError(f"There are {len(seeds)} seeds for {count} samples: give one each, or a single one.")
-    return seeds
-
-
-def _batches(items: list[Any], seed: Seeds, size: int) -> Iterator[tuple[list[Any], list[int]]]:
-    seeds = _seeds(seed, len(items))
-    for start in range(0, len(items), _positive(size)):
-        yield items[start : start + size], seeds[start : start + size]
-
-
-def _noise(seeds: Sequence[int], name: str, shape: Sequence[int], device: torch.device) -> Tensor:
-    return flow.keyed_noise([(seed, name) for seed in seeds], shape, device)
-
-
-def _times(tau: Tensor | float, like: Tensor) -> Tensor:
-    """One time for the whole batch, as the model wants it: (B,)."""
-    return torch.as_tensor(tau, dtype=torch.float32, device=like.device).expand(len(like))
-
-
-def _positive(number: int) -> int:
-    if number < 1:
-        raise BadInputError(f"{number} steps, or samples at a time, make no sense: give a whole number of 1 or more.")
-    return number

@@ -1,7 +1,7 @@
-"""What making a Uni-ViGU takes, by arithmetic alone: operations, seconds, bytes.
+"""The cost of training a model, computed without running it: operations and bytes.
 
 Operations come from the model's own count (`UniViGUTransformer3DModel.estimate_flops`). A backward pass costs two
-forward passes; a recomputed one costs one more; a text's first guess of itself costs a forward pass without gradient.
+forward passes, recomputed activations one more, and self-conditioning a forward pass without gradient.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from univigu.objective import ObjectiveConfig
 from univigu.transformer import UniViGUTransformer3DModel
 
-CONTEXT_GIB = 1.5  # a CUDA context with its libraries and NCCL's buffers
+CONTEXT_GIB = 1.5  # of a CUDA context with its libraries and NCCL's buffers
 FRAGMENTATION = 0.05  # of a GPU's memory, lost between the allocator's blocks
-CLIP_BITS_PER_PIXEL = 0.1  # of an H.264 clip at x264's usual quality
-STATE_BYTES = 12  # of a trained parameter in a checkpoint: fp32 weight and two moments
+CLIP_BITS_PER_PIXEL = 0.1  # of an H.264 clip at x264's default quality
+STATE_BYTES = 12  # per trained parameter in a checkpoint: fp32 weight and two moments
 
 
 class Tokens(NamedTuple):
-    """How long the three sequences of a sample are."""
+    """The lengths of a sample's three sequences, in tokens."""
 
     video: int
     text: int
@@ -32,18 +32,18 @@ class TaskCost(NamedTuple):
 
     share: float
     forward: int
-    guess: int  # of a self-conditioned step's extra pass
+    guess: int  # of the extra pass in a self-conditioned step
 
     def step(self, self_conditioning: float, recomputed: float) -> float:
-        """Of a training step; `recomputed` is the share of forward passes that run again."""
+        """Operations of a training step; `recomputed` is the share of forward passes that run again."""
         return (3 + recomputed) * self.forward + self_conditioning * self.guess
 
 
 def task_costs(model: UniViGUTransformer3DModel, tokens: Tokens, objective: ObjectiveConfig) -> dict[str, TaskCost]:
-    """Operations of a sample by task; ``model`` may be on the meta device.
+    """Operations of one sample, by task; ``model`` may be on the meta device.
 
-    Understanding is ``prefix``, where a guess costs the text's tokens alone: the video's keys and values are kept. A
-    generated sample's text is given, so it has no guess.
+    The understand task has ``prefix`` attention, where the extra pass costs the text tokens alone, because the video's
+    keys and values are cached. In the generate task the text is given, so there is no extra pass.
     """
     joint, prefix = (model.estimate_flops(*tokens, policy) for policy in ("joint", "prefix"))
     text_alone = prefix - model.estimate_flops(tokens.video, 0, tokens.context, "prefix")
@@ -53,20 +53,21 @@ def task_costs(model: UniViGUTransformer3DModel, tokens: Tokens, objective: Obje
 
 
 def mean_step(costs: Mapping[str, TaskCost], self_conditioning: float, recomputed: float) -> float:
-    """Operations of a training step, a sample, on average over tasks."""
+    """Operations of a training step per sample, averaged over tasks."""
     return sum(cost.share * cost.step(self_conditioning, recomputed) for cost in costs.values())
 
 
 def slowest_step(
     costs: Mapping[str, TaskCost], self_conditioning: float, recomputed: float, samples: int, gpus: int
 ) -> float:
-    """Operations of the GPU that has most to do in a step of ``samples`` a GPU, expected over draws of tasks.
+    """Expected operations of the busiest GPU in a step with ``samples`` per GPU, over random draws of tasks.
 
-    Every GPU waits for that one. All guess in the same step, so the two kinds of step are counted apart.
+    All GPUs wait for the busiest one. Self-conditioning is on or off for all of them, so the two cases are computed
+    separately: for each, the distribution of one GPU's sum, then the expected maximum over ``gpus`` of them.
     """
     found = 0.0
     for guessing, probability in ((0.0, 1 - self_conditioning), (1.0, self_conditioning)):
-        sums = {0.0: 1.0}  # what a GPU may have to do, and how probable that is
+        sums = {0.0: 1.0}  # operations of one GPU, and the probability of that sum
         for _ in range(samples):
             drawn: dict[float, float] = {}
             for done, chance in sums.items():
@@ -83,17 +84,17 @@ def slowest_step(
 
 
 def count_flops(function: Any, *arguments: Any) -> int:
-    """Operations of a call on meta tensors, as torch counts them."""
+    """Operations of a call on meta tensors, counted by torch."""
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         function(*arguments)
     return counter.get_total_flops()
 
 
 def usable_memory(memory_gib: float) -> int:
-    """Bytes of a GPU's memory that a program's tensors can have."""
+    """Bytes of a GPU's memory that are available for tensors."""
     return int((memory_gib * (1 - FRAGMENTATION) - CONTEXT_GIB) * 2**30)
 
 
 def clip_bytes(frames: int, height: int, width: int) -> int:
-    """About what an H.264 clip takes."""
+    """Approximate bytes of an H.264 clip."""
     return int(frames * height * width * CLIP_BITS_PER_PIXEL / 8)

@@ -1,4 +1,4 @@
-"""Which process wrote something, and whether it has ended: by machine, process namespace, number and start."""
+"""Identify a process by machine, process namespace, id and start time, and check later whether it has ended."""
 
 import os
 from functools import cache
@@ -9,13 +9,13 @@ _NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def this_process() -> str:
-    """A name of this process that no other one has, on any machine; empty where the system isn't Linux."""
+    """A globally unique name of this process; empty where the system isn't Linux."""
     scope, started = _scope(), _started(os.getpid())
     return f"{scope}:{os.getpid()}:{started}" if scope and started else ""
 
 
 def has_ended(process: str) -> bool:
-    """Whether the process of that name is known to have ended; False where this machine can't know it."""
+    """Whether the process with that name has ended; False where this machine can't tell."""
     scope, _, rest = process.partition(":")
     number, _, started = rest.partition(":")
     if not scope or scope != _scope() or not number.isdecimal() or int(number) >= 2**31:
@@ -24,7 +24,7 @@ def has_ended(process: str) -> bool:
         os.kill(int(number), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # another user's
+    except PermissionError:  # it exists, and belongs to another user
         pass
     now = _started(int(number))
     return now is not None and now != started
@@ -32,7 +32,7 @@ def has_ended(process: str) -> bool:
 
 @cache
 def _scope() -> str:
-    """The machine since its last boot, and the process namespace: where a process number says which process it is."""
+    """The machine's boot id and the process namespace, within which a process id and start time are unique."""
     try:
         return f"{_BOOT.read_text().strip()}/{_NAMESPACE.stat().st_ino}"
     except OSError:
@@ -40,7 +40,7 @@ def _scope() -> str:
 
 
 def _started(number: int) -> str | None:
-    """When a process began, in ticks since boot; `ended` for one that only waits to be collected; None if unknown."""
+    """A process's start time in ticks since boot; "ended" for a zombie; None if unknown."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,10 +1,11 @@
-"""Putting a pipeline into MLflow's registry, as a version that needs no checkout.
+"""Registering a pipeline in MLflow's registry, as a version that works without a checkout of this repository.
 
-A registered version is a model from code (no pickle): the pipeline's folder, this library, and the evidence that came
-with it (model card, evaluation, manifests) are all inside it.
+A registered version is a model from code (nothing is pickled). It contains the pipeline's folder, this library, and its
+evidence (model card, evaluation, manifests).
 
-A version is made in two moves: `uploaded` sends the files, which takes time and says nothing yet, and `create_version`
-makes them a version, at once. What a process leaves that is killed before that is discarded by `tidy_uploads`.
+Registration has two phases: `uploaded` sends the files, which takes time and has no visible effect, and
+`create_version` makes a version of them atomically. `tidy_uploads` discards what a process leaves that is killed in
+between.
 """
 
 import logging
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-# What inference imports; a version pins them at what it was made with.
+# The packages that inference imports; a version pins them to the versions that it was created with.
 REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -43,14 +44,14 @@ REQUIREMENTS = (
     "numpy",
     "pandas",
 )
-LONGEST_DESCRIPTION = 5000  # characters that a database behind MLflow may hold
-_NAME_TAG, _PROCESS_TAG = "univigu.registers", "univigu.process"  # of an upload's run: for which name, and by whom
-_ABANDONED_S = 24 * 3600.0  # longer than any upload by a machine that can't be asked takes
+LONGEST_DESCRIPTION = 5000  # characters, a limit of the databases that MLflow supports
+_NAME_TAG, _PROCESS_TAG = "univigu.registers", "univigu.process"  # tags of an upload's run: model name and process
+_ABANDONED_S = 24 * 3600.0  # after this time, an upload from a machine that can't be checked counts as abandoned
 
 
 @dataclass
 class Upload:
-    """Files in MLflow's store, with a run of their own, of which `create_version` may make a version."""
+    """Files in MLflow's store, with a run of their own, from which `create_version` makes a version."""
 
     run_id: str
     source: str = ""  # MLflow's address of the files
@@ -70,11 +71,11 @@ def uploaded(
     metrics: Mapping[str, float],
     tracking_uri: Uri = None,
 ) -> Iterator[Upload]:
-    """Send a pipeline's folder to the store, as a model with a run in that experiment, for a version of `name`.
+    """Upload a pipeline's folder, as a model with a run in that experiment, for a version of `name`.
 
-    card: the model card. evidence: folders that go into the version under their names, for `artifact`. tags,
-    parameters, metrics: on the run. Temporary files go where `tempfile` puts them; on the pipeline's own disk that
-    saves a copy. An upload of which the block makes no version is discarded.
+    card: the model card. evidence: folders that are stored in the version under their names, for `artifact`. tags,
+    parameters, metrics: those of the run. Temporary files are hard links if `tempfile`'s folder is on the pipeline's
+    disk, otherwise copies. An upload that the block makes no version of is discarded.
     """
     with opened(tracking_uri):
         import mlflow
@@ -94,7 +95,7 @@ def uploaded(
 
 
 def create_version(upload: Upload, name: str, card: str, tags: Mapping[str, str]) -> "ModelVersion":
-    """Make a new version of `name`, with the card as its description, within the block of `uploaded`."""
+    """Create a new version of `name`, with the card as its description. Call it within the block of `uploaded`."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -106,10 +107,10 @@ def create_version(upload: Upload, name: str, card: str, tags: Mapping[str, str]
 
 
 def tidy_uploads(name: str, experiment_id: str, tracking_uri: Uri = None) -> None:
-    """Discard the uploads for `name` whose process was killed, or failed, before it made a version of them.
+    """Discard the uploads for `name` whose process was killed, or failed, before it created a version.
 
-    Their runs are marked as killed and deleted, as MLflow deletes (`mlflow gc` removes them for good), and their files
-    are removed. The run of one that was killed right after it made its version is marked as finished.
+    Their runs are marked as killed and deleted (`mlflow gc` removes them permanently), and their files are removed. A
+    run whose process was killed right after it created its version is marked as finished.
     """
     with opened(tracking_uri):
         from mlflow import MlflowClient
@@ -140,12 +141,14 @@ def _discard(client: Any, run: "Run") -> None:
 
 def _delete_files(model: Any) -> None:
     folder = model.artifact_location.rstrip("/").removesuffix("/artifacts")
-    if not folder.endswith(f"/{model.model_id}"):  # not one that MLflow made for this model alone
+    if not folder.endswith(f"/{model.model_id}"):  # not a folder of this model alone
         return
     try:
         repository_at(folder).delete_artifacts()
-    except Exception as error:  # of each kind of store its own, and some can't delete
-        logging.getLogger(__name__).warning("Left at %s: %s", without_password(folder), without_secrets(str(error)))
+    except Exception as error:  # each kind of store has its own, and some can't delete
+        logging.getLogger(__name__).warning(
+            "The files at %s were not deleted: %s", without_password(folder), without_secrets(str(error))
+        )
 
 
 def restore_files(
@@ -155,13 +158,13 @@ def restore_files(
     evidence: Mapping[str, Path],
     tracking_uri: Uri = None,
 ) -> None:
-    """Put back the files of a version that lost some (see `lost_files`); its number, aliases and tags stay."""
+    """Upload the files of a version again (see `lost_files`); its number, aliases and tags don't change."""
     # pyrefly: ignore[missing-attribute]
     if not version.source.startswith("models:/m-"):
         raise BadInputError(
             # pyrefly: ignore[bad-argument-type]
-            f"Version {version.version} of '{version.name}' lost files at {without_password(version.source)}, and was "
-            f"not uploaded by this step, so they can't be put back; delete that version, and run again."
+            f"Version {version.version} of '{version.name}' has lost files at {without_password(version.source)}. They "
+            f"can't be restored, because this step did not upload them; delete that version, and run again."
         )
     with opened(tracking_uri):
         # pyrefly: ignore[missing-attribute]
@@ -169,20 +172,20 @@ def restore_files(
 
 
 def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], **where: str) -> str:
-    """Log the model from code with everything that travels with it; returns its address.
+    """Log the model from code with all its files; returns its address.
 
-    where: the ``name`` of a new model in the run under way, or the ``model_id`` of one that is there.
+    where: the ``name`` of a new model in the active run, or the ``model_id`` of an existing one.
     """
     import mlflow
 
     with tempfile.TemporaryDirectory(prefix="univigu-") as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # hints for a signature, which is given
+        warnings.simplefilter("ignore", UserWarning)  # hints about signatures; ours is given
         folder = Path(temporary)
         readme = folder / "README.md"
         readme.write_text(card, encoding="utf-8")
         contents = {"card": readme}
         for title, source in {**evidence, "pipeline": pipeline}.items():
-            contents[title] = folder / title  # its name inside the version is the last part of this path
+            contents[title] = folder / title  # the last part of this path is its name in the version
             shutil.copytree(source, contents[title], copy_function=link_or_copy)
         return mlflow.pyfunc.log_model(
             **where,
@@ -195,15 +198,15 @@ def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], **where:
 
 
 def requirements() -> list[str]:
-    """What a pull has to install: the packages that inference imports, at the versions that run here."""
+    """The packages that inference imports, pinned to the versions installed here."""
     return [f"{package}=={installed_version(package).partition('+')[0]}" for package in REQUIREMENTS]
 
 
 def signature() -> "ModelSignature":
-    """Columns in and out, and params with their defaults.
+    """The columns of input and output, and the params with their defaults.
 
-    0 steps, a guidance of -1 and a temperature of -1 stand for the model's own. The temperature is of the words, so it
-    counts in the tasks caption and joint.
+    0 steps, a guidance of -1 and a temperature of -1 select the model's own values. The temperature applies to text, so
+    it is used by the tasks caption and joint.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -222,7 +225,7 @@ def signature() -> "ModelSignature":
 
 
 def shorten(card: str) -> str:
-    """A card as a version's description: without its front matter, and cut between sections where it is too long."""
+    """A card as a version's description: without its front matter, and cut between sections if it is too long."""
     text = card.partition("\n---\n")[2].strip() if card.startswith("---\n") else card
     if len(text) <= LONGEST_DESCRIPTION:
         return text

@@ -1,6 +1,6 @@
-"""The registered model: which versions there are, their aliases and tags, and getting one out of MLflow's registry.
+"""The registered model in MLflow's registry: its versions, their aliases and tags, and loading one.
 
-`univigu.registration` puts them in.
+`univigu.registration` registers versions.
 """
 
 import atexit
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from univigu.pipeline import UniViGUPipeline
 
 NAME = "uni-vigu"
-CHAMPION = "champion"  # what is used
-CANDIDATE = "candidate"  # what was registered last
-PREVIOUS = "previous"  # who was champion before, for a rollback
+CHAMPION = "champion"  # the version in use
+CANDIDATE = "candidate"  # the version that was registered last
+PREVIOUS = "previous"  # the champion before, for a rollback
 _ADDRESS = re.compile(r"models:/[^/@]+(?:[/@][^/@]+)?")
-_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a name or alias that isn't there
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for an unknown name or alias
 
 
 def load_pipeline(model: str | Path = NAME, tracking_uri: Uri = None) -> "UniViGUPipeline":
-    """The pipeline in a folder, at a ``models:/`` address, or of a registered name's champion.
+    """The pipeline in a folder, at a ``models:/`` address, or of the champion of a registered name.
 
     Raises `MissingInputError` where there is no such model, `CorruptDataError` where its files or the registry's
-    database can't be read, and `TransientError` where the registry does not answer.
+    database can't be read, and `TransientError` where the registry doesn't answer.
     """
     from univigu.pipeline import UniViGUPipeline
 
@@ -40,7 +40,7 @@ def load_pipeline(model: str | Path = NAME, tracking_uri: Uri = None) -> "UniViG
 
 
 def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
-    """Where the pipeline's files lie (see `load_pipeline`); those of a registered model are fetched if need be."""
+    """The folder of the pipeline's files (see `load_pipeline`); a registered model's files are fetched if necessary."""
     if isinstance(model, Path) or Path(model).is_dir():
         return Path(model)
     uri = model if model.startswith("models:/") else f"models:/{model}@{CHAMPION}"
@@ -48,11 +48,11 @@ def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
 
 
 def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
-    """A file or folder that was registered with a version, on this machine's disk.
+    """The local path of a file or folder that was registered with a version.
 
-    `uri` is a ``models:/name/version`` or ``models:/name@alias``. What isn't on this disk is fetched into a folder that
-    goes when the process ends. Raises as `load_pipeline` does; where the version is known and its files can't be
-    reached, the `MissingInputError` names their place.
+    `uri` is ``models:/name/version`` or ``models:/name@alias``. Remote files are fetched into a folder that is removed
+    when the process ends. Raises as `load_pipeline` does; where the version exists but its files can't be reached, the
+    `MissingInputError` has their location.
     """
     with opened(tracking_uri) as store:
         place = _place(uri, store)
@@ -60,7 +60,7 @@ def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
             repository = repository_at(place)
             target = None if _is_local(repository) else _folder_until_exit()
             return Path(repository.download_artifacts(f"artifacts/{name}", target))
-        except Exception as error:  # of each kind of store its own
+        except Exception as error:  # each kind of store has its own exceptions
             raise _files_error(error, uri, name, place) from error
 
 
@@ -71,7 +71,7 @@ def _place(uri: str, store: str) -> str:
 
     if not _ADDRESS.fullmatch(uri):
         raise ConfigError(
-            f"'{uri}' is no address of a model; give the path of a folder that is there, a registered name, "
+            f"'{uri}' is not the address of a model; give the path of an existing folder, a registered name, "
             f"models:/NAME/VERSION or models:/NAME@ALIAS."
         )
     try:
@@ -80,13 +80,13 @@ def _place(uri: str, store: str) -> str:
         if error.error_code not in _UNKNOWN:
             raise
         raise MissingInputError(
-            f"There is no model at {uri} in {without_password(store)}; register one that is trained (`univigu run "
+            f"There is no model at {uri} in {without_password(store)}; register a trained one (`univigu run "
             f"register-model`), train one (`make demo`), or give a model's folder."
         ) from error
 
 
 def repository_at(place: str) -> "ArtifactRepository":
-    """MLflow's way to the files at an address."""
+    """MLflow's repository object for the files at an address."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     return get_artifact_repository(place)
@@ -105,7 +105,7 @@ def _folder_until_exit() -> str:
 
 
 def _files_error(error: Exception, uri: str, name: str, place: str) -> UniViGUError:
-    """Why a version's files can't be had: the disk, a server that is away, or a place that isn't within reach."""
+    """The error for a version's files that can't be read: disk, server, or a location that can't be reached."""
     from requests.exceptions import ConnectionError, Timeout
 
     if fault := storage_fault(error, Path(tempfile.gettempdir())):
@@ -116,26 +116,26 @@ def _files_error(error: Exception, uri: str, name: str, place: str) -> UniViGUEr
     shown = without_password(place)
     if _lists_anything(place):
         return MissingInputError(
-            f"The model at {uri} carries no '{name}' among its files at {shown}; register it again (`univigu run "
+            f"The model at {uri} has no '{name}' among its files at {shown}; register it again (`univigu run "
             f"register-model` where it was trained)."
         )
     reason = without_secrets(str(error).partition("\n")[0]) or type(error).__name__
     return MissingInputError(
         f"The model at {uri} is registered, but its files can't be reached from this machine: they should be at "
-        f"{shown} ({reason}); make that place reachable, or put the files back with `univigu run register-model` where "
-        f"the model was trained."
+        f"{shown} ({reason}); make that location reachable, or restore the files with `univigu run register-model` "
+        f"where the model was trained."
     )
 
 
 def _lists_anything(place: str) -> bool:
     try:
         return bool(repository_at(place).list_artifacts())
-    except Exception:  # of each kind of store its own: that place can't be reached either
+    except Exception:  # each kind of store has its own exceptions; the location can't be reached
         return False
 
 
 def version_at(name: str, alias: str, tracking_uri: Uri = None) -> "ModelVersion | None":
-    """The version of `name` that holds `alias`, if any does."""
+    """The version of `name` with the alias `alias`, or None."""
     with opened(tracking_uri):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -149,7 +149,7 @@ def version_at(name: str, alias: str, tracking_uri: Uri = None) -> "ModelVersion
 
 
 def version_with(name: str, tags: Mapping[str, str], tracking_uri: Uri = None) -> "ModelVersion | None":
-    """The newest version of `name` that carries all these tags, if any does."""
+    """The newest version of `name` with all these tags, or None."""
     with opened(tracking_uri):
         from mlflow import MlflowClient
 
@@ -159,7 +159,7 @@ def version_with(name: str, tags: Mapping[str, str], tracking_uri: Uri = None) -
 
 
 def versions(name: str, tracking_uri: Uri = None) -> "list[ModelVersion]":
-    """Every version of `name` with its aliases, the newest first."""
+    """All versions of `name` with their aliases, newest first."""
     with opened(tracking_uri):
         from mlflow import MlflowClient
 
@@ -172,12 +172,12 @@ def versions(name: str, tracking_uri: Uri = None) -> "list[ModelVersion]":
         for alias, version in (client.get_registered_model(name).aliases if found else {}).items():
             aliases.setdefault(str(version), []).append(alias)
         for version in found:
-            version.aliases = sorted(aliases.get(str(version.version), []))  # a search leaves them out
+            version.aliases = sorted(aliases.get(str(version.version), []))  # a search does not return them
         return sorted(found, key=lambda version: int(version.version), reverse=True)
 
 
 def find_version(name: str, version: int | str, tracking_uri: Uri = None) -> "ModelVersion":
-    """The version of `name` with that number or alias; raises `MissingInputError` with those there are."""
+    """The version of `name` with that number or alias; raises `MissingInputError` with a list of the existing ones."""
     wanted = str(version)
     found = versions(name, tracking_uri)
     for one in found:
@@ -185,37 +185,37 @@ def find_version(name: str, version: int | str, tracking_uri: Uri = None) -> "Mo
             return one
     if not found:
         raise MissingInputError(
-            f"No model is registered as '{name}'; register one that is trained (`univigu run register-model`)."
+            f"No model is registered as '{name}'; register a trained one (`univigu run register-model`)."
         )
     named = ", ".join(" ".join([str(one.version), *one.aliases]) for one in found[:10])
-    raise MissingInputError(f"'{name}' has no version or alias '{version}'; there are {named}.")
+    raise MissingInputError(f"'{name}' has no version or alias '{version}'; use one of: {named}.")
 
 
 def has_files(version: "ModelVersion", tracking_uri: Uri = None) -> bool:
-    """Whether the version's files are still where it says; the registry's database outlives a lost folder of them."""
+    """Whether the version's files still exist; the registry's database keeps a version whose folder was lost."""
     return bool(_sizes(version, [""], tracking_uri))
 
 
 def lost_files(version: "ModelVersion", sizes: Mapping[str, int | None], tracking_uri: Uri = None) -> list[str]:
-    """Those of a version's files that are gone, or are not of the size, in bytes; by their names inside it."""
+    """The names of a version's files that are missing, or whose size in bytes is not the given one."""
     there = _sizes(version, sorted({name.rpartition("/")[0] for name in sizes}), tracking_uri)
     return [name for name, size in sizes.items() if name not in there or size not in (None, there[name])]
 
 
 def _sizes(version: "ModelVersion", folders: list[str], tracking_uri: Uri) -> dict[str, int | None]:
-    """What is in these folders of a version, by name: the size of a file in bytes, None for a folder."""
+    """The contents of these folders of a version: name to size in bytes, or to None for a folder."""
     uri = f"models:/{version.name}/{version.version}"
     with opened(tracking_uri) as store:
         place = _place(uri, store)
         try:
             repository = repository_at(place)
             return {file.path: file.file_size for folder in folders for file in repository.list_artifacts(folder)}
-        except Exception as error:  # of each kind of store its own
+        except Exception as error:  # each kind of store has its own exceptions
             raise _files_error(error, uri, "", place) from error
 
 
 def set_alias(name: str, alias: str, version: int | str, tracking_uri: Uri = None) -> None:
-    """Point `alias` at this version of `name`, and at no other."""
+    """Move `alias` to this version of `name`."""
     with opened(tracking_uri):
         from mlflow import MlflowClient
 
@@ -223,7 +223,7 @@ def set_alias(name: str, alias: str, version: int | str, tracking_uri: Uri = Non
 
 
 def set_tags(version: "ModelVersion", tags: Mapping[str, str], tracking_uri: Uri = None) -> None:
-    """Add tags to a version; those of the same name are replaced."""
+    """Add tags to a version; existing tags of the same name are replaced."""
     with opened(tracking_uri):
         from mlflow import MlflowClient
 
@@ -232,7 +232,7 @@ def set_tags(version: "ModelVersion", tags: Mapping[str, str], tracking_uri: Uri
 
 
 def quotable(name: str) -> str:
-    """A name that a filter of MLflow's can hold; raises `ConfigError` for another."""
+    """The name, if it can be used in a filter of MLflow's; raises `ConfigError` otherwise."""
     if "'" in name:
-        raise ConfigError(f'"{name}" is no name of a model, as it has a quotation mark in it; give another.')
+        raise ConfigError(f'"{name}" can\'t be the name of a model, because it has a quotation mark; use another name.')
     return name

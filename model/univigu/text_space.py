@@ -1,8 +1,8 @@
-"""The space in which text flows: a table E of token embeddings, and how to enter and leave it (eq 7, 8).
+"""The space of text latents: a table E of token embeddings, and the way into and out of it (eq 7, 8).
 
-E has V rows of d numbers, each of norm r exactly. At time tau a token stands out of its noise once
-tau > tau* = a / (a + r), a = sqrt(2 ln V); r is chosen so that tau* is about 0.4, or nearly every training draw would
-only teach copying. d is small (64), so nothing of the size V x width ever exists.
+E has V rows of d numbers, each with norm r. A token can be read from z_tau alone once tau > tau* = a / (a + r), with
+a = sqrt(2 ln V). r is chosen so that tau* is about 0.4: with a larger r, nearly every tau drawn in training would only
+teach copying. d is small (64), so no tensor of size V x width ever exists.
 """
 
 import math
@@ -17,16 +17,16 @@ from . import flow
 from .errors import ConfigError
 
 PREDICTIONS = ("categorical", "x1", "velocity")
-CONFIDENCE_LIMIT = 20.0
+CONFIDENCE_LIMIT = 20.0  # of k(tau), which has a pole at tau = 1
 
 
 def row_norm_for(vocab_size: int, tau_star: float = 0.4) -> float:
-    """The row norm r with which tokens become readable at ``tau_star``: r = a (1 - tau*) / tau*, a = sqrt(2 ln V)."""
+    """The row norm r at which tokens become readable at ``tau_star``: r = a (1 - tau*) / tau*, a = sqrt(2 ln V)."""
     return math.sqrt(2 * math.log(vocab_size)) * (1 - tau_star) / tau_star
 
 
 class TextSpace(nn.Module):
-    """The learnable table E. Calling it gives the (V, d) float32 table whose rows all have norm ``row_norm``."""
+    """The learnable table E. Calling it returns the table (V, d), float32, with all rows scaled to ``row_norm``."""
 
     def __init__(self, vocab_size: int, dim: int, row_norm: float):
         super().__init__()
@@ -38,15 +38,16 @@ class TextSpace(nn.Module):
 
     @torch.no_grad()
     def init_from(self, rows: Tensor, fit_rows: int = 16384, seed: int = 0) -> None:
-        """Set E to a projection of another table's rows (V, D), such as umT5's: its own main directions, whitened.
+        """Set E to a projection of another table's rows (V, D), such as umT5's: its principal directions, whitened.
 
         Directions are fitted on at most ``fit_rows`` evenly spaced rows. With D < d the rows are embedded in a random
-        orthogonal frame instead. A little noise keeps rows apart that were equal, or zero, in the source.
+        orthogonal frame instead. A little noise separates rows that are equal, or zero, in the source. Raises
+        ConfigError where the source has another number of rows.
         """
         vocab_size, dim = self.weight.shape
         if len(rows) != vocab_size:
             raise ConfigError(
-                f"The token table has {len(rows)} rows and the model expects {vocab_size}: set vocab_size."
+                f"The token table has {len(rows)} rows and the model expects {vocab_size}: set vocab_size to match."
             )
         sample = rows[:: max(1, len(rows) // fit_rows)].float()
         mean = sample.mean(0)
@@ -67,11 +68,11 @@ class TextSpace(nn.Module):
 
 
 class TextPrediction(NamedTuple):
-    """What the text stream says at (z_tau, tau)."""
+    """The text stream's prediction at (z_tau, tau)."""
 
     logits: Tensor | None  # (B, N, V), None unless the prediction is categorical
-    data: Tensor  # z_1 as predicted, (B, N, d)
-    velocity: Tensor  # (B, N, d)
+    data: Tensor  # predicted z_1, (B, N, d)
+    velocity: Tensor  # predicted u, (B, N, d)
 
 
 def embed(ids: Tensor, table: Tensor) -> Tensor:
@@ -109,10 +110,10 @@ def read_out(
     """From the text head's output h (B, N, d), the state z_tau (B, N, d) and tau (B,) to logits, z_1 and velocity.
 
     ``categorical``: logits = (h + k(tau) z_tau) E^T and z_1 = softmax(logits) E, so that an untrained head (h = 0)
-    already gives the posterior of a token seen through its noise. ``x1``: h is z_1. ``velocity``: h is the velocity,
-    the paper's literal head. ``floor`` bounds 1 - tau from below where a velocity is divided by it. A ``temperature``
-    below 1 sharpens a categorical z_1 = softmax(logits / temperature) E, down to the likeliest token at 0: its path
-    leads to the likeliest text, not to one of the likely ones.
+    already gives the posterior of a token given its noisy embedding. ``x1``: h is z_1. ``velocity``: h is the velocity,
+    the paper's literal head. Where a velocity is divided by 1 - tau, this is at least ``floor``. ``temperature``
+    divides categorical logits: 1 samples from the likely texts, 0 takes the most likely token at each position.
+    Raises ConfigError for an unknown ``prediction``.
     """
     hidden, z = hidden.float(), z.float()
     if prediction == "velocity":
@@ -127,7 +128,7 @@ def read_out(
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
-    """Token ids (B, length): the text, EOS, then PAD; a text that doesn't fit is cut so that EOS is still there."""
+    """Token ids (B, length): the text, EOS, then PAD; a text that is too long is cut before its EOS."""
     rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.long)
     for row, tokens in zip(ids, rows, strict=True):

@@ -1,16 +1,16 @@
-"""HDR pixels as a standard screen shows them: from BT.2100 (PQ or HLG, BT.2020 primaries) to BT.709.
+"""Tone mapping of HDR pixels for a standard screen: from BT.2100 (PQ or HLG, BT.2020 primaries) to BT.709.
 
-FFmpeg's own scaler does it too, after eight seconds of preparation for each size of frame. Here the brightness of each
-pixel, that of its strongest primary, goes through the EETF of ITU-R BT.2390, from `PEAK` to the reference white of
-BT.2408: shadows and faces keep their light, highlights are compressed, hues stay. It knows numpy alone.
+FFmpeg's own scaler can do this too, but needs eight seconds of preparation for each frame size. Here the brightness of
+each pixel (that of its strongest primary) is mapped by the EETF of ITU-R BT.2390, from `PEAK` to the reference white of
+BT.2408: shadows and faces keep their brightness, highlights are compressed, hues don't change. It needs only numpy.
 """
 
 from functools import cache
 
 import numpy as np
 
-PEAK = 1000.0  # cd/m2 of the brightest pixel that is told from others: what most HDR is graded for
-WHITE = 203.0  # cd/m2 of a white page, which becomes the white of a standard screen
+PEAK = 1000.0  # cd/m2; brighter pixels are clipped. Most HDR is graded for this value
+WHITE = 203.0  # cd/m2 of reference white, which becomes the white of a standard screen
 _GAMMA = 2.4  # of a standard screen (BT.1886)
 _TO_BT709 = np.float32(  # from BT.2020 primaries, linear: the inverse of BT.2087's matrix
     # pyrefly: ignore[bad-argument-type]
@@ -26,7 +26,7 @@ def to_sdr(signal: np.ndarray, transfer: str) -> np.ndarray:
     transfer: "pq" or "hlg".
     """
     light = _LIGHT[transfer]()[signal]
-    if transfer == "hlg":  # a brighter scene is shown with more contrast: the OOTF of BT.2100
+    if transfer == "hlg":  # the OOTF of BT.2100: brighter scenes get more contrast
         light = light * (np.maximum(light @ _LUMA, 1e-6) ** 0.2)[..., None] * np.float32(PEAK)
     brightness = light.max(axis=-1)
     nits, gains = _gains()
@@ -72,7 +72,7 @@ _LIGHT = {"pq": _pq_light, "hlg": _hlg_light}
 
 @cache
 def _gains() -> tuple[np.ndarray, np.ndarray]:
-    """Brightnesses in cd/m2, and by what a pixel of each is multiplied so that `WHITE` becomes 1."""
+    """Brightness values in cd/m2, and the factor for a pixel of each, by which `WHITE` becomes 1."""
     top = nits_to_pq(PEAK)
     signal = np.linspace(0, 1, 2049)[1:]  # of the source's own range
     white = nits_to_pq(WHITE) / top

@@ -1,11 +1,11 @@
-"""Video files: H.264 in and out, and whatever people have, as pixels. It knows PyAV and numpy, and no torch.
+"""Video files: writing and reading H.264 clips, and reading users' videos. It needs PyAV and numpy, not torch.
 
 Frames are uint8 RGB arrays of shape (F, H, W, 3) everywhere. A training clip is stored as 4:4:4 H.264 at a low rate
-factor, which keeps the colours of a small picture; a clip made for a person is 4:2:0, which every player plays. One
-encoder thread, no clock and no host: equal frames, equal bytes.
+factor, which keeps the colours of small frames; a clip for users is 4:2:0, which every player supports. The encoder has
+one thread and writes neither time nor host: equal frames give equal bytes.
 
-Pixels are FFmpeg's own: the matrix and range that a frame is tagged with (BT.601 and limited where it isn't, at any
-size), the same chroma filter, alpha left out. HDR is tone-mapped to BT.709.
+Pixels equal FFmpeg's: with the matrix and range of the frame's tags (BT.601 and limited range without tags, at any
+size), the same chroma filter, and no alpha. HDR is tone-mapped to BT.709.
 """
 
 import io
@@ -22,21 +22,21 @@ from univigu.decoding import MAX_PIXELS_READ, Video, open_video, read_frames, re
 from univigu.errors import BadInputError, VideoError
 from univigu.tone_mapping import to_sdr
 
-RATE_FACTOR = 6  # x264's crf: under one grey level of mean error on 32x32 clips, at about 2 KB a clip
-MAX_SIDE = 1280  # larger user frames are scaled down while they are read: no model here looks at more pixels
+RATE_FACTOR = 6  # x264's crf: a mean error below one grey level on 32x32 clips, at about 2 KB per clip
+MAX_SIDE = 1280  # larger frames are scaled down when read: no model here uses more pixels
 MAX_FRAMES = 256
-# On frames of a few macroblocks x264's lookahead weighs memory that nobody wrote, so equal frames gave other bytes.
+# On frames of a few macroblocks, x264's lookahead reads uninitialised memory, so equal frames gave different bytes.
 _REPEATABLE = "mbtree=0:rc-lookahead=0:weightp=0"
 _BT601, _LIMITED = 6, 1  # SMPTE 170M matrix and limited range, as swscale converts by default: tagged, so players agree
 _SIDE_DATA_KINDS = 64  # FFmpeg 8.1 has fewer than 40
 _HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of ITU-T H.273: SMPTE ST 2084 and ARIB STD-B67
-_BT2020_NCL, _UNTAGGED = 9, 2  # the matrix of HDR that doesn't name its own
+_BT2020_NCL, _UNTAGGED = 9, 2  # BT.2020 is the matrix of HDR frames without a tag
 
 
 def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") -> bytes:
-    """Frames uint8 (F, H, W, 3), RGB, as an H.264 mp4; `pixel_format` "yuv420p" (even sizes only) plays everywhere.
+    """RGB frames uint8 (F, H, W, 3) as an H.264 mp4; `pixel_format` "yuv420p" (even sizes only) plays everywhere.
 
-    Raises `BadInputError` for frames of another shape or kind, for none, and for a frame rate that isn't positive.
+    Raises `BadInputError` for frames of another shape or dtype, for no frames, and for an invalid frame rate.
     """
     import av
 
@@ -65,9 +65,9 @@ def encode_mp4(frames: np.ndarray, fps: float, pixel_format: str = "yuv444p") ->
 
 
 def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
-    """Every frame of a video that `encode_mp4` made, uint8 (F, H, W, 3), and its frames per second.
+    """All frames of a video that `encode_mp4` made, uint8 (F, H, W, 3), and its frame rate.
 
-    Whoever needs to know that the bytes are whole compares their hash. Raises `BadInputError` for what is no video.
+    It does not detect damaged bytes: compare their hash. Raises `BadInputError` where the bytes are not a video.
     """
     import av
 
@@ -81,18 +81,18 @@ def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
         raise BadInputError(f"A clip is no mp4 that was made here ({error}); make it again.") from error
 
 
-# --- people's videos -------------------------------------------------------------------------------------------------
+# --- users' videos ---------------------------------------------------------------------------------------------------
 
 
 def read_video(
     source: bytes | Path, max_frames: int | None = MAX_FRAMES, pixels: int = MAX_PIXELS_READ
 ) -> tuple[np.ndarray, float]:
-    """A video file of any common kind as frames uint8 (F, H, W, 3), upright, and the frame rate of what is returned.
+    """A video file of any common format as upright frames uint8 (F, H, W, 3), and the frame rate of these frames.
 
-    Pixels are made square, and a frame with a side over `MAX_SIDE` of them is scaled down. Of a video with more than
-    `max_frames` frames, that many are kept, evenly spread over its whole length, and never more than twice as many are
-    held in memory. Raises `MissingInputError` where there is no such file, and `VideoError` where it is not a whole,
-    readable video within the bounds of `univigu.decoding`, or has more `pixels` than these in all its frames.
+    Pixels are made square, and frames with a side over `MAX_SIDE` are scaled down. Of a longer video, `max_frames`
+    frames are kept, evenly spread over its length; at most twice as many are held in memory. Raises
+    `MissingInputError` where there is no such file, and `VideoError` where it is not a complete, readable video within
+    the limits of `univigu.decoding`, or its frames have more than `pixels` in total.
     """
     with open_video(source, pixels) as video:
         frames, share = _thin(_bounded(video), max_frames)
@@ -100,21 +100,21 @@ def read_video(
 
 
 class VideoFacts(NamedTuple):
-    """What a video file holds: when its last frame appears and goes, and its size upright, in square pixels."""
+    """The facts of a video file: when its last frame starts and ends, and its upright size in square pixels."""
 
-    last: float  # seconds from the first frame
-    seconds: float  # what a file says of its last frame's duration is often a guess
+    last: float  # seconds from the first frame to the last
+    seconds: float  # the duration, which is often inexact: files guess that of the last frame
     height: int
     width: int
-    hdr: str  # "pq" or "hlg"; empty for a standard dynamic range
+    hdr: str  # "pq" or "hlg"; empty for standard dynamic range
 
     def frames(self, fps: float) -> int:
-        """How many frames the video has at another frame rate."""
+        """The number of frames at another frame rate."""
         return max(math.floor(self.last * fps + 0.1) + 1, round(self.seconds * fps))
 
 
 def probe_video(source: bytes | Path) -> VideoFacts:
-    """The facts of a video file, of which only the first frame is decoded; raises as `read_video` does."""
+    """The facts of a video file; only its first frame is decoded. Raises as `read_video` does."""
     with open_video(source) as video:
         _, first = next(read_frames(video))
         painter = _Painter(video)
@@ -126,17 +126,17 @@ def probe_video(source: bytes | Path) -> VideoFacts:
 
 
 def _find_times(video: Video, first: Any) -> tuple[float, float, float]:
-    """When the first frame and the last one appear, and when the last one goes, in seconds, by the packets alone.
+    """The start of the first frame, and the start and end of the last one, in seconds, from the packets alone.
 
-    first: the first frame that is shown; packets before it only prepare it. Where some packets don't say when they are
-    shown, as in an AVI, all go by when they are decoded: the steps between are the same.
+    first: the first frame that is shown; packets before it are only needed to decode it. Where some packets have no
+    presentation time, as in an AVI, the decoding times of all packets are used: the intervals are the same.
     """
     begin = first.pts if first.pts is not None else first.dts
     shown, others = [], []
     for packet, needed in read_packets(video):
         if packet.size:
-            prepares = packet.pts is not None and begin is not None and packet.pts < begin
-            (shown if needed and not prepares else others).append((packet.pts, packet.dts, packet.duration or 0))
+            too_early = packet.pts is not None and begin is not None and packet.pts < begin
+            (shown if needed and not too_early else others).append((packet.pts, packet.dts, packet.duration or 0))
     packets = shown or others
     kind = next((kind for kind in (0, 1) if all(packet[kind] is not None for packet in packets)), None)
     base = float(video.stream.time_base)
@@ -148,10 +148,11 @@ def _find_times(video: Video, first: Any) -> tuple[float, float, float]:
 
 
 def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """The frames that a video file shows at `times`, uint8 (F, height, width, 3), whatever its frame rate does.
+    """The frames that a video file shows at `times`, uint8 (F, height, width, 3); its frame rate may vary.
 
-    times: seconds from the first frame, in order. Each frame is turned upright, its pixels made square, scaled to cover
-    `height` x `width` and cut to it around the centre. All of the file is decoded. Raises as `read_video` does.
+    times: seconds from the first frame, ascending. Each frame is turned upright, its pixels are made square, and it is
+    scaled to cover `height` x `width` and cropped around the centre. The whole file is decoded. Raises as `read_video`
+    does.
     """
     chosen: list[np.ndarray] = []
     with open_video(source) as video:
@@ -168,7 +169,7 @@ def sample_video(source: bytes | Path, times: Sequence[float], height: int, widt
 
 
 def _bounded(video: Video) -> Iterator[Callable[[], np.ndarray]]:
-    """What makes each frame an upright RGB array, all of the first one's size, and none with a side over `MAX_SIDE`."""
+    """For each frame, a function that returns it as an upright RGB array, with the first frame's (limited) size."""
     painter, size = _Painter(video), None
     for _, frame in read_frames(video):
         if size is None:
@@ -179,7 +180,7 @@ def _bounded(video: Video) -> Iterator[Callable[[], np.ndarray]]:
 
 
 def _thin(frames: Iterable[Callable[[], np.ndarray]], limit: int | None) -> tuple[list[np.ndarray], float]:
-    """At most `limit` of the frames, evenly spread, and the share that they are; makes and holds few others."""
+    """At most `limit` of the frames, evenly spread, and their share of all frames; few others are converted."""
     kept: list[np.ndarray] = []
     stride, total = 1, 0
     for frame in frames:
@@ -197,8 +198,8 @@ def _thin(frames: Iterable[Callable[[], np.ndarray]], limit: int | None) -> tupl
 
 
 def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.ndarray:
-    """Frames (F, H, W, 3) as a model takes them: `count` evenly spaced ones (some twice if F is less), each scaled to
-    cover `height` x `width` and cut to it around the centre. Frames that fit already come back as they are."""
+    """Frames (F, H, W, 3) in a model's format: `count` evenly spaced ones (some twice if F is smaller), each scaled to
+    cover `height` x `width` and cropped around the centre. Frames that fit already are returned unchanged."""
     import av
 
     frames = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
@@ -212,41 +213,41 @@ def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.nd
 
 
 def _covering_size(high: float, broad: float, height: int, width: int) -> tuple[int, int]:
-    """The height and width that `high` x `broad` is scaled to, so that it covers `height` x `width`."""
+    """The height and width to which `high` x `broad` is scaled, so that it covers `height` x `width`."""
     scale = max(height / high, width / broad)
     return max(height, round(high * scale)), max(width, round(broad * scale))
 
 
 def _cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of a picture."""
+    """The centre of a picture, (height, width, 3)."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     return pixels[top : top + height, left : left + width]
 
 
 def _choose_filter(frame: Any, width: int, height: int) -> str:
-    """FFmpeg's own filter; for a smaller picture the one that averages, as others alias in a moving picture."""
+    """FFmpeg's default filter; for downscaling the averaging one, because others cause aliasing in motion."""
     return "area" if width * height < frame.width * frame.height else "bicubic"
 
 
 class _Painter:
-    """The frames of one video as upright RGB pixels; what is known of its frames is kept from one to the next.
+    """Converts the frames of one video to upright RGB pixels, and caches what is the same for all frames.
 
-    PyAV ties a frame to its side data in a circle, which holds the frame's memory for long: it is asked for once.
+    Side data is read once per video: in PyAV a frame and its side data refer to each other, which delays freeing it.
     """
 
     def __init__(self, video: Video) -> None:
         self.video = video
-        self.orientations: dict[int, tuple[bool, bool, bool]] = {}  # by the rotation, which each frame tells cheaply
-        self.graphs: dict[tuple[Any, ...], Any] = {}  # the filter graph in use: frames may change their size or colours
+        self.orientations: dict[int, tuple[bool, bool, bool]] = {}  # by rotation, which is cheap to read
+        self.graphs: dict[tuple[Any, ...], Any] = {}  # the current filter graph: size and colours may change
         self.dolby_vision: bool | None = None
 
     def size(self, frame: Any) -> tuple[float, float]:
-        """Height and width of a frame as it is shown, in square pixels."""
+        """Height and width of a frame as displayed, in square pixels."""
         height, width = frame.height, frame.width * self.video.pixel_aspect
         return (width, height) if self._orientation(frame)[0] else (height, width)
 
     def cover(self, frame: Any, height: int, width: int) -> np.ndarray:
-        """A frame scaled to cover `height` x `width`, and cut to it around the centre."""
+        """A frame scaled to cover `height` x `width` and cropped around the centre."""
         return _cut(self.draw(frame, *_covering_size(*self.size(frame), height, width)), height, width)
 
     def draw(self, frame: Any, height: int, width: int) -> np.ndarray:
@@ -257,9 +258,9 @@ class _Painter:
         return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
     def hdr(self, frame: Any) -> str:
-        """Which transfer function of HDR a frame has, by its own tag or else by its stream's; empty for none.
+        """The HDR transfer function of a frame, by its own tag or else its stream's; empty for none.
 
-        Raises `VideoError` (`hdr`) for Dolby Vision that comes without a picture for other screens.
+        Raises `VideoError` (`hdr`) for Dolby Vision without a layer for other screens.
         """
         transfer = frame.color_trc if frame.color_trc != _UNTAGGED else self.video.transfer
         if self.dolby_vision is None:
@@ -287,9 +288,9 @@ class _Painter:
 
 
 def _make_graph(frame: Any, width: int, height: int, pixel_format: str) -> Any:
-    """An FFmpeg filter graph from frames like this one to RGB of that size and kind.
+    """An FFmpeg filter graph that converts frames like this one to RGB of that size and pixel format.
 
-    Unlike PyAV's own way from YUV to RGB, it knows where a frame's chroma samples are.
+    Unlike PyAV's own conversion from YUV to RGB, it takes the position of chroma samples into account.
     """
     import av
 
@@ -303,10 +304,10 @@ def _make_graph(frame: Any, width: int, height: int, pixel_format: str) -> Any:
 
 
 def _find_orientation(matrix: bytes) -> tuple[bool, bool, bool]:
-    """What makes a frame upright, in this order: to swap rows and columns, to mirror it, to turn it upside down.
+    """The operations that make a frame upright, in this order: swap rows and columns, mirror, turn upside down.
 
-    The display matrix maps (x, y) to (a x + c y, b x + d y), y downwards (ISO/IEC 14496-12, 6.2.2); of the eight
-    orientations of a picture, the one nearest to it counts. One of zeros, which some tools write, says nothing.
+    The display matrix maps (x, y) to (a x + c y, b x + d y), y downwards (ISO/IEC 14496-12, 6.2.2). The nearest of the
+    eight orientations is used. A matrix of zeros, which some tools write, is ignored.
     """
     if len(matrix) < 36:
         return False, False, False
@@ -317,16 +318,16 @@ def _find_orientation(matrix: bytes) -> tuple[bool, bool, bool]:
 
 
 def _side_data(frame: Any, kind: str) -> bytes:
-    """The bytes of one kind of a frame's side data, empty where it has none."""
+    """The bytes of one kind of a frame's side data; empty if it has none."""
     try:
         found = frame.side_data
-    except ValueError:  # PyAV has no name for one of the kinds, such as the EXIF of a JPEG
+    except ValueError:  # PyAV raises for kinds that it doesn't know, such as the EXIF of a JPEG
         found = _drop_unnamed(frame).side_data
     return bytes(found[kind]) if kind in {data.type.name for data in found} else b""
 
 
 def _drop_unnamed(frame: Any) -> Any:
-    """A frame without the side data that PyAV has no name for."""
+    """A frame without the kinds of side data that PyAV doesn't know."""
     import av
     from av.sidedata.sidedata import Type
 

@@ -1,7 +1,8 @@
-"""Everything that is Wan's own convention: its clock, its latents, its text encoder, its checkpoints.
+"""Wan's conventions: its time, its latents, its text encoder and its checkpoints.
 
-Wan writes sigma = 1 for noise and 0 for data, feeds the transformer t = 1000 sigma and predicts noise - data. The paper
-writes tau = 1 - sigma and predicts data - noise, so u = -model_out at t = 1000 (1 - tau). That meeting is here alone.
+In Wan, sigma is 1 for noise and 0 for data, the transformer's timestep is t = 1000 sigma, and the prediction is
+noise - data. In the paper, tau = 1 - sigma and the velocity is data - noise, so u = -model_out at t = 1000 (1 - tau).
+Only this module converts between the two.
 """
 
 import re
@@ -25,11 +26,11 @@ WAN_14B = {**_SHARED, "num_attention_heads": 40, "attention_head_dim": 128, "ffn
 _TEXT_SIDE = re.compile(r"(text_space|text_embedder|text_head)\.|blocks\.\d+\.(ffn_text\.|text_scale_shift_table$)")
 
 
-# --- the clock ------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------------------------
 
 
 def wan_timestep(tau: Tensor) -> Tensor:
-    """t = 1000 (1 - tau), float32, which is what Wan's transformer calls ``timestep``."""
+    """t = 1000 (1 - tau), float32: the ``timestep`` of Wan's transformer."""
     return NUM_TRAIN_TIMESTEPS * (1 - tau.float())
 
 
@@ -48,7 +49,7 @@ def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_latents(vae: Any, latents: Tensor) -> Tensor:
-    """z = (mu - mean) / std per channel: (B, C, T, H, W) of the autoencoder to the transformer's unit scale."""
+    """z = (mu - mean) / std per channel: the autoencoder's (B, C, T, H, W) to the transformer's unit scale."""
     mean, std = _latent_statistics(vae, latents)
     return (latents - mean) / std
 
@@ -61,7 +62,10 @@ def denormalize_latents(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_frames(vae: Any, frames: Tensor) -> Tensor:
-    """uint8 frames (B, F, H, W, 3), F = 4k + 1, to normalised latent means (B, C, T, H', W'), float32."""
+    """uint8 frames (B, F, H, W, 3), F = 4k + 1, to normalised latent means (B, C, T, H', W'), float32.
+
+    By Wan's convention the posterior's mean is used, not a sample of it.
+    """
     pixels = frames.to(vae.device).movedim(-1, 1).to(vae.dtype) / 127.5 - 1
     return normalize_latents(vae, vae.encode(pixels).latent_dist.mode().float())
 
@@ -75,49 +79,49 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 
 
 def latent_shape(vae: Any, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """(C, T, H', W') of the latents of a clip of ``num_frames`` frames of ``height`` x ``width`` pixels."""
+    """(C, T, H', W') of the latents of a clip with ``num_frames`` frames of ``height`` x ``width`` pixels."""
     config = vae.config
     frames = (num_frames - 1) // config.scale_factor_temporal + 1
     return config.z_dim, frames, height // config.scale_factor_spatial, width // config.scale_factor_spatial
 
 
 def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) -> None:
-    """Whether a base's autoencoder and transformer belong together, and make clips of these sizes.
+    """Check that a base's autoencoder and transformer fit together, and can make clips of these sizes.
 
     folder: in diffusers' layout; only the configs are read. sizes: (frames, height, width) each. Raises BadInputError
-    for an autoencoder that isn't Wan's, doesn't say how its latents are normalised, or makes other latents than the
-    transformer takes, and ConfigError for a size that it only rounds to.
+    for an autoencoder that isn't Wan's, has no statistics for normalisation, or makes latents that the transformer
+    doesn't take; ConfigError for a size that is not a multiple of what it can make.
     """
     vae, transformer = (read_json(folder / part / "config.json") for part in ("vae", "transformer"))
     if vae.get("_class_name") != "AutoencoderKLWan":
-        raise BadInputError(f"{folder}/vae is {vae.get('_class_name')}, not AutoencoderKLWan: give a base with Wan's.")
+        raise BadInputError(f"{folder}/vae is {vae.get('_class_name')}, not AutoencoderKLWan: use a base with Wan's.")
     channels = vae.get("z_dim", 16)
     for name in ("latents_mean", "latents_std"):
         values = vae.get(name)
         if not isinstance(values, list) or len(values) != channels or (name == "latents_std" and min(values) <= 0):
             raise BadInputError(
-                f"{folder}/vae/config.json has no '{name}' of {channels} values, so its latents can't be normalised:"
-                " get the base's own autoencoder again."
+                f"{folder}/vae/config.json has no '{name}' with {channels} values, so its latents can't be normalised:"
+                " download the base's own autoencoder again."
             )
     if transformer.get("in_channels", 16) != channels:
         raise BadInputError(
-            f"The autoencoder of {folder} makes latents of {channels} channels and its transformer takes"
-            f" {transformer.get('in_channels', 16)}: put the autoencoder there that the transformer was trained with."
+            f"The autoencoder of {folder} makes latents with {channels} channels and its transformer takes"
+            f" {transformer.get('in_channels', 16)}: use the autoencoder that the transformer was trained with."
         )
     spatial = 2 ** (len(vae.get("dim_mult", (1, 2, 4, 4))) - 1) * (vae.get("patch_size") or 1)
     temporal = 2 ** sum(vae.get("temperal_downsample", (False, True, True)))
     stated = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     if stated != (spatial, temporal):
         raise BadInputError(
-            f"The autoencoder of {folder} says that it shrinks clips {stated[0]} times in space and {stated[1]} in"
-            f" time, and is built to do so {spatial} and {temporal} times: mend its config.json."
+            f"The autoencoder of {folder} declares compression factors of {stated[0]} in space and {stated[1]} in time,"
+            f" but its layers have {spatial} and {temporal}: correct its config.json."
         )
     _, high, wide = transformer.get("patch_size", (1, 2, 2))
     for frames, height, width in sizes:
         if (frames - 1) % temporal or height % (spatial * high) or width % (spatial * wide):
             raise ConfigError(
                 f"{folder} can't take clips of {frames} frames of {height}x{width}: choose {temporal}k + 1 frames, a"
-                f" height that is a multiple of {spatial * high} and a width of {spatial * wide}."
+                f" height that is a multiple of {spatial * high}, and a width that is a multiple of {spatial * wide}."
             )
 
 
@@ -125,24 +129,24 @@ def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) 
 
 
 def check_text_encoder(text_encoder: Any) -> None:
-    """Assert that the encoder reads its own token table, and that the table was really loaded.
+    """Raise CorruptDataError unless the encoder uses the shared token table, and the table was loaded.
 
-    An early transformers 5 left it untied and zero, after which every prompt reads the same, without any error.
+    An early transformers 5 left the table untied and zero: every prompt then had the same states, without an error.
     """
     shared, tokens = text_encoder.shared.weight, text_encoder.encoder.embed_tokens.weight
     if shared.data_ptr() != tokens.data_ptr() or not shared.any():
         raise CorruptDataError(
-            "The text encoder's token table is empty or not the one its encoder reads, so prompts would have no"
-            " meaning: download the checkpoint again, or install another version of transformers."
+            "The text encoder's token table is empty, or is not the table that its encoder uses, so prompts would have"
+            " no effect: download the checkpoint again, or install another version of transformers."
         )
 
 
 @torch.no_grad()
 def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
-    """Prompt states (B, max_sequence_length, text_dim) as Wan's cross-attention reads them.
+    """Prompt states (B, max_sequence_length, text_dim) in the form that Wan's cross-attention takes.
 
-    The encoder sees the padding mask; its states at padded places are then set to zero, and the transformer attends to
-    all places, without a mask. The dropped condition is the encoded empty string.
+    The encoder uses the padding mask. Its states at padded positions are then set to zero, and the transformer attends
+    to all positions without a mask. The dropped condition is the encoded empty string.
     """
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -164,22 +168,25 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], ma
 
 
 def is_text_side(key: str) -> bool:
-    """Whether a key of ``UniViGUTransformer3DModel``'s state is ours; all others bear Wan's own names."""
+    """Whether a key of ``UniViGUTransformer3DModel``'s state belongs to the text side; all others have Wan's names."""
     return _TEXT_SIDE.match(key) is not None
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Refuse a checkpoint that leaves one of Wan's weights without a value, or holds one without a place."""
+    """Raise BadInputError for a checkpoint that lacks one of Wan's weights, or has one that the model doesn't have."""
     missing, unexpected = [k for k in missing if not is_text_side(k)], list(unexpected)
     if missing or unexpected:
         raise BadInputError(
-            f"The checkpoint doesn't fit Wan's transformer ({len(missing)} weights missing, {len(unexpected)} without a"
-            f" place, for example {(missing + unexpected)[0]}): check that its config.json belongs to its weights."
+            f"The checkpoint doesn't fit Wan's transformer ({len(missing)} weights missing, {len(unexpected)}"
+            f" unexpected, for example {(missing + unexpected)[0]}): check that its config.json belongs to its weights."
         )
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder itself, or a download of the hub repository ``owner/name`` when there is no such folder."""
+    """The folder itself, or a download of the hub repository ``owner/name`` if there is no such folder.
+
+    Raises MissingInputError where there is neither.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -213,9 +220,9 @@ def transformer_folder(source: str | Path) -> Path:
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
-        raise MissingInputError(f"{source} holds no transformer/config.json: give a folder in diffusers' layout.")
+        raise MissingInputError(f"{source} has no transformer/config.json: give a folder in diffusers' layout.")
     config = read_json(folder / "config.json")
-    name = config.get("_class_name", "a model that doesn't say what it is")
+    name = config.get("_class_name", "a model without a class name")
     if name != "WanTransformer3DModel":
         raise BadInputError(f"{source} is {name}, not WanTransformer3DModel: give a Wan text-to-video checkpoint.")
     if config.get("image_dim") or config.get("added_kv_proj_dim") or config["in_channels"] != config["out_channels"]:
@@ -224,25 +231,25 @@ def transformer_folder(source: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; one sentence where it isn't one."""
+    """The JSON object in a file; raises CorruptDataError where it isn't one."""
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:
-        raise CorruptDataError(f"{path} can't be read as JSON ({error}): download or build the model again.") from error
+        raise CorruptDataError(f"{path} can't be read as JSON ({error}): get or create the model again.") from error
 
 
 @contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """Say in one sentence what a loader of weights stumbled over; our own errors pass."""
+    """Turn any error of a loader of weights into a CorruptDataError of one sentence; our own errors pass unchanged."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CorruptDataError(f"{source} can't be loaded ({reason}): get or build the model again.") from error
+        raise CorruptDataError(f"{source} can't be loaded ({reason}): download or create the model again.") from error
 
 
 def token_rows(folder: Path) -> Tensor | None:
-    """umT5's token table (V, D) out of ``folder``/text_encoder, without loading the encoder; None without one."""
+    """umT5's token table (V, D) from ``folder``/text_encoder, without loading the encoder; None if there is none."""
     from safetensors import safe_open
 
     for path in sorted((folder / "text_encoder").glob("*.safetensors")):
@@ -254,9 +261,10 @@ def token_rows(folder: Path) -> Tensor | None:
 
 
 def config_folder(base: str | Path) -> Path:
-    """The folder whose configs describe a base: its own, or the published ones of a base of that name.
+    """The folder with a base's configs: its own, or our copy of the published configs of a base of that name.
 
-    The latter need no weights: Wan2.1's T2V 1.3B and 14B. Raises MissingInputError for any other that isn't there.
+    There are copies for Wan2.1 T2V 1.3B and 14B, so these need no download. Raises MissingInputError for other bases
+    that are not on this disk.
     """
     folder = Path(base)
     published = Path(__file__).parent / "published"
@@ -266,6 +274,6 @@ def config_folder(base: str | Path) -> Path:
         return published / folder.name
     known = ", ".join(sorted(path.name for path in published.iterdir()))
     raise MissingInputError(
-        f"There is no base at {base}, and its name is none of the published ones ({known}): put its folder, in"
-        " diffusers' layout, there, or correct the profile's `base`."
+        f"There is no base at {base}, and its name is not one of {known}: put its folder there, in diffusers' layout,"
+        " or correct the profile's `base`."
     )

@@ -108,7 +108,7 @@ def read_record(path: Path) -> Any:
 
 
 def read_checkpoint(path: Path) -> Any:
-    return checkpoints.newest_good(next(folder for folder in path.parents if folder.name == "checkpoints"))
+    return checkpoints.newest_valid(next(folder for folder in path.parents if folder.name == "checkpoints"))
 
 
 def read_latents(path: Path) -> Any:

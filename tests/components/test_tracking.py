@@ -78,7 +78,7 @@ def test_a_disk_that_fills_while_a_model_is_fetched_is_not_a_model_that_is_missi
 
     number = versions.add("filling", 10)
     monkeypatch.setattr(LocalArtifactRepository, "download_artifacts", fill)
-    with pytest.raises(DiskFullError, match="make room"):
+    with pytest.raises(DiskFullError, match="free some space"):
         registry.artifact(f"models:/filling/{number}", "evaluation", tracking.tracking_uri(versions.root))
 
 

@@ -1,4 +1,4 @@
-"""Videos as people have them, made by FFmpeg's encoders and muxers through PyAV: each frame shows its own number."""
+"""Videos of many formats, made by FFmpeg's encoders and muxers through PyAV: each frame shows its own number."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def numbers(frames):
 
 
 def encode(path, frames, codec="libx264", pixels="yuv420p", fps=25, options=(), matrix=None, aspect=None, **settings):
-    """Write RGB frames as a video whose kind is the name's; `settings` are the codec's, as PyAV calls them."""
+    """Write RGB frames as a video in the format of the file's name; `settings` are PyAV's names for the codec's."""
     with av.open(str(path), "w", options=settings.pop("muxer", {})) as container:
         container.metadata.update(settings.pop("metadata", {}))
         stream = container.add_stream(codec, rate=fps)
@@ -45,7 +45,7 @@ def encode(path, frames, codec="libx264", pixels="yuv420p", fps=25, options=(), 
 
 
 def copy_packets(source, path, muxer=(), change=lambda packets: packets):
-    """Write a video's packets to another container, changed on the way."""
+    """Write a video's packets to another container, after `change`."""
     with av.open(str(source)) as given, av.open(str(path), "w", options=dict(muxer)) as made:
         stream = given.streams.video[0]
         copy = made.add_stream_from_template(stream)
@@ -56,7 +56,7 @@ def copy_packets(source, path, muxer=(), change=lambda packets: packets):
 
 
 def cut_at(seconds):
-    """What FFmpeg's `-ss` leaves with `-c copy`: packets from the key frame before, which an edit list hides."""
+    """The packets of FFmpeg's `-ss` with `-c copy`: from the key frame before, which an edit list hides."""
 
     def change(packets):
         start = round(seconds / packets[0].time_base)
@@ -78,7 +78,7 @@ def videos():
 
 @pytest.fixture(scope="session")
 def every_container(tmp_path_factory):
-    """The same thirty frames in every container that is read, by its name."""
+    """The same thirty frames in every supported container, by its name."""
     folder = tmp_path_factory.mktemp("containers")
     frames = numbered(30, 96, 128)
     texture = np.random.default_rng(0).integers(0, 40, frames[0].shape, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""A video file is whole or refused, by what its own container says, and claims no more than it holds."""
+"""A video file must be complete, by its own container, and must not declare more than it has."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ from univigu.video import read_video
 
 
 def gif(width, height, frames=1):
-    """A GIF of so many frames that change a single pixel of a canvas."""
+    """A GIF with this many frames, each of which changes one pixel of a canvas."""
     frame = b"\x21\xf9\x04\x00\x0a\x00\x00\x00\x2c" + struct.pack("<4H", 0, 0, 1, 1) + b"\x00\x02\x02\x44\x01\x00"
     return (
         b"GIF89a" + struct.pack("<HH", width, height) + b"\xf0\x00\x00" + bytes(3) + b"\xff" * 3 + frame * frames + b";"
@@ -26,7 +26,7 @@ def box(kind, *content):
 
 
 def sample_sizes(count):
-    """The boxes of an MP4 with one track that says how many samples it has, all of one byte."""
+    """The boxes of an MP4 with one track that declares this many samples, all of one byte."""
     content = box(b"stsz", struct.pack(">III", 0, 1, count))
     for kind in (b"stbl", b"minf", b"mdia", b"trak"):
         content = box(kind, content)
@@ -36,13 +36,13 @@ def sample_sizes(count):
 START = box(b"ftyp", b"isom", bytes(4))
 
 
-def test_every_container_is_read_whole(every_container):
+def test_every_container_is_read_completely(every_container):
     found = {name: len(read_video(path)[0]) for name, path in every_container.items()}
     assert found == dict.fromkeys(every_container, 30)
 
 
 @pytest.mark.parametrize("share", range(5, 100, 5))
-def test_a_file_that_was_cut_off_anywhere_is_refused(every_container, share):
+def test_a_truncated_file_is_refused(every_container, share):
     passed = []
     for name, path in every_container.items():
         content = path.read_bytes()
@@ -54,8 +54,8 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(every_container, share):
     assert passed == []
 
 
-def test_a_file_that_lacks_its_last_bytes_is_refused_by_its_container(every_container):
-    indexed = {"fragments.mp4"}  # which ends with an index that nobody needs
+def test_a_file_without_its_last_bytes_is_refused_by_its_container(every_container):
+    indexed = {"fragments.mp4"}  # it ends with an optional index
     for name, path in every_container.items():
         content = path.read_bytes()[:-9]
         if name not in indexed:
@@ -75,14 +75,14 @@ def test_a_file_that_lacks_its_last_bytes_is_refused_by_its_container(every_cont
     ],
     ids=["samples", "tracks", "fragment", "compressed", "zeros", "damaged"],
 )
-def test_a_header_that_claims_more_frames_than_the_file_has_bytes_is_refused(content):
+def test_a_header_with_more_frames_than_bytes_is_refused(content):
     with pytest.raises(VideoError, match="claims to have") as error:
         check_container(io.BytesIO(content), len(content), "it")
     assert error.value.reason == "too_large"
 
 
 @pytest.mark.parametrize("side", [16_000, 65_535])
-def test_frames_of_billions_of_pixels_are_refused_before_they_take_memory(tmp_path, side):
+def test_frames_of_billions_of_pixels_are_refused_before_allocation(tmp_path, side):
     path = tmp_path / "bomb.gif"
     assert path.write_bytes(gif(side, side)) < 66
     code = (
@@ -92,12 +92,12 @@ def test_frames_of_billions_of_pixels_are_refused_before_they_take_memory(tmp_pa
         "try: read_video(Path(sys.argv[1]))\n"
         "except VideoError as error: print(error.reason, peak() - before)\n"
     )
-    said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
-    reason, megabytes = said.split()
+    output = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    reason, megabytes = output.split()
     assert (reason, int(megabytes) < 100) == ("too_large", True)
 
 
-def test_many_frames_of_a_large_canvas_are_refused_when_they_are_too_many_pixels():
+def test_too_many_pixels_in_all_frames_are_refused():
     with pytest.raises(VideoError, match="more pixels in all of them") as error:
         read_video(gif(1000, 1000, 40), pixels=20_000_000)
     assert error.value.reason == "too_large"
@@ -107,7 +107,7 @@ def test_many_frames_of_a_large_canvas_are_refused_when_they_are_too_many_pixels
 @pytest.mark.parametrize(
     "behind", [bytes(100), b"\xff" * 100, box(b"junk", bytes(50)) + b"\0\1"], ids=["zeros", "noise", "box"]
 )
-def test_what_a_tool_put_behind_a_whole_video_does_no_harm(every_container, behind):
+def test_appended_bytes_after_a_complete_video_are_accepted(every_container, behind):
     assert len(read_video(every_container["mp4"].read_bytes() + behind)[0]) == 30
 
 

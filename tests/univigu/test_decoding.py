@@ -1,4 +1,4 @@
-"""The frames of a file that players show, in their order and at their times; nothing else counts as lost."""
+"""The frames of a file that players show, in their order and at their times; only these can be missing."""
 
 import os
 from fractions import Fraction
@@ -52,7 +52,7 @@ def assert_shows(path, videos, numbers, fps=25):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_frames_come_in_the_order_and_at_the_times_of_players(tmp_path, videos, name, codec):
+def test_frames_have_the_order_and_times_of_players(tmp_path, videos, name, codec):
     options = {"options": videos.OPEN_GOP} if codec.pop("open", False) else {}
     path = videos.encode(tmp_path / name, videos.numbered(50), **codec, **options)
     assert_shows(path, videos, range(50))
@@ -65,7 +65,7 @@ def test_a_packed_bitstream_is_shown_frame_by_frame(tmp_path, videos):
     def pack(packets):
         contents = [bytes(packet) for packet in packets]
         refers_ahead = [content[content.index(start) + 4] >> 6 == 2 for content in contents] + [False]
-        packed = [contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start)]  # which says that it is packed
+        packed = [contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start)]  # it declares that it is packed
         for number in range(1, len(contents)):
             if refers_ahead[number]:
                 packed.append(empty)
@@ -82,7 +82,7 @@ def test_a_packed_bitstream_is_shown_frame_by_frame(tmp_path, videos):
 
 
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv"])
-def test_a_video_cut_without_coding_it_again_begins_where_it_is_shown(tmp_path, videos, name):
+def test_a_video_cut_without_reencoding_starts_at_its_first_shown_frame(tmp_path, videos, name):
     whole = videos.encode(tmp_path / "whole.mp4", videos.numbered(58), options=videos.OPEN_GOP)
     cut = videos.copy_packets(
         whole, tmp_path / name, {"use_editlist": "1"} if name == "cut.mp4" else {}, videos.cut_at(1)
@@ -90,7 +90,7 @@ def test_a_video_cut_without_coding_it_again_begins_where_it_is_shown(tmp_path, 
     assert_shows(cut, videos, range(25 if name == "cut.mp4" else 20, 58))  # Matroska has no edit lists
 
 
-def test_a_video_that_begins_late_is_shown_from_its_first_frame(tmp_path, videos):
+def test_a_video_with_a_late_start_is_shown_from_its_first_frame(tmp_path, videos):
     def later(packets):
         for packet in packets:
             packet.pts, packet.dts = packet.pts + 40_000, packet.dts + 40_000
@@ -116,7 +116,7 @@ def test_a_broadcast_is_shown_from_its_first_key_frame_on(tmp_path, videos):
             np.testing.assert_allclose(times, np.arange(len(numbers)) / 25, atol=1e-3)
 
 
-def test_recordings_that_were_put_together_are_shown_one_after_the_other(tmp_path, videos):
+def test_joined_recordings_are_shown_one_after_the_other(tmp_path, videos):
     one = videos.encode(tmp_path / "one.ts", videos.numbered(25), options=videos.OPEN_GOP).read_bytes()
     two = videos.encode(
         tmp_path / "two.ts", videos.numbered(25, 96, 128, first=25), options=videos.OPEN_GOP
@@ -125,7 +125,7 @@ def test_recordings_that_were_put_together_are_shown_one_after_the_other(tmp_pat
     numbers, times = shown(tmp_path / "both.ts", videos)
     assert numbers == list(range(50))
     np.testing.assert_allclose(times, np.arange(50) / 25, atol=1e-3)
-    frames, fps = read_video(tmp_path / "both.ts")  # all in the first one's size
+    frames, fps = read_video(tmp_path / "both.ts")  # all with the size of the first one
     assert (frames.shape, videos.numbers(frames), fps) == ((50, 48, 64, 3), list(range(50)), 25)
 
 
@@ -155,7 +155,7 @@ def test_frames_at_uneven_times_keep_them(tmp_path, videos):
         ]
 
 
-def test_packets_that_only_prepare_others_are_no_lost_frames(tmp_path, videos):
+def test_reference_only_packets_are_not_lost_frames(tmp_path, videos):
     """VP8's alternate references: frames that are decoded and never shown."""
 
     def hide(packets):
@@ -171,7 +171,7 @@ def test_packets_that_only_prepare_others_are_no_lost_frames(tmp_path, videos):
 
 @pytest.mark.parametrize("pictures", [1, 3])
 @pytest.mark.parametrize("place", ["first", "second"])
-def test_the_stream_that_moves_is_shown_and_not_a_thumbnail_beside_it(tmp_path, videos, place, pictures):
+def test_the_moving_stream_is_shown_not_a_thumbnail(tmp_path, videos, place, pictures):
     large = [np.full((200, 300, 3), 250, np.uint8)] * pictures
     kinds = {"thumbnail": (large, {"codec": "mjpeg", "pixels": "yuvj420p"}), "video": (videos.numbered(20), {})}
     order = ("thumbnail", "video") if place == "first" else ("video", "thumbnail")
@@ -203,7 +203,7 @@ def test_of_several_videos_the_default_one_is_shown(tmp_path, videos):
     assert read_video(tmp_path / "two.mkv")[0].shape == (10, 48, 64, 3)
 
 
-def test_an_albums_picture_is_no_video(tmp_path, videos):
+def test_cover_art_is_not_a_video(tmp_path, videos):
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         stream = container.add_stream("mjpeg", rate=1)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuvj420p"
@@ -217,7 +217,7 @@ def test_an_albums_picture_is_no_video(tmp_path, videos):
 @pytest.mark.parametrize(
     ("old", "new", "reason"), [(b"FMP4", b"QQQQ", "codec"), (b"Xxxxxxx", "Отпуск!".encode("cp1251"), "")]
 )
-def test_a_codec_without_a_decoder_is_told_and_a_title_in_another_encoding_does_no_harm(
+def test_a_codec_without_a_decoder_is_reported_and_a_title_in_another_encoding_accepted(
     tmp_path, videos, old, new, reason
 ):
     path = videos.encode(tmp_path / "old.avi", videos.numbered(10), **MPEG4, metadata={"title": "Xxxxxxx"})
@@ -231,7 +231,7 @@ def test_a_codec_without_a_decoder_is_told_and_a_title_in_another_encoding_does_
 
 
 @pytest.mark.parametrize("name", ["file:a.mp4", "concat:a|b.mp4", "%03d.mp4", "http:__x.mp4", "-i.mp4", "a\nb.mp4"])
-def test_a_name_is_a_name_and_no_protocol(tmp_path, monkeypatch, name):
+def test_a_file_name_is_never_a_protocol(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(encode_mp4(np.zeros((2, 16, 16, 3), np.uint8), 8))
     assert read_video(Path(name))[0].shape == (2, 16, 16, 3)
@@ -255,8 +255,8 @@ def test_pixels_of_an_impossible_shape_are_square(tmp_path, videos, aspect):
     assert read_video(path)[0].shape == (3, 48, 64, 3)
 
 
-def test_whatever_is_wrong_with_a_file_is_said_of_that_file(tmp_path, videos):
-    """Bytes changed at random: read as a video, or refused for a reason that is said in one sentence."""
+def test_every_error_of_a_file_names_that_file(tmp_path, videos):
+    """With random changes to its bytes, a file is read as a video or refused in one sentence."""
     rng = np.random.default_rng(0)
     kinds = {"a.mp4": {"options": {"bf": "2"}}, "a.avi": MPEG4, "a.mkv": {}, "a.webm": VP8, "a.ts": {}}
     files = [videos.encode(tmp_path / name, videos.numbered(12), **kind).read_bytes() for name, kind in kinds.items()]

@@ -1,4 +1,4 @@
-"""What a failing disk means is told in one sentence, whoever reports it."""
+"""A failing disk is reported in one sentence, whichever library reports it."""
 
 import errno
 import sqlite3
@@ -22,7 +22,7 @@ from univigu.errors import BadInputError, CorruptDataError, DiskFullError, stora
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), BadInputError, 65),
     ],
 )
-def test_a_failing_disk_has_its_sentence_and_exit_code(tmp_path, error, kind, code):
+def test_a_failing_disk_has_its_own_message_and_exit_code(tmp_path, error, kind, code):
     fault = storage_fault(error, tmp_path)
     assert type(fault) is kind
     assert fault.exit_code == code
@@ -30,21 +30,19 @@ def test_a_failing_disk_has_its_sentence_and_exit_code(tmp_path, error, kind, co
 
 
 @pytest.mark.parametrize(("made", "kind"), [(True, CorruptDataError), (False, BadInputError)])
-def test_a_database_that_sqlite_opened_for_reading_alone_is_a_failing_disk_where_it_may_be_written(
-    tmp_path, made, kind
-):
+def test_a_read_only_database_in_a_writable_folder_is_a_failing_disk(tmp_path, made, kind):
     place = tmp_path / "mlflow.db"
     if made:
         place.write_bytes(b"")
     assert type(storage_fault(sqlite3.OperationalError("attempt to write a readonly database"), place)) is kind
 
 
-def test_a_failing_disk_is_recognised_behind_what_a_library_made_of_it(tmp_path):
+def test_a_failing_disk_is_recognised_behind_a_librarys_exception(tmp_path):
     wrapped = RuntimeError("the store said no")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert isinstance(storage_fault(wrapped, tmp_path), DiskFullError)
 
 
 @pytest.mark.parametrize("error", [ValueError("shape mismatch"), KeyError("x"), FileNotFoundError(2, "gone", "/x")])
-def test_other_errors_are_no_fault_of_the_disk(tmp_path, error):
+def test_other_errors_are_not_storage_faults(tmp_path, error):
     assert storage_fault(error, tmp_path) is None

@@ -1,4 +1,4 @@
-"""Intervals cover what they promise, and a claim counts only when it is one value and the true one."""
+"""Intervals have their nominal coverage, and a claim is correct only if it has one value, the true one."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_share_of_nothing_is_refused():
         share([])
 
 
-def test_clustered_mean_weighs_attributes_alike_and_repeats_itself():
+def test_clustered_mean_gives_attributes_equal_weight_and_is_repeatable():
     rng = np.random.default_rng(0)
     items = [{"a": bool(rng.random() < 0.8), **({"b": bool(rng.random() < 0.4)} if i % 4 else {})} for i in range(300)]
     score = clustered_mean(items, seed=3)
@@ -45,22 +45,22 @@ def test_repeating_a_claim_within_a_clip_does_not_narrow_the_interval():
     assert repeated["high"] - repeated["low"] == pytest.approx(alone["high"] - alone["low"], abs=1e-6)
 
 
-def test_clustered_interval_covers_the_truth_about_as_often_as_it_says():
+def test_clustered_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(2)
     covered = 0
     for trial in range(200):
-        ability = rng.beta(4, 2, size=60)  # clips differ, so claims about one clip go together
+        ability = rng.beta(4, 2, size=60)  # clips differ in difficulty, so claims about one clip are correlated
         right = rng.random((60, 5)) < ability[:, None]
         score = clustered_mean([dict(zip("abcde", map(bool, row), strict=True)) for row in right], seed=trial)
         covered += score["low"] <= 4 / 6 <= score["high"]
-    assert 178 <= covered <= 199  # 0.95 of 200, give or take
+    assert 178 <= covered <= 199  # about 0.95 of 200
 
 
-def test_a_claim_is_right_only_as_the_one_true_value():
+def test_a_claim_is_correct_only_if_it_is_the_one_true_value():
     truth = {"colour": "red", "speed": "slow", "digit": "two"}
-    said = {"colour": {"red"}, "speed": {"slow", "fast"}, "digit": set(), "start": {"top"}}
-    assert single_values(said) == {"colour": "red", "start": "top"}
-    assert score_item(truth, single_values(said)) == {"colour": True, "speed": False, "digit": False}
+    stated = {"colour": {"red"}, "speed": {"slow", "fast"}, "digit": set(), "start": {"top"}}
+    assert single_values(stated) == {"colour": "red", "start": "top"}
+    assert score_item(truth, single_values(stated)) == {"colour": True, "speed": False, "digit": False}
 
 
 def test_summarise_counts_only_the_items_scored_on_an_attribute():
@@ -70,12 +70,12 @@ def test_summarise_counts_only_the_items_scored_on_an_attribute():
     assert scores["mean"]["value"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-6)
 
 
-def test_majority_is_the_commonest_value_and_ties_are_settled_by_name():
+def test_majority_is_the_most_common_value_with_ties_resolved_by_name():
     truths = [{"c": "red"}, {"c": "blue"}, {"c": "red"}, {"c": "blue"}, {"c": "pink"}]
     assert majority_values(truths) == {"c": "blue"}
 
 
-def test_the_paired_difference_is_of_the_two_means_and_turns_its_sign_with_them():
+def test_the_paired_difference_is_antisymmetric():
     rng = np.random.default_rng(3)
     theirs, ours = (
         [{"a": bool(rng.random() < share), **({"b": bool(rng.random() < 0.4)} if i % 4 else {})} for i in range(300)]
@@ -89,16 +89,16 @@ def test_the_paired_difference_is_of_the_two_means_and_turns_its_sign_with_them(
     assert (other["value"], other["low"], other["high"]) == tuple(-difference[key] for key in ("value", "high", "low"))
 
 
-def test_pairing_sees_a_gain_that_two_intervals_hide():
+def test_pairing_detects_a_gain_that_two_intervals_hide():
     rng = np.random.default_rng(4)
     theirs = [{"a": bool(rng.random() < 0.5)} for _ in range(200)]
-    ours = [{"a": item["a"] or number % 20 == 0} for number, item in enumerate(theirs)]  # never worse, 5 more right
+    ours = [{"a": item["a"] or number % 20 == 0} for number, item in enumerate(theirs)]  # never worse, 5 more correct
     assert clustered_mean(ours)["low"] < clustered_mean(theirs)["high"]
     assert paired_difference(ours, theirs)["low"] > 0
     assert paired_difference(theirs, theirs) == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 200}
 
 
-def test_the_paired_interval_errs_about_as_often_as_it_says():
+def test_the_paired_interval_has_its_nominal_error_rate():
     rng = np.random.default_rng(5)
     promoted = 0
     for trial in range(200):
@@ -107,7 +107,7 @@ def test_the_paired_interval_errs_about_as_often_as_it_says():
             [dict(zip("abc", map(bool, row), strict=True)) for row in rng.random((80, 3)) < ability] for _ in range(2)
         )
         promoted += paired_difference(ours, theirs, seed=trial)["low"] > 0
-    assert promoted <= 12  # of two equal models one in forty is found better: 5 of 200, give or take
+    assert promoted <= 12  # of two equal models, one in forty is found better: about 5 of 200
 
 
 def test_only_the_same_claims_are_paired():

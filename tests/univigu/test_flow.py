@@ -15,13 +15,13 @@ def path():
     return noise, data, flow.interpolate(noise, data, TAU), flow.velocity(noise, data)
 
 
-def test_the_path_begins_at_noise_and_ends_at_data(path):
+def test_the_path_starts_at_noise_and_ends_at_data(path):
     noise, data, _, _ = path
     assert torch.equal(flow.interpolate(noise, data, 0.0), noise)
     assert torch.equal(flow.interpolate(noise, data, 1.0), data)
 
 
-def test_each_of_velocity_data_and_noise_gives_the_others_back(path):
+def test_velocity_data_and_noise_convert_into_each_other(path):
     noise, data, z, velocity = path
     close = {"rtol": 0, "atol": 1e-6}
     torch.testing.assert_close(flow.velocity_to_data(velocity, z, TAU), data, **close)

@@ -1,4 +1,4 @@
-"""A folder with a model of somebody else's runs nothing here: its weights are safetensors, its code stays unread."""
+"""Nothing from a third-party model's folder is run: its weights are safetensors, its code is not read."""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ LOADERS = {
 
 
 class Trap:
-    """Leaves a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -42,7 +42,7 @@ class Trap:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model's folder that names code and holds pickled weights, both of which leave a file where they run."""
+    """A model's folder with code and pickled weights, both of which write a file if they are run."""
     home = tmp_path / "model"
     home.mkdir()
     code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
@@ -65,7 +65,7 @@ def test_pickled_weights_are_refused_in_one_sentence(folder, load):
 
 
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
-def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, load, monkeypatch):
+def test_code_in_a_folder_is_never_run(folder, load, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(BadInputError) as raised:

@@ -1,4 +1,4 @@
-"""What the served model takes for a video: files and base64, within bounds, and one sentence for anything else."""
+"""The input of the served model: files and base64 within limits, and one sentence for anything else."""
 
 import base64
 import contextlib
@@ -30,17 +30,17 @@ def test_a_video_is_captioned_from_a_path_and_from_base64_as_by_the_pipeline(mod
     rng = np.random.default_rng(0)
     content = encode_mp4(rng.integers(0, 256, (40, 96, 54, 3), dtype=np.uint8), 8)
     (tmp_path / "clip.mp4").write_bytes(content)
-    said = [
+    captions = [
         model.predict(None, pd.DataFrame({"video": [value]}), {"seed": 3})["caption"][0]
         for value in (str(tmp_path / "clip.mp4"), in_base64(content), "data:video/mp4;base64," + in_base64(content))
     ]
     frames, _ = read_video(content, model.pipeline.config.num_frames)
-    assert said == model.pipeline.caption(frames, seed=3) * 3
+    assert captions == model.pipeline.caption(frames, seed=3) * 3
     np.testing.assert_array_equal(fit_frames(fit_frames(frames, 9, 32, 32), 9, 32, 32), fit_frames(frames, 9, 32, 32))
 
 
 def gif(side, frames):
-    """A GIF that claims a large canvas, and changes one pixel of it a frame."""
+    """A GIF with a large canvas, of which each frame changes one pixel."""
     frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c" + struct.pack("<4H", 0, 0, 1, 1) + b"\0\x02\x02\x44\x01\0"
     return b"GIF89a" + struct.pack("<HH", side, side) + b"\xf0\0\0" + bytes(6) + frame * frames + b";"
 
@@ -58,14 +58,14 @@ def gif(side, frames):
     ],
     ids=["canvas", "canvases", "noise", "path", "long name", "nul", "one frame"],
 )
-def test_what_can_not_be_read_within_bounds_is_refused_in_one_sentence(model, monkeypatch, value, message):
+def test_a_video_beyond_the_limits_is_refused_in_one_sentence(model, monkeypatch, value, message):
     monkeypatch.setattr(mlflow_model, "SERVED_PIXELS", 20_000_000)
     with pytest.raises(MlflowException, match=message) as error:
         model.predict(None, pd.DataFrame({"video": [value]}))
     assert error.value.get_http_status_code() == 400
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_decoded(model, monkeypatch):
+def test_a_large_body_is_refused_before_it_is_decoded(model, monkeypatch):
     monkeypatch.setattr(mlflow_model, "SERVED_BYTES", 3000)
     with pytest.raises(MlflowException, match="more than 0 MiB; send a shorter or smaller one"):
         model.predict(None, pd.DataFrame({"video": ["A" * 4001]}))
@@ -74,28 +74,28 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_decoded(model, monkeyp
 @pytest.mark.parametrize(
     ("rows", "params", "message"),
     [
-        ({"prompt": ["a"] * 65}, {"task": "generate"}, "65 rows are more than 64"),
-        ({"video": ["a"] * 65}, {}, "65 rows are more than 64"),
-        ({"prompt": ["a " * 5001]}, {"task": "joint"}, "10002 characters is longer than 10000"),
-        ({"prompt": ["a"]}, {"task": "generate", "steps": 1001}, "1001 steps are more than 1000"),
+        ({"prompt": ["a"] * 65}, {"task": "generate"}, "65 rows, more than 64"),
+        ({"video": ["a"] * 65}, {}, "65 rows, more than 64"),
+        ({"prompt": ["a " * 5001]}, {"task": "joint"}, "10002 characters, more than 10000"),
+        ({"prompt": ["a"]}, {"task": "generate", "steps": 1001}, "1001 steps are more than the limit of 1000"),
         ({"prompt": ["a"]}, {"task": "generate", "steps": -1}, "steps"),
-        ({"prompt": ["a"]}, {"task": "generate", "seed": 2**63 - 1}, "seed 9223372036854775807 is beyond"),
-        ({"prompt": ["a"]}, {"task": "generate", "guidance": float("inf")}, "guidance of inf makes no sense"),
-        ({"prompt": ["a"]}, {"task": "joint", "temperature": float("nan")}, "temperature of nan makes no sense"),
+        ({"prompt": ["a"]}, {"task": "generate", "seed": 2**63 - 1}, "seed 9223372036854775807 is larger than"),
+        ({"prompt": ["a"]}, {"task": "generate", "guidance": float("inf")}, "guidance is inf"),
+        ({"prompt": ["a"]}, {"task": "joint", "temperature": float("nan")}, "temperature is nan"),
         ({"prompt": [None]}, {"task": "joint"}, "needs a text in the column 'prompt'"),
         ({"video": [7]}, {}, "needs a text in the column 'video'"),
         ({"prompt": ["a"]}, {"task": "x" * 10**6}, "no task 'x{40}'"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_a_request_beyond_the_bounds_is_refused_in_one_sentence(model, rows, params, message):
+def test_a_request_beyond_the_limits_is_refused_in_one_sentence(model, rows, params, message):
     with pytest.raises(MlflowException, match=message) as error:
         model.predict(None, pd.DataFrame(rows), params)
     assert error.value.get_http_status_code() == 400
     assert len(error.value.message) < 400
 
 
-def test_a_server_reads_no_file_that_a_caller_names_except_below_its_folder(model, tmp_path, monkeypatch):
+def test_a_server_reads_only_files_in_its_folder(model, tmp_path, monkeypatch):
     inside, outside = tmp_path / "videos/clip.mp4", tmp_path / "private.mp4"
     inside.parent.mkdir()
     for path in (inside, outside):

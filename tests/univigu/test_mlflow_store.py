@@ -1,4 +1,4 @@
-"""MLflow's store: made whole or not at all, and its failures told in one sentence without a secret in it."""
+"""MLflow's store: created atomically, and its failures reported in one sentence without secrets."""
 
 import errno
 import os
@@ -34,28 +34,28 @@ SERVER = "http://ann:s3cret@host:5000"
         "password = {}",
     ],
 )
-def test_a_secret_in_a_text_of_others_becomes_asterisks(text):
+def test_a_secret_in_third_party_text_is_masked(text):
     secret = "Zm9vOmJhcg0123"
     assert secret not in without_secrets(f"it failed: {text.format(secret)} (403)")
     assert "***" in without_secrets(text.format(secret))
 
 
 @pytest.mark.parametrize("prefix", ["ghp_", "hf_", "sk-", "glpat-", "AKIA"])
-def test_a_token_is_known_by_its_form(prefix):
+def test_a_token_is_recognised_by_its_format(prefix):
     token = prefix + "ABCDEFGH12345678" + ("" if prefix == "AKIA" else "abcdefgh")
     assert without_secrets(f"denied to {token}.") == "denied to ***."
 
 
-def test_what_the_environment_holds_as_a_secret_is_in_no_message(monkeypatch):
+def test_secrets_of_the_environment_are_masked(monkeypatch):
     for name in ("MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "CAPTION_API_KEY"):
         monkeypatch.setenv(name, f"value-of-{name.lower()}")
         assert without_secrets(f"sent value-of-{name.lower()}, and refused") == "sent ***, and refused"
-    said = store_error(mlflow.exceptions.MlflowException("bad token value-of-mlflow_tracking_token"), SERVER)
-    assert "value-of" not in str(said)
-    assert "s3cret" not in str(said)
+    error_shown = store_error(mlflow.exceptions.MlflowException("bad token value-of-mlflow_tracking_token"), SERVER)
+    assert "value-of" not in str(error_shown)
+    assert "s3cret" not in str(error_shown)
 
 
-def test_plain_texts_stay_as_they_are():
+def test_plain_texts_are_not_changed():
     for text in (
         "captions.mean 0.600 against version 1's 0.375 on the same 20 items",
         "models:/uni-vigu@champion in sqlite:////work/mlflow.db",
@@ -74,28 +74,28 @@ def test_plain_texts_stay_as_they_are():
         (sqlite3.OperationalError("disk I/O error"), CorruptDataError, 74, "The disk fails at"),
         (sqlite3.OperationalError("attempt to write a readonly database"), BadInputError, 65, "can't be used"),
         (OSError(errno.EROFS, "Read-only file system"), BadInputError, 65, "can't be used"),
-        (sqlite3.DatabaseError("file is not a database"), CorruptDataError, 74, "put back a copy of it"),
+        (sqlite3.DatabaseError("file is not a database"), CorruptDataError, 74, "restore a backup of it"),
         (sqlite3.OperationalError("unable to open database file"), CorruptDataError, 74, "can't be opened"),
         (sqlite3.OperationalError("database is locked"), TransientError, 75, "does not answer"),
         (requests.exceptions.ConnectionError("refused"), TransientError, 75, "does not answer"),
     ],
 )
-def test_a_failing_store_is_told_by_its_cause_also_where_it_is_wrapped(tmp_path, error, kind, code, message):
+def test_a_failing_store_is_reported_by_its_cause_even_if_wrapped(tmp_path, error, kind, code, message):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     wrapped = mlflow.exceptions.MlflowException("a page of SQL\n" * 50)
     wrapped.__cause__ = sqlalchemy.exc.OperationalError("INSERT", {}, error)
     wrapped.__cause__.__cause__ = error
     for one in (error, wrapped):
-        said = store_error(one, uri)
-        assert (type(said), said.exit_code) == (kind, code)
-        assert message in str(said)
-        assert "\n" not in str(said)
+        error_shown = store_error(one, uri)
+        assert (type(error_shown), error_shown.exit_code) == (kind, code)
+        assert message in str(error_shown)
+        assert "\n" not in str(error_shown)
 
 
-def test_a_database_is_made_whole_although_its_maker_was_killed(tmp_path):
+def test_a_database_is_created_completely_after_a_kill(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     if not (child := os.fork()):
-        mlflow_tables._upgrade_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # when a part of them is there
+        mlflow_tables._upgrade_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # when some of them exist
         make_database(uri)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -105,7 +105,7 @@ def test_a_database_is_made_whole_although_its_maker_was_killed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
-def test_a_database_that_is_none_is_damaged_and_not_replaced(tmp_path):
+def test_a_file_that_is_no_database_is_reported_and_kept(tmp_path):
     path = tmp_path / "mlflow.db"
     path.write_bytes(b"not a database" * 100)
     with pytest.raises(CorruptDataError, match="can't be read"), opened(f"sqlite:///{path}"):
@@ -113,7 +113,7 @@ def test_a_database_that_is_none_is_damaged_and_not_replaced(tmp_path):
     assert path.read_bytes() == b"not a database" * 100
 
 
-def test_short_timeouts_leave_what_the_user_has_set(monkeypatch):
+def test_short_timeouts_keep_the_users_settings(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with short_timeouts():

@@ -1,4 +1,4 @@
-"""What a training sample is, what it costs, and what held-out numbers say."""
+"""The training samples, their loss, and the held-out evaluation."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 
 from univigu import flow, objective, text_space
 from univigu.errors import ConfigError
-from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, evaluate_heldout, training_loss
+from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, training_loss
+from univigu.training.heldout import evaluate_heldout
 from univigu.transformer import UniViGUTransformer3DModel
 
 DEFAULT = ObjectiveConfig()
@@ -65,7 +66,7 @@ def alone(task):
     return replace(DEFAULT, shares={task: 1.0})
 
 
-def test_the_table_of_tasks_is_drawn_in_its_shares_with_its_corners():
+def test_tasks_are_drawn_by_their_shares_with_their_corners():
     plan = draw_plan([(0, 0, i) for i in range(4000)], ObjectiveConfig())
     for i, task in enumerate(TASKS.values()):
         rows = plan.task == i
@@ -82,12 +83,12 @@ def test_the_table_of_tasks_is_drawn_in_its_shares_with_its_corners():
     assert plan.drop_condition[joint].float().mean() == pytest.approx(0.5, abs=0.05)
     with_text = generate & (plan.text_tau == 1)
     assert plan.drop_condition[with_text].float().mean() == pytest.approx(0.1, abs=0.03)
-    assert plan.drop_condition[generate & ~with_text].all()  # the corner that guidance goes away from
-    assert plan.say_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
-    assert not plan.say_prompt[understand | joint].any()
+    assert plan.drop_condition[generate & ~with_text].all()  # the unconditional branch of guidance
+    assert plan.text_is_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
+    assert not plan.text_is_prompt[understand | joint].any()
 
 
-def test_shifted_times_lie_nearer_to_the_noise_and_the_corners_stay():
+def test_a_shift_moves_times_towards_noise_and_keeps_the_corners():
     keys = [(0, 0, i) for i in range(4000)]
     plain, shifted = (draw_plan(keys, ObjectiveConfig(video_shift=s, text_shift=t)) for s, t in ((1, 1), (3, 8)))
     joint = plain.task == list(TASKS).index("joint")
@@ -143,7 +144,7 @@ def test_the_literal_loss_by_the_video_tokens_is_the_sum_of_two_per_token_means(
 
 
 @torch.no_grad()
-def test_the_weighted_loss_is_what_its_parts_say():
+def test_the_weighted_loss_is_the_sum_of_its_parts():
     model, batch = build(), make_batch(8)
     config = replace(alone("joint"), self_conditioning=0.0, video_weight=0.3, text_weight=0.1, ce_weight=1.0)
     out = training_loss(model, batch, config, 0)
@@ -153,7 +154,7 @@ def test_the_weighted_loss_is_what_its_parts_say():
 
 
 @torch.no_grad()
-def test_token_weights_weigh_the_cross_entropy():
+def test_token_weights_weight_the_cross_entropy():
     model, batch = build(), make_batch(8)
     weights = torch.ones(VOCABULARY + 2)
     config = replace(alone("understand"), text_weight=0.0)
@@ -185,12 +186,12 @@ def test_a_modality_at_its_clean_corner_has_no_loss(task, video, text):
     out["loss"].backward()
     assert bool(model.proj_out.weight.grad.any()) == (video > 0)
     assert bool(model.text_head.proj_out.weight.grad.any()) == (text > 0)
-    # the shared attention learns from either
+    # the shared attention learns from both
     assert model.blocks[0].attn1.to_k.weight.grad.abs().sum() > 0
 
 
-def test_the_targets_embedding_is_not_pulled_by_the_flow_loss():
-    """E learns through what the model says and sees; only in the literal form does the target itself move."""
+def test_the_flow_loss_has_no_gradient_through_the_target():
+    """E learns through the model's input and output; only in the literal form does the target have a gradient."""
 
     def target_moves(config):
         model = build("x1")
@@ -203,7 +204,7 @@ def test_the_targets_embedding_is_not_pulled_by_the_flow_loss():
     assert target_moves(LITERAL)
 
 
-def test_self_conditioning_happens_in_its_share_of_the_steps_alike_for_all_batches():
+def test_self_conditioning_has_its_share_of_steps_identically_for_all_batches():
     calls = []
     model = build()
     model.text_embedder.register_forward_hook(
@@ -215,7 +216,7 @@ def test_self_conditioning_happens_in_its_share_of_the_steps_alike_for_all_batch
             calls.clear()
             training_loss(model, make_batch(2), alone("understand"), step)
             happened.append(any(calls))
-            assert len(calls) == 2 * (1 + any(calls))  # for the samples, and for the policy that has none
+            assert len(calls) == 2 * (1 + any(calls))  # for the samples, and for the policy without samples
     assert 10 < sum(happened) < 30
 
 
@@ -233,7 +234,7 @@ def test_a_text_that_is_given_has_no_guess():
 
 
 @pytest.mark.parametrize("self_conditioning", [0.0, 1.0])
-def test_every_batch_takes_the_same_way_through_all_weights_whatever_its_tasks(self_conditioning):
+def test_every_batch_uses_all_weights_whatever_its_tasks(self_conditioning):
     ways = []
     for shares in (DEFAULT.shares, *({task: 1.0} for task in TASKS)):
         model, way = build(), []
@@ -250,7 +251,7 @@ def objective_keys(batch):
     return [(0, 0, i) for i in batch["sample_ids"].tolist()]
 
 
-def test_a_text_that_is_read_from_its_own_state_sends_no_denormal_number_back():
+def test_near_tau_1_no_gradient_is_denormal():
     model, seen = build(), []
     model.text_head.register_full_backward_hook(lambda module, inner, outer: seen.append(outer[0].abs()))
     config = replace(alone("understand"), text_shift=1e-3)  # nearly all times near 1
@@ -275,7 +276,7 @@ def test_a_few_steps_teach_a_few_samples():
 
 
 def test_video_gain_shows_whether_the_text_reads_the_video():
-    """Trained to name which of two kinds of video is there, a model gains from seeing it; an untrained one doesn't."""
+    """A model that is trained to tell two kinds of video apart gains from the video; an untrained one doesn't."""
     batch = make_batch(16)
     kind = torch.arange(16) % 2
     batch["latents"] = (2.0 * kind - 1)[:, None, None, None, None] + 0.1 * batch["latents"]
@@ -318,13 +319,13 @@ def test_evaluation_without_samples_is_refused():
         {"form": "literal"},
     ],
 )
-def test_choices_that_make_no_sense_are_refused(wrong):
+def test_invalid_choices_are_refused(wrong):
     with pytest.raises(ConfigError):
         ObjectiveConfig(**wrong)
 
 
-def test_noise_is_independent_of_the_latents_shape_of_others():
-    """Text noise is drawn from its own key, so a larger video leaves it as it was."""
+def test_text_noise_does_not_depend_on_the_latents_shape():
+    """Text noise is drawn from its own key, so a larger video does not change it."""
     table, batch = build().text_space().detach(), make_batch(4)
     small = objective.prepare(batch, table, DEFAULT)
     large = objective.prepare(batch | {"latents": torch.zeros(4, 4, 3, 8, 8)}, table, DEFAULT)

@@ -1,4 +1,4 @@
-"""What users hold in their hands: caption, generate, joint; saved and loaded; and what bad input gets."""
+"""The pipeline: caption, generate, joint; saving and loading; and errors for invalid input."""
 
 import json
 
@@ -27,7 +27,7 @@ def pipeline(tiny_wan_folder):
     torch.manual_seed(0)
     pipeline = UniViGUPipeline.from_wan(tiny_wan_folder, **SETTINGS)
     pipeline.set_progress_bar_config(disable=True)
-    # an untrained head says nothing at all: let it speak, so that every input has an effect
+    # the output of an untrained head is zero: randomise it, so that every input has an effect
     torch.nn.init.normal_(pipeline.transformer.text_head.proj_out.weight, std=0.3)
     torch.nn.init.normal_(pipeline.transformer.text_embedder.proj_guess.weight, std=0.3)
     return pipeline
@@ -60,7 +60,7 @@ def test_captions_do_not_depend_on_the_rest_of_the_batch(pipeline, clips):
 
 
 def test_a_caption_equals_the_uncached_prefix_forward(pipeline, clips):
-    """The same sampling written out with the whole model at each step."""
+    """The same sampling, written with the full model in each step."""
     model, latents = pipeline.transformer, wan.encode_frames(pipeline.vae, torch.from_numpy(clips))
     empty = wan.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [""], 24)
     z, guess = flow.keyed_noise([(i, "text") for i in range(3)], (20, 16)), None
@@ -82,29 +82,29 @@ def test_a_caption_without_the_video_does_not_depend_on_it(pipeline, clips):
     assert blind != pipeline.caption_latents(latents)
 
 
-def test_guidance_changes_what_is_said_and_drawn(pipeline, clips):
+def test_guidance_changes_captions_and_videos(pipeline, clips):
     assert pipeline.caption(clips[0], guidance_scale=1.0) == pipeline.caption(clips[0])
     assert pipeline.caption(clips[0], guidance_scale=3.0) != pipeline.caption(clips[0])
     plain = pipeline.generate("a red digit", guidance_scale=1.0)
     assert not np.array_equal(plain, pipeline.generate("a red digit", guidance_scale=4.0))
 
 
-def test_another_size_and_length_is_fitted(pipeline, clips):
+def test_a_video_of_another_size_and_length_is_fitted(pipeline, clips):
     portrait = np.repeat(np.repeat(clips[0], 3, axis=1), 2, axis=2)
     long = np.repeat(clips[0], 5, axis=0)
     for video in (portrait, long, clips[0][:2]):
         assert len(pipeline.caption(video)) == 1
-    # every frame five times is the same video
+    # with every frame five times, it is the same video
     assert pipeline.caption(long) == pipeline.caption(clips[0])
 
 
-def test_videos_are_drawn_in_the_size_that_is_asked_for(pipeline):
+def test_videos_are_generated_in_the_requested_size(pipeline):
     frames = pipeline.generate(["a red digit", "a blue digit"])
     assert (frames.shape, frames.dtype) == ((2, 9, 32, 32, 3), np.uint8)
     assert pipeline.generate("a red digit", num_frames=5, height=16, width=24).shape == (1, 5, 16, 24, 3)
 
 
-def test_a_drawing_depends_on_its_prompt_and_seed_and_not_on_its_batch(pipeline):
+def test_a_generated_video_depends_on_prompt_and_seed_not_on_its_batch(pipeline):
     together = pipeline.generate(["a red digit", "a blue digit"], seed=3)
     alone = pipeline.generate("a blue digit", seed=4)
     assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
@@ -126,26 +126,26 @@ def test_joint_gives_a_video_and_its_text_from_noise(pipeline, path):
     assert frames.shape == (1, 9, 32, 32, 3)
     assert len(texts) == 1
     assert isinstance(texts[0], str)
-    many, said = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
-    assert many.shape[0] == len(said) == 2
+    many, captions = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
+    assert many.shape[0] == len(captions) == 2
     alone, guided = pipeline.joint(caption_guidance_scale=3.0, **path)
     assert np.abs(many[0].astype(int) - alone[0]).max() <= 1
     assert guided != texts
 
 
-def test_a_joint_text_that_comes_last_is_a_caption_of_the_finished_video(pipeline):
+def test_a_joint_text_written_at_tau_1_is_a_caption_of_the_finished_video(pipeline):
     frames, texts = pipeline.joint(seed=3, num_inference_steps=5, text_at=1.0)
     assert texts == pipeline.caption(frames, seed=3) != [""]
     assert not np.array_equal(frames, pipeline.joint(seed=3, num_inference_steps=5, text_at=0.4)[0])
 
 
-def test_a_joint_text_knows_its_prompt(pipeline):
+def test_a_joint_text_depends_on_the_prompt(pipeline):
     frames, texts = pipeline.joint("a red digit", seed=3, text_at=1.0)
     assert texts != pipeline.caption(frames, seed=3)
 
 
 def test_the_rest_of_a_joint_video_is_generated_from_its_own_text(pipeline, monkeypatch):
-    """Where the text comes first, and turns out to be the prompt, the video is `generate`'s."""
+    """If the text is written first and equals the prompt, the video equals that of `generate`."""
     prompt = text_space.tokenize(pipeline.tokenizer, ["a red digit"], pipeline.transformer.config.text_length)
     monkeypatch.setattr(text_space, "nearest", lambda *_: prompt)
     generated = pipeline.generate("a red digit", seed=3, num_inference_steps=5)
@@ -155,16 +155,16 @@ def test_the_rest_of_a_joint_video_is_generated_from_its_own_text(pipeline, monk
         assert np.abs(frames.astype(int) - generated).max() <= 1
 
 
-def test_a_joint_text_is_written_at_the_first_step_that_has_come_as_far(pipeline):
-    """In two steps without shift the video stands at 0, 0.5 and 1."""
-    made = {at: pipeline.joint(seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
-    assert made[0.1][1] == made[0.5][1]
-    assert np.array_equal(made[0.1][0], made[0.5][0])
-    assert np.array_equal(made[0.6][0], made[1.0][0])
-    assert not np.array_equal(made[0.5][0], made[0.6][0])
+def test_a_joint_text_is_written_at_the_first_step_from_text_at_on(pipeline):
+    """In two steps without shift, the times of the video are 0, 0.5 and 1."""
+    pairs = {at: pipeline.joint(seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
+    assert pairs[0.1][1] == pairs[0.5][1]
+    assert np.array_equal(pairs[0.1][0], pairs[0.5][0])
+    assert np.array_equal(pairs[0.6][0], pairs[1.0][0])
+    assert not np.array_equal(pairs[0.5][0], pairs[0.6][0])
 
 
-def test_a_time_or_temperature_that_makes_no_sense_is_refused(pipeline, clips):
+def test_an_invalid_time_or_temperature_is_refused(pipeline, clips):
     with pytest.raises(BadInputError, match="from 0"):
         pipeline.joint(text_at=1.5)
     with pytest.raises(BadInputError, match="in_step"):
@@ -175,7 +175,7 @@ def test_a_time_or_temperature_that_makes_no_sense_is_refused(pipeline, clips):
         pipeline.caption(clips[0], temperature=float("inf"))
 
 
-def test_what_is_saved_comes_back_and_says_the_same(pipeline, clips, tmp_path):
+def test_a_saved_pipeline_loads_and_gives_the_same_output(pipeline, clips, tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
     loaded = UniViGUPipeline.from_pretrained(tmp_path)
@@ -192,7 +192,7 @@ def test_what_is_saved_comes_back_and_says_the_same(pipeline, clips, tmp_path):
     assert np.abs(difference).max() <= 1
 
 
-def test_what_is_saved_does_not_depend_on_where_it_was_read_from(pipeline, tmp_path):
+def test_saved_files_do_not_depend_on_the_source_folder(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "first")
     UniViGUPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     for file in (path for path in (tmp_path / "first").rglob("*") if path.is_file()):
@@ -202,7 +202,7 @@ def test_what_is_saved_does_not_depend_on_where_it_was_read_from(pipeline, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("video", "says"),
+    ("video", "message"),
     [
         (np.zeros((0, 32, 32, 3), np.uint8), "decode it"),
         (np.zeros((1, 32, 32, 3), np.uint8), "single frame"),
@@ -215,14 +215,14 @@ def test_what_is_saved_does_not_depend_on_where_it_was_read_from(pipeline, tmp_p
         (None, "no video"),
     ],
 )
-def test_a_video_that_cannot_be_used_is_refused_in_one_sentence(pipeline, video, says):
-    with pytest.raises(BadInputError, match=says) as caught:
+def test_an_invalid_video_is_refused_in_one_sentence(pipeline, video, message):
+    with pytest.raises(BadInputError, match=message) as caught:
         pipeline.caption(video)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "message"),
     [
         ("", "empty"),
         ("  \n", "empty"),
@@ -232,8 +232,8 @@ def test_a_video_that_cannot_be_used_is_refused_in_one_sentence(pipeline, video,
         ([7], "a text"),
     ],
 )
-def test_a_prompt_that_cannot_be_used_is_refused_in_one_sentence(pipeline, prompt, says):
-    with pytest.raises(BadInputError, match=says):
+def test_an_invalid_prompt_is_refused_in_one_sentence(pipeline, prompt, message):
+    with pytest.raises(BadInputError, match=message):
         pipeline.generate(prompt)
 
 
@@ -252,12 +252,12 @@ def test_a_prompt_that_cannot_be_used_is_refused_in_one_sentence(pipeline, promp
         {"batch_size": 0},
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(pipeline, wrong):
+def test_invalid_numbers_are_refused(pipeline, wrong):
     with pytest.raises(BadInputError):
         pipeline.generate("a red digit", **wrong)
 
 
-def test_a_folder_that_is_no_trained_model_is_refused(tiny_wan_folder, tmp_path):
+def test_a_folder_without_a_trained_model_is_refused(tiny_wan_folder, tmp_path):
     with pytest.raises(MissingInputError, match="no model folder"):
         UniViGUPipeline.from_pretrained(tmp_path / "nothing")
     with pytest.raises(MissingInputError, match="model_index"):
@@ -266,7 +266,7 @@ def test_a_folder_that_is_no_trained_model_is_refused(tiny_wan_folder, tmp_path)
         UniViGUPipeline.from_pretrained(tiny_wan_folder)
 
 
-def test_a_base_that_is_incomplete_is_refused(tiny_wan_folder, tmp_path):
+def test_an_incomplete_base_is_refused(tiny_wan_folder, tmp_path):
     with pytest.raises(MissingInputError, match="no vae and no text_encoder"):
         UniViGUPipeline.from_wan(tiny_wan_folder / "transformer")
     (tmp_path / "model_index.json").write_text("[")

@@ -1,4 +1,4 @@
-"""The arithmetic of plans, against torch's own counts and against draws."""
+"""Cost estimates, compared with torch's own counts and with random draws."""
 
 import random
 
@@ -35,7 +35,7 @@ def test_a_training_step_costs_what_torch_counts(model, costs, task):
     assert costs[task].step(0, 0) == pytest.approx(counter.get_total_flops(), rel=1 / 12)
 
 
-def test_the_first_guess_of_a_text_beside_a_kept_video_costs_the_text_alone(model, costs):
+def test_self_conditioning_beside_a_cached_video_costs_the_text_alone(model, costs):
     with torch.device("meta"):
         cache = model.prefill_video(torch.empty(LATENTS), torch.empty(1), torch.empty(1, TOKENS.context, 4096))
         text, tau = torch.empty(1, TOKENS.text, 64), torch.empty(1)
@@ -51,7 +51,7 @@ def test_the_mean_step_weighs_tasks_by_their_shares(costs):
 
 
 @pytest.mark.parametrize(("samples", "gpus"), [(1, 1), (1, 4), (3, 2)])
-def test_a_step_waits_for_the_gpu_that_drew_most(costs, samples, gpus):
+def test_a_step_takes_as_long_as_its_busiest_gpu(costs, samples, gpus):
     draw = random.Random(0)
     tasks, total = list(SHARES), 0.0
     for _ in range(20_000):
@@ -73,7 +73,7 @@ def test_wans_published_configs_are_found_by_name_and_give_the_published_sizes()
         wan.config_folder("model/nobody-knows-this")
 
 
-def test_gpus_are_found_in_any_case_and_others_are_listed():
+def test_gpu_names_ignore_case_and_an_unknown_one_gets_a_list():
     assert find_gpu("H800") == GPUS["h800"]
     assert all(gpu.tflops > 100 and gpu.memory_gib >= 24 for gpu in GPUS.values())
     with pytest.raises(ConfigError, match=r"no GPU 'abacus'.*h100"):
@@ -91,6 +91,6 @@ def test_gpus_are_found_in_any_case_and_others_are_listed():
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
     ],
 )
-def test_a_gpu_is_known_by_what_its_driver_calls_it(device, name):
+def test_a_gpu_is_recognised_by_its_device_name(device, name):
     assert recognise_gpu(device) == GPUS[name]
     assert recognise_gpu("NVIDIA GeForce GT 1030") is None

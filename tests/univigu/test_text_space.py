@@ -1,4 +1,4 @@
-"""The table of token embeddings: its geometry, its way in and out, and what the text head's output means."""
+"""The table of token embeddings: its geometry, embedding and decoding, and reading the text head's output."""
 
 import math
 
@@ -15,7 +15,7 @@ def make_space(vocab_size=200, dim=16, row_norm=4.0):
     return TextSpace(vocab_size, dim, row_norm)
 
 
-def test_every_row_has_the_norm_that_was_asked_for():
+def test_every_row_has_the_requested_norm():
     space = make_space()
     with torch.no_grad():
         space.weight.mul_(torch.rand(200, 1) * 10)
@@ -49,7 +49,7 @@ def test_nearest_finds_every_embedded_token():
     assert torch.equal(text_space.nearest(text_space.embed(ids, table), table, 200), ids)
 
 
-def test_rows_behind_the_tokenizer_are_never_said():
+def test_rows_beyond_the_tokenizer_are_never_predicted():
     table = make_space()()
     ids = torch.arange(150, 200)[None]
     z = text_space.embed(ids, table)
@@ -79,7 +79,7 @@ def test_data_and_velocity_of_every_prediction_agree(kind):
     assert (prediction.logits is not None) == (kind == "categorical")
 
 
-def test_a_cold_reading_goes_to_the_likeliest_token_and_a_warm_one_to_the_mean():
+def test_temperature_0_gives_the_most_likely_token_and_1_the_mean():
     table = make_space()()
     z = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
 
@@ -100,7 +100,7 @@ def test_confidence_is_bounded():
 
 
 @pytest.mark.parametrize("width", [8, 16, 64])
-def test_a_projection_of_other_rows_keeps_who_is_near_whom(width):
+def test_a_projection_of_other_rows_keeps_their_neighbours(width):
     generator = torch.Generator().manual_seed(4)
     centres = torch.randn(20, width, generator=generator)
     rows = centres.repeat_interleave(10, 0) + 0.1 * torch.randn(200, width, generator=generator)
@@ -114,7 +114,7 @@ def test_a_projection_of_other_rows_keeps_who_is_near_whom(width):
     assert (group[similar.argmax(1)] == group).float().mean() > 0.95
 
 
-def test_empty_and_equal_rows_come_apart():
+def test_empty_and_equal_rows_become_distinct():
     space = make_space()
     space.init_from(torch.cat([torch.zeros(100, 32), torch.ones(100, 32)]))
     table = space()
@@ -132,7 +132,7 @@ def test_an_unknown_prediction_is_refused():
         text_space.read_out(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1), make_space()(), 200, "noise")
 
 
-def test_text_goes_to_ids_and_back(tiny_wan_folder):
+def test_tokenizing_and_detokenizing_round_trips(tiny_wan_folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_wan_folder / "tokenizer")
@@ -146,7 +146,7 @@ def test_text_goes_to_ids_and_back(tiny_wan_folder):
     assert text_space.detokenize(tokenizer, cut) == ["the digit"]
 
 
-def test_nothing_is_said_after_the_first_eos(tiny_wan_folder):
+def test_text_ends_at_the_first_eos(tiny_wan_folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_wan_folder / "tokenizer")

@@ -1,4 +1,4 @@
-"""Threads share the cores: nobody spins for long, threads beside the main one open no team, a run keeps its number."""
+"""Threads share the cores: spinning is limited, side threads have no team, a run keeps its number of threads."""
 
 import ast
 import json
@@ -45,15 +45,15 @@ def run_python(code, **environment):
     return done.stdout.split()
 
 
-def test_a_thread_beside_the_main_one_opens_no_team_of_its_own_and_leaves_the_main_ones():
+def test_a_side_thread_has_no_openmp_team_and_keeps_the_main_one():
     before, during, left = map(int, run_python(COUNT_TEAMS.format(pool="side_threads")))
     assert during == before + 1  # the thread itself
     assert left == 4
     before, during, _ = map(int, run_python(COUNT_TEAMS.format(pool="ThreadPoolExecutor")))
-    assert during == before + 4  # with a team: what the first line is about
+    assert during == before + 4  # with a team, which `side_threads` avoids
 
 
-def test_every_pool_of_threads_is_made_so_but_one_that_only_writes():
+def test_every_thread_pool_uses_side_threads_except_one_that_only_writes():
     files = [path for folder in ("components", "model/univigu") for path in (ROOT / folder).rglob("*.py")]
     makers = {
         path.relative_to(ROOT).as_posix()
@@ -87,18 +87,18 @@ print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
         ({"OMP_WAIT_POLICY": "passive"}, ["None", "passive"]),
     ],
 )
-def test_spinning_is_bounded_unless_a_user_has_said_how(user, then):
+def test_spinning_is_limited_unless_the_user_has_set_it(user, then):
     assert run_python(SPINS, **user)[-2:] == then
 
 
-def test_fewer_threads_are_taken_where_more_gain_little():
+def test_fewer_threads_are_used_where_more_gain_little():
     assert fewest_worthwhile({8: 1.00, 4: 1.04, 2: 1.5, 1: 2.9}) == 4
     assert fewest_worthwhile({2: 1.0, 1: 1.01}) == 1
     assert fewest_worthwhile({2: 1.0, 1: 1.6}) == 2
     assert fewest_worthwhile({1: 3.0}) == 1
 
 
-def test_every_number_is_tried_as_often_and_one_alone_is_not(tmp_path):
+def test_all_numbers_are_tried_equally_often_and_a_single_one_is_not(tmp_path):
     calls = []
     assert set(measure_threads(lambda: calls.append(torch.get_num_threads()), 6)) == {6, 3, 1}
     tried = calls[1:]
@@ -124,28 +124,28 @@ def settle(note, best, **environment):
     return [int(word) for word in run_python(code, **environment)]
 
 
-def test_a_run_keeps_the_number_that_it_settled_on(tmp_path):
+def test_a_run_keeps_its_number_of_threads(tmp_path):
     note = tmp_path / "threads.json"
     assert settle(note, best=2) == [2, 2]
     assert set(json.loads(note.read_text())["seconds"]) == {"1", "2", "4"}
-    assert settle(note, best=4) == [2, 2]  # the machine has become another
+    assert settle(note, best=4) == [2, 2]  # another machine would measure another number
     assert settle(note, best=4, OMP_NUM_THREADS="1") == [2, 2]
 
 
-def test_a_number_that_the_user_has_set_is_taken_and_kept(tmp_path):
+def test_the_users_number_is_used_and_kept(tmp_path):
     assert settle(tmp_path / "threads.json", best=2, OMP_NUM_THREADS="3") == [4, 4]  # set in the process, last
     assert json.loads((tmp_path / "threads.json").read_text()) == {"threads": 4}
 
 
 @pytest.mark.parametrize("content", ["{}", '{"threads": 0}', '{"threads": true}', '{"threads": "2"}', "{", "[]"])
-def test_a_note_that_makes_no_sense_is_named(tmp_path, content):
+def test_an_invalid_note_is_named(tmp_path, content):
     note = tmp_path / "threads.json"
     note.write_text(content)
     with pytest.raises(CorruptDataError, match=r"threads\.json"):
         settle_threads(lambda: None, note)
 
 
-def test_threads_beside_the_main_one_work_without_torch():
+def test_side_threads_work_without_torch():
     assert run_python(
         "import sys; from univigu.threads import side_threads\n"
         "with side_threads(2, 'beside') as pool: print(*pool.map(abs, [-1, 2]), 'torch' in sys.modules)"
@@ -163,7 +163,7 @@ SCRIPT = Path(__file__).parent / "training" / "tiny_run.py"
 
 
 def train(folder, zero_stage, *stop):
-    """A training run as a user starts it, who has said nothing of threads; its weights' bytes, if it got so far."""
+    """A training run without settings for threads; returns the bytes of its weights, if it finished."""
     kept = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USERS}
     command = [sys.executable, str(SCRIPT), str(folder), json.dumps({"zero_stage": zero_stage}), *stop]
     done = subprocess.run(command, env=kept, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""HDR on a standard screen: known lights where they belong, greys grey, and nothing brighter than before."""
+"""Tone mapping: reference levels are right, greys stay grey, and nothing becomes brighter."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ def grey(signal):
 @pytest.mark.parametrize(
     ("nits", "signal"), [(0, 0.0), (100, 0.508078), (203, 0.580689), (1000, 0.751827), (10_000, 1.0)]
 )
-def test_pq_is_that_of_the_standard(nits, signal):
+def test_pq_matches_the_standard(nits, signal):
     """Signals of ITU-R BT.2408, table 1, and of SMPTE ST 2084."""
     assert nits_to_pq(nits) == pytest.approx(signal, abs=2e-5)
     assert pq_to_nits(signal) == pytest.approx(nits, rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.parametrize(("signal", "scene"), [(0.0, 0.0), (0.5, 1 / 12), (0.75, 0.26496), (1.0, 1.0)])
-def test_hlg_is_that_of_the_standard(signal, scene):
+def test_hlg_matches_the_standard(signal, scene):
     """ITU-R BT.2100, table 5; 0.75 is a white page (BT.2408), which a screen of 1000 cd/m2 shows at 203."""
     assert hlg_to_scene(signal) == pytest.approx(scene, abs=1e-4)
     assert 1000 * hlg_to_scene(0.75) ** 1.2 == pytest.approx(203, abs=1)

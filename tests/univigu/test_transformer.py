@@ -34,7 +34,7 @@ def base():
 
 
 def build(base, **config):
-    """A model on the base whose text head and guess already say something."""
+    """A model on the base whose text head and guess projection are not zero."""
     torch.manual_seed(1)
     model = UniViGUTransformer3DModel.from_wan(base, **(TEXT | config))
     torch.nn.init.normal_(model.text_head.proj_out.weight)
@@ -67,7 +67,7 @@ def test_without_text_the_output_is_wans_bit_for_bit(base, model, inputs):
     assert ours.text is None
 
 
-def test_under_prefix_the_video_is_wans_bit_for_bit_with_a_text_beside_it(base, model, inputs):
+def test_under_prefix_the_video_is_wans_bit_for_bit_beside_a_text(base, model, inputs):
     video, condition, text, guess = inputs
     theirs = base(video, wan.wan_timestep(TAU), condition).sample
     assert torch.equal(model(video, TAU, condition, text, TEXT_TAU, guess, "prefix").video, -theirs)
@@ -109,7 +109,7 @@ def test_a_single_condition_serves_a_whole_batch(model, inputs):
     torch.testing.assert_close(one.text, copied.text, atol=1e-5, rtol=1e-5)
 
 
-def test_the_guess_counts_once_it_is_trained_and_not_before(base, model, inputs):
+def test_the_guess_has_an_effect_only_after_training(base, model, inputs):
     video, condition, text, guess = inputs
     without = model(video, TAU, condition, text, TEXT_TAU).text
     assert (model(video, TAU, condition, text, TEXT_TAU, guess).text - without).abs().max() > 1e-3
@@ -122,7 +122,7 @@ def test_the_guess_counts_once_it_is_trained_and_not_before(base, model, inputs)
     assert torch.equal(with_guess, fresh(video, TAU, condition, text, TEXT_TAU).text)
 
 
-def test_text_lies_on_the_diagonal_behind_the_video(model):
+def test_text_is_on_the_diagonal_after_the_video(model):
     grid = (3, 4, 5)
     turns = model.rope.text(grid, 2)
     split = [model.rope.t_dim, model.rope.h_dim, model.rope.w_dim]
@@ -132,7 +132,7 @@ def test_text_lies_on_the_diagonal_behind_the_video(model):
             assert torch.equal(got[0, i, 0], torch.cat(axes)[::2])
 
 
-def test_a_text_that_runs_off_the_rotary_tables_is_refused(model):
+def test_a_text_beyond_the_rotary_tables_is_refused(model):
     model.rope.text((3, 60, 5), 4)
     with pytest.raises(BadInputError, match="shorter text_length"):
         model.rope.text((3, 60, 5), 5)
@@ -151,7 +151,7 @@ def test_the_text_side_starts_as_a_copy_of_the_videos_time(base, inputs):
     assert not torch.equal(fresh.blocks[0].ffn_text.net[2].weight, fresh.blocks[0].ffn.net[2].weight)
 
 
-def test_a_wan_folder_loads_as_it_is(tiny_wan_folder):
+def test_a_wan_folder_loads_unchanged(tiny_wan_folder):
     theirs = WanTransformer3DModel.from_pretrained(tiny_wan_folder / "transformer")
     model = UniViGUTransformer3DModel.from_wan(tiny_wan_folder, text_latent_dim=16, prediction="x1")
     state = theirs.state_dict()
@@ -159,7 +159,7 @@ def test_a_wan_folder_loads_as_it_is(tiny_wan_folder):
     rows = wan.token_rows(tiny_wan_folder)
     assert model.config.vocab_size == len(rows)
     assert model.config.prediction == "x1"
-    # E starts from the encoder's own rows: who is near there is near here
+    # E starts from the encoder's own rows: neighbours there are neighbours here
     far, near = (
         torch.nn.functional.normalize(t.float() - t.float().mean(0), dim=1) for t in (rows, model.text_space())
     )
@@ -191,7 +191,7 @@ def test_damaged_weights_and_pickles_are_refused(tiny_wan_folder, tmp_path):
         UniViGUTransformer3DModel.from_wan(tmp_path)
 
 
-def test_what_is_saved_comes_back(model, inputs, tmp_path):
+def test_a_saved_model_loads_unchanged(model, inputs, tmp_path):
     video, condition, text, guess = inputs
     model.save_pretrained(tmp_path)
     assert [f.suffix for f in tmp_path.iterdir() if f.name != "config.json"] == [".safetensors"]
@@ -230,7 +230,7 @@ def test_rotary_tables_stay_exact_when_the_model_is_cast(base):
     assert torch.equal(model.rope.freqs_cos, exact)
 
 
-def test_half_precision_stays_near_full(base, inputs):
+def test_half_precision_is_close_to_full(base, inputs):
     video, condition, text, guess = inputs
     exact = build(base)(video, TAU, condition, text, TEXT_TAU, guess)
     rough = build(base).to(torch.bfloat16)(video, TAU, condition, text, TEXT_TAU, guess)
@@ -238,7 +238,7 @@ def test_half_precision_stays_near_full(base, inputs):
     assert (rough.text - exact.text).abs().mean() < 0.03 * exact.text.abs().mean()
 
 
-def test_a_whole_caption_with_the_video_computed_once_equals_the_uncached_one(model, inputs):
+def test_a_cached_caption_equals_the_uncached_one(model, inputs):
     video, condition, text, _ = inputs
     table, clean = model.text_space(), torch.ones(2)
     cache = model.prefill_video(video, clean, condition)
@@ -260,7 +260,7 @@ def test_a_whole_caption_with_the_video_computed_once_equals_the_uncached_one(mo
     torch.testing.assert_close(once, always, rtol=0, atol=1e-5)
 
 
-def test_a_caption_at_full_size_costs_thirty_times_less_with_the_video_computed_once():
+def test_at_full_size_a_cached_caption_costs_thirty_times_less():
     """81 frames of 480x832 on the 1.3B: 32,760 video tokens, 256 text tokens, 512 condition tokens, 50 steps."""
     with torch.device("meta"):
         model = UniViGUTransformer3DModel(**wan.WAN_1_3B)
@@ -275,14 +275,14 @@ def test_a_caption_at_full_size_costs_thirty_times_less_with_the_video_computed_
     whole, out = count(lambda: model(video, tau, condition, text, tau, text, "prefix"))
     assert out.text.shape == (1, 256, 64)
     once, cache = count(lambda: model.prefill_video(video, tau, condition))
-    assert cache.memories[0][0].shape[1] == 32760
+    assert cache.kv_cache[0][0].shape[1] == 32760
     step, _ = count(lambda: model.denoise_text(text, tau, cache, text))
     assert 50 * whole / (once + 50 * step) >= 30
     assert 50 * whole == pytest.approx(14.34e15, rel=0.01)
 
 
 @pytest.mark.parametrize("attention", ["joint", "prefix"])
-def test_the_estimate_of_operations_is_what_is_counted(attention):
+def test_the_estimated_flops_equal_the_counted_ones(attention):
     with torch.device("meta"):
         model = UniViGUTransformer3DModel(**(wan.WAN_1_3B | {"num_layers": 1}))
         video, condition = torch.empty(1, 16, 21, 60, 104), torch.empty(1, 512, 4096)

@@ -1,4 +1,4 @@
-"""Video files: the same bytes each time, colours kept, and one sentence for whatever is no whole video."""
+"""Video files: repeatable bytes, exact colours, and one sentence for files that are not complete videos."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def clip():
 
 
 @pytest.mark.parametrize("shape", [(9, 32, 32), (1, 16, 16), (5, 31, 17), (4, 64, 32)])
-def test_a_clip_comes_back_as_it_was(shape):
+def test_a_clip_round_trips(shape):
     frames = moving_picture(*shape)
     found, fps = decode_mp4(encode_mp4(frames, 8))
     assert (found.shape, found.dtype, fps) == (frames.shape, np.uint8, 8.0)
@@ -77,12 +77,12 @@ def test_a_long_video_is_thinned_evenly_and_keeps_its_duration(clip):
     assert steps.max() < 3 * steps.min()
 
 
-def test_a_large_picture_is_scaled_down_and_a_portrait_stays_one():
+def test_a_large_picture_is_scaled_down_and_a_portrait_stays_a_portrait():
     frames, _ = read_video(encode_mp4(moving_picture(2, 1920, 64), 8))
     assert frames.shape == (2, 1280, 43, 3)
 
 
-def test_a_video_held_upright_comes_out_upright():
+def test_a_portrait_recording_is_upright():
     frames = np.zeros((2, 32, 64, 3), np.uint8)
     frames[:, :16, :32] = 255  # top left
     content = encode_mp4(frames, 8)
@@ -98,7 +98,7 @@ def test_a_video_held_upright_comes_out_upright():
 PICTURE = np.zeros((48, 80, 3), np.uint8)
 PICTURE[:24, :40], PICTURE[:24, 40:] = (200, 30, 30), (30, 200, 30)
 PICTURE[24:, :40], PICTURE[24:, 40:] = (30, 30, 200), (180, 180, 20)
-ORIENTATIONS = {  # a, b, c, d of a display matrix, and what they make of a picture
+ORIENTATIONS = {  # a, b, c, d of a display matrix, and their effect on a picture
     "upright": ((1, 0, 0, 1), lambda p: p),
     "mirrored": ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
     "turned by half": ((-1, 0, 0, -1), lambda p: p[::-1, ::-1]),
@@ -114,7 +114,7 @@ ORIENTATIONS = {  # a, b, c, d of a display matrix, and what they make of a pict
 
 @pytest.mark.parametrize("name", ORIENTATIONS)
 @pytest.mark.parametrize("aspect", [None, Fraction(2, 1), Fraction(1, 2)], ids=["square", "wide", "high"])
-def test_a_picture_is_shown_upright_whatever_its_display_matrix_says(tmp_path, videos, name, aspect):
+def test_every_display_matrix_gives_an_upright_picture(tmp_path, videos, name, aspect):
     """Each equals what FFmpeg 9's own autorotation shows, which the expected values were compared with."""
     (a, b, c, d), upright = ORIENTATIONS[name]
     matrix = [round(one * 65536) for one in (a, b, 0, c, d, 0, 0, 0)] + [0 if name == "zeros" else 1 << 30]
@@ -132,7 +132,7 @@ def test_a_picture_is_shown_upright_whatever_its_display_matrix_says(tmp_path, v
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_pictures_of_a_camera_are_shown_as_their_exif_says(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     from PIL import Image
 
     image, content = Image.fromarray(PICTURE), io.BytesIO()
@@ -175,7 +175,7 @@ SD, HD = (96, 128), (720, 1280)
     ("name", "codec", "pixels", "size"),
     [
         ("a.mp4", "libx264", "yuv420p", SD),
-        ("a.mp4", "libx264", "yuv420p", HD),  # whose untagged colours some players take for BT.709, and FFmpeg doesn't
+        ("a.mp4", "libx264", "yuv420p", HD),  # untagged colours, which some players take for BT.709, but FFmpeg doesn't
         ("a.mp4", "libx264", "yuvj420p", SD),
         ("a.mp4", "libx264", "yuv444p", SD),
         ("a.mp4", "libx264", "yuv420p10le", SD),
@@ -188,7 +188,7 @@ SD, HD = (96, 128), (720, 1280)
         ("a.gif", "gif", "rgb8", SD),
     ],
 )
-def test_pixels_are_those_of_ffmpeg(tmp_path, videos, name, codec, pixels, size):
+def test_pixels_equal_ffmpegs(tmp_path, videos, name, codec, pixels, size):
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (2, size[0] // 8, size[1] // 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     options = {"qp": "0"} if codec == "libx264" else {}
@@ -207,11 +207,11 @@ def test_pixels_are_those_of_ffmpeg(tmp_path, videos, name, codec, pixels, size)
         "rgb8",
         "yuvj420p",
         "yuvj422p",
-    )  # the tags are not without effect
+    )  # the tags have an effect
 
 
 def hdr_video(path, videos, transfer, tagged):
-    """Grey steps in HDR; the transfer function is said in the stream, or by the container alone."""
+    """Grey steps in HDR; the transfer function is tagged in the stream, or only in the container."""
     steps = np.linspace(0, 65535, 9).astype(np.uint16).repeat(16)
     colours = "colorprim=9:colormatrix=9" + (f":transfer={transfer}" if tagged == "stream" else "")
     with av.open(str(path), "w") as container:
@@ -232,7 +232,7 @@ def hdr_video(path, videos, transfer, tagged):
 
 @pytest.mark.parametrize(("transfer", "name"), [(16, "pq"), (18, "hlg")])
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
-def test_hdr_is_seen_and_tone_mapped(tmp_path, videos, transfer, name, kind):
+def test_hdr_is_recognised_and_tone_mapped(tmp_path, videos, transfer, name, kind):
     path = hdr_video(tmp_path / f"clip.{kind}", videos, transfer, "stream")
     assert probe_video(path).hdr == name
     steps = (np.linspace(0, 65535, 9).astype(np.uint16)[None, :, None]).repeat(3, 2)
@@ -245,7 +245,7 @@ def test_hdr_is_seen_and_tone_mapped(tmp_path, videos, transfer, name, kind):
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
-def test_hdr_that_the_container_alone_tells_is_seen(tmp_path, videos, kind):
+def test_hdr_tagged_only_in_the_container_is_recognised(tmp_path, videos, kind):
     """A decoder forgets it: HEVC that describes its primaries and not its transfer function leaves that unspecified."""
     path = hdr_video(tmp_path / f"clip.{kind}", videos, 16, "container")
     with av.open(str(path)) as container:
@@ -254,14 +254,14 @@ def test_hdr_that_the_container_alone_tells_is_seen(tmp_path, videos, kind):
     assert (untold, probe_video(path).hdr) in ((2, "pq"), (16, "pq"))
 
 
-def test_what_the_import_sees_and_what_captioning_sees_have_one_shape(tmp_path, videos):
+def test_import_and_captioning_see_the_same_shape(tmp_path, videos):
     path = videos.encode(tmp_path / "clip.mp4", videos.numbered(9, 96, 120), aspect=Fraction(16, 11))
     facts, (frames, _) = probe_video(path), read_video(path)
     assert frames.shape[1:3] == (facts.height, facts.width) == (96, 175)
 
 
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
-    """A frame that is kept alive by its own side data would take gigabytes."""
+    """If side data kept frames alive, this would take gigabytes."""
     code = (
         "import gc, resource, sys; from pathlib import Path; from univigu.video import read_video\n"
         "gc.disable()\n"
@@ -305,7 +305,7 @@ def empty_container(kind):
     ],
     ids=["empty", "text", "playlist", "concat", "sound", "no frame"],
 )
-def test_what_is_no_video_is_refused_in_one_sentence(tmp_path, content):
+def test_a_file_that_is_no_video_is_refused_in_one_sentence(tmp_path, content):
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
     with pytest.raises(BadInputError, match=r"clip\.mp4'.*; (check|give)") as error:
@@ -313,7 +313,7 @@ def test_what_is_no_video_is_refused_in_one_sentence(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_a_cut_or_damaged_video_is_refused(clip):
+def test_a_truncated_or_damaged_video_is_refused(clip):
     with pytest.raises(BadInputError, match="whole"):
         read_video(clip[: len(clip) // 2])
     start = clip.index(b"mdat") + 4
@@ -339,7 +339,7 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path):
         (np.zeros((2, 7, 8, 3), np.uint8), 8, "yuv420p"),
     ],
 )
-def test_frames_that_make_no_video_are_refused(frames, fps, pixel_format):
+def test_invalid_frames_are_refused(frames, fps, pixel_format):
     with pytest.raises(BadInputError):
         encode_mp4(frames, fps, pixel_format)
 

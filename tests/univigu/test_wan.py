@@ -1,4 +1,4 @@
-"""Wan's conventions: its clock, latents, prompts, and checkpoint folders."""
+"""Wan's conventions: its time, latents, prompts and checkpoint folders."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def latents(base):
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.85, 1.0])
-def test_the_papers_time_and_wans_agree(base, latents, tau):
+def test_the_papers_time_and_wans_are_equivalent(base, latents, tau):
     """u = -model_out at t = 1000 (1 - tau), and an Euler step from tau to tau' is the scheduler's own."""
     torch.manual_seed(0)
     model = UniViGUTransformer3DModel.from_wan(base.transformer, vocab_size=20, tokenizer_length=20)
@@ -44,7 +44,7 @@ def test_the_papers_time_and_wans_agree(base, latents, tau):
         torch.testing.assert_close(ours, stepped, atol=1e-5, rtol=1e-5)
 
 
-def test_normalised_latents_come_back(base, latents):
+def test_denormalising_inverts_normalising(base, latents):
     torch.testing.assert_close(
         wan.denormalize_latents(base.vae, wan.normalize_latents(base.vae, latents)), latents, atol=1e-6, rtol=1e-6
     )
@@ -80,7 +80,7 @@ def test_prompts_are_encoded_as_wans_pipeline_does(base):
     assert ours[1, 0].abs().sum() > 0
 
 
-def test_an_encoder_whose_tokens_were_not_loaded_is_refused(base):
+def test_an_encoder_without_its_token_table_is_refused(base):
     wan.check_text_encoder(base.text_encoder)
     broken = type(base.text_encoder)(base.text_encoder.config)
     torch.nn.init.zeros_(broken.shared.weight)
@@ -108,13 +108,13 @@ def test_presets_have_exactly_wans_parameters_and_every_wan_key_has_its_place(pr
     assert table.shape == (256384, 64)
 
 
-def test_weights_that_miss_or_exceed_wans_are_refused():
+def test_missing_and_unexpected_weights_are_refused():
     wan.check_keys(["text_head.log_scale", "blocks.3.ffn_text.net.2.bias"], [])
-    with pytest.raises(BadInputError, match="1 weights missing, 1 without a place"):
+    with pytest.raises(BadInputError, match="1 weights missing, 1 unexpected"):
         wan.check_keys(["blocks.0.ffn.net.2.bias"], ["blocks.0.more"])
 
 
-def test_a_folder_and_its_transformer_part_are_both_understood(tiny_wan_folder):
+def test_a_folder_and_its_transformer_part_are_both_accepted(tiny_wan_folder):
     assert wan.transformer_folder(tiny_wan_folder) == tiny_wan_folder / "transformer"
     assert wan.transformer_folder(tiny_wan_folder / "transformer") == tiny_wan_folder / "transformer"
     rows = wan.token_rows(tiny_wan_folder)
@@ -123,17 +123,17 @@ def test_a_folder_and_its_transformer_part_are_both_understood(tiny_wan_folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"_class_name": "CogVideoXTransformer3DModel"}, BadInputError, "is CogVideoXTransformer3DModel, not Wan"),
         ({"image_dim": 1280}, BadInputError, "conditioned on images"),
         ({"in_channels": 36}, BadInputError, "conditioned on images"),
     ],
 )
-def test_another_architecture_is_refused_in_one_sentence(tiny_wan_folder, tmp_path, change, error, says):
+def test_another_architecture_is_refused_in_one_sentence(tiny_wan_folder, tmp_path, change, error, message):
     config = json.loads((tiny_wan_folder / "transformer" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         wan.transformer_folder(tmp_path)
 
 

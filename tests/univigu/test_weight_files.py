@@ -1,4 +1,4 @@
-"""Weights are judged by their headers, and each way in which they can be wrong gets its own sentence."""
+"""Weights are checked by their headers, and each kind of error has its own message."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def module(part):
         return WanTransformer3DModel.from_config(wan.read_json(part / "config.json"))
 
 
-def test_a_checkpoint_in_one_file_and_in_several_says_the_same(part, module, tiny_wan_folder):
+def test_a_checkpoint_in_one_file_and_in_several_has_the_same_headers(part, module, tiny_wan_folder):
     whole = read_headers(part, NAME)
     check_weights(whole, module, "transformer")
     WanTransformer3DModel.from_pretrained(tiny_wan_folder / "transformer").save_pretrained(part, max_shard_size="20KB")
@@ -45,7 +45,7 @@ def test_a_checkpoint_in_one_file_and_in_several_says_the_same(part, module, tin
         read_headers(part, NAME)
 
 
-def test_a_download_that_was_cut_off_is_told_from_one_that_never_began(part):
+def test_an_incomplete_download_is_told_apart_from_a_missing_one(part):
     path = part / f"{NAME}.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CorruptDataError, match="damaged or cut off"):
@@ -68,9 +68,9 @@ def test_weights_of_another_model_than_the_config_are_refused(part, module):
         save_file(changed, part / f"{NAME}.safetensors")
         check_weights(read_headers(part, NAME), module, "transformer")
 
-    with pytest.raises(BadInputError, match=r"1 missing, 0 without a place, for example proj_out\.bias"):
+    with pytest.raises(BadInputError, match=r"1 missing, 0 unexpected, for example proj_out\.bias"):
         check({key: tensor for key, tensor in tensors.items() if key != "proj_out.bias"})
-    with pytest.raises(BadInputError, match=r"0 missing, 1 without a place, for example blocks\.9"):
+    with pytest.raises(BadInputError, match=r"0 missing, 1 unexpected, for example blocks\.9"):
         check(tensors | {"blocks.9.ffn.weight": torch.zeros(2)})
     with pytest.raises(BadInputError, match=r"proj_out\.bias .* is \(3,\) and its config wants \(16,\)"):
         check(tensors | {"proj_out.bias": torch.zeros(3)})
@@ -81,12 +81,12 @@ def test_weights_of_another_model_than_the_config_are_refused(part, module):
 def test_an_index_can_not_name_files_elsewhere(part):
     index = {"weight_map": {"proj_out.bias": "../../secret.safetensors"}}
     (part / f"{NAME}.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CorruptDataError, match="names no files beside it"):
+    with pytest.raises(CorruptDataError, match="lists no files beside it"):
         read_headers(part, NAME)
 
 
 class GatedHub(BaseHTTPRequestHandler):
-    """Answers every request as the hub answers one for a gated repository without a token."""
+    """Answers every request like the hub for a gated repository without a token."""
 
     def do_GET(self):
         self.send_response(403)
@@ -102,7 +102,7 @@ class GatedHub(BaseHTTPRequestHandler):
         pass
 
 
-def test_gated_weights_are_told_from_those_that_do_not_exist():
+def test_gated_weights_are_told_apart_from_missing_ones():
     server = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = "from univigu import wan\ntry: wan.local_folder('nobody/gated')\nexcept Exception as error: print(error)"

@@ -101,6 +101,8 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
     """One step of each way to sample, at full size with the profile's settings: what evaluation and users run."""
     import torch
 
+    from univigu.sampling import text_field, video_field
+
     sampling, video = profile["model"]["sampling"], profile["video"]
     config, length = models.transformer.config, profile["text"]["prompt_length"]
 
@@ -114,8 +116,9 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
     clip = torch.empty(1, *models.latents, device="meta")
     text = torch.empty(1, config.text_length, config.text_latent_dim, device="meta")
     with torch.no_grad():
-        say = pipeline._text_field(clip, [0], settings.caption_guidance_scale, settings.caption_temperature)
-        draw = pipeline._video_field(pipeline._encode([""]), text, 1.0, [0], settings.guidance_scale)
+        empty, scales = pipeline._encode([""]), (settings.caption_guidance_scale, settings.guidance_scale)
+        say = text_field(models.transformer, clip, [0], empty, empty, scales[0], settings.caption_temperature)
+        draw = video_field(models.transformer, text, 1.0, [0], empty, empty, scales[1])
         for field, state in ((say, text), (draw, clip)):
             if (velocity := field(state, 0.0)).shape != state.shape:
                 raise BadInputError(f"A velocity is {tuple(velocity.shape)} where its state is {tuple(state.shape)}.")

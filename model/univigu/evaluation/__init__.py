@@ -1,1 +1,1 @@
-"""Scores of captions, of videos, and of both together: what was claimed, what is true, and how sure we are."""
+"""Generic parts of the evaluation: shares, intervals and comparisons of attribute claims."""

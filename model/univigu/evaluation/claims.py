@@ -1,8 +1,8 @@
-"""Scoring of attribute claims: what a text says, or a recogniser sees, against what is true.
+"""Scoring of attribute claims: what a text states, or a recogniser detects, against the truth.
 
-An attribute is one of several named values ("colour": red, green ...). A claim is the set of values that an attribute
-is said to have: empty where nothing is said. It is right only when it names exactly one value, and that is the true
-one, so that neither silence nor a list of everything earns a point.
+An attribute has one of several named values ("colour": red, green and so on). A claim is the set of values that a text
+states for an attribute; it is empty where the text states none. A claim is correct only if it has exactly one value and
+this is the true one, so neither an empty text nor a list of all values scores a point.
 """
 
 from collections import Counter
@@ -15,22 +15,23 @@ Claims = Mapping[str, Set[str]]
 
 
 def single_values(claims: Claims) -> dict[str, str]:
-    """The value of each attribute of which exactly one value is claimed."""
+    """The values of the attributes with exactly one claimed value."""
     return {name: next(iter(values)) for name, values in claims.items() if len(values) == 1}
 
 
 def score_item(truth: Mapping[str, str], found: Mapping[str, str]) -> dict[str, bool]:
-    """Whether `found` has the true value, for each attribute of `truth`; a value that is missing is wrong."""
+    """For each attribute of `truth`, whether `found` has the true value; a missing value is wrong."""
     return {name: found.get(name) == value for name, value in truth.items()}
 
 
 def summarise(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> dict[str, Score]:
     """One score for each attribute that any item is scored on, and their ``mean`` (see `clustered_mean`).
 
-    An item may make several claims about an attribute, named ``attribute:claim``.
+    An item may have several claims about an attribute, named ``attribute:claim``. Raises `BadInputError` for an
+    attribute with the name "mean".
     """
     if any("mean" in item for item in correct):
-        raise BadInputError("An attribute can't be called 'mean', which is the name of the score over all attributes.")
+        raise BadInputError("An attribute can't be named 'mean', the name of the score over all attributes; rename it.")
     grouped: dict[str, list[Mapping[str, bool]]] = {}
     for item in correct:
         claims: dict[str, dict[str, bool]] = {}
@@ -43,14 +44,14 @@ def summarise(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> dict[str,
 
 
 def _share(items: Sequence[Mapping[str, bool]], seed: int) -> Score:
-    """The share that is right of one attribute's claims, which go together where an item has several."""
+    """The share of correct claims about one attribute; several claims of one item are resampled together."""
     if all(len(item) == 1 for item in items):
         return share([is_right for item in items for is_right in item.values()])
     return clustered_mean(items, seed)
 
 
 def majority_values(truths: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The commonest value of each attribute: the best guess without looking. Ties go to the first by name."""
+    """The most common value of each attribute: the best constant guess. Ties go to the first value by name."""
     counts: dict[str, Counter[str]] = {}
     for truth in truths:
         for name, value in truth.items():

@@ -1,8 +1,8 @@
 """Shares, means and differences with 95 % intervals, each as ``{"value", "low", "high", "n"}``.
 
-A share over independent items has a Wilson interval (Wilson 1927), which stays inside [0, 1] and is honest near its
-ends. The mean over several claims about one clip has a bootstrap over clips, because claims about one clip are not
-independent of each other.
+A share over independent items gets a Wilson interval (Wilson 1927), which stays within [0, 1] and keeps its coverage
+near the ends. A mean over several claims per clip gets a bootstrap over clips, because the claims about one clip are
+not independent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from univigu.errors import BadInputError
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-DIGITS = 6  # of the figures that are kept: more would only be noise of the last bit
+DIGITS = 6  # decimals of a score: more would differ between machines by rounding
 
 Score = dict[str, float | int]
 
@@ -24,19 +24,19 @@ def share(correct: Sequence[bool] | np.ndarray) -> Score:
 
     correct = np.asarray(correct, dtype=bool)
     if not correct.size:
-        raise BadInputError("A share of no items was asked for; evaluate at least one item of each task.")
+        raise BadInputError("There are no items to compute a share of; evaluate at least one item of each task.")
     hits = int(correct.sum())
     low, high = binomtest(hits, correct.size).proportion_ci(CONFIDENCE, method="wilson")
     return _score(hits / correct.size, low, high, correct.size)
 
 
 def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Score:
-    """The mean over attributes of the share of items that are right on them; `n` is the number of items.
+    """The mean over attributes of each attribute's share of correct items; `n` is the number of items.
 
-    `correct` says for each item which of the attributes scored on it are right; items may be scored on different
-    attributes, and every attribute weighs the same. Several claims of one attribute are named ``attribute:claim``. The
-    interval is the percentile bootstrap over items, drawn from `seed`. Where all claims are right (or all wrong) no
-    resample differs, and the Wilson interval over items, which is wider, is given instead.
+    `correct` maps, for each item, its scored attributes to whether they are correct. Items may be scored on different
+    attributes, and every attribute has the same weight. Several claims of one attribute are named ``attribute:claim``.
+    The interval is the percentile bootstrap over items, drawn from `seed`. Where all claims are correct (or all wrong),
+    all resamples are equal, so the wider Wilson interval over items is used. Raises `BadInputError` for no claims.
     """
     scored, right = _claims(correct)
     value = float((right.sum(0) / scored.sum(0)).mean())
@@ -46,15 +46,15 @@ def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Scor
 
 
 def paired_difference(ours: Sequence[Mapping[str, bool]], theirs: Sequence[Mapping[str, bool]], seed: int = 0) -> Score:
-    """How much higher the `clustered_mean` of `ours` is than that of `theirs`, over the same items in the same order.
+    """The `clustered_mean` of `ours` minus that of `theirs`, over the same items in the same order.
 
-    The interval is the paired bootstrap's (Efron and Tibshirani 1993, chapter 8): each resample draws items, and takes
-    both sides' claims about them, so what makes an item hard for both cancels out. Raises `BadInputError` where the two
-    are not about the same claims.
+    The interval is the paired bootstrap's (Efron and Tibshirani 1993, chapter 8): each resample draws items, and uses
+    both sides' claims about them, so the difficulty of an item cancels out. Raises `BadInputError` where the two don't
+    score the same claims.
     """
     if [item.keys() for item in ours] != [item.keys() for item in theirs]:
         raise BadInputError(
-            "Two lists of scored items differ in what was scored; compare evaluations of the same items."
+            "The two lists of items were scored on different claims; compare evaluations of the same items."
         )
     scored, right = _claims(ours)
     gain = right - _claims(theirs)[1]
@@ -63,10 +63,10 @@ def paired_difference(ours: Sequence[Mapping[str, bool]], theirs: Sequence[Mappi
 
 
 def _claims(correct: Sequence[Mapping[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
-    """How many claims are scored, and how many of them are right, each (items, attributes)."""
+    """The number of scored claims, and of correct ones, each (items, attributes)."""
     names = sorted({attribute(name) for item in correct for name in item})
     if not names:
-        raise BadInputError("A mean over no scored claims was asked for; evaluate at least one item of each task.")
+        raise BadInputError("There are no scored claims to average; evaluate at least one item of each task.")
     columns = {name: number for number, name in enumerate(names)}
     scored, right = np.zeros((2, len(correct), len(names)))
     for row, item in enumerate(correct):
@@ -77,15 +77,15 @@ def _claims(correct: Sequence[Mapping[str, bool]]) -> tuple[np.ndarray, np.ndarr
 
 
 def attribute(name: str) -> str:
-    """The attribute that a claim is about: what stands before the colon of ``attribute:claim``, or all of it."""
+    """The attribute of a claim: the part before the colon of ``attribute:claim``, or the whole name."""
     return name.partition(":")[0]
 
 
 def _bootstrap(points: np.ndarray, scored: np.ndarray, seed: int) -> tuple[float, float]:
-    """The percentile interval, over resampled items, of the mean over attributes of points a scored item."""
+    """The percentile interval, over resampled items, of the mean over attributes of points per scored claim."""
     items = len(points)
     drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
-    with np.errstate(invalid="ignore"):  # an attribute that a resample misses altogether has no share there
+    with np.errstate(invalid="ignore"):  # an attribute without any item in a resample is nan there
         means = np.nanmean((drawn @ points) / (drawn @ scored), axis=1)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(means, [tail, 100 - tail])

@@ -1,1 +1,1 @@
-"""Training: what a batch is, the loop, and the checkpoints that let a killed run go on."""
+"""Training: the data of a batch, the loop on DeepSpeed, and checkpoints from which a killed run resumes."""

@@ -1,4 +1,4 @@
-"""What of the model learns: all of it, what is not frozen, or small adapters in place of the video side's weights."""
+"""Which weights are trained: all, those that are not frozen, or LoRA adapters in place of the video side's weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -11,9 +11,8 @@ from univigu import wan
 from univigu.errors import ConfigError
 from univigu.transformer import UniViGUTransformer3DModel
 
-PARTS: dict[
-    str, Callable[[str], bool]
-] = {  # names for `freeze`; anything else is a pattern of parameter names, as `blocks.0.*`
+# Names for `freeze`; anything else is a pattern of parameter names, such as `blocks.0.*`.
+PARTS: dict[str, Callable[[str], bool]] = {
     "video": lambda name: not wan.is_text_side(name),
     "text": wan.is_text_side,
     "self_attention": lambda name: ".attn1." in name,
@@ -25,35 +24,35 @@ PARTS: dict[
 LORA: dict[str, Any] = {"rank": 32, "alpha": 32.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
 
 
-def choose_what_learns(
+def choose_trainable(
     transformer: UniViGUTransformer3DModel, freeze: Sequence[str], lora: Mapping[str, Any] | None, seed: int
 ) -> None:
-    """Freeze the named parts; with `lora`, the video side learns through adapters alone.
+    """Freeze the named parts; with `lora`, the video side is trained through adapters alone.
 
-    lora: ``rank``, ``alpha`` (the adapters count alpha / rank times) and ``targets``, the linear layers that get one,
-    by the end of their names. Adapters start at zero, so the model is what it was. Raises `ConfigError` where a name
-    fits nothing, and where nothing is left to learn.
+    lora: ``rank``, ``alpha`` (adapters are scaled by alpha / rank) and ``targets``, the linear layers that get an
+    adapter, by the end of their names. Adapters start at zero, so the model's output does not change. Raises
+    `ConfigError` where a name matches nothing, and where nothing is left to train.
     """
     if lora is not None:
         _add_lora(transformer, lora, seed)
     names = [name for name, _ in transformer.named_parameters()]
     for part in freeze:
         # pyrefly: ignore[implicit-any-lambda]
-        fits = PARTS.get(part, lambda name, pattern=part: fnmatchcase(name, pattern))
-        chosen = {name for name in names if fits(name)}
+        matches = PARTS.get(part, lambda name, pattern=part: fnmatchcase(name, pattern))
+        chosen = {name for name in names if matches(name)}
         if not chosen:
             raise ConfigError(
-                f"`freeze` names '{part}', which fits no weight; use {', '.join(PARTS)}, or a pattern like blocks.0.*."
+                f"`freeze` has '{part}', which matches no weight; use {', '.join(PARTS)}, or a pattern like blocks.0.*."
             )
         for name, parameter in transformer.named_parameters():
             if name in chosen:
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in transformer.parameters()):
-        raise ConfigError("Everything is frozen, so nothing would be learnt; take something out of `freeze`.")
+        raise ConfigError("All weights are frozen, so there is nothing to train; remove an entry from `freeze`.")
 
 
 def merge_lora(transformer: UniViGUTransformer3DModel) -> None:
-    """Add the adapters, if there are any, to the weights that they stand beside: a model without adapters is left."""
+    """Add the adapters, if there are any, to the weights that they adapt; the model then has no adapters."""
     if getattr(transformer, "peft_config", None):
         transformer.fuse_lora()
         transformer.unload_lora()
@@ -66,12 +65,14 @@ def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], s
     # pyrefly: ignore[unsupported-operation]
     settings: dict[str, Any] = LORA | lora
     if unknown or not settings["rank"] >= 1 or not settings["targets"]:
-        raise ConfigError(f"`lora` is {dict(lora)}; give a rank of 1 or more, an alpha and targets, or null for none.")
+        raise ConfigError(
+            f"`lora` is {dict(lora)}; give a rank of at least 1, an alpha and targets, or null for no adapters."
+        )
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in settings["targets"]:
         if not any(name.endswith(f".{target}") for name in linear):
-            raise ConfigError(f"`lora.targets` names '{target}', and no linear layer's name ends so; use e.g. to_q.")
-    learning = {name for name, _ in transformer.named_parameters() if wan.is_text_side(name)}
+            raise ConfigError(f"`lora.targets` has '{target}', which no linear layer's name ends with; try to_q.")
+    trainable = {name for name, _ in transformer.named_parameters() if wan.is_text_side(name)}
     targets = [
         name
         for name in linear
@@ -83,5 +84,5 @@ def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], s
             LoraConfig(r=settings["rank"], lora_alpha=settings["alpha"], target_modules=targets, bias="none")
         )
     for name, parameter in transformer.named_parameters():
-        if name in learning:
-            parameter.requires_grad_(True)  # peft freezes all that is no adapter
+        if name in trainable:
+            parameter.requires_grad_(True)  # peft freezes everything but the adapters

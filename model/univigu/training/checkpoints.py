@@ -1,12 +1,12 @@
-"""Checkpoints of a running training: whole or not there, and the same for any number of processes.
+"""Checkpoints of a training run: atomic, verified, and independent of the number of processes.
 
-Below one folder are ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
-weights, of AdamW's moments and of the weights' average, each tensor whole), ``loop.json`` (where the loop stands), a
-copy of the run's records and, written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then
-``latest`` is replaced atomically. A damaged checkpoint means the one before it.
+A folder holds ``step-00000100/`` and so on, each with a safetensors file from every rank (its share of the fp32
+weights, of AdamW's moments and of the weights' average, each tensor whole), ``loop.json`` (the loop's state), a copy of
+the run's records and, written last by rank 0, ``manifest.json`` with the size and SHA-256 of every file. Then
+``latest`` is replaced atomically. Where a checkpoint is damaged, the one before it is used.
 
-DeepSpeed's own checkpoints hold slices that fit one number of processes and one stage of ZeRO, and are pickled; these
-are read by any number of processes, in any stage, and nothing is unpickled. All ranks must see the same folder.
+DeepSpeed's own checkpoints are pickled, and hold slices that fit one number of processes and one ZeRO stage. These can
+be read by any number of processes in any stage, and nothing is unpickled. All ranks must see the same folder.
 """
 
 import shutil
@@ -36,8 +36,8 @@ def save_checkpoint(
 ) -> None:
     """Save the engine and the loop's `state` (JSON) as the checkpoint of `step`. All ranks must call this.
 
-    records: files that the run adds to, such as its curves; a checkpoint has a copy of them, as they are now.
-    Keeps the newest two. A run that is killed in here finds the checkpoint before it.
+    records: files that the run appends to, such as its curves; the checkpoint gets a copy of their present content.
+    Keeps the newest two checkpoints. A run that is killed during this call resumes from the checkpoint before.
     """
     home = folder / f"step-{step:08d}"
     if dist.get_rank() == 0:
@@ -65,17 +65,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> dict[str, Any] | None:
-    """Bring the engine to the newest checkpoint whose bytes are good; returns the loop's state, or None.
+    """Load the newest valid checkpoint into the engine; returns the loop's state, or None if there is no checkpoint.
 
-    `records` become what they were then, where the checkpoint has them.
-    All ranks must call this; rank 0 verifies and decides for all. Where another number of processes saved it, a rank
-    without a generator state of its own keeps what it has (noise is keyed by sample, so nothing depends on it).
+    `records` are restored, where the checkpoint has them. All ranks must call this; rank 0 verifies and decides for
+    all. Where a different number of processes saved it, a rank without a saved generator state keeps its own: noise is
+    keyed by sample, so no result depends on it. Raises `ConfigError` for the checkpoint of another model.
     """
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
-        good = newest_good(folder)
-        _set_damaged_aside(folder, good)
-        choice = [good.name if good else None]
+        valid = newest_valid(folder)
+        _set_damaged_aside(folder, valid)
+        choice = [valid.name if valid else None]
     dist.broadcast_object_list(choice)
     if choice[0] is None:
         return None
@@ -88,14 +88,14 @@ def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> 
                     stream.write((home / record.name).read_bytes())
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(home.glob("*.safetensors"))]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
 
         def tensor(name: str) -> torch.Tensor:
-            if name not in where:
+            if name not in file_of:
                 raise ConfigError(
-                    f"The checkpoint in {home} has no '{name}', so it is of another model; start afresh with --restart."
+                    f"The checkpoint in {home} has no '{name}', so it is of another model; start again with --restart."
                 )
-            return where[name].get_tensor(name)
+            return file_of[name].get_tensor(name)
 
         write_state(engine, state["step"], tensor)
     generators = state.pop("generators")
@@ -104,26 +104,26 @@ def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> 
     return state
 
 
-def newest_good(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the newest other one, whose files are all there and unchanged."""
+def newest_valid(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are complete and unchanged, the one that `latest` names being tried first."""
     found = sorted(folder.glob("step-*"), reverse=True)
     try:
         named = folder / read_json_object(folder / LATEST)["checkpoint"]
         found.sort(key=lambda path: path != named)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # without a pointer, the newest that verifies is as good
+        pass  # without a readable pointer, take the newest checkpoint that verifies
     for checkpoint in found:
         fault = _fault(checkpoint)
         if fault is None:
             return checkpoint
-        print(f"The checkpoint {checkpoint} is left aside: {fault}.", file=sys.stderr)
+        print(f"The checkpoint {checkpoint} is skipped: {fault}.", file=sys.stderr)
     return None
 
 
-def _set_damaged_aside(folder: Path, good: Path | None) -> None:
-    """Keep for a person what was passed over because its bytes have changed: it is neither replaced nor pruned."""
+def _set_damaged_aside(folder: Path, valid: Path | None) -> None:
+    """Rename damaged checkpoints that were skipped, so that the user can examine them: they are not overwritten."""
     for checkpoint in folder.glob("step-*"):
-        newer = good is None or checkpoint.name > good.name
+        newer = valid is None or checkpoint.name > valid.name
         if newer and (checkpoint / MANIFEST).exists() and _fault(checkpoint):
             aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -131,6 +131,7 @@ def _set_damaged_aside(folder: Path, good: Path | None) -> None:
 
 
 def _fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint can't be used, or None for a valid one."""
     try:
         files = dict(read_json_object(checkpoint / MANIFEST)["files"])
         described = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}

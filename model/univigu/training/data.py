@@ -1,18 +1,18 @@
-"""Encoded samples: how they lie on disk, and how they are read.
+"""Encoded samples: their files, and how they are read.
 
 A shard is one safetensors file of N samples:
 
 =================  =====================  ========  ============================================================
 ``latents``        (N, C, T, H, W)        bfloat16  normalised VAE means, Wan's own time order
-``prompt_embeds``  (sum of lengths, D)    bfloat16  text-encoder states of the prompts, one after the other, unpadded
-``prompt_lengths``  (N,)                  int32     how many of those rows belong to each sample
-``prompt_ids``     (N, text_length)       int32     the prompt in the model's text space: EOS, then PAD to the end
-``target_ids``     (N, text_length)       int32     what the stage should say about the video (stage 1: the prompt)
+``prompt_embeds``  (sum of lengths, D)    bfloat16  text-encoder states of the prompts, concatenated, without padding
+``prompt_lengths``  (N,)                  int32     the number of these rows that belong to each sample
+``prompt_ids``     (N, text_length)       int32     the prompt as token ids: text, EOS, then PAD to the end
+``target_ids``     (N, text_length)       int32     the stage's target text (stage 1: the prompt; stage 2: the caption)
 =================  =====================  ========  ============================================================
 
-The states of the empty prompt, which replace a dropped one, lie once beside the shards (`write_empty_prompt`).
-
-All samples of a shard have one shape. Shards lie on this machine, or are fetched when they are needed (`shards`).
+The states of the empty prompt, which replace those of a dropped prompt, are in a file beside the shards
+(`write_empty_prompt`). All samples of a shard have the same shape. Shards are on this machine (`Shards`), or are
+fetched when they are needed (`remote_shards.RemoteShards`).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _SHARD = {"latents": 5, "prompt_embeds": 2, "prompt_lengths": 1, "prompt_ids": 2
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where one sample lies: its id, its shard's file, its row in there, and its clip's frames, height and width."""
+    """The location of one sample: its id, its shard's file, its row there, and its clip's (frames, height, width)."""
 
     id: str
     shard: Path
@@ -53,7 +53,7 @@ def write_latents(
     if not count == len(prompt_embeds) == len(prompt_ids) == len(target_ids) or prompt_ids.shape != target_ids.shape:
         raise BadInputError(
             f"A shard at {path} got {count} latents, {len(prompt_embeds)} prompts, ids {tuple(prompt_ids.shape)} and "
-            f"targets {tuple(target_ids.shape)}; give one of each a sample."
+            f"targets {tuple(target_ids.shape)}; give one of each per sample."
         )
     tensors = {
         "latents": latents.to(torch.bfloat16),
@@ -73,17 +73,17 @@ def write_empty_prompt(folder: Path, states: Tensor) -> None:
 
 
 class Shards:
-    """Shards on this machine's disk, all of them open: mapped, so bytes are read when rows are."""
+    """Shards on this machine's disk, all of them open and memory-mapped: bytes are read when rows are."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._open = {path: open_shard(path) for path in sorted(set(paths))}
 
     def open(self, path: Path) -> Mapping[str, Tensor]:
-        """The tensors of a shard, and ``offsets`` of its prompts."""
+        """The tensors of a shard, and the ``offsets`` of its prompts."""
         return self._open[path]
 
     def rows(self, path: Path) -> int:
-        """How many samples a shard holds."""
+        """The number of samples in a shard."""
         return len(self._open[path]["latents"])
 
     def target_ids(self, path: Path) -> Tensor:
@@ -91,21 +91,22 @@ class Shards:
         return self._open[path]["target_ids"]
 
     def fetch_ahead(self, paths: Iterable[Path]) -> None:
-        """Be told which shards will be needed soon."""
+        """Announce shards that will be needed soon; for shards on this disk there is nothing to do."""
 
 
 class LatentDataset:
-    """The samples of some shards, mapped into memory and read row by row; the table itself is never loaded.
+    """The samples of some shards, memory-mapped and read row by row; a shard is never loaded as a whole.
 
-    samples: which rows, in a fixed order. empty_prompt: the file of `write_empty_prompt`. prompt_length: the length to
-    which text-encoder states are padded with zeros, as Wan does. shards: where they are, if not all on this disk.
+    samples: the rows, in a fixed order. empty_prompt: the file that `write_empty_prompt` wrote. prompt_length: the
+    length to which text-encoder states are padded with zeros, as Wan does. shards: how to open them, by default from
+    this disk. Raises `BadInputError` for no samples and `CorruptDataError` for rows that don't exist.
     """
 
     def __init__(
         self, samples: Sequence[SampleRef], empty_prompt: Path, prompt_length: int, shards: Shards | None = None
     ) -> None:
         if not samples:
-            raise BadInputError("There is no sample to train on; check the step that encodes the latents.")
+            raise BadInputError("There are no samples to train on; check the output of encode-latents.")
         self.samples = list(samples)
         self.prompt_length = prompt_length
         self.shards = shards or Shards(sample.shard for sample in self.samples)
@@ -125,7 +126,7 @@ class LatentDataset:
 
     @property
     def text_length(self) -> int:
-        """Tokens a text has here, EOS and PAD included."""
+        """The number of tokens of a text, EOS and PAD included."""
         return self.shards.target_ids(self.samples[0].shard).shape[1]
 
     @property
@@ -134,11 +135,11 @@ class LatentDataset:
         return torch.stack([self.shards.target_ids(s.shard)[s.row] for s in self.samples]).long()
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, Tensor]:
-        """Read samples into one batch.
+        """Read samples of one bucket into one batch (see `univigu.objective`).
 
-        They are of one bucket. Returns latents (B, C, T, H, W), prompt_embeds (B, prompt_length, D) and empty_embeds
-        (prompt_length, D) in fp32; prompt_ids and target_ids (B, text_length) in int64; and what noise is drawn from:
-        sample_ids and epochs (B,) in int64.
+        Returns latents (B, C, T, H, W), prompt_embeds (B, prompt_length, D) and empty_embeds (prompt_length, D) in
+        fp32; prompt_ids and target_ids (B, text_length) in int64; and sample_ids and epochs (B,) in int64, which are
+        the keys of the noise.
         """
         chosen = [(self.shards.open(self.samples[i].shard), self.samples[i].row) for i in indices]
         return {
@@ -154,7 +155,7 @@ class LatentDataset:
     def _padded(self, states: Tensor) -> Tensor:
         if len(states) > self.prompt_length:
             raise BadInputError(
-                f"A prompt has {len(states)} tokens and the text encoder's length is {self.prompt_length}; "
+                f"A prompt has {len(states)} tokens, more than the text encoder's length of {self.prompt_length}; "
                 "raise `prompt_length` in the profile, or shorten the prompt."
             )
         padded = torch.zeros(self.prompt_length, states.shape[1])
@@ -163,7 +164,7 @@ class LatentDataset:
 
 
 def sample_key(sample_id: str) -> int:
-    """A sample's id as a number below 2^63, the same on every machine: the key of all noise that it meets."""
+    """A sample's id as a number below 2^63, the same on every machine: the key of all noise for this sample."""
     return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") >> 1
 
 
@@ -177,17 +178,17 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
 def token_weights(target_ids: Tensor, vocabulary: int, pad_id: int, weighting: str) -> Tensor:
     """The weight of each token in the cross-entropy, (vocabulary,) fp32.
 
-    A function of the share of targets (target_ids, (samples, text_length)) that hold the token, clamped to 0.1-4, so
-    that a word that tells texts apart counts for more than one that they all hold; PAD gets 0.05. ``rarity``, linear in
-    the share, does not neglect the words of which there are two (slow, fast) beside those of which there are ten.
-    ``uniform`` is 1 for all. Raises `ConfigError` for another `weighting`.
+    The weight depends on the share of targets (target_ids, (samples, text_length)) that contain the token, clamped to
+    0.1-4: a word that distinguishes texts counts more than one that is in all of them. PAD gets 0.05. ``rarity`` is
+    linear in the share, so that words with two alternatives (slow, fast) are not neglected beside words with ten.
+    ``uniform`` is 1 for all tokens. Raises `ConfigError` for any other `weighting`.
     """
     if weighting not in WEIGHTINGS:
         raise ConfigError(f"Unknown token weighting '{weighting}'; use {', '.join(WEIGHTINGS)}.")
-    holds = torch.zeros(vocabulary)
+    texts = torch.zeros(vocabulary)  # that contain each token
     for ids in target_ids:
-        holds[ids.unique()] += 1
-    weights = WEIGHTINGS[weighting](holds / len(target_ids))
+        texts[ids.unique()] += 1
+    weights = WEIGHTINGS[weighting](texts / len(target_ids))
     if weighting != "uniform":
         weights = weights.clamp(0.1, 4.0)
         weights[pad_id] = 0.05
@@ -199,25 +200,25 @@ def _states(shard: Mapping[str, Tensor], row: int) -> Tensor:
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard, and ``offsets`` of its prompts; raises `CorruptDataError` where it isn't one."""
+    """The tensors of a shard, and the ``offsets`` of its prompts; raises `CorruptDataError` where it isn't a shard."""
     shard = open_tensors(path)
     wrong = [name for name, dims in _SHARD.items() if name not in shard or shard[name].ndim != dims]
     if wrong:
         raise CorruptDataError(
-            f"{path} is not a shard of latents ({', '.join(wrong)} amiss); encode the latents again."
+            f"{path} is not a shard of latents ({', '.join(wrong)} missing or of wrong rank); encode the latents again."
         )
     lengths = shard["prompt_lengths"].long()
     shard["offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     rows = {len(shard[name]) for name in ("latents", "prompt_lengths", "prompt_ids", "target_ids")}
     if len(rows) != 1 or shard["offsets"][-1] != len(shard["prompt_embeds"]):
-        raise CorruptDataError(f"The tensors of {path} do not count the same samples; encode the latents again.")
+        raise CorruptDataError(f"The tensors of {path} have different numbers of samples; encode the latents again.")
     return shard
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, mapped: bytes are read when rows are."""
+    """All tensors of a safetensors file, memory-mapped: bytes are read when rows are."""
     if not path.is_file():
-        raise MissingInputError(f"There is no file {path}; run the step that encodes the latents first.")
+        raise MissingInputError(f"There is no file {path}; run encode-latents first.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

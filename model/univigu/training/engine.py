@@ -1,4 +1,4 @@
-"""How a training section of a profile becomes a DeepSpeed engine, on one CPU process or on many GPUs."""
+"""From the training section of a profile to a DeepSpeed engine, on one CPU process or on many GPUs."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from univigu.errors import ConfigError
 from univigu.training.optimizer_state import make_moments
 from univigu.training.sampler import rank_slice
 
-OFFLOAD = {"optimizer": 1, "parameters": 3}  # what can be, from which ZeRO stage on
+OFFLOAD = {"optimizer": 1, "parameters": 3}  # what can be offloaded, and the lowest ZeRO stage that can
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,28 @@ class TrainingConfig:
     """How to train; the objective has its own configuration."""
 
     steps: int
-    batch_size: int  # samples a step, over all processes and accumulated micro-batches
+    batch_size: int  # samples per step, over all processes and accumulated micro-batches
     learning_rate: float
     seed: int = 0
-    micro_batch_size: int | None = None  # samples a process takes at once; None: its whole share of the batch
+    micro_batch_size: int | None = None  # samples per process and forward pass; None: its whole share of the batch
     warmup_steps: int = 0
-    schedule: str = "cosine"  # after the warm-up: cosine, down to zero at the end, or constant
+    schedule: str = "cosine"  # after the warm-up: cosine (down to zero at the end) or constant
     betas: tuple[float, float] = (0.90, 0.95)
-    weight_decay: float = 0.0  # on matrices alone: not on norms, biases, tables
+    weight_decay: float = 0.0  # of matrices only, not of norms, biases and tables
     grad_clip: float = 1.0
     video_lr_factor: float = 1.0  # learning rate of Wan's own weights relative to the text side's
     zero_stage: int = 0
-    offload: tuple[str, ...] = ()  # to the CPU's memory: the optimizer (ZeRO 1 to 3), and parameters (ZeRO 3)
-    precision: str = "fp32"  # or bf16: weights and activations; the optimizer keeps fp32 either way
-    gradient_checkpointing: int = 0  # every block (1, true), or every k-th, recomputes its activations backward
-    freeze: tuple[str, ...] = ()  # parts that don't learn, see `adapters`
-    lora: Mapping[str, Any] | None = None  # the video side learns through adapters, see `adapters`
-    ema_decay: float = 0.0  # above 0: a running average of the weights is what is evaluated and saved
-    shuffle_shards: int = 0  # shuffle within so many shards at a time; 0: over all samples
-    checkpoint_every: int = 100
-    heldout_every: int = 100  # and once at the end
-    samples_every: int = 0  # show samples so often; 0: never
-    peak_tflops: float | None = None  # of one GPU, for the MFU; None: by its name
+    offload: tuple[str, ...] = ()  # to CPU memory: "optimizer" (ZeRO 1 to 3) and "parameters" (ZeRO 3)
+    precision: str = "fp32"  # or bf16, for weights and activations; the optimizer keeps fp32 in both
+    gradient_checkpointing: int = 0  # every k-th block recomputes its activations in the backward pass; 0: none
+    freeze: tuple[str, ...] = ()  # parts that are not trained, see `adapters`
+    lora: Mapping[str, Any] | None = None  # the video side is trained through adapters, see `adapters`
+    ema_decay: float = 0.0  # above 0: evaluate and save a running average of the weights
+    shuffle_shards: int = 0  # shuffle within this number of shards at a time; 0: over all samples
+    checkpoint_every: int = 100  # steps
+    heldout_every: int = 100  # steps, and once at the end
+    samples_every: int = 0  # steps between samples; 0: never
+    peak_tflops: float | None = None  # of one GPU, for the MFU; None: looked up by the GPU's name
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
@@ -53,28 +53,28 @@ class TrainingConfig:
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"Unknown precision '{self.precision}'; use fp32 or bf16.")
         if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"There is no ZeRO stage {self.zero_stage}; use 0, 1, 2 or 3.")
+            raise ConfigError(f"Unknown ZeRO stage {self.zero_stage}; use 0, 1, 2 or 3.")
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ConfigError("bf16 without ZeRO keeps no fp32 weights; set zero_stage to 1 or higher.")
+            raise ConfigError("With bf16 only ZeRO keeps fp32 weights; set zero_stage to 1 or higher.")
         if unknown := set(self.offload) - set(OFFLOAD):
-            raise ConfigError(f"`offload` names {', '.join(sorted(unknown))}; use {' and '.join(OFFLOAD)}, or neither.")
+            raise ConfigError(f"`offload` has {', '.join(sorted(unknown))}; use {' and '.join(OFFLOAD)}, or neither.")
         needed = max((OFFLOAD[part] for part in self.offload), default=0)
         if self.zero_stage < needed:
             raise ConfigError(f"To offload {' and '.join(self.offload)}, set zero_stage to {needed} or higher.")
         if len(self.betas) != 2:
-            raise ConfigError(f"`betas` is {list(self.betas)}; give it two numbers, such as [0.9, 0.95].")
+            raise ConfigError(f"`betas` is {list(self.betas)}; give two numbers, such as [0.9, 0.95].")
         if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"`ema_decay` is {self.ema_decay}; use 0 for none, or a number below 1, as 0.9999.")
+            raise ConfigError(f"`ema_decay` is {self.ema_decay}; use 0 for none, or a number below 1, such as 0.9999.")
         for name in ("gradient_checkpointing", "shuffle_shards", "samples_every"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"`{name}` is {getattr(self, name)}; use 0 for none, or a number above it.")
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; use 0 for none, or a positive number.")
         for name in ("steps", "batch_size", "learning_rate", "checkpoint_every", "heldout_every"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"`{name}` is {getattr(self, name)} and must be above zero; mend the profile.")
+                raise ConfigError(f"`{name}` is {getattr(self, name)} and must be above zero; correct the profile.")
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any], seed: int) -> "TrainingConfig":
-        """The part of a profile's training section that is the loop's; other keys are left to who knows them."""
+        """The part of a profile's training section that configures the loop; other keys are ignored."""
         known = {field.name for field in fields(cls)}
         try:
             values: dict[str, Any] = {
@@ -82,11 +82,11 @@ class TrainingConfig:
             }
             return cls(**values, seed=seed)
         except TypeError as error:
-            raise ConfigError(f"The profile's training section does not fit ({error}); mend it.") from error
+            raise ConfigError(f"The profile's training section is invalid ({error}); correct it.") from error
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of step 1, 2, ...: linear up to `learning_rate` over the warm-up, then as `schedule` says."""
+    """The learning rate of step 1, 2, ...: linear up to `learning_rate` in the warm-up, then by `schedule`."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "constant":
@@ -96,7 +96,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def parameter_groups(objective: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """The parameters by whether they decay and whose they are: matrices decay; tables, norms and biases do not."""
+    """The trained parameters, grouped by weight decay (matrices only) and by side (video or text) for the rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
@@ -116,17 +116,17 @@ def parameter_groups(objective: nn.Module, config: TrainingConfig) -> list[dict[
 
 
 def init_distributed() -> torch.device:
-    """Join the processes that torchrun started, or be the only one; returns this process's device."""
+    """Initialise torch.distributed, under torchrun or for a single process; returns this process's device."""
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
     if cuda and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # buckets change the sizes of everything from step to step, which would leave holes in a GPU's memory
+        # tensor sizes differ from bucket to bucket, which would fragment the GPU's memory
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import deepspeed
 
     if not cuda:
-        # else the first initialize compiles a shared-memory all-reduce for a minute and a half
+        # otherwise the first initialize compiles a shared-memory all-reduce, which takes a minute and a half
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -144,27 +144,29 @@ def init_distributed() -> torch.device:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all: rank 0 of torchrun's, or the only one."""
+    """Whether this process is rank 0 under torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """How many micro-batches each process makes of its share of a step, and of how many samples.
+    """The number of micro-batches per process and step, and the number of samples in each.
 
-    Raises `BadInputError` or `ConfigError` where a batch can't be shared out evenly.
+    Raises `BadInputError` or `ConfigError` where a batch can't be divided evenly.
     """
     share = rank_slice(config.batch_size, 0, world_size).stop
     size = min(config.micro_batch_size or share, share)
     if share % size:
-        raise ConfigError(f"{share} samples a process can't be cut into micro-batches of {size}; choose a divisor.")
+        raise ConfigError(f"{share} samples per process can't be divided into micro-batches of {size}; use a divisor.")
     return share // size, size
 
 
 def recompute_activations(transformer: Any, every: int) -> None:
-    """Have each `every`-th block forget its activations, and compute them again in the backward pass.
+    """Turn on gradient checkpointing for each `every`-th block: it recomputes its activations in the backward pass.
 
-    Not the reentrant kind, which silently drops gradients where the input needs none.
+    It is the non-reentrant kind: the reentrant one silently drops gradients where a block's input needs none. 0: none.
     """
+    if not every:
+        return
     chosen = set(transformer.blocks[::every])
 
     def run(block: nn.Module, *args: Any) -> Any:
@@ -188,19 +190,19 @@ def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:
             **{key: to_cpu for key, part in offload.items() if part in config.offload},
         },
         "zero_allow_untested_optimizer": True,
-        # torch's fused AdamW runs on the CPU too; DeepSpeed's own would have to be compiled there
+        # torch's fused AdamW runs on a CPU too; DeepSpeed's own would have to be compiled first
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": 2**31,
     }
     if count > 1 and config.precision == "bf16":
-        # a sum in bf16 loses what is small beside it
+        # a sum in bf16 loses summands that are small beside it
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
-def share_out_weights(objective: nn.Module, config: TrainingConfig, settings: Mapping[str, Any]) -> None:
-    """Cut rank 0's weights into the ranks' parts (ZeRO 3), one at a time: no GPU ever holds all of them."""
+def partition_weights(objective: nn.Module, config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+    """Partition rank 0's weights among the ranks (ZeRO 3), one at a time, so that no GPU ever holds all of them."""
     import deepspeed
 
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -223,16 +225,16 @@ def share_out_weights(objective: nn.Module, config: TrainingConfig, settings: Ma
 
 
 def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
-    """A DeepSpeed engine that trains `objective`, from rank 0's weights; the other ranks' may be on the meta device."""
+    """A DeepSpeed engine that trains `objective` from rank 0's weights; other ranks' may be on the meta device."""
     import deepspeed
 
     settings = engine_settings(config, world_size)
     if config.zero_stage == 3:
-        share_out_weights(objective, config, settings)
+        partition_weights(objective, config, settings)
     else:
         for module in objective.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_meta:  # the engine fills it from rank 0's
+                if parameter.is_meta:  # DeepSpeed broadcasts rank 0's values into it
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                     setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
     optimizer = torch.optim.AdamW(
@@ -244,15 +246,15 @@ def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -
 
 
 def _clips_itself(config: TrainingConfig) -> bool:
-    """In plain fp32 the engine clips but does not tell the norm, so the loop clips."""
+    """Whether the loop clips the gradients: in plain fp32 DeepSpeed clips, but does not report the norm."""
     return config.zero_stage == 0 and config.precision == "fp32"
 
 
 def clip_gradients(engine: Any, config: TrainingConfig) -> float | None:
-    """Clip a whole step's gradients and return their norm; None where the engine does so itself in its `step`.
+    """Clip the gradients of a whole step and return their norm; None where the engine clips in its own `step`.
 
-    A parameter that no sample of the step used gets a zero gradient, as it does when several processes share the step:
-    AdamW would otherwise pass it over on one process and not on two.
+    A parameter that no sample of the step used gets a zero gradient, as it does with several processes. AdamW would
+    otherwise skip it on one process and update it on two.
     """
     if not _clips_itself(config):
         return None

@@ -1,12 +1,12 @@
-"""torchrun for training that is told to stop: `python -m univigu.training.launch [torchrun's options] -m MODULE ...`.
+"""torchrun that shuts down gracefully: `python -m univigu.training.launch [torchrun's options] -m MODULE ...`.
 
-It takes torchrun's own options and environment (PET_NNODES and so on), and differs in what happens at the end:
+It takes torchrun's own options and environment (PET_NNODES and so on), and differs in how a run ends:
 
-* SIGTERM is passed on to the workers, and they are waited for: they agree on a step, save it and leave with exit code
-  81. torchrun would kill them 30 seconds later. How long they have is up to whoever sent the signal.
-* The exit code is the workers' own, not 1 for all that can go wrong: a scheduler can tell 81 (run it again, it goes on)
-  from what no second try will mend.
-* A worker that has done its work is not aborted by gloo's threads as it leaves (`univigu.training.worker`).
+* SIGTERM is forwarded to the workers, and the launcher waits for them: they agree on a step, save it and exit with code
+  81. torchrun would kill them after 30 seconds. The sender of the signal decides how long they may take.
+* The exit code is the workers' own, not 1 for every failure: a scheduler can tell 81 (run again to resume) from errors
+  that a retry does not fix.
+* A worker that has finished is not aborted by gloo's threads during its exit (`univigu.training.worker`).
 """
 
 import os
@@ -22,7 +22,7 @@ WORKER = "univigu.training.worker"
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run torchrun with these arguments in this process; returns the exit code that speaks for all workers."""
+    """Run torchrun with these arguments in this process; returns one exit code for all workers."""
     bound_spinning()
     import tempfile
 
@@ -30,19 +30,19 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    told: list[int] = []
+    received: list[int] = []
 
-    def pass_on(number: int, _: object) -> None:
-        told.append(number)
+    def forward(number: int, _: object) -> None:
+        received.append(number)
         workers = psutil.Process().children()
         if not workers:
-            sys.exit(STOPPED)  # nothing has begun
+            sys.exit(STOPPED)  # no worker has started yet
         for worker in workers:
             worker.send_signal(number)
 
-    os.environ["UNIVIGU_PARENTS"] = f"{os.environ.get('UNIVIGU_PARENTS', '')},{os.getpid()}"  # workers end with this
-    signal.signal(signal.SIGTERM, pass_on)
-    folder = tempfile.TemporaryDirectory(prefix="univigu-launch-")  # torchrun leaves what it makes itself
+    os.environ["UNIVIGU_PARENTS"] = f"{os.environ.get('UNIVIGU_PARENTS', '')},{os.getpid()}"  # workers watch it
+    signal.signal(signal.SIGTERM, forward)
+    folder = tempfile.TemporaryDirectory(prefix="univigu-launch-")  # torchrun does not remove one that it makes
     try:
         options = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
         if not (options.no_python or options.run_path):
@@ -51,21 +51,22 @@ def launch(arguments: Sequence[str]) -> int:
         options.log_dir = options.log_dir or folder.name
         run.run(options)
     except ChildFailedError as error:
-        return exit_code((failure.exitcode for failure in error.failures.values()), bool(told))
+        return exit_code((failure.exitcode for failure in error.failures.values()), bool(received))
     finally:
         folder.cleanup()
     return 0
 
 
-def exit_code(codes: Iterable[int], told: bool) -> int:
-    """The exit code that says what became of workers with these `codes` (below zero: the signal that ended them).
+def exit_code(codes: Iterable[int], terminated: bool) -> int:
+    """One exit code for workers with these `codes` (negative: the signal that ended them).
 
-    A worker's own word counts for more than a signal: torchrun sends one to the rest as soon as the first has ended.
+    terminated: whether the launcher received SIGTERM. A worker's own code has precedence over a signal, because
+    torchrun signals the other workers as soon as the first one has ended.
     """
     ended = set(codes)
-    if STOPPED in ended or (told and ended == {-signal.SIGTERM}):
+    if STOPPED in ended or (terminated and ended == {-signal.SIGTERM}):
         return STOPPED
-    return max(ended) if max(ended) > 0 else 128 - min(ended)  # a traceback's 1 says less than the code of an error
+    return max(ended) if max(ended) > 0 else 128 - min(ended)  # the largest, as 1 stands for any traceback
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Batches made ready in the background while the step before them computes."""
+"""Loading batches in the background while the previous step is computed."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from univigu.threads import side_threads
 from univigu.training.data import LatentDataset
 from univigu.training.sampler import SampleOrder
 
-STEPS_AHEAD = 2  # whose batches are in memory
-SHARDS_AHEAD = 64  # steps ahead whose shards are asked for
+STEPS_AHEAD = 2  # steps whose batches are in memory
+SHARDS_AHEAD = 64  # steps whose shards are requested ahead of their use
 
 MicroBatches = list[dict[str, Tensor]]
 
@@ -19,20 +19,20 @@ MicroBatches = list[dict[str, Tensor]]
 def load_ahead(
     dataset: LatentDataset, order: SampleOrder, steps: range, share: slice, micro_size: int
 ) -> Iterator[MicroBatches]:
-    """For each of `steps`, the micro-batches of one rank's `share` of its samples; in pinned memory beside a GPU.
+    """For each of `steps`, the micro-batches of one rank's `share` of its samples; in pinned memory if there is a GPU.
 
-    A thread is enough: reading rows from a mapped file and copying them holds no lock of the interpreter. What goes
-    wrong in it is raised here, at the step that it belongs to. Close the iterator to end the thread.
+    One thread is enough: reading and copying rows of a memory-mapped file releases the interpreter's lock. An error in
+    the thread is raised here, at the step that it belongs to. Close the iterator to end the thread.
     """
     pin = torch.cuda.is_available()
-    asked = steps.start
+    requested = steps.start  # the first step whose shards are not requested yet
 
     def prepare(step: int) -> MicroBatches:
-        nonlocal asked
-        for later in range(max(asked, step), min(step + SHARDS_AHEAD, steps.stop)):
+        nonlocal requested
+        for later in range(max(requested, step), min(step + SHARDS_AHEAD, steps.stop)):
             indices, _ = order.batch(later)
             dataset.shards.fetch_ahead({dataset.samples[i].shard for i in indices[share]})
-            asked = later + 1
+            requested = later + 1
         indices, epochs = (values[share] for values in order.batch(step))
         cuts = [slice(start, start + micro_size) for start in range(0, len(indices), micro_size)]
         batches = [dataset.batch(indices[cut], epochs[cut]) for cut in cuts]

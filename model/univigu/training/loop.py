@@ -1,9 +1,9 @@
-"""The training loop: one engine, one order of samples, and once in a while an evaluation, a checkpoint, a line.
+"""The training loop: one engine, one order of samples, and periodic evaluations and checkpoints.
 
-The same code runs as one process on a CPU and under torchrun on many GPUs. What a step computes depends on its number
+The same code runs as one process on a CPU and under torchrun on many GPUs. The result of a step depends on its number
 alone: the samples come from an endless order (`SampleOrder`), noise and tau from each sample's id and epoch, the
-learning rate from the step. So a run that was killed goes on from its checkpoint as if nothing had happened, and ends
-with the same weights, bit for bit on one process.
+learning rate from the step. So a killed run resumes from its checkpoint and ends with the same weights as a run without
+interruption; on one process they are equal bit for bit.
 """
 
 import math
@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
-from univigu.objective import TrainingObjective, evaluate_heldout
+from univigu.objective import TrainingObjective
 from univigu.threads import settle_threads
-from univigu.training.adapters import choose_what_learns, merge_lora
+from univigu.training.adapters import choose_trainable, merge_lora
 from univigu.training.checkpoints import load_checkpoint, save_checkpoint
 from univigu.training.data import LatentDataset
 from univigu.training.engine import (
@@ -34,6 +35,7 @@ from univigu.training.engine import (
     micro_batches,
     recompute_activations,
 )
+from univigu.training.heldout import heldout_scores
 from univigu.training.loader import MicroBatches, load_ahead
 from univigu.training.metrics import RECORDS, Curves, Evaluations, ProgressLine, StepSums, heldout_summary
 from univigu.training.optimizer_state import (
@@ -58,127 +60,169 @@ def train(
     report: Report = lambda step, metrics: None,
     sample: Callable[[int], None] = lambda step: None,
 ) -> SampleOrder:
-    """Train `objective` in place for `config.steps` steps, going on from the newest good checkpoint in `folder`.
+    """Train `objective` in place until step `config.steps`, resuming from the newest valid checkpoint in `folder`.
 
-    Rank 0 calls `report(step, metrics)` for each row, those before the checkpoint included, and leaves in `folder`:
-    ``curves.csv``, a row a step; ``heldout.json``, what the last `evaluate_heldout` said, and ``heldout.csv``, all of
-    them, a row a (step, bin).
-    All ranks call `sample(step)` every `config.samples_every` steps, with the weights that would be saved. Returns the
-    order that the samples came in. Raises `PreemptedError` after SIGTERM, with everything saved.
+    Rank 0 calls `report(step, metrics)` for each step, those before the checkpoint included, and writes the files of
+    `metrics` to `folder`. All ranks call `sample(step)` every `config.samples_every` steps, with the weights that would
+    be saved. Returns the order of the samples. Raises `PreemptedError` after SIGTERM, with all progress saved,
+    `ConfigError` for a checkpoint of another seed, and `CorruptDataError` where the loss is not finite.
     """
-    with _termination_flag() as told_to_stop:
+    with _termination_flag() as stop_requested:
+        # --- the engine, and where it resumes
         device = init_distributed()
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        choose_what_learns(objective.transformer, config.freeze, config.lora, config.seed)
-        if config.gradient_checkpointing:
-            recompute_activations(objective.transformer, config.gradient_checkpointing)
-        throughput = Throughput(objective, config, device)
+        choose_trainable(objective.transformer, config.freeze, config.lora, config.seed)
+        recompute_activations(objective.transformer, config.gradient_checkpointing)
+        throughput = Throughput(objective, config, device)  # counts weights, which ZeRO 3 partitions in `make_engine`
         frozen = frozen_weights(objective, config.precision)
-        engine = make_engine(objective, config, world_size)
+        engine = make_engine(objective, config, dist.get_world_size())
         order = sample_order(dataset, config)
-
-        records = [folder / name for name in RECORDS]
-        state = load_checkpoint(engine, folder / "checkpoints", records) or {"step": 0}
-        if state["step"] and state["seed"] != config.seed:
-            raise ConfigError(
-                f"The checkpoint in {folder} was begun with seed {state['seed']}; use that, or start afresh with "
-                "--restart."
-            )
-        first = state["step"]
-        steps = range(first + 1, config.steps + 1)
-        share, micro_size = rank_slice(config.batch_size, rank, world_size), micro_batches(config, world_size)[1]
-        if device.type == "cpu" and world_size == 1 and steps:
-            settle_threads(_look_at(objective, dataset, order, micro_size), folder / "threads.json")
-        curves = Curves(folder / "curves.csv", first)
-        evaluations = Evaluations(folder, first)
-        line = ProgressLine(first, config)
-        if first and rank == 0:
-            evaluations.write()
-            for step, row in curves.past():  # what was reported last may not have arrived before the run ended
-                report(step, row)
-            for scores in evaluations.all:
-                report(scores["step"], _heldout_figures(scores))
-            print(f"Going on after step {first} of {config.steps}.", file=sys.stderr)
-
-        def save(step: int) -> None:
-            position = step * config.batch_size
-            loop = {"seed": config.seed, "position": position, "epoch": position // len(dataset)}
-            save_checkpoint(engine, folder / "checkpoints", step, loop, records)
-
-        def look(step: int) -> None:
-            objective.eval()
-            if _is_due(step, config.heldout_every, config):
-                scores = heldout_scores(objective, heldout, micro_size, config.seed, device)
-                if rank == 0:
-                    evaluations.add(step, scores)
-                    report(step, _heldout_figures(scores))
-            if _is_due(step, config.samples_every, config):
-                sample(step)
-
+        run = _Run(engine, objective, dataset, heldout, config, folder, device, throughput, report, sample)
+        steps = range(run.resume() + 1, config.steps + 1)
+        if device.type == "cpu" and dist.get_world_size() == 1 and steps:
+            settle_threads(_trial_pass(objective, dataset, order, run.micro_size), folder / "threads.json")
         # pyrefly: ignore[bad-specialization]
-        with closing(load_ahead(dataset, order, steps, share, micro_size)) as batches:
+        with closing(load_ahead(dataset, order, steps, run.share, run.micro_size)) as batches:
             for step in steps:
+                # --- one step
                 started = time.monotonic()
                 micro = next(batches)
                 waited = time.monotonic() - started
-                row = run_step(engine, config, step, micro, device, told_to_stop)
+                row = run_step(engine, config, step, micro, device, stop_requested)
                 if row is None:
-                    if step - 1 > first and (step - 1) % config.checkpoint_every:
-                        save(step - 1)  # the weights are still those of the last whole step
-                    raise _preempted(step - 1, config)
-                if not math.isfinite(row["loss"]):
-                    raise CorruptDataError(
-                        f"The loss is {row['loss']} at step {step}; lower the learning rate, or check the latents."
-                    )
+                    raise run.interrupted(step - 1)
                 if config.ema_decay:
                     update_average(engine, step, config.ema_decay)
-                shape, context = micro[0]["latents"].shape[2:], micro[0]["prompt_embeds"].shape[1]
-                throughput.add(time.monotonic() - started, waited, shape, context)
-                if rank == 0:
-                    curves.add(step, row)
-                    report(step, {**row, **throughput.figures()})
-                    line.show(step, row, throughput.figures())
+                run.record(step, row, micro, time.monotonic() - started, waited)
 
-                # once in a while: look at what was held out, and at what the model makes
-                if _is_due(step, config.heldout_every, config) or _is_due(step, config.samples_every, config):
-                    with averaged_weights(engine):
-                        look(step)
+                # --- every `heldout_every` and `samples_every` steps: evaluate
+                run.evaluate(step)
 
-                # once in a while, and when told to stop: save
-                stop = _any_rank(told_to_stop(), device)
-                if step % config.checkpoint_every == 0 or step == config.steps or stop:
-                    save(step)
+                # --- every `checkpoint_every` steps, at the end, and on SIGTERM: save
+                stop = _any_rank(stop_requested(), device)
+                if stop or run.is_due(step, config.checkpoint_every):
+                    run.save(step)
                 if stop and step < config.steps:
                     raise _preempted(step, config)
+
+        # --- the trained weights, whole, on rank 0
         swap_average(engine)
         gather_weights(engine, objective, frozen)
-        dist.barrier()  # a rank that left now might take along what another is still reading from it
-        if rank == 0:
+        dist.barrier()  # a rank that leaves now may close connections that another one still reads from
+        if dist.get_rank() == 0:
             merge_lora(objective.transformer)
         return order
 
 
-def _look_at(
+@dataclass
+class _Run:
+    """What `train` does around its steps: resume, record, evaluate and save."""
+
+    engine: Any
+    objective: TrainingObjective
+    dataset: LatentDataset
+    heldout: LatentDataset
+    config: TrainingConfig
+    folder: Path
+    device: torch.device
+    throughput: Throughput
+    report: Report
+    sample: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        world_size = dist.get_world_size()
+        self.is_main = dist.get_rank() == 0
+        self.share = rank_slice(self.config.batch_size, dist.get_rank(), world_size)
+        self.micro_size = micro_batches(self.config, world_size)[1]
+        self.records = [self.folder / name for name in RECORDS]
+        self.first = 0
+
+    def resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one, and its records; returns its step, or 0."""
+        state = load_checkpoint(self.engine, self.folder / "checkpoints", self.records) or {"step": 0}
+        if state["step"] and state["seed"] != self.config.seed:
+            raise ConfigError(
+                f"The checkpoint in {self.folder} was trained with seed {state['seed']}; use that seed, or start again "
+                "with --restart."
+            )
+        self.first = first = state["step"]
+        self.curves = Curves(self.folder / "curves.csv", first)
+        self.evaluations = Evaluations(self.folder, first)
+        self.line = ProgressLine(first, self.config)
+        if first and self.is_main:
+            self.evaluations.write()
+            for step, row in self.curves.past():  # the last reports before a kill may not have arrived
+                self.report(step, row)
+            for scores in self.evaluations.all:
+                self.report(scores["step"], _heldout_metrics(scores))
+            print(f"Resuming after step {first} of {self.config.steps}.", file=sys.stderr)
+        return first
+
+    def record(self, step: int, row: Mapping[str, float], micro: MicroBatches, seconds: float, waited: float) -> None:
+        """Write and report a step's metrics; `seconds` is its duration, of which it `waited` for its batch."""
+        if not math.isfinite(row["loss"]):
+            raise CorruptDataError(
+                f"The loss is {row['loss']} at step {step}; lower the learning rate, or check the latents."
+            )
+        shape, context = micro[0]["latents"].shape[2:], micro[0]["prompt_embeds"].shape[1]
+        self.throughput.add(seconds, waited, shape, context)
+        if self.is_main:
+            self.curves.add(step, row)
+            self.report(step, {**row, **self.throughput.figures()})
+            self.line.show(step, row, self.throughput.figures())
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate on held-out samples and draw samples, where either is due, with the weights that would be saved."""
+        scoring = self.is_due(step, self.config.heldout_every)
+        sampling = self.is_due(step, self.config.samples_every)
+        if not (scoring or sampling):
+            return
+        with averaged_weights(self.engine):
+            self.objective.eval()
+            if scoring:
+                scores = heldout_scores(self.objective, self.heldout, self.micro_size, self.config.seed, self.device)
+                if self.is_main:
+                    self.evaluations.add(step, scores)
+                    self.report(step, _heldout_metrics(scores))
+            if sampling:
+                self.sample(step)
+
+    def is_due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint of `step`. All ranks must call this."""
+        position = step * self.config.batch_size
+        loop = {"seed": self.config.seed, "position": position, "epoch": position // len(self.dataset)}
+        save_checkpoint(self.engine, self.folder / "checkpoints", step, loop, self.records)
+
+    def interrupted(self, step: int) -> PreemptedError:
+        """Save `step`, the last complete one: the weights have not changed since. Returns the error to raise."""
+        if step > self.first and step % self.config.checkpoint_every:  # otherwise its checkpoint exists
+            self.save(step)
+        return _preempted(step, self.config)
+
+
+def _trial_pass(
     objective: TrainingObjective, dataset: LatentDataset, order: SampleOrder, micro_size: int
 ) -> Callable[[], object]:
-    """A forward pass of the first micro-batch that leaves nothing behind, to be timed."""
-    read: list[dict[str, torch.Tensor]] = []
+    """A forward pass over the first micro-batch, for timing; it changes nothing."""
+    batch: list[dict[str, torch.Tensor]] = []
 
-    def look() -> object:
-        if not read:
-            read.append(dataset.batch(*(values[:micro_size] for values in order.batch(1))))
+    def run() -> object:
+        if not batch:
+            batch.append(dataset.batch(*(values[:micro_size] for values in order.batch(1))))
         with torch.no_grad():
-            return objective(read[0], 1)
+            return objective(batch[0], 1)
 
-    return look
+    return run
 
 
-def _heldout_figures(scores: Mapping[str, Any]) -> dict[str, float]:
+def _heldout_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
     return {f"heldout_{name}": value for name, value in heldout_summary(scores).items()}
 
 
 def sample_order(dataset: LatentDataset, config: TrainingConfig) -> SampleOrder:
-    """The order in which a run with this configuration meets the samples."""
+    """The order of the samples in a run with this configuration."""
     samples = dataset.samples
     shards = [str(sample.shard) for sample in samples] if config.shuffle_shards else []
     return SampleOrder(
@@ -192,7 +236,7 @@ def run_step(
     step: int,
     micro: MicroBatches,
     device: torch.device,
-    told_to_stop: Callable[[], bool],
+    stop_requested: Callable[[], bool],
 ) -> dict[str, float] | None:
     """One step; returns its metrics over all ranks, or None where they agreed to stop before its last micro-batch."""
     rate = learning_rate(step, config)
@@ -207,7 +251,7 @@ def run_step(
         if number == len(micro):
             grad_norm = clip_gradients(engine, config)
         engine.step()
-        if _any_rank(told_to_stop(), device) and number < len(micro):
+        if _any_rank(stop_requested(), device) and number < len(micro):
             return None
     row = sums.means(device)
     row["grad_norm"] = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
@@ -215,97 +259,36 @@ def run_step(
     return row
 
 
-def heldout_scores(
-    objective: TrainingObjective, heldout: LatentDataset, batch_size: int, seed: int, device: torch.device
-) -> dict[str, Any]:
-    """`evaluate_heldout` on all of `heldout`, shared out over the processes; all get the whole result."""
-    buckets: dict[tuple[int, ...], list[int]] = {}
-    for index, sample in enumerate(heldout.samples):
-        buckets.setdefault(sample.bucket, []).append(index)
-    scores = []
-    for _, indices in sorted(buckets.items()):
-        gathered = _bucket_scores(objective, heldout, indices, batch_size, seed, device)
-        scores.append(_weighted_mean(gathered) | {"samples": len(indices)})
-    return _weighted_mean(scores)
-
-
-def _bucket_scores(
-    objective: TrainingObjective,
-    heldout: LatentDataset,
-    indices: Sequence[int],
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-) -> list[Any]:
-    """What each process found on its part of samples of one size; of too few samples, each takes all."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = torch.tensor(indices)
-    if len(indices) >= world_size:
-        mine = mine[rank::world_size]
-    # every process goes through equally many batches: under ZeRO 3 they gather each other's weights in step
-    count = max(1, math.ceil(math.ceil(len(indices) / world_size) / batch_size))
-    parts = [part.tolist() for part in mine.tensor_split(count) if len(part)]
-
-    def evaluate(parts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        batches = (heldout.batch(part, [0] * len(part)) for part in parts)
-        moved = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
-        return evaluate_heldout(objective.transformer, moved, seed)
-
-    scores = evaluate(parts)
-    if count > len(parts):
-        evaluate([indices[:1]] * (count - len(parts)))
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, scores)
-    return gathered
-
-
-def _is_due(step: int, every: int, config: TrainingConfig) -> bool:
-    return every > 0 and (step % every == 0 or step == config.steps)
-
-
 def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; a rank that stopped alone would leave the others waiting for it."""
     if dist.get_world_size() == 1:
         return flag
-    told = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return bool(told.item())
-
-
-def _weighted_mean(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    total = sum(part["samples"] for part in scores)
-    share = [part["samples"] / total for part in scores]
-
-    def mean(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], list):
-            return [mean(entries) for entries in zip(*values, strict=True)]
-        return sum(value * weight for value, weight in zip(values, share, strict=True))
-
-    names = [name for name in scores[0] if name not in ("tau", "samples")]
-    means = {name: mean([part[name] for part in scores]) for name in names}
-    return {"tau": scores[0]["tau"], **means, "samples": total}
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 @contextmanager
 def _termination_flag() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM instead of dying of it; the loop asks when it can stop cleanly."""
-    signals: list[int] = []  # an Event has a lock, at which a second signal would wait for the first for ever
+    """Catch SIGTERM within the block; yields a function that tells whether it was received."""
+    signals: list[int] = []  # not an Event: its lock would deadlock if a second signal arrived while it is set
 
-    def told() -> bool:
+    def received() -> bool:
         return bool(signals)
 
     if threading.current_thread() is not threading.main_thread():
-        yield told  # signals can't be caught here; whoever owns the main thread decides
+        yield received  # only the main thread can catch signals, so its owner decides
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
-        yield told
+        yield received
     finally:
-        # under torchrun the rest get another as soon as one rank has left, and rank 0 may have more to write down
-        if not (told() and dist.is_initialized() and dist.get_world_size() > 1):
+        # torchrun sends the other ranks a second SIGTERM when the first rank has exited; rank 0 may still be writing
+        if not (received() and dist.is_initialized() and dist.get_world_size() > 1):
             signal.signal(signal.SIGTERM, before)
 
 
 def _preempted(step: int, config: TrainingConfig) -> PreemptedError:
     return PreemptedError(
-        f"Training was told to stop and saved step {step} of {config.steps}; run the same command to go on."
+        f"Training received SIGTERM and saved step {step} of {config.steps}; run the same command to resume."
     )

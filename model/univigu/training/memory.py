@@ -1,8 +1,9 @@
-"""How much memory a training step needs on one GPU, part by part, before there is a GPU to ask.
+"""The memory of a training step on one GPU, part by part, computed without a GPU.
 
-Weights, gradients and the optimizer's state follow from counts of parameters and from how DeepSpeed shares them out
-(ZeRO, arXiv 1910.02054). Activations are no formula: a training step of the very model runs on fake tensors, which have
-shapes and no memory, which count what is alive, at two depths; blocks are alike, so the rest is a straight line.
+Weights, gradients and optimizer state follow from the number of parameters and from how DeepSpeed partitions them
+(ZeRO, arXiv 1910.02054). For activations there is no formula: a training step of the model itself runs on fake tensors,
+which have shapes but no memory, and a dispatch mode counts the bytes that are alive. This is done at two depths. All
+blocks are alike, so memory is linear in the depth, and the real depth is extrapolated.
 """
 
 import json
@@ -23,7 +24,7 @@ from univigu.objective import TASKS, ObjectiveConfig, Samples, predict_joint, pr
 from univigu.transformer import UniViGUTransformer3DModel
 
 BYTES = {"fp32": 4, "bf16": 2}
-COSTLIEST = ("understand", "joint")  # of the tasks of each attention policy
+COSTLIEST = ("understand", "joint")  # the task with the most memory, for each attention policy
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # DeepSpeed's defaults, counted in elements: reduce_bucket_size, stage3_max_live_parameters, prefetch_bucket_size
 REDUCE_BUCKET, MAX_LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
@@ -45,20 +46,20 @@ def memory_needed(
     trainable_parameters: int | None = None,
     ema: bool = False,
 ) -> dict[str, int]:
-    """Bytes on one GPU at the peak of a step, by part; ``config`` is the transformer's, tokens are those of a sample.
+    """Bytes on one GPU at the peak of a step, by part; ``config`` is the transformer's, token counts are per sample.
 
-    ``parameters``; ``gradients``; ``optimizer`` (fp32 weights, both moments and, with ``ema``, the average, shared out
-    like them; an offloaded one takes nothing here); ``activations`` (what the forward pass leaves for the backward
-    pass, under the costlier of the two attention policies); ``workspace`` (what the backward pass, DeepSpeed's buckets
-    and gathered weights take on top at the worst moment); ``total``. ``trainable_parameters`` is their number, by
-    default all; activations are counted as if all were trained. Left out: the CUDA context (it isn't in what
-    ``torch.cuda.mem_get_info`` calls free) and what the allocator loses to fragmentation.
+    The parts: ``parameters``; ``gradients``; ``optimizer`` (fp32 weights, both moments and, with ``ema``, the average,
+    all partitioned alike; nothing if offloaded); ``activations`` (kept by the forward pass for the backward pass, under
+    the costlier attention policy); ``workspace`` (what the backward pass, DeepSpeed's buckets and gathered weights need
+    in addition at the worst moment); ``total``. ``trainable_parameters`` is their number, by default all; activations
+    are counted as if all were trained. Not included: the CUDA context (``torch.cuda.mem_get_info`` doesn't count it as
+    free) and fragmentation of the allocator. Raises ConfigError for an unknown ZeRO stage or precision.
     """
     if zero_stage not in (0, 1, 2, 3) or precision not in BYTES:
-        raise ConfigError(f"There is no ZeRO stage {zero_stage} in {precision}; use 0 to 3, and fp32 or bf16.")
+        raise ConfigError(f"Unknown ZeRO stage {zero_stage} or precision {precision}; use 0 to 3, and fp32 or bf16.")
     size = BYTES[precision]
     states, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
-    moved = _moved(zero_stage, offload_optimizer, offload_parameters)
+    offloaded = _offloaded(zero_stage, offload_optimizer, offload_parameters)
     activations, backward = _measured(
         _key(config), video_tokens, text_tokens, context_tokens, micro_batch_size, precision, gradient_checkpointing
     )
@@ -66,9 +67,9 @@ def memory_needed(
     bucket = REDUCE_BUCKET * size if world_size > 1 or zero_stage else 0
     upcast = 0 if offload_optimizer else upcast
     parts = {
-        **{part: 0 if part in moved else states[part] for part in states},
+        **{part: 0 if part in offloaded else states[part] for part in states},
         "activations": activations,
-        # when AdamW steps, the activations are gone
+        # two peaks: the backward pass, and AdamW's step, by which time the activations are freed
         "workspace": max(backward + bucket + gathered, upcast + bucket - activations),
     }
     return {**parts, "total": sum(parts.values())}
@@ -85,14 +86,14 @@ def offloaded_memory(
     trainable_parameters: int | None = None,
     ema: bool = False,
 ) -> dict[str, int]:
-    """Bytes of the CPU's memory that a process takes for what is offloaded: the parts that `memory_needed` leaves out.
+    """Bytes of CPU memory that a process needs for what is offloaded: the parts that `memory_needed` leaves out.
 
-    ``gradients`` are the fp32 ones that AdamW reads, with a buffer in the model's own precision: of its gradients (ZeRO
-    3), or of its new weights on their way to the GPU (1 and 2).
+    ``gradients`` are the fp32 gradients that AdamW reads, and a buffer in the model's own precision, for its gradients
+    (ZeRO 3) or for its new weights on their way to the GPU (ZeRO 1 and 2).
     """
     states, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
-    moved = _moved(zero_stage, offload_optimizer, offload_parameters)
-    parts = {part: states[part] if part in moved else 0 for part in states}
+    offloaded = _offloaded(zero_stage, offload_optimizer, offload_parameters)
+    parts = {part: states[part] if part in offloaded else 0 for part in states}
     parts["gradients"] = upcast + upcast // 4 * BYTES[precision] if offload_optimizer else 0
     return parts
 
@@ -100,38 +101,38 @@ def offloaded_memory(
 def _model_states(
     config: Mapping[str, Any], world_size: int, zero_stage: int, precision: str, trained: int | None, ema: bool
 ) -> tuple[dict[str, int], int]:
-    """Bytes of one process's weights, gradients and optimizer state, and of the fp32 gradients that AdamW reads."""
+    """Bytes of a process's weights, gradients and optimizer state, and of the fp32 gradients that AdamW reads."""
     size, parameters = BYTES[precision], parameter_count(config)
     trained = parameters if trained is None else trained
     stepped = math.ceil(trained / world_size) if zero_stage else trained
     held = parameters if zero_stage < 3 else math.ceil(parameters / world_size)
     graded = trained if zero_stage < 2 else stepped
-    # ZeRO keeps fp32 weights beside the model's own, whatever its precision; plain training does not
+    # 4 bytes for each moment, and 4 for ZeRO's fp32 weights, which it keeps even beside a model in fp32
     kept = (12 if zero_stage else 8) + (4 if ema else 0)
     states = {"parameters": held * size, "gradients": graded * size, "optimizer": kept * stepped}
     return states, 4 * stepped if zero_stage else 0
 
 
-def _moved(zero_stage: int, offload_optimizer: bool, offload_parameters: bool) -> set[str]:
-    """The parts that lie in the CPU's memory."""
-    moved = {
+def _offloaded(zero_stage: int, offload_optimizer: bool, offload_parameters: bool) -> set[str]:
+    """The parts that are in CPU memory."""
+    offloaded = {
         "parameters": offload_parameters and zero_stage == 3,
         "gradients": offload_optimizer and zero_stage > 1,
         "optimizer": offload_optimizer,
     }
-    return {part for part, is_moved in moved.items() if is_moved}
+    return {part for part, is_moved in offloaded.items() if is_moved}
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
-    """How many parameters a transformer of this ``config`` has."""
+    """The number of parameters of a transformer with this ``config``."""
     # pyrefly: ignore[bad-argument-count]
-    return _line(*(_parameters(_key(config), depth) for depth in (1, 2)), 1, config["num_layers"])
+    return _extrapolate(*(_parameters(_key(config), depth) for depth in (1, 2)), 1, config["num_layers"])
 
 
 def training_loss_on_fakes(
     model: UniViGUTransformer3DModel, task: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
 ) -> torch.Tensor:
-    """The loss of samples of one of `TASKS`, for tensors that hold nothing: latents of shape (B, C, T, H, W).
+    """The loss of one of `TASKS` on tensors without data; ``latents`` is their shape (B, C, T, H, W).
 
     Call it where ``torch.zeros`` makes fake or meta tensors.
     """
@@ -164,7 +165,10 @@ def training_loss_on_fakes(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it: how many are alive ``now``, and the ``peak``."""
+    """Counts the bytes of tensors that are created within it: those alive ``now``, and the ``peak``.
+
+    It counts storages, not tensors, because views share their storage; a storage's finalizer reports when it is freed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,10 +179,10 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
+                self._count(tensor.untyped_storage())
         return out
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._seen:
             self._seen[storage] = None
             self.now += storage.nbytes()
@@ -186,7 +190,7 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Don't count these, which were there before."""
+        """Don't count these tensors, which existed before."""
         for tensor in tensors:
             self._seen[tensor.untyped_storage()] = None
 
@@ -197,10 +201,7 @@ class LiveBytes(TorchDispatchMode):
 def tracked_step(
     model: UniViGUTransformer3DModel, task: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
 ) -> tuple[int, int]:
-    """Bytes that one training step keeps from its forward pass, and the most it holds at any moment.
-
-    Weights and their gradients are left out of both.
-    """
+    """Bytes that one training step keeps after its forward pass, and its peak; both without weights and gradients."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with LiveBytes() as memory:
@@ -212,11 +213,14 @@ def tracked_step(
 
 
 def latent_size(config: Mapping[str, Any], video_tokens: int, text_tokens: int) -> tuple[int, int, int]:
-    """(T, H, W) of latents of at least ``video_tokens`` patches, as few more as will fit the rotary tables."""
+    """(T, H, W) of one-frame latents with ``video_tokens`` patches, or the next number that the rotary tables allow.
+
+    Memory depends on the number of tokens, not on their arrangement. Raises BadInputError where they don't fit.
+    """
     limit = config["rope_max_seq_len"] - text_tokens
     if not 1 <= video_tokens <= limit**2:
         raise BadInputError(
-            f"{video_tokens} video tokens beside {text_tokens} of text don't fit the model's rotary tables; choose a"
+            f"{video_tokens} video tokens and {text_tokens} text tokens don't fit the model's rotary tables; choose a"
             " smaller video."
         )
     tokens = video_tokens
@@ -232,16 +236,16 @@ def latent_size(config: Mapping[str, Any], video_tokens: int, text_tokens: int) 
 def _measured(
     key: str, video: int, text: int, context: int, batch: int, precision: str, checkpointing: bool
 ) -> tuple[int, int]:
-    """Activations kept, and what the backward pass needs on top, of the costlier policy (bytes)."""
+    """Bytes of kept activations, and of what the backward pass needs in addition, under the costlier policy."""
     config = json.loads(key)
     latents = (batch, config["in_channels"], *latent_size(config, video, text))
     found = []
     for task in COSTLIEST:
-        # not from a depth of 1: the last block under ``prefix`` is cut short
+        # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)
         (kept, peak), (deeper, _) = (
             _on_fakes(config, depth, task, latents, text, context, precision, checkpointing) for depth in (2, 3)
         )
-        found.append((_line(kept, deeper, 2, config["num_layers"]), peak - kept))
+        found.append((_extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
     return max(found, key=sum)
 
 
@@ -257,7 +261,8 @@ def _on_fakes(
 ) -> tuple[int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # fake tensors of the CPU: there, as on a GPU, attention keeps no matrix of scores; on `meta` it would
+    # Fake CPU tensors, not meta tensors: on `meta`, attention falls back to a form that keeps the matrix of scores,
+    # which neither a CPU nor a GPU does.
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = _build(config, depth, DTYPES[precision])
         if checkpointing:
@@ -268,7 +273,7 @@ def _on_fakes(
 def _build(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGUTransformer3DModel:
     """The model cut to ``depth`` blocks, all of it in ``dtype``, as DeepSpeed casts it."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a cast of fake parameters is refused
+    torch.set_default_dtype(dtype)  # fake parameters can't be cast afterwards
     try:
         return UniViGUTransformer3DModel.from_config({**config, "num_layers": depth})
     finally:
@@ -282,13 +287,13 @@ def _parameters(key: str, depth: int) -> int:
 
 
 def _key(config: Mapping[str, Any]) -> str:
-    """A config as a key to remember results by: what a block is made of, and how many there are."""
+    """The transformer's arguments in a config as a hashable key for `cache`."""
     known = UniViGUTransformer3DModel._get_init_keys(UniViGUTransformer3DModel) - {"self"}
     return json.dumps({name: config[name] for name in sorted(known & set(config))})
 
 
-def _line(first: int, second: int, depth: int, wanted: int) -> int:
-    """What stands at ``wanted`` blocks when it is ``first`` at ``depth`` and ``second`` at one more."""
+def _extrapolate(first: int, second: int, depth: int, wanted: int) -> int:
+    """Linear extrapolation to ``wanted`` blocks from ``first`` at ``depth`` blocks and ``second`` at one more."""
     return first + (wanted - depth) * (second - first)
 
 

@@ -1,4 +1,4 @@
-"""Whether a run fits into the memory there is, before anything is loaded."""
+"""Check that a run fits into memory, before anything is loaded."""
 
 import os
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ def needed_memory(
     video_tokens: int,
     context_tokens: int,
     world_size: int,
-    learning: int | None = None,
+    trainable: int | None = None,
 ) -> dict[str, int]:
     """`memory_needed` of a training configuration: bytes on one GPU, by part.
 
-    transformer: the model's config. learning: how many of its parameters learn; None: all.
+    transformer: the model's config. trainable: the number of parameters that are trained; None: all.
     """
     from univigu.training.memory import memory_needed
 
@@ -33,24 +33,24 @@ def needed_memory(
             context_tokens=context_tokens,
             micro_batch_size=micro_batches(config, world_size)[1],
             gradient_checkpointing=recompute,
-            **_shares(config, world_size, learning),
+            **_shares(config, world_size, trainable),
         )
 
     every = int(config.gradient_checkpointing)
     if every <= 1:
         return needed(bool(every))
-    least, most = needed(True), needed(False)  # every k-th block forgets its activations, the others keep theirs
+    least, most = needed(True), needed(False)  # every k-th block recomputes its activations, the others keep theirs
     return {part: least[part] + (most[part] - least[part]) * (every - 1) // every for part in least}
 
 
-def count_learning(transformer: Mapping[str, Any], config: TrainingConfig) -> int:
-    """How many parameters learn, adapters included, of a model whose config `transformer` is."""
-    from univigu.training.adapters import choose_what_learns
+def count_trainable(transformer: Mapping[str, Any], config: TrainingConfig) -> int:
+    """The number of trained parameters, adapters included, of a model with the config `transformer`."""
+    from univigu.training.adapters import choose_trainable
     from univigu.transformer import UniViGUTransformer3DModel
 
     with torch.device("meta"):
         model = UniViGUTransformer3DModel.from_config(transformer)
-        choose_what_learns(model, config.freeze, config.lora, config.seed)
+        choose_trainable(model, config.freeze, config.lora, config.seed)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -60,50 +60,50 @@ def needed_host_memory(
     *,
     world_size: int,
     processes: int,
-    learning: int | None = None,
+    trainable: int | None = None,
 ) -> dict[str, int]:
-    """Bytes of a machine's own memory, by part, for what its `processes` offload, and ``weights``: rank 0's in fp32.
+    """Bytes of a machine's own memory, by part, for what its `processes` offload; ``weights`` are rank 0's in fp32.
 
-    Rank 0 reads all of them, has all of them back in the end, and keeps those that don't learn meanwhile (bf16).
+    Rank 0 loads all weights, gathers all of them at the end, and in bf16 keeps those that are not trained in between.
     """
     from univigu.training.memory import offloaded_memory, parameter_count
 
-    offloaded = offloaded_memory(transformer, **_shares(config, world_size, learning))
+    offloaded = offloaded_memory(transformer, **_shares(config, world_size, trainable))
     count = parameter_count(transformer)
-    frozen = max(count - learning, 0) if learning is not None and config.precision == "bf16" else 0
+    frozen = max(count - trainable, 0) if trainable is not None and config.precision == "bf16" else 0
     parts = {**{part: size * processes for part, size in offloaded.items()}, "weights": 4 * (count + frozen)}
     return {**parts, "total": sum(parts.values())}
 
 
-def _shares(config: TrainingConfig, world_size: int, learning: int | None) -> dict[str, Any]:
-    """What says, to `memory_needed` and `offloaded_memory`, who holds which part of weights, gradients and states."""
+def _shares(config: TrainingConfig, world_size: int, trainable: int | None) -> dict[str, Any]:
+    """The arguments of `memory_needed` and `offloaded_memory` that say how the model's states are partitioned."""
     return {
         "world_size": world_size,
         "zero_stage": config.zero_stage,
         "precision": config.precision,
         "offload_optimizer": "optimizer" in config.offload,
         "offload_parameters": "parameters" in config.offload,
-        "trainable_parameters": learning,
+        "trainable_parameters": trainable,
         "ema": config.ema_decay > 0,
     }
 
 
 def free_memory() -> int:
-    """Bytes that this process may use: of its GPU, or of the machine where there is none."""
+    """Free bytes of this process's GPU, or of the machine where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
     return free_host_memory()
 
 
 def free_host_memory() -> int:
-    """Bytes of the machine's own memory that may be used."""
+    """Free bytes of the machine's own memory."""
     import psutil
 
     return psutil.virtual_memory().available
 
 
-def require_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -> None:
-    """Raises `ConfigError` where a run needs more than there is, with what takes it and what would help."""
+def require_memory(needed: Mapping[str, int], free: int, config: TrainingConfig) -> None:
+    """Raise `ConfigError` where a run needs more memory than is free; the message says what needs it and what helps."""
     if needed["total"] <= free:
         return
     help_with = []
@@ -118,13 +118,13 @@ def require_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -
     if config.lora is None:
         help_with.append("lora: {rank: 32}")
     raise ConfigError(
-        f"Training needs {_gib(needed['total'])} GiB a process, and {_gib(free)} are free ({_largest_first(needed)}); "
-        f"set {', or '.join(help_with) or 'smaller clips'}."
+        f"Training needs {_gib(needed['total'])} GiB per process, and {_gib(free)} are free "
+        f"({_largest_first(needed)}); set {', or '.join(help_with) or 'smaller clips'}."
     )
 
 
-def require_host_room(needed: Mapping[str, int], free: int, config: TrainingConfig) -> None:
-    """Raises `ConfigError`, like `require_room`, where a machine's processes need more of its own memory than there is.
+def require_host_memory(needed: Mapping[str, int], free: int, config: TrainingConfig) -> None:
+    """Raise `ConfigError`, like `require_memory`, where a machine's processes need more of its own memory than is free.
 
     ``needed``: see `needed_host_memory`.
     """

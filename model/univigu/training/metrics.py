@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: curves, held-out evaluations, a line every few seconds."""
+"""Records of a training run: curves, held-out evaluations, and a progress line every few seconds."""
 
 import csv
 import io
@@ -18,9 +18,9 @@ from univigu.files import read_json, replaced, write_json
 from univigu.training.engine import TrainingConfig
 
 LINE_EVERY_S = 5.0
-# What a checkpoint keeps a copy of; other files of a run are made from these.
+# The files that each checkpoint has a copy of; the run's other files are made from these.
 RECORDS = ("curves.csv", "evaluations.json", "threads.json")
-_MEAN_OVER = {  # what each part of the loss is a mean over, where not over all samples
+_MEAN_OVER = {  # the number of samples behind each mean, where it is not that of all samples
     "video_mse": "video_samples",
     "text_mse": "text_samples",
     "text_ce": "text_samples",
@@ -29,7 +29,7 @@ _MEAN_OVER = {  # what each part of the loss is a mean over, where not over all 
 
 
 class StepSums:
-    """A step's metrics, summed over micro-batches and processes: each is a mean over the samples that have it."""
+    """A step's metrics over micro-batches and processes: each is a mean over the samples that have this metric."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -53,7 +53,7 @@ class StepSums:
 
 
 class Curves:
-    """A CSV of (step, metric, ...), appended row by row; rows after the resumed step are forgotten."""
+    """A CSV with one row of metrics per step, appended row by row; rows after the resumed step are dropped."""
 
     FIELDS = ("step", "loss", *_MEAN_OVER, "grad_norm", "learning_rate")
 
@@ -67,7 +67,7 @@ class Curves:
             self._write(stream, [{"step": step, **{name: f"{row[name]:.6g}" for name in self.FIELDS if name in row}}])
 
     def past(self) -> list[tuple[int, dict[str, float]]]:
-        """Each step before the resumed one, with its metrics."""
+        """Each step up to the resumed one, with its metrics."""
         return [
             (int(row["step"]), {name: float(value) for name, value in row.items() if name != "step" and value})
             for row in self._kept()
@@ -77,7 +77,7 @@ class Curves:
         return [row for row in _read_rows(self.path) if int(row["step"]) <= self.resumed] if self.resumed else []
 
     def _begin(self) -> None:
-        """Write what was before the first step of this run, at once: a run that is killed here loses none of it."""
+        """Replace the file atomically by the rows up to the resumed step: a kill at this point loses none of them."""
         kept = self._kept()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
@@ -91,7 +91,7 @@ class Curves:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV of `Curves`; a last one that a kill cut off is left out."""
+    """The rows of a CSV of `Curves`, without a last row that was cut off by a kill."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
@@ -101,8 +101,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 class Evaluations:
-    """What the held-out evaluations said: ``evaluations.json`` all of it, ``heldout.json`` the newest, and
-    ``heldout.csv`` a row a (step, bin of tau). Those from after the resumed step are forgotten."""
+    """The results of held-out evaluations: ``evaluations.json`` has all, ``heldout.json`` the newest, ``heldout.csv``
+    one row per (step, bin of tau). Those after the resumed step are dropped."""
 
     def __init__(self, folder: Path, resumed: int) -> None:
         self.folder = folder
@@ -115,7 +115,7 @@ class Evaluations:
         self.write()
 
     def write(self) -> None:
-        """Write all three files anew; nothing where there was no evaluation yet."""
+        """Write all three files; nothing where there was no evaluation yet."""
         if not self.all:
             return
         write_json(self.folder / "evaluations.json", self.all)
@@ -132,7 +132,7 @@ class Evaluations:
 
 
 def heldout_summary(scores: Mapping[str, Any]) -> dict[str, float]:
-    """One number for each held-out metric: the mean over bins of tau."""
+    """One number per held-out metric: the mean over bins of tau."""
     means = {
         name: sum(value) / len(value) for name, value in scores.items() if isinstance(value, list) and name != "tau"
     }
@@ -140,7 +140,7 @@ def heldout_summary(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 class ProgressLine:
-    """One line every few seconds: where training stands, how fast it is, when it will be done."""
+    """One line every few seconds: the step, its metrics, the speed and the remaining time."""
 
     def __init__(self, first: int, config: TrainingConfig) -> None:
         self.first, self.config = first, config
@@ -148,7 +148,7 @@ class ProgressLine:
         self.shown = -math.inf
 
     def show(self, step: int, row: Mapping[str, float], figures: Mapping[str, float]) -> None:
-        """`figures`: `Throughput.figures`. What is left is by the clock, evaluations and checkpoints included."""
+        """`figures`: `Throughput.figures`. The remaining time includes evaluations and checkpoints."""
         now = time.monotonic()
         if now - self.shown < LINE_EVERY_S and step < self.config.steps:
             return

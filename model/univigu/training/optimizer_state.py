@@ -1,4 +1,4 @@
-"""What a run goes on from, wherever ZeRO keeps it: fp32 weights, AdamW's moments, the average of the weights."""
+"""The state that a run resumes from, wherever ZeRO keeps it: fp32 weights, AdamW's moments, averaged weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,19 +10,22 @@ from torch import Tensor, nn
 
 from univigu.errors import ConfigError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, besides the number of steps
-AVERAGE = "average"  # the running average of the parameter, when there is one
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides the number of steps
+AVERAGE = "average"  # the running average of the parameter, if there is one
 
 
 def frozen_weights(objective: nn.Module, precision: str) -> dict[str, Tensor]:
-    """The fp32 weights that don't learn, on rank 0, where training would leave nothing but their bf16."""
+    """The fp32 weights that are not trained, on rank 0; empty for fp32, because only bf16 would round them."""
     if precision == "fp32" or dist.get_rank():
         return {}
     return {n: p.detach().cpu().clone() for n, p in objective.named_parameters() if not p.requires_grad}
 
 
 def gather_weights(engine: Any, objective: nn.Module, frozen: Mapping[str, Tensor]) -> None:
-    """Put the whole fp32 weights back into `objective` on rank 0, wherever ZeRO and bf16 had left them."""
+    """Write the whole fp32 weights, wherever ZeRO keeps them, back into `objective` on rank 0.
+
+    All ranks must call this.
+    """
     for name, parameter in objective.named_parameters():
         full = _read(engine, parameter, None)
         if dist.get_rank() == 0:
@@ -30,10 +33,10 @@ def gather_weights(engine: Any, objective: nn.Module, frozen: Mapping[str, Tenso
 
 
 def read_state(engine: Any) -> dict[str, Tensor]:
-    """This rank's share of what training goes on from: whole fp32 tensors on the CPU, as ``name`` and ``name.moment``.
+    """This rank's share of the training state: whole fp32 tensors on the CPU, named ``name`` and ``name.moment``.
 
-    Ranks take turns, parameter by parameter, so all of them must call this, after a step. Nothing in it depends on how
-    many ranks there are, nor on the stage of ZeRO.
+    All ranks must call this, after a step: each tensor is gathered from all of them, and kept by one in turn. All
+    shares together depend neither on the number of ranks nor on the ZeRO stage.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     state = {}
@@ -46,9 +49,9 @@ def read_state(engine: Any) -> dict[str, Tensor]:
 
 
 def write_state(engine: Any, step: int, tensor: Callable[[str], Tensor]) -> None:
-    """Bring the engine to where `read_state` found one after `step`.
+    """Restore the state that `read_state` read after `step`; `tensor(name)` returns any rank's entry of it.
 
-    `tensor(name)` gives any rank's entries of `read_state`. All ranks must call this.
+    All ranks must call this. Raises `ConfigError` for the state of another model.
     """
     for state in _adamw(engine).state.values():
         state["step"].fill_(step)
@@ -57,8 +60,8 @@ def write_state(engine: Any, step: int, tensor: Callable[[str], Tensor]) -> None
             full = tensor(_key(name, key))
             if full.shape != getattr(parameter, "ds_shape", parameter.shape):
                 raise ConfigError(
-                    f"The checkpoint's '{name}' is {tuple(full.shape)} and the model's another, so it is of another "
-                    "model; remove the checkpoints to begin again."
+                    f"The checkpoint's '{name}' has the shape {tuple(full.shape)}, which is not the model's; "
+                    "start again with --restart."
                 )
             _write(engine, parameter, key, full)
 
@@ -72,7 +75,7 @@ def _key(name: str, key: str | None) -> str:
 
 
 def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """A parameter in fp32, or one of its moments, whole; from all ranks that hold a part of it."""
+    """A whole parameter in fp32, or one of its moments, gathered from the ranks that hold a part of it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if not parameter.requires_grad and hasattr(parameter, "ds_id"):
@@ -98,7 +101,7 @@ def _write(engine: Any, parameter: nn.Parameter, key: str | None, full: Tensor) 
     if not _is_partitioned(parameter):
         (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(full)
         return
-    if hasattr(parameter, "ds_id"):  # ZeRO 3 cuts parameters into equal parts, the last of which is padded
+    if hasattr(parameter, "ds_id"):  # ZeRO 3 divides parameters into equal parts and pads the last one
         # pyrefly: ignore[missing-attribute]
         size = parameter.ds_tensor.numel()
         part = torch.zeros(size * dist.get_world_size())
@@ -112,13 +115,13 @@ def _write(engine: Any, parameter: nn.Parameter, key: str | None, full: Tensor) 
             parameter.copy_(full)
     elif key is None:
         safe_set_full_fp32_param(parameter, full)
-        parameter.copy_(full)  # what the next step computes with
+        parameter.copy_(full)  # the copy that the next forward pass uses
     else:
         safe_set_full_optimizer_state(parameter, full, key)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed keeps the fp32 weights of a parameter elsewhere, shared out over the ranks."""
+    """Whether DeepSpeed keeps the fp32 weights of a parameter elsewhere, partitioned among the ranks."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
@@ -127,11 +130,11 @@ def _adamw(engine: Any) -> torch.optim.Optimizer:
 
 
 def make_moments(engine: Any, averaged: bool) -> None:
-    """Give AdamW its state before its first step, which would make it: a checkpoint is read into it.
+    """Create AdamW's state before its first step, which would create it too late: a checkpoint is loaded into it.
 
-    An average of the weights (`averaged`) is kept there too: as large and as shared out as a moment, it is saved, read
-    and offloaded like one. DeepSpeed, too, looks for the moments after the first step, but only those of the first
-    group of parameters are there by then, and it would never find the others.
+    An average of the weights (`averaged`) is kept there too: it has the size and the partition of a moment, so it is
+    saved, loaded and offloaded like one. DeepSpeed registers the moments after the first step, when only those of the
+    first parameter group exist, and would never register the others; so they are registered here.
     """
     for parameter, state in _fp32_weights(engine):
         state["step"] = torch.zeros((), device=parameter.device)
@@ -144,7 +147,7 @@ def make_moments(engine: Any, averaged: bool) -> None:
 
 @torch.no_grad()
 def update_average(engine: Any, step: int, decay: float) -> None:
-    """Move the average of the weights towards those after `step`; early on faster, as they have moved far by then."""
+    """Move the average towards the weights after `step`; the decay is smaller early on, when weights move fast."""
     decay = min(decay, (1 + step) / (10 + step))
     pairs = [(state[AVERAGE], parameter.detach()) for parameter, state in _fp32_weights(engine)]
     torch._foreach_lerp_([average for average, _ in pairs], [weights for _, weights in pairs], 1 - decay)
@@ -152,7 +155,7 @@ def update_average(engine: Any, step: int, decay: float) -> None:
 
 @contextmanager
 def averaged_weights(engine: Any) -> Iterator[None]:
-    """Within it the engine has the average of its weights, if there is one, in their place. All ranks must enter it."""
+    """Replace the engine's weights by their average, if there is one, within the block. All ranks must enter it."""
     swap_average(engine)
     try:
         yield
@@ -162,7 +165,7 @@ def averaged_weights(engine: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def swap_average(engine: Any) -> None:
-    """Put the average, if there is one, in the weights' place, and the weights in the average's."""
+    """Exchange the weights and their average, if there is one. All ranks must call this."""
     if AVERAGE not in _kept(engine):
         return
     for parameter, state in _fp32_weights(engine):
@@ -181,14 +184,14 @@ def swap_average(engine: Any) -> None:
 
 
 def _fp32_weights(engine: Any) -> list[tuple[Tensor, dict[str, Any]]]:
-    """What AdamW steps on this rank, and its state of each."""
+    """The fp32 tensors that AdamW updates on this rank, each with its state."""
     adamw = _adamw(engine)
-    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 leaves the groups empty
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # under ZeRO 3 AdamW's groups are empty
     parameters = flat or [parameter for group in adamw.param_groups for parameter in group["params"]]
     return [(parameter, adamw.state[parameter]) for parameter in parameters]
 
 
 def _kept(engine: Any) -> tuple[str, ...]:
-    """What AdamW's state holds of each weight."""
+    """The keys of AdamW's state of each weight that are saved."""
     has_average = any(AVERAGE in state for _, state in _fp32_weights(engine))
     return (*MOMENTS, AVERAGE) if has_average else MOMENTS

@@ -1,7 +1,7 @@
-"""What a model in training says and makes: captions of held-out clips, and clips from held-out prompts.
+"""Samples from a model in training: captions of held-out clips, and clips from held-out prompts.
 
-Everything it starts from is encoded already, so neither autoencoder nor text encoder is needed, and all processes can
-take part (under ZeRO 3 they hold the weights together).
+All inputs are encoded already, so neither autoencoder nor text encoder is needed, and all processes can take part
+(under ZeRO 3 each holds a part of the weights).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from univigu.transformer import UniViGUTransformer3DModel
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out sample, and what the model makes of it."""
+    """A held-out sample, and the model's output for it."""
 
     id: str
     prompt: str
-    target: str  # what the stage should say about the clip
-    said: str  # what the model says about it
-    latents: Tensor  # of the clip that the model makes from the prompt: (C, T, H, W), normalised, on the CPU
+    target: str  # the stage's target text for the clip
+    caption: str  # the model's text for the clip
+    latents: Tensor  # of the clip that the model generates from the prompt: (C, T, H, W), normalised, on the CPU
 
 
 class EncodedPipeline(UniViGUPipeline):
-    """The pipeline without its encoders: it knows the states of the prompts that it is given."""
+    """The pipeline without its encoders: it looks up the states of its prompts in ``states``."""
 
     states: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -51,10 +51,10 @@ def draw_samples(
     count: int,
     sampling: Mapping[str, Any],
 ) -> list[Sample]:
-    """What the model makes of the first `count` held-out samples; `sampling` are `UniViGUPipeline`'s settings.
+    """The model's output for the first `count` held-out samples; `sampling` are `UniViGUPipeline`'s settings.
 
-    All processes must call this. They share the samples out, each going through equally many, as under ZeRO 3 they
-    gather each other's weights in step; all get the whole list.
+    All processes must call this; all get the whole list. The samples are divided among them. Every process runs the
+    same number of samples, because under ZeRO 3 each forward pass gathers weights from all processes.
     """
     count, rank, world_size = min(count, len(heldout)), dist.get_rank(), dist.get_world_size()
     turns = -(-count // world_size)
@@ -78,6 +78,6 @@ def _draw(
     pipeline = EncodedPipeline(tokenizer, None, None, transformer, **sampling)
     pipeline.states = states
     pipeline.set_progress_bar_config(disable=True)
-    said = pipeline.caption_latents(batch["latents"], seed=index)[0]
-    made = pipeline._generate_latents([prompt], batch["latents"].shape[1:], None, None, None, [index])
-    return Sample(heldout.samples[index].id, prompt, target, said, made[0].float().cpu())
+    caption = pipeline.caption_latents(batch["latents"], seed=index)[0]
+    latents = pipeline._generate_latents([prompt], batch["latents"].shape[1:], None, None, None, [index])
+    return Sample(heldout.samples[index].id, prompt, target, caption, latents[0].float().cpu())

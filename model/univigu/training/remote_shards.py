@@ -1,12 +1,11 @@
-"""Shards of latents in an object store: put there once, fetched ahead of their use into a bounded cache, verified.
+"""Shards of latents in an object store: uploaded once, prefetched into a bounded cache, and verified.
 
-A folder of latents whose shards lie elsewhere holds ``remote.json`` (their address; size, SHA-256 and number of samples
-of each) and ``target_ids.safetensors``, which is read whole before the first step. What a URL may be is fsspec's
-business: s3, gs, az, http, a mounted folder; keys and endpoints come from the environment, as the store's own client
-reads them.
+A folder of latents with remote shards has ``remote.json`` (their URL; size, SHA-256 and number of samples of each) and
+``target_ids.safetensors``, which is read as a whole before the first step. A URL can be anything that fsspec reads: s3,
+gs, az, http, a mounted folder. Keys and endpoints come from the environment, as the store's own client reads them.
 
-A cached shard is named by its SHA-256, so processes of one machine share the cache, and so do runs. The least recently
-used go first when there is no room.
+A cached shard is named by its SHA-256, so all processes of a machine share the cache, and so do runs. When the cache is
+full, the least recently used shards are removed.
 """
 
 import json
@@ -32,13 +31,14 @@ REMOTE = "remote.json"
 TARGET_IDS = "target_ids.safetensors"
 ATTEMPTS = 4
 _FETCHES_AT_ONCE = 4
-_ABANDONED_S = 60  # a process that can't be seen may be one of another container
+_ABANDONED_S = 60  # an unknown process id may belong to another container, so its file is kept this long
 
 
 class RemoteShards(Shards):
-    """The shards that ``folder/remote.json`` names, below `cache` once they are here; at most `cache_bytes` of them.
+    """The shards that ``folder/remote.json`` lists, fetched into the folder `cache`; at most `cache_bytes` of them.
 
-    Half of the cache is for shards that are ahead of their use. Raises `ConfigError` where it can't hold two.
+    Half of the cache is for prefetched shards. Raises `ConfigError` where the cache can't hold two shards, and
+    `CorruptDataError` where ``remote.json`` can't be read.
     """
 
     def __init__(self, folder: Path, cache: Path, cache_bytes: int) -> None:
@@ -52,25 +52,25 @@ class RemoteShards(Shards):
                 "raise `cache_gb`, or encode the latents in smaller shards."
             )
         self._targets = open_tensors(folder / TARGET_IDS)
-        self._room = int(cache_bytes // largest)  # in shards
+        self._capacity = int(cache_bytes // largest)  # in shards
         self._opened: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
         self._wanted: OrderedDict[Path, None] = OrderedDict()
         self._ahead: dict[Path, Future[Path]] = {}
-        self._lock = threading.RLock()  # the thread that loads ahead, and an evaluation
+        self._lock = threading.RLock()  # the loader's thread and an evaluation may open shards at the same time
         self._fetchers = side_threads(_FETCHES_AT_ONCE, "fetch-shard")
         cache.mkdir(parents=True, exist_ok=True)
 
     def open(self, path: Path) -> Mapping[str, Tensor]:
         with self._lock:
             if path in self._opened:
-                _touch(self._home(path))
+                _touch(self._cached(path))
             else:
                 self._wanted.pop(path, None)
                 coming = self._ahead.pop(path, None)
                 if coming and not coming.cancel():
                     wait([coming])
                 self._opened[path] = open_shard(self.fetch(path))
-                if len(self._opened) > self._room:
+                if len(self._opened) > self._capacity:
                     self._opened.popitem(last=False)
                 self._fetch_some()
             self._opened.move_to_end(path)
@@ -88,44 +88,44 @@ class RemoteShards(Shards):
             self._fetch_some()
 
     def _fetch_some(self) -> None:
-        while self._wanted and len(self._ahead) < self._room // 2:
+        while self._wanted and len(self._ahead) < self._capacity // 2:
             path, _ = self._wanted.popitem(last=False)
-            self._ahead[path] = self._fetchers.submit(self.fetch, path)  # what goes wrong, `open` will meet
+            self._ahead[path] = self._fetchers.submit(self.fetch, path)  # `open` fetches again and raises its error
 
     def fetch(self, path: Path) -> Path:
-        """Where a shard lies in the cache, fetched and verified if it wasn't there.
+        """The path of a shard in the cache; it is fetched and verified if it is not there.
 
-        Raises `MissingInputError` where the store hasn't got it, `CorruptDataError` where its bytes are others than
-        those that were put there, and `TransientError` where the store doesn't answer.
+        Raises `MissingInputError` where the store doesn't have it, `CorruptDataError` where its bytes differ from the
+        uploaded ones, and `TransientError` where the store doesn't answer.
         """
         from filelock import FileLock
 
-        facts, home = self._of(path), self._home(path)
+        facts, home = self._of(path), self._cached(path)
         if not _touch(home):
             with FileLock(self.cache / f".{facts['sha256'][:16]}.lock"):
                 if not _touch(home):  # another process may have fetched it meanwhile
                     partial = self.cache / f".{facts['sha256']}.{facts['size']}.{os.getpid()}.partial"
                     try:
                         while not self._reserve(partial, facts["size"]):
-                            time.sleep(0.05)  # others are on their way, and will be done
+                            time.sleep(0.05)  # until another shard has arrived, which can then be removed
                         fetch_file(f"{self.url}/{path.relative_to(self.folder).as_posix()}", partial, facts)
                         partial.replace(home)
                     finally:
                         partial.unlink(missing_ok=True)
         return home
 
-    def _home(self, path: Path) -> Path:
+    def _cached(self, path: Path) -> Path:
         return self.cache / f"{self._of(path)['sha256']}.safetensors"
 
     def _of(self, path: Path) -> Mapping[str, Any]:
         if path not in self._facts:
-            raise CorruptDataError(f"{self.folder / REMOTE} doesn't name {path}; put the latents into the store again.")
+            raise CorruptDataError(f"{self.folder / REMOTE} doesn't list {path}; upload the latents again.")
         return self._facts[path]
 
     def _reserve(self, partial: Path, size: int) -> bool:
-        """Take room for a shard on its way: what was used longest ago goes; who has it open can go on reading it.
+        """Reserve space for a shard, removing the least recently used ones; open files stay readable after removal.
 
-        Returns whether there is room beside the other shards that are on their way.
+        Returns whether there is space beside the other shards that are being fetched.
         """
         import psutil
         from filelock import FileLock
@@ -137,7 +137,7 @@ class RemoteShards(Shards):
                 if psutil.pid_exists(int(process)) or time.time() - other.stat().st_mtime < _ABANDONED_S:
                     coming += int(its_size)
                 else:
-                    other.unlink(missing_ok=True)  # of a killed run
+                    other.unlink(missing_ok=True)  # left by a killed run
             here = sorted((path.stat().st_mtime_ns, path) for path in self.cache.glob("*.safetensors"))
             held = sum(path.stat().st_size for _, path in here)
             for _, path in here:
@@ -152,7 +152,11 @@ class RemoteShards(Shards):
 
 
 def fetch_file(url: str, path: Path, facts: Mapping[str, Any]) -> None:
-    """Bring one file to `path` and verify it; what may work on another try is tried again, after a wait."""
+    """Fetch one file to `path` and verify it; wrong bytes and errors of the store are retried after a random wait.
+
+    Raises as `RemoteShards.fetch` does, and `ConfigError` for a URL that no installed filesystem can read.
+    """
+    # Our own loop, not tenacity: wrong bytes are retried like errors, but reported differently at the end.
     from fsspec.core import url_to_fs
 
     fault = ""
@@ -163,24 +167,27 @@ def fetch_file(url: str, path: Path, facts: Mapping[str, Any]) -> None:
             store, place = url_to_fs(url)
             store.get_file(place, str(path))
         except FileNotFoundError as error:
-            raise MissingInputError(f"There is no {url}; put the latents into the store again.") from error
+            raise MissingInputError(f"There is no file {url}; upload the latents again.") from error
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"{url} can't be read ({error}); install what it names, or mend it.") from error
-        except Exception as error:  # each store's client has its own
+            raise ConfigError(
+                f"{url} can't be read ({error}); install the package that it needs, or correct the URL."
+            ) from error
+        except Exception as error:  # each store's client has its own exceptions
             fault = f"{type(error).__name__}: {error}"
             continue
         if path.stat().st_size == facts["size"] and file_sha256(path) == facts["sha256"]:
             return
         fault = ""
     if not fault:
-        raise CorruptDataError(f"{url} isn't what was put there; put the latents into the store again.")
+        raise CorruptDataError(f"{url} differs from what was uploaded (size or SHA-256); upload the latents again.")
     raise TransientError(f"{url} could not be fetched ({fault}); try again later, or check the store.")
 
 
 def put_shards(folder: Path, names: Iterable[str], url: str) -> int:
-    """Put the shards `names` of a folder of latents below `url`, and leave in the folder where they are.
+    """Upload the shards `names` of a folder of latents to `url`, and write their URL and hashes into the folder.
 
-    Returns the number of bytes. The shards stay in the folder too: removing them is the caller's choice.
+    Returns the number of bytes. The shards stay in the folder; the caller may remove them. Raises `BadInputError`
+    where there are none, and `TransientError` where an upload is incomplete.
     """
     from fsspec.core import url_to_fs
 
@@ -193,11 +200,11 @@ def put_shards(folder: Path, names: Iterable[str], url: str) -> int:
         store.put_file(str(folder / name), place)
         size = (folder / name).stat().st_size
         if store.info(place)["size"] != size:
-            raise TransientError(f"Not all of {folder / name} reached {url}; run the same command again.")
+            raise TransientError(f"{folder / name} was not uploaded completely to {url}; run the same command again.")
         shards[name] = {"size": size, "sha256": file_sha256(folder / name), "rows": len(shard["latents"])}
         targets[name] = shard["target_ids"]
     if not shards:
-        raise BadInputError(f"There is no shard in {folder}; run encode-latents first.")
+        raise BadInputError(f"There are no shards in {folder}; run encode-latents first.")
     save_file(targets, folder / TARGET_IDS)
     write_json(folder / REMOTE, {"url": url, "shards": shards})
     return sum(facts["size"] for facts in shards.values())
@@ -208,13 +215,11 @@ def _read_remote(folder: Path) -> dict[str, Any]:
         remote = json.loads((folder / REMOTE).read_text(encoding="utf-8"))
         return {"url": str(remote["url"]), "shards": dict(remote["shards"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptDataError(
-            f"{folder / REMOTE} can't be read ({error}); put the latents into the store again."
-        ) from error
+        raise CorruptDataError(f"{folder / REMOTE} can't be read ({error}); upload the latents again.") from error
 
 
 def _touch(path: Path) -> bool:
-    """Whether a file is there; it then counts as just used."""
+    """Whether a file exists; if so, mark it as just used."""
     try:
         os.utime(path)
     except FileNotFoundError:

@@ -1,15 +1,15 @@
-"""The order in which a training run meets its samples: a pure function of the seed and the step.
+"""The order of the samples in a training run: a pure function of the seed and the step.
 
-One endless stream: the permutations of (seed, 0), (seed, 1), ... of all samples, one after the other. Samples leave it
-for the bucket of their size, and whenever a bucket holds `batch_size` of them, they are the next step. So a step's
-batch has one shape, each sample is met once an epoch, nothing is padded and nothing dropped: what a bucket holds at the
-end of an epoch is carried on into the next. With one bucket a step takes the next `batch_size` of the stream.
+The samples form an endless stream: permutations of all samples, keyed by (seed, 0), (seed, 1) and so on, one after the
+other. Each sample goes to the bucket of its size. Whenever a bucket has `batch_size` samples, they are the next step.
+So a batch has one shape, each sample is used once per epoch, and nothing is padded or dropped: samples that remain in
+a bucket at the end of an epoch are carried over. With one bucket, a step takes the next `batch_size` samples.
 
-Nothing of this depends on what was taken before: step n is found without its predecessors, from the number of samples
-alone. Ranks split a step's samples, so what is in a step does not depend on how many there are.
+The order has no state: step n is computed from the number of samples, without the steps before. Ranks split the samples
+of a step, so a step does not depend on the number of ranks.
 
-Shuffled over all samples, an epoch touches every shard at once. Where shards are fetched, `shuffle_shards` = k shuffles
-the shards and then the samples of k neighbouring ones together, so that about 2 k of them are needed at a time.
+With a shuffle over all samples, every part of an epoch needs all shards. Where shards are fetched, `shuffle_shards` = k
+shuffles the shards, and then the samples within each group of k shards, so that about 2 k shards are needed at a time.
 """
 
 import bisect
@@ -27,18 +27,19 @@ Bucket = tuple[int, ...]  # frames, height, width of its clips
 
 @dataclass(frozen=True)
 class BucketReport:
-    """What has become of a bucket's samples after some steps."""
+    """How much of a bucket was used after some steps."""
 
     bucket: Bucket
     samples: int
     batches: int
-    left_over: int  # samples that its last epoch has not come to yet
+    left_over: int  # samples that its last epoch has not used yet
 
 
 class SampleOrder:
-    """Which samples are in which step; `buckets` and `shards` say of each sample where it belongs.
+    """The samples of each step; `buckets` and `shards` have one entry per sample.
 
-    shuffle_shards: 0 to shuffle over all samples, k to shuffle within k shards at a time.
+    shuffle_shards: 0 to shuffle over all samples, k to shuffle within k shards at a time. Raises `BadInputError` where
+    there are no samples.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SampleOrder:
         shuffle_shards: int = 0,
     ) -> None:
         if not buckets:
-            raise BadInputError("There is no sample to train on; check the step that encodes the latents.")
+            raise BadInputError("There are no samples to train on; check the output of encode-latents.")
         self.batch_size, self.seed, self.shuffle_shards = batch_size, seed, shuffle_shards
         self.labels = sorted(set(buckets))
         self._bucket = _numbered(buckets, self.labels)
@@ -60,7 +61,7 @@ class SampleOrder:
         self._planned: dict[int, list[tuple[int, int]]] = {}
 
     def batch(self, step: int) -> tuple[list[int], list[int]]:
-        """The samples of step 1, 2, ...: their indices, and the epoch that each is met in."""
+        """The samples of step 1, 2, ...: their indices, and the epoch of each."""
         bucket, number = self._find(step)
         size, first = self.sizes[bucket], number * self.batch_size
         places = [divmod(place, size) for place in range(first, first + self.batch_size)]
@@ -70,35 +71,35 @@ class SampleOrder:
         return indices, [epoch for epoch, _ in places]
 
     def bucket(self, step: int) -> Bucket:
-        """The bucket that step 1, 2, ... is of."""
+        """The bucket of step 1, 2, ..."""
         return self.labels[self._find(step)[0]]
 
     def report(self, steps: int) -> list[BucketReport]:
-        """What has become of each bucket's samples after `steps` steps."""
+        """How much of each bucket was used after `steps` steps."""
         batches = [0] * len(self.labels)
         if steps:
             epoch = self._epoch_of(steps)
             batches = [epoch * size // self.batch_size for size in self.sizes]
             for bucket, _ in self._steps(epoch)[: steps - self._before(epoch)]:
                 batches[bucket] += 1
-        met = [count * self.batch_size for count in batches]
+        used = [count * self.batch_size for count in batches]
         return [
             BucketReport(label, size, count, -taken % size if taken else size)
-            for label, size, count, taken in zip(self.labels, self.sizes, batches, met, strict=True)
+            for label, size, count, taken in zip(self.labels, self.sizes, batches, used, strict=True)
         ]
 
     def _find(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many batches that bucket gave before it."""
+        """The bucket of a step, and the number of batches of that bucket before it."""
         epoch = self._epoch_of(step)
         return self._steps(epoch)[step - 1 - self._before(epoch)]
 
     def _epoch_of(self, step: int) -> int:
-        """The epoch in which the last sample of a step is met."""
+        """The epoch of the last sample of a step."""
         guess = (step - 1) * self.batch_size // len(self._bucket) + 1
         return bisect.bisect_right(range(guess + len(self.sizes) * self.batch_size + 1), step - 1, key=self._before) - 1
 
     def _before(self, epoch: int) -> int:
-        """How many steps there are before an epoch."""
+        """The number of steps before an epoch."""
         return sum(epoch * size // self.batch_size for size in self.sizes)
 
     def _steps(self, epoch: int) -> list[tuple[int, int]]:
@@ -112,12 +113,12 @@ class SampleOrder:
                 first = epoch * size // self.batch_size
                 found += [(place, bucket, first + number) for number, place in enumerate(completing.tolist())]
             planned = [(bucket, number) for _, bucket, number in sorted(found)]
-            # two, as who loads ahead goes back and forth over the end of an epoch
+            # keep two epochs, because the loader alternates between them around the end of an epoch
             self._planned = dict([*self._planned.items()][-1:]) | {epoch: planned}
         return self._planned[epoch]
 
     def _members(self, epoch: int) -> list[Tensor]:
-        """An epoch's samples by bucket, in the order in which they are met."""
+        """An epoch's samples by bucket, in their order."""
         if epoch not in self._epochs:
             order = self._permutation(epoch)
             buckets = self._bucket[order]
@@ -140,10 +141,13 @@ def _numbered(labels: Sequence[object], names: Sequence[object]) -> Tensor:
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
-    """The part of a step's samples that one of `world_size` processes takes; raises where it can't be split evenly."""
+    """The part of a step's samples for one of `world_size` processes.
+
+    Raises `BadInputError` where the batch can't be split evenly.
+    """
     if batch_size % world_size:
         raise BadInputError(
-            f"A batch of {batch_size} can't be split evenly over {world_size} processes; choose a multiple of it."
+            f"A batch of {batch_size} can't be split evenly over {world_size} processes; use a multiple of that."
         )
     share = batch_size // world_size
     return slice(rank * share, (rank + 1) * share)

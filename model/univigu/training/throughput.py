@@ -1,6 +1,6 @@
-"""How fast a run is, against what its GPUs could do.
+"""The speed of a run, and the share of its GPUs' peak that it reaches (MFU).
 
-FLOPs are the model's own: what recomputing activations costs is not counted, as usual for an MFU.
+FLOPs are the model's own: recomputing activations is not counted, as usual for an MFU.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from univigu.transformer import UniViGUTransformer3DModel
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What a GPU can do at most, or None where that isn't known: on a CPU, on a GPU that isn't in the table."""
+    """The peak TFLOP/s of a GPU, or None for a CPU and for a GPU that isn't in the table."""
     if device.type != "cuda":
         return None
     gpu = recognise_gpu(torch.cuda.get_device_name(device))
@@ -30,40 +30,40 @@ def sample_flops(
     objective: ObjectiveConfig,
     latents: Sequence[int],
     context_tokens: int,
-    learning_share: float = 1.0,
+    trainable_share: float = 1.0,
 ) -> float:
-    """Floating-point operations of a training step, a sample, on average over tasks and self-conditioning.
+    """Floating-point operations of a training step per sample, averaged over tasks and self-conditioning.
 
-    latents: (T, H, W). learning_share: of the weights, that learn; for the others no gradient is computed, though it
-    is passed on through them.
+    latents: (T, H, W). trainable_share: the share of weights that are trained. For the others no weight gradient is
+    computed, but gradients still pass through them.
     """
     tokens = Tokens(video_tokens(transformer, latents), transformer.config.text_length, context_tokens)
-    return mean_step(task_costs(transformer, tokens, objective), objective.self_conditioning, learning_share - 1)
+    return mean_step(task_costs(transformer, tokens, objective), objective.self_conditioning, trainable_share - 1)
 
 
 def video_tokens(transformer: UniViGUTransformer3DModel, latents: Sequence[int]) -> int:
-    """Patches of latents of size (T, H, W)."""
+    """The number of patches of latents of size (T, H, W)."""
     frames, height, width = transformer.grid(latents)
     return frames * height * width
 
 
 class Throughput:
-    """Samples, tokens and FLOPs a second since the run began, without what lies between steps."""
+    """Samples, tokens and FLOPs per second since the run began; the time between steps is not counted."""
 
     def __init__(self, objective: TrainingObjective, config: TrainingConfig, device: torch.device) -> None:
         self.objective, self.batch_size = objective, config.batch_size
         self.peak = config.peak_tflops or peak_tflops(device)
-        self.learning_share = learning_share(objective)
+        self.trainable_share = trainable_share(objective)
         self._flops: dict[tuple[int, ...], float] = {}
         self.seconds = self.waited = self.flops = 0.0
         self.samples = self.tokens = 0
 
     def add(self, seconds: float, waited: float, latents: Sequence[int], context_tokens: int) -> None:
-        """Count a step: how long it took, and how much of that it waited for its batch; of latents (T, H, W)."""
+        """Count a step with latents of size (T, H, W): its duration, and how much of it was spent waiting for data."""
         transformer, size = self.objective.transformer, tuple(latents)
         if size not in self._flops:
             self._flops[size] = sample_flops(
-                transformer, self.objective.config, size, context_tokens, self.learning_share
+                transformer, self.objective.config, size, context_tokens, self.trainable_share
             )
         self.seconds += seconds
         self.waited += waited
@@ -85,7 +85,7 @@ class Throughput:
         return figures | ({"mfu": tflops / self.peak} if self.peak else {})
 
 
-def learning_share(objective: nn.Module) -> float:
-    """The share of weights that learn."""
+def trainable_share(objective: nn.Module) -> float:
+    """The share of weights that are trained."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in objective.parameters()]
-    return sum(size for size, learns in sizes if learns) / sum(size for size, _ in sizes)
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)

@@ -1,8 +1,9 @@
-"""What `univigu.training.launch` starts on each rank: `-m MODULE ...` or `SCRIPT ...` as Python would, but for the end.
+"""What `univigu.training.launch` starts on each rank: `-m MODULE ...` or `SCRIPT ...`, as Python would run it.
 
-Gloo's threads outlive the last collective, and one that asks for the interpreter's lock just as the interpreter is torn
-down aborts the process (pytorch/pytorch#190489) after all its work is done. So a worker leaves without tearing it down:
-when its threads have been joined and all that was to happen at exit has, with the exit code that it would have had.
+The only difference is the exit. Gloo's threads outlive the last collective, and a thread that requests the
+interpreter's lock while the interpreter shuts down aborts the process after all its work is done
+(pytorch/pytorch#190489). So a worker skips the shutdown: it exits after its threads are joined and its exit handlers
+have run, with the exit code that it would have had.
 """
 
 import atexit
@@ -13,10 +14,10 @@ from collections.abc import Sequence
 
 
 def work(command: Sequence[str]) -> None:
-    """Run `command` as ``__main__`` of this process, which then ends."""
-    ended = [1]  # what a traceback ends with
+    """Run `command` as ``__main__`` of this process, which then exits."""
+    ended = [1]  # the exit code after a traceback
 
-    @atexit.register  # before anything that the command registers, so it comes after
+    @atexit.register  # registered before the handlers of the command, so it runs after them
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -37,7 +38,7 @@ def work(command: Sequence[str]) -> None:
 
 
 def exit_code(code: object) -> int:
-    """What the operating system is told of `sys.exit(code)`."""
+    """The exit code of the process after `sys.exit(code)`."""
     if code is None:
         return 0
     return code & 0xFF if isinstance(code, int) else 1

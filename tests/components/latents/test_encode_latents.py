@@ -298,7 +298,7 @@ def spoil(root, profile, part, **values):
         ("vae", {"latents_std": None}, "no 'latents_std' of 4 values, so its latents can't be normalised"),
         ("vae", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, "no 'latents_std'"),
         ("vae", {"_class_name": "AutoencoderKL"}, "is AutoencoderKL, not AutoencoderKLWan"),
-        ("vae", {"scale_factor_spatial": None}, "says that it shrinks clips 8 times .* built to do so 4"),
+        ("vae", {"scale_factor_spatial": None}, "declares compression factors of 8 .* its layers have 4"),
         ("transformer", {"in_channels": 16}, "makes latents of 4 channels and its transformer takes 16"),
     ],
 )

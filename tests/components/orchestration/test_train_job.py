@@ -94,8 +94,8 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
     assert codes == [81, 0], (latents_root / "pod.log").read_text()[-4000:]
     assert cluster.submissions >= 2
     log = (latents_root / "pod.log").read_text()
-    assert len(re.findall(r"univigu: Training was told to stop and saved step \d+ of 30", log)) == 1
-    assert re.search(r"Going on after step \d+ of 30", log)
+    assert len(re.findall(r"univigu: Training received SIGTERM and saved step \d+ of 30", log)) == 1
+    assert re.search(r"Resuming after step \d+ of 30", log)
     assert log.count("train-stage-1: 6 rows in") == 1
     mlflow.set_tracking_uri(environment["MLFLOW_TRACKING_URI"])
     (run,) = mlflow.search_runs(experiment_names=["uni-vigu"], output_format="list")

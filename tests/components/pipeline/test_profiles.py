@@ -214,7 +214,7 @@ def test_a_profile_of_an_earlier_version_is_told_all_that_has_changed(write):
         ("1: 2", "is no table of settings"),
         ("", "is no table of settings"),
         ("a: &a [x, x]\nb: &b [*a, *a]" + "".join(f"\n{c}: &{c} [{', '.join(['*' + p] * 20)}]" for p, c in
-         zip("bcdefg", "cdefgh", strict=True)), "aliases stand for more than 100,000 values"),
+         zip("bcdefg", "cdefgh", strict=True)), "aliases expand to more than 100,000 values"),
         ("a: " + "x" * 10 * 2**20, "is larger than 1 MiB"),
         ("a: " + "[" * 200 + "]" * 200, "nested more than 50 levels deep"),
     ],

@@ -121,7 +121,7 @@ def test_a_path_outside_the_work_root_is_refused(root):
 def test_a_full_disk_is_one_sentence_and_leaves_the_output_absent(root, monkeypatch):
     run(root)
     monkeypatch.setenv("FAIL", str(errno.ENOSPC))
-    with pytest.raises(DiskFullError, match="make room"):
+    with pytest.raises(DiskFullError, match="free some space"):
         run(root, "second")
     assert not (root / "data/second").exists()
 

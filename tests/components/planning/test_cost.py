@@ -60,7 +60,7 @@ def test_a_plan_counts_memory_as_training_does(plan):
     every, half, none = (found["by_stage"][f"zero_2_{name}"] for name in ("recomputed", "recomputed/2", "kept"))
     assert half["activations"] == pytest.approx((every["activations"] + none["activations"]) / 2, rel=1e-6)
     assert 0 < found["learning"] < plan["memory"]["stage_1"]["learning"] / 2
-    sizes = {"video_tokens": 32_760, "context_tokens": 512, "world_size": 16, "learning": found["learning"]}
+    sizes = {"video_tokens": 32_760, "context_tokens": 512, "world_size": 16, "trainable": found["learning"]}
     assert needed_memory(models.transformer.config, config, **sizes).items() <= half.items()
 
 

@@ -159,7 +159,7 @@ def test_what_makes_no_sense_is_refused_in_words(versions, tmp_path):
     versions.add("sense", 10)
     with pytest.raises(BadInputError, match="needs a reason"):
         promotion.promote("sense", 1, " ", root=versions.root)
-    with pytest.raises(MissingInputError, match="no version or alias '7'; there are 1"):
+    with pytest.raises(MissingInputError, match="no version or alias '7'; use one of: 1"):
         promotion.promote("sense", 7, "why not", root=versions.root)
     with pytest.raises(MissingInputError, match="No model is registered as 'nonsense'"):
         promotion.compare("nonsense", 1, root=versions.root)

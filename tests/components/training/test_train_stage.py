@@ -129,7 +129,7 @@ def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile,
     stored = tmp_path / "store/shards/00000/latents.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1] + b"x")
     shutil.rmtree(latents_root / STATE / "cache")
-    with pytest.raises(CorruptDataError, match="put the latents into the store again"):
+    with pytest.raises(CorruptDataError, match="upload the latents again"):
         run_stage("train-stage-1", profile, latents_root)
 
 
@@ -179,7 +179,7 @@ def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(lat
 
 def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(latents_root, profile, monkeypatch):
     monkeypatch.setattr("univigu.training.memory_check.free_memory", lambda: 10**6)
-    with pytest.raises(ConfigError, match=r"needs .* GiB a process, and 0\.0 are free \(.*zero_stage: 1 on more"):
+    with pytest.raises(ConfigError, match=r"needs .* GiB per process, and 0\.0 are free \(.*zero_stage: 1 on more"):
         run_stage("train-stage-1", profile, latents_root)
     assert not (latents_root / "mlflow.db").exists()
 

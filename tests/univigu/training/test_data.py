@@ -60,7 +60,7 @@ def test_a_sample_key_does_not_change():
     assert 0 <= sample_key("") < 2**63
 
 
-def test_rare_tokens_weigh_more_and_pad_next_to_nothing():
+def test_rare_tokens_have_higher_weights_and_pad_a_very_low_one():
     targets = torch.tensor([[1, 2, 5, 0], [1, 3, 5, 0], [1, 2, 5, 0], [1, 4, 5, 0]])
     weights = token_weights(targets, 8, 0, "inverse_document_frequency")
     assert weights[1].item() == pytest.approx(0.1)  # in every target
@@ -75,7 +75,7 @@ def test_rare_tokens_weigh_more_and_pad_next_to_nothing():
         token_weights(targets, 8, 0, "tf-idf")
 
 
-def test_damage_is_told_in_one_sentence(tmp_path):
+def test_damage_is_reported_in_one_sentence(tmp_path):
     make_shard(tmp_path / "a.safetensors", 3)
     with pytest.raises(CorruptDataError, match="no row 3"):
         open_dataset(tmp_path, [SampleRef("x", tmp_path / "a.safetensors", 3)])

@@ -1,4 +1,4 @@
-"""Several gloo processes under `univigu.training.launch`: the same curve, and told to stop as a cluster tells them."""
+"""Several gloo processes under `univigu.training.launch`: the same curve, and SIGTERM as a cluster sends it."""
 
 import csv
 import importlib.util
@@ -27,7 +27,7 @@ slow = pytest.mark.slow
 
 
 def on_two(folder, settings, *arguments):
-    """A run of two processes to its end, on data that lie there before; returns what has become of it."""
+    """Run two processes to the end on existing data; returns the completed process."""
     tiny_run.open_data(folder, sizes=settings.get("sizes", 1))
     return launch(SCRIPT, folder, json.dumps(settings), *arguments)
 
@@ -66,7 +66,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run of two processes that was told to stop after step 4: its folder, and how it ended."""
+    """A run of two processes that received SIGTERM after step 4: its folder, and the completed process."""
     folder = tmp_path_factory.mktemp("stopped")
     return folder, on_two(folder, {}, 4, "TERM")
 
@@ -92,7 +92,7 @@ def test_ranks_whose_micro_batches_need_other_weights_follow_the_curve_too(tmp_p
 
 
 @slow
-def test_ranks_told_to_stop_agree_on_a_step_save_it_and_leave_with_the_code_to_resume(stopped):
+def test_on_sigterm_ranks_agree_on_a_step_save_it_and_exit_with_the_code_to_resume(stopped):
     folder, done = stopped
     assert done.returncode == 81, done.stderr[-4000:]
     latest = json.loads((folder / "checkpoints" / "latest").read_text())
@@ -100,12 +100,12 @@ def test_ranks_told_to_stop_agree_on_a_step_save_it_and_leave_with_the_code_to_r
     saved = {path.name for path in (folder / "checkpoints" / latest["checkpoint"]).iterdir()}
     ranks, records = {"rank-00000.safetensors", "rank-00001.safetensors"}, {"curves.csv", "evaluations.json"}
     assert saved == {*ranks, *records, "loop.json", "manifest.json"}
-    assert done.stderr.count(f"Training was told to stop and saved step {latest['step']} of 8") == 2
+    assert done.stderr.count(f"Training received SIGTERM and saved step {latest['step']} of 8") == 2
     assert not (folder / "weights.safetensors").exists()
 
 
 @slow
-def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, two, stopped):
+def test_a_stopped_run_resumes_and_ends_with_the_same_bits(tmp_path, two, stopped):
     shutil.copytree(stopped[0], tmp_path / "again")
     folder, weights = train_on_two(tmp_path / "again")
     assert all(torch.equal(weights[name], tensor) for name, tensor in two[1].items())
@@ -113,11 +113,11 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, two, stoppe
 
 
 def resumed_after(capsys):
-    return int(re.search(r"Going on after step (\d+) of", capsys.readouterr().err)[1])
+    return int(re.search(r"Resuming after step (\d+) of", capsys.readouterr().err)[1])
 
 
 @slow
-def test_what_two_processes_saved_goes_on_on_one(tmp_path, one, stopped, capsys):
+def test_a_checkpoint_of_two_processes_resumes_on_one(tmp_path, one, stopped, capsys):
     shutil.copytree(stopped[0], tmp_path / "again")
     weights = tiny_run.run(tmp_path / "again")
     assert resumed_after(capsys) >= 4
@@ -127,7 +127,7 @@ def test_what_two_processes_saved_goes_on_on_one(tmp_path, one, stopped, capsys)
 
 @slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_what_one_process_saved_goes_on_on_two(tmp_path, one, stage):
+def test_a_checkpoint_of_one_process_resumes_on_two(tmp_path, one, stage):
     def stop(step, metrics):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -153,7 +153,7 @@ EVERYTHING = {
 
 
 @slow
-def test_with_everything_on_two_processes_are_stopped_and_one_goes_on_with_the_same_curve(tmp_path, capsys):
+def test_with_all_settings_on_a_run_of_two_processes_resumes_on_one_with_the_same_curve(tmp_path, capsys):
     whole = tiny_run.run(tmp_path / "one", **EVERYTHING)
     done = on_two(tmp_path / "two", EVERYTHING, 2, "TERM")
     assert done.returncode == 81, done.stderr[-4000:]
@@ -165,22 +165,22 @@ def test_with_everything_on_two_processes_are_stopped_and_one_goes_on_with_the_s
 
 
 @pytest.mark.parametrize(
-    ("codes", "told", "expected"),
+    ("codes", "terminated", "expected"),
     [
-        ([81, 81], False, 81),  # another node was told
+        ([81, 81], False, 81),  # another node received the signal
         ([-15, 81], True, 81),
         ([-15, -15], True, 81),  # before there was anything to save
         ([-15, -15], False, 143),
-        ([1, 74], False, 74),  # the other lost its connection to who found the damage
+        ([1, 74], False, 74),  # the other lost its connection to the rank that found the damage
         ([-9], True, 137),
         ([-15, 1], True, 1),
     ],
 )
-def test_one_exit_code_speaks_for_all_workers(codes, told, expected):
-    assert exit_code(codes, told) == expected
+def test_one_exit_code_speaks_for_all_workers(codes, terminated, expected):
+    assert exit_code(codes, terminated) == expected
 
 
-def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
+def test_a_workers_own_exit_code_reaches_the_caller(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(74)\ntime.sleep(300)\n")
     (tmp_path / "tmp").mkdir()
@@ -191,7 +191,7 @@ def test_a_workers_own_exit_code_reaches_who_started_it(tmp_path):
 LATE = """
 import atexit, ctypes, time
 
-atexit.register(ctypes.PyDLL(None).sleep, 6)  # keeps the interpreter's lock until the interpreter is torn down
+atexit.register(ctypes.PyDLL(None).sleep, 6)  # holds the interpreter's lock until the interpreter shuts down
 import torch
 import torch.distributed as dist
 
@@ -204,7 +204,7 @@ else:
 """
 
 
-def test_a_worker_that_has_done_its_work_is_not_aborted_by_a_thread_of_gloos_that_is_late(tmp_path):
+def test_a_finished_worker_is_not_aborted_by_a_late_thread_of_gloo(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LATE)
     done = launch(script)

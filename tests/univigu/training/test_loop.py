@@ -25,7 +25,7 @@ spec.loader.exec_module(tiny_run)
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """The folder and the weights of a run that nothing interrupted."""
+    """The folder and the weights of a run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, tiny_run.run(folder)
 
@@ -46,19 +46,28 @@ def read_losses(folder):
     return [float(loss) for loss in read_column(folder, "loss")]
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole_run, capsys):
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(tmp_path, whole_run, capsys):
     command = [sys.executable, str(SCRIPT), str(tmp_path), "{}", "5", "KILL"]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
     assert json.loads((tmp_path / "checkpoints" / "latest").read_text())["step"] == 3
     reported = {}
     weights = tiny_run.run(tmp_path, lambda step, metrics: reported.setdefault(step, {}).update(metrics))
-    assert "Going on after step 3 of 8" in capsys.readouterr().err
-    assert sorted(reported) == [1, 2, 3, 4, 5, 6, 7, 8]  # what was under way to MLflow when it was killed is not lost
+    assert "Resuming after step 3 of 8" in capsys.readouterr().err
+    assert sorted(reported) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]  # no report is lost by the kill
     assert [f"{reported[step]['loss']:.6g}" for step in sorted(reported)] == read_column(tmp_path, "loss")
     assert_same_run(tmp_path, weights, whole_run)
 
 
-def test_a_run_told_to_stop_saves_the_step_it_is_in_and_can_be_resumed(tmp_path, whole_run):
+def test_on_sigterm_a_run_saves_its_current_step_and_can_be_resumed(tmp_path, whole_run):
     def stop(step, metrics):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -69,7 +78,7 @@ def test_a_run_told_to_stop_saves_the_step_it_is_in_and_can_be_resumed(tmp_path,
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
 
 
-def test_stopping_between_micro_batches_keeps_the_last_whole_step(tmp_path):
+def test_stopping_between_micro_batches_keeps_the_last_complete_step(tmp_path):
     settings = {"micro_batch_size": 4, "steps": 4, "checkpoint_every": 9}
     whole = tiny_run.run(tmp_path / "whole", **settings)
 
@@ -86,7 +95,7 @@ def test_stopping_between_micro_batches_keeps_the_last_whole_step(tmp_path):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_stopping_right_after_a_checkpoint_leaves_it_as_it_is(tmp_path):
+def test_stopping_right_after_a_checkpoint_does_not_change_it(tmp_path):
     passes, saved = [], []
 
     def stop_in_the_third_step(*_):
@@ -102,14 +111,14 @@ def test_stopping_right_after_a_checkpoint_leaves_it_as_it_is(tmp_path):
     assert saved == [(path, path.stat().st_ino) for path in (tmp_path / "checkpoints").rglob("rank-*")]
 
 
-def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsys):
+def test_instead_of_a_damaged_checkpoint_the_one_before_it_is_used(tmp_path, whole_run, capsys):
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, lambda step, metrics: step == 7 and os.kill(os.getpid(), signal.SIGTERM))
     saved = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [path.name for path in saved] == ["step-00000006", "step-00000007"]
     weights = saved[1] / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] + b"x" * 100)
-    assert checkpoints.newest_good(tmp_path / "checkpoints") == saved[0]
+    assert checkpoints.newest_valid(tmp_path / "checkpoints") == saved[0]
     assert "damaged" in capsys.readouterr().err
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
     assert (tmp_path / "checkpoints/damaged-step-00000007/rank-00000.safetensors").is_file()
@@ -117,14 +126,14 @@ def test_a_damaged_checkpoint_means_the_one_before_it(tmp_path, whole_run, capsy
 
 @pytest.mark.parametrize("name", ["curves.csv", "evaluations.json", "heldout.csv", "heldout.json"])
 @pytest.mark.parametrize("content", ["", "step,loss\n1,2", "[]"])
-def test_records_that_were_lost_between_two_runs_come_back_from_the_checkpoint(tmp_path, whole_run, name, content):
+def test_lost_records_are_restored_from_the_checkpoint(tmp_path, whole_run, name, content):
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, lambda step, metrics: step == 5 and os.kill(os.getpid(), signal.SIGTERM))
     (tmp_path / name).write_text(content)
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
 
 
-def test_signals_that_come_in_a_burst_stop_it_once(tmp_path):
+def test_a_burst_of_signals_stops_a_run_once(tmp_path):
     def burst(step, metrics):
         if step == 2:
             command = "import os; [os.kill(os.getppid(), 15) for _ in range(20_000)]"
@@ -134,7 +143,7 @@ def test_signals_that_come_in_a_burst_stop_it_once(tmp_path):
         tiny_run.run(tmp_path, burst)
 
 
-def test_without_a_good_checkpoint_training_begins_again(tmp_path, whole_run):
+def test_without_a_valid_checkpoint_training_starts_again(tmp_path, whole_run):
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, lambda step, metrics: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
     for manifest in (tmp_path / "checkpoints").glob("*/manifest.json"):
@@ -143,14 +152,14 @@ def test_without_a_good_checkpoint_training_begins_again(tmp_path, whole_run):
 
 
 @pytest.mark.parametrize("settings", [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"micro_batch_size": 2}])
-def test_the_way_of_computing_does_not_change_the_curve(tmp_path, whole_run, settings):
+def test_zero_and_micro_batches_do_not_change_the_curve(tmp_path, whole_run, settings):
     weights = tiny_run.run(tmp_path, **settings)
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 3), (3, 2), (2, 0)])
-def test_a_run_goes_on_in_another_stage_of_zero(tmp_path, whole_run, capsys, before, after):
+def test_a_run_resumes_in_another_zero_stage(tmp_path, whole_run, capsys, before, after):
     def stop(step, metrics):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -158,7 +167,7 @@ def test_a_run_goes_on_in_another_stage_of_zero(tmp_path, whole_run, capsys, bef
     with pytest.raises(PreemptedError):
         tiny_run.run(tmp_path, stop, zero_stage=before)
     weights = tiny_run.run(tmp_path, zero_stage=after)
-    assert "Going on after step 4 of 8" in capsys.readouterr().err
+    assert "Resuming after step 4 of 8" in capsys.readouterr().err
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
 
@@ -177,13 +186,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         tiny_run.run(tmp_path)
 
 
-def test_in_bf16_the_curve_is_near_and_the_weights_that_are_left_are_fp32(tmp_path, whole_run):
+def test_in_bf16_the_curve_is_close_and_the_final_weights_are_fp32(tmp_path, whole_run):
     weights = tiny_run.run(tmp_path, precision="bf16", zero_stage=1)
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=0.1)
     assert weights["blocks.0.ffn.net.2.weight"].dtype == torch.float32
 
 
-EVERYTHING = {  # that a run at full size has on
+EVERYTHING = {  # the settings of a run at full size
     "precision": "bf16",
     "zero_stage": 3,
     "offload": ("optimizer", "parameters"),
@@ -213,7 +222,7 @@ def test_saving_memory_does_not_change_the_curve(tmp_path, whole_run, settings):
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_what_is_saved_and_evaluated_is_the_average_of_the_weights(tmp_path, whole_run, zero_stage):
+def test_the_average_of_the_weights_is_evaluated_and_saved(tmp_path, whole_run, zero_stage):
     seen = []
 
     def note_weights(module, _):
@@ -235,7 +244,7 @@ def test_what_is_saved_and_evaluated_is_the_average_of_the_weights(tmp_path, who
     assert averaged != plain
 
 
-def test_adapters_stand_in_for_the_video_side_and_are_merged_in_the_end(tmp_path, whole_run):
+def test_adapters_train_the_video_side_and_are_merged_at_the_end(tmp_path, whole_run):
     weights = tiny_run.run(tmp_path, lora={"rank": 4, "targets": ["to_q"]}, freeze=["token_table"])
     assert weights.keys() == whole_run[1].keys()
     start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
@@ -247,7 +256,7 @@ def test_adapters_stand_in_for_the_video_side_and_are_merged_in_the_end(tmp_path
     assert "text_space.weight" not in changed
 
 
-def test_in_bf16_what_is_frozen_keeps_its_own_bits(tmp_path):
+def test_in_bf16_frozen_weights_keep_their_bits(tmp_path):
     start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
     weights = tiny_run.run(tmp_path, steps=2, precision="bf16", zero_stage=1, freeze=["video"])
     for name, tensor in start.items():
@@ -255,7 +264,7 @@ def test_in_bf16_what_is_frozen_keeps_its_own_bits(tmp_path):
     assert not torch.equal(weights["text_embedder.proj_in.weight"], start["text_embedder.proj_in.weight"])
 
 
-def test_a_run_with_everything_on_goes_on_where_it_was_stopped(tmp_path):
+def test_a_run_with_all_settings_on_resumes(tmp_path):
     whole = tiny_run.run(tmp_path / "whole", **EVERYTHING)
     with pytest.raises(PreemptedError):
         tiny_run.run(
@@ -267,7 +276,7 @@ def test_a_run_with_everything_on_goes_on_where_it_was_stopped(tmp_path):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_samples_are_asked_for_now_and_then_and_at_the_end(tmp_path):
+def test_samples_are_requested_periodically_and_at_the_end(tmp_path):
     steps = []
     dataset, heldout = tiny_run.open_data(tmp_path)
     config = TrainingConfig(**{**tiny_run.SETTINGS, "steps": 5, "samples_every": 2})
@@ -275,7 +284,7 @@ def test_samples_are_asked_for_now_and_then_and_at_the_end(tmp_path):
     assert steps == [2, 4, 5]
 
 
-def test_a_handful_of_samples_of_two_sizes_is_learnt_by_heart(tmp_path):
+def test_a_few_samples_of_two_sizes_are_memorised(tmp_path):
     few = slice(0, 6)
     settings = {"steps": 120, "batch_size": 4, "checkpoint_every": 200, "heldout_every": 30, "learning_rate": 1e-2}
     tiny_run.run(tmp_path, parts=(few, few), sizes=2, **settings)
@@ -286,7 +295,7 @@ def test_a_handful_of_samples_of_two_sizes_is_learnt_by_heart(tmp_path):
     assert evaluations[-1]["samples"] == 6
 
 
-def test_training_learns_what_it_is_shown(tmp_path):
+def test_training_reduces_the_heldout_losses(tmp_path):
     few = slice(0, 4)
     settings = {"steps": 80, "checkpoint_every": 100, "heldout_every": 20, "learning_rate": 1e-2}
     tiny_run.run(tmp_path, parts=(few, few), **settings)
@@ -298,7 +307,7 @@ def test_training_learns_what_it_is_shown(tmp_path):
     assert evaluations[-1]["video_gain"] > 0
 
 
-def test_the_learning_rate_warms_up_and_comes_down():
+def test_the_learning_rate_warms_up_and_decays():
     config = TrainingConfig(steps=110, batch_size=1, learning_rate=1.0, warmup_steps=10)
     rates = [learning_rate(step, config) for step in range(1, 111)]
     assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
@@ -333,7 +342,7 @@ def test_tables_norms_and_biases_do_not_decay_and_the_video_side_has_its_own_rat
         {"lora": {"ranks": 4}},
     ],
 )
-def test_what_would_learn_nothing_is_refused(tmp_path, wrong):
+def test_a_run_without_trainable_weights_is_refused(tmp_path, wrong):
     with pytest.raises(ConfigError):
         tiny_run.run(tmp_path, **wrong)
 
@@ -367,6 +376,6 @@ def test_a_checkpoint_of_another_width_is_refused(tmp_path):
         {"gradient_checkpointing": -1},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
         TrainingConfig(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **wrong})

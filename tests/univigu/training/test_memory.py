@@ -1,4 +1,4 @@
-"""What a step is said to need, against real tensors, a real engine, and Wan at its real sizes."""
+"""The computed memory of a step, compared with real tensors, a real engine, and Wan at its real sizes."""
 
 import copy
 import importlib.util
@@ -43,17 +43,17 @@ def on_meta(config):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_a_real_step(checkpointing):
+def test_activations_equal_those_of_a_real_step(checkpointing):
     model = UniViGUTransformer3DModel(**TINY)
     if checkpointing:
         model.enable_gradient_checkpointing()
     real = [tracked_step(model, task, (2, 4, 1, 48, 48), 10, 6) for task in ("joint", "understand")]
     kept, peak = max(real, key=lambda found: found[1])
-    said = memory_needed(model.config, **{**ONE_GPU, "video_tokens": 576}, gradient_checkpointing=checkpointing)
+    needed_bytes = memory_needed(model.config, **{**ONE_GPU, "video_tokens": 576}, gradient_checkpointing=checkpointing)
     # a checkpoint keeps the generator's state, 5 KB on a CPU, for each of the two passes through a block
     states = 2 * TINY["num_layers"] * torch.get_rng_state().nbytes if checkpointing else 0
-    assert kept - states <= said["activations"] <= kept
-    assert peak - states <= said["activations"] + said["workspace"] <= peak
+    assert kept - states <= needed_bytes["activations"] <= kept
+    assert peak - states <= needed_bytes["activations"] + needed_bytes["workspace"] <= peak
 
 
 def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp32():
@@ -65,7 +65,7 @@ def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
-def test_weights_and_optimizer_take_what_a_real_engine_holds(stage, precision, tmp_path):
+def test_weights_and_optimizer_equal_those_of_a_real_engine(stage, precision, tmp_path):
     init_distributed()
     dataset, _ = tiny_run.open_data(tmp_path)
     objective = tiny_run.make_objective(dataset)
@@ -79,17 +79,19 @@ def test_weights_and_optimizer_take_what_a_real_engine_holds(stage, precision, t
         flat = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
         masters = getattr(engine.optimizer, flat)
     moments = [tensor for state in adamw.state.values() for tensor in state.values() if tensor.ndim]
-    said = memory_needed(
+    needed_bytes = memory_needed(
         config,
         **{**ONE_GPU, "video_tokens": 8, "context_tokens": 4, "zero_stage": stage, "precision": precision},
     )
-    assert said["parameters"] == sum(tensor.nbytes for tensor in held)
+    assert needed_bytes["parameters"] == sum(tensor.nbytes for tensor in held)
     padding = 64 * len(masters)
-    assert said["optimizer"] == pytest.approx(sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding)
+    assert needed_bytes["optimizer"] == pytest.approx(
+        sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_offloaded_takes_what_a_real_engine_holds(stage, tmp_path):
+def test_offloaded_memory_equals_that_of_a_real_engine(stage, tmp_path):
     init_distributed()
     dataset, _ = tiny_run.open_data(tmp_path)
     objective = tiny_run.make_objective(dataset)
@@ -103,18 +105,20 @@ def test_what_is_offloaded_takes_what_a_real_engine_holds(stage, tmp_path):
     moments = [
         tensor for state in engine.optimizer.optimizer.state.values() for tensor in state.values() if tensor.ndim
     ]
-    said = offloaded_memory(
+    needed_bytes = offloaded_memory(
         config, world_size=1, **settings, offload_optimizer=True, offload_parameters="parameters" in offload
     )
     padding = 64 * len(masters)
-    assert said["optimizer"] == pytest.approx(sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding)
+    assert needed_bytes["optimizer"] == pytest.approx(
+        sum(tensor.nbytes for tensor in [*masters, *moments]), abs=padding
+    )
     buffers = "grad_partitions_flat_buffer" if stage == 3 else "param_buffer_of_bit16_for_cpu_offload_groups"
     buffers = getattr(engine.optimizer, buffers)
     gradients = [*(tensor.grad for tensor in masters), *([buffers] if stage == 3 else buffers)]
-    assert said["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
+    assert needed_bytes["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
 
 
-def test_each_stage_of_zero_shares_out_more():
+def test_each_zero_stage_partitions_more():
     config = on_meta(TINY).config
     sizes = {**ONE_GPU, "precision": "bf16", "world_size": 4}
     count = parameter_count(config)
@@ -150,13 +154,13 @@ def test_wan_at_its_real_size_is_counted_exactly_and_without_weights():
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 97, 1021, 75_600])
-def test_any_number_of_video_tokens_finds_a_place_of_nearly_its_size(tokens):
+def test_latents_are_found_for_any_number_of_video_tokens(tokens):
     config = on_meta({**wan.WAN_1_3B, "num_layers": 1}).config
     frames, height, width = latent_size(config, tokens, 256)
     assert tokens <= frames * height * width / 4 <= max(1.01 * tokens, tokens + 1)
 
 
-def test_what_no_model_can_hold_is_refused():
+def test_impossible_sizes_are_refused():
     config = on_meta(TINY).config
     with pytest.raises(BadInputError, match="rotary tables"):
         memory_needed(config, **{**ONE_GPU, "video_tokens": 100_000})

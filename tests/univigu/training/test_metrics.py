@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on."""
+"""The records and the progress line of a run."""
 
 from types import SimpleNamespace
 
@@ -24,8 +24,8 @@ def new_line(first=0, steps=10):
     return metrics.ProgressLine(first, TrainingConfig(steps=steps, batch_size=1, learning_rate=1.0))
 
 
-def test_a_line_says_where_training_stands_how_fast_it_is_and_what_is_left_by_the_clock(clock, capsys):
-    line = new_line(first=2)  # goes on after step 2
+def test_the_progress_line_has_step_metrics_speed_and_remaining_time(clock, capsys):
+    line = new_line(first=2)  # resumes after step 2
     clock.now += 60
     line.show(4, {"loss": 0.51234, "grad_norm": 1.0}, FIGURES)
     assert capsys.readouterr().err == (
@@ -33,17 +33,17 @@ def test_a_line_says_where_training_stands_how_fast_it_is_and_what_is_left_by_th
     )
 
 
-def test_the_share_of_the_peak_is_said_where_it_is_known_and_waiting_where_it_is_worth_a_word(clock, capsys):
+def test_the_progress_line_has_the_mfu_if_known_and_the_loading_time_if_notable(clock, capsys):
     line = new_line()
     clock.now += 60
     line.show(1, {}, FIGURES | {"mfu": 0.4356, "loading_share": 0.0049})
-    said = capsys.readouterr().err
-    assert "431 TFLOP/s MFU 43.6% 0:09:00 left" in said
+    line_text = capsys.readouterr().err
+    assert "431 TFLOP/s MFU 43.6% 0:09:00 left" in line_text
     clock.now += 60
     line.show(2, {}, FIGURES | {"loading_share": 0.012})
-    said = capsys.readouterr().err
-    assert "waiting for data 1.2%" in said
-    assert "MFU" not in said
+    line_text = capsys.readouterr().err
+    assert "waiting for data 1.2%" in line_text
+    assert "MFU" not in line_text
 
 
 def test_a_line_comes_every_few_seconds_and_at_the_last_step(clock, capsys):
@@ -63,7 +63,7 @@ def steps_in(path):
     return [int(line.split(",")[0]) for line in path.read_text().splitlines()[1:]]
 
 
-def test_curves_go_on_after_the_step_that_a_run_resumes_from(tmp_path):
+def test_curves_continue_after_the_resumed_step(tmp_path):
     path = tmp_path / "curves.csv"
     before = Curves(path, 0)
     for step in range(1, 7):
@@ -74,7 +74,7 @@ def test_curves_go_on_after_the_step_that_a_run_resumes_from(tmp_path):
     assert steps_in(path) == list(range(1, 9))
 
 
-def test_curves_survive_a_kill_while_a_resumed_run_takes_them_up(tmp_path, monkeypatch):
+def test_curves_survive_a_kill_while_a_run_resumes(tmp_path, monkeypatch):
     path = tmp_path / "curves.csv"
     before = Curves(path, 0)
     for step in range(1, 7):
@@ -90,7 +90,7 @@ def test_curves_survive_a_kill_while_a_resumed_run_takes_them_up(tmp_path, monke
     assert steps_in(path) == list(range(1, 7))
 
 
-def test_a_row_that_a_kill_cut_off_is_left_out(tmp_path):
+def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "curves.csv"
     before = Curves(path, 0)
     for step in range(1, 4):
@@ -101,7 +101,7 @@ def test_a_row_that_a_kill_cut_off_is_left_out(tmp_path):
     assert steps_in(path) == [1, 2, 3, 5]
 
 
-def test_evaluations_are_written_anew_from_what_a_checkpoint_kept(tmp_path):
+def test_evaluations_are_written_again_from_the_checkpoint(tmp_path):
     first = Evaluations(tmp_path, 0)
     for step in (2, 4, 6):
         first.add(step, {"tau": [0.25, 0.75], "text_ce": [1.0, 2.0], "video_gain": 0.5})

@@ -1,4 +1,4 @@
-"""Shards out of an object store: a real HTTP server stands for one."""
+"""Shards from an object store, for which a real HTTP server is used."""
 
 import functools
 import http.server
@@ -23,7 +23,7 @@ ROWS, SHARDS = 4, 6
 
 class Store(http.server.SimpleHTTPRequestHandler):
     asked: list[str]
-    fail = 0  # so many requests are answered with 503
+    fail = 0  # number of requests to answer with 503
 
     def do_GET(self):
         type(self).asked.append(self.path)
@@ -53,7 +53,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def latents(tmp_path, store):
-    """A folder of latents whose shards have gone to the store; the samples; a dataset of them from before."""
+    """A folder of latents whose shards were uploaded; the samples; a dataset of them from local files."""
     folder = tmp_path / "latents"
     for number in range(SHARDS):
         generator = torch.Generator().manual_seed(number)
@@ -88,7 +88,7 @@ def opened(latents, tmp_path, held=SHARDS):
     return LatentDataset(refs, folder / EMPTY_PROMPT, 4, remote)
 
 
-def test_samples_from_the_store_are_what_they_were_and_each_shard_is_fetched_once(latents, store, tmp_path):
+def test_remote_samples_equal_local_ones_and_each_shard_is_fetched_once(latents, store, tmp_path):
     dataset = opened(latents, tmp_path)
     assert dataset.target_ids.shape == (24, 5)
     assert store[0].asked == []  # targets are read without a shard
@@ -100,7 +100,7 @@ def test_samples_from_the_store_are_what_they_were_and_each_shard_is_fetched_onc
     assert len(store[0].asked) == SHARDS
 
 
-def test_the_cache_stays_within_its_bound_and_drops_what_was_used_longest_ago(latents, store, tmp_path):
+def test_the_cache_stays_within_its_limit_and_drops_the_least_recently_used(latents, store, tmp_path):
     dataset = opened(latents, tmp_path, held=3)
     for index in (0, 4, 8, 0, 12):  # shards 0, 1, 2, 0, 3
         dataset.batch([index], [0])
@@ -120,7 +120,7 @@ def test_a_cache_that_cannot_hold_two_shards_is_refused(latents, tmp_path):
         opened(latents, tmp_path, held=1.5)
 
 
-def test_bytes_that_differ_are_fetched_again_and_then_refused(latents, store, tmp_path, monkeypatch):
+def test_wrong_bytes_are_fetched_again_and_then_refused(latents, store, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     stored = store[2] / "shards/00002/latents.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1] + b"x")
@@ -131,7 +131,7 @@ def test_bytes_that_differ_are_fetched_again_and_then_refused(latents, store, tm
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
-def test_a_store_that_is_busy_for_a_while_is_asked_again(latents, store, tmp_path, monkeypatch):
+def test_requests_to_a_busy_store_are_retried(latents, store, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     store[0].fail = 2
     opened(latents, tmp_path).batch([0], [0])
@@ -140,34 +140,34 @@ def test_a_store_that_is_busy_for_a_while_is_asked_again(latents, store, tmp_pat
         opened(latents, tmp_path).batch([4], [0])
 
 
-def test_a_shard_that_the_store_lost_is_named(latents, store, tmp_path):
+def test_a_shard_that_is_missing_in_the_store_is_named(latents, store, tmp_path):
     (store[2] / "shards/00001/latents.safetensors").unlink()
     with pytest.raises(MissingInputError, match="00001"):
         opened(latents, tmp_path).batch([4], [0])
 
 
-def test_processes_that_want_the_same_shard_share_one_fetch(latents, store, tmp_path):
+def test_processes_that_need_the_same_shard_share_one_fetch(latents, store, tmp_path):
     datasets = [opened(latents, tmp_path) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda dataset: dataset.batch([0], [0]), datasets))
     assert len(store[0].asked) == 1
 
 
-def test_fetching_ahead_keeps_within_the_bound_and_fetches_each_shard_once(latents, store, tmp_path):
+def test_prefetching_stays_within_the_limit_and_fetches_each_shard_once(latents, store, tmp_path):
     dataset = opened(latents, tmp_path, held=2)
     most = 0
     order = SampleOrder([()] * 24, 4, 0, [str(ref.shard) for ref in latents[1]], shuffle_shards=1)
     for _ in load_ahead(dataset, order, range(1, 7), slice(0, 4), 4):
         held = 0
         for path in (tmp_path / "cache").glob("*.safetensors"):
-            with suppress(FileNotFoundError):  # evicted between the two looks
+            with suppress(FileNotFoundError):  # evicted between the two calls
                 held += path.stat().st_size
         most = max(most, held)
     assert size_of(latents[0]) <= most <= 2 * size_of(latents[0])
     assert len(store[0].asked) == SHARDS
 
 
-def test_a_shard_that_was_needed_before_its_turn_to_be_fetched_is_not_fetched_again(latents, store, tmp_path):
+def test_a_shard_opened_before_its_prefetch_is_not_fetched_again(latents, store, tmp_path):
     dataset, busy = opened(latents, tmp_path, held=2), threading.Event()
     fetchers = dataset.shards._fetchers
     for _ in range(fetchers._max_workers):
@@ -181,7 +181,7 @@ def test_a_shard_that_was_needed_before_its_turn_to_be_fetched_is_not_fetched_ag
     assert len(store[0].asked) == len(paths)
 
 
-def test_shards_are_fetched_before_their_step_comes(latents, store, tmp_path):
+def test_shards_are_fetched_before_their_step(latents, store, tmp_path):
     dataset = opened(latents, tmp_path, held=2 * SHARDS)
     shards_of = [str(ref.shard) for ref in latents[1]]
     order = SampleOrder([()] * 24, 4, 0, shards_of, shuffle_shards=1)
@@ -191,7 +191,7 @@ def test_shards_are_fetched_before_their_step_comes(latents, store, tmp_path):
     deadline = time.monotonic() + 10
     while len(set(store[0].asked)) < SHARDS and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(set(store[0].asked)) == SHARDS  # nobody has asked for a second step
+    assert len(set(store[0].asked)) == SHARDS  # the second step was not requested yet
     for step, micro in enumerate(batches, 2):
         indices, _ = order.batch(step)
         expected = torch.cat([latents[2][index]["latents"] for index in indices])
@@ -199,7 +199,7 @@ def test_shards_are_fetched_before_their_step_comes(latents, store, tmp_path):
     assert step == 6
 
 
-def test_what_goes_wrong_in_the_background_is_raised_at_its_step(latents, store, tmp_path):
+def test_an_error_in_the_background_is_raised_at_its_step(latents, store, tmp_path):
     (store[2] / "shards/00000/latents.safetensors").unlink()
     dataset = opened(latents, tmp_path)
     batches = load_ahead(dataset, SampleOrder([()] * 24, 24, 0), range(1, 3), slice(0, 24), 24)

@@ -4,7 +4,7 @@ from torch import nn
 
 from univigu import ObjectiveConfig, TrainingObjective, UniViGUTransformer3DModel, wan
 from univigu.training.engine import TrainingConfig, init_distributed
-from univigu.training.throughput import Throughput, learning_share, peak_tflops, sample_flops
+from univigu.training.throughput import Throughput, peak_tflops, sample_flops, trainable_share
 
 LATENTS = (21, 60, 104)  # of 81 frames of 480x832
 ALONE = {"joint": {"joint": 1.0}, "understand": {"understand": 1.0}}
@@ -21,23 +21,23 @@ def flops(model, task, self_conditioning=0.0, share=1.0):
     return sample_flops(model, config, LATENTS, 512, share)
 
 
-def test_a_sample_of_the_small_wan_takes_what_it_is_known_to_take(wan_sized):
+def test_a_sample_of_wan_1_3b_costs_the_known_number_of_flops(wan_sized):
     assert flops(wan_sized, "joint") == pytest.approx(0.86e15, rel=0.02)
 
 
-def test_the_guess_costs_a_pass_jointly_and_next_to_nothing_beside_a_given_video(wan_sized):
+def test_self_conditioning_costs_a_pass_under_joint_and_little_under_prefix(wan_sized):
     assert flops(wan_sized, "joint", 1.0) == pytest.approx(flops(wan_sized, "joint") * 4 / 3)
     assert flops(wan_sized, "understand", 1.0) < 1.02 * flops(wan_sized, "understand")
 
 
-def test_weights_that_do_not_learn_cost_a_third_less(wan_sized):
+def test_frozen_weights_cost_a_third_less(wan_sized):
     assert flops(wan_sized, "joint", share=0.0) == pytest.approx(flops(wan_sized, "joint") * 2 / 3)
     layers = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 9, bias=False)])
     layers[1].requires_grad_(False)
-    assert learning_share(layers) == 0.25
+    assert trainable_share(layers) == 0.25
 
 
-def test_figures_are_sums_over_steps_and_there_is_an_mfu_where_a_peak_is_known(wan_sized):
+def test_figures_are_rates_over_all_steps_with_an_mfu_where_the_peak_is_known(wan_sized):
     init_distributed()
     objective = TrainingObjective(wan_sized, ObjectiveConfig(shares=ALONE["joint"], self_conditioning=0.0))
     config = TrainingConfig(steps=2, batch_size=4, learning_rate=1.0, peak_tflops=1000.0)

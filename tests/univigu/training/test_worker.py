@@ -1,4 +1,4 @@
-"""A rank's process ends as Python ends, in all but what gloo's threads could abort."""
+"""The process of a rank exits as Python does, without the shutdown that gloo's threads can abort."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ sys.stdout.write("no newline yet ")
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "said"),
+    ("end", "code", "stderr_end"),
     [
         ("", 0, ""),
         ("sys.exit()", 0, ""),
@@ -40,7 +40,7 @@ sys.stdout.write("no newline yet ")
         ("raise ValueError('not caught')", 1, "ValueError: not caught\n"),
     ],
 )
-def test_a_script_ends_as_under_python_itself(tmp_path, end, code, said):
+def test_a_script_exits_as_under_python_itself(tmp_path, end, code, stderr_end):
     (tmp_path / "beside.py").touch()
     script = tmp_path / "script.py"
     script.write_text(ENDS.format(end))
@@ -48,7 +48,7 @@ def test_a_script_ends_as_under_python_itself(tmp_path, end, code, said):
     assert (done.returncode, done.stdout) == (plain.returncode, plain.stdout)
     assert done.stdout == f"no newline yet the thread has ended\nat exit __main__ {[str(script), '--option']}\n"
     assert done.returncode == code
-    assert done.stderr.endswith(said)
+    assert done.stderr.endswith(stderr_end)
 
 
 def test_a_module_gets_its_own_arguments():

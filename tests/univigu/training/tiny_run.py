@@ -1,9 +1,9 @@
-"""A training run of seconds, on random latents: imported by tests, and started by them as a process of its own.
+"""A training run of seconds on random latents: imported by tests, and started by them as a separate process.
 
     python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP KILL|TERM]
 
-Once it has done STEP, the process kills itself (KILL), or has whoever started it told to stop (TERM), as a cluster does
-with a pod, and goes slowly from there. At the end the weights lie in FOLDER/weights.safetensors.
+After STEP, the process kills itself (KILL), or sends SIGTERM to its parent (TERM), as a cluster does with a pod, and
+slows down from there. At the end the weights are in FOLDER/weights.safetensors.
 """
 
 import json
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def open_data(folder: Path, train=slice(0, 20), heldout=slice(20, 24), sizes=1) -> tuple[LatentDataset, LatentDataset]:
-    """20 samples to train on and 4 held out, the same whenever and wherever they are made.
+    """20 samples to train on and 4 held-out ones, the same on every call and machine.
 
     With two `sizes`, every third is larger, and the two lie in a shard each.
     """
@@ -89,7 +89,7 @@ def nothing(*_) -> None: ...
 
 
 def run(folder: Path, report=nothing, before_forward=nothing, parts=(), sizes=1, **settings) -> dict[str, torch.Tensor]:
-    """Train below `folder`, going on where a run there stopped; returns the weights."""
+    """Train in `folder`, resuming a run that stopped there; returns the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset, heldout = open_data(folder, *parts, sizes=sizes)
     objective = make_objective(dataset)

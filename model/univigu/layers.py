@@ -1,0 +1,215 @@
+"""The parts of the transformer: rotary tables, the two-stream block, and the way into and out of the text stream.
+
+Shapes: B samples, S tokens of a stream, N text tokens, L condition tokens, ``width`` = heads * head_dim, ``d`` the
+dimension of the text space.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
+from torch import Tensor
+
+from . import wan
+from .errors import BadInputError
+
+Rotary = Tensor  # complex64 (1, S, 1, head_dim / 2): the rotation of each pair of channels
+Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table
+KVCache = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
+
+
+class RotaryTables(WanRotaryPosEmbed):
+    """Wan's rotary tables, which stay float32 when the model is cast, plus the diagonal positions of text."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # bf16 has too few digits for a cosine to tell neighbouring positions apart.
+        cos, sin = self.freqs_cos, self.freqs_sin
+        super()._apply(fn, recurse)
+        if self.freqs_cos.dtype != cos.dtype:
+            self.freqs_cos, self.freqs_sin = cos.to(self.freqs_cos.device), sin.to(self.freqs_sin.device)
+        return self
+
+    def video(self, latents: Tensor) -> Rotary:
+        """The table for the patches of latents (B, C, T, H, W), equal to Wan's."""
+        # pyrefly: ignore[not-callable]
+        return self._to_complex(*self(latents))
+
+    def text(self, grid: tuple[int, int, int], length: int) -> Rotary:
+        """The table for text tokens at positions (p, p, p), p = max(grid) + i, ``grid`` in patches.
+
+        Each row of Wan's tables holds the angles of all three axes side by side, so row p is position (p, p, p).
+        Raises BadInputError where the last position is beyond the end of the tables.
+        """
+        start, end = max(grid), max(grid) + length
+        if end > self.max_seq_len:
+            raise BadInputError(
+                f"{length} text tokens after a video of {grid} patches need {end} positions and the model has"
+                f" {self.max_seq_len}: use a smaller video or a shorter text_length."
+            )
+        return self._to_complex(self.freqs_cos[None, start:end, None], self.freqs_sin[None, start:end, None])
+
+    @staticmethod
+    def _to_complex(cos: Tensor, sin: Tensor) -> Rotary:
+        # Wan stores each angle twice, once per channel of a pair.
+        return torch.complex(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Wan's rotary embedding of x (B, S, heads, head_dim): each pair of channels is one complex number.
+
+    This takes one pass over memory, and rounds as Wan does where head_dim is a multiple of 16 (it then fills the
+    processor's vectors).
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
+
+
+def attend(attention: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Maskless attention (eq 12): (B, S, heads, head_dim) to (B, S, width); keys and values may have a batch of 1."""
+    if key.shape[0] != query.shape[0]:
+        key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
+    out = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
+    return out.flatten(2, 3).type_as(query)
+
+
+def project_out(attention: WanAttention, x: Tensor) -> Tensor:
+    """The output projection O of an attention layer: (B, S, width) to (B, S, width)."""
+    return attention.to_out[1](attention.to_out[0](x))
+
+
+class UniViGUBlock(WanTransformerBlock):
+    """Wan's block with a second feed-forward network and scale/shift table for text (eq 14, 15)."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str | None, cross_attn_norm: bool, eps: float):
+        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+        self.ffn_text = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        video: Stream | None,
+        text: Stream | None,
+        context: Tensor | None,
+        kv_cache: KVCache | None,
+        attention: str,
+    ) -> tuple[Tensor | None, Tensor | None, KVCache]:
+        """One block over the given streams; without a video stream, text attends to ``kv_cache``.
+
+        ``attention`` is ``joint``, ``prefix``, or ``kv_only``, which computes nothing but the cache: for a last block
+        whose video output is not needed. ``context`` (B or 1, L, width) is the condition; a cache replaces it. Returns
+        the hidden states (B, S, width) of video and of text (None for a stream that was not given), and the cache.
+        """
+        video_out = text_out = None
+        if video is not None:
+            video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=1)
+            video_q, video_k, video_v = self._project(video, video_mod)
+            # pyrefly: ignore[bad-argument-type]
+            kv_cache = (video_k, video_v, *self._project_context(context))
+            if attention == "kv_only":
+                return None, None, kv_cache
+        # pyrefly: ignore[not-iterable]
+        video_k, video_v, *context_kv = kv_cache
+        if text is not None:
+            text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
+            text_q, text_k, text_v = self._project(text, text_mod)
+            if video_k.shape[0] != text_k.shape[0]:
+                video_k, video_v = (x.expand(text_k.shape[0], -1, -1, -1) for x in (video_k, video_v))
+            keys, values = torch.cat([video_k, text_k], dim=1), torch.cat([video_v, text_v], dim=1)
+        if video is not None and text is not None and attention == "joint":
+            both = attend(self.attn1, torch.cat([video_q, text_q], dim=1), keys, values)
+            video_out, text_out = both.split([video_q.shape[1], text_q.shape[1]], dim=1)
+        else:
+            # Two maskless calls instead of one with a mask: at 33K video tokens the mask alone takes a gigabyte.
+            if video is not None:
+                video_out = attend(self.attn1, video_q, video_k, video_v)
+            if text is not None:
+                text_out = attend(self.attn1, text_q, keys, values)
+        if video is not None:
+            # pyrefly: ignore[bad-argument-type]
+            video_out = self._finish(video[0], video_out, video_mod, context_kv, self.ffn)
+        if text is not None:
+            # pyrefly: ignore[bad-argument-type]
+            text_out = self._finish(text[0], text_out, text_mod, context_kv, self.ffn_text)
+        # pyrefly: ignore[bad-return]
+        return video_out, text_out, kv_cache
+
+    def _project(self, stream: Stream, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K, V of a stream for self-attention, (B, S, heads, head_dim) each; both streams share the weights."""
+        hidden, _, rotary = stream
+        shift, scale, *_ = modulation
+        normed = (self.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        attn = self.attn1
+        query, key, value = attn.norm_q(attn.to_q(normed)), attn.norm_k(attn.to_k(normed)), attn.to_v(normed)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        return rotate(query, rotary), rotate(key, rotary), value
+
+    def _project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of the condition for cross-attention, (B or 1, L, heads, head_dim) each."""
+        key, value = self.attn2.norm_k(self.attn2.to_k(context)), self.attn2.to_v(context)
+        return key.unflatten(2, (self.attn2.heads, -1)), value.unflatten(2, (self.attn2.heads, -1))
+
+    def _finish(
+        self,
+        hidden: Tensor,
+        attended: Tensor,
+        modulation: tuple[Tensor, ...],
+        context_kv: Sequence[Tensor],
+        ffn: nn.Module,
+    ) -> Tensor:
+        """What follows self-attention: its residual, cross-attention, and the stream's own feed-forward (eq 15)."""
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        hidden = (hidden.float() + project_out(self.attn1, attended) * gate).type_as(hidden)
+        query = self.attn2.norm_q(self.attn2.to_q(self.norm2(hidden.float()).type_as(hidden)))
+        attended = attend(self.attn2, query.unflatten(2, (self.attn2.heads, -1)), *context_kv)
+        hidden = hidden + project_out(self.attn2, attended)
+        normed = (self.norm3(hidden.float()) * (1 + ffn_scale) + ffn_shift).type_as(hidden)
+        return (hidden.float() + ffn(normed).float() * ffn_gate).type_as(hidden)
+
+
+class TextEmbedder(nn.Module):
+    """Into the text stream: z_tau and the previous estimate of z_1 become tokens, tau_t becomes their modulation."""
+
+    def __init__(self, latent_dim: int, dim: int, freq_dim: int):
+        super().__init__()
+        self.proj_in = nn.Linear(latent_dim, dim)
+        self.proj_guess = nn.Linear(latent_dim, dim, bias=False)
+        self.timesteps_proj = Timesteps(num_channels=freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
+        self.act_fn = nn.SiLU()
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.proj_guess.weight)
+
+    def forward(self, z: Tensor, tau: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """z (B, N, d), tau (B,), guess (B, N, d) to hidden states (B, N, width), time (B, width) and (B, 6, width)."""
+        dtype = self.proj_in.weight.dtype
+        hidden = self.proj_in(z.to(dtype))
+        if guess is not None:
+            hidden = hidden + self.proj_guess(guess.to(dtype))
+        frequencies = self.timesteps_proj(wan.wan_timestep(tau)).to(self.time_embedder.linear_1.weight.dtype)
+        temb = self.time_embedder(frequencies).type_as(hidden)
+        return hidden, temb, self.time_proj(self.act_fn(temb)).unflatten(1, (6, -1))
+
+
+class TextHead(nn.Module):
+    """Out of the text stream: adaLN, then a zero-initialised projection to d, scaled by a learned positive number."""
+
+    def __init__(self, dim: int, latent_dim: int, eps: float):
+        super().__init__()
+        self.norm = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.proj_out = nn.Linear(dim, latent_dim)
+        self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed does not broadcast zero-dimensional parameters
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
+        """Hidden states (B, N, width) and time (B, width) to h (B, N, d), float32."""
+        shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        hidden = (self.norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        return self.log_scale.float().exp() * self.proj_out(hidden).float()
