@@ -48,7 +48,7 @@ def show_samples(
 
 
 def decode(pipeline: "UniViGUPipeline", samples: Sequence[Any]) -> list["np.ndarray"]:
-    """The clips, uint8 (F, H, W, 3). Meanwhile the autoencoder is on the transformer's device; on a GPU it uses tiling."""
+    """The clips, uint8 (F, H, W, 3). The autoencoder is moved to the transformer's device meanwhile."""
     import torch
 
     from univigu import wan

@@ -261,7 +261,7 @@ def load_pipeline(step: "Step", number: int) -> "UniViGUPipeline":
 
 
 def sampler(step: "Step", number: int) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer, and the pipeline's default sampling settings: from the profile (1), or from stage 1's model (2)."""
+    """The tokenizer, and the pipeline's default sampling settings: from the profile (1) or from stage 1's model (2)."""
     import inspect
 
     from transformers import AutoTokenizer

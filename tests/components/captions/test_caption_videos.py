@@ -166,7 +166,7 @@ def test_captions_with_wrapping_or_repetition_are_rejected(digits_root, profile,
     from components.captions.captioners import measured
 
     root, _, _ = digits_root
-    profile["text"]["caption_tokens"] = [2, 400]
+    profile["text"]["caption_tokens"] = [profile["text"]["prompt_tokens"][1] + 1, 400]
     good = measured.create({"seed": 0, "wordings": 1, "batch_size": 1})
     install(lambda request: CaptionResponse(spoil(good.answer([request], [request.open()])[0].text)))
     assert run_stage(STEP, profile, root)["reasons"] == {reason: 8}

@@ -285,8 +285,8 @@ class Endpoint:
         """Give up if answers don't report the usage that the budget limits: unknown is not zero."""
         if not self.budget.usage_known:
             sentence = (
-                f"The captioning service at {self.host} doesn't report the tokens of its answers, so a budget in tokens "
-                "or USD can't be enforced; set `requests` in `caption_videos.options.budget` instead."
+                f"The captioning service at {self.host} doesn't report the tokens of its answers, so a budget in "
+                "tokens or USD can't be enforced; set `requests` in `caption_videos.options.budget` instead."
             )
             self.give_up(ConfigError(sentence))
 
