@@ -1,4 +1,4 @@
-"""Have every stage-2 clip described in detail, check each description, and ask again with the reason where it fails."""
+"""The step caption-videos: caption each stage-2 clip, check each caption, and ask again with the reason if it fails."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from components.captions.captioners import Captioner, CaptionRequest, CaptionResponse
     from components.pipeline.step import Step
 
-HOPELESS = 50  # clips: where none of so many first ones gets a caption, the others aren't paid for
+HOPELESS = 50  # if none of this many first clips gets a caption, the step stops and doesn't pay for the rest
 
 Judge = Callable[["CaptionRequest", str], tuple[str, str] | None]  # (reason slug, complaint in words), or None
 
 
 def caption_videos(step: "Step") -> None:
-    """Clips that passed their gate -> a caption row for each, with a status; failures are quarantined as well."""
-    settings, bounds = step["caption_videos"], tuple(step["text"]["caption_tokens"])
+    """Clips that passed their gate -> one caption row per clip, with a status; failures are also quarantined."""
+    settings, bounds = step.settings.caption_videos, step.settings.text.caption_tokens
     tokenizer = load_tokenizer(step.inputs["base"])
-    checks = load_caption_checks(settings["checks"])
-    captioner = open_captioner(step, step.root)
-    # With the digest in its rows, a shard is kept only for as long as the captioner would write the same.
+    checks = load_caption_checks(settings.checks)
+    captioner = open_captioner(step.parameters, step.root)
+    # The digest is part of the rows, so that a shard is reused only while the captioner would write the same captions.
     rows = [
         {**row, "captioner_digest": captioner.digest} for row in step.read("gate", "clips").sort_by("id").to_pylist()
     ]
@@ -43,7 +43,7 @@ def caption_videos(step: "Step") -> None:
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
         wanted = [row for row in shard if row["stage"] == 2]
-        conversations = Conversations(judge, settings["attempts"])
+        conversations = Conversations(judge, settings.attempts)
         requests = make_requests(step.inputs["clips"], wanted, bounds)
         captioner.caption(step.progress(requests, len(wanted), "clips"), conversations.follow_up)
         captions = []
@@ -52,32 +52,36 @@ def caption_videos(step: "Step") -> None:
             if outcome.reason:
                 clip = {name: value for name, value in row.items() if name != "captioner_digest"}
                 step.reject(row["id"], outcome.reason, outcome.detail, {**clip, "caption": outcome.text})
-            captions.append(
-                {
-                    "clip_id": row["id"],
-                    "text": outcome.text,
-                    "n_tokens": count_tokens(tokenizer, [outcome.text])[0] if outcome.text else 0,
-                    "status": outcome.status,
-                    "attempts": outcome.attempts,
-                    "captioner": captioner.name,
-                    "captioner_digest": captioner.digest,
-                    "template_version": captioner.template_version,
-                    "usage": dict(outcome.usage),
-                }
-            )
+            n_tokens = count_tokens(tokenizer, [outcome.text])[0] if outcome.text else 0
+            captions.append(caption_row(row["id"], outcome, n_tokens, captioner))
         return captions
 
-    captions = step.map_shards(rows, settings["shard_size"], make_shard)
+    captions = step.map_shards(rows, settings.shard_size, make_shard)
     step.facts["statuses"] = dict(sorted(Counter(row["status"] for row in captions).items()))
     step.facts["calls"] = sum(row["attempts"] for row in captions)
     usage = sum((Counter(row.pop("usage")) for row in captions), Counter())
     step.facts["usage"] = {name: round(amount, 6) for name, amount in sorted(usage.items())}
     step.write("captions", captions)
-    step.rows_out -= step.reasons.total()  # a clip without a caption keeps its row, and counts as quarantined
+    step.rows_out -= step.reasons.total()  # a clip without a caption keeps its row but counts as quarantined
 
 
-def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captioner":
-    """The profile's captioner, with what it was answered before below `root`; raises as its `create` does."""
+def caption_row(clip_id: str, outcome: "Outcome", n_tokens: int, captioner: "Captioner") -> dict[str, Any]:
+    """A row of the table `captions`."""
+    return {
+        "clip_id": clip_id,
+        "text": outcome.text,
+        "n_tokens": n_tokens,
+        "status": outcome.status,
+        "attempts": outcome.attempts,
+        "captioner": captioner.name,
+        "captioner_digest": captioner.digest,
+        "template_version": captioner.template_version,
+        "usage": dict(outcome.usage),
+    }
+
+
+def open_captioner(profile: Mapping[str, Any], root: Path) -> "Captioner":
+    """The profile's captioner, with the answers that are kept under `root`; raises as its `create` does."""
     settings, answers = profile["caption_videos"], root / STATE / "answers" / "caption-videos"
     return load_captioner(
         settings["captioner"], {**settings, "seed": profile["seed"], "root": root, "answers": answers}
@@ -86,7 +90,7 @@ def open_captioner(profile: "Mapping[str, Any] | Step", root: Path) -> "Captione
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a clip. `attempts` counts how often it was asked about."""
+    """The result for one clip. `attempts` counts how often the captioner was asked about it."""
 
     text: str | None
     status: str
@@ -97,18 +101,18 @@ class Outcome:
 
 
 class Conversations:
-    """What has been said about each clip: judges every answer, and asks again where that can help."""
+    """The conversation about each clip: judges every answer, and asks again if that can help."""
 
     def __init__(self, judge: Judge, attempts: int) -> None:
         self.judge, self.attempts = judge, attempts
         self.outcomes: dict[str, Outcome] = {}
-        self.failed: Counter[str] = Counter()  # reasons of the clips that were given up
+        self.failed: Counter[str] = Counter()  # reasons of the clips that were rejected for good
         self.captioned = False  # whether any clip has a caption
 
     def follow_up(self, request: "CaptionRequest", response: "CaptionResponse") -> "CaptionRequest | None":
-        """Note what an answer earns; the request to be asked next, with the complaint, or None (`FollowUp`).
+        """Record the outcome of an answer; returns the next request, with the complaint, or None (see `FollowUp`).
 
-        Raises `GateFailedError` where all the first `HOPELESS` clips fail.
+        Raises `GateFailedError` if all of the first `HOPELESS` clips fail.
         """
         before = self.outcomes.get(request.id)
         usage = Counter(before.usage if before else {}) + Counter(response.usage or {})
@@ -123,8 +127,8 @@ class Conversations:
         if not self.captioned and self.failed.total() >= HOPELESS:
             counts = ", ".join(f"{name} {count}" for name, count in self.failed.most_common())
             raise GateFailedError(
-                f"None of the first {HOPELESS} clips got a caption that can be used ({counts}; the last: {detail}), so "
-                "the others weren't asked about; try another model or template, or correct `text.caption_tokens`."
+                f"None of the first {HOPELESS} clips got a usable caption ({counts}; the last: {detail}), so the step "
+                "stopped; try another model or template, or correct `text.caption_tokens`."
             )
         return None
 
@@ -132,7 +136,7 @@ class Conversations:
 def make_requests(
     folder: Path, rows: Sequence[Mapping[str, Any]], bounds: tuple[int, int]
 ) -> Iterator["CaptionRequest"]:
-    """A first request for each clip, in order; its frames are decoded when they are needed."""
+    """The first request for each clip, in order; frames are decoded when they are needed."""
     from components.clips.archive import open_clip, read_clips
 
     for row, content in read_clips(folder, rows):
@@ -140,7 +144,7 @@ def make_requests(
 
 
 def settle(request: "CaptionRequest", response: "CaptionResponse", judge: Judge) -> tuple[str, tuple[str, str] | None]:
-    """The status that one response earns, and its fault: a caption that fails a check is an `error`, or `blocked`."""
+    """The status of one response, and its fault: a caption that fails a check is an `error`, a refusal is `blocked`."""
     if response.status != "success":
         detail = response.detail or f"the captioner answered '{response.status}'"
         return response.status, (response.reason or response.status, detail)
@@ -153,7 +157,7 @@ def settle(request: "CaptionRequest", response: "CaptionResponse", judge: Judge)
 def find_fault(
     request: "CaptionRequest", text: str, n_tokens: int, instructions: str, checks: Sequence[CaptionCheck]
 ) -> tuple[str, str] | None:
-    """Why a caption can't be used, as (reason slug, complaint to the captioner), or None."""
+    """What is wrong with a caption, as (reason slug, complaint to the captioner), or None."""
     low, high = request.token_range
     if not text.strip():
         return "empty", "it was empty; describe the video"
@@ -172,7 +176,7 @@ def find_fault(
     for check in checks:
         if complaint := check.find(request.prompt, text):
             return check.reason, complaint
-    # Last, because a complaint is part of the next request: one that was asked after another complaint is paid for.
+    # These come last: a complaint is part of the next request's digest, so another order would ask, and pay, again.
     if found := wrapping(text):
         return "wrapping", found
     if found := repetition(text):

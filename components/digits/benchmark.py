@@ -135,8 +135,8 @@ def load_heldout(path: Path) -> dict[str, Any]:
 def open_heldout(step: "Step") -> dict[str, Any]:
     """The held-out set of a step, of each kind the first items, as many as its profile says."""
     heldout = load_heldout(step.inputs["heldout"])
-    settings = step["evaluate_model"]
-    return {**heldout, **{kind: first_items(heldout, kind, settings[kind]) for kind in COUNTS}}
+    settings = step.settings.evaluate_model
+    return {**heldout, **{kind: first_items(heldout, kind, getattr(settings, kind)) for kind in COUNTS}}
 
 
 def first_items(heldout: Mapping[str, Any], kind: str, count: int) -> list[Item]:

@@ -1,8 +1,8 @@
-"""Evaluate the trained model on what it has never seen: captions, generated videos, and both made jointly.
+"""The step evaluate-model: scores on held-out captions, generated videos, and videos and captions generated jointly.
 
-Which world it is measured in is one module, named in the profile (`benchmark`), which knows the held-out items, their
-truth, and how a text and a video are read. Scoring is the library's. Nothing here depends on the clock or the batch.
-What the model and its base make is sampled by `evaluation_samples`.
+The profile's `benchmark` names a module that knows the dataset: its held-out items, the truth about them, and how to
+read a text and a video. `samples` runs the model and its base; the library computes the scores. Nothing here depends on
+the clock or on the batch size.
 """
 
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from components.pipeline.step import Step
 
 BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
-KINDS = ("captions", "generations", "joint")  # the held-out items, and the profile's keys with how many of each
+KINDS = ("captions", "generations", "joint")  # of held-out items; also the profile's keys for their numbers
 SHEET_COLUMNS = 5
 STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
 
@@ -35,16 +35,16 @@ Metrics = dict[str, dict[str, Any]]
 
 def evaluate_model(step: "Step") -> None:
     """Held-out items -> ``metrics.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``."""
-    settings = step["evaluate_model"]
-    benchmark = load_benchmark(settings["benchmark"])
+    name = step.settings.evaluate_model.benchmark
+    benchmark = load_benchmark(name)
     heldout = benchmark.open_heldout(step)
     chosen = {kind: heldout[kind] for kind in KINDS}
     step.rows_in = sum(len(items) for items in chosen.values())
-    step.facts |= {"benchmark": settings["benchmark"], "heldout_sha256": heldout["sha256"]}
+    step.facts |= {"benchmark": name, "heldout_sha256": heldout["sha256"]}
 
     made, sampling = sample_everything(step, benchmark, chosen)
     rows = score_everything(benchmark, chosen, made)
-    metrics = summarise_rows(rows, step["seed"])
+    metrics = summarise_rows(rows, step.settings.seed)
     training = {name: read_training(step.inputs[name]) for name in ("stage1", "stage2")}
     metrics |= {name: figures["summary"] for name, figures in training.items() if figures["summary"]}
 
@@ -52,12 +52,13 @@ def evaluate_model(step: "Step") -> None:
     text = json.dumps(metrics, indent=1, sort_keys=True)
     (step.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_plots(step.out / "plots", metrics, training)
-    notes = page_notes(benchmark, settings, sampling, metrics)
+    notes = page_notes(step, benchmark, sampling, metrics)
     write_page(step, benchmark, heldout, metrics, rows, made, training, notes)
+    write_gallery(step, rows, made)
 
 
 def load_benchmark(name: str) -> ModuleType:
-    """The module that knows a world; raises `ConfigError` for a name that is not in `BENCHMARKS`."""
+    """The benchmark's module; raises `ConfigError` for a name that is not in `BENCHMARKS`."""
     if name not in BENCHMARKS:
         raise ConfigError(f"There is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}.")
     return import_module(BENCHMARKS[name])
@@ -69,7 +70,7 @@ def load_benchmark(name: str) -> ModuleType:
 def score_everything(
     benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]], made: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
-    """A row for each task and item: what is true or asked (`truth`), said or seen (`found`), and right (`correct`)."""
+    """A row per task and item: the true or requested values (`truth`), those `found`, and which are `correct`."""
     rows: list[Row] = []
     truths = [benchmark.truth(item) for item in chosen["captions"]]
     majority = benchmark.majority(truths)
@@ -102,7 +103,7 @@ def score_everything(
 
 
 def make_row(task: str, item: Item, truth: Mapping[str, str], found: Mapping[str, str], text: str | None = None) -> Row:
-    """A row of the table `items`; `found` is kept only on the attributes that are scored."""
+    """A row of the table `items`; `found` is reduced to the attributes that are scored."""
     found = {name: found[name] for name in truth if name in found}
     return {
         "task": task,
@@ -117,9 +118,9 @@ def make_row(task: str, item: Item, truth: Mapping[str, str], found: Mapping[str
 
 
 def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[str, str], text: str) -> Row:
-    """A row of the table `items` for a video and a text: both are found, and right is where they agree.
+    """A row of the table `items` for a video and its text: an attribute is correct if both have the same value.
 
-    Only the attributes that the prompt leaves open are scored, and there is no truth about those.
+    Only the attributes that the prompt leaves open are scored; there is no truth about them.
     """
     left_open, said = benchmark.left_open(item["prompt"], video), benchmark.read_text(text)
     seen = {name: video[name] for name in left_open}
@@ -136,10 +137,10 @@ def make_joint_row(task: str, benchmark: ModuleType, item: Item, video: Mapping[
 
 
 def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
-    """Scores of each task's rows, by attribute and over all of them; `joint` calls the latter ``agreement``.
+    """The scores of each task's rows, by attribute and over all attributes; the latter is ``agreement`` for `joint`.
 
-    ``joint_video`` and ``joint_text`` are held against what the prompt states; ``caption_steps`` has the mean of the
-    captions by the number of Euler steps that they were made in.
+    ``joint_video`` and ``joint_text`` are compared with the values that the prompt states; ``caption_steps`` has the
+    mean score of captions by their number of Euler steps.
     """
     correct: dict[str, list[dict[str, bool]]] = {}
     for row in rows:
@@ -152,11 +153,11 @@ def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     return metrics
 
 
-# --- what is left behind ----------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def write_plots(folder: Path, metrics: Metrics, training: Mapping[str, Mapping[str, Any]]) -> None:
-    """CSV files for ``dvc plots``: accuracy by attribute, loss curves, and held-out losses by bin of tau."""
+    """CSV files for ``dvc plots``: scores by attribute, loss curves, and held-out losses by bin of tau."""
     folder.mkdir()
     scores = [
         {"score": group, "attribute": name, **score}
@@ -196,9 +197,8 @@ def write_page(
     training: Mapping[str, Mapping[str, Any]],
     notes: Sequence[str],
 ) -> None:
-    """``report.html``, and ``gallery.webp`` with the same first samples for a README."""
-    settings, digests = step["evaluate_model"], step.input_digests
-    by_task = {task: [row for row in rows if row["task"] == task] for task in PAGE_SAMPLES}
+    """Write ``report.html``."""
+    digests = step.input_digests
 
     def samples(task: str, clips: Mapping[str, str]) -> list[dict[str, Any]]:
         return [
@@ -208,7 +208,7 @@ def write_page(
                 prompt=row["prompt"],
                 text=row["text"],
             )
-            for index, row in enumerate(by_task[task][: PAGE_SAMPLES[task]])
+            for index, row in enumerate(_rows_of(task, rows)[: PAGE_SAMPLES[task]])
         ]
 
     inputs = ("prompts", "checked_prompts", "clips", "checked_clips", "captions", "pairs")
@@ -218,7 +218,7 @@ def write_page(
             "Model": digests["stage2"][:12],
             "Base": f"{step.inputs['base'].name} {digests['base'][:12]}",
             "Training pairs": digests["pairs"][:12],
-            "Held-out set": f"{settings['benchmark']} {heldout['sha256'][:12]}",
+            "Held-out set": f"{step.settings.evaluate_model.benchmark} {heldout['sha256'][:12]}",
         },
         scores=metrics,
         attributes=benchmark.ATTRIBUTES,
@@ -235,22 +235,31 @@ def write_page(
         notes=notes,
     )
     (step.out / "report.html").write_text(page, encoding="utf-8")
+
+
+def write_gallery(step: "Step", rows: Sequence[Row], made: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write ``gallery.webp``, the first samples of the page as a picture for a README."""
     sheet = {
-        "Captions of clips that training never saw": ("captions", "text"),
+        "Captions of held-out clips": ("captions", "text"),
         "Videos generated from a prompt": ("generation", "prompt"),
-        "Video and caption made together": ("joint", "text"),
+        "Video and caption generated jointly": ("joint", "text"),
     }
     groups = {
         title: [
-            (clip, row[key]) for clip, row in zip(made[task]["previews"][:SHEET_COLUMNS], by_task[task], strict=False)
+            (clip, row[key])
+            for clip, row in zip(made[task]["previews"][:SHEET_COLUMNS], _rows_of(task, rows), strict=False)
         ]
         for title, (task, key) in sheet.items()
     }
     (step.out / "gallery.webp").write_bytes(report.contact_sheet(groups))
 
 
+def _rows_of(task: str, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["task"] == task]
+
+
 def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
-    """What the page's chips show of a row: the ``truth`` (a joint row's: its video), the ``found``, the ``correct``."""
+    """The values of a row that the page shows: ``truth`` (for a joint row, its video's), ``found`` and ``correct``."""
     truth, found, correct = (json.loads(row[key]) for key in ("truth", "found", "correct"))
     if row["task"] == "joint":
         truth = {name: both["video"] for name, both in found.items()}
@@ -259,28 +268,25 @@ def shown_claims(row: Row) -> dict[str, dict[str, Any]]:
 
 
 def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How right captions are by the number of Euler steps that they are made in; no chart of fewer than two."""
+    """The chart of the captions' score by their number of Euler steps; none if there are fewer than two points."""
     points = sorted((int(steps), score["value"]) for steps, score in scores.items())
     return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []
 
 
-def page_notes(
-    benchmark: ModuleType, settings: Mapping[str, Any], sampling: Mapping[str, Any], metrics: Metrics
-) -> list[str]:
-    """How the scores came about, in the page's words."""
-    words = benchmark.WORDS
+def page_notes(step: "Step", benchmark: ModuleType, sampling: Mapping[str, Any], metrics: Metrics) -> list[str]:
+    """The page's notes on how the scores were measured."""
+    words, settings = benchmark.WORDS, step.settings.evaluate_model
     return [
-        f"Captions: {metrics['captions']['mean']['n']} {words['captions']}; "
-        f"Euler steps: {sampling['caption_steps']}; guidance {sampling['caption_guidance_scale']:g}, temperature "
-        f"{sampling['caption_temperature']:g}.",
-        "Without the video: the same model, clips, noise and settings, with the video replaced by noise. Commonest "
-        f"value: {words['majority']}",
-        f"Generated videos: {metrics['generation']['mean']['n']} {words['generation']}; "
-        f"{sampling['num_inference_steps']} steps at guidance {sampling['guidance_scale']:g} by this model, "
-        f"{settings['base_steps']} at {settings['base_guidance']:g} by its base. "
-        f"{words['reader']}",
-        f"Joint: {metrics['joint']['agreement']['n']} {words['joint']} The text is written when the "
-        f"video is at {sampling['joint_text_at']:g} of its way, and the rest of the video follows it.",
-        "Intervals: Wilson's for one attribute; for means over attributes a bootstrap over items, because the claims "
-        "about one clip go together.",
+        f"Captions: {metrics['captions']['mean']['n']} {words['captions']}. They are sampled in "
+        f"{sampling['caption_steps']} Euler steps, with guidance {sampling['caption_guidance_scale']:g} and "
+        f"temperature {sampling['caption_temperature']:g}.",
+        "Without the video: the same model, clips, noise and settings, but with noise in place of the video. Most "
+        f"common value: {words['majority']}",
+        f"Generated videos: {metrics['generation']['mean']['n']} {words['generation']}. This model uses "
+        f"{sampling['num_inference_steps']} steps with guidance {sampling['guidance_scale']:g}, its base "
+        f"{settings.base_steps} steps with guidance {settings.base_guidance:g}. {words['reader']}",
+        f"Joint: {metrics['joint']['agreement']['n']} {words['joint']} The text is written when the video is at time "
+        f"τ = {sampling['joint_text_at']:g}; the rest of the video is conditioned on it.",
+        "Intervals: Wilson intervals for single attributes. For means over attributes, a bootstrap over items, because "
+        "the claims about one clip are correlated.",
     ]

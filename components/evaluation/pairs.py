@@ -1,9 +1,10 @@
-"""Any world as a benchmark: what texts state as content words, on pairs that the pipeline itself had held out.
+"""The benchmark `pairs`, for any dataset: compares content words, on pairs that the pipeline has held out.
 
-Captions are held against the reference captions of held-out clips of stage 2; generated clips against their prompts, a
-fixed file of them, as the model itself describes those clips (so a poor captioner hides a good video: name a scorer for
-a second opinion). A claim is the stem of a content word, in a group of its own; a text is right on it if it states it.
-Words that half of the references share tell nothing of one clip and are no claims. No network is needed.
+Captions are compared with the reference captions of held-out stage-2 clips. Generated clips are compared with their
+prompts, from a fixed file, by the model's own captions of the clips; so a poor captioner hides a good video, and a
+scorer gives a second opinion. A claim is the stem of a content word; a text is right on a claim if it states it. Words
+that more than half of the references share say nothing about a single clip, so they are not claims. No network is
+needed.
 """
 
 import json
@@ -29,17 +30,17 @@ GROUPS = {
 }
 ATTRIBUTES = ("content", *GROUPS)
 CLIP_KEYS = ("id", "shard", "member", "sha256", "frames", "height", "width")
-COMMON = 0.5  # the share of references from which on a word is no claim
+COMMON = 0.5  # a word in a larger share of the references is not a claim
 HAS_RECOGNISER = False
 WORDS = {
-    "captions": "held-out clips, whose reference captions no training saw; right is what a caption states of the "
-    "reference's content words, by their stems",
-    "majority": "a caption of the commonest claims, as many as a reference has on average.",
+    "captions": "held-out clips whose reference captions were not used in training; the score is the share of the "
+    "reference's content words, compared by their stems, that the caption states",
+    "majority": "a caption of the most common claims, as many as a reference has on average.",
     "generation": "fixed prompts",
-    "reader": "What a video shows is read from the caption that this model itself writes of it, also for its base: "
-    "both are bounded by how well it describes.",
-    "joint": "of those prompts. What the model's caption of the video says beyond the prompt is looked for in the text "
-    "that was made with it.",
+    "reader": "The content of a video, the base's included, is read from the caption that this model writes for it, so "
+    "the quality of its captions limits both scores.",
+    "joint": "of these prompts. The content words of the model's caption of the video that aren't in the prompt are "
+    "looked up in the text that was generated with it.",
 }
 
 Item = Mapping[str, Any]
@@ -49,10 +50,10 @@ Claims = dict[str, str]
 def open_heldout(step: "Step") -> dict[str, Any]:
     """``captions``: held-out pairs of stage 2 whose clips have the profile's size; ``generations``, ``joint``: prompts.
 
-    Of each kind as many as the profile says, or as there are. Raises where there is none.
+    Of each kind as many as the profile asks for, or as there are. Raises `BadInputError` if there are none.
     """
-    settings, video = step["evaluate_model"], step["video"]
-    size = tuple(video[key] for key in ("frames", "height", "width"))
+    settings, video = step.settings.evaluate_model, step.settings.video
+    size = (video.frames, video.height, video.width)
     pairs = step.read("pairs", "pairs").to_pylist()
     clips = {
         row["id"]: row
@@ -60,11 +61,11 @@ def open_heldout(step: "Step") -> dict[str, Any]:
         if (row["frames"], row["height"], row["width"]) == size
     }
     kept = [row for row in pairs if row["stage"] == 2 and row["split"] == "heldout" and row["clip_id"] in clips]
-    references = sorted(kept, key=lambda row: row["id"])[: settings["captions"]]
+    references = sorted(kept, key=lambda row: row["id"])[: settings.captions]
     if not references:
         raise BadInputError(
-            f"No pair of stage 2 with clips of {'x'.join(map(str, size))} was held out; raise heldout_share, or make"
-            " more clips."
+            f"No held-out pair of stage 2 has a clip of {'x'.join(map(str, size))}; raise "
+            "`validate_data.heldout_share`, or make more clips."
         )
     common = common_stems([row["caption"] for row in references])
     captions = [
@@ -81,33 +82,33 @@ def open_heldout(step: "Step") -> dict[str, Any]:
     trained = {row["prompt"] for row in pairs if row["split"] == "train"}
     prompts = [item for item in read_prompts(step.inputs["heldout"]) if item["prompt"] not in trained]
     if not prompts:
-        raise BadInputError("Every prompt of the profile's 'heldout' was trained on; choose other prompts.")
+        raise BadInputError("All prompts of the profile's 'heldout' were used in training; choose other prompts.")
     chosen = {
         "captions": captions,
-        "generations": prompts[: settings["generations"]],
-        "joint": prompts[: settings["joint"]],
+        "generations": prompts[: settings.generations],
+        "joint": prompts[: settings.joint],
     }
     sizes = [{**item, "clip": item["clip"]["sha256"]} for item in captions], chosen["generations"], chosen["joint"]
     return {"world": "pairs", "sha256": json_digest(sizes), **chosen}
 
 
 def read_prompts(path: Path) -> list[Item]:
-    """The prompts of a JSONL file, each with its id and a seed: lines ``{"prompt": ...}``."""
+    """The prompts of a JSONL file with lines ``{"prompt": ...}``, each with an id and a seed."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         prompts = list(dict.fromkeys(str(line["prompt"]) for line in lines))
     except FileNotFoundError as error:
         raise MissingInputError(f"There are no prompts at {path}; check the profile's 'heldout'.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptDataError(f'{path} is no JSONL of {{"prompt": "..."}} lines ({error}); mend it.') from error
+        raise CorruptDataError(f'{path} is not JSONL with {{"prompt": "..."}} lines ({error}); correct it.') from error
     return [{"id": f"prompt-{number:03d}", "prompt": text, "seed": number} for number, text in enumerate(prompts)]
 
 
-# --- what is true, what is asked, what is seen -----------------------------------------------------------------------
+# --- claims of references, prompts and videos ------------------------------------------------------------------------
 
 
 def truth(item: Item) -> Claims:
-    """What the reference caption of a held-out clip claims."""
+    """The claims of a held-out clip's reference caption."""
     return dict(item["claims"])
 
 
@@ -131,12 +132,12 @@ asked = read_text
 
 
 def left_open(prompt: str, seen: Claims) -> list[str]:
-    """What is seen in a video and its prompt doesn't ask for."""
+    """The claims about a video that its prompt doesn't state."""
     return sorted(seen.keys() - asked(prompt).keys())
 
 
 def majority(truths: Sequence[Claims]) -> Claims:
-    """The commonest claims, as many as there are in a truth on average."""
+    """The most common claims, as many as a truth has on average."""
     counts = Counter(claim for claims in truths for claim in claims)
     number = round(sum(counts.values()) / len(truths))
     values = {claim: value for claims in truths for claim, value in claims.items()}
@@ -144,7 +145,7 @@ def majority(truths: Sequence[Claims]) -> Claims:
 
 
 def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list[Claims]]:
-    """What reads clips: the model's own captions of them, already written or not."""
+    """A reader of clips: returns the claims of the model's captions, which it writes if none are given."""
     return lambda frames, texts: [read_text(text) for text in texts or pipeline.caption(list(frames))]
 
 
@@ -152,13 +153,13 @@ def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list
 
 
 def content_words(text: str) -> list[str]:
-    """The words of a text that say something, lower-case, in order, each once."""
+    """The content words of a text, lower-case, in order, without duplicates."""
     words = (word.rpartition(":")[2] for phrase in content_phrases(text) for word in phrase)
     return list(dict.fromkeys(word for word in words if re.search(r"\w", word)))
 
 
 def common_stems(texts: Sequence[str]) -> set[str]:
-    """The claims that so many of several texts make that they tell nothing of one; of few texts, none."""
+    """The claims that more than `COMMON` of the texts make, and more than two of them."""
     counts = Counter(claim for text in texts for claim in read_text(text))
     return {claim for claim, count in counts.items() if count > max(2, COMMON * len(texts))}
 

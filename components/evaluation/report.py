@@ -1,12 +1,14 @@
-"""The page that people look at: scores, real samples, training curves, and where the data went, in one HTML file.
+"""The report page: scores, samples, training curves, and the counts of the data pipeline, in one HTML file.
 
-The page asks for nothing outside itself: style, charts and clips are in it, and its content policy forbids the rest.
-Every text that comes from data is escaped by the template, and characters that can't be seen are made visible first.
+The page is self-contained: styles, charts and clips are inline, and its content security policy forbids everything
+else. The template escapes every text from data, after invisible characters are replaced by their code points. It also
+draws the line charts: matplotlib's SVG would need more code to follow the page's width and its light or dark mode.
 """
 
 import base64
 import io
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TEMPLATE = "report.html.j2"
-WITHHELD = ("unsafe", "personal")  # rejected rows of such reasons are counted, and not shown again
+WITHHELD = ("unsafe", "personal")  # rejected rows with these reasons are counted, but not shown
 EXAMPLES_PER_REASON = 2
 LONGEST_TEXT = 160
-LONGEST_PREVIEW, WIDEST_PREVIEW = 24, 256  # frames and pixels of a clip on the page
-CARD_WIDTH = 160  # pixels, of a small clip on the contact sheet
+LONGEST_PREVIEW, WIDEST_PREVIEW = 24, 256  # at most so many frames and pixels of a clip on the page
+CARD_WIDTH = 160  # pixels; smaller clips are enlarged to it on the contact sheet
 
 Facts = Mapping[str, Any]
 
@@ -37,9 +39,9 @@ def render_report(
 ) -> str:
     """The whole page as HTML.
 
-    about: facts of the run, shown as they are. scores: as in metrics.json. samples: for ``captions``, ``generation``
-    and ``joint`` what `clip_sample` makes. charts: what `line_chart` makes, by section. funnel: `funnel_steps`.
-    rejected: `rejected_examples`. Whatever is empty is said to be missing.
+    about: facts about the run, by label. scores: as in metrics.json. samples: results of `clip_sample`, for
+    ``captions``, ``generation`` and ``joint``. charts: results of `line_chart`, by section. funnel: the result of
+    `funnel_steps`. rejected: that of `rejected_examples`. The page says so if one of them is empty.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -64,7 +66,7 @@ def render_report(
 
 
 def visible(text: object) -> str:
-    """`text` with control, format and private characters written as their code points, so that none can hide."""
+    """`text` with control, format, private-use and unassigned characters replaced by their code points."""
     return "".join(
         f"\\u{ord(char):04x}" if unicodedata.category(char) in ("Cc", "Cf", "Co", "Cs", "Cn") else char
         for char in str(text)
@@ -82,7 +84,7 @@ class Preview(NamedTuple):
 
 
 def preview(clip: np.ndarray, fps: float) -> Preview:
-    """A clip uint8 (F, H, W, 3) of any size: as it is where it is small, else with fewer frames and pixels."""
+    """A clip, uint8 (F, H, W, 3), of any size; if it is large, with fewer frames and pixels."""
     from PIL import Image
 
     step = -(-len(clip) // LONGEST_PREVIEW)
@@ -103,12 +105,12 @@ def animation(frames: np.ndarray, fps: float) -> str:
 
 
 def clip_sample(clips: Mapping[str, Preview], **facts: Any) -> dict[str, Any]:
-    """One sample for the page: its clips by their label, as animations, and what else the template shows of it."""
+    """One sample for the page: its clips as animations, by label, and the other values that the template shows."""
     return {"clips": {label: animation(*clip) for label, clip in clips.items()}, **facts}
 
 
 def contact_sheet(groups: Mapping[str, Sequence[tuple[Preview, str]]]) -> bytes:
-    """An animated WebP for the README: a row of (clip, text) cards under each title; all clips are of one size."""
+    """An animated WebP for the README: a row of (clip, text) cards under each title; all clips have the same size."""
     from PIL import Image, ImageDraw, ImageFont
 
     first = next(clip for cards in groups.values() for clip, _ in cards)
@@ -147,7 +149,7 @@ def contact_sheet(groups: Mapping[str, Sequence[tuple[Preview, str]]]) -> bytes:
 
 
 def _wrap(text: str, font: Any, width: float) -> list[str]:
-    """`text` in lines no wider than `width` pixels, as far as its words allow."""
+    """`text` in lines of at most `width` pixels, unless a single word is wider."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -169,14 +171,12 @@ def _webp(pictures: Sequence[Any], duration: int | Sequence[int]) -> bytes:
 
 
 def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
-    """A line chart for the template: each series' points, in per cent of the plot's width and height, and the ticks."""
-    from matplotlib.ticker import MaxNLocator
-
+    """A line chart for the template: the points of each series and the ticks, in percent of the plot's size."""
     points = [point for line in series.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    y_ticks = [float(tick) for tick in MaxNLocator(4).tick_values(min(*ys, 0.0), max(*ys, 1e-9))]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
-    x_ticks = [float(t) for t in MaxNLocator(5).tick_values(x_low, x_high) if x_low <= t <= x_high]
+    y_ticks = find_ticks(min(*ys, 0.0), max(*ys, 1e-9), 4)
+    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    x_ticks = [tick for tick in find_ticks(x_low, x_high, 5) if x_low <= tick <= x_high]
 
     def across(x: float) -> float:
         return round(100 * (x - x_low) / (x_high - x_low), 2)
@@ -202,11 +202,19 @@ def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[flo
     }
 
 
-# --- where the data went ---------------------------------------------------------------------------------------------
+def find_ticks(low: float, high: float, intervals: int) -> list[float]:
+    """Evenly spaced round numbers from at most `low` to at least `high`, about `intervals` steps apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / intervals))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * intervals >= (high - low) * 0.999)
+    first, last = math.floor(low / step + 1e-3), math.ceil(high / step - 1e-3)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+# --- the data pipeline -----------------------------------------------------------------------------------------------
 
 
 def funnel_steps(manifests: Sequence[Facts]) -> list[dict[str, Any]]:
-    """Rows in, rows out and reasons of each step, widths in per cent of the first step's rows in."""
+    """The rows in, rows out and reasons of each step; widths are in percent of the most rows that went into a step."""
     whole = max((manifest["rows_in"] for manifest in manifests), default=0) or 1
     return [
         {
@@ -223,7 +231,7 @@ def funnel_steps(manifests: Sequence[Facts]) -> list[dict[str, Any]]:
 
 
 def rejected_examples(tables: Mapping[str, Iterable[Facts]]) -> list[dict[str, Any]]:
-    """The first rejected rows of every step and reason; rows of the reasons in `WITHHELD` are counted only."""
+    """The first rejected rows of every step and reason; rows with a reason in `WITHHELD` are only counted."""
     reasons: dict[tuple[str, str], list[Facts]] = {}
     for step, rows in tables.items():
         for row in rows:
@@ -242,7 +250,7 @@ def rejected_examples(tables: Mapping[str, Iterable[Facts]]) -> list[dict[str, A
 
 
 def _row_text(row: str) -> str:
-    """What a person would recognise of a quarantined row: its prompt or text, else the row itself."""
+    """The readable part of a quarantined row: its prompt or text, otherwise the row itself."""
     try:
         value = json.loads(row)
     except ValueError:

@@ -1,8 +1,8 @@
-"""What a model and its base make of held-out items, kept by what decides it: the page around it can change freely.
+"""Samples of the model and its base for the held-out items, in batches that are kept and reused.
 
-Of a clip only what was read from it is kept, and a small preview of the first few, so that clips may be of any size.
-Each batch is kept below the work root when it is done: a run that was killed goes on with the next, and where only
-scores or the page have changed, nothing is sampled again.
+Of a generated clip, only the benchmark's reading and, for the first few, a small preview are kept, so clips may have
+any size. Each finished batch is kept under the work root: a killed run resumes with the next one, and if only scores or
+the page change, nothing is sampled again.
 """
 
 import shutil
@@ -32,39 +32,40 @@ PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}
 BASE_TASK = "generation_base"
 SCORED_BY_MODELS = ("generation", BASE_TASK)
 TASKS = {"captions": "captions", "generation": "generations", BASE_TASK: "generations", "joint": "joint"}
-DRAWN = "drawn-"  # begins the names of the base's clips, which are kept until they are read
+UNREAD = "drawn-"  # prefix of the folders with the base's clips, which are kept until they are read
 
 Item = Mapping[str, Any]
-Part = dict[str, list[Any]]  # of one batch: `texts`, `seen`, `previews` ...
+Size = tuple[int, int, int]  # frames, height, width
+Batch = dict[str, list[Any]]  # the samples of some items: `texts`, `seen`, `previews` ...
 
 
 def sample_everything(
     step: "Step", benchmark: ModuleType, chosen: Mapping[str, Sequence[Item]]
-) -> tuple[dict[str, Part], Mapping[str, Any]]:
-    """What the model and the base make of the held-out items, by task.
+) -> tuple[dict[str, Batch], Mapping[str, Any]]:
+    """The samples of the model and the base for the held-out items, by task, and the model's sampling settings.
 
-    ``texts``; ``seen``, what the benchmark reads from the clips; ``previews`` of the first, with their frame rate. The
-    model samples as it does by default; those settings come second. The base goes first, as both may fill a GPU.
+    For each task: ``texts``; ``seen``, the benchmark's reading of the clips; ``previews`` of the first clips. The model
+    samples with its own defaults. The base runs first, because each of the two models may fill a GPU.
     """
     from univigu import wan
 
-    size = step["evaluate_model"]["batch_size"]
+    size = step.settings.evaluate_model.batch_size
     batches = {
         kind: [items[start : start + size] for start in range(0, len(items), size)] for kind, items in chosen.items()
     }
-    maker = Maker(step, benchmark)
-    maker.draw_with_base(batches[TASKS[BASE_TASK]])
+    sampler = Sampler(step, benchmark)
+    sampler.sample_base(batches[TASKS[BASE_TASK]])
     work = [(task, number, items) for task, kind in TASKS.items() for number, items in enumerate(batches[kind])]
-    made: dict[str, Part] = {}
+    made: dict[str, Batch] = {}
     for task, number, items in step.progress(work, unit="batches"):
-        all_of = made.setdefault(task, {})
-        wanted = PAGE_SAMPLES.get(task, PAGE_SAMPLES["generation"]) - len(all_of.get("previews", ()))
-        for name, values in maker.part(task, number, items, max(wanted, 0)).items():
-            all_of.setdefault(name, []).extend(values)
-    for other in maker.kept.parent.iterdir():  # of an earlier recipe: this one's is whole now
-        if other != maker.kept:
+        whole = made.setdefault(task, {})
+        wanted = PAGE_SAMPLES.get(task, PAGE_SAMPLES["generation"]) - len(whole.get("previews", ()))
+        for name, values in sampler.batch(task, number, items, max(wanted, 0)).items():
+            whole.setdefault(name, []).extend(values)
+    for other in sampler.kept.parent.iterdir():  # of other settings or code; this one's is complete now
+        if other != sampler.kept:
             shutil.rmtree(other)
-    for name, scorer in maker.scorers.items():
+    for name, scorer in sampler.scorers.items():
         prompts = [item["prompt"] for item in chosen["generations"]]
         for task in SCORED_BY_MODELS:
             videos = made[task].pop(f"scored by {name}")
@@ -72,12 +73,12 @@ def sample_everything(
     return made, wan.read_json(step.inputs["stage2"] / "model" / "model_index.json")
 
 
-class Maker:
-    """Makes batches, or finds them where they are kept. Each model is loaded when the first batch needs it."""
+class Sampler:
+    """Samples batches, or loads the ones that are kept. Each model is loaded when the first batch needs it."""
 
     def __init__(self, step: "Step", benchmark: ModuleType) -> None:
-        self.step, self.benchmark, self.settings = step, benchmark, step["evaluate_model"]
-        self.scorers = load_scorers(self.settings["scorers"], step)
+        self.step, self.benchmark, self.settings = step, benchmark, step.settings.evaluate_model
+        self.scorers = load_scorers(self.settings.scorers, step)
         entry = f"{__name__}:{sample_everything.__name__}"
         self.kept = step.kept_folder(entry, step.facts.get("scorers", {}))
 
@@ -87,61 +88,62 @@ class Maker:
 
         from univigu.pipeline import UniViGUPipeline
 
-        precision = _precision(self.settings["precision"])
+        precision = _precision(self.settings.precision)
         pipeline = UniViGUPipeline.from_pretrained(self.step.inputs["stage2"] / "model", **precision)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def draw_with_base(self, batches: Sequence[Sequence[Item]]) -> None:
-        """Have the base make its clips, as far as they aren't there or were read before."""
+    def sample_base(self, batches: Sequence[Sequence[Item]]) -> None:
+        """Generate the base's clips, except for batches that are kept, read or not."""
         base = None
         for number, items in enumerate(self.step.progress(batches, unit="batches of the base")):
-            if read_part(self.kept / f"{DRAWN}{number}") or read_part(self.kept / f"{BASE_TASK}-{number}"):
+            if load_batch(self.kept / f"{UNREAD}{number}") or load_batch(self.kept / f"{BASE_TASK}-{number}"):
                 continue
-            base = base or load_generator(self.step.inputs["base"], self.settings["precision"])
+            base = base or load_generator(self.step.inputs["base"], self.settings.precision)
             frames = generate_with_base(base, items, self.step)["frames"]
-            write_part(self.kept / f"{DRAWN}{number}", {"frames": list(frames)})
+            save_batch(self.kept / f"{UNREAD}{number}", {"frames": list(frames)})
 
-    def part(self, task: str, number: int, items: Sequence[Item], previews: int) -> Part:
-        """What was made of a batch: as it is kept, or made now and kept. previews: how many clips are shown."""
+    def batch(self, task: str, number: int, items: Sequence[Item], previews: int) -> Batch:
+        """A batch, kept or sampled now. previews: the number of clips to keep a preview of."""
         place = self.kept / f"{task}-{number}"
-        part = read_part(place)
+        part = load_batch(place)
         if part is None:
-            part = self.make(task, number, items, previews)
-            write_part(place, part)
+            part = self.sample(task, number, items, previews)
+            save_batch(place, part)
             if task == BASE_TASK:
-                shutil.rmtree(self.kept / f"{DRAWN}{number}")
+                shutil.rmtree(self.kept / f"{UNREAD}{number}")
         return part
 
-    def make(self, task: str, number: int, items: Sequence[Item], previews: int) -> Part:
+    def sample(self, task: str, number: int, items: Sequence[Item], previews: int) -> Batch:
         import numpy as np
 
-        video = self.step["video"]
+        video = self.step.settings.video
+        size = (video.frames, video.height, video.width)
         if task == "captions":
             clips = self.benchmark.render(items, self.step.inputs["clips"])
-            made = caption_clips(self.pipeline, clips, items, self.settings["compared_caption_steps"])
+            made = caption_clips(self.pipeline, clips, items, self.settings.compared_caption_steps)
         elif task == "generation":
-            made = generate_clips(self.pipeline, items, video)
+            made = generate_clips(self.pipeline, items, size)
         elif task == "joint":
-            made = make_jointly(self.pipeline, items, video)
+            made = sample_jointly(self.pipeline, items, size)
         else:
-            drawn = read_part(self.kept / f"{DRAWN}{number}") or {}
+            drawn = load_batch(self.kept / f"{UNREAD}{number}") or {}
             made = {"frames": np.stack(drawn["frames"])}
         frames = made.pop("frames")
         made["seen"] = self.benchmark.reader(self.pipeline)(frames, made["texts"] if task == "captions" else None)
         # pyrefly: ignore[unsupported-operation]
-        made["previews"] = [preview(clip, video["fps"]) for clip in frames[:previews]]
+        made["previews"] = [preview(clip, video.fps) for clip in frames[:previews]]
         if task in SCORED_BY_MODELS:
             made |= {f"scored by {name}": list(scorer.videos(frames)) for name, scorer in self.scorers.items()}
         # pyrefly: ignore[bad-return]
         return made
 
 
-# --- kept batches -----------------------------------------------------------------------------------------------------
+# --- kept batches ----------------------------------------------------------------------------------------------------
 
 
-def write_part(folder: Path, part: Part) -> None:
-    """Keep a batch: arrays as safetensors, the rest in a record that covers itself and them."""
+def save_batch(folder: Path, part: Batch) -> None:
+    """Save a batch: arrays as safetensors, the rest in a record with a digest of both."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -163,8 +165,8 @@ def write_part(folder: Path, part: Part) -> None:
     write_record(folder / "part.json", {"texts": texts, "arrays": list(names), "sha256": digest})
 
 
-def read_part(folder: Path) -> Part | None:
-    """A batch that was kept; None where it isn't there, or not as it was written."""
+def load_batch(folder: Path) -> Batch | None:
+    """A kept batch; None if it is missing or damaged."""
     from safetensors.numpy import load_file
 
     record, path = read_record(folder / "part.json"), folder / "arrays.safetensors"
@@ -179,11 +181,11 @@ def read_part(folder: Path) -> Part | None:
     return part
 
 
-# --- what makes them --------------------------------------------------------------------------------------------------
+# --- models and sampling ---------------------------------------------------------------------------------------------
 
 
 def _precision(name: str) -> dict[str, Any]:
-    """How diffusers is told to load a model for ``bf16``: the autoencoder stays in fp32, as in training."""
+    """Arguments for diffusers' loader; with ``bf16``, the autoencoder stays in fp32, as in training."""
     import torch
 
     if name not in ("fp32", "bf16"):
@@ -193,7 +195,7 @@ def _precision(name: str) -> dict[str, Any]:
 
 
 def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
-    """The profile's scorers, each from its model's folder, whose digest is noted among the step's facts."""
+    """The profile's scorers, each from its model's folder; the folders' digests become facts of the step."""
     from pkgutil import iter_modules
 
     known = {module.name for module in iter_modules(scorer_modules.__path__)}
@@ -210,7 +212,7 @@ def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
 def caption_clips(
     pipeline: "UniViGUPipeline", frames: "np.ndarray", items: Sequence[Item], compared_steps: Sequence[int]
 ) -> dict[str, Any]:
-    """Captions of clips, the same in other numbers of steps, and what the model says when it sees nothing of them."""
+    """Captions of clips, also with other numbers of steps, and captions without the video (noise in its place)."""
     import torch
 
     from univigu import wan
@@ -231,24 +233,25 @@ def caption_clips(
     }
 
 
-def generate_clips(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
-    """This model's clips for the items' prompts."""
+def generate_clips(pipeline: "UniViGUPipeline", items: Sequence[Item], size: Size) -> dict[str, Any]:
+    """The model's clips for the items' prompts."""
     prompts = [item["prompt"] for item in items]
-    return {"frames": pipeline.generate(prompts, **_video_arguments(items, video))}
+    return {"frames": pipeline.generate(prompts, **_video_arguments(items, size))}
 
 
-def make_jointly(pipeline: "UniViGUPipeline", items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
-    """Clips and captions made together from the items' prompts."""
+def sample_jointly(pipeline: "UniViGUPipeline", items: Sequence[Item], size: Size) -> dict[str, Any]:
+    """Clips and captions generated jointly from the items' prompts."""
     prompts = [item["prompt"] for item in items]
-    frames, texts = pipeline.joint(prompts, **_video_arguments(items, video))
+    frames, texts = pipeline.joint(prompts, **_video_arguments(items, size))
     return {"frames": frames, "texts": texts}
 
 
-def _video_arguments(items: Sequence[Item], video: Mapping[str, Any]) -> dict[str, Any]:
+def _video_arguments(items: Sequence[Item], size: Size) -> dict[str, Any]:
+    frames, height, width = size
     return {
-        "num_frames": video["frames"],
-        "height": video["height"],
-        "width": video["width"],
+        "num_frames": frames,
+        "height": height,
+        "width": width,
         "seed": [item["seed"] for item in items],
         "batch_size": len(items),
     }

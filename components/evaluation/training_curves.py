@@ -1,4 +1,4 @@
-"""What the training steps say about themselves, for the evaluation's metrics, plots and page."""
+"""The training steps' loss curves and held-out losses, for the evaluation's metrics, plots and page."""
 
 import csv
 import json
@@ -16,9 +16,9 @@ Figures = Mapping[str, Any]
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """A training step's figures: ``curves`` (columns by name), ``heldout`` (the last evaluation's) and ``summary``.
+    """A training step's figures: ``curves`` (columns by name), ``heldout`` (of the last evaluation) and ``summary``.
 
-    Whatever the step did not leave is empty.
+    Figures that the step didn't write are empty.
     """
     curves: dict[str, list[float]] = {}
     heldout: dict[str, Any] = {}
@@ -35,7 +35,7 @@ def read_training(folder: Path) -> dict[str, Any]:
 
 
 def by_tau(heldout: Figures) -> dict[str, list[float]]:
-    """The figures of an evaluation that have one value for each bin of tau."""
+    """The held-out figures that have one value per bin of tau."""
     return {name: values for name, values in heldout.items() if name != "tau" and isinstance(values, list) and values}
 
 
@@ -60,7 +60,7 @@ def training_charts(training: Mapping[str, Figures]) -> dict[str, list[Mapping[s
 
 
 def smooth(steps: Sequence[float], values: Sequence[float], points: int = 100) -> list[tuple[float, float]]:
-    """At most `points` means over neighbouring steps; steps without a figure are left out."""
+    """At most `points` means over consecutive steps; steps without a finite value are left out."""
     pairs = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
     size = max(1, -(-len(pairs) // points))
     groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]

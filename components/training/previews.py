@@ -1,4 +1,4 @@
-"""Samples as training goes on: what the model says of held-out clips, and the clips it makes, in the MLflow run."""
+"""Samples during training: captions of held-out clips and generated clips, logged to the MLflow run."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,10 @@ def show_samples(
     pipeline: "UniViGUPipeline | None",
     tracked: "TrackedRun | None",
 ) -> None:
-    """Draw the first held-out samples; all processes do, and the one with a `pipeline` and a run decodes and logs."""
+    """Sample from the first held-out samples.
+
+    All processes must call this; only the one with a `pipeline` and a run decodes the clips and logs them.
+    """
     import torch
 
     from univigu.training.previews import draw_samples
@@ -40,17 +43,17 @@ def show_samples(
     try:
         videos = {one.id: clip for one, clip in zip(samples, decode(pipeline, samples), strict=True)}
     except torch.OutOfMemoryError:
-        print("There is no room on the GPU to decode sampled clips, so captions alone are logged.", file=sys.stderr)
+        print("The GPU has too little memory to decode the sampled clips; only captions are logged.", file=sys.stderr)
     tracked.log_samples(step, rows, videos, pipeline.config.fps)
 
 
 def decode(pipeline: "UniViGUPipeline", samples: Sequence[Any]) -> list["np.ndarray"]:
-    """The clips, uint8 (F, H, W, 3): the autoencoder visits the transformer's device, and works in tiles there."""
+    """The clips, uint8 (F, H, W, 3). The autoencoder is moved to the transformer's device meanwhile."""
     import torch
 
     from univigu import wan
 
-    vae, home = pipeline.vae, pipeline.vae.device
+    vae, vae_device = pipeline.vae, pipeline.vae.device
     device = pipeline.transformer.text_space.weight.device
     vae.to(device)
     if device.type == "cuda":
@@ -59,6 +62,6 @@ def decode(pipeline: "UniViGUPipeline", samples: Sequence[Any]) -> list["np.ndar
         return [wan.decode_latents(vae, one.latents[None].to(device))[0].numpy() for one in samples]
     finally:
         vae.disable_tiling()
-        vae.to(home)
+        vae.to(vae_device)
         if device.type == "cuda":
             torch.cuda.empty_cache()

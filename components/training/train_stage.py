@@ -1,8 +1,8 @@
-"""Train a stage: stage 1 teaches the base to speak of videos, stage 2 refines what it says (method: two stages).
+"""The training steps: stage 1 teaches the base to describe videos, stage 2 refines its descriptions.
 
-Both run the library's loop on the latents of their own stage, log to MLflow, and leave a whole pipeline folder that can
-be used at once. A killed run goes on from its last good checkpoint; under torchrun many processes train together, and
-only the first writes.
+Both run the library's training loop on the latents of their own stage, log to MLflow, and write a complete pipeline
+folder. A killed run resumes from its last valid checkpoint. Under torchrun many processes train together, and only the
+first one writes.
 """
 
 import math
@@ -20,7 +20,10 @@ from components.training.previews import show_samples
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from components.pipeline.step import Step
+    from components.tracking import TrackedRun
     from univigu import ObjectiveConfig, UniViGUPipeline, UniViGUTransformer3DModel
     from univigu.training.data import LatentDataset
     from univigu.training.engine import TrainingConfig
@@ -28,16 +31,16 @@ if TYPE_CHECKING:
 MODEL = "model"
 _RECORDS = ("curves.csv", "heldout.json", "heldout.csv")
 _BUCKET = ("frames", "height", "width")
-_BYTES_A_WEIGHT = 16  # with its gradient and moments
+_BYTES_PER_WEIGHT = 16  # with its gradient and moments
 
 
 def train_stage_1(step: "Step") -> None:
-    """Stage 1, *knowledge recall*: the base and stage-1 latents -> a Uni-ViGU whose target text is the prompt."""
+    """Stage 1, *knowledge recall*: the base and stage-1 latents -> a model that writes prompts."""
     _train(step, 1, "base")
 
 
 def train_stage_2(step: "Step") -> None:
-    """Stage 2, *capability refinement*: stage 1's model and stage-2 latents -> a Uni-ViGU that writes captions."""
+    """Stage 2, *capability refinement*: stage 1's model and stage-2 latents -> a model that writes captions."""
     _train(step, 2, "model")
 
 
@@ -51,40 +54,26 @@ def _train(step: "Step", number: int, source: str) -> None:
     from univigu.training.engine import TrainingConfig, is_main_process
     from univigu.training.loop import train
 
-    section = step[f"train_stage_{number}"]
-    config = TrainingConfig.from_section(section, step["seed"])
-    objective_config = objective_settings(section, step["model"], step["seed"])
+    seed, settings = step.settings.seed, getattr(step.settings, f"train_stage_{number}")
+    section = step.parameters[f"train_stage_{number}"]  # the library reads the section as the profile has it
+    config = TrainingConfig.from_section(section, seed)
+    objective_config = objective_settings(section, step.parameters["model"], seed)
     dataset, heldout = open_datasets(step, number)
     shape = transformer_config(step, number)
     check_memory(shape, config, dataset)
-    run = nullcontext()
-    if is_main_process():
-        run = start_run(
-            step.root,
-            step.stage.name,
-            parameters=step.parameters,
-            tags={
-                "univigu.stage": step.stage.name,
-                "univigu.dataset_digest": step.input_digests["latents"],
-                f"univigu.input.{source}_digest": step.input_digests[source],
-                "univigu.code_digest": code_digest(step.code),
-            },
-            datasets={f"latents-stage-{number}": (str(step.inputs["latents"]), step.input_digests["latents"])},
-            note=step.scratch / "mlflow.json",
-        )
-    with run as tracked:
-        torch.manual_seed(step["seed"])  # the new weights of the text side
-        # the engine gives every process rank 0's weights, so only that one reads them
+    with _start_run(step, number, source) if is_main_process() else nullcontext() as tracked:
+        torch.manual_seed(seed)  # for the new weights of the text side
+        # only rank 0 reads the weights: the engine copies them to every other process
         pipeline = load_pipeline(step, number) if tracked else None
         transformer = pipeline.transformer if pipeline else empty_transformer(shape)
         weights = token_weights(
-            dataset.target_ids, shape["vocab_size"], shape["pad_token_id"], section["token_weighting"]
+            dataset.target_ids, shape["vocab_size"], shape["pad_token_id"], settings.token_weighting
         )
         objective = TrainingObjective(transformer, objective_config, weights)
 
         def sample(at: int) -> None:
-            tokenizer, settings = sampler(step, number)
-            show_samples(transformer, tokenizer, heldout, settings, at, pipeline, tracked)
+            tokenizer, sampling = sampler(step, number)
+            show_samples(transformer, tokenizer, heldout, sampling, at, pipeline, tracked)
 
         order = train(
             objective, dataset, heldout, config, step.scratch, tracked.log if tracked else lambda *_: None, sample
@@ -103,10 +92,27 @@ def _train(step: "Step", number: int, source: str) -> None:
             tracked.set_tags({"univigu.model_digest": model_digest(step.out)})
 
 
-def open_datasets(step: "Step", number: int) -> tuple["LatentDataset", "LatentDataset"]:
-    """The stage's samples to train on, and those held out; raises where there are none of either.
+def _start_run(step: "Step", number: int, source: str) -> "AbstractContextManager[TrackedRun]":
+    """The MLflow run of this training, with the digests of everything it is made from."""
+    return start_run(
+        step.root,
+        step.stage.name,
+        parameters=step.parameters,
+        tags={
+            "univigu.stage": step.stage.name,
+            "univigu.dataset_digest": step.input_digests["latents"],
+            f"univigu.input.{source}_digest": step.input_digests[source],
+            "univigu.code_digest": code_digest(step.code),
+        },
+        datasets={f"latents-stage-{number}": (str(step.inputs["latents"]), step.input_digests["latents"])},
+        note=step.scratch / "mlflow.json",
+    )
 
-    Where the folder of latents says that its shards lie in an object store, they are fetched when they are needed.
+
+def open_datasets(step: "Step", number: int) -> tuple["LatentDataset", "LatentDataset"]:
+    """The stage's training samples and its held-out samples; raises `BadInputError` if either has none.
+
+    If the folder of latents says that its shards are in an object store, they are fetched when they are needed.
     """
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
     from univigu.training.remote_shards import REMOTE, RemoteShards
@@ -115,7 +121,7 @@ def open_datasets(step: "Step", number: int) -> tuple["LatentDataset", "LatentDa
     rows = [row for row in step.read("latents", "latents").to_pylist() if row["stage"] == number]
     shards = None
     if (folder / REMOTE).is_file():
-        cache_bytes = int(step[f"train_stage_{number}"]["cache_gb"] * 1e9)
+        cache_bytes = int(getattr(step.settings, f"train_stage_{number}").cache_gb * 1e9)
         cache = Path(os.environ.get("UNIVIGU_CACHE") or step.root / ".univigu" / "cache")
         shards = RemoteShards(folder, cache / "shards", cache_bytes)
     datasets = []
@@ -127,20 +133,21 @@ def open_datasets(step: "Step", number: int) -> tuple["LatentDataset", "LatentDa
         ]
         if not chosen:
             raise BadInputError(
-                f"No sample of stage {number} is in the split '{split}'; make more clips, or hold out another share."
+                f"Stage {number} has no samples in the split '{split}'; make more clips, or change "
+                "`validate_data.heldout_share`."
             )
-        datasets.append(LatentDataset(chosen, folder / EMPTY_PROMPT, step["text"]["prompt_length"], shards))
-    wanted = step["text"]["caption_tokens"][1]
+        datasets.append(LatentDataset(chosen, folder / EMPTY_PROMPT, step.settings.text.prompt_length, shards))
+    wanted = step.settings.text.caption_tokens[1]
     if datasets[0].text_length != wanted:
         raise BadInputError(
-            f"The latents hold texts of {datasets[0].text_length} tokens and the profile says {wanted}; "
-            "run encode-latents again."
+            f"The latents have texts of {datasets[0].text_length} tokens, but the profile's `text.caption_tokens` "
+            f"allows {wanted}; run encode-latents again."
         )
     return datasets[0], datasets[1]
 
 
 def transformer_config(step: "Step", number: int) -> dict[str, Any]:
-    """The config of the transformer that a stage trains, from files of a few KB."""
+    """The config of the transformer that a stage trains, read without loading any weights."""
     from transformers import AutoTokenizer
 
     from univigu import UniViGUTransformer3DModel, wan
@@ -160,22 +167,22 @@ def transformer_config(step: "Step", number: int) -> dict[str, Any]:
     }
 
 
-def text_side(step: "Step", words: int) -> dict[str, Any]:
-    """What the profile says of a new text side, for a vocabulary of so many words."""
+def text_side(step: "Step", vocabulary: int) -> dict[str, Any]:
+    """The config of a new text side, as the profile sets it, for a vocabulary of this size."""
     from univigu.text_space import row_norm_for
 
-    model = step["model"]
+    model = step.settings.model
     return {
-        "text_length": step["text"]["caption_tokens"][1],
-        "text_latent_dim": model["text_dim"],
-        "row_norm": row_norm_for(words, model["tau_star"]),
-        "prediction": model["prediction"],
-        "ffn_init": model["ffn_init"],
+        "text_length": step.settings.text.caption_tokens[1],
+        "text_latent_dim": model.text_dim,
+        "row_norm": row_norm_for(vocabulary, model.tau_star),
+        "prediction": model.prediction,
+        "ffn_init": model.ffn_init,
     }
 
 
 def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
-    """Refuse, before anything is loaded, a run that would need more memory than there is."""
+    """Raise `ConfigError`, before any weights are loaded, if the run needs more memory than is free."""
     from univigu.training.memory import parameter_count
     from univigu.training.memory_check import (
         count_trainable,
@@ -189,10 +196,10 @@ def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "L
 
     trainable = count_trainable(shape, config)
     free, free_host = free_memory(), free_host_memory()
-    if parameter_count(shape) * _BYTES_A_WEIGHT * 100 < min(free, free_host):
-        return  # next to nothing: not worth the seconds that counting activations takes
+    if parameter_count(shape) * _BYTES_PER_WEIGHT * 100 < min(free, free_host):
+        return  # a small model: counting its activations would take longer than it is worth
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # speaks for its machine's others; rank 0 loads only after this
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # checks once per machine; rank 0 loads only after this
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         host = needed_host_memory(shape, config, world_size=world_size, processes=processes, trainable=trainable)
         require_host_memory(host, free_host, config)
@@ -211,7 +218,7 @@ def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "L
 
 
 def empty_transformer(config: Mapping[str, Any]) -> "UniViGUTransformer3DModel":
-    """The transformer of a process that is given its weights by another: on the meta device, but for its tables."""
+    """The transformer of a process that gets its weights from rank 0: on the meta device, except its RoPE tables."""
     import torch
 
     from univigu import UniViGUTransformer3DModel
@@ -225,7 +232,7 @@ def empty_transformer(config: Mapping[str, Any]) -> "UniViGUTransformer3DModel":
 
 
 def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], seed: int) -> "ObjectiveConfig":
-    """A profile's training section as the library's objective."""
+    """The library's objective for a profile's training section and its section `model`, both as mappings."""
     from univigu import ObjectiveConfig
 
     weights = section["loss_weights"]
@@ -244,17 +251,17 @@ def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], see
 
 
 def load_pipeline(step: "Step", number: int) -> "UniViGUPipeline":
-    """What the stage starts from: the base with a new text side (1), or stage 1's model (2)."""
+    """The pipeline that the stage starts from: the base with a new text side (1), or stage 1's model (2)."""
     from univigu import UniViGUPipeline
 
     if number == 2:
         return UniViGUPipeline.from_pretrained(step.inputs["model"] / MODEL)
-    tokenizer, settings = sampler(step, number)
-    return UniViGUPipeline.from_wan(step.inputs["base"], **text_side(step, len(tokenizer)), **settings)
+    tokenizer, sampling = sampler(step, number)
+    return UniViGUPipeline.from_wan(step.inputs["base"], **text_side(step, len(tokenizer)), **sampling)
 
 
 def sampler(step: "Step", number: int) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer, and what the pipeline does unless told otherwise: the profile says it (1), or stage 1's model."""
+    """The tokenizer, and the pipeline's default sampling settings: from the profile (1) or from stage 1's model (2)."""
     import inspect
 
     from transformers import AutoTokenizer
@@ -267,24 +274,24 @@ def sampler(step: "Step", number: int) -> tuple[Any, dict[str, Any]]:
         index = wan.read_json(folder / "model_index.json")
         settings = {name: value for name, value in index.items() if name in known and not isinstance(value, list)}
         return AutoTokenizer.from_pretrained(folder / "tokenizer"), settings
-    video = step["video"]
+    video = step.settings.video
     return AutoTokenizer.from_pretrained(step.inputs["base"] / "tokenizer"), {
-        "num_frames": video["frames"],
-        "height": video["height"],
-        "width": video["width"],
-        "fps": video["fps"],
-        "max_sequence_length": step["text"]["prompt_length"],
-        **step["model"]["sampling"],
+        "num_frames": video.frames,
+        "height": video.height,
+        "width": video.width,
+        "fps": video.fps,
+        "max_sequence_length": step.settings.text.prompt_length,
+        **step.parameters["model"]["sampling"],  # saved with the model, whose digest tells 3 from 3.0
     }
 
 
 def save(step: "Step", pipeline: "UniViGUPipeline") -> None:
-    """Leave the whole pipeline, in safetensors, and the run's records in the step's output."""
+    """Write the whole pipeline, in safetensors, and the run's records into the step's output."""
     pipeline.save_pretrained(step.out / MODEL, safe_serialization=True)
     for name in _RECORDS:
         shutil.copyfile(step.scratch / name, step.out / name)
 
 
 def model_digest(folder: Path) -> str:
-    """What identifies a trained model: the names and bytes of its pipeline folder."""
+    """The digest of a trained model: over the names and bytes of the files in its pipeline folder."""
     return tree_digest([folder / MODEL], relative_to=folder / MODEL)

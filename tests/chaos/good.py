@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from components.captions.captioners.client.answers import read_response
-from components.captions.captioners.client.replies import Lost, Refused, Unusable, decode_reply, read_reply
+from components.captions.captioners.client.replies import Refused, Retryable, Unusable, decode_reply, read_reply
 from components.clips.archive import read_tar as read_tar_members
 from components.clips.archive import write_tar
 from components.pipeline import manifests, profiles, shard_records
@@ -125,7 +125,7 @@ def read_answer(path: Path) -> Any:
         return read_response(
             read_reply(200, {}, decode_reply(path.read_bytes(), "")), {"prompt": 1.0, "completion": 2.0}
         )
-    except (Lost, Refused, Unusable):
+    except (Retryable, Refused, Unusable):
         return None
 
 

@@ -1,8 +1,8 @@
-"""Who writes captions: one module a captioner, named in the profile, with ``create(config) -> Captioner``.
+"""Captioners: one module each, named in the profile, with ``create(config) -> Captioner``.
 
-The interface fits a program that measures frames and a language model behind an HTTP API alike. A captioner draws
-requests as it has room for them, and gives every answer to `follow_up`, which judges it and says what to ask next:
-so a batch can be answered at once, and a hundred conversations can go on side by side.
+The interface fits both a program that measures frames and a language model behind an HTTP API. A captioner takes
+requests as fast as it can answer them, and passes every answer to `follow_up`, which judges it and returns the next
+request. So it may answer in batches, or hold many conversations concurrently.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,31 +24,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptionRequest:
-    """One clip to be described: what is seen, what was asked for, and what the caption must keep to."""
+    """One clip to be described: its frames, its prompt, and the limits of its caption."""
 
-    id: str  # the clip's id: keys all randomness
+    id: str  # the clip's id, from which all randomness is seeded
     video_digest: str  # SHA-256 of the clip's file
-    open: Callable[[], Clip]  # raises `BadInputError` for a damaged one
+    open: Callable[[], Clip]  # raises `BadInputError` if the clip is damaged
     prompt: str
-    token_range: tuple[int, int]  # the profile's, EOS included, counted with the base's tokenizer
+    token_range: tuple[int, int]  # from the profile; EOS included, counted with the base's tokenizer
     attempt: int = 1
     last_text: str = ""
-    complaint: str = ""  # what was wrong with `last_text`, in words
+    complaint: str = ""  # what was wrong with `last_text`, as a sentence
 
 
 @dataclass(frozen=True)
 class CaptionResponse:
-    """What came back. `usage` counts whatever a service charges for (tokens, money); sums go into the manifest.
+    """An answer. `usage` counts what a service charges for (tokens, money); the sums go into the manifest.
 
-    A `success` is judged. A `truncated` text is asked for again, and so is a `success` with a `reason`: what keeps its
-    text from being a caption. Any other status is the captioner's last word.
+    A `success` is judged. After a `truncated` text, or a `success` with a `reason` (why its text is not a caption), the
+    captioner is asked again. Any other status is final.
     """
 
     text: str
     status: Status = "success"
-    detail: str = ""  # what is wrong with the text, in words
+    detail: str = ""  # what is wrong with the text, as a sentence
     usage: Mapping[str, float] | None = None
-    reason: str = ""  # the slug to quarantine by, where the status doesn't say it
+    reason: str = ""  # the slug of the quarantined row; empty if it is the status
 
 
 FollowUp = Callable[[CaptionRequest, CaptionResponse], CaptionRequest | None]
@@ -58,7 +58,7 @@ Answer = Callable[[Sequence[CaptionRequest], Sequence[Clip]], Sequence[CaptionRe
 class Captioner(Protocol):
     """Writes captions. `digest` changes whenever its captions may; `template_version` names its wording or prompt.
 
-    `instructions` is what it tells a model to do, or empty: a caption must not repeat it.
+    `instructions` is the text that instructs its model, which a caption must not repeat; or empty.
     """
 
     name: str
@@ -67,24 +67,24 @@ class Captioner(Protocol):
     instructions: str
 
     def check(self) -> None:
-        """Raise as `caption` would, before there is a clip, for a service that can't be reached or can't do the job."""
+        """Raise as `caption` would if the service can't be reached or can't do the job; needs no clip."""
         ...
 
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         """Answer every request, and every request that `follow_up` returns for an answer, in any order.
 
-        `follow_up` gets exactly one response for each request; a request that fails alone gets a status, never an
-        exception. Raises `TransientError` for a service that can't be reached, `ConfigError` for one that refuses
-        everything, and `PreemptedError` when told to stop: the step ends, and its next run goes on.
+        `follow_up` gets exactly one response per request. A failure that affects one request is a status, never an
+        exception. Raises `TransientError` if the service can't be reached, `ConfigError` if it refuses everything, and
+        `PreemptedError` after SIGTERM or SIGINT: the step ends, and its next run resumes.
         """
         ...
 
 
 def load_captioner(name: str, config: Mapping[str, Any]) -> Captioner:
-    """The captioner in ``components/captions/captioners/<name>.py``; raises `ConfigError` where there is none.
+    """The captioner in ``components/captions/captioners/<name>.py``; raises `ConfigError` if there is none.
 
-    config: the profile's whole `caption_videos` section, with the profile's `seed` added, the work `root`, and
-    `answers`, a folder below it that outlives runs, for what a service was paid for.
+    config: the profile's `caption_videos` section, plus the profile's `seed`, the work `root`, and `answers`, a folder
+    under it that outlives runs, for answers that were paid for.
     """
     try:
         module = import_module(f"{__name__}.{name}")
@@ -95,14 +95,16 @@ def load_captioner(name: str, config: Mapping[str, Any]) -> Captioner:
             f"There is no captioner '{name}'; name a module of components/captions/captioners."
         ) from error
     if not hasattr(module, "create"):
-        raise ConfigError(f"'{name}' is part of the captioners and none itself; name another in the profile.")
+        raise ConfigError(
+            f"'{name}' is a helper module of the captioners, not a captioner; name another in the profile."
+        )
     return module.create(config)
 
 
 def read_options(kind: type[T], config: Mapping[str, Any], name: str) -> T:
     """The profile's `caption_videos.options` as the dataclass of a captioner called `name`.
 
-    Raises `ConfigError` for an option that the captioner doesn't have, lacks, or has of another type.
+    Raises `ConfigError` for an option that is unknown, missing, or of the wrong type.
     """
     given = config.get("options") or {}
     known: dict[str, Any] = {field.name: field for field in fields(kind)}  # pyrefly: ignore[bad-argument-type]
@@ -127,9 +129,9 @@ def _has_default(field: Any) -> bool:
 
 
 def caption_in_batches(answer: Answer, requests: Iterable[CaptionRequest], follow_up: FollowUp, size: int) -> None:
-    """`Captioner.caption` for what answers `size` clips at once; a batch ends when `follow_up` asks no more of it.
+    """`Captioner.caption` for a captioner that answers `size` clips at once; a batch ends when no clip has a follow-up.
 
-    answer: from requests and their clips to a response for each, in order.
+    answer: maps requests and their clips to one response each, in order.
     """
     requests = iter(requests)
     while batch := list(islice(requests, size)):
@@ -149,11 +151,11 @@ def caption_in_batches(answer: Answer, requests: Iterable[CaptionRequest], follo
 
 
 def read_text(text: str, usage: Mapping[str, float]) -> CaptionResponse:
-    """The response that all of what a model wrote makes: the caption in it, or what can't be told from a caption."""
+    """The response for the whole text that a model wrote: its caption, or a complaint if it can't be extracted."""
     caption, complaint = extract_caption(text)
     return CaptionResponse(caption, usage=usage, reason="wrapping" if complaint else "", detail=complaint)
 
 
 def damaged(error: BadInputError) -> CaptionResponse:
-    """The response to a request whose clip can't be opened."""
+    """The response to a request if its clip can't be opened."""
     return CaptionResponse("", "error", str(error), reason="damaged")

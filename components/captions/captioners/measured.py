@@ -1,8 +1,9 @@
-"""The captioner of the embedded world: measures the frames, reads the prompt, and words what it found.
+"""The captioner of the built-in toy dataset: measures the frames, reads the prompt, and words the result.
 
-What the frames show clearly is taken from them; elsewhere the prompt is believed, and where it is silent too, the best
-guess of the measurement stands. The course of the digit is chosen as a whole, so that place, direction and speed agree.
-What measures needs torch and scikit-learn, so it is loaded where there are clips: a pipeline's first task is quick.
+Attributes that the frames show clearly are taken from them. For the others, the prompt decides; if it doesn't state
+them either, the best guess of the measurement does. Place, direction and speed are chosen together, so that they agree.
+The measurement needs torch and scikit-learn; they are imported with the first clip, so that a pipeline's first task
+starts fast.
 """
 
 import hashlib
@@ -31,13 +32,13 @@ LOOKS = ("digit", "colour", "background")
 
 
 def create(config: Mapping[str, Any]) -> Captioner:
-    """The captioner; of `config` it reads `seed`, `batch_size`, and `wordings`, in how many ways clips are worded."""
+    """The captioner. config: has `seed`, `batch_size`, and `wordings`, the number of ways to word a caption."""
     # pyrefly: ignore[bad-return]
     return Measured(config["seed"], config["wordings"], config["batch_size"])
 
 
 class Measured:
-    """See `Captioner`. The first wording is the plain one: a small model then learns the facts, not the phrasing."""
+    """See `Captioner`. The first wording is the plain one: it teaches a small model the facts, not the phrasing."""
 
     name = "measured"
     template_version = TEMPLATE_VERSION
@@ -52,13 +53,13 @@ class Measured:
         return json_digest([self.seed, self.wordings, code])
 
     def check(self) -> None:
-        """Nothing is needed that `create` has not found."""
+        """Nothing to check: `create` needs no service."""
 
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         caption_in_batches(self.answer, requests, follow_up, self.batch_size)
 
     def answer(self, requests: Sequence[CaptionRequest], clips: Sequence[Clip]) -> list[CaptionResponse]:
-        """Captions from the frames and the prompts; a further attempt draws another wording of the same facts."""
+        """Captions from the frames and the prompts; every further attempt words the same facts differently."""
         from components.digits import measure
 
         measured = measure.measure(np.stack([frames for frames, _ in clips]))
@@ -76,12 +77,12 @@ class Measured:
 
 
 def decide(seen: "Mapping[str, Measurement]", asked: Mapping[str, set[str]]) -> dict[str, str]:
-    """The seven attributes of a clip, from its measurements and from what its prompt says of it."""
+    """The seven attributes of a clip, from its measurements and from the attributes that its prompt states."""
     from components.checks.digits import CONFIDENT
     from components.digits import world
 
     def belief(name: str, value: str) -> float:
-        """How much speaks for a value: a clear measurement most, then the prompt, then an unclear measurement."""
+        """The score of a value: a clear measurement counts most, then the prompt, then an unclear measurement."""
         found = seen[name]
         clear = found.confidence >= CONFIDENT[name]
         return (value == found.value) * (100.0 * clear + found.confidence) + 10.0 * (value in asked[name])

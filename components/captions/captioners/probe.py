@@ -1,4 +1,4 @@
-"""A first question that only a model which sees several pictures at once answers rightly: what colours they have."""
+"""A probe that only a model that sees several pictures at once can answer correctly: which colours they have."""
 
 import re
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# The two that are shown are none of those that a model without eyes would guess.
+# A text-only model would guess other colours than these two.
 _SHOWN = {"orange": (255, 140, 0), "purple": (120, 30, 160)}
 _CHOICES = ("black", "blue", "green", "orange", "purple", "red", "white", "yellow")
 QUESTION = (
     f"Choose from {', '.join(_CHOICES)}. Which of these colours do the pictures have? Answer with their names alone."
 )
-WORDS = "Answer with the word: ready."  # for a model that only reads
+WORDS = "Answer with the word: ready."  # for a text-only model
 
 
 def colours(count: int) -> list[str]:
@@ -22,7 +22,7 @@ def colours(count: int) -> list[str]:
 
 
 def pictures(count: int) -> "Iterator[np.ndarray]":
-    """`count` pictures of one colour each, uint8 (64, 64, 3)."""
+    """`count` single-coloured pictures, uint8 (64, 64, 3)."""
     import numpy as np
 
     for colour in _order(count):
@@ -30,7 +30,7 @@ def pictures(count: int) -> "Iterator[np.ndarray]":
 
 
 def is_right(answer: str, count: int) -> bool:
-    """Whether an answer names the colours of `count` pictures, and hardly more: "red-orange and purple" will do."""
+    """Whether an answer names the colours of `count` pictures, and at most one more, as in "red-orange and purple"."""
     shown, named = {*_order(count)}, {*re.findall(r"\w+", answer.lower())} & {*_CHOICES}
     return shown <= named and len(named) <= len(shown) + 1
 

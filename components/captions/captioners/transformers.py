@@ -1,6 +1,6 @@
-"""A vision-language model in this process: any that transformers can load for images and text, from a local folder.
+"""A vision-language model in this process: any image-text-to-text model of transformers, from a local folder.
 
-Worded by the same templates as requests to an endpoint. Decoding is greedy, so that equal clips get equal captions.
+It uses the same templates as requests to an endpoint. Decoding is greedy, so that equal clips get equal captions.
 """
 
 import re
@@ -36,35 +36,35 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 class Options:
     """`caption_videos.options` in a profile."""
 
-    folder: str  # below the work root: a model and its processor, as `save_pretrained` writes them
+    folder: str  # under the work root: a model and its processor, as `save_pretrained` writes them
     template: str = "video-caption-1"
-    frames: int = 8  # shown with a prompt
+    frames: int = 8  # per clip
     max_side: int = 512  # of a frame, in pixels
-    precision: str = "auto"  # bf16 on a GPU, fp32 without one
+    precision: str = "auto"  # auto: bf16 on a GPU, otherwise fp32
     generation: dict = field(default_factory=lambda: {"max_new_tokens": 512})  # arguments of `generate`
 
 
 def create(config: Mapping[str, Any]) -> Captioner:
-    """The captioner with the profile's options, and its `batch_size`. The model is loaded with the first batch.
+    """The captioner with the profile's options and `batch_size`. The model is loaded with the first batch.
 
-    Raises `MissingInputError` where the folder isn't there, `BadInputError` where its weights aren't safetensors, and
-    `ConfigError` for an option that makes no sense.
+    Raises `MissingInputError` if the folder has no model, `BadInputError` if its weights aren't safetensors, and
+    `ConfigError` for an invalid option.
     """
     options = read_options(Options, config, "transformers")
     folder = inside(config["root"], options.folder)
     if not (folder / "config.json").is_file():
         raise MissingInputError(
-            f"There is no model in {folder} (`caption_videos.options.folder`); put one there as `save_pretrained` "
-            "writes it, with its processor."
+            f"There is no model in {folder} (`caption_videos.options.folder`); save one there with `save_pretrained`, "
+            "together with its processor."
         )
     require_safetensors(folder)
     if options.precision not in PRECISIONS or min(options.frames, options.max_side) < 1:
         raise ConfigError(
-            f"The captioner 'transformers' takes a precision of {', '.join(PRECISIONS)}, and at least one frame and "
-            "pixel; correct `caption_videos.options`."
+            f"The captioner 'transformers' needs a precision of {', '.join(PRECISIONS)}, and `frames` and `max_side` "
+            "of at least 1; correct `caption_videos.options`."
         )
     if options.generation.get("do_sample"):
-        raise ConfigError("The captioner 'transformers' decodes greedily; take `do_sample` out of its `generation`.")
+        raise ConfigError("The captioner 'transformers' decodes greedily; remove `do_sample` from `generation`.")
     return Transformers(options, folder, config["batch_size"])
 
 
@@ -81,13 +81,13 @@ class Transformers:
         self.digest = json_digest([self.template.digest, tree_digest([folder], relative_to=folder), *asked])
 
     def check(self) -> None:
-        """Nothing is needed that `create` has not found."""
+        """Nothing to check: `create` has found the model."""
 
     def caption(self, requests: Iterable[CaptionRequest], follow_up: FollowUp) -> None:
         caption_in_batches(self.answer, requests, follow_up, self.batch_size)
 
     def answer(self, requests: Sequence[CaptionRequest], clips: Sequence[Clip]) -> list[CaptionResponse]:
-        """Describe all clips in one call of `generate`."""
+        """Caption all clips in one call of `generate`."""
         import torch
 
         conversations = [self.conversation(request, clip) for request, clip in zip(requests, clips, strict=True)]
@@ -102,8 +102,8 @@ class Transformers:
             )
         except ValueError as error:
             raise ConfigError(
-                f"The processor in {self.folder} can't take a conversation with pictures ({_first_line(error)}); use a "
-                "chat model for images and text."
+                f"The processor in {self.folder} doesn't support conversations with pictures ({_first_line(error)}); "
+                "use a vision-language chat model."
             ) from error
         inputs = inputs.to(self.model.device, self.model.dtype)
         settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **self.options.generation}
@@ -113,7 +113,7 @@ class Transformers:
         return [self._respond(ids, length) for ids, length in zip(written, lengths, strict=True)]
 
     def conversation(self, request: CaptionRequest, clip: Clip) -> list[dict[str, Any]]:
-        """The template's messages as transformers takes them, the frames before the words of the first user message."""
+        """The template's messages in transformers' format; the frames precede the text of the first user message."""
         frames, times = sample_frames(*clip, self.options.frames)
         pictures = [{"type": "image", "image": fit(frame, self.options.max_side)} for frame in frames]
         messages = write_messages(self.template, request, times)
@@ -146,8 +146,8 @@ class Transformers:
         except (OSError, ValueError, TypeError) as error:
             raise self._unreadable(error) from error
         if not hasattr(processor, "image_processor"):
-            raise ConfigError(f"The model in {self.folder} reads no pictures; name a vision-language model.")
-        processor.tokenizer.padding_side = "left"  # what is generated follows the last token of each
+            raise ConfigError(f"The model in {self.folder} doesn't read pictures; name a vision-language model.")
+        processor.tokenizer.padding_side = "left"  # generated tokens follow the last token of each prompt
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         return processor
@@ -171,7 +171,7 @@ class Transformers:
     def _unreadable(self, error: Exception) -> BadInputError:
         return BadInputError(
             f"transformers can't load a vision-language model from {self.folder} ({_first_line(error)}); save it there "
-            "again, with its processor."
+            "again, together with its processor."
         )
 
 

@@ -1,7 +1,7 @@
-"""What a vision-language model is told: a request template, and pictures out of a clip.
+"""The content of a request to a vision-language model: a template's messages, and pictures from a clip.
 
-Prompts are untrusted. They are values of a template, never part of one; the system message is the same for every clip;
-and the marker lines around a prompt hold a digest of it, which a text can't hold of itself.
+Prompts are untrusted. They are values in a template, never part of one; the system message is the same for every clip;
+and the marker lines around a prompt contain its digest, so that no prompt can contain its own marker.
 """
 
 import base64
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from components.captions.captioners import CaptionRequest
 
-WORDS_A_TOKEN = (0.85, 0.68)  # for English: the least and the most words that surely keep to a range of tokens
-QUALITIES = (85, 70, 55, 40)  # of JPEG, in the order in which they are tried
+WORDS_PER_TOKEN = (0.85, 0.68)  # English words per token, on the safe side of the range's lower and upper end
+QUALITIES = (85, 70, 55, 40)  # of JPEG, in the order they are tried
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Template:
 
 
 def load_template(name: str) -> Template:
-    """The bundled template called `name`; raises `ConfigError` with the names there are."""
+    """The bundled template called `name`; raises `ConfigError` for an unknown name."""
     import jinja2
     import yaml
 
@@ -57,30 +57,30 @@ def load_template(name: str) -> Template:
 
 
 def write_messages(template: Template, request: "CaptionRequest", times: Sequence[float]) -> list[dict[str, str]]:
-    """The conversation for one request, as role and text: system, user, and for a further attempt what went before.
+    """The messages of one request, each with role and text: system, user, and after a complaint the previous answer.
 
-    times: of the pictures that go with the first user message, in seconds; none for a model that reads only text.
+    times: of the pictures in the first user message, in seconds; empty for a text-only model.
     """
-    low, high = (round(bound * factor) for bound, factor in zip(request.token_range, WORDS_A_TOKEN, strict=True))
+    low, high = (round(bound * factor) for bound, factor in zip(request.token_range, WORDS_PER_TOKEN, strict=True))
     values = {"words": (low, max(low, high)), "times": [f"{time:.1f}" for time in times]}
     asked = template.user.render(prompt=request.prompt, marker=marker(request.prompt), **values).strip()
     messages = [{"role": "system", "text": template.system}, {"role": "user", "text": asked}]
     if not request.complaint:
         return messages
     again = template.again.render(complaint=request.complaint, marker=marker(request.complaint), **values).strip()
-    if not request.last_text:  # an empty turn of the assistant is refused by some services
+    if not request.last_text:  # some services reject an empty assistant message
         messages[1]["text"] = f"{asked}\n\n{again}"
         return messages
     return [*messages, {"role": "assistant", "text": request.last_text}, {"role": "user", "text": again}]
 
 
 def marker(text: str) -> str:
-    """The line that stands before and after an untrusted text."""
+    """The line before and after an untrusted text."""
     return f"=== {hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]} ==="
 
 
 def sample_frames(frames: "np.ndarray", fps: float, count: int) -> tuple["np.ndarray", list[float]]:
-    """`count` frames (or all, if fewer), evenly from first to last, uint8 (N, H, W, 3), and their times in seconds."""
+    """`count` evenly spaced frames (all, if there are fewer), uint8 (N, H, W, 3), and their times in seconds."""
     import numpy as np
 
     indices = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
@@ -88,7 +88,7 @@ def sample_frames(frames: "np.ndarray", fps: float, count: int) -> tuple["np.nda
 
 
 def fit(frame: "np.ndarray", max_side: int) -> "Image.Image":
-    """A frame uint8 (H, W, 3) as a picture, scaled down to sides of at most `max_side`."""
+    """A frame, uint8 (H, W, 3), as a picture, scaled down to sides of at most `max_side` pixels."""
     from PIL import Image
 
     picture = Image.fromarray(frame)
@@ -97,7 +97,7 @@ def fit(frame: "np.ndarray", max_side: int) -> "Image.Image":
 
 
 def jpeg(frame: "np.ndarray", max_side: int, max_bytes: int) -> bytes:
-    """A frame uint8 (H, W, 3) as JPEG, with sides of at most `max_side`; smaller if it must be, for `max_bytes`."""
+    """A frame, uint8 (H, W, 3), as JPEG with sides of at most `max_side` pixels, or smaller to fit into `max_bytes`."""
     picture = fit(frame, max_side)
     while True:
         for quality in QUALITIES:

@@ -1,6 +1,6 @@
-"""Scorers of generated videos: models that had no part in the training, each from a folder that the profile names.
+"""Scorers of generated videos: models that took no part in the training, each from a folder that the profile names.
 
-One module a scorer, with ``load(folder)``; what that gives has ``videos(frames)``, an embedding for each clip of frames
-uint8 (B, F, H, W, 3), and ``nearest(embeddings, prompts)``, the prompt that each clip fits best. Named in the profile
-as ``evaluate_model.scorers: {NAME: FOLDER}``; a clip is right where its own prompt is the nearest of all.
+One module per scorer, with ``load(folder)``. The scorer has ``videos(frames)``, which returns an embedding per clip for
+frames uint8 (B, F, H, W, 3), and ``nearest(embeddings, prompts)``, which returns the prompt that fits each clip best. A
+profile names them as ``evaluate_model.scorers: {NAME: FOLDER}``. A clip is right if its own prompt is the nearest.
 """

@@ -1,4 +1,4 @@
-"""Retrieval by CLIP (R-precision, arXiv 1711.10485): a clip is right when no other prompt fits its frames better."""
+"""Retrieval by CLIP (R-precision, arXiv 1711.10485): a clip is right if no other prompt fits its frames better."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-FRAMES = 8  # of a clip, spread evenly over it
-PROMPTS = 64  # embedded at a time
+FRAMES = 8  # evenly spaced, per clip
+PROMPTS = 64  # embedded at once
 
 
 class ClipScorer:
-    """Any model of transformers' with CLIP's interface, such as CLIP or SigLIP."""
+    """Any transformers model with CLIP's interface, such as CLIP or SigLIP."""
 
     def __init__(self, model: Any, tokenizer: Any, images: Any) -> None:
         self.model, self.tokenizer, self.images = model, tokenizer, images
 
     def videos(self, frames: "np.ndarray") -> list["Tensor"]:
-        """The mean of each clip's frames' embeddings, on the CPU; frames uint8 (B, F, H, W, 3)."""
+        """The mean embedding of each clip's frames, on the CPU; frames uint8 (B, F, H, W, 3)."""
         import numpy as np
         import torch
 
@@ -36,7 +36,7 @@ class ClipScorer:
         return found
 
     def nearest(self, videos: Sequence["Tensor"], prompts: Sequence[str]) -> list[str]:
-        """The prompt whose embedding is most like each video's; the first of equal ones."""
+        """The prompt with the embedding most similar to each video's; of equal ones, the first."""
         import torch
 
         different, texts = list(dict.fromkeys(prompts)), []
@@ -59,8 +59,8 @@ def load(folder: Path) -> ClipScorer:
 
     if not (folder / "config.json").is_file():
         raise MissingInputError(
-            f"There is no CLIP model at {folder} (evaluate_model.scorers.clip); put a folder in transformers' layout"
-            " there, or take the scorer out of the profile."
+            f"There is no CLIP model at {folder} (`evaluate_model.scorers.clip`); put one in transformers' layout "
+            "there, or remove the scorer from the profile."
         )
     require_safetensors(folder)
     try:
@@ -75,5 +75,5 @@ def load(folder: Path) -> ClipScorer:
 
 
 def _features(output: Any) -> "Tensor":
-    """The embeddings, which newer transformers wrap together with hidden states."""
+    """The embeddings; newer versions of transformers return them in an object with the hidden states."""
     return getattr(output, "pooler_output", output)

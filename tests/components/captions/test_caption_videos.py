@@ -1,4 +1,4 @@
-"""Captions: checked, asked for again with the reason, and a status for every clip."""
+"""Captions are checked, bad ones are asked for again with the reason, and every clip gets a status."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_measured_captions_are_true_long_enough_and_only_for_stage_2(digits_root
     assert right >= 0.9 * 8 * len(world.ATTRIBUTES)
 
 
-def test_captions_are_the_same_each_time_and_in_any_batch(digits_root, profile):
+def test_captions_are_deterministic_and_independent_of_the_batch(digits_root, profile):
     root, _, _ = digits_root
     run_stage(STEP, profile, root)
     first = captions_of(root)
@@ -99,7 +99,7 @@ def test_a_caption_that_is_too_short_is_asked_for_again_with_the_reason(digits_r
 
 
 @pytest.mark.parametrize("fails", [0, 1, 5, 8])
-def test_rows_that_come_in_go_out_or_are_quarantined(digits_root, profile, install, fails):
+def test_every_row_is_kept_or_quarantined(digits_root, profile, install, fails):
     from components.captions.captioners import measured
 
     root, rows, _ = digits_root
@@ -124,7 +124,7 @@ def test_rows_that_come_in_go_out_or_are_quarantined(digits_root, profile, insta
         ("the camera does not move at all and there is no other thing in the picture " * 2, "misses_prompt"),
     ],
 )
-def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digits_root, profile, install, text, reason):
+def test_a_clip_with_bad_captions_only_gets_a_status_and_a_reason(digits_root, profile, install, text, reason):
     root, rows, _ = digits_root
     install(lambda request: CaptionResponse(text))
     manifest = run_stage(STEP, profile, root)
@@ -142,7 +142,9 @@ def test_a_captioner_that_never_gets_it_right_leaves_a_status_and_a_reason(digit
         (f"Sure! {INSTRUCTIONS}", "echoes_instructions", "error"),
     ],
 )
-def test_what_is_no_description_is_named_whatever_its_length(digits_root, profile, install, text, reason, status):
+def test_texts_that_are_not_descriptions_are_rejected_whatever_their_length(
+    digits_root, profile, install, text, reason, status
+):
     root, _, _ = digits_root
     install(lambda request: CaptionResponse(text))
     manifest = run_stage(STEP, profile, root)
@@ -160,17 +162,17 @@ def test_what_is_no_description_is_named_whatever_its_length(digits_root, profil
         (lambda text: f"{text}{' It moves, and' * 9}", "repetition"),
     ],
 )
-def test_a_caption_of_any_captioner_holds_no_wrapping_and_no_loop(digits_root, profile, install, spoil, reason):
+def test_captions_with_wrapping_or_repetition_are_rejected(digits_root, profile, install, spoil, reason):
     from components.captions.captioners import measured
 
     root, _, _ = digits_root
-    profile["text"]["caption_tokens"] = [2, 400]
+    profile["text"]["caption_tokens"] = [profile["text"]["prompt_tokens"][1] + 1, 400]
     good = measured.create({"seed": 0, "wordings": 1, "batch_size": 1})
     install(lambda request: CaptionResponse(spoil(good.answer([request], [request.open()])[0].text)))
     assert run_stage(STEP, profile, root)["reasons"] == {reason: 8}
 
 
-def test_a_shard_is_made_again_for_another_captioner(digits_root, profile, install):
+def test_a_shard_is_made_again_by_another_captioner(digits_root, profile, install):
     root, _, _ = digits_root
     asked = install(lambda request: CaptionResponse("a digit"))
     run_stage(STEP, profile, root)
@@ -182,7 +184,7 @@ def test_a_shard_is_made_again_for_another_captioner(digits_root, profile, insta
     assert len(asked) == 2 * before
 
 
-def test_the_prompt_given_back_is_no_caption(digits_root, profile, install):
+def test_a_repeated_prompt_is_rejected(digits_root, profile, install):
     root, _, _ = digits_root
     install(lambda request: CaptionResponse(request.prompt.upper() + " !"))
     assert run_stage(STEP, profile, root)["reasons"] == {"repeats_prompt": 8}
@@ -205,7 +207,7 @@ def test_a_damaged_clip_is_quarantined_and_the_others_are_described(digits_root,
     assert captions_of(root)["c04"]["status"] == "error"
 
 
-def test_an_unknown_captioner_is_refused(digits_root, profile):
+def test_an_unknown_captioner_is_rejected(digits_root, profile):
     profile["caption_videos"]["captioner"] = "nobody"
     with pytest.raises(ConfigError, match="no captioner 'nobody'"):
         run_stage(STEP, profile, digits_root[0])

@@ -1,4 +1,4 @@
-"""The evaluation: who is right scores one, who doesn't look scores the majority, and the same model scores the same."""
+"""The evaluation: a perfect model scores one, a blind one the majority, and the same model always scores the same."""
 
 import json
 import re
@@ -25,7 +25,7 @@ TAU = [0.25, 0.75]
 
 
 def commit(root, name, rejected=()):
-    """Close a stage's folder as its finished output, holding what already lies in it."""
+    """Commit a stage's folder, with the files that are already in it, as its finished output."""
     home = root / find_stage(name).home
     home.mkdir(parents=True, exist_ok=True)
     write_table(home, "rejected", rejected)
@@ -102,7 +102,7 @@ def test_joint_items_are_scored_on_what_their_prompt_leaves_open(reports):
         assert json.loads(row["correct"]).keys() == json.loads(row["found"]).keys() == set(row["open_attributes"])
 
 
-def test_joint_videos_and_texts_are_held_against_what_their_prompt_states(reports):
+def test_joint_videos_and_texts_are_compared_with_what_their_prompt_states(reports):
     items = pd.read_parquet(reports / "items.parquet")
     for task in ("joint_video", "joint_text"):
         for row in items[items["task"] == task].to_dict("records"):
@@ -110,7 +110,7 @@ def test_joint_videos_and_texts_are_held_against_what_their_prompt_states(report
             assert not set(json.loads(row["truth"])) & set(benchmark.left_open(row["prompt"]))
 
 
-def test_what_training_said_of_itself_is_kept(reports):
+def test_the_figures_of_training_are_in_metrics_plots_and_page(reports):
     metrics = json.loads((reports / "metrics.json").read_text())
     assert metrics["stage1"]["video_gain"] == 0.125
     assert metrics["stage2"]["heldout_video_mse"] == 0.75
@@ -120,7 +120,7 @@ def test_what_training_said_of_itself_is_kept(reports):
     assert "Stage 1: +12.5 points" in page
 
 
-def test_the_page_is_small_whole_and_safe(reports):
+def test_the_page_is_small_complete_and_safe(reports):
     page = (reports / "report.html").read_text()
     assert len(page) < 8_000_000
     assert "<script" not in page
@@ -129,13 +129,13 @@ def test_the_page_is_small_whole_and_safe(reports):
     assert page.count("<article") == 3 + 2 + 3
 
 
-def test_the_same_model_leaves_the_same_bytes(root, reports, profile):
+def test_the_same_model_gives_the_same_bytes(root, reports, profile):
     before = json.loads((reports / "manifest.json").read_text())
     run_stage("evaluate-model", profile, root)
     assert json.loads((reports / "manifest.json").read_text()) == before
 
 
-def test_a_model_that_is_always_right_scores_one_and_one_that_never_looks_the_majority():
+def test_a_perfect_model_scores_one_and_a_blind_one_the_majority():
     heldout = benchmark.load_heldout(HELDOUT)
     chosen = {kind: heldout[kind][:64] for kind in evaluation.KINDS}
     rng = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_a_model_that_is_always_right_scores_one_and_one_that_never_looks_the_ma
     assert metrics["joint"]["agreement_shuffled"]["value"] < 0.5
 
 
-def test_a_joint_caption_that_is_silent_or_says_everything_does_not_agree():
+def test_a_joint_caption_that_states_nothing_or_everything_does_not_agree():
     item = {"id": "joint-0", "prompt": "a red seven", "seed": 0}
     video = world.sample_attributes(np.random.default_rng(0), digit="two", background="grey")
     for text in ("", "on a black, grey, white and brown background"):
@@ -182,7 +182,7 @@ def test_a_joint_caption_that_is_silent_or_says_everything_does_not_agree():
     assert json.loads(agreeing["correct"])["background"] is True
 
 
-def test_an_unknown_benchmark_and_too_many_items_are_refused():
+def test_an_unknown_benchmark_and_too_many_items_are_rejected():
     with pytest.raises(ConfigError, match="choose one of digits, pairs"):
         evaluation.load_benchmark("sprites")
     with pytest.raises(ConfigError, match="asks for 3 held-out items"):

@@ -1,4 +1,4 @@
-"""Captions against references, generations against prompts, in any world: small texts, and the whole step once."""
+"""The benchmark `pairs`: captions against references, generations against prompts, and the whole step once."""
 
 import json
 import shutil
@@ -38,17 +38,17 @@ def test_a_claim_is_stated_in_any_inflection_and_knows_its_group():
     assert benchmark.read_text("") == {}
 
 
-def test_what_most_references_say_is_no_claim():
+def test_words_that_most_references_share_are_not_claims():
     common = benchmark.common_stems(REFERENCES)
     assert common == {"content:camera", "content:follow"}
 
 
-def test_the_best_guess_without_looking_has_the_commonest_claims():
+def test_the_majority_has_the_most_common_claims():
     truths = [{"a:x": "x", "a:y": "y"}, {"a:x": "x"}, {"a:x": "x", "a:z": "z", "a:y": "y"}]
     assert benchmark.majority(truths) == {"a:x": "x", "a:y": "y"}
 
 
-def test_what_a_prompt_does_not_ask_for_is_open():
+def test_claims_that_a_prompt_does_not_state_are_open():
     seen = benchmark.read_text("A red car turns at a crossing in the rain")
     assert benchmark.left_open("A car in the rain", seen) == ["colour:red", "content:cross", "content:turn"]
 
@@ -64,7 +64,7 @@ def made_of(texts):
     }
 
 
-def test_a_perfect_captioner_scores_one_and_one_that_says_the_same_of_all_little():
+def test_a_perfect_captioner_scores_one_and_a_constant_caption_scores_low():
     common = benchmark.common_stems(REFERENCES)
     items = [
         {
@@ -87,19 +87,19 @@ def test_a_perfect_captioner_scores_one_and_one_that_says_the_same_of_all_little
     assert set(metrics["captions"]) == {"mean", "content", "colour", "number"}
 
 
-def test_several_claims_about_one_attribute_count_as_many_and_its_interval_is_over_items():
+def test_several_claims_count_towards_one_attribute_and_its_interval_is_over_items():
     correct = [{"a:1": True, "a:2": False, "a:3": False}, {"a:1": True}]
     scores = summarise(correct)
     assert scores["a"]["value"] == scores["mean"]["value"] == 0.5
     assert scores["a"]["n"] == 2
 
 
-def test_prompts_come_from_lines_of_json(tmp_path):
+def test_prompts_are_read_from_jsonl(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n{"prompt": "one"}\n')
     assert [item["prompt"] for item in benchmark.read_prompts(path)] == ["one", "two"]
     path.write_text('{"text": "one"}\n')
-    with pytest.raises(CorruptDataError, match="no JSONL"):
+    with pytest.raises(CorruptDataError, match="is not JSONL"):
         benchmark.read_prompts(path)
     with pytest.raises(MissingInputError, match="no prompts at"):
         benchmark.read_prompts(tmp_path / "none.jsonl")
@@ -173,7 +173,7 @@ def real_profile():
     return profile
 
 
-def test_a_model_is_evaluated_on_pairs_that_were_held_out_and_nothing_else(root):
+def test_a_model_is_evaluated_on_held_out_pairs_only(root):
     assert not (root / "data/heldout.json").exists()
     run_stage("evaluate-model", real_profile(), root)
     items = pd.read_parquet(root / "reports/items.parquet")
@@ -187,18 +187,18 @@ def test_a_model_is_evaluated_on_pairs_that_were_held_out_and_nothing_else(root)
     assert set(metrics["captions"]["mean"]) == {"value", "low", "high", "n"}
     page = (root / "reports/report.html").read_text()
     assert page.count("<article") == len(heldout) + 3 + 2
-    assert "held-out clips, whose reference captions no training saw" in page
+    assert "held-out clips whose reference captions were not used in training" in page
     assert (root / "reports/gallery.webp").stat().st_size > 1000
 
 
-def test_prompts_that_were_trained_on_are_left_out_and_other_sizes_too(root):
+def test_trained_prompts_and_clips_of_other_sizes_are_left_out(root):
     profile = real_profile()
     trained = pd.read_parquet(root / "data/pairs/pairs.parquet").query("split == 'train'")["prompt"].iloc[0]
     (root / "data/prompts.jsonl").write_text(json.dumps({"prompt": trained}) + "\n")
-    with pytest.raises(BadInputError, match="Every prompt of the profile's 'heldout' was trained on"):
+    with pytest.raises(BadInputError, match="All prompts of the profile's 'heldout' were used in training"):
         run_stage("evaluate-model", profile, root)
     profile["video"] = {**profile["video"], "height": 64}
-    with pytest.raises(BadInputError, match="clips of 9x64x32 was held out"):
+    with pytest.raises(BadInputError, match="has a clip of 9x64x32"):
         run_stage("evaluate-model", profile, root)
 
 
@@ -213,7 +213,7 @@ def test_clip_finds_the_prompt_whose_embedding_a_video_has(clip_folder):
     assert set(scorer.nearest(videos, prompts * 2)) <= set(prompts)
 
 
-def test_a_scorer_that_is_not_there_is_named(root, tmp_path):
+def test_a_missing_or_unknown_scorer_is_reported(root, tmp_path):
     with pytest.raises(MissingInputError, match="no CLIP model at"):
         clip_scorer.load(tmp_path)
     profile = real_profile()

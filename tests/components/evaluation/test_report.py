@@ -1,10 +1,11 @@
-"""The page holds everything it shows, escapes what came from data, and says what is missing."""
+"""The page is self-contained, escapes every text from data, and says what is missing."""
 
 import base64
 import io
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from components.evaluation import report
@@ -36,7 +37,7 @@ def clip(frames=9):
     return np.random.default_rng(0).integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8)
 
 
-def test_text_from_data_is_escaped_and_what_hides_is_shown():
+def test_text_from_data_is_escaped_and_invisible_characters_are_shown():
     evil = '<script>alert("1")</script>\u202e\x07'
     sample = report.clip_sample(
         {"video": report.preview(clip(), 8)},
@@ -54,7 +55,7 @@ def test_text_from_data_is_escaped_and_what_hides_is_shown():
     assert "\\u202e\\u0007" in page
 
 
-def test_the_page_asks_for_nothing_outside_itself():
+def test_the_page_makes_no_outside_request():
     page = render(samples={"captions": [], "generation": [], "joint": []})
     assert re.findall(r"""(?:src|href)=["'](?!data:|#)""", page) == []
     assert "url(" not in page
@@ -64,7 +65,12 @@ def test_the_page_asks_for_nothing_outside_itself():
 
 def test_missing_pieces_are_named():
     page = render()
-    for missing in ("No captions were made", "No videos were generated", "No joint samples", "left no such figures"):
+    for missing in (
+        "No captions were made",
+        "No videos were generated",
+        "No joint samples",
+        "recorded no such figures",
+    ):
         assert missing in page
 
 
@@ -93,7 +99,7 @@ def test_the_contact_sheet_shows_the_clips_scaled_up():
     assert len(found) == 2
 
 
-def test_a_long_wide_clip_is_shown_smaller_and_with_fewer_frames_in_the_same_time():
+def test_a_long_and_wide_clip_is_shown_smaller_and_with_fewer_frames_in_the_same_time():
     small = clip()
     assert np.array_equal(report.preview(small, 8).frames, small)
     frames, fps = report.preview(np.full((81, 480, 832, 3), 7, np.uint8), 16)
@@ -110,7 +116,28 @@ def test_a_line_chart_maps_values_onto_the_plot():
     assert chart["lines"][0]["path"] == f"0.0,{ticks[4.0]} 50.0,{ticks[2.0]} 100.0,{ticks[0.0]}"
 
 
-def test_rows_that_should_not_be_shown_again_are_only_counted():
+@pytest.mark.parametrize(
+    ("low", "high", "intervals", "ticks"),
+    [
+        (0.0, 4.0, 4, [0, 1, 2, 3, 4]),
+        (0.0, 0.83, 4, [0, 0.25, 0.5, 0.75, 1]),
+        (-0.2, 1.0, 4, [-0.5, 0, 0.5, 1]),
+        (1, 300, 5, [0, 100, 200, 300]),
+        (0.05, 0.95, 5, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.0, 1e-9, 4, [0, 2.5e-10, 5e-10, 7.5e-10, 1e-9]),
+        (3, 4, 5, [3, 3.2, 3.4, 3.6, 3.8, 4]),
+    ],
+)
+def test_ticks_are_round_numbers_that_span_the_values(low, high, intervals, ticks):
+    assert report.find_ticks(low, high, intervals) == pytest.approx(ticks)
+
+
+def test_a_line_chart_of_a_single_point_can_be_drawn():
+    (line,) = report.line_chart("Loss", "step", {"a": [(1e8, 2.0)]})["lines"]
+    assert line["path"] == "0.0,0.0"
+
+
+def test_rows_with_withheld_reasons_are_only_counted():
     rows = [
         {"reason": "personal_data", "detail": "a@b.org", "row": '{"text": "write to a@b.org"}'},
         {"reason": "duplicate", "detail": "of p1", "row": '{"text": "a red two"}'},

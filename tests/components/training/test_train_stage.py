@@ -1,4 +1,4 @@
-"""Training as a step: a usable pipeline comes out, MLflow knows how, and nothing is lost when it is stopped."""
+"""The training steps: they write a usable pipeline, log to MLflow, and resume after being stopped."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def runs_of(root):
     return mlflow.search_runs(experiment_names=["uni-vigu"], output_format="list")
 
 
-def test_both_stages_leave_a_pipeline_that_works_and_a_run_that_leads_back_to_the_data(latents_root, profile):
+def test_both_stages_write_a_working_pipeline_and_a_run_that_refers_to_the_data(latents_root, profile):
     root = latents_root
     first, second = (run_stage(f"train-stage-{number}", profile, root) for number in (1, 2))
     assert (first["rows_in"], first["rows_out"], first["facts"]["heldout_samples"]) == (6, 6, 2)
@@ -78,7 +78,7 @@ def test_both_stages_leave_a_pipeline_that_works_and_a_run_that_leads_back_to_th
     assert again["digest"] == first["digest"]
 
 
-def test_a_stage_told_to_stop_goes_on_in_the_same_mlflow_run(latents_root, profile):
+def test_a_stage_resumes_after_sigterm_in_the_same_mlflow_run(latents_root, profile):
     profile["train_stage_1"].update(steps=60, checkpoint_every=1000)
     curves = latents_root / STATE / "scratch/train-stage-1/curves.csv"
 
@@ -102,7 +102,7 @@ def test_a_stage_told_to_stop_goes_on_in_the_same_mlflow_run(latents_root, profi
     assert sorted(metric.step for metric in history) == list(range(1, 61))
 
 
-def test_samples_are_shown_in_the_run_as_training_goes_on(latents_root, profile):
+def test_samples_are_logged_to_the_run_during_training(latents_root, profile):
     profile["train_stage_1"].update(samples_every=2, ema_decay=0.9)
     run_stage("train-stage-1", profile, latents_root)
     (run,) = runs_of(latents_root)
@@ -117,7 +117,7 @@ def test_samples_are_shown_in_the_run_as_training_goes_on(latents_root, profile)
     assert all(isinstance(row["said"], str) and row["target"] for row in rows)
 
 
-def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
+def test_latents_in_an_object_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     here = run_stage("train-stage-1", profile, latents_root)["digest"]
     shard = latents_root / "data/latents/shards/00000/latents.safetensors"
@@ -133,7 +133,7 @@ def test_latents_that_lie_in_a_store_train_the_same_model(latents_root, profile,
         run_stage("train-stage-1", profile, latents_root)
 
 
-def test_sizes_are_trained_in_turn_and_what_is_left_over_is_in_the_manifest(latents_root, profile, recommit):
+def test_all_sizes_are_trained_and_left_over_samples_are_in_the_manifest(latents_root, profile, recommit):
     home = latents_root / "data/latents"
     rows = read_table(home, "latents").to_pylist()
     generator, length = torch.Generator().manual_seed(1), profile["text"]["caption_tokens"][1]
@@ -160,7 +160,7 @@ def test_sizes_are_trained_in_turn_and_what_is_left_over_is_in_the_manifest(late
     assert json.loads((latents_root / "data/stage1/heldout.json").read_text())["samples"] == 3
 
 
-def test_what_is_left_over_of_the_only_size_is_said_too(latents_root, profile, capsys):
+def test_left_over_samples_of_a_single_size_are_reported_too(latents_root, profile, capsys):
     profile["train_stage_1"]["steps"] = 1
     manifest = run_stage("train-stage-1", profile, latents_root)
     size = [profile["video"][name] for name in ("frames", "height", "width")]
@@ -169,7 +169,7 @@ def test_what_is_left_over_of_the_only_size_is_said_too(latents_root, profile, c
     assert f"bucket frames_height_width {size} samples 6 batches 1 left_over 2" in capsys.readouterr().err
 
 
-def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(latents_root, profile):
+def test_a_base_of_another_architecture_is_rejected_before_weights_are_loaded(latents_root, profile):
     config = latents_root / profile["base"] / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "CogVideoXTransformer3DModel"}))
     with pytest.raises(BadInputError, match="is CogVideoXTransformer3DModel, not WanTransformer3DModel"):
@@ -177,14 +177,14 @@ def test_a_base_of_another_architecture_is_refused_before_anything_is_loaded(lat
     assert not (latents_root / "mlflow.db").exists()
 
 
-def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(latents_root, profile, monkeypatch):
+def test_a_run_that_needs_too_much_memory_is_rejected_with_suggestions(latents_root, profile, monkeypatch):
     monkeypatch.setattr("univigu.training.memory_check.free_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match=r"needs .* GiB per process, and 0\.0 are free \(.*zero_stage: 1 on more"):
         run_stage("train-stage-1", profile, latents_root)
     assert not (latents_root / "mlflow.db").exists()
 
 
-def test_a_run_that_offloads_more_than_the_machine_has_is_refused_by_one_process_for_all(
+def test_a_run_that_offloads_more_than_the_machine_has_is_rejected_by_one_process_for_all(
     latents_root, profile, monkeypatch
 ):
     profile["train_stage_1"].update(zero_stage=2, offload=["optimizer"])
@@ -216,14 +216,14 @@ def test_only_the_first_of_several_processes_reads_weights_and_the_model_is_the_
     assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "samples/step-00000002")) == 2
 
 
-def test_a_tracking_server_that_is_not_there_stops_training_before_it_begins(latents_root, profile, monkeypatch):
+def test_an_unreachable_tracking_server_stops_training_before_it_starts(latents_root, profile, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(TransientError, match="MLFLOW_TRACKING_URI"):
         run_stage("train-stage-1", profile, latents_root)
     assert not (latents_root / STATE / "scratch/train-stage-1/checkpoints").exists()
 
 
-def test_latents_of_another_text_length_are_refused(latents_root, profile):
+def test_latents_of_another_text_length_are_rejected(latents_root, profile):
     profile["text"]["caption_tokens"] = [32, 48]
     with pytest.raises(BadInputError, match="run encode-latents again"):
         run_stage("train-stage-1", profile, latents_root)

@@ -1,1 +1,1 @@
-"""How a service that charges for its answers is asked: politely, within a budget, and for nothing twice."""
+"""The client of an OpenAI-compatible service: it limits its rate, keeps a budget, and pays for no answer twice."""

@@ -1,4 +1,4 @@
-"""What is in an answer of the chat completions API: a caption, or what keeps it from being one, and what it cost."""
+"""Reads an answer of the chat completions API: its caption, or why it has none, and its usage and cost."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -7,8 +7,8 @@ from typing import Any
 from components.captions.captioners import CaptionResponse, read_text
 from components.captions.captioners.client.usage import answer_cost, read_usage
 
-# What services call an answer that the model ended itself, one that was cut off, and one that was withheld.
-WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed", "finish_reason_stop"}
+# The finish reasons of services: of an answer that the model ended, one that was cut off, and one that was withheld.
+COMPLETE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed", "finish_reason_stop"}
 _CUT_OFF = {
     "length",
     "max_tokens",
@@ -56,17 +56,17 @@ UNCOUNTED = "answers_without_usage"
 
 
 def read_response(
-    body: Mapping[str, Any], prices: Mapping[str, float], further: Collection[str | None] = ()
+    body: Mapping[str, Any], prices: Mapping[str, float], also_complete: Collection[str | None] = ()
 ) -> CaptionResponse:
-    """The caption in an answer. What isn't where it belongs counts as an empty text, which is asked for again.
+    """The caption in an answer. A body without a text counts as an empty one, which is asked for again.
 
-    further: words for a whole answer besides `WHOLE`; None for a service that doesn't say how an answer ended.
+    also_complete: finish reasons of a complete answer besides `COMPLETE`; None for a service that reports none.
     """
     choice = body["choices"][0] if isinstance(body["choices"][0], dict) else {}
     message = choice.get("message", choice.get("text"))
     content = message.get("content") if isinstance(message, dict) else message
     content = choice.get("text") if content is None else content
-    usage, finish = _charges(body, prices), choice.get("finish_reason", choice.get("finishReason"))
+    usage, finish = _usage_and_cost(body, prices), choice.get("finish_reason", choice.get("finishReason"))
     ending = finish.strip().casefold() if isinstance(finish, str) else finish
     declined = _refusal(message, content)
     if declined or (isinstance(ending, str) and ending in _WITHHELD):
@@ -74,22 +74,22 @@ def read_response(
     response = read_text(_well_formed(_text_of(content)), usage)
     if isinstance(ending, str) and ending in _CUT_OFF:
         return CaptionResponse(response.text, "truncated", "it was cut off before its end; say less", usage)
-    if finish in further or (isinstance(ending, str) and ending in WHOLE):
+    if finish in also_complete or (isinstance(ending, str) and ending in COMPLETE):
         return response
     said = f"'{_well_formed(finish)[:40]}'" if isinstance(finish, str) else "nothing"
     detail = f"its end is marked with {said} and not with 'stop'; write the whole description"
     return CaptionResponse(response.text, usage=usage, reason="unfinished", detail=detail)
 
 
-def _charges(body: Mapping[str, Any], prices: Mapping[str, float]) -> dict[str, float]:
-    """What an answer adds to the sums in the manifest."""
+def _usage_and_cost(body: Mapping[str, Any], prices: Mapping[str, float]) -> dict[str, float]:
+    """What an answer adds to the usage in the manifest."""
     usage = read_usage(body)
     cost = answer_cost(usage, prices)
     return {**usage, **({"usd": cost["usd"]} if "usd" in cost else {})} if usage else {UNCOUNTED: 1}
 
 
 def _text_of(content: Any) -> str:
-    """A message's text: a string, the text parts of a list, or JSON that a service has parsed."""
+    """A message's text: a string, the text parts of a list, or JSON that a service has already parsed."""
     if isinstance(content, str):
         return content
     if isinstance(content, dict):
@@ -107,7 +107,7 @@ def _text_of_part(part: Any) -> str:
 
 
 def _refusal(message: Any, content: Any) -> str:
-    """The words of a refusal in its own field, or in its own part."""
+    """The text of a refusal in a field or part of its own, or an empty string."""
     parts = content if isinstance(content, list) else []
     found = [message.get("refusal")] if isinstance(message, dict) else []
     found += [part.get("refusal") for part in parts if isinstance(part, dict)]
@@ -115,5 +115,5 @@ def _refusal(message: Any, content: Any) -> str:
 
 
 def _well_formed(text: str) -> str:
-    """Half a surrogate pair, which has no UTF-8, becomes U+FFFD."""
+    """The text with lone surrogates, which UTF-8 can't encode, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,50 +1,50 @@
-"""What answers have cost, and whether one more may be asked for."""
+"""The budget: what requests have cost so far, and whether it allows one more."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from components.captions.captioners.client.usage import answer_cost, read_usage
 
-_TOKENS = ("tokens", "usd")  # what is counted from an answer's usage
+_TOKENS = ("tokens", "usd")  # these are known only from an answer's usage
 
 
 class Budget:
-    """Sums of `requests`, `tokens` and `usd`, below the most that each may reach.
+    """Sums of `requests`, `tokens` and `usd`, each with an optional limit.
 
-    spent: the sums so far. reserve: what one request may take of each, before the first answer.
+    spent: the sums so far. reserve: what one request may cost, until an answer shows more.
     """
 
     def __init__(
         self,
-        most: Mapping[str, float],
+        limits: Mapping[str, float],
         prices: Mapping[str, float],
         spent: Mapping[str, float],
         reserve: Mapping[str, float],
     ) -> None:
-        self.most, self.prices, self.spent = most, prices, spent
-        self.dearest = {"requests": 1.0, **reserve}
-        self.countable = not {*_TOKENS} & most.keys()  # whether answers are known to say what the limits need
+        self.limits, self.prices, self.spent = limits, prices, spent
+        self.largest = {"requests": 1.0, **reserve}
+        self.usage_known = not {*_TOKENS} & limits.keys()  # whether answers report the usage that the limits need
 
     def cost(self, body: Any) -> dict[str, float]:
-        """What an answer adds to the sums, as far as it says so."""
+        """What an answer adds to the sums, as far as it reports its usage."""
         return {"requests": 1.0, **answer_cost(read_usage(body), self.prices)}
 
     def charge(self, body: Any) -> dict[str, float]:
-        """What an answer adds to the sums; one that doesn't say costs a limited sum as much as the dearest so far."""
+        """What an answer adds to the sums; without usage, it counts as much as the most expensive answer so far."""
         cost = self.cost(body)
-        self.countable |= "tokens" in cost
+        self.usage_known |= "tokens" in cost
         for name in _TOKENS:
-            self.dearest[name] = max(self.dearest.get(name, 0.0), cost.get(name, 0.0))
-        return {**self.unknown(), **cost}
+            self.largest[name] = max(self.largest.get(name, 0.0), cost.get(name, 0.0))
+        return {**self.assumed_cost(), **cost}
 
-    def unknown(self) -> dict[str, float]:
-        """What a request is taken to cost that the service may have worked for, and that brought no usage."""
-        return {"requests": 1.0, **{name: self.dearest.get(name, 0.0) for name in _TOKENS if name in self.most}}
+    def assumed_cost(self) -> dict[str, float]:
+        """The assumed cost of a request without usage that the service may have worked on."""
+        return {"requests": 1.0, **{name: self.largest.get(name, 0.0) for name in _TOKENS if name in self.limits}}
 
-    def overrun(self, under_way: int) -> str:
-        """Says which sum may be overrun by what is under way, counted as the dearest seen so far; or is empty."""
-        for name, most in self.most.items():
+    def overrun(self, in_flight: int) -> str:
+        """The sum that the requests in flight may overrun, each counted as the most expensive so far; empty if none."""
+        for name, limit in self.limits.items():
             spent = self.spent.get(name, 0.0)
-            if spent + under_way * self.dearest.get(name, 0.0) > most:
-                return f"{spent:g} of {most:g} {name}"
+            if spent + in_flight * self.largest.get(name, 0.0) > limit:
+                return f"{spent:g} of {limit:g} {name}"
         return ""

@@ -1,4 +1,4 @@
-"""What an HTTP reply of a language model's service means: an answer, another try, a refusal, or the end."""
+"""Classifies the HTTP replies of a language model's service: an answer, a retryable failure, a refusal, or a fault."""
 
 import json
 import re
@@ -10,12 +10,12 @@ from components.captions.captioners.client.throttle import retry_after
 from components.checks.wrapping.common import bracket_depth
 
 MAX_BYTES = 4 * 2**20  # of one answer, compressed or not
-MAX_DEPTH = 64  # of brackets in brackets
-QUOTE = 200  # characters of a service's own words in a message
+MAX_DEPTH = 64  # of nested brackets
+QUOTE = 200  # characters of a service's own message that we show
 _TRANSIENT = {408, 425, 429}
-_GATEWAY = {502, 503, 504, *range(520, 528), 529}  # which a service says of itself, whatever the request
+_GATEWAY = {502, 503, 504, *range(520, 528), 529}  # about the service as a whole, not the request
 _REFUSALS = {400, 403, 422, 451}
-_ELSEWHERE = {301, 302, 303, 307, 308, 404, 405}
+_WRONG_ADDRESS = {301, 302, 303, 307, 308, 404, 405}
 _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance", "credit_balance_too_low")
 _BLOCKED = ("content_filter", "content_policy_violation", "data_inspection_failed", "moderation", "responsibleai")
 _PASSING = re.compile(
@@ -23,36 +23,38 @@ _PASSING = re.compile(
     r"|restart|loading|starting|warming|no healthy|connection",
     re.IGNORECASE,
 )
-_SECRETIVE = re.compile(r"key|token|credential|bearer|auth", re.IGNORECASE)
+_MAY_QUOTE_KEY = re.compile(r"key|token|credential|bearer|auth", re.IGNORECASE)
 
 
-class Lost(Exception):  # noqa: N818 (no error yet: there may be another try)
-    """A try that brought no answer, and may the next time.
+class Retryable(Exception):  # noqa: N818 (not an error yet: there may be another try)
+    """A try without an answer; the next one may bring one.
 
-    delay: what the service asks to wait, in seconds. lasting: whether these words are about the request, so that the
-    same ones again settle it. billed: whether the service may have done the work.
+    delay: the seconds that the service asks to wait. permanent: whether the message is about this request, so that the
+    same message again is final. billed: whether the service may have done, and charge for, the work.
     """
 
     def __init__(
-        self, kind: str, detail: str, delay: float | None = None, lasting: bool = False, billed: bool = False
+        self, kind: str, detail: str, delay: float | None = None, permanent: bool = False, billed: bool = False
     ) -> None:
         super().__init__(detail)
         self.kind, self.delay, self.billed = kind, delay, billed
-        self.gist = re.sub(r"\w*\d\w*", "#", detail) if lasting else ""  # without the ids of requests
+        self.signature = (
+            re.sub(r"\w*\d\w*", "#", detail) if permanent else ""
+        )  # without the numbers and ids of requests
 
 
-class Refused(Exception):  # noqa: N818 (a row's fate, told as data)
-    """No answer for this request, and trying again won't help. alone: others are known to be answered."""
+class Refused(Exception):  # noqa: N818 (the outcome of a row, as data)
+    """No answer for this request, and a retry won't help. isolated: other requests are known to be answered."""
 
-    def __init__(self, status: str, reason: str, detail: str, alone: bool = False) -> None:
+    def __init__(self, status: str, reason: str, detail: str, isolated: bool = False) -> None:
         super().__init__(detail)
-        self.status, self.reason, self.alone = status, reason, alone
+        self.status, self.reason, self.isolated = status, reason, isolated
 
 
-class Unusable(Exception):  # noqa: N818 (the endpoint has the words for it)
-    """No request will be answered until a person has corrected the `key`, the `credit`, or the `model` or address.
+class Unusable(Exception):  # noqa: N818 (the endpoint makes the error of it)
+    """No request will be answered until the user corrects the `key`, the `credit`, or the `model` (or the address).
 
-    Unless it is about this request only, which a single reply doesn't tell.
+    It may also concern this request only; a single reply doesn't tell.
     """
 
     def __init__(self, what: str, detail: str, status: int) -> None:
@@ -61,24 +63,24 @@ class Unusable(Exception):  # noqa: N818 (the endpoint has the words for it)
 
 
 def decode_reply(content: bytes, encoding: str) -> str:
-    """The text of a body that came with the header Content-Encoding; raises `Refused` where it is too large."""
+    """The text of a body with this Content-Encoding header; raises `Refused` if it is too large."""
     if encoding.strip().casefold() in ("gzip", "x-gzip", "deflate"):
         try:
             content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, MAX_BYTES + 1)
         except zlib.error as error:
-            raise Lost("broken answer", f"an answer whose compression is broken ({error})", billed=True) from error
+            raise Retryable("broken answer", f"an answer whose compression is broken ({error})", billed=True) from error
     check_size(content)
     return content.decode("utf-8", "replace")
 
 
 def check_size(content: bytes | bytearray) -> None:
-    """Raise `Refused` for a body that has become too large."""
+    """Raise `Refused` if a body is too large."""
     if len(content) > MAX_BYTES:
         raise Refused("error", "too_large", f"the answer has more than {MAX_BYTES} bytes")
 
 
 def read_reply(status: int, headers: Mapping[str, str], text: str) -> Any:
-    """The answer in a reply (decoded JSON with `choices`); raises `Lost`, `Refused` or `Unusable` for anything else.
+    """The answer in a reply (decoded JSON with `choices`); otherwise raises `Retryable`, `Refused` or `Unusable`.
 
     text: the reply's body, without the key.
     """
@@ -86,35 +88,35 @@ def read_reply(status: int, headers: Mapping[str, str], text: str) -> Any:
     fault = body.get("error") if isinstance(body, dict) else None
     if 200 <= status < 300 and not fault:
         return _check_answer(body, status)
-    if 200 <= status < 300:  # some gateways pass a model's failure on like this
+    if 200 <= status < 300:  # some gateways report a model's failure with status 200
         code = fault.get("code") if isinstance(fault, dict) else None
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
-    words, lowered = clean(_words(body) or text), text.lower()
+    words, lowered = clean(_message(body) or text), text.lower()
     named = f"HTTP {status}: {words}" if words else f"HTTP {status}"
     if status == 402 or any(code in lowered for code in _NO_CREDIT):
         raise Unusable("credit", named, status)
     if status in _TRANSIENT or status >= 500:
         delay = retry_after(headers) if status in (429, 503, 529) else None
-        raise Lost(str(status), named, delay, lasting=_is_lasting(status, words))
+        raise Retryable(str(status), named, delay, permanent=_is_permanent(status, words))
     if status in _REFUSALS and any(code in lowered for code in _BLOCKED):
         raise Refused("blocked", "blocked", named)
     if status in (401, 403):
-        hidden = status == 401 or _SECRETIVE.search(words)  # its words may quote a part of the key
+        hidden = status == 401 or _MAY_QUOTE_KEY.search(words)  # the message may quote a part of the key
         raise Unusable("key", f"HTTP {status}" if hidden else named, status)
-    if status in _ELSEWHERE:
+    if status in _WRONG_ADDRESS:
         raise Unusable("model", named, status)
     raise Refused("error", "refused_request", named)
 
 
 def clean(text: str, secret: str = "") -> str:
-    """A service's own words for a message: one short line, without the secret."""
+    """A service's own message as one short line, without the secret."""
     text = text.replace(secret, "[key]") if secret else text
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 10 * QUOTE]).split())
     return text if len(text) <= QUOTE else text[:QUOTE] + "…"
 
 
 def _read_json(text: str) -> Any:
-    """Decoded JSON, or None for what isn't any, or is nested too deep."""
+    """The decoded JSON, or None if it is invalid or nested too deeply."""
     try:
         return json.loads(text) if bracket_depth(text) <= MAX_DEPTH else None
     except (ValueError, RecursionError):
@@ -124,22 +126,22 @@ def _read_json(text: str) -> Any:
 def _check_answer(body: Any, status: int) -> Any:
     if body is None:
         detail = f"HTTP {status} with an answer that breaks off, or is no JSON"
-        raise Lost("broken answer", detail, billed=True)
+        raise Retryable("broken answer", detail, billed=True)
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
         detail = f"HTTP {status} with an answer that holds no choices"
-        raise Lost("no choices", detail, lasting=True, billed=True)
+        raise Retryable("no choices", detail, permanent=True, billed=True)
     return body
 
 
-def _is_lasting(status: int, words: str) -> bool:
-    """Whether a failure of a service is worded as one of this request, and not of the service as a whole."""
+def _is_permanent(status: int, words: str) -> bool:
+    """Whether a failure's message is about this request, and not about the service as a whole."""
     if status < 500 or _PASSING.search(words):
         return False
     return status not in _GATEWAY or (bool(words) and not words.startswith("<"))
 
 
-def _words(body: Any) -> str:
-    """The message in a body of an error, in the shapes that services use."""
+def _message(body: Any) -> str:
+    """The message in an error's body, in any of the shapes that services use."""
     found = body.get("error", body) if isinstance(body, dict) else body
     for key in ("message", "detail", "error", "type", "code"):
         if isinstance(found, dict) and isinstance(found.get(key), str) and found[key].strip():

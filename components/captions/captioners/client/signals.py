@@ -1,4 +1,4 @@
-"""Being told to stop while answers that are paid for are under way."""
+"""SIGINT and SIGTERM while requests are in flight, whose answers will be paid for."""
 
 import asyncio
 import signal
@@ -9,7 +9,7 @@ from univigu.errors import PreemptedError
 
 
 class GracefulShutdown:
-    """While active, the first SIGINT or SIGTERM lets what is under way end; the second doesn't."""
+    """While active, the first SIGINT or SIGTERM waits for the requests in flight; the second cancels them."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -31,5 +31,5 @@ class GracefulShutdown:
             # pyrefly: ignore[missing-attribute]
             self.task.cancel()
         self.endpoint.give_up(
-            PreemptedError("Captioning was told to stop; every answer is kept, so the same command goes on from here.")
+            PreemptedError("Captioning was interrupted; all answers are kept, so run the same command again to resume.")
         )

@@ -1,8 +1,9 @@
-"""How many requests may be under way: no more than a service bears, as it says itself.
+"""Limits the number of requests in flight to what a service can take, by its own replies.
 
-As TCP does it: few at first, twice as many in each round, until a 429 stops every request for the time that it names,
-and halves how many go at once; from there, one more in each round. Where a service announces what is left of a quota,
-the quota isn't overrun in the first place. Where it doesn't say how long to wait, each wait is twice the one before.
+It works like TCP's congestion control: the limit starts low and doubles in each round, until a 429 pauses all requests
+for the time that it names and halves the limit; from then on the limit grows by one in each round. If a service reports
+what remains of a quota, requests wait before they exceed it. If it doesn't say how long to wait, each wait is twice the
+one before.
 """
 
 import asyncio
@@ -21,93 +22,95 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|[smhd]))")
 
 
 def backoff(first: float, times: int, name: str) -> float:
-    """Seconds to wait after the failure that is the `times`-th in a row: `first`, then twice as long each time.
+    """Seconds to wait after the `times`-th failure in a row: `first`, then twice as long each time.
 
-    At most `MAX_BACKOFF_S` (or `first`). The last quarter depends on the request's name, so that requests that failed
-    together don't come back together.
+    At most `MAX_BACKOFF_S` (or `first`). The last quarter is jitter from the request's name, so that requests that
+    failed together aren't repeated together.
     """
     longest = min(first * 2.0 ** min(times - 1, 32), max(first, MAX_BACKOFF_S))
     return longest * (0.75 + 0.25 * random.Random(f"{name} {times}").random())
 
 
 class Throttle:
-    """State that all requests to one service share."""
+    """The state that all requests to one service share."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.limit = min(2.0, float(most))
-        self.bearable = float(most)  # up to here, the limit doubles in each round
-        self.under_way = 0
-        self.closed_until = 0.0
-        self.refusals = 0  # in a row, with no answer between; those at the same time count as one
+    def __init__(self, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
+        self.limit = min(2.0, float(max_in_flight))
+        self.threshold = float(max_in_flight)  # up to this, the limit doubles in each round
+        self.in_flight = 0
+        self.paused_until = 0.0
+        self.refusals = 0  # consecutive; simultaneous ones count as one
         self.quotas: dict[str, Quota] = {"requests": Quota(), "tokens": Quota()}
 
     async def enter(self, stop: asyncio.Event) -> bool:
-        """Wait for room, and take it; False when `stop` was set meanwhile."""
+        """Wait until another request may start, and count it as in flight; False if `stop` was set meanwhile."""
         while not stop.is_set():
-            wait = max(self.closed_for(), *(quota.closed_for(self.under_way) for quota in self.quotas.values()))
-            if wait <= 0 and self.under_way < max(1, int(self.limit)):
-                self.under_way += 1
+            wait = max(self.wait_s(), *(quota.wait_s(self.in_flight) for quota in self.quotas.values()))
+            if wait <= 0 and self.in_flight < max(1, int(self.limit)):
+                self.in_flight += 1
                 for quota in self.quotas.values():
-                    quota.take()
+                    quota.reserve()
                 return True
             await asyncio.sleep(min(max(wait, POLL_S), 0.25))
         return False
 
     def leave(self) -> None:
-        self.under_way -= 1
+        self.in_flight -= 1
 
-    def closed_for(self) -> float:
-        """Seconds until the next request may go, by the last refusal."""
-        return self.closed_until - time.monotonic()
+    def wait_s(self) -> float:
+        """Seconds until the next request may start, by the last refusal."""
+        return self.paused_until - time.monotonic()
 
     def slow_down(self, seconds: float) -> None:
-        """A service has had too much: wait, then go on with half as many at once."""
-        if self.closed_for() <= 0:  # the others that were refused at the same time are no further sign
-            self.limit = self.bearable = max(1.0, self.limit / 2)
+        """After a refusal: pause all requests, then continue with half as many at once."""
+        if self.wait_s() <= 0:  # requests refused at the same time count once
+            self.limit = self.threshold = max(1.0, self.limit / 2)
             self.refusals += 1
-        self.closed_until = max(self.closed_until, time.monotonic() + seconds)
+        self.paused_until = max(self.paused_until, time.monotonic() + seconds)
 
-    def note_answer(self, headers: Mapping[str, str], tokens: float) -> None:
-        """Learn from an answer, whose request still counts as under way."""
+    def record_answer(self, headers: Mapping[str, str], tokens: float) -> None:
+        """Adjust the limits to an answer, whose request still counts as in flight."""
         self.refusals = 0
-        self.limit = min(float(self.most), self.limit + (1.0 if self.limit < self.bearable else 1 / self.limit))
-        self.quotas["tokens"].one = max(self.quotas["tokens"].one, tokens)
+        self.limit = min(
+            float(self.max_in_flight), self.limit + (1.0 if self.limit < self.threshold else 1 / self.limit)
+        )
+        self.quotas["tokens"].per_request = max(self.quotas["tokens"].per_request, tokens)
         for kind, quota in self.quotas.items():
-            quota.note(headers, kind, self.under_way - 1)
+            quota.update(headers, kind, self.in_flight - 1)
 
 
 class Quota:
-    """What is left of one of a service's quotas, as far as its headers say; without them it is no limit."""
+    """One of a service's quotas, as reported by its headers; unlimited without them."""
 
     def __init__(self) -> None:
-        self.one = 1.0  # the most that one request has taken
-        self.left = self.whole = math.inf
-        self.full_at = math.inf
+        self.per_request = 1.0  # the most that one request has taken
+        self.remaining = self.limit = math.inf
+        self.resets_at = math.inf
 
-    def closed_for(self, under_way: int) -> float:
-        """Seconds until the quota bears one more request."""
-        if time.monotonic() >= self.full_at:
-            self.left, self.full_at = max(self.one, self.whole - under_way * self.one), math.inf
-        if self.left >= self.one or (self.full_at == math.inf and not under_way):
+    def wait_s(self, in_flight: int) -> float:
+        """Seconds until the quota allows one more request."""
+        if time.monotonic() >= self.resets_at:
+            self.remaining, self.resets_at = max(self.per_request, self.limit - in_flight * self.per_request), math.inf
+        if self.remaining >= self.per_request or (self.resets_at == math.inf and not in_flight):
             return 0.0
-        return POLL_S if self.full_at == math.inf else self.full_at - time.monotonic()
+        return POLL_S if self.resets_at == math.inf else self.resets_at - time.monotonic()
 
-    def take(self) -> None:
-        self.left -= self.one
+    def reserve(self) -> None:
+        self.remaining -= self.per_request
 
-    def note(self, headers: Mapping[str, str], kind: str, under_way: int) -> None:
-        """Read the headers of an answer; what is under way beside it may not have been counted yet."""
-        left = _number(headers.get(f"x-ratelimit-remaining-{kind}"))
+    def update(self, headers: Mapping[str, str], kind: str, in_flight: int) -> None:
+        """Read an answer's headers; the service may not have counted the other requests in flight yet."""
+        remaining = _number(headers.get(f"x-ratelimit-remaining-{kind}"))
         wait = read_delay(headers.get(f"x-ratelimit-reset-{kind}"))
-        if left is None or wait is None:
+        if remaining is None or wait is None:
             return
-        self.left, self.full_at = left - under_way * self.one, time.monotonic() + wait
-        self.whole = _number(headers.get(f"x-ratelimit-limit-{kind}")) or max(left, self.one)
+        self.remaining, self.resets_at = remaining - in_flight * self.per_request, time.monotonic() + wait
+        self.limit = _number(headers.get(f"x-ratelimit-limit-{kind}")) or max(remaining, self.per_request)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a refusal asks to wait, by whichever header it says so, or None."""
+    """The seconds that a refusal asks to wait, from any of the headers in use, or None."""
     delays = [
         _scaled(headers.get("retry-after-ms"), 0.001),
         read_delay(headers.get("retry-after")),
@@ -121,7 +124,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def read_delay(text: str | None) -> float | None:
-    """Seconds from now: of ``30``, ``1m30.5s``, ``20ms``, an HTTP or ISO date, a Unix time; None for anything else."""
+    """Seconds from now, from ``30``, ``1m30.5s``, ``20ms``, an HTTP or ISO date, or a Unix time; otherwise None."""
     text = (text or "").strip()
     number = _number(text)
     if number is not None:

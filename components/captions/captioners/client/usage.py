@@ -1,12 +1,12 @@
-"""What an answer says that it took, in the words of whichever service. What isn't said is unknown, and never zero."""
+"""The usage that an answer reports, under the names that various services use. Missing usage is unknown, not 0."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_DEPTH = 5  # of tables in tables
-_PLACES = re.compile(r"usage|meta|token|billed|metric|statistic|x_groq|timing")  # keys under which usage is looked for
+_DEPTH = 5  # of nested objects
+_PLACES = re.compile(r"usage|meta|token|billed|metric|statistic|x_groq|timing")  # keys under which usage is searched
 _PROMPT = {"prompttokens", "inputtokens", "prompttokencount", "inputtokencount", "promptevalcount", "prompt", "input"}
 _COMPLETION = {
     "completiontokens",
@@ -21,21 +21,21 @@ _COMPLETION = {
     "output",
 }
 _TOTAL = {"totaltokens", "totaltokencount", "total"}
-_BESIDE_PROMPT = {"cachereadinputtokens", "cachecreationinputtokens"}  # Anthropic's, which `input_tokens` leaves out
-_BESIDE_COMPLETION = {"thoughtstokencount"}  # Gemini's, which `candidatesTokenCount` leaves out
+_BESIDE_PROMPT = {"cachereadinputtokens", "cachecreationinputtokens"}  # Anthropic's: not part of its `input_tokens`
+_BESIDE_COMPLETION = {"thoughtstokencount"}  # Gemini's: not part of its `candidatesTokenCount`
 
 
 def read_usage(body: Any) -> dict[str, int]:
-    """Tokens that an answer took: `prompt_tokens` and `completion_tokens`, or `total_tokens`; empty where unknown.
+    """The tokens of an answer: `prompt_tokens` and `completion_tokens`, or `total_tokens`; empty if unknown.
 
-    A service that counts nothing for a prompt, or for a text that is there, doesn't count.
+    A count of zero for a prompt, or for a completion that isn't empty, is taken as unknown.
     """
     for table in _tables(body):
         named = {re.sub(r"[^a-z]", "", key.casefold()): _count(value) for key, value in table.items()}
         prompt, completion = _sum(named, _PROMPT, _BESIDE_PROMPT), _sum(named, _COMPLETION, _BESIDE_COMPLETION)
         total = _sum(named, _TOTAL, set())
         if prompt and completion is not None and (completion or not _has_text(body)):
-            completion = max(completion, (total or 0) - prompt)  # reasoning that only the total counts
+            completion = max(completion, (total or 0) - prompt)  # some services count reasoning only in the total
             return {"prompt_tokens": prompt, "completion_tokens": completion}
         if total:
             return {"total_tokens": total}
@@ -43,9 +43,9 @@ def read_usage(body: Any) -> dict[str, int]:
 
 
 def answer_cost(usage: Mapping[str, float], prices: Mapping[str, float]) -> dict[str, float]:
-    """`tokens` in all, and `usd` (with prices per million tokens), of one answer; nothing where its usage is unknown.
+    """The total `tokens` and the `usd` (prices are per million tokens) of one answer; empty if its usage is unknown.
 
-    Where only the total is known, each token counts as one of the dearer kind.
+    If only the total is known, every token is charged at the higher price.
     """
     if not usage:
         return {}
@@ -57,7 +57,7 @@ def answer_cost(usage: Mapping[str, float], prices: Mapping[str, float]) -> dict
 
 
 def _tables(body: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The tables of a body that may hold counts, those nearest to its root first."""
+    """The objects in a body that may contain counts, those nearest to the root first."""
     if not isinstance(body, dict) or depth > _DEPTH:
         return
     if depth:
@@ -74,13 +74,13 @@ def _tables(body: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
 
 
 def _sum(named: Mapping[str, int | None], names: set[str], beside: set[str]) -> int | None:
-    """The first count under one of `names`, with those that stand beside it."""
+    """The first count under one of `names`, plus the counts under `beside`."""
     count = next((named[name] for name in names & named.keys() if named[name] is not None), None)
     return None if count is None else count + sum(named.get(name) or 0 for name in beside)
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens, also as text; None for anything else."""
+    """A number of tokens, from a number or a string; None for anything else."""
     if isinstance(value, str):
         value = value.replace(",", "").strip()
         return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None

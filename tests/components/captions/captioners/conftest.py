@@ -1,4 +1,4 @@
-"""An endpoint that misbehaves, and clips to ask it about."""
+"""A misbehaving endpoint, and clips to be captioned by it."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def open_clip(number, opened):
 
 @pytest.fixture
 def serve():
-    """Start a misbehaving server; all are closed in the end."""
+    """Start a misbehaving server; all are closed at the end."""
     servers = []
 
     def start(troubles=(), **settings):
@@ -42,7 +42,7 @@ def serve():
 
 @pytest.fixture
 def caption(tmp_path, monkeypatch):
-    """Have the first `count` prompts captioned by a server; returns what the step would know of each, by id."""
+    """Have the first `count` prompts captioned by a server; returns their outcomes, by id."""
     opened = []
 
     def run(server, count=6, attempts=3, instructions=None, prompts=PROMPTS, bounds=(60, 300), checks=(), **options):

@@ -1,4 +1,4 @@
-"""What is in an answer: a caption, or what keeps it from being one, and what it cost, in whatever words it says so."""
+"""Reading an answer of any service: its caption, or why it has none, its usage and its cost."""
 
 import json
 
@@ -35,11 +35,11 @@ def read(message, finish="stop", **more):
     ],
     ids=str,
 )
-def test_the_text_is_found_in_whatever_shape(content):
+def test_the_text_is_found_in_any_shape(content):
     assert read({"content": content, "reasoning_content": "What?"}) == CaptionResponse(TEXT, usage=USAGE)
 
 
-def test_what_is_not_where_it_belongs_is_an_empty_text():
+def test_an_answer_without_a_text_in_a_known_place_is_empty():
     for message in ({"content": 3}, None, {"content": None, "reasoning_content": TEXT}, {"reasoning": TEXT}, []):
         assert read(message) == CaptionResponse("", usage=USAGE)
     assert read_response({"choices": ["x"]}, {}).text == ""
@@ -47,7 +47,7 @@ def test_what_is_not_where_it_belongs_is_an_empty_text():
 
 
 @pytest.mark.parametrize("finish", ["stop", "STOP", "end_turn", "eos_token", "stop_sequence"])
-def test_an_answer_that_the_model_ended_is_whole(finish):
+def test_an_answer_that_the_model_ended_is_complete(finish):
     assert read({"content": TEXT}, finish) == CaptionResponse(TEXT, usage=USAGE)
 
 
@@ -69,10 +69,10 @@ def test_any_other_ending_is_asked_for_again(finish):
     assert read_response({"choices": [{"message": {"content": TEXT}}]}, {}).reason == "unfinished"
 
 
-def test_a_profile_may_take_further_endings_for_whole():
-    assert read({"content": TEXT}, "done", further=["done"]).reason == ""
-    assert read({"content": TEXT}, None, further=[None]).reason == ""
-    assert read({"content": TEXT}, None, further=["done"]).reason == "unfinished"
+def test_a_profile_may_accept_other_finish_reasons():
+    assert read({"content": TEXT}, "done", also_complete=["done"]).reason == ""
+    assert read({"content": TEXT}, None, also_complete=[None]).reason == ""
+    assert read({"content": TEXT}, None, also_complete=["done"]).reason == "unfinished"
 
 
 @pytest.mark.parametrize("message", [{"content": None, "refusal": "No."}, {"content": [{"refusal": "No."}]}], ids=str)
@@ -111,7 +111,7 @@ def test_a_refusal_in_its_own_field_is_blocked(message):
     ],
     ids=str,
 )
-def test_usage_is_read_in_whatever_words(said):
+def test_usage_is_read_under_any_known_names(said):
     assert read_usage({"choices": [{"message": {"content": TEXT}}], **said}) == USAGE
 
 
@@ -131,19 +131,19 @@ def test_usage_is_read_in_whatever_words(said):
     ],
     ids=str,
 )
-def test_usage_that_is_not_said_is_unknown_and_never_zero(usage):
+def test_missing_usage_is_unknown_not_zero(usage):
     body = {**answer({"content": TEXT}), "usage": usage}
     assert read_usage(body) == answer_cost(read_usage(body), {"prompt": 1.0}) == {}
     assert read_response(body, {"prompt": 1.0}).usage == {UNCOUNTED: 1}
 
 
-def test_a_total_alone_costs_as_much_as_the_dearer_kind():
+def test_a_total_alone_is_charged_at_the_higher_price():
     assert read_usage({"usage": {"total_tokens": 150}}) == {"total_tokens": 150}
     assert answer_cost({"total_tokens": 150}, {"prompt": 1.0, "completion": 4.0}) == {"tokens": 150, "usd": 0.0006}
     assert answer_cost(USAGE, {"prompt": 1.0, "completion": 4.0}) == {"tokens": 150, "usd": 0.0003}
 
 
-def test_usage_nested_too_deep_is_unknown():
+def test_usage_nested_too_deeply_is_unknown():
     deep = USAGE
     for _ in range(50):
         deep = {"usage": deep}

@@ -1,4 +1,4 @@
-"""An endpoint is asked within its limits, and for nothing twice; whatever it does, every clip ends with a status."""
+"""Requests respect the endpoint's limits, no answer is paid for twice, and every clip ends with a status."""
 
 import json
 import os
@@ -10,24 +10,24 @@ import pytest
 
 from components.bench.captioning.troubles import BAD, LOST, ODD, least_requests
 from components.captions.captioners import CaptionRequest, load_captioner
-from components.captions.captioners.openai import Options, read_terms
+from components.captions.captioners.openai import Options, read_settings
 from univigu.errors import ConfigError, GateFailedError, PreemptedError, TransientError
 
 from .conftest import KEY, PROMPTS
 
 
-def befell(server, but=("probe",)):
-    return [what for _, what in server.requests if what not in but]
+def replies(server, without=("probe",)):
+    return [what for _, what in server.requests if what not in without]
 
 
 @pytest.mark.parametrize("trouble", [*LOST, *BAD, *ODD])
-def test_a_trouble_costs_one_more_request_at_most_and_the_caption_comes(serve, caption, trouble):
+def test_a_single_trouble_costs_at_most_one_more_request(serve, caption, trouble):
     server = serve([trouble], hang_s=2.0)
     (outcome,) = caption(server, 1).values()
     assert (outcome.status, outcome.reason) == ("success", None)
     assert outcome.text == server.describe(PROMPTS[0])
     assert outcome.attempts == (2 if trouble in BAD else 1)
-    assert len(befell(server)) == least_requests([trouble], 6, 3)[0] == (1 if trouble in ODD else 2)
+    assert len(replies(server)) == least_requests([trouble], 6, 3)[0] == (1 if trouble in ODD else 2)
 
 
 @pytest.mark.parametrize(
@@ -47,39 +47,39 @@ def test_a_trouble_costs_one_more_request_at_most_and_the_caption_comes(serve, c
         ("no ending", "error", "unfinished"),
     ],
 )
-def test_a_clip_whose_answers_are_never_good_is_asked_about_three_times(serve, caption, trouble, status, reason):
+def test_a_clip_with_bad_answers_only_is_asked_about_three_times(serve, caption, trouble, status, reason):
     server = serve([trouble] * 9)
     outcomes = caption(server, 2).values()
     assert {(one.status, one.reason, one.attempts) for one in outcomes} == {(status, reason, 3)}
-    assert befell(server) == [trouble] * 6
+    assert replies(server) == [trouble] * 6
     assert all(one.usage == {"prompt_tokens": 300, "completion_tokens": 150} for one in outcomes)
 
 
 @pytest.mark.parametrize("trouble", ["blocked", "policy"])
-def test_what_a_service_blocks_is_not_asked_again(serve, caption, trouble):
+def test_a_blocked_request_is_not_repeated(serve, caption, trouble):
     server = serve([trouble] * 3)
     (outcome,) = caption(server, 1).values()
     assert (outcome.status, outcome.reason) == ("blocked", "blocked")
-    assert befell(server) == [trouble]
+    assert replies(server) == [trouble]
 
 
-def test_a_clip_that_never_gets_an_answer_is_an_error_while_others_get_theirs(serve, caption):
+def test_a_clip_without_an_answer_is_an_error_if_others_are_answered(serve, caption):
     server = serve(lambda prompt: ["500"] * 99 if prompt == PROMPTS[3] else [])
     outcomes = caption(server, 5)
     assert {id: one.status for id, one in outcomes.items() if one.status != "success"} == {"c3": "error"}
     assert outcomes["c3"].reason == "no_answer"
     assert "HTTP 500" in outcomes["c3"].detail
-    assert befell(server).count("500") == 2
+    assert replies(server).count("500") == 2
 
 
-def test_the_last_clip_is_to_blame_where_the_service_still_answers_a_probe(serve, caption):
+def test_a_failing_last_clip_is_an_error_if_the_service_still_answers_the_probe(serve, caption):
     server = serve(["500"] * 99)
     (outcome,) = caption(server, 1, concurrency=1).values()
     assert outcome.reason == "no_answer"
-    assert befell(server, but=()) == ["probe", "500", "500", "probe"]
+    assert replies(server, without=()) == ["probe", "500", "500", "probe"]
 
 
-def test_a_service_that_is_gone_stops_the_step_and_blames_no_clip(serve, caption):
+def test_an_unreachable_service_stops_the_step_and_quarantines_no_clip(serve, caption):
     server = serve()
     caption(server, 2)
     server.close()
@@ -88,11 +88,11 @@ def test_a_service_that_is_gone_stops_the_step_and_blames_no_clip(serve, caption
     assert set(caption.conversations.outcomes) == {"c0", "c1"}  # these were kept
 
 
-def test_a_service_is_checked_with_one_probe_before_there_are_clips(serve, caption):
+def test_a_service_can_be_checked_with_one_probe_and_no_clips(serve, caption):
     server = serve()
     caption(server, 0)
     caption.captioner.check()
-    assert befell(server, but=()) == ["probe"]
+    assert replies(server, without=()) == ["probe"]
     caption(server, 0, key="wrong")
     with pytest.raises(ConfigError, match="refuses the key in CAPTION_API_KEY"):
         caption.captioner.check()
@@ -105,7 +105,7 @@ def test_a_service_is_checked_with_one_probe_before_there_are_clips(serve, capti
 # --- nothing is paid for twice ---------------------------------------------------------------------------------------
 
 
-def test_a_second_run_asks_nothing_and_decodes_nothing(serve, caption):
+def test_a_second_run_sends_no_request_and_decodes_no_clip(serve, caption):
     server = serve(lambda prompt: ["too short"] if "two" in prompt else [])
     first = caption(server)
     asked, opened = len(server.requests), len(caption.opened)
@@ -113,14 +113,14 @@ def test_a_second_run_asks_nothing_and_decodes_nothing(serve, caption):
     assert (len(server.requests), len(caption.opened)) == (asked, opened)
 
 
-def test_answers_that_were_judged_bad_are_kept_too(serve, caption):
+def test_bad_answers_are_kept_too(serve, caption):
     server = serve(["refusal"] * 99)
     first = caption(server, 2)
     assert caption(server, 2) == first
-    assert len(befell(server)) == 6
+    assert len(replies(server)) == 6
 
 
-def test_other_checks_reuse_what_was_answered(serve, caption):
+def test_other_checks_reuse_the_kept_answers(serve, caption):
     server = serve(["too short"] * 99)
     assert caption(server, 2, attempts=1)["c0"].reason == "too_short"
     asked = len(server.requests)
@@ -133,26 +133,26 @@ def test_other_checks_reuse_what_was_answered(serve, caption):
     [{"model": "other"}, {"frames": 1}, {"max_side": 16}, {"request": {"temperature": 1}}, {"bounds": (50, 300)}],
     ids=str,
 )
-def test_another_request_is_asked_anew(serve, caption, change):
+def test_a_changed_request_is_sent_again(serve, caption, change):
     server = serve()
     caption(server, 1)
     server.model = change.get("model", server.model)
     caption(server, 1, **change)
-    assert len(befell(server)) == 2
+    assert len(replies(server)) == 2
 
 
-def test_what_an_answer_is_kept_under_outlives_changes_of_how_it_is_read(monkeypatch, tmp_path):
+def test_the_digest_of_a_request_is_independent_of_how_its_answer_is_read(monkeypatch, tmp_path):
     monkeypatch.setenv("CAPTION_BASE_URL", "http://localhost:1/v1")
     settings = {"answers": tmp_path, "root": tmp_path, "seed": 0}
     for options in ({"model": "m"}, {"model": "m", "finish_reasons": ["done", None], "budget": {"requests": 9}}):
         captioner = load_captioner("openai", {**settings, "options": options})
         first = CaptionRequest("c0", "0" * 64, None, "a red ball", (60, 300))
-        # Another digest here means that everybody's answers are paid for again.
+        # Another digest here means that all users pay for their answers again.
         digest = "0e9b04c86cff37b67d01f3f0fc7d9571631d5b9ba660e4cb13d1c0403dba18d9"
         assert captioner.request_digest(first) == digest
 
 
-def test_an_answer_that_is_judged_anew_is_not_asked_for_again(serve, caption):
+def test_a_kept_answer_can_be_judged_differently_without_a_request(serve, caption):
     server = serve(["tool calls", "loop"])
     before = caption(server, 1, attempts=2)["c0"]
     assert (before.reason, before.attempts) == ("repetition", 2)
@@ -162,14 +162,14 @@ def test_an_answer_that_is_judged_anew_is_not_asked_for_again(serve, caption):
     assert len(server.requests) == asked
 
 
-def test_another_address_or_key_is_no_other_request(serve, caption):
+def test_answers_are_kept_independently_of_address_and_key(serve, caption):
     first, second = serve(), serve(key="another")
     caption(first, 3)
     caption(second, 3, key="another")
     assert second.requests == []
 
 
-def test_being_told_to_stop_waits_for_what_is_paid_for(serve, caption):
+def test_sigterm_waits_for_the_requests_in_flight(serve, caption):
     def slowly(prompt):
         time.sleep(0.3)
         return "A red digit moves slowly over a dark background, and nothing else is seen in the picture."
@@ -177,35 +177,35 @@ def test_being_told_to_stop_waits_for_what_is_paid_for(serve, caption):
     server = serve(describe=slowly)
     timer = threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    with pytest.raises(PreemptedError, match="the same command goes on"):
+    with pytest.raises(PreemptedError, match="run the same command again to resume"):
         caption(server, 36, deadline_s=5)
-    asked = len(befell(server))
+    asked = len(replies(server))
     assert 0 < asked < 36
     assert len(caption.captioner.journal.keys()) == asked
     assert {one.status for one in caption(server, 36, deadline_s=5).values()} == {"success"}
-    assert len(befell(server)) == 36
+    assert len(replies(server)) == 36
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_limit_that_is_announced_is_hardly_overrun(serve, caption):
+def test_an_announced_rate_limit_is_hardly_exceeded(serve, caption):
     server = serve(rate=50.0)
     outcomes = caption(server, 36, concurrency=16)
     assert {one.status for one in outcomes.values()} == {"success"}
-    assert len(befell(server)) <= 40
+    assert len(replies(server)) <= 40
 
 
-def test_a_rate_limit_without_headers_counts_as_no_try(serve, caption, monkeypatch):
+def test_a_refusal_by_a_rate_limit_does_not_count_as_a_try(serve, caption, monkeypatch):
     server = serve(rate=15.0)
     admit = server.admit
     monkeypatch.setattr(server, "admit", lambda: None if admit() is None else {})
     outcomes = caption(server, 36, concurrency=16, tries=1)
     assert {one.status for one in outcomes.values()} == {"success"}
-    assert "limited" in befell(server)
+    assert "limited" in replies(server)
 
 
-def test_a_limit_beyond_all_patience_stops_the_step(serve, caption):
+def test_a_rate_limit_longer_than_patience_s_stops_the_step(serve, caption):
     server = serve(["429"] * 9)
     with pytest.raises(TransientError, match=r"asks to wait 1 s .*patience_s"):
         caption(server, 2, patience_s=0.5)
@@ -214,39 +214,39 @@ def test_a_limit_beyond_all_patience_stops_the_step(serve, caption):
 @pytest.mark.parametrize(
     ("budget", "most"), [({"requests": 5}, 5), ({"tokens": 750}, 5), ({"usd": 0.0025}, 5)], ids=str
 )
-def test_a_budget_is_never_overrun_and_more_of_it_goes_on(serve, caption, budget, most):
+def test_a_budget_is_never_exceeded_and_a_higher_one_resumes(serve, caption, budget, most):
     server, prices = serve(), {"prompt": 2.0, "completion": 6.0}  # 0.0005 USD an answer
     limits = {"prices": prices, "request": {"max_tokens": 50}, "concurrency": 3}
     with pytest.raises(ConfigError, match=r"budget for captions is used up: .* raise `caption_videos.options.budget`"):
         caption(server, 9, budget=budget, **limits)
     assert 2 <= len(server.requests) <= most
-    with pytest.raises(ConfigError, match="used up"):  # a run that was stopped has spent, too
+    with pytest.raises(ConfigError, match="used up"):  # the cost of a stopped run counts too
         caption(server, 9, budget=budget, **limits)
     assert len(server.requests) <= most
     outcomes = caption(server, 9, budget=dict.fromkeys(budget, 1e6), **limits)
     assert {one.status for one in outcomes.values()} == {"success"}
-    assert len(befell(server)) == 9
+    assert len(replies(server)) == 9
     assert outcomes["c0"].usage == pytest.approx({"prompt_tokens": 100, "completion_tokens": 50, "usd": 0.0005})
 
 
-def test_a_model_that_never_writes_a_caption_is_found_out_early(serve, caption):
+def test_a_model_that_never_writes_a_caption_is_detected_early(serve, caption):
     server = serve(["refusal"] * 9)
     prompts = [f"{prompt} {n}" for n in range(3) for prompt in PROMPTS]
     with pytest.raises(
         GateFailedError, match=r"None of the first 50 clips .*refusal 50; the last: it says 'i'm sorry'"
     ):
         caption(server, 72, prompts=prompts, attempts=1)
-    assert 50 <= len(befell(server)) <= 54
+    assert 50 <= len(replies(server)) <= 54
 
 
-# --- what a person has to mend ---------------------------------------------------------------------------------------
+# --- what the user has to fix ---------------------------------------------------------------------------------------
 
 
-def test_a_bad_key_is_told_after_one_request_and_shown_nowhere(serve, caption, capfd):
+def test_a_bad_key_is_reported_after_one_request_and_never_shown(serve, caption, capfd):
     server = serve()
     with pytest.raises(ConfigError, match=r"refuses the key in CAPTION_API_KEY \(HTTP 401\)") as raised:
         caption(server, 36, key="sk-wrong-9876543210")
-    assert befell(server, but=()) == ["401"]
+    assert replies(server, without=()) == ["401"]
     out, err = capfd.readouterr()
     files = b"".join(path.read_bytes() for path in caption.journal.parent.iterdir())
     for secret in ("sk-wrong", "9876543210", KEY):
@@ -254,7 +254,7 @@ def test_a_bad_key_is_told_after_one_request_and_shown_nowhere(serve, caption, c
         assert secret.encode() not in files
 
 
-def test_a_key_that_a_service_quotes_is_kept_nowhere(serve, caption, capfd):
+def test_a_key_that_a_service_quotes_is_not_kept(serve, caption, capfd):
     echoed = f"{PROMPTS[0]}: your key is {KEY}, and this text is long enough to be a caption."
     outcome = caption(serve([f"says {echoed}"]), 1)["c0"]
     assert "[key]" in outcome.text
@@ -266,13 +266,13 @@ def test_a_key_that_a_service_quotes_is_kept_nowhere(serve, caption, capfd):
     ("settings", "options", "message"),
     [
         ({"model": "another"}, {}, r"has no model 'under-test'.*HTTP 404"),
-        ({"sees": "nothing"}, {}, r"doesn't take 2 pictures .*lower `caption_videos.options.frames`"),
-        ({"sees": "words"}, {}, r"doesn't see pictures: of orange and purple ones it says 'ready'"),
-        ({"sees": "words"}, {"frames": 1}, r"doesn't see pictures: of orange ones it says 'ready'"),
-        ({}, {"key": ""}, r"wants a key \(HTTP 401\)"),
+        ({"sees": "nothing"}, {}, r"doesn't accept 2 pictures .*lower `caption_videos.options.frames`"),
+        ({"sees": "words"}, {}, r"doesn't see pictures: shown orange and purple, it answered 'ready'"),
+        ({"sees": "words"}, {"frames": 1}, r"doesn't see pictures: shown orange, it answered 'ready'"),
+        ({}, {"key": ""}, r"requires a key \(HTTP 401\)"),
     ],
 )
-def test_what_an_endpoint_lacks_is_told_before_any_clip_is_asked_about(serve, caption, settings, options, message):
+def test_an_unsuitable_endpoint_is_reported_before_any_clip_is_sent(serve, caption, settings, options, message):
     server = serve(**settings)
     with pytest.raises(ConfigError, match=message):
         caption(server, 36, **options)
@@ -280,7 +280,7 @@ def test_what_an_endpoint_lacks_is_told_before_any_clip_is_asked_about(serve, ca
     assert caption.conversations.outcomes == {}
 
 
-def test_a_model_without_eyes_writes_from_prompts_where_no_frames_are_sent(serve, caption):
+def test_a_text_only_model_captions_from_prompts_if_no_frames_are_sent(serve, caption):
     server = serve(sees="words")
     outcomes = caption(server, 3, frames=0, template="text-caption-1")
     assert {one.status for one in outcomes.values()} == {"success"}
@@ -291,23 +291,21 @@ def test_a_model_without_eyes_writes_from_prompts_where_no_frames_are_sent(serve
 @pytest.mark.parametrize(
     ("variables", "options", "message"),
     [
-        ({"CAPTION_BASE_URL": ""}, {}, "needs the address .* CAPTION_BASE_URL"),
-        ({"CAPTION_BASE_URL": "file:///etc/passwd"}, {}, "needs the address"),
-        ({"CAPTION_API_KEY": "sk-a b\u2026"}, {}, "holds characters that no key has"),
+        ({"CAPTION_BASE_URL": ""}, {}, r"CAPTION_BASE_URL doesn't hold an http\(s\) address"),
+        ({"CAPTION_BASE_URL": "file:///etc/passwd"}, {}, r"doesn't hold an http\(s\) address"),
+        ({"CAPTION_API_KEY": "sk-a b\u2026"}, {}, "has characters that no key contains"),
         ({}, {"colour": 3}, "no option 'colour'"),
         ({}, {"model": 3}, "'model' .* must be str"),
         ({}, {"request": {"stream": True}}, "'request' can't hold 'stream'"),
-        ({}, {"concurrency": 0}, "at least one of concurrency"),
+        ({}, {"concurrency": 0}, "needs concurrency, tries and max_side of at least 1"),
         ({}, {"backoff_s": 0}, "a backoff_s and a deadline_s above 0"),
-        ({}, {"finish_reasons": [1]}, "'finish_reasons' takes words, and null"),
+        ({}, {"finish_reasons": [1]}, "'finish_reasons' takes strings, and null"),
         ({}, {"prices": {"prompts": 1}}, "'prices' takes numbers for prompt, completion"),
         ({}, {"budget": {"usd": 5}}, "needs `prices`"),
         ({}, {"template": "mine"}, "no request template 'mine'; choose one of text-caption-1, video-caption-1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_anything_is_asked(
-    monkeypatch, tmp_path, variables, options, message
-):
+def test_invalid_options_are_rejected_before_any_request(monkeypatch, tmp_path, variables, options, message):
     for name, value in {"CAPTION_BASE_URL": "http://localhost:1/v1", "CAPTION_API_KEY": "k", **variables}.items():
         monkeypatch.setenv(name, value)
     config = {"answers": tmp_path, "root": tmp_path, "seed": 0, "options": {"model": "m", **options}}
@@ -316,10 +314,10 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_asked(
     assert "sk-a" not in str(raised.value)
 
 
-def test_an_address_is_taken_with_or_without_its_end(monkeypatch):
+def test_an_address_may_include_the_path_of_the_api_or_not(monkeypatch):
     for url in ("http://h:8000/v1", "http://h:8000/v1/", "http://h:8000/v1/chat/completions"):
         monkeypatch.setenv("CAPTION_BASE_URL", url)
-        assert read_terms(Options("m")).url == "http://h:8000/v1/chat/completions"
+        assert read_settings(Options("m")).url == "http://h:8000/v1/chat/completions"
 
 
 # --- untrusted text --------------------------------------------------------------------------------------------------
@@ -353,14 +351,14 @@ def test_prompts_never_change_the_system_message_and_stay_between_their_markers(
         assert marker not in prompt
 
 
-def test_a_complaint_goes_with_the_last_text_and_is_marked_as_data(serve, caption):
+def test_a_complaint_is_sent_with_the_last_text_and_marked_as_data(serve, caption):
     server = serve(["too short", "empty"])
     caption(server, 1)
     _, first, second, third = server.bodies
     assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", "user"]
     assert second["messages"][:2] == first["messages"]
     assert "say more" in second["messages"][3]["content"]
-    assert [message["role"] for message in third["messages"]] == ["system", "user"]  # no empty turn of the assistant
+    assert [message["role"] for message in third["messages"]] == ["system", "user"]  # no empty assistant message
     assert "it was empty" in third["messages"][1]["content"][-1]["text"]
 
 
@@ -387,4 +385,4 @@ def test_a_complaint_goes_with_the_last_text_and_is_marked_as_data(serve, captio
 def test_captions_in_any_script_pass_and_damaged_ones_are_named(serve, caption, text, reason):
     outcome = caption(serve([f"says {text}"] * 3, describe=str), 1, prompts=["a red dog"])["c0"]
     assert outcome.reason == reason
-    assert outcome.text.encode()  # whatever came can be stored
+    assert outcome.text.encode()  # it can be stored

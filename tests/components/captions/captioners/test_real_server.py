@@ -1,4 +1,4 @@
-"""`transformers serve` with SmolLM2, a real server and a real small model, which reads only text."""
+"""`transformers serve` with SmolLM2: a real server and a small text-only model."""
 
 import os
 import socket
@@ -62,12 +62,12 @@ def _answers(url):
         return False
 
 
-def test_a_real_server_is_understood_and_its_model_found_wanting(real_server, caption):
+def test_a_real_server_works_and_its_text_only_model_is_detected(real_server, caption):
     url, model = real_server
     options = {"model": model, "deadline_s": 300, "concurrency": 1, "request": {"max_tokens": 24, "seed": 0}}
     with pytest.raises(ConfigError, match="doesn't see pictures"):
         caption(url, 1, key="", **options)
-    with pytest.raises(ConfigError, match=r"refuses its first request .*pinned"):
+    with pytest.raises(ConfigError, match=r"refuses the first request .*pinned"):
         caption(url, 1, key="", frames=0, **{**options, "model": "another"})
     outcomes = caption(url, 2, key="", attempts=2, bounds=(400, 500), frames=0, **options)
     assert {one.status for one in outcomes.values()} <= {"truncated", "error"}  # 24 tokens are no 400 characters

@@ -75,7 +75,7 @@ def broken():
 
 @pytest.fixture
 def caption(vlm):
-    """Have `count` noise clips captioned; returns what the step would know of each, and the captioner."""
+    """Have `count` noise clips captioned; returns their outcomes, and the captioner."""
 
     def run(count=3, batch_size=2, attempts=1, bounds=(1, 4000), openers=None, **options):
         known = {"folder": vlm.name, "frames": 2, "max_side": 32, "generation": {"max_new_tokens": 12}}
@@ -92,7 +92,7 @@ def caption(vlm):
     return run
 
 
-def test_captions_are_the_same_each_time_and_depend_on_the_frames(caption):
+def test_captions_are_deterministic_and_depend_on_the_frames(caption):
     first, captioner = caption(4)
     assert first == caption(4)[0]
     assert all(one.text for one in first.values())
@@ -101,13 +101,13 @@ def test_captions_are_the_same_each_time_and_depend_on_the_frames(caption):
     assert captioner.template_version == "video-caption-1"
 
 
-def test_a_batch_asks_again_only_for_what_was_bad(caption):
+def test_a_batch_asks_again_only_about_bad_captions(caption):
     outcomes, _ = caption(4, attempts=2, bounds=(1000, 4000))
     assert {one.attempts for one in outcomes.values()} == {2}
     assert {one.reason for one in outcomes.values()} <= {"too_short", "truncated"}
 
 
-def test_a_text_that_reaches_its_longest_is_truncated(caption):
+def test_a_text_of_maximal_length_is_truncated(caption):
     outcomes, captioner = caption(6, batch_size=6)
     for one in outcomes.values():
         assert (one.status == "truncated") == (one.usage["completion_tokens"] == 12), one
@@ -116,7 +116,7 @@ def test_a_text_that_reaches_its_longest_is_truncated(caption):
     assert captioner._respond(torch.tensor([8, 9, end, 0, 0]), 5).usage == {"prompt_tokens": 5, "completion_tokens": 3}
 
 
-def test_reasoning_is_no_part_of_a_caption(caption):
+def test_reasoning_is_not_part_of_a_caption(caption):
     _, captioner = caption(1)
     words, end = captioner.processor.tokenizer, captioner.model.generation_config.eos_token_id
     words.add_tokens(["<think>", "</think>"])
@@ -126,13 +126,13 @@ def test_reasoning_is_no_part_of_a_caption(caption):
     assert (response.status, response.reason) == ("success", "wrapping")
 
 
-def test_a_damaged_clip_does_not_spoil_its_batch(caption):
+def test_a_damaged_clip_does_not_affect_its_batch(caption):
     outcomes, _ = caption(openers=[broken, partial(clip, 1)], batch_size=2)
     assert (outcomes["c0"].reason, outcomes["c0"].attempts) == ("damaged", 0)
     assert outcomes["c1"].text == caption(openers=[broken, partial(clip, 1)], batch_size=1)[0]["c1"].text
 
 
-def test_other_weights_are_another_captioner(caption, vlm, tmp_path):
+def test_other_weights_change_the_digest(caption, vlm, tmp_path):
     import shutil
 
     _, captioner = caption(0)
@@ -154,16 +154,16 @@ def test_other_weights_are_another_captioner(caption, vlm, tmp_path):
         ({"generation": {"do_sample": True}}, ConfigError, "decodes greedily"),
     ],
 )
-def test_what_can_not_work_is_told_before_a_model_is_loaded(caption, options, error, message):
+def test_invalid_options_are_rejected_before_a_model_is_loaded(caption, options, error, message):
     with pytest.raises(error, match=message):
         caption(1, **options)
 
 
-def test_a_model_that_reads_no_pictures_is_refused(caption, vlm, tmp_path):
+def test_a_text_only_model_is_rejected(caption, vlm, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     AutoTokenizer.from_pretrained(vlm).save_pretrained(vlm.parent / "words")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**shape, vocab_size=30)).save_pretrained(vlm.parent / "words")
-    with pytest.raises(BadInputError, match=r"reads no pictures|can't load a vision-language model"):
+    with pytest.raises(BadInputError, match=r"doesn't read pictures|can't load a vision-language model"):
         caption(1, folder="words")
