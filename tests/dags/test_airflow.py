@@ -244,7 +244,7 @@ def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retr
     found = retraining.dataset(root, "tiny")
     assert found["digest"] != known["digest"]
     assert found["rows"] == known["rows"] + 1
-    assert "no DVC project, so the dataset is known by its digest alone" in log(airflow, first, "version_dataset")
+    assert "not a DVC project, so only the digest identifies the dataset" in log(airflow, first, "version_dataset")
     run = started_by_next_event(airflow, "retrain", retrainings)
     wait_for(lambda: tasks(airflow, run)["local.validate-prompts"]["state"] == "success")
     assert events(airflow, "univigu://dataset") == [{**found, "profile": "tiny"}]

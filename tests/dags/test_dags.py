@@ -124,7 +124,7 @@ def test_every_task_of_a_run_uses_the_profile_of_the_newest_event_or_else_the_fo
 def test_an_event_with_a_profile_that_there_is_not_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 
-    with pytest.raises(AirflowFailException, match="The event's 'profile' is \"huge\", which is none of"):
+    with pytest.raises(AirflowFailException, match="The event's 'profile' is \"huge\", which is not a profile"):
         begin({"digest": DIGEST, "profile": "huge"})
 
 
@@ -142,7 +142,7 @@ def test_what_the_promotion_said_is_told_in_one_of_the_documented_states(retrain
 def test_a_field_that_the_form_does_not_have_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 
-    with pytest.raises(AirflowFailException, match="The form has no field 'prof'; it has approve, backend, profile"):
+    with pytest.raises(AirflowFailException, match="The DAG has no parameter 'prof'; it has approve, backend, profile"):
         begin(conf={"prof": "smoke"})
     begin(conf={"profile": "smoke"})
 

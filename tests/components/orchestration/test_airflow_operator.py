@@ -199,7 +199,7 @@ def test_arguments_that_the_pipeline_does_not_take_fail_at_once(endpoint):
 
 
 def test_a_run_has_the_settings_arguments_and_account_too(endpoint):
-    defer(new_context(), more_arguments='{"parts": 4, "gpus": 2}', service_account="univigu-launcher")
+    defer(new_context(), extra_arguments='{"parts": 4, "gpus": 2}', service_account="univigu-launcher")
     run = endpoint.runs["run-1"]
     assert run["runtime_config"]["parameters"] == {"profile": "smoke", "parts": 4, "gpus": "2"}
     assert run["service_account"] == "univigu-launcher"
@@ -208,17 +208,17 @@ def test_a_run_has_the_settings_arguments_and_account_too(endpoint):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("parts=4", "holds no JSON object; write it as"),
-        ("[4]", "holds no JSON object; write it as"),
+        ("parts=4", "is not a JSON object; use the form"),
+        ("[4]", "is not a JSON object; use the form"),
         ('{"prats": 4}', "The pipeline has no parameter 'prats'; it has accelerator, "),
-        ('{"parts": "four"}', "'parts' takes JSON of type NUMBER_INTEGER"),
-        ('{"profile": "tiny"}', "sets 'profile', which each run sets for itself; leave it out"),
+        ('{"parts": "four"}', "'parts' must be JSON of type NUMBER_INTEGER"),
+        ('{"profile": "tiny"}', "sets 'profile', which the DAG sets itself; remove it"),
     ],
 )
 def test_a_wrong_setting_of_arguments_fails_at_once_in_one_sentence(endpoint, text, said):
     context = new_context()
     with pytest.raises(AirflowFailException, match=f"^UNIVIGU_KFP_ARGUMENTS[: ]+{re.escape(said)}"):
-        operator(more_arguments=text).execute(context)
+        operator(extra_arguments=text).execute(context)
     assert context["ti"].pushed[FAILURE].count("\n") == 0
     assert not endpoint.runs
 
@@ -280,7 +280,7 @@ def test_while_another_process_makes_the_step_the_task_waits(root, monkeypatch, 
     monkeypatch.setattr(airflow_operator, "BUSY_S", 60)
     busy = step_with("import sys; sys.exit(82)", monkeypatch)
     monkeypatch.setattr(airflow_operator.time, "sleep", lambda _: busy.on_kill())
-    with pytest.raises(AirflowException, match="was stopped before it could begin"):
+    with pytest.raises(AirflowException, match="was stopped before it started"):
         busy.execute(new_context())
 
 
@@ -297,7 +297,7 @@ def test_a_step_whose_time_is_over_is_asked_to_stop(root, monkeypatch, tmp_path)
         step_with(script, monkeypatch).execute(context)
     assert time.monotonic() - began < 20
     assert saved.exists()
-    assert "longer than its time limit" in context["ti"].pushed[FAILURE]
+    assert "exceeded its time limit" in context["ti"].pushed[FAILURE]
 
 
 def test_a_task_that_is_stopped_stops_its_step_which_can_be_run_again(root, monkeypatch):
@@ -346,5 +346,5 @@ def test_a_step_hands_on_its_digest_and_refuses_what_another_run_has_put_in_the_
 
 def test_a_work_root_that_is_no_folder_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(airflow_operator.Variable, "get", lambda *_, **__: str(tmp_path / "nowhere"))
-    with pytest.raises(AirflowFailException, match="variable 'univigu_root' names no folder"):
+    with pytest.raises(AirflowFailException, match="variable 'univigu_root' is not a folder"):
         StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(new_context())

@@ -165,16 +165,16 @@ def test_a_run_that_nobody_knows_and_a_server_that_refuses_are_told_apart(kfp, c
         client.state("nowhere")
     for status in (401, 403, 302):
         kfp.failures = [status]
-        with pytest.raises(ConfigError, match=f"refuses the request \\(status {status}\\); set KFP_TOKEN"):
+        with pytest.raises(ConfigError, match=f"denies access \\(status {status}\\); set KFP_TOKEN"):
             client.state("nowhere")
     kfp.failures = [400]
-    with pytest.raises(BadInputError, match="does not take the request: upstream connect error"):
+    with pytest.raises(BadInputError, match="rejects the request: upstream connect error"):
         client.state("nowhere")
 
 
 def test_a_login_page_is_not_taken_for_an_empty_answer(kfp, client):
     kfp.page = b"<html>Sign in</html>"
-    with pytest.raises(ConfigError, match="is no Kubeflow Pipelines server"):
+    with pytest.raises(ConfigError, match="is not a Kubeflow Pipelines server"):
         client.submit(PACKAGE, "a", {})
     assert kfp.runs == {}
 
@@ -219,13 +219,13 @@ def test_logs_are_those_of_the_pods_that_the_server_still_has(kfp, client):
 
 
 def test_an_address_with_a_password_is_refused_and_not_repeated():
-    with pytest.raises(ConfigError, match="holds a user or a password") as refusal:
+    with pytest.raises(ConfigError, match="contains a user name or password") as refusal:
         KfpServer("https://me:s3cret@kfp.example.com")
     assert "s3cret" not in str(refusal.value)
 
 
 def test_the_address_comes_from_the_environment_and_has_to_be_one(kfp, monkeypatch):
-    with pytest.raises(ConfigError, match="give --host, or set KFP_ENDPOINT"):
+    with pytest.raises(ConfigError, match="use --host, or set KFP_ENDPOINT"):
         KfpServer()
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp.url)
     assert KfpServer().host == kfp.url
@@ -243,7 +243,7 @@ def test_arguments_are_checked_against_the_pipeline():
     }
     for name, value, message in (
         ("prats", "2", "no parameter 'prats'; it has accelerator, "),
-        ("parts", "two", "takes JSON of type NUMBER_INTEGER, which 'two' is not"),
+        ("parts", "two", "must be JSON of type NUMBER_INTEGER, not 'two'"),
         ("parts", "true", "NUMBER_INTEGER"),
         ("parts", "1.5", "NUMBER_INTEGER"),
         ("gpu_node_selector", "[]", "STRUCT"),
@@ -266,9 +266,9 @@ def test_a_default_name_is_the_same_for_the_same_run_only(tmp_path):
     ("text", "error", "message"),
     [
         (None, MissingInputError, "run `univigu pipeline compile` first"),
-        ("a: [", BadInputError, "can't be read as YAML"),
-        ("a: 1", BadInputError, "no compiled pipeline"),
-        ("", BadInputError, "no compiled pipeline"),
+        ("a: [", BadInputError, "is not valid YAML"),
+        ("a: 1", BadInputError, "is not a compiled pipeline"),
+        ("", BadInputError, "is not a compiled pipeline"),
     ],
 )
 def test_what_is_no_compiled_pipeline_is_refused(tmp_path, text, error, message):
@@ -345,10 +345,10 @@ def test_who_cancels_a_run_that_trains_elsewhere_hears_how_to_be_sure_that_it_en
     [
         (("submit", "--host", "http://127.0.0.1:9", "prats=2"), 78, "no parameter 'prats'"),
         (("submit", "--host", "http://127.0.0.1:9", "parts"), 78, "write KEY=VALUE"),
-        (("submit", "--package", "none.yaml"), 66, "no compiled pipeline none.yaml"),
-        (("status", "run-9"), 78, "No Kubeflow Pipelines server is named"),
+        (("submit", "--package", "none.yaml"), 66, "no compiled pipeline at none.yaml"),
+        (("status", "run-9"), 78, "No Kubeflow Pipelines server is given"),
         (("run",), 78, "univigu pipeline run --local"),
-        (("run", "--local", "image=x"), 78, "no choice of image"),
+        (("run", "--local", "image=x"), 78, "does not support the parameter image"),
         (("run", "--local", "prats=2"), 78, "no parameter 'prats'"),
         (("compile", "-o", "none/pipeline.yaml"), 65, "can't be written"),
     ],

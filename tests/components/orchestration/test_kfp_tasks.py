@@ -34,11 +34,17 @@ def root(new_root, tmp_path, profile, monkeypatch):
     return folder
 
 
-ASKED = {"gpus": "1", "gpu_cpu": "8", "gpu_memory": "64Gi", "training_gpus": "0", "training_memory": "1Ti"}
+RESOURCES = {"gpus": "1", "gpu_cpu": "8", "gpu_memory": "64Gi", "training_gpus": "0", "training_memory": "1Ti"}
 
 
 def check(root, profile, **changes):
-    arguments = {"parts": 3, "train_backend": "pod", "required_env": [], "free_gib": 0.001, "asked": ASKED} | changes
+    arguments = {
+        "parts": 3,
+        "train_backend": "pod",
+        "required_env": [],
+        "free_gib": 0.001,
+        "resources": RESOURCES,
+    } | changes
     return kfp_tasks.check_prerequisites(profile, str(root), **arguments)
 
 
@@ -56,17 +62,25 @@ def test_with_all_prerequisites_the_parts_are_handed_on(root, profile_file, monk
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"parts": 0}, 78, "can't be split in 0 parts"),
+        ({"parts": 0}, 78, "'parts' is 0; set it to"),
         ({"parts": 10**6}, 78, "from 1 to 1000"),
         ({"train_backend": "moon"}, 78, "no train_backend 'moon'; choose one of pod, trainjob"),
-        ({"required_env": ["NOT_THERE_1", "NOT_THERE_2"]}, 66, "lacks NOT_THERE_1, NOT_THERE_2"),
+        ({"required_env": ["NOT_THERE_1", "NOT_THERE_2"]}, 66, "variables NOT_THERE_1, NOT_THERE_2 are not set"),
         ({"free_gib": 1e9}, 73, "GiB are free"),
         ({"profile": "huge"}, 78, "no profile 'huge'"),
-        ({"asked": ASKED | {"training_gpus": "eight"}}, 78, "'training_gpus' is 'eight'; give it a whole number"),
-        ({"asked": ASKED | {"gpus": "-1"}}, 78, "'gpus' is '-1'; give it a whole number"),
-        ({"asked": ASKED | {"gpu_memory": "lots"}}, 78, "'gpu_memory' is 'lots'; give it a quantity of Kubernetes'"),
-        ({"asked": ASKED | {"gpu_cpu": "0"}}, 78, "'gpu_cpu' is '0'"),
-        ({"asked": ASKED | {"training_gpus": "7"}}, 65, "can't be split evenly over 7 processes"),
+        (
+            {"resources": RESOURCES | {"training_gpus": "eight"}},
+            78,
+            "'training_gpus' is 'eight'; set it to a whole",
+        ),
+        ({"resources": RESOURCES | {"gpus": "-1"}}, 78, "'gpus' is '-1'; set it to a whole number"),
+        (
+            {"resources": RESOURCES | {"gpu_memory": "lots"}},
+            78,
+            "'gpu_memory' is 'lots'; set it to a Kubernetes",
+        ),
+        ({"resources": RESOURCES | {"gpu_cpu": "0"}}, 78, "'gpu_cpu' is '0'"),
+        ({"resources": RESOURCES | {"training_gpus": "7"}}, 65, "can't be split evenly over 7 processes"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said_before_anything_runs(root, profile_file, capsys, changes, code, message):
@@ -83,7 +97,7 @@ def test_a_source_or_a_volume_that_is_not_there_is_named(root, profile, profile_
     shutil.rmtree(root / profile["base"])
     with pytest.raises(SystemExit):
         check(root, profile_file)
-    assert f"no {profile['base']} below" in capsys.readouterr().out
+    assert f"has no {profile['base']}, which" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         check(tmp_path / "no-volume", profile_file)
     assert stop.value.code == 66
@@ -140,13 +154,13 @@ def test_what_another_run_has_put_in_the_place_of_an_input_is_not_worked_on(root
 
 def test_a_step_that_read_another_runs_input_fails_though_it_was_made(root, profile_file, monkeypatch, capfd):
     prompts = root / "data/validated/prompts"
-    ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._call
+    ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._run_command
 
     def after_another_run(*arguments):
         write_manifest(prompts, {**ours, "digest": "ab" * 32})
         run(*arguments)
 
-    monkeypatch.setattr(kfp_tasks, "_call", after_another_run)
+    monkeypatch.setattr(kfp_tasks, "_run_command", after_another_run)
     with pytest.raises(SystemExit) as stop:
         step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={ours['digest']}")
     assert stop.value.code == 65
@@ -263,7 +277,7 @@ def test_the_end_of_a_run_is_told_with_the_step_that_failed(root, profile_file, 
     kfp_tasks.notify("uni-vigu", str(root.parent), "SUCCEEDED", "")
     (path, kind, failed), (_, _, succeeded) = receiver.received
     assert (path, kind) == ("/hook/s3cret", "application/json")
-    assert failed["message"].startswith("A step can't be split in 0 parts")
+    assert failed["message"].startswith("'parts' is 0")
     assert {**failed, "message": None} == {
         "pipeline": "uni-vigu",
         "run_id": "run-1",

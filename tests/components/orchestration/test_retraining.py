@@ -54,7 +54,7 @@ def test_in_an_empty_work_root_nothing_was_trained(tmp_path):
 
 @pytest.mark.parametrize("digest", ["", "None", "x' OR '1'='1", DIGEST.upper()])
 def test_an_event_without_a_digest_is_refused(tmp_path, digest):
-    with pytest.raises(BadInputError, match="no SHA-256 of a dataset"):
+    with pytest.raises(BadInputError, match="not a SHA-256 digest"):
         retraining.find_trained(tmp_path, "smoke", digest)
 
 
@@ -62,7 +62,7 @@ def test_the_profile_of_an_event_goes_before_the_runs_own_and_has_to_be_the_proj
     assert retraining.announced_profile({"digest": DIGEST, "profile": "smoke"}, "tiny") == "smoke"
     assert retraining.announced_profile({"digest": DIGEST}, "tiny") == "tiny"
     for wrong in ("huge", "../smoke.yaml", "", None, ["smoke"]):
-        with pytest.raises(BadInputError, match=r"'profile' is .* none of smoke, tiny, .* emit the event again"):
+        with pytest.raises(BadInputError, match=r"'profile' is .* not a profile; emit .* with one of smoke, tiny"):
             retraining.announced_profile({"digest": DIGEST, "profile": wrong}, "tiny")
 
 
@@ -121,12 +121,12 @@ def test_the_dataset_is_what_the_profile_has_made_of_the_prompts(tmp_path):
     assert retraining.dataset(tmp_path, "smoke") == {"digest": made["digest"], "rows": made["rows_out"]}
     profile["validate_data"]["min_rows"] += 1
     run_stage("validate-prompts", profile, tmp_path)
-    with pytest.raises(BadInputError, match="not what the profile 'smoke' makes"):
+    with pytest.raises(BadInputError, match="not made with the profile 'smoke'"):
         retraining.dataset(tmp_path, "smoke")
 
 
 def test_outside_a_dvc_project_a_dataset_is_known_by_its_digest(tmp_path):
-    assert "no DVC project" in retraining.version_dataset(tmp_path, "smoke")
+    assert "not a DVC project" in retraining.version_dataset(tmp_path, "smoke")
 
 
 def test_in_a_dvc_project_the_dataset_is_put_into_cache_and_lock(tmp_path):
@@ -144,7 +144,7 @@ def test_in_a_dvc_project_the_dataset_is_put_into_cache_and_lock(tmp_path):
         (tmp_path / stage["outs"][0] / "prompts.parquet").write_text("rows")
     assert "params.yaml names the profile 'smoke'" in retraining.version_dataset(tmp_path, "tiny")
     assert not (tmp_path / "dvc.lock").exists()
-    assert "named by dvc.lock" in retraining.version_dataset(tmp_path, "smoke")
+    assert "to dvc.lock" in retraining.version_dataset(tmp_path, "smoke")
     assert "data/validated/prompts" in (tmp_path / "dvc.lock").read_text()
     assert [*(tmp_path / ".dvc/cache").rglob("*.dir")]
 

@@ -19,7 +19,7 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from components.cli import train_job
 from components.orchestration import kfp_tasks
 from components.orchestration.train_job import Settings, build, work_key
-from components.orchestration.train_job_run import run_train_job, try_train_job
+from components.orchestration.train_job_run import dry_run_train_job, run_train_job
 from components.pipeline.manifests import verify
 from components.pipeline.stages import find_stage
 from components.pipeline.state import STATE
@@ -175,7 +175,7 @@ def test_the_run_that_a_train_job_is_part_of_comes_from_the_variable_that_a_task
 
 
 def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
-    with pytest.raises(ConfigError, match="doesn't train"):
+    with pytest.raises(ConfigError, match="not a training step"):
         run_train_job("encode-latents", "tiny", tmp_path, Settings())
     with pytest.raises(BadInputError, match="not on the volume"):
         run_train_job("train-stage-1", "tiny", tmp_path, Settings(mount_path=tmp_path / "elsewhere"))
@@ -190,11 +190,11 @@ def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
 
 def test_a_dry_run_has_the_job_checked_and_creates_nothing(cluster, tmp_path, capfd):
     settings = Settings(namespace="team", poll=0.01, api_timeout=20.0, grace=5, start_timeout=30.0)
-    try_train_job("train-stage-1", "tiny", tmp_path, settings)
+    dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
     assert (cluster.submissions, cluster.jobs) == (1, {})
     cluster.failures = [(403, "admission webhook denied the request: TrainingRuntime univigu-torchrun not found")]
     with pytest.raises(ConfigError, match="TrainingRuntime univigu-torchrun not found"):
-        try_train_job("train-stage-1", "tiny", tmp_path, settings)
+        dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
 
 
 def test_a_pipelines_first_task_asks_the_cluster_for_both_stages(cluster, capfd, tmp_path):

@@ -145,7 +145,7 @@ def test_a_failed_job_ends_with_the_pods_exit_code_and_last_words(cluster, capsy
         cluster.condition("Failed")
 
     cluster.looks = [fail]
-    with pytest.raises(UniViGUError, match=r"pod .*-0-1 ended with exit code 74, saying: The loss is nan") as failed:
+    with pytest.raises(UniViGUError, match=r"pod .*-0-1 ended with exit code 74: The loss is nan") as failed:
         launch(nodes=2)
     assert failed.value.exit_code == 74
     assert f"{cluster.job_name}-node-0-1: step 3/9" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_a_pod_out_of_memory_is_told_as_such(cluster):
         cluster.condition("Failed")
 
     cluster.looks = [fail]
-    with pytest.raises(UniViGUError, match=r"more memory than its 256Gi.*--memory"):
+    with pytest.raises(UniViGUError, match=r"memory limit of 256Gi.*--memory"):
         launch()
 
 
@@ -267,7 +267,7 @@ def test_a_launcher_that_is_told_to_stop_deletes_its_job(cluster, number, error)
 def test_a_job_deleted_by_someone_else_is_told_apart_from_a_failure(cluster):
     cluster.created = lambda job: cluster.pod()
     cluster.looks = [lambda: None, lambda: cluster.jobs.pop(cluster.job_name)]
-    with pytest.raises(PreemptedError, match=r"deleted by someone else.*Run the same command to go on"):
+    with pytest.raises(PreemptedError, match=r"deleted by someone else.*Run the same command to resume"):
         launch()
     assert cluster.submissions == 1
 
@@ -289,7 +289,7 @@ def test_an_api_server_that_is_away_for_a_while_is_asked_again(cluster, capsys):
 def test_an_api_server_that_is_not_there_is_a_transient_error(cluster):
     cluster.shutdown()
     cluster.server_close()
-    with pytest.raises(TransientError, match=r"http://127\.0\.0\.1:\d+ doesn't answer.*same command"):
+    with pytest.raises(TransientError, match=r"http://127\.0\.0\.1:\d+ does not answer.*same command"):
         launch(api_timeout=0.6)
 
 
@@ -315,5 +315,5 @@ def test_a_cluster_without_kubeflow_trainer_is_told_as_such(cluster):
 def test_without_a_cluster_the_sentence_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(ConfigError, match="no cluster"):
+    with pytest.raises(ConfigError, match="No cluster"):
         launch()

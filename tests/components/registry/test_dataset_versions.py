@@ -78,12 +78,12 @@ def test_a_dataset_is_tagged_once_and_the_next_one_gets_the_next_version(root):
     assert snapshots.take_snapshot(root, "v9.0.0") == (first, False)
 
     make(root, "second")
-    with pytest.raises(BadInputError, match=r"dvc.lock, params.yaml differ.*git add dvc.lock params.yaml"):
+    with pytest.raises(BadInputError, match=r"dvc.lock, params.yaml have uncommitted.*git add dvc.lock params.yaml"):
         snapshots.take_snapshot(root)
     commit(root)
-    with pytest.raises(BadInputError, match=r"v1.0.0 is the tag of another dataset"):
+    with pytest.raises(BadInputError, match=r"v1.0.0 tags another dataset"):
         snapshots.take_snapshot(root, "v1.0.0")
-    with pytest.raises(BadInputError, match="'next' is no version"):
+    with pytest.raises(BadInputError, match="'next' is not a version"):
         snapshots.take_snapshot(root, "next")
     second, _ = snapshots.take_snapshot(root)
     assert second.tag == "dataset@v1.1.0"

@@ -223,11 +223,12 @@ def test_running_the_step_again_undoes_no_rollback(world):
     assert (world.version("undone", "champion"), world.version("undone", "previous")) == (1, 2)
 
 
-def test_where_promotion_is_manual_a_version_is_only_a_candidate(world):
+def test_where_promotion_is_manual_a_version_is_only_a_candidate(world, monkeypatch):
     assert world.register("by-hand", promotion="manual")["decision"] == "candidate, as promotion is manual"
     assert (world.version("by-hand", "champion"), world.version("by-hand", "candidate")) == (None, 1)
-    with pytest.raises(ConfigError, match="choose one of automatic, manual"):
-        world.register("by-hand", promotion="maybe")
+    monkeypatch.setenv("UNIVIGU_PROMOTION", "maybe")
+    with pytest.raises(ConfigError, match="set it to one of automatic, manual"):
+        world.register("by-hand")
 
 
 def test_a_version_whose_files_are_lost_gets_them_back(world):
@@ -285,8 +286,8 @@ def test_registered_files_hold_no_login(world, monkeypatch):
     [
         (b"{", "is damaged"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"{}", "has no 'rows_out'"),
-        (b'{"rows_out": "many", "inputs": 5}', "has no 'rows_out'"),
+        (b"{}", "has no valid 'rows_out'"),
+        (b'{"rows_out": "many", "inputs": 5}', "has no valid 'rows_out'"),
     ],
 )
 def test_a_damaged_way_back_is_named(world, content, message):
@@ -302,10 +303,18 @@ def test_a_damaged_way_back_is_named(world, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model_index.json", b"[]", "does not say num_frames"),
-        ("transformer/config.json", b"{}", "does not say text_length"),
-        ("vae/diffusion_pytorch_model.safetensors", (2**60).to_bytes(8, "little") + b"{}", "is no safetensors file"),
-        ("vae/diffusion_pytorch_model.safetensors", (2).to_bytes(8, "little") + b"{", "is no safetensors file"),
+        ("model_index.json", b"[]", "has no valid num_frames"),
+        ("transformer/config.json", b"{}", "has no valid text_length"),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            (2**60).to_bytes(8, "little") + b"{}",
+            "not a valid safetensors",
+        ),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            (2).to_bytes(8, "little") + b"{",
+            "not a valid safetensors",
+        ),
     ],
 )
 def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, content, message):
