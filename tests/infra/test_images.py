@@ -184,7 +184,7 @@ def pipeline_image(store):
 
 
 @pytest.mark.slow
-def test_the_pipelines_image_runs_a_step_as_a_user_who_may_change_nothing_in_it(pipeline_image):
+def test_the_pipelines_image_runs_a_step_as_an_unprivileged_user(pipeline_image):
     root, run = pipeline_image
     assert run(*WHO) == "1000 1000"
     # as the job univigu-work copies them

@@ -143,7 +143,7 @@ def test_what_is_needed_is_allowed(dev):
         assert [pod for pod in dev.pods if not dev.reaches(pod, name, "dns")] == [], name
 
 
-def test_nothing_else_is(dev):
+def test_nothing_else_is_allowed(dev):
     ports = sorted({port for _, _, port in NEEDED} | {53, 443})
     ours = ["step", "training", "seeding", "mlflow", "airflow", "mlflow-database", "airflow-database", "object-store"]
     open_ways = {

@@ -131,7 +131,7 @@ def test_the_api_knows_every_field_of_a_train_job(settings):
     assert TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job  # the models drop what they don't know
 
 
-def test_a_train_job_says_what_runs_where_and_on_which_volume():
+def test_a_train_job_sets_command_resources_and_volume():
     asked = {"nodes": 2, "gpus": 4, "queue": "gpus", "image": "i", "grace": 120, "run_id": "run-1"}
     job = make_job(claim="work", mount_path=Path("/work"), **asked)
     trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
@@ -159,7 +159,7 @@ def test_without_gpus_a_node_has_one_process():
     assert "nvidia.com/gpu" not in trainer["resourcesPerNode"]["limits"]
 
 
-def test_other_work_has_another_name():
+def test_different_work_has_a_different_name():
     assert (
         build(find_stage("train-stage-1"), "f" * 64, "tiny", Path("/work"), Settings())["metadata"]["name"]
         == "train-stage-1-ffffffffff"
@@ -174,7 +174,7 @@ def test_the_run_that_a_train_job_is_part_of_comes_from_the_variable_that_a_task
     assert typing.get_args(option)[1].envvar == kfp_tasks.RUN_ID
 
 
-def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
+def test_invalid_settings_are_refused_before_any_request(tmp_path):
     with pytest.raises(ConfigError, match="not a training step"):
         run_train_job("encode-latents", "tiny", tmp_path, Settings())
     with pytest.raises(BadInputError, match="not on the volume"):
@@ -188,7 +188,7 @@ def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
         run_train_job("train-stage-1", "tiny", tmp_path, Settings())
 
 
-def test_a_dry_run_has_the_job_checked_and_creates_nothing(cluster, tmp_path, capfd):
+def test_a_dry_run_validates_the_job_and_creates_nothing(cluster, tmp_path, capfd):
     settings = Settings(namespace="team", poll=0.01, api_timeout=20.0, grace=5, start_timeout=30.0)
     dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
     assert (cluster.submissions, cluster.jobs) == (1, {})

@@ -92,7 +92,7 @@ def test_a_dataset_is_tagged_once_and_the_next_one_gets_the_next_version(root):
     assert snapshots.find_snapshot(root, "unheard of") is None
 
 
-def test_what_could_not_be_brought_back_is_not_tagged(root, tmp_path):
+def test_data_that_could_not_be_restored_are_not_tagged(root, tmp_path):
     (root / "data/pairs/data.txt").unlink()
     (root / "data/pairs/data.txt").write_text("edited by hand")
     with pytest.raises(BadInputError, match=r"data/pairs differs from dvc.lock"):
@@ -112,7 +112,7 @@ def test_what_could_not_be_brought_back_is_not_tagged(root, tmp_path):
     assert snapshots.find_snapshot(tmp_path / "elsewhere", "any") is None
 
 
-def test_a_pushed_snapshot_comes_back_in_another_clone_and_in_this_one(root, tmp_path):
+def test_a_pushed_snapshot_is_restored_in_another_clone_and_in_this_one(root, tmp_path):
     snapshots.take_snapshot(root)
     with pytest.raises(ConfigError, match="no default DVC remote"):
         snapshots.push_data(root)

@@ -121,7 +121,7 @@ def world(tmp_path_factory, speaking_model):
         yield World(tmp_path_factory.mktemp("root"), speaking_model)
 
 
-def test_the_first_version_is_champion_and_says_where_it_came_from(world):
+def test_the_first_version_is_champion_and_has_its_lineage(world):
     import mlflow
 
     run = world.track(2)
@@ -150,7 +150,7 @@ def test_the_same_model_is_registered_once(world):
     assert registry.version_with("once", {"univigu.model_digest": first["model_digest"]}).version == 1
 
 
-def test_stage_1_is_the_run_that_made_what_stage_2_started_from(world):
+def test_stage_1_is_the_run_that_made_the_parent_of_stage_2(world):
     world.train("child")
     parent = world.track(1)
     world.track(1, digest="0" * 64)  # newer, on the same dataset, of another model
@@ -196,7 +196,7 @@ def test_the_commit_says_whether_files_were_edited_since(tmp_path):
     assert _git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
-def test_champion_is_who_is_better_than_the_champion_on_the_same_items(world):
+def test_a_version_that_is_better_on_the_same_items_becomes_champion(world):
     world.train("contested")
     assert world.register("contest")["decision"] == "champion, as the first one (captions.mean 0.375)"
     world.train("not surely better")
@@ -223,7 +223,7 @@ def test_running_the_step_again_undoes_no_rollback(world):
     assert (world.version("undone", "champion"), world.version("undone", "previous")) == (1, 2)
 
 
-def test_where_promotion_is_manual_a_version_is_only_a_candidate(world, monkeypatch):
+def test_with_manual_promotion_a_version_is_only_a_candidate(world, monkeypatch):
     assert world.register("by-hand", promotion="manual")["decision"] == "candidate, as promotion is manual"
     assert (world.version("by-hand", "champion"), world.version("by-hand", "candidate")) == (None, 1)
     monkeypatch.setenv("UNIVIGU_PROMOTION", "maybe")
@@ -243,7 +243,7 @@ def test_a_version_whose_files_are_lost_gets_them_back(world):
     assert [line.outcome for line in promotion.history("lost", root=world.root)] == ["promoted"]
 
 
-def test_a_registry_that_was_lost_gets_the_model_again_and_says_so(world, tmp_path, monkeypatch):
+def test_a_lost_registry_gets_the_model_again_and_the_decision_says_so(world, tmp_path, monkeypatch):
     world.train("restored")
     first = world.register("restored")
     home, cache = world.root / "data/registered", tmp_path / "cache"
@@ -263,7 +263,7 @@ def test_a_registry_that_was_lost_gets_the_model_again_and_says_so(world, tmp_pa
     shutil.rmtree(registry.pipeline_folder("restored", tracking_uri(world.root)).parents[2])  # of the new registry
 
 
-def test_registered_files_hold_no_login(world, monkeypatch):
+def test_registered_files_contain_no_login(world, monkeypatch):
     monkeypatch.setenv("CAPTION_API_KEY", "key-of-ann")
     home = world.root / "data/curated"
     before = (home / "manifest.json").read_bytes()
@@ -290,7 +290,7 @@ def test_registered_files_hold_no_login(world, monkeypatch):
         (b'{"rows_out": "many", "inputs": 5}', "has no valid 'rows_out'"),
     ],
 )
-def test_a_damaged_way_back_is_named(world, content, message):
+def test_a_damaged_lineage_file_is_named(world, content, message):
     world.register("traced")
     folder = registry.artifact("models:/traced/1", "lineage", tracking_uri(world.root))
     before = (folder / "encode-latents.json").read_bytes()
@@ -317,7 +317,7 @@ def test_a_damaged_way_back_is_named(world, content, message):
         ),
     ],
 )
-def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, content, message):
+def test_an_invalid_model_is_named_and_not_registered(world, name, content, message):
     path = world.root / "data/stage2/model" / name
     before = path.read_bytes()
     path.write_bytes(content)
@@ -329,7 +329,7 @@ def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, co
     assert world.version("nonsense", "candidate") is None
 
 
-def test_a_champion_captioned_in_other_numbers_of_steps_too_is_met(world):
+def test_a_champion_with_captions_in_several_step_counts_is_compared(world):
     world.train("thorough")
     world.evaluate(8, compared_steps=(1, 32))
     world.register("steps")
@@ -420,7 +420,7 @@ def killed(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_registration_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(world, killed, point):
+def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_the_kill(world, killed, point):
     name = f"kill-{point}"
     facts = world.register(name)
     assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
