@@ -1,4 +1,4 @@
-"""Runs in MLflow: what happens to them, and what is said, when the store or somebody else gets in the way."""
+"""MLflow runs when the store fails, or when other processes interfere."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ def start(root, **changes):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """MLflow asks a server that fails once more, and no longer."""
+    """MLflow retries a failing server only once."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 

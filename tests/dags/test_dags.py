@@ -1,4 +1,4 @@
-"""The DAGs as Airflow reads them: they load, hang together as the table of steps says, and refuse what is wrong."""
+"""The DAGs as Airflow reads them: they load, have the dependencies of stages.py, and refuse invalid input."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ DIGEST = "ab" * 32
 
 @pytest.fixture(scope="module")
 def bag(tmp_path_factory):
-    """Both DAGs, read with an Airflow home of their own."""
+    """Both DAGs, loaded with a separate Airflow home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AIRFLOW_HOME", str(tmp_path_factory.mktemp("airflow")))
         patch.setenv("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
@@ -73,7 +73,7 @@ def test_nothing_is_promoted_without_gate_and_approval_and_no_answer_rejects(ret
 
 
 class TaskInstance:
-    """Keeps what a task pushes, and gives it to whoever pulls."""
+    """A task instance that stores XComs."""
 
     def __init__(self):
         self.pushed = {}
@@ -88,7 +88,7 @@ class TaskInstance:
 
 @pytest.fixture
 def begin(retrain, tmp_path, monkeypatch):
-    """A function: the extras of the events that start a run -> what `begin` returns, and its task instance."""
+    """A function from the extras of a run's events to the return value of `begin` and its task instance."""
 
     def call(*extras, conf=None):
         ti = TaskInstance()

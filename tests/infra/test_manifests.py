@@ -1,4 +1,4 @@
-"""Every object is valid in the strictest sense that can be checked without a cluster, and as closed as it claims."""
+"""Every object passes all checks that need no cluster: schemas, references, and Pod Security."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_each_object_is_in_an_existing_namespace(objects):
 
 
 def unrestricted(pod):
-    """What of a pod Pod Security "restricted" would refuse, and a root file system that can be written to."""
+    """The violations of Pod Security "restricted" in a pod, and a writable root file system."""
     spec, problems = pod["spec"], []
     around = spec.get("securityContext", {})
     if around.get("seccompProfile", {}).get("type") != "RuntimeDefault":
@@ -161,7 +161,7 @@ def test_each_pod_has_an_account_of_its_own_without_a_token_unless_it_needs_the_
 
 @pytest.fixture(scope="session")
 def documented_secrets():
-    """(namespace, name) -> keys of the secrets that the commands of docs/operate.md make, run without a cluster."""
+    """(namespace, name) -> keys of the Secrets that the commands of docs/operate.md create, run without a cluster."""
     text = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "create secret" in block]
     script = 'kubectl() { command kubectl "$@" --dry-run=client --output=yaml; echo "---"; }\n' + "\n".join(blocks)

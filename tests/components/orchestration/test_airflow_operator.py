@@ -1,4 +1,4 @@
-"""What Airflow's tasks promise: a step ends as its process does, a pipeline is submitted once and waited for."""
+"""Airflow operators: a step's task ends as its process does; a pipeline is submitted once and awaited."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def follow(trigger):
 
 
 def restored(trigger):
-    """The trigger as another triggerer, or the same one after a crash, would make it from Airflow's database."""
+    """The trigger as another triggerer restores it from Airflow's database, e.g. after a crash."""
     path, arguments = trigger.serialize()
     module, _, name = path.rpartition(".")
     return getattr(sys.modules[module], name)(**json.loads(json.dumps(arguments)))
@@ -246,7 +246,7 @@ def root(new_root, monkeypatch):
 
 
 def step_with(script, monkeypatch):
-    """A `StepOperator` whose process is a script, as steps that fail in every way are hard to come by."""
+    """A `StepOperator` that runs a script instead of a step, to simulate all kinds of failures."""
     monkeypatch.setattr("components.orchestration.airflow_operator.command", lambda *_: [sys.executable, "-c", script])
     return StepOperator(task_id="step", step="train-stage-1", profile="smoke", skip_finished=False)
 

@@ -1,4 +1,4 @@
-"""The compiled pipeline is the table of steps, and asks Kubernetes for what the table says."""
+"""The compiled pipeline has the steps of stages.py, with their inputs, parameters and resources."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def tasks(committed):
 
 
 def steps_and_edges(spec):
-    """Every task that runs a step, by the step's name: its settings, and the steps whose output it waits for.
+    """Every task that runs a step, by the step's name: its settings, and the steps that it depends on.
 
     Groups (loops, conditions, the exit handler) are looked through: what goes into a group is followed into it.
     """

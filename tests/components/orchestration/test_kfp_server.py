@@ -1,4 +1,4 @@
-"""Runs on a Kubeflow Pipelines server: submitted once, watched to their end, with honest exit codes.
+"""Runs on a Kubeflow Pipelines server: submitted once, followed to their end, with documented exit codes.
 
 The server here (`kfp`, in conftest.py) speaks the v2beta1 API over HTTP as the real one does, without a cluster.
 """

@@ -1,4 +1,4 @@
-"""What the pipeline's tasks promise: they fail early and clearly, are skipped only rightly, and say how a run ended."""
+"""Tasks of the pipeline fail early with a clear message, are skipped only if finished, and report how a run ended."""
 
 import json
 import shutil
@@ -253,7 +253,7 @@ def test_a_step_runs_by_the_users_command(root):
 
 @pytest.fixture
 def receiver():
-    """A web server that keeps what it is sent, and answers with `status`."""
+    """A web server that records the reports it receives, and answers with `status`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -1,4 +1,4 @@
-"""What an orchestrator decides around the steps, without an orchestrator."""
+"""Decisions around the steps, tested without an orchestrator."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ REPO = Path(__file__).parents[3]
 
 @pytest.fixture
 def name(versions, monkeypatch, request):
-    """A name of its own for each test; the profile `smoke` is taken to name it."""
+    """A model name for each test, as if the profile `smoke` contained it."""
     monkeypatch.setattr(retraining, "_name", lambda _: request.node.name)
     return request.node.name
 
 
 @pytest.fixture
 def register(versions, recommit, name):
-    """Register a version as the step does: it is the candidate, and what the step leaves names it."""
+    """Register a version as the step does: it becomes the candidate, and registration.json names it."""
 
     def register(right, name=name, **more):
         number = versions.add(name, right, **more)
@@ -41,7 +41,7 @@ def register(versions, recommit, name):
 
 def test_a_dataset_counts_as_trained_with_the_profile_it_was_trained_with(versions, register):
     number = register(10, tags={"univigu.digest.validate-prompts": DIGEST})
-    assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # nobody has said with which profile
+    assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # not tagged with a profile yet
     retraining.compare_candidate(versions.root, "smoke")
     assert retraining.find_trained(versions.root, "smoke", DIGEST) == number
     assert retraining.find_trained(versions.root, "tiny", DIGEST) is None

@@ -1,4 +1,4 @@
-"""TrainJobs through the real Kubernetes client, against a server that answers as the API server does."""
+"""TrainJobs through the real Kubernetes client, against a fake API server."""
 
 import inspect
 import os
@@ -43,7 +43,7 @@ def make_job(**settings):
 def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undisturbed_one(
     cluster, latents_root, profile, tmp_path, monkeypatch, capfd
 ):
-    """A pipeline's task, and a cluster that runs what its TrainJob asks for: two processes, which SIGTERM stops."""
+    """A pipeline's task, and a fake cluster that runs its TrainJob: two processes, which SIGTERM stops."""
     profile["train_stage_1"].update(steps=30, batch_size=4, checkpoint_every=1000, heldout_every=30)
     for root in (latents_root, shutil.copytree(latents_root, tmp_path / "undisturbed")):
         (root / "profile.yaml").write_text(yaml.safe_dump(profile))

@@ -1,4 +1,4 @@
-"""How a launcher follows its TrainJob, through the real Kubernetes client and the server of conftest.py."""
+"""A launcher follows its TrainJob, through the real Kubernetes client and the fake server of conftest.py."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Snapshots in a real git and DVC repository: one tag a dataset, at a commit that brings it back."""
+"""Snapshots in a real git and DVC repository: one tag per dataset, at a commit that restores it."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def make(root, word):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A repository whose one stage leaves the folders of all the dataset's steps; the first dataset is committed."""
+    """A repository with one stage that writes the folders of all dataset steps; the first dataset is committed."""
     root = tmp_path_factory.mktemp("data") / "here"
     root.mkdir()
     (root / "make.py").write_text(MAKE)

@@ -1,4 +1,4 @@
-"""An evaluation is read as it was left, or named as unreadable: never half of it, never a traceback."""
+"""An evaluation is read completely, or reported as unreadable."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Promotion: better beyond doubt or not at all, a line for every decision, and never two at a time."""
+"""Promotion: only if significantly better, one ledger line per decision, one process at a time."""
 
 import os
 import socket
@@ -70,7 +70,7 @@ def test_a_line_can_not_be_rewritten(versions):
 def test_only_a_significantly_better_version_is_promoted(versions):
     for right in (20, 21, 12):
         versions.add("doubt", right)
-    assert promotion.compare("doubt", 2, root=versions.root).better  # than nobody
+    assert promotion.compare("doubt", 2, root=versions.root).better  # than no champion
     promotion.promote("doubt", 1, "the first", root=versions.root)
     comparison = promotion.compare("doubt", "2", root=versions.root)
     assert comparison.scores["difference"]["value"] > 0
@@ -259,7 +259,7 @@ NAMES = ("undecided", "decided", "half-moved", "rolled-halfway", "rolled", "cut-
 
 @pytest.fixture(scope="module")
 def killed(versions):
-    """Models whose version 1 is champion, and on which a change was killed, each at another write of it."""
+    """Models whose version 1 is champion; on each, a change was killed at a different write."""
     for name in (f"kill-{point}" for point in NAMES):
         for right in (10, 30):
             versions.add(name, right)

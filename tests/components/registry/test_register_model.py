@@ -1,4 +1,4 @@
-"""Registration: once a model, a champion that earned it, tags that lead back, and a pull that needs no checkout."""
+"""Registration: one version per model, promotion, lineage tags, and a pull without a checkout."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ HELDOUT = range(20)
 
 
 def commit(root, step, inputs):
-    """Write the manifest of what lies in a step's folder, made from earlier steps' (or sources') digests."""
+    """Write the manifest of a step's folder, made from the digests of earlier steps or sources."""
     home = root / find_stage(step).home
     files = describe_files(home)
     manifest = {
@@ -46,7 +46,7 @@ def commit(root, step, inputs):
 
 
 class World:
-    """A work root whose earlier steps are finished, and what a test may change in it."""
+    """A work root whose earlier steps are finished, with methods to change it."""
 
     def __init__(self, root, model):
         self.root = root
@@ -363,10 +363,10 @@ from univigu.errors import DiskFullError
 sqlalchemy.orm.configure_mappers()
 root, calls = Path(sys.argv[1]), {"n": 0}
 
-def die():  # as a machine that loses its power does
+def die():  # as in a power failure
     os.kill(os.getpid(), signal.SIGKILL)
 
-def fill():  # no file can grow beyond this any more
+def fill():  # files can't grow beyond this size
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
 
 def strike_at(owner, name, call, strike):  # right before that call
@@ -404,7 +404,7 @@ KILL_POINTS = ("uploading", "uploaded", "entered", "decided", "untagged", "unwri
 
 @pytest.fixture(scope="module")
 def killed(world, tmp_path_factory):
-    """The folder for temporary files; under each of `KILL_POINTS` a registration was killed, or its disk filled."""
+    """The folder for temporary files; at each of `KILL_POINTS` a registration was killed, or its disk was full."""
     world.train("killed")
     temporary = tmp_path_factory.mktemp("temporary")
     repo = Path(__file__).parents[3]
