@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential
-
 from univigu.errors import BadInputError, ConfigError, TransientError, UniViGUError
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -122,47 +120,37 @@ class Cluster:
     def _request(self, call: Callable[..., Any], *args: Any, expected: Sequence[int] = (), **kwargs: Any) -> Any:
         """The response, or the HTTP status if it is in `expected`; raises an error of `univigu.errors` otherwise.
 
-        A server that does not answer is asked again, for up to `retry_s` seconds.
+        Retries for up to `retry_s` seconds. Not by tenacity: with its predicate and its callback, this gets longer.
         """
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        host, failures = self.client.configuration.host, (ApiException, HTTPError, OSError)
-        retrying = Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, failures) and _status(error) in _RETRYABLE),
-            wait=wait_exponential(0.5, max=30),
-            stop=stop_before_delay(self.retry_s),
-            before_sleep=lambda state: _warn(host, state.outcome),
-            reraise=True,
-        )
-        try:
-            return retrying(call, *args, _request_timeout=(10, 60), **kwargs)
-        except failures as error:
-            status, reason = _status(error), _reason(error)
-            if status in expected:
-                return status
-            if status not in _RETRYABLE:
-                raise _rejection(status, reason, self.namespace) from error
-            raise TransientError(
-                f"The Kubernetes API server at {host} does not answer ({reason}); a TrainJob that was submitted keeps "
-                "running. Run the same command to follow it."
-            ) from error
-
-
-def _status(error: Any) -> int:
-    """The HTTP status of a failure; 0 if there was no response."""
-    return getattr(error, "status", 0)
-
-
-def _warn(host: str, outcome: Any) -> None:
-    reason = _reason(outcome.exception())
-    print(f"The API server at {host} does not answer ({reason}); trying again", file=sys.stderr, flush=True)
+        deadline, delay = time.monotonic() + self.retry_s, 0.5
+        while True:
+            try:
+                return call(*args, _request_timeout=(10, 60), **kwargs)
+            except ApiException as error:
+                if error.status in expected:
+                    return error.status
+                reason = _reason(error)
+                if error.status not in _RETRYABLE:
+                    # pyrefly: ignore[bad-argument-type]
+                    raise _rejection(error.status, reason, self.namespace) from error
+            except (HTTPError, OSError) as error:
+                reason = type(error).__name__
+            host = self.client.configuration.host
+            if time.monotonic() + delay > deadline:
+                raise TransientError(
+                    f"The Kubernetes API server at {host} does not answer ({reason}); a TrainJob that was submitted "
+                    "keeps running. Run the same command to follow it."
+                )
+            print(f"The API server at {host} does not answer ({reason}); trying again", file=sys.stderr, flush=True)
+            time.sleep(delay)
+            delay = min(2 * delay, 30.0)
 
 
 def _reason(error: Any) -> str:
-    """The message in the API server's response, or the kind of network failure."""
-    if not hasattr(error, "body"):
-        return type(error).__name__
+    """The message in the API server's response."""
     try:
         return one_line(json.loads(error.body)["message"])[:500]
     except (ValueError, KeyError, TypeError):
