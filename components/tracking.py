@@ -1,7 +1,7 @@
-"""Where MLflow keeps its runs, and how a training stage becomes one.
+"""The MLflow tracking store, and the MLflow run of a training stage.
 
-The store is ``mlflow.db`` in the work root (so that `mlflow ui` there just works), or what MLFLOW_TRACKING_URI says.
-It is reached before anything is computed: a server that does not answer stops a step at once, not after its work.
+The store is ``mlflow.db`` in the work root, where `mlflow ui` finds it, or the server in MLFLOW_TRACKING_URI. A step
+connects to it before it computes anything, so a server that does not answer stops the step at once.
 """
 
 import getpass
@@ -31,49 +31,49 @@ if TYPE_CHECKING:
     import numpy as np
 
 EXPERIMENT = "uni-vigu"
-_NOTE_TAG = "univigu.note"  # of a training run: what its note says before MLflow has given it an id
+_NOTE_TAG = "univigu.note"  # identifies a training run in its note file until MLflow has assigned the run id
 FLUSH_EVERY_S = 10.0
 
 
 def actor() -> str:
-    """Who acts: UNIVIGU_ACTOR, which an orchestrator sets to the person it acts for, else the user of this machine."""
+    """The user: UNIVIGU_ACTOR, which an orchestrator sets to the person it acts for, or else the login name."""
     try:
         return os.environ.get("UNIVIGU_ACTOR") or getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have a number and no name
+    except (OSError, KeyError):  # a container's user may have only a number
         return f"uid {os.getuid()}"
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI if it is set, else ``mlflow.db`` in the work root, which `mlflow ui` finds there too."""
+    """MLFLOW_TRACKING_URI if it is set, otherwise ``mlflow.db`` in the work root."""
     return without_login(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}")
 
 
 def existing_store(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> str:
-    """`tracking_uri`, where reading makes sense: raises `MissingInputError` where nothing was ever tracked.
+    """`tracking_uri` for readers: raises `MissingInputError` if the store doesn't exist yet.
 
-    MLflow would make an empty database and find nothing in it. `otherwise` is the last thing that the error advises.
+    MLflow would create an empty database instead. `otherwise` is the last remedy that the error message offers.
     """
     uri = tracking_uri(root)
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").is_file():
         raise MissingInputError(
-            f"No model is registered below {root.resolve()}, which has no mlflow.db; run `make demo` there, or "
-            f"`univigu run register-model` if a model is trained, or give another --root, or {otherwise}."
+            f"No model is registered in {root.resolve()}, which has no mlflow.db; run `make demo` there, run "
+            f"`univigu run register-model` if a model is trained, give another --root, or {otherwise}."
         )
     return uri
 
 
 def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
-    """Point MLflow at the store of the work root, and return the id of `experiment`, which is made if need be.
+    """Set MLflow's tracking URI to the store of the work root; returns the id of `experiment`, created if necessary.
 
-    MLflow calls nobody and unpickles nothing from here on. In a store below the root, artifacts lie in ``mlruns``.
-    Raises `TransientError` where the store can't be reached, `CorruptDataError` where its database is damaged, and
-    `ConfigError` where somebody deleted the experiment.
+    From here on MLflow sends no telemetry and unpickles nothing. A store in the work root keeps artifacts in
+    ``mlruns``. Raises `TransientError` if the store can't be reached, `CorruptDataError` if its database is damaged,
+    and `ConfigError` if the experiment is deleted.
     """
     mlflow, uri = quiet_mlflow(), tracking_uri(root)
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     if not chosen:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, and another root would take it for the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow set it; for another root it would look like the user's
     with first_contact(uri):
         client = mlflow.MlflowClient()
         found = client.get_experiment_by_name(experiment)
@@ -84,12 +84,12 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            found = client.get_experiment_by_name(experiment)  # another process made it meanwhile
+            found = client.get_experiment_by_name(experiment)  # another process created it at the same time
         # pyrefly: ignore[missing-attribute]
         if found.lifecycle_stage != "active":
             raise ConfigError(
                 # pyrefly: ignore[missing-attribute]
-                f"The experiment '{experiment}' in {without_password(uri)} is deleted; bring it back with "
+                f"The experiment '{experiment}' in {without_password(uri)} is deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
             )
         # pyrefly: ignore[missing-attribute]
@@ -106,10 +106,10 @@ def start_run(
     datasets: Mapping[str, tuple[str, str]],
     note: Path | None = None,
 ) -> Iterator["TrackedRun"]:
-    """An MLflow run called `name`; where `note` names one that was interrupted, that run goes on.
+    """An MLflow run called `name`; an interrupted run that the file `note` names is resumed.
 
-    parameters: nested, flattened with dots. datasets: source and digest of each, by name. `note` is a file that
-    outlives a killed process. A run that ends with `PreemptedError` is marked KILLED, with another error FAILED.
+    parameters: nested, flattened with dots. datasets: (source, digest) by name. note: a file that survives a killed
+    process. A run that ends with `PreemptedError` is marked KILLED, with another error FAILED.
     """
     experiment = open_tracking(root)
     import mlflow
@@ -117,7 +117,7 @@ def start_run(
     store, status = tracking_uri(root), "FAILED"
     try:
         with explained(store):
-            run = _start_noted(mlflow, experiment, name, note)
+            run = _resume_or_start(mlflow, experiment, name, note)
             mlflow.log_params(flatten(parameters))
             if not run.inputs.dataset_inputs:
                 for dataset, (source, digest) in datasets.items():
@@ -129,7 +129,7 @@ def start_run(
         status = "FINISHED"
     except PreemptedError:
         status = "KILLED"
-        with short_timeouts():  # whoever told us to stop will not wait for ever
+        with short_timeouts():  # SIGKILL follows soon after SIGTERM
             tracked.flush(wait=True)
         raise
     finally:
@@ -137,11 +137,11 @@ def start_run(
             with nullcontext() if status == "FINISHED" else short_timeouts():
                 mlflow.end_run(status)
         except Exception as error:
-            print(f"MLflow will show the run as unfinished: {store_error(error, store)}", file=sys.stderr)
+            print(f"MLflow still shows the run as running: {store_error(error, store)}", file=sys.stderr)
 
 
 class TrackedRun:
-    """Metrics on their way to MLflow: kept for some seconds, then sent in one batch, without holding up who logs."""
+    """Sends metrics to MLflow in batches, every few seconds and asynchronously, so that logging does not block."""
 
     def __init__(self, client: Any, run_id: str, store: str) -> None:
         self.client, self.run_id, self.store = client, run_id, store
@@ -149,10 +149,10 @@ class TrackedRun:
         self._pending: list[Any] = []
         self._flushed = time.monotonic()
         history = client.get_metric_history(run_id, "loss")
-        self._logged = max((entry.step for entry in history), default=0)  # by the run before it was interrupted
+        self._logged = max((entry.step for entry in history), default=0)  # last step logged before an interruption
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a step; what an interrupted run has logged already is not logged twice."""
+        """Log the metrics of a step, unless the run logged this step before it was interrupted."""
         from mlflow.entities import Metric
 
         if step <= self._logged:
@@ -167,7 +167,8 @@ class TrackedRun:
     ) -> None:
         """Add `rows` to the table ``samples.json``, and each clip, uint8 (F, H, W, 3), as ``samples/STEP/NAME.mp4``.
 
-        What an interrupted run has logged already is not logged twice; a store that fails now costs the samples.
+        Steps that were logged before an interruption are skipped. If the store fails, the samples are lost, with a
+        warning.
         """
         import tempfile
 
@@ -186,17 +187,19 @@ class TrackedRun:
             table = {name: [row[name] for row in rows] for name in rows[0]}
             self.client.log_table(self.run_id, table, "samples.json")
         except Exception as error:
-            said = store_error(error, self.store)
-            print(f"The samples of step {step} did not reach MLflow; training goes on. {said}", file=sys.stderr)
+            reason = store_error(error, self.store)
+            print(
+                f"The samples of step {step} were not logged to MLflow; training continues. {reason}", file=sys.stderr
+            )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Add tags to the run; raises `TransientError` where the store does not answer."""
+        """Add tags to the run; raises `TransientError` if the store does not answer."""
         with explained(self.store):
             for name, value in tags.items():
                 self.client.set_tag(self.run_id, name, value)
 
     def flush(self, wait: bool = False) -> None:
-        """Send what is kept; a store that fails now costs the curves in MLflow, never the training."""
+        """Send buffered metrics; if the store fails, the curves in MLflow have gaps, but training continues."""
         self._flushed = time.monotonic()
         for start in range(0, len(self._buffer), 1000):
             batch = self._buffer[start : start + 1000]
@@ -208,8 +211,10 @@ class TrackedRun:
             for operation in self._pending:
                 operation.wait()
         except Exception as error:
-            said = store_error(error, self.store)
-            print(f"Some metrics did not reach MLflow; the step's own curves are whole. {said}", file=sys.stderr)
+            reason = store_error(error, self.store)
+            print(
+                f"Some metrics were not logged to MLflow; the step's own curves are complete. {reason}", file=sys.stderr
+            )
         self._pending = []
 
 
@@ -230,7 +235,7 @@ def find_run(root: Path, tags: Mapping[str, str]) -> str | None:
 
 
 def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``, without the logins in addresses."""
+    """Turn ``{"a": {"b": 1}}`` into ``{"a.b": 1}``, and remove logins from addresses."""
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping):
@@ -241,7 +246,7 @@ def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def redacted(value: Any) -> Any:
-    """A value as JSON has it, without the secrets in its texts."""
+    """A JSON value without the secrets in its strings."""
     if isinstance(value, Mapping):
         return {name: redacted(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -249,22 +254,26 @@ def redacted(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def _start_noted(mlflow: Any, experiment: str, name: str, note: Path | None) -> Any:
-    """Resume the run that `note` names, or begin one; killed between run and note, too, the next attempt finds it."""
-    noted = _read_note(note)
-    known = _noted_run(mlflow, experiment, noted)
-    mark = {} if known or note is None else {_NOTE_TAG: secrets.token_hex(16)}
-    if mark:
+def _resume_or_start(mlflow: Any, experiment: str, name: str, note: Path | None) -> Any:
+    """Resume the run that `note` names, or start one.
+
+    The note holds a random tag before the run is created, so the run is found again even if this process is killed
+    before it writes the run's id.
+    """
+    content = _read_note(note)
+    existing = _find_noted_run(mlflow, experiment, content)
+    tag = {} if existing or note is None else {_NOTE_TAG: secrets.token_hex(16)}
+    if tag:
         # pyrefly: ignore[bad-argument-type]
-        write_json(note, mark)
+        write_json(note, tag)
     run = mlflow.start_run(
-        run_id=known,
+        run_id=existing,
         experiment_id=experiment,
-        run_name=None if known else name,
-        tags={"mlflow.user": actor(), **mark},
+        run_name=None if existing else name,
+        tags={"mlflow.user": actor(), **tag},
     )
     if note is not None:
-        write_json(note, {**noted, **mark, "run_id": run.info.run_id})
+        write_json(note, {**content, **tag, "run_id": run.info.run_id})
     return run
 
 
@@ -275,9 +284,9 @@ def _read_note(note: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _noted_run(mlflow: Any, experiment: str, noted: Mapping[str, Any]) -> str | None:
-    """The run that a note names, unless somebody has deleted it."""
-    run_id, mark = noted.get("run_id"), noted.get(_NOTE_TAG)
+def _find_noted_run(mlflow: Any, experiment: str, note: Mapping[str, Any]) -> str | None:
+    """The run that a note names, unless it was deleted."""
+    run_id, tag = note.get("run_id"), note.get(_NOTE_TAG)
     client = mlflow.MlflowClient()
     if isinstance(run_id, str):
         try:
@@ -285,9 +294,9 @@ def _noted_run(mlflow: Any, experiment: str, noted: Mapping[str, Any]) -> str | 
         except mlflow.exceptions.MlflowException:
             return None
         return run.run_id if run.lifecycle_stage == "active" else None
-    if not isinstance(mark, str) or not mark.isalnum():
+    if not isinstance(tag, str) or not tag.isalnum():
         return None
-    found = client.search_runs([experiment], f"tags.`{_NOTE_TAG}` = '{mark}'")
+    found = client.search_runs([experiment], f"tags.`{_NOTE_TAG}` = '{tag}'")
     return found[0].info.run_id if found else None
 
 
@@ -297,5 +306,5 @@ def _dataset(name: str, source: str, digest: str) -> Any:
     # pyrefly: ignore[missing-module-attribute]
     from mlflow.data.sources import LocalArtifactDatasetSource
 
-    # MLflow takes 36 characters of a digest; the tags hold all of it
+    # MLflow limits a digest to 36 characters; the run's tags hold all of it
     return MetaDataset(source=LocalArtifactDatasetSource(source), name=name, digest=digest[:36])

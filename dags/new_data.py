@@ -1,6 +1,6 @@
-"""New data: prompts that have come are curated, validated, versioned, and announced once as a dataset.
+"""DAG `new_data`: curate, validate and version new prompts, and announce them once as a dataset.
 
-docs/airflow.md explains it.
+See docs/airflow.md.
 """
 
 import os
@@ -9,10 +9,10 @@ from datetime import timedelta
 from airflow.sdk import Asset, AssetOrTimeSchedule, CronTriggerTimetable, Metadata, Param, chain, dag, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from components.orchestration.airflow_operator import StepOperator, clear_failures, work_root
+from components.orchestration.airflow_operator import StepOperator, report_failures, work_root
 from components.pipeline.profiles import profile_names
 
-PROMPTS = Asset("univigu://prompts")  # whoever puts prompts below the work root says so by an event of this asset
+PROMPTS = Asset("univigu://prompts")  # to be updated by the process that adds prompts to the work root
 DATASET = Asset("univigu://dataset")
 
 
@@ -29,7 +29,7 @@ DATASET = Asset("univigu://dataset")
             os.environ.get("UNIVIGU_PROFILE", "tiny"),
             type="string",
             enum=profile_names(),
-            description="Which parameters and sizes: a file of components/profiles.",
+            description="The profile: a file in components/profiles.",
         ),
     },
     default_args={"retries": 3, "retry_delay": timedelta(seconds=30)},
@@ -39,7 +39,7 @@ DATASET = Asset("univigu://dataset")
 def new_data():
     @task.sensor(poke_interval=30, timeout=timedelta(days=7).total_seconds(), mode="reschedule")
     def wait_for_retraining(**context):
-        """A retraining under way, or about to begin, reads what these steps would replace."""
+        """Wait for active and queued retrainings, which read the files that these steps replace."""
         return context["ti"].get_dr_count(dag_id="retrain", states=["queued", "running"]) == 0
 
     profile = "{{ params.profile }}"
@@ -49,18 +49,18 @@ def new_data():
 
     @task
     def version_dataset(**context):
-        """Put the dataset under DVC, where the work root is a DVC project."""
+        """Add the dataset to DVC, if the work root is a DVC project."""
         from components.orchestration import retraining
 
-        with clear_failures(context):
+        with report_failures(context):
             print(retraining.version_dataset(work_root(), context["params"]["profile"]))
 
     @task(inlets=[DATASET], outlets=[DATASET])
     def announce(**context):
-        """Emit the dataset with its digest and profile, unless that was done before: then there is nothing new."""
+        """Emit an event with the dataset's digest and profile, unless the last event has the same."""
         from components.orchestration import retraining
 
-        with clear_failures(context):
+        with report_failures(context):
             dataset = retraining.dataset(work_root(), context["params"]["profile"])
         event = {**dataset, "profile": context["params"]["profile"]}
         known = context["inlet_events"][DATASET]

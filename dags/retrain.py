@@ -1,6 +1,6 @@
-"""Retrain: on a calendar, on a new dataset, or by hand; champion only by comparison and a person's word.
+"""DAG `retrain`: train on a schedule, on a new dataset, or manually; promote after a comparison and an approval.
 
-docs/airflow.md explains it.
+See docs/airflow.md.
 """
 
 import os
@@ -28,7 +28,7 @@ from components.orchestration.airflow_operator import (
     KFP_ARGUMENTS,
     KfpRunOperator,
     StepOperator,
-    clear_failures,
+    report_failures,
     require_known_fields,
     work_root,
 )
@@ -39,24 +39,24 @@ from components.registry.ledger import PROMOTED, REFUSED
 DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
 BACKENDS = ["local", "kubeflow"]
-RUN_HOURS = sum(stage.resources.hours for stage in STAGES)  # that a run on Kubeflow may take
-PASSING = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
+RUN_HOURS = sum(stage.resources.hours for stage in STAGES)  # time limit of a run on Kubeflow
+RETRIES = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
 PROFILE = "{{ ti.xcom_pull('begin', key='profile') }}"  # not params.profile: a dataset's event may name another
-MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # a step promotes nobody: this DAG does, after a person's word
+MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # register-model does not promote: this DAG does, after the approval
 
 
 @task.branch
 def begin(**context):
-    """Where to run and with which profile; nowhere for an event about a dataset that was trained before."""
+    """Choose the backend and the profile; end the run if the event's dataset was already used for training."""
     from components.orchestration import retraining
     from components.tracking import open_tracking
 
     params, events = context["params"], context["triggering_asset_events"]
     profile = params["profile"]
-    with clear_failures(context):
+    with report_failures(context):
         require_known_fields(context)
         root = work_root()
-        open_tracking(root)  # a registry that does not answer is told now, not after hours of training
+        open_tracking(root)  # fail now if the registry does not answer, not after hours of training
         for event in events[DATASET][-1:] if DATASET in events else ():
             profile = retraining.announced_profile(event.extra, profile)
             digest = str(event.extra.get("digest"))
@@ -72,7 +72,7 @@ def begin(**context):
 
 
 def add_local_steps():
-    """The steps as processes of this machine, each after those that it reads; returns them by name."""
+    """Add the steps as processes on this machine, each after its inputs; returns them by name."""
     steps = {}
     with TaskGroup("local"):
         for stage in STAGES:
@@ -80,7 +80,7 @@ def add_local_steps():
                 task_id=stage.name,
                 step=stage.name,
                 profile=PROFILE,
-                skip_finished=not stage.external,  # the registry knows by itself what it has
+                skip_finished=not stage.external,  # register-model checks the registry itself
                 env=MANUAL,
                 execution_timeout=timedelta(hours=stage.resources.hours),
             )
@@ -90,28 +90,28 @@ def add_local_steps():
 
 
 def add_kubeflow_run():
-    """The whole pipeline as one run on Kubeflow Pipelines."""
+    """Add the whole pipeline as one run on Kubeflow Pipelines."""
     return KfpRunOperator(
         task_id="kubeflow",
         package=os.environ.get("UNIVIGU_PIPELINE", str(PACKAGE)),
         run_name="{{ dag.dag_id }}-{{ run_id }}",
         arguments={"profile": PROFILE, "promotion": "manual"},
-        more_arguments=os.environ.get(KFP_ARGUMENTS, ""),
+        extra_arguments=os.environ.get(KFP_ARGUMENTS, ""),
         service_account=os.environ.get("UNIVIGU_KFP_SERVICE_ACCOUNT", ""),
         namespace=os.environ.get("KFP_NAMESPACE", ""),
         limit_s=3600 * float(os.environ.get("UNIVIGU_KFP_HOURS", RUN_HOURS)),
-        retries=6,  # half an hour, as a run that is being cancelled has to end before another begins
+        retries=6,  # about half an hour, because a run that is being cancelled must end before another starts
         poll_s=float(os.environ.get("UNIVIGU_KFP_POLL_S", "15")),
     )
 
 
 @task.branch(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
 def gate(**context):
-    """The candidate against the champion; where it isn't better the run ends here, and all stays as it was."""
+    """Compare the candidate with the champion; end the run if it is not better."""
     from components.orchestration import retraining
 
     profile = context["ti"].xcom_pull(task_ids="begin", key="profile")
-    with clear_failures(context):
+    with report_failures(context):
         found = retraining.compare_candidate(work_root(), profile)
     context["ti"].xcom_push(key="comparison", value=found)
     print(f"version {found['version']}: {found['reason']}")
@@ -121,13 +121,13 @@ def gate(**context):
 
 
 def add_approval():
-    """A person's word, which is waited for a day; no answer is a no."""
+    """Add the approval by a person; no answer within the time limit counts as a rejection."""
     return ApprovalOperator(
         task_id="approve",
         subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
         body="{{ ti.xcom_pull('gate', key='comparison')['reason'] }}\n\n"
         "Champion now: {{ ti.xcom_pull('gate', key='comparison')['champion'] or 'none' }}. "
-        "Without an answer in time it stays.",
+        "It stays if there is no answer in time.",
         defaults="Reject",
         response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
     )
@@ -135,24 +135,24 @@ def add_approval():
 
 @task(trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
 def promote(**context):
-    """Make the version that was compared, and no other, champion; the ledger says who approved it."""
+    """Make the compared version champion; the ledger records who approved it."""
     from components.orchestration import retraining
 
     ti, run = context["ti"], context["dag_run"]
     found = ti.xcom_pull(task_ids="gate", key="comparison")
     answer = ti.xcom_pull(task_ids="approve")
     if context["params"]["approve"] and (answer or {}).get("chosen_options") != ["Approve"]:
-        raise AirflowSkipException("nobody approved it")
+        raise AirflowSkipException("not approved")
     user = (answer or {}).get("responded_by_user") or {}
     who = user.get("name") or user.get("id") or run.triggering_user_name or "airflow"
     why = f"{'approved' if answer else 'not to be asked about'} in Airflow's run {run.run_id}"
-    with clear_failures(context):
+    with report_failures(context):
         return retraining.promote_version(work_root(), found["name"], found["version"], who, why)
 
 
 @teardown
 def notify(**context):
-    """Say how the run ended, whichever way it did."""
+    """Report how the run ended, also after a failure."""
     from components.orchestration import notifications
 
     ti, run = context["ti"], context["dag_run"]
@@ -174,21 +174,21 @@ def notify(**context):
             os.environ.get("UNIVIGU_PROFILE", "tiny"),
             type="string",
             enum=profile_names(),
-            description="Which parameters and sizes: a file of components/profiles. A new dataset brings its own.",
+            description="The profile: a file in components/profiles. The event of a new dataset overrides it.",
         ),
         "backend": Param(
             os.environ.get("UNIVIGU_BACKEND", "local"),
             type="string",
             enum=BACKENDS,
-            description="Where the steps run: as processes here, or as a run on Kubeflow Pipelines.",
+            description="Where the steps run: as processes on this machine, or on Kubeflow Pipelines.",
         ),
         "approve": Param(
             True,
             type="boolean",
-            description="Ask a person before a better model becomes champion.",
+            description="Require an approval before a better model becomes champion.",
         ),
     },
-    default_args=PASSING,
+    default_args=RETRIES,
     doc_md=__doc__,
     tags=["uni-vigu"],
 )
@@ -202,27 +202,27 @@ def retrain():
 
 
 def outcome_of(ti):
-    """How a run ended, from what its tasks have left."""
+    """How a run ended, from the XComs of its tasks."""
     names = ["begin", *(f"local.{stage.name}" for stage in STAGES), "kubeflow", "gate", "promote"]
-    failures = [said for said in ti.xcom_pull(task_ids=names, key=FAILURE) or () if said]
+    failures = [message for message in ti.xcom_pull(task_ids=names, key=FAILURE) or () if message]
     compared = ti.xcom_pull(task_ids="gate", key="comparison")
     promoted = ti.xcom_pull(task_ids="promote")
-    rejected = ti.xcom_pull(task_ids="approve", key=XCOM_SKIPMIXIN_KEY)  # a no has no answer to pull: it only skips
-    about = {key: compared[key] for key in ("name", "version", "champion")} if compared else {}
+    rejected = ti.xcom_pull(task_ids="approve", key=XCOM_SKIPMIXIN_KEY)  # a rejection has no value, it only skips
+    versions = {key: compared[key] for key in ("name", "version", "champion")} if compared else {}
     if promoted:
-        # refused: the champion changed while a person thought; unchanged: an earlier try of the task promoted it
+        # refused: the champion changed during the approval; unchanged: an earlier attempt of the task promoted it
         state = "kept champion" if promoted["outcome"] == REFUSED else PROMOTED
-        return {"state": state, "message": promoted["reason"], **about}
+        return {"state": state, "message": promoted["reason"], **versions}
     if failures:
-        return {"state": "failed", "message": failures[-1], **about}
+        return {"state": "failed", "message": failures[-1], **versions}
     if rejected:
-        return {"state": "rejected", "message": f"nobody approved it: {compared['reason']}", **about}
+        return {"state": "rejected", "message": f"not approved: {compared['reason']}", **versions}
     if compared and not compared["better"]:
-        return {"state": "kept champion", "message": compared["reason"], **about}
+        return {"state": "kept champion", "message": compared["reason"], **versions}
     nothing = ti.xcom_pull(task_ids="begin", key="outcome")
     if nothing:
         return {"state": "nothing to do", "message": nothing}
-    return {"state": "stopped", "message": "the run was stopped before it came to a decision", **about}
+    return {"state": "stopped", "message": "the run was stopped before a decision", **versions}
 
 
 retrain()

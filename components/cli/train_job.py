@@ -74,7 +74,7 @@ def train_job(
 
     The same command goes on wherever the last one stopped, and nothing is ever submitted twice.
     """
-    from components.orchestration.train_job_run import run_train_job, try_train_job
+    from components.orchestration.train_job_run import dry_run_train_job, run_train_job
 
     settings = Settings(
         namespace=namespace,
@@ -96,7 +96,7 @@ def train_job(
         api_timeout=api_timeout,
     )
     if dry_run:
-        try_train_job(step, profile, root, settings)
+        dry_run_train_job(step, profile, root, settings)
         print(f"{step}: the cluster would take this TrainJob")
         return
     manifest = run_train_job(step, profile, root, settings)

@@ -1,9 +1,9 @@
-"""`make airflow`: all of Airflow on one machine, until Ctrl-C, with nothing left behind.
+"""`make airflow`: all of Airflow on one machine, until Ctrl-C; no process is left behind.
 
-What `airflow standalone` starts, except the two servers of log files, which listen on every network and which nobody
-needs where the files are. Tasks have process groups of their own, so each process gets a session, and whatever is in
-these sessions is stopped. All state (SQLite, logs, the password) lies in one folder, so that the next start goes on
-where this one ended.
+Starts the processes of `airflow standalone`, except the two log servers, which listen on all interfaces and are not
+needed on the machine that has the log files. Tasks have their own process groups, so each Airflow process gets its own
+session, and all processes of these sessions are stopped. All state (SQLite, logs, the password) is in one folder, so
+the next start continues where this one ended.
 """
 
 import fcntl
@@ -33,26 +33,27 @@ PROCESSES = (
     ("dag-processor",),
     ("triggerer", "--skip-serve-logs"),
 )
-START_S = 600.0  # for a busy machine; about a minute is usual
+START_S = 600.0  # for a busy machine; usually it takes about a minute
 GRACE_S = 15.0
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PASSWORDS = "passwords.json"
 
 
 def main(
-    root: Annotated[Path, typer.Option(help="The work root: what the steps read and write lies below it.")] = REPO,
-    home: Annotated[Path, typer.Option(help="Airflow's own folder.")] = REPO / ".univigu/airflow",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the page and of the REST API.")] = 8080,
+    root: Annotated[Path, typer.Option(help="The work root: the folder that the steps read and write.")] = REPO,
+    home: Annotated[Path, typer.Option(help="Airflow's folder for its database, logs and password.")] = REPO
+    / ".univigu/airflow",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the web UI and the REST API.")] = 8080,
 ) -> None:
-    """Start Airflow on this machine, print its address and login, and stop it all on Ctrl-C."""
+    """Start Airflow on this machine, print its address and login, and stop everything on Ctrl-C."""
 
     def stop(*_: object) -> None:
-        for name in ENDS:
-            signal.signal(name, signal.SIG_IGN)  # stopping takes some seconds, and is asked for only once
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # stopping takes some seconds; ignore further signals
         raise KeyboardInterrupt
 
-    for name in ENDS:
-        signal.signal(name, stop)
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     try:
         with AirflowServer(home, root, port) as server:
             print(f"Airflow is starting, which takes about a minute; its logs are in {server.home}", flush=True)
@@ -64,14 +65,14 @@ def main(
         print(f"airflow: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("airflow: stopped; the next `make airflow` goes on where it was.", file=sys.stderr)
+        print("airflow: stopped; the next `make airflow` continues from here.", file=sys.stderr)
 
 
 class AirflowServer:
-    """Airflow's processes, between `__enter__` and `__exit__`; only 127.0.0.1 is listened on.
+    """Airflow's processes, from `__enter__` to `__exit__`; they listen only on 127.0.0.1.
 
-    home: Airflow's folder. root: the steps' work root. Raises `BusyError` where the port is taken, or where another
-    server uses `home`.
+    home: Airflow's folder. root: the steps' work root. Raises `BusyError` if the port is taken, or if another server
+    uses `home`.
     """
 
     user = "admin"
@@ -86,7 +87,7 @@ class AirflowServer:
 
     def __enter__(self) -> "AirflowServer":
         if not self.root.is_dir():
-            raise ConfigError(f"There is no work root {self.root}; give another --root.")
+            raise ConfigError(f"There is no work root {self.root}; create it, or give another --root.")
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = (self.home / "lock").open("a+")
         try:
@@ -94,15 +95,15 @@ class AirflowServer:
         except BlockingIOError as error:
             self._lock.seek(0)
             processes = self._lock.read()
-            how = f" (`kill {processes}`)" if processes else ""
+            command = f" (`kill {processes}`)" if processes else ""
             raise BusyError(
-                f"Airflow is running in {self.home} already; stop it{how}, or give another --home."
+                f"Airflow is already running in {self.home}; stop it{command}, or give another --home."
             ) from error
         self._lock.truncate(0)
         try:
             self._require_port()
             if self._start("db", "migrate").wait() != 0:
-                raise UniViGUError(f"Airflow's database could not be made; {self._log('db')} says why.")
+                raise UniViGUError(f"Airflow's database could not be created; see {self._log('db')}.")
             for command in PROCESSES:
                 self._start(*command)
             self._lock.write(" ".join(str(self._processes[name].pid) for name, *_ in PROCESSES))
@@ -115,37 +116,35 @@ class AirflowServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def wait_until_ready(self, patience_s: float = START_S) -> None:
-        """Return when every part is up and the DAGs are known; raises where one of them ends, or takes too long."""
-        give_up = time.monotonic() + patience_s
+    def wait_until_ready(self, timeout_s: float = START_S) -> None:
+        """Return when all processes are healthy and the DAGs are loaded; raises if one ends, or after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
         while not self._is_ready():
             self._require_alive()
-            if time.monotonic() > give_up:
-                raise UniViGUError(
-                    f"Airflow was not up after {patience_s:.0f} s; its logs, in {self.home}, may say why."
-                )
+            if time.monotonic() > deadline:
+                raise UniViGUError(f"Airflow was not ready after {timeout_s:.0f} s; see its logs in {self.home}.")
             time.sleep(1)
 
     def wait(self) -> None:
-        """Return never; raises where a part of Airflow ends by itself."""
+        """Never return; raises if one of Airflow's processes ends."""
         while True:
             self._require_alive()
             time.sleep(1)
 
     def stop(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGKILL)) -> None:
-        """Stop everything; steps save their state, and whoever doesn't end in time is killed.
+        """Stop all processes: steps save their state, and processes that don't end in time are killed.
 
-        The API server goes last, so that tasks can still tell it how they ended.
+        The API server is stopped last, so that tasks can still report how they ended.
         """
         for names in ({*self._processes} - {PROCESSES[0][0]}, {*self._processes}):
-            for how in signals:
-                told: set[int] = set()
-                give_up = time.monotonic() + GRACE_S
-                while (alive := {*self.alive(names)}) and time.monotonic() < give_up:
-                    for pid in alive - told:
+            for number in signals:
+                signalled: set[int] = set()
+                deadline = time.monotonic() + GRACE_S
+                while (alive := {*self.alive(names)}) and time.monotonic() < deadline:
+                    for pid in alive - signalled:
                         with suppress(ProcessLookupError):
-                            os.kill(pid, how)
-                    told |= alive
+                            os.kill(pid, number)
+                    signalled |= alive
                     time.sleep(0.2)
         for process in self._processes.values():
             process.wait()
@@ -154,15 +153,15 @@ class AirflowServer:
             self._lock.close()
 
     def kill(self) -> None:
-        """Kill every process of the session at once, as a machine that loses its power would."""
+        """Kill all processes at once, as in a power failure."""
         self.stop((signal.SIGKILL,))
 
     def password(self) -> str:
-        """The password that Airflow made for `user`, which only the owner of `home` can read."""
+        """The password that Airflow generated for `user`; only the owner of `home` can read it."""
         return json.loads((self.home / PASSWORDS).read_text(encoding="utf-8"))[self.user]
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The answer to a call of the REST API, such as ``call("GET", "/api/v2/dags")``; raises `HTTPError`."""
+        """Call the REST API, e.g. ``call("GET", "/api/v2/dags")``; returns the parsed JSON, or raises `HTTPError`."""
         if not self._token and path != "/auth/token":
             login = {"username": self.user, "password": self.password()}
             self._token = self.call("POST", "/auth/token", login)["access_token"]
@@ -186,7 +185,7 @@ class AirflowServer:
             return False
 
     def alive(self, names: Collection[str] = ()) -> Iterator[int]:
-        """Airflow's processes that have not ended, with all that they started; all, or those of these names."""
+        """The ids of living processes that Airflow, or only the processes of these names, started."""
         for process in self._processes.values():
             process.poll()
         sessions = {process.pid for name, process in self._processes.items() if name in names or not names}
@@ -204,8 +203,8 @@ class AirflowServer:
                 probe.bind(("127.0.0.1", self.port))
             except OSError as error:
                 raise BusyError(
-                    f"The port {self.port} is taken ({error.strerror}); stop what listens there, or choose another: "
-                    f"`make airflow PORT=8081`."
+                    f"The port {self.port} is taken ({error.strerror}); stop the process that listens there, or choose "
+                    f"another port: `make airflow PORT=8081`."
                 ) from error
 
     def _start(self, *command: str) -> subprocess.Popen:
@@ -218,7 +217,7 @@ class AirflowServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(self._lock.fileno(),),  # who holds `home` as long as one of them lives
+                pass_fds=(self._lock.fileno(),),  # `home` stays locked while any of the processes lives
             )
         self._processes[command[0]] = process
         return process
@@ -229,18 +228,18 @@ class AirflowServer:
     def _require_alive(self) -> None:
         for command in PROCESSES:
             if self._processes[command[0]].poll() is not None:
-                raise UniViGUError(f"Airflow's {command[0]} has ended by itself; {self._log(command[0])} says why.")
+                raise UniViGUError(f"Airflow's {command[0]} ended unexpectedly; see {self._log(command[0])}.")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment(home: Path, root: Path, port: int) -> dict[str, str]:
-    """What makes an Airflow this one: settings by its documented variables, in place of a file."""
+    """Airflow's settings, as its documented environment variables instead of a configuration file."""
     return {
         "AIRFLOW_HOME": str(home),
         "AIRFLOW_VAR_UNIVIGU_ROOT": str(root),
@@ -257,10 +256,10 @@ def environment(home: Path, root: Path, port: int) -> dict[str, str]:
         "AIRFLOW__API__PORT": str(port),
         "AIRFLOW__API__BASE_URL": f"http://localhost:{port}",
         "AIRFLOW__API__WORKERS": "1",
-        "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "60",  # seconds; a busy machine's first answer takes longer than 5
+        "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "60",  # s; on a busy machine the first response takes over 5 s
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",  # after a crash tasks go on within two minutes
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",  # s; a crashed task is retried in two minutes
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         "DVC_NO_ANALYTICS": "1",
         "GX_ANALYTICS_ENABLED": "false",

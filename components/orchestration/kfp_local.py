@@ -1,4 +1,4 @@
-"""The Kubeflow pipeline on this machine: kfp's local runner, which starts a process a task."""
+"""Run the Kubeflow pipeline on this machine, with kfp's local runner and one process per task."""
 
 import builtins
 import contextlib
@@ -29,7 +29,7 @@ LOG = "kfp.log"
 
 
 class TaskFailedError(UniViGUError):
-    """A task failed, with the message and the exit code of the step's own command."""
+    """A task failed; has the message and the exit code of the step's command."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -37,14 +37,16 @@ class TaskFailedError(UniViGUError):
 
 
 def run_locally(root: Path, arguments: Mapping[str, Any]) -> None:
-    """Run the whole pipeline below `root`; raises what the failed step raised, or `PreemptedError` if told to stop.
+    """Run the whole pipeline in the work root; finished steps are skipped, by kfp's cache in the root.
 
-    Steps that are finished are skipped, by kfp's cache below the root.
+    Raises `TaskFailedError` if a step fails, and `PreemptedError` after SIGTERM.
     """
     from components.orchestration.kfp_pipeline import compile_to
 
     if refused := [name for name in CLUSTER_ONLY if name in arguments]:
-        raise ConfigError(f"On this machine there is no choice of {', '.join(refused)}; leave it out (or give --root).")
+        raise ConfigError(
+            f"A local run does not support the parameter {', '.join(refused)}; leave it out. The work root is --root."
+        )
     with _temporary_folder() as folder:
         compile_to(folder / "pipeline.yaml")
         typed = typed_arguments(folder / "pipeline.yaml", arguments)
@@ -58,7 +60,7 @@ def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
 
     home = root.resolve() / STATE / "kfp"
     os.environ[RUN_ID] = uuid4().hex
-    os.environ |= child_environment()  # kfp's runner passes it on to the tasks
+    os.environ |= child_environment()  # kfp's runner passes its environment to the tasks
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(home / "outputs"),
@@ -66,13 +68,13 @@ def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
         cache_root=str(home / "cache"),
     )
     pipeline = make_pipeline(retries=0)
-    with _stoppable(), _only_what_tasks_say(home / LOG), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that images and resources mean nothing here
+    with _stop_tasks_on_sigterm(), _show_only_task_output(home / LOG), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kfp warns that images and resources have no effect locally
         try:
             pipeline(**{"training_gpus": "0", **typed}, root=str(root.resolve()))
         except RuntimeError as error:
             failure = last_failure(str(root.resolve())) or {
-                "message": f"A task ended without saying why; {home / LOG} holds all that it wrote.",
+                "message": f"A task ended without an error message; see its output in {home / LOG}.",
                 "exit_code": UniViGUError.exit_code,
             }
             raise TaskFailedError(failure["message"], failure["exit_code"]) from error
@@ -80,7 +82,7 @@ def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """A folder that takes all temporary files of this process and of its tasks along: kfp leaves one of each task."""
+    """A folder for all temporary files of this process and of its tasks, as kfp leaves a file per task behind."""
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("TMPDIR")
         os.environ["TMPDIR"] = folder
@@ -93,8 +95,8 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _only_what_tasks_say(log: Path) -> Iterator[None]:
-    """Keep what kfp itself prints out of sight, in a log: it repeats each task's input and output."""
+def _show_only_task_output(log: Path) -> Iterator[None]:
+    """Write all output to a log, but show only our tasks' lines: kfp also prints each task's inputs and outputs."""
     names = "|".join((*(stage.name for stage in STAGES), "check-prerequisites", "cache-keys", "notify"))
     ours = re.compile(rf" *((?:{names})(?: \d+/\d+)? \| .*)", re.DOTALL)
     shown = sys.stdout
@@ -113,15 +115,15 @@ def _only_what_tasks_say(log: Path) -> Iterator[None]:
         with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(Filter()):
             yield
     finally:
-        builtins.print = plain  # kfp's tasks that run at once each swap it for one that indents, and leave one behind
+        builtins.print = plain  # concurrent kfp tasks replace it by an indenting version, and may not restore it
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """On SIGTERM, stop the processes of the tasks as well, and wait until they have saved their state."""
+def _stop_tasks_on_sigterm() -> Iterator[None]:
+    """On SIGTERM, also stop the processes of the tasks, and wait until they have saved their state."""
     import psutil
 
-    told = PreemptedError("The pipeline was told to stop; the same command goes on where it was.")
+    preempted = PreemptedError("The pipeline was stopped by SIGTERM; run the same command to resume it.")
     stopped = False
 
     def stop(*_: Any) -> None:
@@ -132,12 +134,12 @@ def _stoppable() -> Iterator[None]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
         psutil.wait_procs(processes, timeout=STOP_S)
-        raise told
+        raise preempted
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except UniViGUError as error:
-        raise (told if stopped else error) from error.__cause__  # kfp takes what was raised for a task's failure
+        raise (preempted if stopped else error) from error.__cause__  # kfp treats the exception as a task's failure
     finally:
         signal.signal(signal.SIGTERM, before)

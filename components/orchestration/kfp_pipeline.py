@@ -1,9 +1,9 @@
 """The table of steps as a Kubeflow pipeline, compiled to `infra/pipeline.yaml`.
 
-One task a step; a step that works in shards is made by several tasks at once and committed by one more, which needs no
-GPU. The first task checks whatever can be checked without a GPU; whichever way a run ends, a last one says so. The
-functions of this file's components run in pods (or under `kfp.local`) and only call `kfp_tasks.py`, which the image
-has: kfp copies their text, so each imports for itself.
+Each step is one task. A sharded step runs as several parallel tasks and is committed by one more task, which needs no
+GPU. The first task checks the prerequisites; a last task reports how the run ended, also after failures. The component
+functions of this file run in pods (or under `kfp.local`) and only call `kfp_tasks.py`, which is in the image. kfp
+copies their source text, so each function has its own imports.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,15 +21,15 @@ from components.pipeline.stages import STAGES, Stage, find_stage
 
 NAME = "uni-vigu"
 IMAGE = "ghcr.io/uni-vigu/uni-vigu:0.2.0"
-GPU_IMAGE = "ghcr.io/uni-vigu/uni-vigu-training:0.2.0"  # the same with a CUDA build of torch
-PACKAGE = Path("infra/pipeline.yaml")  # below the repository
+GPU_IMAGE = "ghcr.io/uni-vigu/uni-vigu-training:0.2.0"  # the same image with a CUDA build of torch
+PACKAGE = Path("infra/pipeline.yaml")  # relative to the repository
 HEADER = (
     "# Compiled by `univigu pipeline compile` from components/orchestration/kfp_pipeline.py; see docs/kubeflow.md.\n"
 )
-MOUNT = "/mnt/univigu"  # where pods find the volume
+MOUNT = "/mnt/univigu"  # mount path of the volume in pods
 USER = 1000  # the image's user
 RETRIES = 2
-CONTROL_HOURS = 1  # for the tasks that are no steps
+CONTROL_HOURS = 1  # timeout of tasks that run no step
 TRACKING_SECRET = "univigu-tracking"
 TRACKING_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 NOTIFY_SECRET = "univigu-notify"
@@ -58,12 +58,14 @@ def check_prerequisites(
 ) -> list:
     from components.orchestration import kfp_tasks
 
-    asked = {"gpus": pool_gpus, "gpu_cpu": pool_cpu, "gpu_memory": pool_memory}
-    asked |= {"training_gpus": gpus, "training_cpu": cpu, "training_memory": memory}
+    resources = {"gpus": pool_gpus, "gpu_cpu": pool_cpu, "gpu_memory": pool_memory}
+    resources |= {"training_gpus": gpus, "training_cpu": cpu, "training_memory": memory}
     options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
     options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
     trainjob = options if train_backend == "trainjob" else None
-    return kfp_tasks.check_prerequisites(profile, root, parts, train_backend, required_env, free_gib, asked, trainjob)
+    return kfp_tasks.check_prerequisites(
+        profile, root, parts, train_backend, required_env, free_gib, resources, trainjob
+    )
 
 
 def cache_keys(profile: str, root: str, checked: list) -> NamedTuple(
@@ -138,7 +140,7 @@ def run_trainjob(
 def run_part(step: str, profile: str, root: str, cache_key: str, declared: dict, inputs: str, part: str) -> str:
     from components.orchestration import kfp_tasks
 
-    # the task that commits looks at `inputs`: in a loop, kfp's local runner puts the loop's item in their place
+    # the committing task checks `inputs`: in a loop, kfp's local runner replaces them with the loop's item
     return kfp_tasks.run_step(step, profile, root, cache_key, declared, part=part)
 
 
@@ -163,7 +165,7 @@ def _make_components() -> dict[str, Callable[..., dsl.PipelineTask]]:
 
 
 def make_pipeline(retries: int = RETRIES) -> Any:
-    """The pipeline, in which a task that failed is tried again `retries` times."""
+    """The pipeline as a kfp function; a failed task is retried `retries` times."""
     default = {stage.resources.pool: stage.resources for stage in STAGES}
 
     @dsl.pipeline(name=NAME, description="From raw prompts to a registered model that generates and captions videos.")
@@ -173,7 +175,7 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         parts: int = 1,
         train_backend: str = "pod",
         promotion: str = "",
-        required_env: list = [],  # noqa: B006 (kfp reads the defaults, and nobody changes them)
+        required_env: list = [],  # noqa: B006 (kfp reads the defaults; nothing changes them)
         free_gib: float = 1.0,
         work_pvc: str = "univigu-work",
         image: str = IMAGE,
@@ -192,30 +194,15 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         training_runtime: str = Settings.runtime,
         training_queue: str = "",
     ):
-        shared = {"image": gpu_image, "accelerator": accelerator, "tolerations": tolerations}
+        def gpu_pool(cpu: Any, memory: Any, gpus: Any, node_selector: Any) -> Pool:
+            return Pool(gpu_image, cpu, memory, accelerator, gpus, node_selector, tolerations)
+
         pools = {
             "cpu": Pool(image, default["cpu"].cpu, default["cpu"].memory),
-            "gpu": Pool(cpu=gpu_cpu, memory=gpu_memory, gpus=gpus, node_selector=gpu_node_selector, **shared),
-            "training": Pool(
-                cpu=training_cpu,
-                memory=training_memory,
-                gpus=training_gpus,
-                node_selector=training_node_selector,
-                **shared,
-            ),
+            "gpu": gpu_pool(gpu_cpu, gpu_memory, gpus, gpu_node_selector),
+            "training": gpu_pool(training_cpu, training_memory, training_gpus, training_node_selector),
         }
-        trainjob = {
-            "image": gpu_image,
-            "claim": work_pvc,
-            "mount_path": MOUNT,
-            "gpu_resource": accelerator,
-            "gpus": training_gpus,
-            "cpu": training_cpu,
-            "memory": training_memory,
-            "nodes": training_nodes,
-            "runtime": training_runtime,
-            "queue": training_queue,
-        }
+        trainjob = pools["training"].trainjob_options(work_pvc, training_nodes, training_runtime, training_queue)
         graph = _Graph(_make_components(), pools, work_pvc, retries, profile, root, train_backend, trainjob, promotion)
         with dsl.ExitHandler(graph.add_notification(), name=NAME):
             checked = graph.add_check(parts, required_env, free_gib)
@@ -229,7 +216,7 @@ def make_pipeline(retries: int = RETRIES) -> Any:
 
 
 class Pool(NamedTuple):
-    """The kind of node that a task asks for; values may be parameters of the pipeline."""
+    """The image and the resources of a kind of task; values may be parameters of the pipeline."""
 
     image: Any
     cpu: Any
@@ -239,15 +226,30 @@ class Pool(NamedTuple):
     node_selector: Any = None
     tolerations: Any = None
 
+    def trainjob_options(self, claim: Any, nodes: Any, runtime: Any, queue: Any) -> dict[str, Any]:
+        """The arguments of `run_trainjob` for training on this pool."""
+        return {
+            "image": self.image,
+            "claim": claim,
+            "mount_path": MOUNT,
+            "gpu_resource": self.accelerator,
+            "gpus": self.gpus,
+            "cpu": self.cpu,
+            "memory": self.memory,
+            "nodes": nodes,
+            "runtime": runtime,
+            "queue": queue,
+        }
+
     def place(self, task: dsl.PipelineTask) -> None:
-        """Ask for this kind of node, as a user without privileges; what all tasks share is set here too."""
+        """Set the task's image and resources, and what all tasks have in common: user, run id and secrets."""
         kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
         kubernetes.use_field_path_as_env(task, env_name=RUN_ID, field_path="metadata.labels['pipeline/runid']")
         kubernetes.use_secret_as_env(
             task, secret_name=TRACKING_SECRET, secret_key_to_env={key: key for key in TRACKING_KEYS}, optional=True
         )
         task.set_container_image(self.image)
-        # kfp tells the groups around a task of most parameters that it uses, but not of those in its resources
+        # kfp registers a task's parameters with the groups around it, except for those in its resources
         task.register_pipeline_channels([value for value in self if isinstance(value, PipelineChannel)])
         task.set_cpu_request(self.cpu).set_memory_request(self.memory).set_memory_limit(self.memory)
         if self.accelerator is None:
@@ -260,12 +262,12 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True)
 class _Graph:
-    """The tasks of one pipeline as they are added to it, and the parameters that they share.
+    """Adds the tasks to one pipeline; holds the parameters that they share.
 
-    Most values are parameters of the pipeline, known only when it runs.
+    Most values are parameters of the pipeline, whose values are known only when it runs.
     """
 
-    tasks: Mapping[str, Callable[..., dsl.PipelineTask]]  # by the name of the function behind them
+    tasks: Mapping[str, Callable[..., dsl.PipelineTask]]  # by the name of the component's function
     pools: Mapping[str, Pool]
     work_pvc: Any
     retries: int
@@ -276,7 +278,7 @@ class _Graph:
     promotion: Any
 
     def add_notification(self) -> dsl.PipelineTask:
-        """The task that runs when all others have ended, however they did."""
+        """Add the task that runs after all others, also if they failed."""
         last = self._place(self.tasks["notify"](pipeline=NAME, root=self.root)).set_caching_options(False)
         kubernetes.use_secret_as_env(
             last, secret_name=NOTIFY_SECRET, secret_key_to_env={NOTIFY_URL: NOTIFY_URL}, optional=True
@@ -284,7 +286,7 @@ class _Graph:
         return last
 
     def add_check(self, parts: Any, required_env: Any, free_gib: Any) -> dsl.PipelineTask:
-        """The first task: whatever can be checked before anything long begins."""
+        """Add the first task, which checks the prerequisites."""
         checked = self.tasks["check_prerequisites"](
             profile=self.profile,
             root=self.root,
@@ -299,11 +301,11 @@ class _Graph:
         )
         self._place(checked)
         for stage in STAGES:
-            _give_secrets(checked, stage)
+            _add_secrets(checked, stage)
         return checked.set_caching_options(False)
 
     def add_cache_keys(self, checked: dsl.PipelineTask) -> dsl.PipelineTask:
-        """The task whose outputs are the steps' cache keys."""
+        """Add the task whose outputs are the steps' cache keys."""
         keys = self.tasks["cache_keys"](profile=self.profile, root=self.root, checked=checked.output)
         return self._place(keys).set_caching_options(False)
 
@@ -311,40 +313,41 @@ class _Graph:
         """Add the tasks of a step; returns the channel with the digest of its output."""
         inputs = {name: digests[name] for name in declaration(stage.name)["inputs"]}
         trained = {name: digest for name, digest in inputs.items() if find_stage(name).resources.pool == "training"}
-        about = {
+        arguments = {
             "step": stage.name,
             "profile": self.profile,
             "root": self.root,
             "cache_key": cache_key,
             "declared": declaration(stage.name),
             "inputs": " ".join(f"{name}={inputs[name]}" for name in inputs if name not in trained),
-            **{name.replace("-", "_"): digest for name, digest in trained.items()},  # kfp can't put these in a text
+            **{name.replace("-", "_"): digest for name, digest in trained.items()},  # kfp can't format these as text
         }
         if stage.sharded:
-            return self._add_parts(stage, about, checked)
+            return self._add_parts(stage, arguments, checked)
         if stage.resources.pool == "training":
-            return self._add_training(stage, about)
-        asked = {"promotion": self.promotion} if "register_model" in stage.parameters else {}
-        task = self._place(self.tasks["run_step"](**about, **asked), stage, stage.resources.pool)
+            return self._add_training(stage, arguments)
+        if "register_model" in stage.parameters:
+            arguments["promotion"] = self.promotion
+        task = self._place(self.tasks["run_step"](**arguments), stage, stage.resources.pool)
         if stage.external:
             task.set_caching_options(False)
         return task.set_display_name(stage.name).output
 
-    def _add_parts(self, stage: Stage, about: Mapping[str, Any], checked: dsl.PipelineTask) -> Any:
+    def _add_parts(self, stage: Stage, arguments: Mapping[str, Any], checked: dsl.PipelineTask) -> Any:
         with dsl.ParallelFor(checked.output, name=f"{stage.name}-parts") as part:
-            made = self._place(self.tasks["run_part"](**about, part=part), stage, stage.resources.pool)
+            made = self._place(self.tasks["run_part"](**arguments, part=part), stage, stage.resources.pool)
             made.set_display_name(f"{stage.name}-part")
-        task = self._place(self.tasks["commit_parts"](**about, made=dsl.Collected(made.output)), stage)
+        task = self._place(self.tasks["commit_parts"](**arguments, made=dsl.Collected(made.output)), stage)
         return task.set_display_name(stage.name).output
 
-    def _add_training(self, stage: Stage, about: Mapping[str, Any]) -> Any:
+    def _add_training(self, stage: Stage, arguments: Mapping[str, Any]) -> Any:
         with dsl.If(self.train_backend == "trainjob", name=f"{stage.name}-as-trainjob"):
-            elsewhere = self._place(self.tasks["run_trainjob"](**about, **self.trainjob), stage)
-            elsewhere.set_display_name(stage.name)
+            as_trainjob = self._place(self.tasks["run_trainjob"](**arguments, **self.trainjob), stage)
+            as_trainjob.set_display_name(stage.name)
         with dsl.Else(name=f"{stage.name}-in-pod"):
-            here = self._place(self.tasks["run_step"](**about, gpus=self.trainjob["gpus"]), stage, "training")
-            here.set_display_name(stage.name)
-        return dsl.OneOf(elsewhere.output, here.output)
+            in_pod = self._place(self.tasks["run_step"](**arguments, gpus=self.trainjob["gpus"]), stage, "training")
+            in_pod.set_display_name(stage.name)
+        return dsl.OneOf(as_trainjob.output, in_pod.output)
 
     def _place(self, task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
         kubernetes.mount_pvc(task, pvc_name=self.work_pvc, mount_path=MOUNT)
@@ -353,18 +356,18 @@ class _Graph:
         if self.retries:
             task.set_retry(self.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
         if stage is not None:
-            _give_secrets(task, stage)
+            _add_secrets(task, stage)
         return task
 
 
-def _give_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
+def _add_secrets(task: dsl.PipelineTask, stage: Stage) -> None:
     for secret, names in stage.secrets.items():
         kubernetes.use_secret_as_env(task, secret, secret_key_to_env={name: name for name in names}, optional=True)
 
 
 def compile_to(path: Path) -> None:
-    """Write the compiled pipeline: two YAML documents, of tasks and of what Kubernetes is asked for."""
+    """Write the compiled pipeline: two YAML documents, the tasks and their Kubernetes settings."""
     compiler.Compiler().compile(make_pipeline(), str(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # kfp's own opening lists the parameters' defaults in an order that changes from one run to the next
+    # kfp's own header lists the parameters' defaults in an order that changes from run to run
     path.write_text(HEADER + "".join(line for line in lines if not line.startswith("#")), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""A Kubeflow Pipelines server, as far as a run needs it: submit it once, see how it is, cancel it, read its logs.
+"""A client for runs on a Kubeflow Pipelines server: submit once, get the state, cancel, read logs.
 
-Over the v2beta1 API. `kfp.Client` isn't used: its calls have no time limit, it prints, and waiting with it never ends
-on a cancelled run. Tokens are read anew for each call, from the file in KF_PIPELINES_SA_TOKEN_PATH or the variable
-KFP_TOKEN; no message and no command line holds one.
+Uses the v2beta1 API. `kfp.Client` is not used: its calls have no timeout, it prints to standard output, and its wait
+for a run never returns if the run is cancelled. The token is read again for each call, from the file in
+KF_PIPELINES_SA_TOKEN_PATH or from the variable KFP_TOKEN; no message and no command line contains it.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
 from components.pipeline.digests import json_digest
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError, UniViGUError
 from univigu.files import file_sha256, read_yaml_documents
@@ -20,12 +22,12 @@ from univigu.files import file_sha256, read_yaml_documents
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1Run
 
-ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")  # as the kfp command reads it, and as kfp.Client does
+ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")  # variables that the kfp command and kfp.Client read
 TOKEN_FILE, TOKEN = "KF_PIPELINES_SA_TOKEN_PATH", "KFP_TOKEN"
 MOUNTED_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 EXPERIMENT = "uni-vigu"
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
-CANCELING = "CANCELING"  # asked to stop, and not ended yet
+CANCELING = "CANCELING"  # cancelled, but not ended yet
 ATTEMPTS = 4
 _TYPES = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float), "BOOLEAN": bool, "LIST": list, "STRUCT": dict}
 
@@ -43,7 +45,7 @@ class RunCanceledError(UniViGUError):
 
 
 class RunState(NamedTuple):
-    """KFP's own word for a run's state, and what the server says of it."""
+    """A run's state, in KFP's terms, and the server's message about it."""
 
     state: str
     message: str
@@ -54,11 +56,11 @@ class RunState(NamedTuple):
 
 
 class KfpServer:
-    """The server at `host`; without one, at the address in KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
+    """The server at `host`, by default at the address in KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
 
-    `namespace` is for servers with several users. A call that fails for a passing reason is made again, after `delay_s`
-    and then twice as long each time; after that it raises `TransientError`. Nothing is submitted twice for it. Who has
-    submitted looks once more after `settle_s`, longer than the server's clock ticks, whether somebody else was first.
+    namespace: for multi-user servers. A call that fails temporarily is retried after `delay_s` seconds, with doubled
+    delays, and finally raises `TransientError`; retries never submit a run twice. `settle_s` seconds after a
+    submission, longer than the resolution of the server's clock, `submit` checks whether another process was first.
     """
 
     def __init__(
@@ -68,15 +70,15 @@ class KfpServer:
 
         host = host or next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
         if not host:
-            raise ConfigError(f"No Kubeflow Pipelines server is named; give --host, or set {ENDPOINTS[0]}.")
+            raise ConfigError(f"No Kubeflow Pipelines server is given; use --host, or set {ENDPOINTS[0]}.")
         self.host = (host if "://" in host else f"https://{host}").rstrip("/")
         if "@" in urlsplit(self.host).netloc:
             raise ConfigError(
-                f"The address of the Kubeflow Pipelines server holds a user or a password; leave them out, and set "
+                f"The address of the Kubeflow Pipelines server contains a user name or password; remove them, and set "
                 f"{TOKEN} or {TOKEN_FILE}."
             )
         if urlsplit(self.host).scheme not in ("http", "https") or not urlsplit(self.host).hostname:
-            raise ConfigError(f"'{host}' is no address of a server; give one such as https://kfp.example.com.")
+            raise ConfigError(f"'{host}' is not a server address; use the form https://kfp.example.com.")
         self.namespace, self.timeout_s, self.delay_s, self.settle_s = namespace, timeout_s, delay_s, settle_s
         self._config = api.Configuration(host=self.host)
         self._config.retries = False
@@ -91,10 +93,10 @@ class KfpServer:
         experiment: str = EXPERIMENT,
         service_account: str = "",
     ) -> str:
-        """Start a run of a compiled pipeline and return its id; a run of this name that lives or succeeded is that run.
+        """Start a run of a compiled pipeline, unless a run of this name is active or succeeded; returns the run's id.
 
-        Raises `ConfigError` for arguments that the pipeline doesn't take, `BadInputError` where the run of this name
-        has other arguments, and `TransientError` while it is being cancelled.
+        Raises `ConfigError` for arguments that the pipeline doesn't have, `BadInputError` if the existing run has
+        other arguments, and `TransientError` while that run is being cancelled.
         """
         import kfp_server_api as api
 
@@ -108,11 +110,12 @@ class KfpServer:
             runtime_config=api.V2beta1RuntimeConfig(parameters=parameters),
             service_account=service_account or None,
         )
+        # Not by tenacity: only the create call is retried, and only if no run of this name is there yet
         for attempt in range(ATTEMPTS):
-            # Also before another attempt: the server may have taken the last one, and only its answer been lost.
+            # Before each attempt: the server may have created the run, and only its response was lost.
             if live := self._live_runs(run_name, experiment_id):
                 same = [run for run in live if _parameters(run) == parameters]
-                return _followed((same or live)[0], parameters)
+                return _reuse((same or live)[0], parameters)
             try:
                 own = self._call(self._runs.run_service_create_run, body, attempts=1).run_id
             except TransientError:
@@ -124,30 +127,30 @@ class KfpServer:
             live = self._live_runs(run_name, experiment_id)
             if not live or live[0].run_id == own:
                 return own
-            self._call(self._runs.run_service_terminate_run, own)  # somebody else was first
-            return _followed(live[0], parameters)
+            self._call(self._runs.run_service_terminate_run, own)  # another process was first
+            return _reuse(live[0], parameters)
         raise AssertionError("unreachable")
 
     def state(self, run_id: str) -> RunState:
-        """How a run is; raises `MissingInputError` where the server has none of this id."""
+        """The state of a run; raises `MissingInputError` if the server has no run with this id."""
         run = self._run(run_id)
         details = run.run_details.task_details or [] if run.run_details else []
-        failed = [f"{task.display_name} {_said(task.error)}".strip() for task in details if task.state == "FAILED"]
+        failed = [f"{task.display_name} {_message(task.error)}".strip() for task in details if task.state == "FAILED"]
         # pyrefly: ignore[no-matching-overload]
-        return RunState(run.state or "PENDING", "; ".join(filter(None, [_said(run.error), *failed])))
+        return RunState(run.state or "PENDING", "; ".join(filter(None, [_message(run.error), *failed])))
 
     def cancel(self, run_id: str) -> RunState:
-        """Ask the server to stop a run; one that has ended stays as it is. Returns its state afterwards."""
+        """Cancel a run, unless it has ended; returns its state afterwards."""
         if not self.state(run_id).is_terminal:
             self._call(self._runs.run_service_terminate_run, run_id)
         return self.state(run_id)
 
     def arguments(self, run_id: str) -> dict[str, Any]:
-        """The pipeline's parameters that a run was submitted with."""
+        """The parameters that a run was submitted with."""
         return _parameters(self._run(run_id))
 
     def logs(self, run_id: str, task: str = "") -> Iterator[tuple[str, str]]:
-        """(task, log) for each pod of a run that the server knows, or of one task; a log that is gone is left out."""
+        """(task, log) for each pod of a run, or of one of its tasks; logs that are gone are skipped."""
         details = self._run(run_id).run_details
         for detail in (details.task_details or []) if details else []:
             if task and detail.display_name != task:
@@ -177,7 +180,7 @@ class KfpServer:
 
     def _experiment_id(self, name: str) -> str | None:
         answer = self._call(
-            self._experiments.experiment_service_list_experiments, filter=_named(name), namespace=self.namespace
+            self._experiments.experiment_service_list_experiments, filter=_name_filter(name), namespace=self.namespace
         )
         return answer.experiments[0].experiment_id if answer.experiments else None
 
@@ -187,20 +190,20 @@ class KfpServer:
         body = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
         try:
             return self._call(self._experiments.experiment_service_create_experiment, body).experiment_id
-        except BadInputError:  # perhaps since it is there: somebody else's, or an answer was lost
+        except BadInputError:  # it may exist: another process created it, or a response was lost
             if found := self._experiment_id(name):
                 return found
             raise
 
     def _live_runs(self, run_name: str, experiment_id: str) -> list["V2beta1Run"]:
-        """The runs of this name that are under way or succeeded: first what isn't being cancelled, the oldest first."""
+        """The active and the succeeded runs of this name, oldest first; runs that are being cancelled come last."""
         found, page = [], ""
         while True:
             answer = self._call(
                 self._runs.run_service_list_runs,
                 experiment_id=experiment_id,
                 namespace=self.namespace,
-                filter=_named(run_name),
+                filter=_name_filter(run_name),
                 sort_by="created_at desc",
                 page_size=100,
                 page_token=page,
@@ -215,36 +218,35 @@ class KfpServer:
                 return sorted(found, key=lambda run: (run.state == CANCELING, run.created_at, run.run_id))
 
     def _call(self, method: Callable, *arguments: Any, attempts: int = ATTEMPTS, **options: Any) -> Any:
+        """Call a method of the API; retries transient failures, and raises errors of `univigu.errors`."""
+        retrying = Retrying(
+            retry=retry_if_exception_type(TransientError),
+            wait=wait_exponential(self.delay_s),
+            stop=stop_after_attempt(attempts),
+            reraise=True,
+        )
+        return retrying(self._call_once, method, *arguments, **options)
+
+    def _call_once(self, method: Callable, *arguments: Any, **options: Any) -> Any:
         from kfp_server_api import ApiException
         from urllib3.exceptions import HTTPError
 
-        for attempt in range(attempts):
-            self._set_token()
-            try:
-                answer = method(*arguments, **options, _request_timeout=self.timeout_s)
-                # pyrefly: ignore[not-iterable]
-                if not isinstance(answer, str) and "json" not in self._client.last_response.getheader(
-                    "Content-Type", ""
-                ):
-                    raise ValueError("no JSON")  # a login page, which the client would take for an empty answer
-                return answer
-            except ApiException as error:
-                failure: UniViGUError = self._explain(error)
-                cause: Exception = error
-            except HTTPError as error:  # no connection, or none that lasted
-                failure = TransientError(
-                    f"The Kubeflow Pipelines server at {self.host} does not answer ({type(error).__name__}); "
-                    "check the address and the network, and run the same command again."
-                )
-                cause = error
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"What answers at {self.host} is no Kubeflow Pipelines server; check --host."
-                ) from error
-            if not isinstance(failure, TransientError) or attempt == attempts - 1:
-                raise failure from cause
-            time.sleep(self.delay_s * 2**attempt)
-        raise AssertionError("unreachable")
+        self._set_token()
+        try:
+            answer = method(*arguments, **options, _request_timeout=self.timeout_s)
+            # pyrefly: ignore[not-iterable]
+            if not isinstance(answer, str) and "json" not in self._client.last_response.getheader("Content-Type", ""):
+                raise ValueError("no JSON")  # a login page, which the client would return as an empty answer
+            return answer
+        except ApiException as error:
+            raise self._explain(error) from error
+        except HTTPError as error:  # connection failed or lost
+            raise TransientError(
+                f"The Kubeflow Pipelines server at {self.host} does not answer ({type(error).__name__}); check the "
+                "address and the network, and run the same command again."
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.host} is not a Kubeflow Pipelines server; check --host.") from error
 
     def _set_token(self) -> None:
         path = Path(os.environ.get(TOKEN_FILE) or MOUNTED_TOKEN)
@@ -259,41 +261,41 @@ class KfpServer:
             self._config.api_key_prefix["authorization"] = "Bearer"
 
     def _explain(self, error: Any) -> UniViGUError:
-        """What a person should know of an answer that isn't a success."""
-        said = _body(error)
+        """The error of `univigu.errors` for a response that reports a failure."""
+        reason = _error_reason(error)
         if error.status == 404:
-            return MissingInputError(f"The server at {self.host} doesn't know what was asked for ({said}).")
+            return MissingInputError(f"The server at {self.host} does not have what was requested ({reason}).")
         if error.status in (401, 403) or 300 <= (error.status or 0) < 400:
             return ConfigError(
-                f"The server at {self.host} refuses the request (status {error.status}); "
-                f"set {TOKEN} or {TOKEN_FILE}, and give the right --namespace."
+                f"The server at {self.host} denies access (status {error.status}); set {TOKEN} or {TOKEN_FILE}, and "
+                f"check --namespace."
             )
         if error.status in (408, 425, 429) or not error.status or error.status >= 500:
             return TransientError(
-                f"The server at {self.host} failed (status {error.status}: {said}); run the same command again later."
+                f"The server at {self.host} failed (status {error.status}: {reason}); run the same command again later."
             )
-        return BadInputError(f"The server at {self.host} does not take the request: {said}.")
+        return BadInputError(f"The server at {self.host} rejects the request: {reason}.")
 
 
 def read_package(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two documents of a compiled pipeline: its tasks, and what is asked of Kubernetes."""
+    """The two documents of a compiled pipeline: its tasks, and their Kubernetes settings."""
     try:
         documents = read_yaml_documents(package)
     except FileNotFoundError as error:
         raise MissingInputError(
-            f"There is no compiled pipeline {package}; run `univigu pipeline compile` first."
+            f"There is no compiled pipeline at {package}; run `univigu pipeline compile` first."
         ) from error
     except (OSError, ValueError) as error:
-        raise BadInputError(f"{package} can't be read as YAML; run `univigu pipeline compile` again.") from error
+        raise BadInputError(f"{package} is not valid YAML; run `univigu pipeline compile` again.") from error
     if not documents or not isinstance(documents[0], dict) or "pipelineInfo" not in documents[0]:
-        raise BadInputError(f"{package} is no compiled pipeline; give one that `univigu pipeline compile` has written.")
+        raise BadInputError(f"{package} is not a compiled pipeline; use a file from `univigu pipeline compile`.")
     return documents[0], documents[1] if len(documents) > 1 else {}
 
 
 def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with the types that the pipeline declares; text is read as JSON where it isn't to be text.
+    """Convert arguments to the types that the pipeline declares; strings are parsed as JSON for all other types.
 
-    Raises `ConfigError` for a name or a value that the pipeline doesn't take.
+    Raises `ConfigError` for an unknown parameter and for a value of the wrong type.
     """
     pipeline, _ = read_package(package)
     declared = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
@@ -308,16 +310,16 @@ def typed_arguments(package: Path, arguments: Mapping[str, Any]) -> dict[str, An
         try:
             typed[name] = json.loads(value) if isinstance(value, str) else value
         except ValueError as error:
-            raise ConfigError(f"'{name}' takes JSON of type {kind}, which '{value}' is not.") from error
+            raise ConfigError(f"'{name}' must be JSON of type {kind}, not '{value}'.") from error
         if not isinstance(typed[name], _TYPES[kind]) or (kind != "BOOLEAN" and isinstance(typed[name], bool)):
-            raise ConfigError(f"'{name}' takes a value of type {kind}, which {json.dumps(typed[name])} is not.")
+            raise ConfigError(f"'{name}' must be of type {kind}, not {json.dumps(typed[name])}.")
         if kind == "NUMBER_DOUBLE":
-            typed[name] = float(typed[name])  # kfp's local runner takes no other for one
+            typed[name] = float(typed[name])  # kfp's local runner does not accept an integer
     return typed
 
 
 def default_run_name(package: Path, arguments: Mapping[str, Any]) -> str:
-    """A name that says what is run: the same pipeline with the same arguments has the same name."""
+    """A run name from the pipeline and its arguments: the same pipeline with the same arguments has the same name."""
     pipeline, _ = read_package(package)
     digest = json_digest([file_sha256(package), typed_arguments(package, arguments)])
     return f"{pipeline['pipelineInfo']['name']}-{digest[:10]}"
@@ -327,33 +329,33 @@ def _parameters(run: "V2beta1Run") -> dict[str, Any]:
     return dict((run.runtime_config.parameters if run.runtime_config else None) or {})
 
 
-def _followed(run: "V2beta1Run", parameters: Mapping[str, Any]) -> str:
-    """The id of a run that was there before, if it does what is asked for."""
-    there = _parameters(run)
-    if there != parameters:
-        differing = sorted(key for key in {*there, *parameters} if there.get(key) != parameters.get(key))
+def _reuse(run: "V2beta1Run", parameters: Mapping[str, Any]) -> str:
+    """The id of an existing run, if it has these parameters and is not being cancelled."""
+    existing = _parameters(run)
+    if existing != parameters:
+        differing = sorted(key for key in {*existing, *parameters} if existing.get(key) != parameters.get(key))
         raise BadInputError(
-            f"There is a run '{run.display_name}' with other arguments ({', '.join(differing)}): {run.run_id}; give "
+            f"There is a run '{run.display_name}' with other arguments ({', '.join(differing)}): {run.run_id}; use "
             "another name."
         )
     if run.state == CANCELING:
         raise TransientError(
-            f"The run {run.run_id} of this name is being cancelled; run the same command again when that is done."
+            f"The run {run.run_id} of this name is being cancelled; run the same command again when it has ended."
         )
     # pyrefly: ignore[bad-return]
     return run.run_id
 
 
-def _named(name: str) -> str:
+def _name_filter(name: str) -> str:
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
 
 
-def _said(status: Any) -> str:
+def _message(status: Any) -> str:
     return " ".join((status.message or "").split()) if status else ""
 
 
-def _body(error: Any) -> str:
-    """What the server gave as its reason, in one line of bounded length."""
+def _error_reason(error: Any) -> str:
+    """The reason in the server's response, in one line of at most 300 characters."""
     try:
         body = json.loads(error.body)
         text = str(body.get("error") or body.get("message") or error.reason)

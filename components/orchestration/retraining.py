@@ -1,6 +1,6 @@
-"""What an orchestrator decides around the steps: whether to train, and who is to be champion.
+"""Decisions around the steps: whether to train, and which version becomes champion.
 
-Plain functions without an orchestrator in them; `dags/` calls them.
+These functions don't depend on an orchestrator; `dags/` calls them.
 """
 
 import json
@@ -22,7 +22,7 @@ from univigu import registry
 from univigu.errors import BadInputError
 from univigu.files import read_yaml
 
-DATASET_STEP = "validate-prompts"  # whose output is the dataset that a retraining begins with
+DATASET_STEP = "validate-prompts"  # its output is the dataset that a retraining starts from
 DATASET_STEPS = ("curate-prompts", DATASET_STEP)
 REGISTRATION_STEP = "register-model"
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -30,43 +30,43 @@ PROFILE_TAG = "univigu.profile"
 
 
 def dataset(root: Path, profile: str) -> dict[str, Any]:
-    """The digest and the number of rows of the validated prompts that `profile` has made below `root`.
+    """The digest and the number of rows of the validated prompts in `root`, made with `profile`.
 
-    Raises `MissingInputError` where there are none, and `BadInputError` where others lie there.
+    Raises `MissingInputError` if there are none, and `BadInputError` if they were made with another profile.
     """
     manifest = finished(DATASET_STEP, load_profile(profile), root)
     if manifest is None:
         verify(root / find_stage(DATASET_STEP).home, DATASET_STEP)
         raise BadInputError(
-            f"The validated prompts below {root} are not what the profile '{profile}' makes: another run has replaced "
-            f"them; run this again."
+            f"The validated prompts in {root} were not made with the profile '{profile}': another run has replaced "
+            f"them; run the task again."
         )
     return {"digest": manifest["digest"], "rows": manifest["rows_out"]}
 
 
 def announced_profile(extra: Mapping[str, Any], default: str) -> str:
-    """The profile that the event of a dataset says it was made with, or `default` where it says none.
+    """The profile that a dataset's event names, or `default` if it names none.
 
-    Raises `BadInputError` for one that isn't the project's.
+    Raises `BadInputError` for an unknown profile.
     """
     profile = extra.get("profile", default)
     if profile not in profile_names():
         raise BadInputError(
-            f"The event's 'profile' is {json.dumps(profile)}, which is none of {', '.join(profile_names())}; emit the "
-            f"event again with one of these."
+            f"The event's 'profile' is {json.dumps(profile)}, which is not a profile; emit the event again with one of "
+            f"{', '.join(profile_names())}."
         )
     return profile
 
 
 def find_trained(root: Path, profile: str, digest: str) -> int | None:
-    """The newest version that was trained with this profile from the dataset of this digest, if there is one.
+    """The newest version that was trained with this profile from the dataset with this digest, or None.
 
-    Raises `BadInputError` for what is no digest, and `TransientError` where the registry does not answer.
+    Raises `BadInputError` for an invalid digest, and `TransientError` if the registry does not answer.
     """
     if not DIGEST.fullmatch(digest):
         raise BadInputError(
-            f"The event's 'digest' is {json.dumps(digest)}, which is no SHA-256 of a dataset; the DAG `new_data` "
-            f"emits events that have one."
+            f"The event's 'digest' is {json.dumps(digest)}, which is not a SHA-256 digest; emit the event with the "
+            f"dataset's digest, as the DAG `new_data` does."
         )
     open_tracking(root)
     tags = {f"univigu.digest.{DATASET_STEP}": digest, PROFILE_TAG: profile}
@@ -76,12 +76,11 @@ def find_trained(root: Path, profile: str, digest: str) -> int | None:
 
 
 def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
-    """The version registered from below `root` against the champion: ``name``, ``version``, ``champion``, ``better``
-    and ``reason``.
+    """Compare the version that was registered from `root` with the champion.
 
-    Whoever else has registered a candidate meanwhile is left alone. The version is marked as trained with `profile`;
-    nothing else is changed. Raises `MissingInputError` where nothing was registered from here, and `BadInputError`
-    where it was under another name.
+    Returns ``name``, ``version``, ``champion``, ``better`` and ``reason``. Candidates that other processes registered
+    are ignored. The version gets a tag with `profile`; nothing else changes. Raises `MissingInputError` if nothing was
+    registered from `root`, and `BadInputError` if it was registered under another name.
     """
     name = _name(profile)
     home = root / find_stage(REGISTRATION_STEP).home
@@ -89,8 +88,8 @@ def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
     registered = json.loads((home / "registration.json").read_text(encoding="utf-8"))
     if registered["name"] != name:
         raise BadInputError(
-            f"What was registered from {root} is called '{registered['name']}', and the profile '{profile}' says "
-            f"'{name}': another run has replaced it; run this again."
+            f"The model registered from {root} is called '{registered['name']}', but the profile '{profile}' names "
+            f"'{name}': another run has replaced it; run the task again."
         )
     open_tracking(root)
     candidate = registry.find_version(name, registered["version"], tracking_uri(root))
@@ -106,30 +105,30 @@ def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
 
 
 def promote_version(root: Path, name: str, version: int, who: str, why: str) -> dict[str, Any]:
-    """Make a version champion if it still is better; returns the ledger's ``outcome`` and ``reason``."""
-    entry = promotion.offer(name, version, why, who=who, root=root)
+    """Make a version champion if it is still better; returns the ledger's ``outcome`` and ``reason``."""
+    entry = promotion.promote_if_better(name, version, why, who=who, root=root)
     return {"outcome": entry.outcome, "reason": entry.reason}
 
 
 def version_dataset(root: Path, profile: str) -> str:
-    """Put the dataset below `root` into DVC's cache and its lock file; returns what was done, in words.
+    """Add the dataset in `root` to DVC's cache and to dvc.lock; returns a sentence that says what was done.
 
-    The lock file is for people to commit: nothing here writes to git. Where the work root is no DVC project, or is set
-    to another profile, nothing is versioned, and the words say why.
+    The user commits dvc.lock; nothing here writes to git. If the work root is not a DVC project, or is set to another
+    profile, nothing is versioned, and the sentence says why.
     """
     if not (root / ".dvc").is_dir() or not (root / "dvc.yaml").is_file():
-        return f"not versioned: {root} is no DVC project, so the dataset is known by its digest alone"
+        return f"not versioned: {root} is not a DVC project, so only the digest identifies the dataset"
     chosen = _chosen_profile(root)
     if chosen != profile:
-        return f"not versioned: params.yaml names the profile '{chosen}', and the dataset is made with '{profile}'"
+        return f"not versioned: params.yaml names the profile '{chosen}', but the dataset is made with '{profile}'"
     command = [sys.executable, "-m", "dvc", "commit", "--quiet", "--force", *DATASET_STEPS]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "DVC_NO_ANALYTICS": "1"}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-        raise BadInputError(f"DVC could not version the dataset below {root} ({said}); run `dvc status` there.")
-    return "in DVC's cache, and named by dvc.lock; `git commit dvc.lock` and `dvc push` make it everybody's"
+        reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+        raise BadInputError(f"DVC could not version the dataset in {root} ({reason}); run `dvc status` there.")
+    return "added to DVC's cache and to dvc.lock; `git commit dvc.lock` and `dvc push` share it"
 
 
 def _name(profile: str) -> str:

@@ -1,19 +1,21 @@
-"""Training on a pool of GPU nodes: `univigu train-job` has a step run as a Kubeflow TrainJob, and stays with it.
+"""Training on a pool of GPU nodes: `univigu train-job` runs a step as a Kubeflow TrainJob, and follows it to its end.
 
-The TrainJob's name is derived from the step and from all that decides its output, so the same work is never submitted
-twice: whoever comes second follows the first. Only the conditions Complete and Failed end it (a queued job may never
-report that it runs). The work root is a volume that this process and the pods see under the same path; the pods run
-`univigu run STEP` on it, and go on from the checkpoint that they find there.
+The TrainJob's name is derived from the step and from everything that determines its output, so the same work is never
+submitted twice: a second command follows the existing TrainJob. Only the conditions Complete and Failed end it, because
+a queued job may never report that it runs. The work root is a volume that is mounted at the same path here and in the
+pods; the pods run `univigu run STEP` on it, and resume from the checkpoint there.
+
+The Kubeflow SDK (0.5.0) is not used: its runtime patch has no grace period, and it reports no exit codes or conflicts.
 
 =======================================  ============================================================================
-what happens                             what becomes of it
+event                                    result
 =======================================  ============================================================================
-all stop with 81, or a node goes away    submitted again, and goes on from its checkpoint; after `--resumes`: exit 81
-a pod ends with another code             that code and its last words; the TrainJob stays to be looked at
-no pod runs for `--start-timeout`        deleted, exit 75, with what Kubernetes says about it
-the TrainJob is deleted from outside     exit 81: the pods were told to stop, so they saved
-SIGTERM or Ctrl-C here                   deleted, exit 81 or 130: the same
-the API server doesn't answer            asked again for `--api-timeout`, then exit 75; the TrainJob goes on
+all pods exit with 81, or a node fails   submitted again, resumes from its checkpoint; exit 81 after `--resumes` times
+a pod exits with another code            that exit code and the last message; the TrainJob is kept for inspection
+pods don't start in `--start-timeout`    deleted, exit 75, with the reason that Kubernetes gives
+someone else deletes the TrainJob        exit 81: the pods received SIGTERM, so they saved their state
+SIGTERM or Ctrl-C here                   deleted, exit 81 or 130; the pods save their state
+the API server does not answer           retried for `--api-timeout`, then exit 75; the TrainJob keeps running
 =======================================  ============================================================================
 """
 
@@ -32,22 +34,22 @@ RUN_LABEL = "univigu/run-id"
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a TrainJob runs, and with how much; a profile says what it trains."""
+    """Where a TrainJob runs, and with which resources; the profile decides what it trains."""
 
     namespace: str | None = None  # None: that of the pod, or of the kubeconfig's context
     runtime: str = "univigu-torchrun"  # a TrainingRuntime of the namespace
-    image: str | None = None  # None: the runtime's
+    image: str | None = None  # None: the runtime's image
     claim: str | None = None  # the PersistentVolumeClaim that holds the work root; None: the runtime mounts it
-    mount_path: Path | None = None  # where that volume lies, here and in the pods; None: the root itself
+    mount_path: Path | None = None  # where that volume is mounted, here and in the pods; None: at the work root
     nodes: int = 1
-    gpus: int | None = None  # of a node, one process each; None: what the step's table says; 0: one process on the CPU
+    gpus: int | None = None  # per node, one process per GPU; None: the default of stages.py; 0: one process on the CPU
     gpu_resource: str = "nvidia.com/gpu"
     cpu: str | None = None
     memory: str | None = None
     queue: str | None = None  # Kueue's LocalQueue
-    run_id: str | None = None  # of the pipeline's run that this is part of
-    env: Mapping[str, str] = field(default_factory=dict)  # nothing secret: the runtime takes secrets by reference
-    grace: int = 600  # seconds in which a pod that is told to stop may save
+    run_id: str | None = None  # of the pipeline run that this is part of
+    env: Mapping[str, str] = field(default_factory=dict)  # no secrets: the runtime references Secrets
+    grace: int = 600  # seconds that a pod has to save its state after SIGTERM
     resumes: int = 20
     start_timeout: float = 1800.0
     api_timeout: float = 300.0
@@ -55,7 +57,7 @@ class Settings:
 
 
 def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) -> dict[str, Any]:
-    """The TrainJob that runs a stage, as the API takes it; `key` says which work it is, and nothing else has it."""
+    """The TrainJob that runs a stage, as an API object; `key` identifies the work (see `work_key`)."""
     models = import_extra("kubeflow_trainer_api.models")
     gpus, mount_path = _gpus(stage, settings), str((settings.mount_path or root).resolve())
     resources = {"cpu": settings.cpu or stage.resources.cpu, "memory": settings.memory or stage.resources.memory}
@@ -107,7 +109,7 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
 
 
 def work_key(run_key: str, root: Path, settings: Settings) -> str:
-    """A digest of all that decides the output, and of where it goes: two roots may make the same."""
+    """A digest of everything that determines the output, and of the work root: two roots may hold the same output."""
     return json_digest([run_key, str(root), settings.claim])
 
 
@@ -116,5 +118,5 @@ def _gpus(stage: Stage, settings: Settings) -> int:
 
 
 def processes(stage: Stage, settings: Settings) -> int:
-    """Of each node: one for each GPU, or one on the CPU."""
+    """The number of processes per node: one per GPU, or one on the CPU."""
     return max(_gpus(stage, settings), 1)

@@ -1,4 +1,4 @@
-"""One TrainJob from its submission to its end: `train_job.py` says what becomes of it in each case."""
+"""Submit a TrainJob and follow it to its end; the table in `train_job.py` lists all outcomes."""
 
 import signal
 import sys
@@ -26,15 +26,15 @@ from univigu.errors import (
 
 TRAINING_MODULE = "components.training.train_stage"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
-_HOPELESS = {error.exit_code for error in (BadInputError, ConfigError, CorruptDataError, MissingInputError)}
-_DISRUPTIONS = {"Evicted", "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated"}  # why a pod was ended
+_PERMANENT = {error.exit_code for error in (BadInputError, ConfigError, CorruptDataError, MissingInputError)}
+_DISRUPTIONS = {"Evicted", "NodeLost", "NodeShutdown", "Preempting", "Shutdown", "Terminated"}  # reasons of pods
 
 
 def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> dict[str, Any]:
-    """Have the step `name` run as a TrainJob; returns the manifest of its output.
+    """Run the step `name` as a TrainJob; returns the manifest of its output.
 
-    Everything that can be checked is, before GPUs are asked for. Raises an error of `univigu.errors`, as the table at
-    the head of `train_job` says.
+    Checks the settings before it requests GPUs. Raises errors of `univigu.errors`, as listed in the table of
+    `train_job`.
     """
     from components.pipeline.runner import make_step
 
@@ -44,10 +44,10 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
     return follow(job, settings, lambda: _output_of(step))
 
 
-def try_train_job(name: str, profile: str, root: Path, settings: Settings) -> None:
-    """Have the API server check such a TrainJob as it would a real one; raises as `run_train_job` does.
+def dry_run_train_job(name: str, profile: str, root: Path, settings: Settings) -> None:
+    """Have the API server validate the TrainJob without creating it; raises the errors of `run_train_job`.
 
-    The step's inputs don't have to be there yet.
+    The step's inputs need not exist yet.
     """
     stage, profile, root = _check(name, profile, root, settings)
     with Cluster.connect(settings.namespace, settings.api_timeout) as cluster:
@@ -55,12 +55,12 @@ def try_train_job(name: str, profile: str, root: Path, settings: Settings) -> No
 
 
 def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Stage, str, Path]:
-    """The stage, the profile's name or absolute path, and the absolute root; raises for what can't be trained there."""
+    """The stage, the profile's name or absolute path, and the absolute root; raises if these can't be trained."""
     from univigu.training.engine import TrainingConfig, micro_batches
 
     stage, root = find_stage(name), root.resolve()
     if stage.module != TRAINING_MODULE:
-        raise ConfigError(f"'{name}' doesn't train, so it needs no TrainJob; use `univigu run {name}`.")
+        raise ConfigError(f"'{name}' is not a training step and needs no TrainJob; use `univigu run {name}`.")
     mount_path = (settings.mount_path or root).resolve()
     if not root.is_relative_to(mount_path):
         raise BadInputError(f"The work root {root} is not on the volume at {mount_path}; give another --mount-path.")
@@ -77,7 +77,7 @@ def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Sta
 
 
 def _output_of(step: Any) -> dict[str, Any] | None:
-    """The manifest of the step's output, if these inputs, parameters and code made it and it is whole."""
+    """The manifest of the step's output, if it is complete and made from these inputs, parameters and code."""
     try:
         manifest = verify(step.previous, step.stage.name)
     except BadInputError:
@@ -86,7 +86,7 @@ def _output_of(step: Any) -> dict[str, Any] | None:
 
 
 def follow(job: dict[str, Any], settings: Settings, output: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """See a TrainJob through to its end, submitting it if it isn't there; returns what `output` then finds."""
+    """Follow a TrainJob to its end, and submit it first if necessary; returns the result of `output`."""
     with Cluster.connect(settings.namespace, settings.api_timeout) as cluster:
         return _Follower(cluster, job, settings, output).run()
 
@@ -103,13 +103,13 @@ class _Follower:
     ) -> None:
         self.cluster, self.job, self.settings, self.output = cluster, job, settings, output
         self.name = job["metadata"]["name"]
-        self.called = f"TrainJob {cluster.namespace}/{self.name}"
+        self.label = f"TrainJob {cluster.namespace}/{self.name}"
         self.logs = _Logs(cluster)
         self.last_state = ""
 
     # pyrefly: ignore[bad-return]
     def run(self) -> dict[str, Any]:
-        """Follow the TrainJob, submitting it where it isn't there yet or was preempted; returns the manifest."""
+        """Submit the TrainJob, also again after preemption, and follow it to its end; returns the manifest."""
         with _cancellation():
             try:
                 return self._run()
@@ -124,7 +124,7 @@ class _Follower:
                 if manifest := self.output():
                     return manifest
                 raise MissingInputError(
-                    f"The {self.called} has completed, and its output is not below the work root here; check that "
+                    f"The {self.label} has completed, but its output is not in the work root here; check that "
                     "--claim is the volume that is mounted at --mount-path, and that the pods' image has this version."
                 )
             pods = self.cluster.pods(self.name)
@@ -132,155 +132,155 @@ class _Follower:
                 raise self._failure(job, pods)
             if resumed > self.settings.resumes:
                 break
-            self._say(f"preempted; submitting it again ({resumed} of {self.settings.resumes})")
+            self._report(f"preempted; submitting it again ({resumed} of {self.settings.resumes})")
             self._submit()
         raise PreemptedError(
-            f"The {self.called} was preempted {self.settings.resumes + 1} times, and saved its state; run the same "
-            "command to go on, or ask for a pool that lasts longer."
+            f"The {self.label} was preempted {self.settings.resumes + 1} times, and saved its state; run the same "
+            "command to resume it, or use a pool that is preempted less often."
         )
 
     def _submit(self) -> None:
-        """See to it that the TrainJob is there: created, or found under way, or finished with its output in place."""
+        """Create the TrainJob, unless one of this name is running or has completed with its output in place."""
         while not self.cluster.create(self.job):
             found = self.cluster.get(self.name)
             if found is None:
                 continue
             if found["metadata"].get("deletionTimestamp"):
-                self._say("another of this name is being deleted; waiting for it to be gone")
+                self._report("an earlier one is being deleted; waiting until it is gone")
             elif _condition(found, "Complete") and not self.output():
-                self._say("an earlier one has completed, but its output is gone; replacing it")
+                self._report("an earlier one has completed, but its output is gone; replacing it")
             elif _condition(found, "Failed"):
-                self._say("an earlier one has failed; replacing it, to go on from its checkpoint")
+                self._report("an earlier one has failed; replacing it, to resume from its checkpoint")
             else:
-                self._say("it was submitted before; following it")
+                self._report("already submitted; following it")
                 return
             self.cluster.delete(self.name, self.settings.grace + 60)
-        self._say(f"submitted, nodes: {self.settings.nodes}")
+        self._report(f"submitted, nodes: {self.settings.nodes}")
 
     def _follow(self) -> dict[str, Any]:
-        """Wait for the TrainJob's end, passing on its first pod's log; returns it as it was last seen."""
-        alive = time.monotonic()
+        """Wait for the TrainJob's end and forward its first pod's log; returns its last state."""
+        last_active = time.monotonic()
         while True:
             job = self.cluster.get(self.name)
             if job is None or job["metadata"].get("deletionTimestamp"):
                 raise PreemptedError(
-                    f"The {self.called} was deleted by someone else while it was followed; its pods were told to stop "
-                    "and save. Run the same command to go on."
+                    f"The {self.label} was deleted by someone else; its pods received SIGTERM and saved their state. "
+                    "Run the same command to resume it."
                 )
             pods = self.cluster.pods(self.name)
-            self.logs.pass_on(pods)
+            self.logs.forward(pods)
             if _condition(job, "Complete") or _condition(job, "Failed"):
                 return job
-            running = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded")]  # a replaced one has Failed
+            running = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded")]  # replaced pods are Failed
             queued = job["spec"].get("suspend") or _condition(job, "Suspended")
             if len(running) >= self.settings.nodes or queued:
-                alive = time.monotonic()
-            if time.monotonic() - alive > self.settings.start_timeout:
-                why = self.cluster.why_not_started(self.name, pods)
+                last_active = time.monotonic()
+            if time.monotonic() - last_active > self.settings.start_timeout:
+                reason = self.cluster.pending_reason(self.name, pods)
                 self.cluster.delete(self.name, 0)
                 raise TransientError(
-                    f"The {self.called} had {len(running)} of {self.settings.nodes} pods running for "
-                    f"{self.settings.start_timeout:g} s and was deleted ({why}); mend that, or wait for room, and run "
-                    "the same command."
+                    f"The {self.label} had {len(running)} of {self.settings.nodes} pods running for "
+                    f"{self.settings.start_timeout:g} s and was deleted ({reason}); fix the cause, or wait for free "
+                    "nodes, and run the same command."
                 )
             if queued:
-                self._say("waiting in its queue")
+                self._report("waiting in its queue")
             elif running:
-                self._say(f"{len(running)} of {self.settings.nodes} pods have started")
+                self._report(f"{len(running)} of {self.settings.nodes} pods have started")
             else:
-                self._say(f"waiting for its pods ({self.cluster.why_not_started(self.name, pods)})")
+                self._report(f"waiting for its pods ({self.cluster.pending_reason(self.name, pods)})")
             time.sleep(self.settings.poll)
 
     def _failure(self, job: Mapping[str, Any], pods: Sequence[Any]) -> UniViGUError:
-        """The error that the pods ended with, under the same exit code."""
-        ended = [(pod.metadata.name, *end) for pod in pods if (end := _end(pod)) and end[0]]
+        """The error of the pod that caused the failure, with the same exit code."""
+        ended = [(pod.metadata.name, *end) for pod in pods if (end := _termination(pod)) and end[0]]
         for name, *_ in ended:
             self.logs.show_tail(name)
         condition = one_line(_condition(job, "Failed").get("message") or "no reason given")
         if not ended:
-            return UniViGUError(f"The {self.called} failed ({condition}), and no pod is left that says why.")
-        name, code, reason = max(ended, key=lambda end: (_is_own_fault(*end[1:]), end[1]))
+            return UniViGUError(f"The {self.label} failed ({condition}), and no pod is left whose log shows the cause.")
+        name, code, reason = max(ended, key=lambda end: (_is_own_failure(*end[1:]), end[1]))
         if reason == "OOMKilled":
             limit = self.job["spec"]["trainer"]["resourcesPerNode"]["limits"]["memory"]
             return UniViGUError(
-                f"The {self.called} failed: pod {name} needed more memory than its {limit} (OOMKilled); raise "
+                f"The {self.label} failed: pod {name} exceeded its memory limit of {limit} (OOMKilled); raise "
                 "--memory, or lower `micro_batch_size`."
             )
-        said = f", saying: {self.logs.last_words}" if self.logs.last_words else "; its log is above"
-        message = f"The {self.called} failed: pod {name} ended with exit code {code}{said}"
+        detail = f": {self.logs.last_message}" if self.logs.last_message else "; its log is above"
+        message = f"The {self.label} failed: pod {name} ended with exit code {code}{detail}"
         return _error_class(code)(message if message.endswith(".") else f"{message}.")
 
     def _clean_up(self, cancelled: "_Cancelled") -> None:
-        """Delete the TrainJob; the pods save what they have, as their own SIGTERM asks them to."""
-        self._say("told to stop; deleting it")
-        self.cluster.patience = min(self.cluster.patience, 15.0)  # whoever told will not wait for ever
+        """Delete the TrainJob; its pods receive SIGTERM and save their state."""
+        self._report("received a signal to stop; deleting it")
+        self.cluster.retry_s = min(self.cluster.retry_s, 15.0)  # SIGKILL may follow soon
         try:
             self.cluster.delete(self.name, 0)
         except TransientError as error:
             raise TransientError(
-                f"The {self.called} may still be running, as the API server doesn't answer; delete it with "
+                f"The {self.label} may still be running, because the API server does not answer; delete it with "
                 f"`kubectl delete trainjob {self.name} --namespace {self.cluster.namespace}`."
             ) from error
         if cancelled.number == signal.SIGINT:
             raise KeyboardInterrupt
         raise PreemptedError(
-            f"The {self.called} was deleted, as this command was told to stop; its pods save what they have. Run the "
-            "same command to go on."
+            f"The {self.label} was deleted, because this command received SIGTERM; its pods save their state. Run the "
+            "same command to resume it."
         )
 
-    def _say(self, state: str) -> None:
+    def _report(self, state: str) -> None:
         if state != self.last_state:
-            print(f"{self.called}: {state}", file=sys.stderr, flush=True)
+            print(f"{self.label}: {state}", file=sys.stderr, flush=True)
         self.last_state = state
 
 
 class _Logs:
-    """The log of the pod that speaks for all, on standard output, a few lines at each look."""
+    """Forwards the log of the first pod to standard output, new lines at each poll."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.pod, self.last, self.looked = "", "", 0.0
-        self.last_words = ""  # what the command said last: why it stopped
+        self.pod, self.last, self.polled = "", "", 0.0  # uid, timestamp of the last line, time of the last poll
+        self.last_message = ""  # the last error message of the command
 
-    def pass_on(self, pods: Sequence[Any]) -> None:
+    def forward(self, pods: Sequence[Any]) -> None:
         first = [p for p in pods if p.metadata.labels.get(INDEX_LABEL, "0") == "0" and p.status.phase != "Pending"]
         if not first:
             return
         pod = max(first, key=lambda p: p.metadata.creation_timestamp)
         if pod.metadata.uid != self.pod:
-            self.pod, self.last, self.looked = pod.metadata.uid, "", 0.0
+            self.pod, self.last, self.polled = pod.metadata.uid, "", 0.0
         now = time.monotonic()
-        since = {"since_seconds": int(now - self.looked) + 10} if self.looked else {}
+        since = {"since_seconds": int(now - self.polled) + 10} if self.polled else {}
         text = self.cluster.log(pod.metadata.name, timestamps=True, **since)
         if text is None:
             return
-        self.looked = now
+        self.polled = now
         for line in text.splitlines():
-            stamp, _, said = line.partition(" ")
-            if stamp > self.last:  # kubelet's stamps are of equal length
-                self.last = stamp
-                print(one_line(said), flush=True)
-                self._remember(said)
+            timestamp, _, content = line.partition(" ")
+            if timestamp > self.last:  # kubelet's timestamps have equal length, so they sort as text
+                self.last = timestamp
+                print(one_line(content), flush=True)
+                self._remember(content)
 
     def show_tail(self, pod: str) -> None:
-        """The end of a failed pod's log, on standard error."""
+        """Print the end of a failed pod's log to standard error."""
         for line in (self.cluster.log(pod, tail_lines=20) or "").splitlines():
             print(f"{pod}: {one_line(line)}", file=sys.stderr)
             self._remember(line)
 
     def _remember(self, line: str) -> None:
-        if said := sentence(line):
-            self.last_words = one_line(said)
+        if message := sentence(line):
+            self.last_message = one_line(message)
 
 
 def _condition(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The condition of that type if it is true, else nothing."""
+    """The condition of this type if its status is True, otherwise an empty mapping."""
     conditions = job.get("status", {}).get("conditions") or []
     return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), {})
 
 
-def _end(pod: Any) -> tuple[int, str] | None:
-    """How a pod's training container ended: exit code and reason."""
+def _termination(pod: Any) -> tuple[int, str] | None:
+    """The exit code and the reason with which a pod's training container ended; None while it runs."""
     for status in pod.status.container_statuses or []:
         state = status.state.terminated or (status.last_state and status.last_state.terminated)
         if status.name == NODE and state:
@@ -289,19 +289,19 @@ def _end(pod: Any) -> tuple[int, str] | None:
 
 
 def _is_preempted(pods: Sequence[Any]) -> bool:
-    """Whether pods saved and left, or were taken away: what comes of it is not the training's own fault."""
-    ends = [end for pod in pods if (end := _end(pod))]
-    if any(code in _HOPELESS for code, _ in ends):
+    """Whether pods were preempted or evicted, so that submitting the TrainJob again can help."""
+    ends = [end for pod in pods if (end := _termination(pod))]
+    if any(code in _PERMANENT for code, _ in ends):
         return False
     disrupted = {c.type for pod in pods for c in pod.status.conditions or [] if c.status == "True"}
     if "DisruptionTarget" in disrupted or any(pod.status.reason in _DISRUPTIONS for pod in pods):
-        return True  # and who was left alone may have ended with any code
+        return True  # the remaining pods lose their peers and may exit with any code
     saved = any(code == PreemptedError.exit_code for code, _ in ends)
-    return saved and not any(_is_own_fault(code, reason) for code, reason in ends)
+    return saved and not any(_is_own_failure(code, reason) for code, reason in ends)
 
 
-def _is_own_fault(code: int, reason: str) -> bool:
-    """Whether a pod failed by itself: neither was it told to stop, nor killed because it hadn't stopped in time."""
+def _is_own_failure(code: int, reason: str) -> bool:
+    """Whether a pod failed on its own: it neither stopped after SIGTERM nor was killed after its grace period."""
     stopped = {0, PreemptedError.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
     return reason == "OOMKilled" or code not in stopped
 
@@ -316,7 +316,7 @@ def _error_class(code: int) -> type[UniViGUError]:
 
 
 class _Cancelled(BaseException):
-    """SIGTERM or SIGINT came; not an Exception, so that nothing on the way takes it for a failed request."""
+    """SIGTERM or SIGINT was received; not an `Exception`, so that no handler mistakes it for a failed request."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -324,7 +324,7 @@ class _Cancelled(BaseException):
 
 @contextmanager
 def _cancellation() -> Iterator[None]:
-    """Raise `_Cancelled` at the first SIGTERM or SIGINT, and let nothing more disturb the cleaning up."""
+    """Raise `_Cancelled` on the first SIGTERM or SIGINT; ignore further ones, so that the clean-up completes."""
 
     def cancel(number: int, _: object) -> None:
         for one in before:

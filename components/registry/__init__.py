@@ -1,1 +1,1 @@
-"""The step register-model; promotion, rollback, lineage, and versions of the dataset."""
+"""The step `register-model`; promotion, rollback, lineage, and dataset versions."""

@@ -1,7 +1,8 @@
 """Versions of the dataset: an annotated git tag at a commit whose `dvc.lock` names the data.
 
-A tag is called ``dataset@v1.2.0``, as GTO and DVC Studio call versions of an artifact (https://dvc.org/doc/gto). Its
-message holds the dataset's digest, by which models name it, and counts, so that a tag can be understood on its own.
+A tag is called ``dataset@v1.2.0``, the format that GTO and DVC Studio use for artifact versions
+(https://dvc.org/doc/gto). Its message holds the dataset's digest, which models refer to, and row counts, so that a tag
+can be read without the data.
 """
 
 import json
@@ -18,7 +19,7 @@ from components.pipeline.stages import find_stage
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError
 
 NAME = "dataset"
-STEPS = (  # whose outputs are the dataset, in the order in which they are made
+STEPS = (  # their outputs are the dataset, in the order in which they run
     "curate-prompts",
     "validate-prompts",
     "synthesize-videos",
@@ -27,7 +28,7 @@ STEPS = (  # whose outputs are the dataset, in the order in which they are made
     "validate-pairs",
     "encode-latents",
 )
-RECIPE = ("dvc.lock", "dvc.yaml", "params.yaml")  # what must be committed for a tag to say something
+RECIPE = ("dvc.lock", "dvc.yaml", "params.yaml")  # a tag identifies the data only if these are committed
 _VERSION = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 _FACT = re.compile(r"^([A-Z][A-Za-z-]+): (.*)$", re.M)
 
@@ -44,18 +45,18 @@ class Snapshot:
 
 
 def take_snapshot(root: Path, version: str = "") -> tuple[Snapshot, bool]:
-    """Tag the dataset that lies below `root`; returns its tag, and whether that is new.
+    """Tag the dataset under `root`; returns its snapshot, and whether the tag is new.
 
-    A dataset that has a tag already keeps that one. version: ``v1.2.0``; by default the next minor one. Raises
-    `BadInputError` outside git, where the recipe isn't committed, and where the data differ from ``dvc.lock``.
+    A dataset that is already tagged keeps its tag. version: ``v1.2.0``; by default the next minor version. Raises
+    `BadInputError` outside git, if the recipe isn't committed, and if the data differ from ``dvc.lock``.
     """
     _require_git(root)
     manifests = {step: read_manifest(root / find_stage(step).home, step) for step in STEPS}
     _require_in_cache(root)
     digest = manifests["encode-latents"]["digest"]
-    known = find_snapshot(root, digest)
-    if known:
-        return known, False
+    existing = find_snapshot(root, digest)
+    if existing:
+        return existing, False
     _require_committed(root)
     tag = f"{NAME}@{_next_version(list_snapshots(root), version)}"
     counts = {step: manifests[step]["rows_out"] for step in STEPS}
@@ -71,32 +72,32 @@ def take_snapshot(root: Path, version: str = "") -> tuple[Snapshot, bool]:
     )
     done = _run(["git", "tag", "-a", tag, "-m", message], root)
     if done.returncode:
-        raise BadInputError(f"git did not make the tag '{tag}': {_last_line(done)}")
+        raise BadInputError(f"git could not create the tag '{tag}': {_last_line(done)}")
     made = find_snapshot(root, digest)
     assert made is not None
     return made, True
 
 
 def push_data(root: Path) -> None:
-    """Send the dataset's files to the default DVC remote; raises `ConfigError` where there is none."""
+    """Push the dataset's files to the default DVC remote; raises `ConfigError` if there is none."""
     if not _run(_dvc("config", "core.remote"), root).stdout.strip():
         raise ConfigError(
             "There is no default DVC remote to push to; add one with `dvc remote add -d store URL`, where URL is a "
-            "folder, s3://bucket/path or gs://bucket/path."
+            "folder, `s3://bucket/path` or `gs://bucket/path`."
         )
     done = _run(_dvc("push", *(find_stage(step).home for step in STEPS)), root)
     if done.returncode:
-        raise TransientError(f"`dvc push` did not send the data ({_last_line(done)}); mend that, and run it again.")
+        raise TransientError(f"`dvc push` failed ({_last_line(done)}); fix the cause, then run it again.")
 
 
 def list_snapshots(root: Path) -> list[Snapshot]:
-    """Every tagged dataset of the repository, the newest version first."""
+    """All tagged datasets of the repository, newest version first."""
     fields = ("%(refname:strip=2)", "%(*objectname)", "%(taggerdate:iso-strict)", "%(contents)")
     pattern = f"refs/tags/{NAME}@*"
     done = _run(["git", "for-each-ref", f"--format={'%1f'.join(fields)}%1e", pattern], root)
     if done.returncode:
         _require_git(root)
-        raise BadInputError(f"git can't list its tags below {root.resolve()}: {_last_line(done)}")
+        raise BadInputError(f"git can't list the tags of {root.resolve()}: {_last_line(done)}")
     found = []
     for record in done.stdout.split("\x1e")[:-1]:
         tag, commit, when, message = record.strip("\n").split("\x1f", 3)
@@ -107,7 +108,7 @@ def list_snapshots(root: Path) -> list[Snapshot]:
 
 
 def find_snapshot(root: Path, digest: str) -> Snapshot | None:
-    """The first tag of the dataset with this digest; None where it has none, or where `root` is not in git."""
+    """The first tag of the dataset with this digest; None if it has none, or if `root` is not in git."""
     try:
         found = [one for one in list_snapshots(root) if one.digest == digest]
     except BadInputError:
@@ -115,42 +116,42 @@ def find_snapshot(root: Path, digest: str) -> Snapshot | None:
     return found[-1] if found else None
 
 
-# --- what must hold before a tag is made -----------------------------------------------------------------------------
+# --- preconditions for a tag -----------------------------------------------------------------------------------------
 
 
 def _require_git(root: Path) -> None:
     if _run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], root).returncode:
         raise BadInputError(
             f"{root.resolve()} is not in a git repository with a commit, so there is nothing to tag; work in a clone, "
-            f"or run `git init` and commit."
+            f"or run `git init` and commit first."
         )
 
 
 def _require_committed(root: Path) -> None:
     if not (root / "dvc.lock").is_file():
-        raise MissingInputError(f"There is no dvc.lock in {root.resolve()}; run `dvc repro`, which writes it.")
+        raise MissingInputError(f"{root.resolve()} has no dvc.lock; run `dvc repro`, which writes it.")
     changed = _run(["git", "status", "--porcelain", "-z", "--", *RECIPE], root).stdout.split("\0")
     names = [entry[3:] for entry in changed if entry]
     if names:
         raise BadInputError(
-            f"{', '.join(names)} differ{'s' if len(names) == 1 else ''} from what is committed, and a tag points at a "
-            f"commit; run `git add {' '.join(names)}` and `git commit`, then this again."
+            f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} uncommitted changes, and a tag points to a "
+            f"commit; run `git add {' '.join(names)}` and `git commit`, then try again."
         )
 
 
 def _require_in_cache(root: Path) -> None:
-    """Refuse data that are not those of dvc.lock, or that DVC could not bring back."""
+    """Refuse data that differ from dvc.lock, or that DVC could not restore."""
     homes = {find_stage(step).home for step in STEPS}
     done = _run(_dvc("data", "status", "--json", *sorted(homes)), root)
     if done.returncode:
-        raise BadInputError(f"`dvc data status` failed below {root.resolve()}: {_last_line(done)}")
+        raise BadInputError(f"`dvc data status` failed in {root.resolve()}: {_last_line(done)}")
     status = json.loads(done.stdout)
     changed = [path for paths in status.get("uncommitted", {}).values() for path in _paths(paths)]
     lost = _paths(status.get("not_in_cache", []))
     for paths, fault in ((changed, "differs from dvc.lock"), (lost, "is not in DVC's cache")):
         wrong = [path.rstrip("/") for path in paths if path.rstrip("/") in homes]
         if wrong:
-            raise BadInputError(f"{wrong[0]} {fault}; run `dvc repro`, and commit the dvc.lock that it leaves.")
+            raise BadInputError(f"{wrong[0]} {fault}; run `dvc repro`, and commit the dvc.lock that it writes.")
 
 
 def _paths(entries: Sequence[Any]) -> list[str]:
@@ -162,9 +163,9 @@ def _next_version(known: Sequence[Snapshot], wanted: str) -> str:
     if wanted:
         wanted = wanted.removeprefix(f"{NAME}@")
         if not _VERSION.fullmatch(wanted):
-            raise BadInputError(f"'{wanted}' is no version; give one such as v1.2.0, or none for the next.")
+            raise BadInputError(f"'{wanted}' is not a version; use the form v1.2.0, or omit it for the next version.")
         if wanted in taken:
-            raise BadInputError(f"{NAME}@{wanted} is the tag of another dataset; give another version, or none.")
+            raise BadInputError(f"{NAME}@{wanted} tags another dataset; give another version, or omit it.")
         return wanted
     if not taken:
         return "v1.0.0"
@@ -188,11 +189,13 @@ def _run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise MissingInputError(f"'{command[0]}' can't be run below {root.resolve()} ({error.strerror}).") from error
+        raise MissingInputError(
+            f"'{command[0]}' can't be run in {root.resolve()} ({error.strerror}); install it and check PATH."
+        ) from error
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command said went wrong, in one line."""
-    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["it said nothing"]
-    said = [line for line in lines if line.lower().startswith(("error", "fatal"))]
-    return (said or lines)[-1].strip()
+    """The error message of a command, in one line."""
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["no output"]
+    errors = [line for line in lines if line.lower().startswith(("error", "fatal"))]
+    return (errors or lines)[-1].strip()

@@ -1,13 +1,13 @@
-"""Who moved a model's aliases, when and why: a ledger that lives in MLflow, beside the registry that it is about.
+"""The promotion ledger: who changed a model's aliases, when and why. It is stored in MLflow, next to the registry.
 
-Each line is a run of the experiment ``NAME/promotions``, so that it travels with the tracking server, shows in its
-pages, and can be read by anything that reads MLflow. What is decided is logged as params, which MLflow refuses to
-change; nothing here deletes or edits a line that says something.
+Each line is a run of the experiment ``NAME/promotions``, so it is backed up with the tracking server, appears in its
+UI, and can be read by any MLflow client. A decision is logged as params, which MLflow does not allow to change; this
+module never deletes or edits a line that holds a decision.
 
-A line is also the lease (`components.registry.leases`) of the process that writes it. What is decided is written first,
-at once; then the aliases are moved; then the line is ended. So a process may be killed anywhere: where nothing was
-decided its line is deleted, and what was decided is done by the next holder, as the process would have done it. Whoever
-asks for the same again is then told what was decided, and no second line is written.
+A line is also the lease (`components.registry.leases`) of the process that writes it. The decision is written first, in
+one request; then the aliases are set; then the run is ended. A process may therefore be killed at any point: the next
+holder deletes a line without a decision, and completes a decision that was written. If the same request is repeated, it
+returns that decision and writes no second line.
 """
 
 import time
@@ -25,11 +25,11 @@ from univigu.errors import TransientError, UniViGUError
 from univigu.mlflow_store import explained, first_contact, without_secrets
 
 OUTCOMES = PROMOTED, REFUSED, UNCHANGED, ROLLED_BACK = "promoted", "refused", "unchanged", "rolled back"
-UNDER_WAY, FAILED = "under way", "failed"  # what a line says that has not ended, or that broke off before any change
-UNREADABLE = "unreadable"  # a run among the lines that none of ours is like
+UNDER_WAY, FAILED = "under way", "failed"  # a line that has not ended, or that failed before any change
+UNREADABLE = "unreadable"  # a run of the experiment that is not a ledger line
 _FINISHED = "attributes.status = 'FINISHED'"
-_PROSE = {"who", "why", "reason"}  # of a line: what people wrote, or MLflow said
-_SETTLED_TAG = "univigu.settled"  # of a line that another process completed, until whoever asked for it is told
+_FREE_TEXT = {"who", "why", "reason"}  # params that users or error messages supply
+_SETTLED_TAG = "univigu.settled"  # marks a line that another process completed, until its request is repeated
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Entry:
     why: str
     action: str
     outcome: str
-    version: int  # the one that was to become champion
-    replaced: int | None = None  # the champion at that moment
+    version: int  # the version that was to become champion
+    replaced: int | None = None  # the champion before it
     forced: bool = False
     reason: str = ""
     metric: str = ""
@@ -51,32 +51,32 @@ class Entry:
 
 
 class Lease:
-    """The one process that may move aliases of `name` now, and the line that it writes."""
+    """The right to change the aliases of `name`, and the ledger line that its holder writes."""
 
     def __init__(self, client: Any, experiment: str, run_id: str, name: str) -> None:
         self._client, self._experiment, self._run_id, self._name = client, experiment, run_id, name
         self._began = time.monotonic()
-        self._line: str | None = None  # the run that says what was decided: this one, or an earlier one
+        self._line: str | None = None  # the run that holds the decision: this one, or an earlier one
 
     def find_settled(self, request: str) -> bool:
-        """Take over the line of the same request whose process was killed, if what it decided still stands."""
+        """Adopt the line of the same request whose process was killed, if its decision still holds."""
         condition = f"tags.`{_SETTLED_TAG}` = 'true' and params.request = '{request}' and {_FINISHED}"
         for run in leases.search_runs(self._client, self._experiment, condition):
             line = _entry(run)
-            left = line.replaced if line.outcome == REFUSED else line.version
-            if line.outcome in OUTCOMES and _champion(self._name) == left:
+            expected = line.replaced if line.outcome == REFUSED else line.version
+            if line.outcome in OUTCOMES and _champion(self._name) == expected:
                 self._line = run.info.run_id
                 return True
         return False
 
     def find_decided(self, request: str) -> bool:
-        """Take over the line of the same request, whoever wrote it, for what is decided only once."""
+        """Adopt the line of the same request, whichever process wrote it: for decisions that are made only once."""
         run = _decided(self._client, self._experiment, request)
         self._line = run and run.info.run_id
         return run is not None
 
     def decide(self, facts: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        """Write the line: from here on it is done, by this process or by the next holder."""
+        """Write the decision; from here on this process or the next holder carries it out."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -84,61 +84,61 @@ class Lease:
             self._run_id, metrics=[Metric(key, float(value), now, 0) for key, value in scores.items()]
         )
         self._client.update_run(self._run_id, name=f"{facts['action']} version {facts['version']}")
-        self._write(facts)  # last, and at once: a line that has params has all of them, and its scores
+        self._write(facts)  # last, in one request: a line with any params has all of them, and its scores
         self._line = self._run_id
 
-    def move(self, to: int, replaced: int | None) -> None:
-        """Make `to` champion, and who it replaces `previous`."""
+    def set_champion(self, to: int, replaced: int | None) -> None:
+        """Set the alias `champion` to version `to`, and `previous` to the version that it replaces."""
         if time.monotonic() - self._began > leases.LEASE_S / 2:
             self._client.set_terminated(self._run_id, "FAILED")
             raise TransientError(
-                f"The lease to change '{self._name}' took longer than {leases.LEASE_S / 2:.0f} s, so it was given up; "
-                f"see `univigu model history`, and try again."
+                f"The aliases of '{self._name}' were not changed, because the decision took longer than "
+                f"{leases.LEASE_S / 2:.0f} s and the lease may expire; check `univigu model history`, and try again."
             )
-        _point(self._name, to, replaced)
+        _set_aliases(self._name, to, replaced)
 
     def fail(self, facts: Mapping[str, Any]) -> None:
-        """Write a line that says what was asked for, and that nothing came of it."""
+        """Write a line with the request and the outcome `failed`."""
         self._write(facts)
         self._line = self._run_id
         self._client.set_terminated(self._run_id, "FAILED")
 
     def end(self) -> None:
-        """End the line; a lease without one leaves nothing."""
+        """End the line; delete the run of a lease that wrote no line."""
         if self._line == self._run_id:
             self._client.set_terminated(self._run_id, "FINISHED")
             return
         leases.drop(self._client, self._run_id, "FINISHED")
-        if self._line is not None:  # last of all: until here whoever asked may be killed, and ask once more
-            self._forget(self._line)
+        if self._line is not None:  # last: if this process is killed before, a repeated request finds the line again
+            self._remove_settled_tag(self._line)
 
     def abandon(self) -> None:
-        """Leave as a killed process would: what was decided to the next holder, what was not to nobody."""
+        """Leave a decision to the next holder, as a killed process would; delete a lease without one."""
         if self._line != self._run_id:
             leases.drop(self._client, self._run_id)
 
     def entry(self) -> Entry:
-        """The line as it stands."""
+        """The current line."""
         assert self._line is not None
         return _entry(self._client.get_run(self._line))
 
     def _write(self, facts: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        texts = {key: without_secrets(str(facts[key])) for key in _PROSE & facts.keys()}
+        texts = {key: without_secrets(str(facts[key])) for key in _FREE_TEXT & facts.keys()}
         params = [Param(key, str(value)) for key, value in {**facts, **texts}.items() if value is not None]
         self._client.log_batch(self._run_id, params=params)
 
-    def _forget(self, run_id: str) -> None:
+    def _remove_settled_tag(self, run_id: str) -> None:
         if _SETTLED_TAG in self._client.get_run(run_id).data.tags:
             self._client.delete_tag(run_id, _SETTLED_TAG)
 
 
 @contextmanager
 def hold_lease(name: str, root: Path, title: str, who: str, why: str) -> Iterator[Lease]:
-    """A lease on the aliases of `name`: waits for others, settles what killed ones left, and ends its line.
+    """Hold a lease on the aliases of `name`: wait for other holders, recover expired leases, and end the line.
 
-    Raises `BusyError` where others take too long.
+    Raises `BusyError` if other processes hold the lease for too long.
     """
     experiment = open_tracking(root, _experiment(name))
     from mlflow import MlflowClient
@@ -148,20 +148,20 @@ def hold_lease(name: str, root: Path, title: str, who: str, why: str) -> Iterato
     tags = {"mlflow.user": who, "mlflow.note.content": without_secrets(why)}
     with (
         explained(tracking_uri(root)),
-        leases.hold(client, experiment, title, tags, lambda run: _settle(client, run, name)) as run_id,
+        leases.hold(client, experiment, title, tags, lambda run: _recover(client, run, name)) as run_id,
     ):
         lease = Lease(client, experiment, run_id, name)
         try:
             yield lease
         except BaseException:
-            with suppress(MlflowException, UniViGUError):  # if the server is gone, the next holder does this
+            with suppress(MlflowException, UniViGUError):  # if the server does not answer, the next holder does this
                 lease.abandon()
             raise
         lease.end()
 
 
 def read_ledger(name: str, root: Path) -> list[Entry]:
-    """Every line about `name`, the newest first."""
+    """All ledger lines of `name`, newest first."""
     store = existing_store(root)
     with first_contact(store):
         from mlflow import MlflowClient
@@ -171,11 +171,11 @@ def read_ledger(name: str, root: Path) -> list[Entry]:
         if experiment is None:
             return []
         runs = leases.search_runs(client, experiment.experiment_id)
-        return [_entry(run) for run in runs if run.data.params]  # without: leases of those who have not decided
+        return [_entry(run) for run in runs if run.data.params]  # runs without params are leases without a decision
 
 
 def find_decision(name: str, request: str, root: Path) -> Entry | None:
-    """The line about what is decided only once, if it was."""
+    """The line of a request that is decided only once; None if it is not decided yet."""
     experiment = open_tracking(root, _experiment(name))
     from mlflow import MlflowClient
 
@@ -194,11 +194,11 @@ def _decided(client: Any, experiment: str, request: str) -> Any:
     return next((run for run in found if _entry(run).outcome in OUTCOMES), None)
 
 
-# --- what killed processes left --------------------------------------------------------------------------------------
+# --- recovery of expired leases --------------------------------------------------------------------------------------
 
 
-def _settle(client: Any, run: Any, name: str) -> None:
-    """Do what the line of a killed process decided, unless the champion is now another one than it left."""
+def _recover(client: Any, run: Any, name: str) -> None:
+    """Carry out the decision of a killed process, unless the champion has changed since."""
     run_id, params = run.info.run_id, run.data.params
     if "outcome" not in params:
         leases.drop(client, run_id)
@@ -206,7 +206,7 @@ def _settle(client: Any, run: Any, name: str) -> None:
     client.set_tag(run_id, _SETTLED_TAG, "true")
     try:
         done = _complete(name, params)
-    except ValueError:  # the line is none of ours
+    except ValueError:  # not a ledger line
         done = False
     client.set_terminated(run_id, "FINISHED" if done else "FAILED")
 
@@ -215,16 +215,16 @@ def _complete(name: str, params: Mapping[str, str]) -> bool:
     if params["outcome"] in (REFUSED, UNCHANGED):
         return True
     version, replaced = _number(params, "version"), _number(params, "replaced")
-    there = [int(one.version) for one in registry.versions(name)]
-    if params["outcome"] not in (PROMOTED, ROLLED_BACK) or version not in there:
+    existing = [int(one.version) for one in registry.versions(name)]
+    if params["outcome"] not in (PROMOTED, ROLLED_BACK) or version not in existing:
         return False
     if _champion(name) not in (version, replaced):
         return False
-    _point(name, version, replaced if replaced in there else None)
+    _set_aliases(name, version, replaced if replaced in existing else None)
     return True
 
 
-def _point(name: str, champion: int, previous: int | None) -> None:
+def _set_aliases(name: str, champion: int, previous: int | None) -> None:
     registry.set_alias(name, registry.CHAMPION, champion)
     if previous is not None:
         registry.set_alias(name, registry.PREVIOUS, previous)
@@ -246,7 +246,7 @@ def _entry(run: Any) -> Entry:
     try:
         return Entry(
             id=run.info.run_id,
-            when=_moment(run),
+            when=_start_time(run),
             who=params["who"],
             why=params["why"],
             action=params["action"],
@@ -259,12 +259,12 @@ def _entry(run: Any) -> Entry:
             scores=dict(run.data.metrics),
         )
     except (KeyError, ValueError) as error:
-        reason = f"the run {run.info.run_id} is no line of a ledger ({type(error).__name__}: {error})"
-        return Entry(run.info.run_id, _moment(run), "?", "?", "?", UNREADABLE, 0, reason=reason)
+        reason = f"the run {run.info.run_id} is not a ledger line ({type(error).__name__}: {error})"
+        return Entry(run.info.run_id, _start_time(run), "?", "?", "?", UNREADABLE, 0, reason=reason)
 
 
-def _moment(run: Any) -> str:
+def _start_time(run: Any) -> str:
     try:
         return datetime.fromtimestamp((run.info.start_time or 0) / 1000, UTC).isoformat(timespec="seconds")
-    except (OverflowError, ValueError, OSError):  # beyond any calendar
+    except (OverflowError, ValueError, OSError):  # not representable as a date
         return "?"

@@ -1,5 +1,6 @@
-"""The way back from a registered version: model -> training runs -> dataset -> snapshot -> prompts."""
+"""Trace a registered version to its origins: model -> training runs -> dataset -> snapshot -> prompts."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,15 +13,15 @@ from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 from univigu.files import read_json_object
 
 DATA_STEPS = ("curate-prompts", "encode-latents")
-_REPAIR = "put back a copy of the version's files, or delete the version and register the model again"
+_REPAIR = "restore the version's files from a copy, or delete the version and register the model again"
 Fact = TypeVar("Fact", int, str, dict, list)
 
 
 def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
-    """What a version (a number or an alias) was made of, from its own tags and files; plain values, for JSON.
+    """The origins of a version (a number or an alias), read from its tags and files; JSON values.
 
-    The dataset's snapshot is looked for in the git repository of `root`. Raises `MissingInputError` where there is no
-    such version, or where its files are gone, and `CorruptDataError` where its files don't say what they should.
+    The dataset's snapshot is searched in the git repository of `root`. Raises `MissingInputError` if there is no such
+    version or its files are gone, and `CorruptDataError` if its files are damaged.
     """
     store = existing_store(root)
     found = registry.find_version(name, version, store)
@@ -30,11 +31,9 @@ def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
     tags = found.tags
     if not {"univigu.dataset_digest", "univigu.model_digest"} <= tags.keys():
         raise BadInputError(
-            f"Version {found.version} of '{name}' has no tags that lead back to its data, so `register-model` did not "
-            f"make it, or somebody removed them; ask who registered it."
+            f"Version {found.version} of '{name}' has no lineage tags: either `register-model` did not create it, or "
+            f"its tags were removed; ask who registered it."
         )
-    digest = tags["univigu.dataset_digest"]
-    snapshot = dataset_versions.find_snapshot(root, digest)
     prompts, latents = (manifests[step] for step in DATA_STEPS)
     return {
         "model": {
@@ -46,39 +45,48 @@ def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
             "decision": tags.get("univigu.decision"),
         },
         "runs": [
-            {"step": tag.removeprefix("univigu.run."), "id": run_id, **_run_facts(run_id, store)}
-            for tag, run_id in sorted(tags.items())
-            if tag.startswith("univigu.run.")
+            {"step": step, "id": run_id, **_run_facts(run_id, store)}
+            for step, run_id in _tags_below(tags, "univigu.run.").items()
         ],
-        "dataset": {
-            "digest": digest,
-            "samples": _fact(latents, int, "rows_out"),
-            "pairs_digest": _fact(latents, str, "inputs", "pairs"),
-            "snapshot": snapshot and snapshot.tag,
-            "commit": snapshot and snapshot.commit,
-        },
-        "prompts": {
-            "digest": _fact(prompts, str, "digest"),
-            "raw_digest": _fact(prompts, str, "inputs", "raw"),
-            "raw": _fact(prompts, int, "rows_in"),
-            "kept": _fact(prompts, int, "rows_out"),
-            "rejected": _fact(prompts, dict, "reasons"),
-            "files": _fact(prompts, dict, "facts", "sources") if "sources" in _fact(prompts, dict, "facts") else {},
-            "sources": [
-                {
-                    "source": _fact(row, str, "source"),
-                    "licence": _fact(row, str, "licence"),
-                    "count": _fact(row, int, "count"),
-                }
-                for row in _fact(sources, list, "sources")
-            ],
-        },
-        "steps": {
-            tag.removeprefix("univigu.digest."): value
-            for tag, value in sorted(tags.items())
-            if tag.startswith("univigu.digest.")
-        },
+        "dataset": _dataset_facts(tags["univigu.dataset_digest"], latents, root),
+        "prompts": _prompt_facts(prompts, sources),
+        "steps": _tags_below(tags, "univigu.digest."),
     }
+
+
+def _dataset_facts(digest: str, latents: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    snapshot = dataset_versions.find_snapshot(root, digest)
+    return {
+        "digest": digest,
+        "samples": _fact(latents, int, "rows_out"),
+        "pairs_digest": _fact(latents, str, "inputs", "pairs"),
+        "snapshot": snapshot and snapshot.tag,
+        "commit": snapshot and snapshot.commit,
+    }
+
+
+def _prompt_facts(prompts: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "digest": _fact(prompts, str, "digest"),
+        "raw_digest": _fact(prompts, str, "inputs", "raw"),
+        "raw": _fact(prompts, int, "rows_in"),
+        "kept": _fact(prompts, int, "rows_out"),
+        "rejected": _fact(prompts, dict, "reasons"),
+        "files": _fact(prompts, dict, "facts", "sources") if "sources" in _fact(prompts, dict, "facts") else {},
+        "sources": [
+            {
+                "source": _fact(row, str, "source"),
+                "licence": _fact(row, str, "licence"),
+                "count": _fact(row, int, "count"),
+            }
+            for row in _fact(sources, list, "sources")
+        ],
+    }
+
+
+def _tags_below(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """The tags with this prefix, sorted, without the prefix."""
+    return {tag.removeprefix(prefix): value for tag, value in sorted(tags.items()) if tag.startswith(prefix)}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -86,24 +94,23 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except FileNotFoundError as error:
         raise MissingInputError(
-            f"The version carries no '{path.name}' to walk back by; register the model again (`univigu run "
-            f"register-model`) to get a version that does."
+            f"The version has no lineage file '{path.name}'; `univigu run register-model` registers a complete one."
         ) from error
     except ValueError as error:
-        raise CorruptDataError(f"A file that leads back from the version is damaged ({error}); {_REPAIR}.") from error
+        raise CorruptDataError(f"A lineage file of the version is damaged ({error}); {_REPAIR}.") from error
 
 
 def _fact(value: Any, kind: type[Fact], *keys: str) -> Fact:
-    """What is at these nested keys; raises `CorruptDataError` where that is nothing, or not of this kind."""
+    """The value at these nested keys; raises `CorruptDataError` if it is missing or of another type."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise CorruptDataError(f"A file that leads back from the version has no '{'.'.join(keys)}'; {_REPAIR}.")
+        raise CorruptDataError(f"A lineage file of the version has no valid '{'.'.join(keys)}'; {_REPAIR}.")
     return value
 
 
 def _run_facts(run_id: str, store: str) -> dict[str, str]:
-    """When a run of MLflow began and how it ended; nothing where this store doesn't know it."""
+    """When an MLflow run started and how it ended; empty if this store doesn't have the run."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

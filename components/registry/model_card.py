@@ -1,4 +1,4 @@
-"""The model card: what a registered version says of itself, every figure of it from the step's own inputs."""
+"""The model card of a registered version; all its values come from the step's inputs."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,19 +28,18 @@ def render_card(
     runs: Sequence[Mapping[str, str]],
     commit: str | None,
 ) -> str:
-    """The model card as Markdown with YAML front matter; every figure on it comes from the step's inputs."""
+    """The model card as Markdown with YAML front matter.
+
+    lineage: the output digest of each step. identity: the tags that identify the version. runs: training runs, as
+    mappings with `stage` and `id`. commit: None outside git.
+    """
     import yaml
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = step.inputs["model"] / PIPELINE
-    settings = _read_settings(folder / "model_index.json", LIMITS)
+    limits = _model_limits(folder, evaluation)
     files = model_files(manifests["model"])
     weights = [folder / file for file in files if file.endswith(".safetensors")]
-    captions = [
-        {"name": score.partition(".")[2], **values}
-        for score, values in evaluation.scores.items()
-        if score.startswith("captions.") and score != "captions.mean"
-    ]
     front_matter = {
         "pipeline_tag": "text-to-video",
         "tags": ["uni-vigu", "video-captioning", "text-to-video", "flow-matching"],
@@ -68,11 +67,7 @@ def render_card(
             "count": len({row["clip_id"] for row in evaluation.items.values()}),
             "scores": [{"name": name, **values} for name, values in evaluation.scores.items() if _on_card(name)],
         },
-        limits={
-            **settings,
-            **_read_settings(folder / "transformer/config.json", ("text_length",)),
-            "weakest": sorted(captions, key=lambda score: score["value"])[:3],
-        },
+        limits=limits,
         parameters=[
             {"step": manifest["step"], "text": _listed(flatten(manifest["parameters"]))}
             for manifest in manifests.values()
@@ -82,14 +77,28 @@ def render_card(
     )
 
 
+def _model_limits(pipeline: Path, evaluation: Evaluation) -> dict[str, Any]:
+    """The pipeline's sizes, and the three attributes with the lowest caption scores."""
+    captions = [
+        {"name": score.partition(".")[2], **values}
+        for score, values in evaluation.scores.items()
+        if score.startswith("captions.") and score != "captions.mean"
+    ]
+    return {
+        **_read_settings(pipeline / "model_index.json", LIMITS),
+        **_read_settings(pipeline / "transformer/config.json", ("text_length",)),
+        "weakest": sorted(captions, key=lambda score: score["value"])[:3],
+    }
+
+
 def _on_card(name: str) -> bool:
-    """The sums of everything, and what the model itself gets right on each attribute; the rest is in metrics.json."""
+    """Whether the card shows a score: all means, and the model's own scores per attribute."""
     group, _, key = name.partition(".")
     return group in ("captions", "generation") or key in ("mean", "agreement")
 
 
 def _cell(text: Any) -> str:
-    """A text that can't break out of a cell of a Markdown table."""
+    """Text for a cell of a Markdown table: no newlines and no column separators."""
     return " ".join(str(text).replace("|", "/").split())
 
 
@@ -120,7 +129,7 @@ def _samples(step: Step) -> list[dict[str, Any]]:
 
 
 def _parameters(weights: Path) -> int:
-    """How many numbers a safetensors file holds, from its header alone."""
+    """The number of parameters in a safetensors file, read from its header."""
     from math import prod
 
     from safetensors import SafetensorError, safe_open
@@ -129,11 +138,13 @@ def _parameters(weights: Path) -> int:
         with safe_open(weights, framework="numpy") as tensors:  # refuses a header over 100 MB, or longer than the file
             return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     except SafetensorError as error:
-        raise CorruptDataError(f"{weights} is no safetensors file ({error}); train the model again.") from error
+        raise CorruptDataError(
+            f"{weights} is not a valid safetensors file ({error}); train the model again."
+        ) from error
 
 
 def _read_settings(path: Path, names: Sequence[str]) -> dict[str, int]:
-    """These whole numbers of a part's settings."""
+    """Read these integer settings from a JSON file of the pipeline."""
     try:
         settings = read_json_object(path)
         return {name: int(settings[name]) for name in names}
@@ -141,17 +152,18 @@ def _read_settings(path: Path, names: Sequence[str]) -> dict[str, int]:
         if fault := storage_fault(error, path):
             raise fault from error
         raise CorruptDataError(
-            f"{path} does not say {', '.join(names)} ({type(error).__name__}: {error}); train the model again."
+            f"{path} has no valid {', '.join(names)} ({type(error).__name__}: {error}); train the model again."
         ) from error
 
 
 def model_files(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The pipeline's files in a training step's manifest, by their names inside the pipeline's folder."""
+    """The pipeline's files in a training step's manifest, by their paths inside the pipeline's folder."""
     folder = f"{PIPELINE}/"
     return {name.removeprefix(folder): facts for name, facts in manifest["files"].items() if name.startswith(folder)}
 
 
 def prompt_sources(step: Step) -> dict[str, Any]:
+    """The number of prompts, and how many each combination of source and licence has."""
     rows = step.read("prompts", "prompts").to_pylist()
     counts = Counter((row["source"], row["licence"]) for row in rows)
     sources = [{"source": source, "licence": licence, "count": n} for (source, licence), n in sorted(counts.items())]

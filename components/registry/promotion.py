@@ -1,10 +1,9 @@
-"""Who is champion: the one comparison, the one way to become champion, and the way back.
+"""Promotion to champion, and rollback to the previous champion.
 
-A newcomer replaces the champion only if it is better on the same held-out items beyond doubt: if the 95 % interval of
-the paired difference of the metric (`univigu.evaluation.intervals.paired_difference`) lies above zero. Of two models
-that can't be told apart, the champion stays. Every decision, refusals too, is a line of the ledger
-(`components.registry.ledger`), and is taken under a lease: of two promotions at once the second is compared with what
-the first one left.
+A challenger replaces the champion only if it is significantly better on the same held-out items: if the 95 % interval
+of the paired difference of the metric (`univigu.evaluation.intervals.paired_difference`) is above zero. Otherwise the
+champion stays. Every decision, refusals too, is a line of the ledger (`components.registry.ledger`), and is made under
+a lease: of two concurrent promotions, the second is compared with the champion that the first one left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 METRIC = "captions.mean"
-METRIC_TAG = "univigu.champion_metric"  # of a version: the score that decides about it, else METRIC
-FEWEST_ITEMS = 10  # a bootstrap over fewer says too little
+METRIC_TAG = "univigu.champion_metric"  # of a version: the score that it is compared by, by default METRIC
+MIN_ITEMS = 10  # a bootstrap interval over fewer items is not informative
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A challenger against the champion: `scores` holds `challenger`, `champion` and `difference`, or nothing."""
+    """The result of a comparison; `scores` has the keys `challenger`, `champion` and `difference`, or is empty."""
 
     name: str
     challenger: int
@@ -43,9 +42,9 @@ class Comparison:
 
 
 def compare(name: str, version: int | str, *, root: Path = Path(".")) -> Comparison:
-    """A version (a number or an alias) against the champion, on the champion's items; nothing is changed.
+    """Compare a version (a number or an alias) with the champion, on the champion's items; changes nothing.
 
-    Where nobody is champion, any version is better. Raises `MissingInputError` where there is no such version.
+    If there is no champion, any version counts as better. Raises `MissingInputError` if there is no such version.
     """
     store = existing_store(root)
     return _compare(registry.find_version(name, version, store), store)
@@ -54,43 +53,43 @@ def compare(name: str, version: int | str, *, root: Path = Path(".")) -> Compari
 def promote(
     name: str, version: int | str, why: str, *, who: str = "", force: bool = False, root: Path = Path(".")
 ) -> ledger.Entry:
-    """Make a version champion, and the champion `previous`, if it is better; returns the ledger's line.
+    """Make a version champion if it is better, and the old champion `previous`; returns the ledger line.
 
-    A version that is champion already stays so: the line says `unchanged`. who: by default `ledger.actor`. force: even
-    where it is not better. Raises `GateFailedError` where it is not better, and `BusyError` where others keep changing
-    the same model.
+    If the version is champion already, the line says `unchanged`. who: by default `components.tracking.actor`. force:
+    promote it even if it is not better. Raises `GateFailedError` if it is not better, and `BusyError` if other
+    processes keep changing the same model.
     """
-    entry = offer(name, version, why, who=who, force=force, root=root)
+    entry = promote_if_better(name, version, why, who=who, force=force, root=root)
     if entry.outcome == ledger.REFUSED:
         raise GateFailedError(
-            f"Version {entry.version} of '{name}' was not promoted ({entry.reason}); to promote it all the same, use "
-            f"--force and say why."
+            f"Version {entry.version} of '{name}' was not promoted ({entry.reason}); to promote it anyway, use --force "
+            f"and give the reason with --why."
         )
     return entry
 
 
-def offer(
+def promote_if_better(
     name: str,
     version: int | str,
     why: str,
     *,
     who: str = "",
     force: bool = False,
-    once: str = "",
+    decision_id: str = "",
     root: Path = Path("."),
 ) -> ledger.Entry:
-    """`promote`, for a caller that takes either answer: the line's outcome says whether the version was promoted.
+    """Like `promote`, but a refusal raises no error: the outcome of the returned line says what was decided.
 
-    once: names what is decided once only; where the ledger has a line about it, that line is the answer.
+    decision_id: identifies a decision that is made only once; if the ledger has its line, that line is returned.
     """
     _require_why(why)
     store, who = existing_store(root), who or actor()
     challenger = registry.find_version(name, version, store)
     number = int(challenger.version)
     asked = {"action": "promote", "version": number, "who": who, "why": why}
-    request = once or json_digest([asked, force])
+    request = decision_id or json_digest([asked, force])
     with ledger.hold_lease(name, root, f"promote version {number}", who, why) as lease:
-        if not (lease.find_decided(request) if once else lease.find_settled(request)):
+        if not (lease.find_decided(request) if decision_id else lease.find_settled(request)):
             _decide(lease, challenger, store, {**asked, "request": request}, force)
     return lease.entry()
 
@@ -108,20 +107,20 @@ def _decide(lease: ledger.Lease, challenger: "ModelVersion", store: str, asked: 
     forced = force and not comparison.better
     lease.decide({**asked, **_facts(comparison, outcome), "forced": forced}, _figures(comparison))
     if outcome == ledger.PROMOTED:
-        lease.move(number, comparison.champion)
+        lease.set_champion(number, comparison.champion)
 
 
 def rollback(name: str, why: str, *, who: str = "", root: Path = Path(".")) -> ledger.Entry:
-    """Swap `champion` and `previous`; returns the ledger's line.
+    """Swap `champion` and `previous`; returns the ledger line.
 
-    Raises `MissingInputError` where there is nobody to go back to, and `BusyError` where the champion changed since
-    this began: then it is another one that would be rolled back.
+    Raises `MissingInputError` if there is no previous champion, and `BusyError` if the champion changed while this
+    call waited for the lease: it would then roll back another version than the caller saw.
     """
     _require_why(why)
     store, who = existing_store(root), who or actor()
     asked = {"action": "rollback", "who": who, "why": why}
     request = json_digest(asked)
-    before = _holders(name, store)
+    before = _champion_and_previous(name, store)
     with ledger.hold_lease(name, root, "rollback", who, why) as lease:
         if not lease.find_settled(request):
             _roll_back(lease, name, store, {**asked, "request": request}, before)
@@ -131,15 +130,15 @@ def rollback(name: str, why: str, *, who: str = "", root: Path = Path(".")) -> l
 def _roll_back(
     lease: ledger.Lease, name: str, store: str, asked: Mapping[str, Any], before: Sequence["ModelVersion | None"]
 ) -> None:
-    champion, previous = _holders(name, store)
+    champion, previous = _champion_and_previous(name, store)
     if _numbers(before) != _numbers((champion, previous)):
         raise BusyError(
-            f"The champion of '{name}' was changed while this rollback waited, so nothing was done; look at "
-            f"`univigu model history`, and try again if it is still wanted."
+            f"The champion of '{name}' changed while this rollback waited, so nothing was rolled back; check "
+            f"`univigu model history`, and try again if it is still needed."
         )
     if champion is None or previous is None or previous.version == champion.version:
         raise MissingInputError(
-            f"'{name}' has no previous champion to go back to; `univigu model list` shows the versions, and "
+            f"'{name}' has no previous champion to roll back to; `univigu model list` shows the versions, and "
             f"`univigu model promote` makes one of them champion."
         )
     number, replaced = int(previous.version), int(champion.version)
@@ -147,26 +146,26 @@ def _roll_back(
     _require_files(lease, previous, store, asked)
     try:
         comparison = _compare(previous, store)
-    except UniViGUError as error:  # no comparison may stand in the way back
+    except UniViGUError as error:  # a failed comparison must not prevent a rollback
         comparison = Comparison(name, number, replaced, METRIC, False, str(error))
     lease.decide({**asked, **_facts(comparison, ledger.ROLLED_BACK)}, _figures(comparison))
-    lease.move(number, replaced)
+    lease.set_champion(number, replaced)
 
 
 def history(name: str, *, root: Path = Path(".")) -> list[ledger.Entry]:
-    """Every line of the ledger about `name`, the newest first."""
+    """All ledger lines of `name`, newest first."""
     return ledger.read_ledger(name, root)
 
 
-# --- what is compared ------------------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------------------------------
 
 
 def _compare(challenger: "ModelVersion", store: str) -> Comparison:
     name, number = challenger.name, int(challenger.version)
     metric = challenger.tags.get(METRIC_TAG, METRIC)
-    champion, _ = _holders(name, store)
+    champion, _ = _champion_and_previous(name, store)
     holder = champion and int(champion.version)
-    ours = _evaluation_of(challenger, store)
+    ours = _read_registered_evaluation(challenger, store)
 
     def verdict(better: bool, reason: str, scores: Mapping[str, Score] | None = None) -> Comparison:
         # pyrefly: ignore[bad-argument-type]
@@ -178,7 +177,7 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
     if holder == number:
         return verdict(False, "it is champion already")
     # pyrefly: ignore[bad-argument-type]
-    theirs = _evaluation_of(champion, store)
+    theirs = _read_registered_evaluation(champion, store)
     if ours is None or theirs is None:
         return verdict(False, f"the evaluation of version {number if ours is None else holder} can't be read")
     asked, answered = claims(theirs, metric), claims(ours, metric)
@@ -186,7 +185,7 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
         return verdict(False, f"it and the champion, version {holder}, were not measured on the same held-out items")
     if any(answered[one].keys() != right.keys() for one, right in asked.items()):
         return verdict(False, f"it and the champion, version {holder}, were not scored on the same attributes")
-    if len(asked) < FEWEST_ITEMS:
+    if len(asked) < MIN_ITEMS:
         return verdict(False, f"{len(asked)} items in common with the champion, version {holder}, tell nothing apart")
     pairs: tuple[Sequence, Sequence] = [answered[one] for one in asked], list(asked.values())
     scores = {
@@ -195,10 +194,10 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
         "difference": paired_difference(*pairs),
     }
     # pyrefly: ignore[bad-argument-type]
-    return verdict(scores["difference"]["low"] > 0, _in_words(metric, holder, scores), scores)
+    return verdict(scores["difference"]["low"] > 0, _describe(metric, holder, scores), scores)
 
 
-def _in_words(metric: str, holder: int, scores: Mapping[str, Score]) -> str:
+def _describe(metric: str, holder: int, scores: Mapping[str, Score]) -> str:
     difference = scores["difference"]
     low, value, high = (difference[key] for key in ("low", "value", "high"))
     if low > 0:
@@ -213,10 +212,10 @@ def _in_words(metric: str, holder: int, scores: Mapping[str, Score]) -> str:
     )
 
 
-def _evaluation_of(version: "ModelVersion", store: str) -> Evaluation | None:
-    """The evaluation that travels with a registered version; None where it has none that can be read.
+def _read_registered_evaluation(version: "ModelVersion", store: str) -> Evaluation | None:
+    """The evaluation among a version's artifacts; None if it is missing or unreadable.
 
-    A disk or a server that fails is no such answer: it would decide about a version for ever.
+    A failing disk or server raises instead: None would refuse the version permanently because of a temporary failure.
     """
     try:
         return read_evaluation(registry.artifact(f"models:/{version.name}/{version.version}", "evaluation", store))
@@ -227,12 +226,12 @@ def _evaluation_of(version: "ModelVersion", store: str) -> Evaluation | None:
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _holders(name: str, store: str) -> list["ModelVersion | None"]:
+def _champion_and_previous(name: str, store: str) -> list["ModelVersion | None"]:
     return [registry.version_at(name, alias, store) for alias in (registry.CHAMPION, registry.PREVIOUS)]
 
 
 def _numbers(versions: Sequence["ModelVersion | None"]) -> list[int | None]:
-    return [one and int(one.version) for one in versions]  # pyrefly: ignore[bad-return]: a version is never false
+    return [one and int(one.version) for one in versions]  # pyrefly: ignore[bad-return]: a version is always truthy
 
 
 def _facts(comparison: Comparison, outcome: str) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def _figures(comparison: Comparison) -> dict[str, float]:
 
 def _require_why(why: str) -> None:
     if not why.strip():
-        raise BadInputError("A change of champion needs a reason, for whoever reads the ledger; give one with --why.")
+        raise BadInputError("A change of champion needs a reason for the ledger; give one with --why.")
 
 
 def _require_files(lease: ledger.Lease, version: "ModelVersion", store: str, asked: Mapping[str, Any]) -> None:
@@ -266,6 +265,6 @@ def _require_files(lease: ledger.Lease, version: "ModelVersion", store: str, ask
         lease.fail(asked)
         raise MissingInputError(
             # pyrefly: ignore[bad-argument-type]
-            f"The files of version {version.version} of '{version.name}' are gone, so it can't be champion; put them "
-            f"back ({without_password(version.source)}), or run `univigu run register-model` where it was trained."
+            f"The files of version {version.version} of '{version.name}' are gone, so it can't be champion; restore "
+            f"them to {without_password(version.source)}, or run `univigu run register-model` where it was trained."
         )

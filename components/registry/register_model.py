@@ -1,10 +1,10 @@
-"""Register the evaluated model in MLflow, with a card made of its run's own facts and tags that lead back to the data.
+"""Register the evaluated model in MLflow, with a model card and with tags that lead back to its data.
 
-The same model from the same library code, with the same evaluation, is registered once, however often the step runs,
-wherever it was killed, and whoever else registers meanwhile; a version that has lost files gets them back. The newest
-version has the alias `candidate`. Whether a version is champion is decided once, by `components.registry.promotion`, as
-it would be by hand; where the profile's `register_model.promotion` is `manual`, that is left to a person or an
-orchestrator. An orchestrator that decides sets UNIVIGU_PROMOTION to `manual`, whatever the profile says.
+The same model from the same library code, with the same evaluation, is registered once: repeated, killed and concurrent
+runs create no second version. A version that has lost files gets them back. The newest version has the alias
+`candidate`. `components.registry.promotion` decides once per version whether it becomes champion, exactly as
+`univigu model promote` does. With `register_model.promotion: manual` in the profile, a person or an orchestrator
+decides instead. An orchestrator sets UNIVIGU_PROMOTION to `manual`, which overrides the profile.
 """
 
 import os
@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +36,16 @@ if TYPE_CHECKING:
 
 REGISTRATION = "registration.json"
 PROMPT_SOURCES = "prompts.json"
-EVIDENCE = ("metrics.json", "items.parquet")  # of the evaluation, what a version carries
+EVIDENCE = ("metrics.json", "items.parquet")  # files of the evaluation that a version carries
 DECISION_TAG = "univigu.decision"
-LOST_TAG = "univigu.lost_version"  # of a version whose model was registered before: that version, which was lost
+LOST_TAG = "univigu.lost_version"  # the earlier version of the same model, which the registry has lost
 WHY = "register-model offers each new version"
 PROMOTIONS = ("automatic", "manual")
 PROMOTION = "UNIVIGU_PROMOTION"
 
 
 def register_model(step: Step) -> None:
-    """Leave `registration.json` (name, version, decision, digests); the version itself is in MLflow's registry."""
+    """Register a version in MLflow's registry, and write `registration.json` (name, version, decision, digests)."""
     with _temporary_files(step.out) as temporary:
         facts = _register(step, temporary)
     write_json(step.out / REGISTRATION, facts)
@@ -53,7 +54,7 @@ def register_model(step: Step) -> None:
 
 @contextmanager
 def _temporary_files(staging: Path) -> Iterator[Path]:
-    """A folder for temporary files, MLflow's copies of the model too, where the next run removes what a kill left."""
+    """A folder for temporary files, including MLflow's copies of the model; the next run removes it after a kill."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         tempfile.tempdir = folder
@@ -63,23 +64,69 @@ def _temporary_files(staging: Path) -> Iterator[Path]:
             tempfile.tempdir = before
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """The evaluated model, and everything that its version is registered with."""
+
+    name: str
+    identity: Mapping[str, str]  # tags that no other version has
+    manifests: Manifests
+    evaluation: Evaluation
+    metric: str  # the score that promotion compares
+    pipeline: Path
+    evidence: Mapping[str, Path]  # folders of artifacts by name
+    card: str
+    tags: Mapping[str, str]
+
+
 def _register(step: Step, temporary: Path) -> dict[str, Any]:
-    """Register, and decide; returns what `registration.json` says."""
-    settings = step["register_model"]
-    name, metric = settings["name"], settings["champion_metric"]
-    how = os.environ.get(PROMOTION) or settings["promotion"]
-    if how not in PROMOTIONS:
-        where = PROMOTION if os.environ.get(PROMOTION) else "The profile's register_model.promotion"
-        raise ConfigError(f"{where} is '{how}'; choose one of {', '.join(PROMOTIONS)}.")
+    """Register the model and decide about its promotion; returns the content of `registration.json`."""
+    mode = _promotion_mode(step)
     manifests = {source: read_manifest(step.inputs[source], maker) for source, maker in step.stage.inputs.items()}
     lineage = trace_lineage(manifests)
-    evaluation = read_evaluation(step.inputs["evaluation"])
+    evaluation = _read_evaluation(step)
+    experiment = open_tracking(step.root)
+    candidate = _describe_candidate(step, manifests, lineage, evaluation, temporary)
+    registration.tidy_uploads(candidate.name, experiment)
+    version = registry.version_with(candidate.name, candidate.identity)
+    version = _upload(candidate, experiment, step.root) if version is None else _restore(candidate, version, step.root)
+    decision = version.tags.get(DECISION_TAG)
+    if decision is None:  # decided once per version: running the step again must not undo a rollback
+        decision = _decide(version, mode, step.root)
+        registry.set_tags(version, {DECISION_TAG: decision})
+    return {
+        "name": candidate.name,
+        "version": int(version.version),
+        "decision": decision,
+        **_digests(candidate.identity),
+        "champion_metric": {"name": candidate.metric, **evaluation.scores[candidate.metric]},
+        "heldout_digest": evaluation.digest,
+    }
+
+
+def _promotion_mode(step: Step) -> str:
+    """`automatic` or `manual`, from UNIVIGU_PROMOTION or else from the profile."""
+    mode = os.environ.get(PROMOTION) or step.settings.register_model.promotion
+    if mode not in PROMOTIONS:
+        raise ConfigError(f"{PROMOTION} is '{mode}'; set it to one of {', '.join(PROMOTIONS)}.")
+    return mode
+
+
+def _read_evaluation(step: Step) -> Evaluation:
+    evaluation, metric = read_evaluation(step.inputs["evaluation"]), step.settings.register_model.champion_metric
     if metric not in evaluation.scores:
         raise BadInputError(
-            f"The evaluation has no score '{metric}', which decides who is champion; name one of "
-            f"{', '.join(evaluation.scores)} in the profile's register_model.champion_metric."
+            f"The evaluation has no score '{metric}', by which the champion is chosen; set the profile's "
+            f"register_model.champion_metric to one of {', '.join(evaluation.scores)}."
         )
-    experiment = open_tracking(step.root)
+    return evaluation
+
+
+def _describe_candidate(
+    step: Step, manifests: Manifests, lineage: Mapping[str, str], evaluation: Evaluation, temporary: Path
+) -> _Candidate:
+    """Collect what the version carries; its artifacts are copied to `temporary`."""
+    name, metric = step.settings.register_model.name, step.settings.register_model.champion_metric
     identity = {
         "univigu.model_digest": _model_digest(manifests["model"]),
         "univigu.library_digest": code_digest(fingerprint(modules_of("univigu"))),
@@ -87,68 +134,72 @@ def _register(step: Step, temporary: Path) -> dict[str, Any]:
     }
     runs = _training_runs(step.root, manifests["model"])
     commit = _git_commit(SOURCE_ROOT)
-    card = render_card(step, name, manifests, lineage, evaluation, identity, runs, commit)
-    pipeline = step.inputs["model"] / PIPELINE
-    evidence = {
-        "evaluation": _copy_evaluation(step.inputs["evaluation"], temporary),
-        "lineage": _copy_lineage(step, manifests, temporary),
-    }
-    registration.tidy_uploads(name, experiment)
-    version = registry.version_with(name, identity)
-    if version is None:
-        score = evaluation.scores[metric]
-        tags = {
+    score = evaluation.scores[metric]
+    return _Candidate(
+        name=name,
+        identity=identity,
+        manifests=manifests,
+        evaluation=evaluation,
+        metric=metric,
+        pipeline=step.inputs["model"] / PIPELINE,
+        card=render_card(step, name, manifests, lineage, evaluation, identity, runs, commit),
+        evidence={
+            "evaluation": _copy_evaluation(step.inputs["evaluation"], temporary),
+            "lineage": _copy_lineage(step, manifests, temporary),
+        },
+        tags={
             **identity,
             **lineage_tags(manifests, lineage, evaluation, runs, commit),
             **_lost_version(step.previous, name, identity),
             promotion.METRIC_TAG: metric,
             "univigu.score": f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})",
-        }
-        with registration.uploaded(
-            pipeline,
-            name,
-            experiment_id=experiment,
-            card=card,
-            evidence=evidence,
-            tags=tags,
-            parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in manifests.values()}),
-            metrics={score: values["value"] for score, values in evaluation.scores.items()},
-        ) as upload:
-            version = _enter(name, identity, step.root, lambda: registration.create_version(upload, name, card, tags))
-    else:
-        if registry.lost_files(version, _version_files(manifests, evidence)):
-            registration.restore_files(version, pipeline, card, evidence)
-        version = _enter(name, identity, step.root, lambda: version)
-    decision = version.tags.get(DECISION_TAG)
-    if decision is None:  # once a version: running the step again must not undo a rollback
-        decision = _decide(version, how, step.root)
-        registry.set_tags(version, {DECISION_TAG: decision})
-    return {
-        "name": name,
-        "version": int(version.version),
-        "decision": decision,
-        **_digests(identity),
-        "champion_metric": {"name": metric, **evaluation.scores[metric]},
-        "heldout_digest": evaluation.digest,
-    }
+        },
+    )
 
 
-def _enter(name: str, identity: Mapping[str, str], root: Path, make: "Callable[[], ModelVersion]") -> "ModelVersion":
-    """The version of this identity, made by `make` where nobody has made it meanwhile; the newest is the candidate."""
+def _upload(candidate: _Candidate, experiment: str, root: Path) -> "ModelVersion":
+    """Upload the model's files and create its version."""
+    name, card, tags = candidate.name, candidate.card, candidate.tags
+    with registration.uploaded(
+        candidate.pipeline,
+        name,
+        experiment_id=experiment,
+        card=card,
+        evidence=candidate.evidence,
+        tags=tags,
+        parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in candidate.manifests.values()}),
+        metrics={score: values["value"] for score, values in candidate.evaluation.scores.items()},
+    ) as upload:
+        return _add_version(
+            name, candidate.identity, root, lambda: registration.create_version(upload, name, card, tags)
+        )
+
+
+def _restore(candidate: _Candidate, version: "ModelVersion", root: Path) -> "ModelVersion":
+    """Upload again the files that an existing version has lost."""
+    if registry.lost_files(version, _version_files(candidate.manifests, candidate.evidence)):
+        registration.restore_files(version, candidate.pipeline, candidate.card, candidate.evidence)
+    return _add_version(candidate.name, candidate.identity, root, lambda: version)
+
+
+def _add_version(
+    name: str, identity: Mapping[str, str], root: Path, create: "Callable[[], ModelVersion]"
+) -> "ModelVersion":
+    """The version of this identity, created unless another process already did; the newest becomes the candidate."""
     with ledger.hold_lease(name, root, "register", actor(), WHY):
-        version = registry.version_with(name, identity) or make()
+        version = registry.version_with(name, identity) or create()
         if int(version.version) == max(int(one.version) for one in registry.versions(name)):
             registry.set_alias(name, registry.CANDIDATE, version.version)
     return version
 
 
-def _decide(version: "ModelVersion", how: str, root: Path) -> str:
-    """Whether the new version becomes champion, in words; the same ones where the ledger knows it already."""
+def _decide(version: "ModelVersion", mode: str, root: Path) -> str:
+    """Decide whether the new version becomes champion; returns the decision as text, the same text if repeated."""
     request = json_digest(["register-model", version.name, int(version.version), version.run_id])
-    if how == "manual":
+    if mode == "manual":
         entry = ledger.find_decision(version.name, request, root)
     else:
-        entry = promotion.offer(version.name, version.version, WHY, once=request, root=root)
+        entry = promotion.promote_if_better(version.name, version.version, WHY, decision_id=request, root=root)
     if entry is None:
         decision = "candidate, as promotion is manual"
     else:
@@ -159,7 +210,7 @@ def _decide(version: "ModelVersion", how: str, root: Path) -> str:
 
 
 def _lost_version(previous: Path, name: str, identity: Mapping[str, str]) -> dict[str, str]:
-    """A tag with the version that this step registered before, by what it left: a new one is made, so that is lost."""
+    """A tag with the version in this step's previous output, if it has this identity: the registry has lost it."""
     try:
         facts = read_json_object(previous / REGISTRATION)
     except (OSError, ValueError):
@@ -174,7 +225,7 @@ def _digests(identity: Mapping[str, str]) -> dict[str, str]:
 
 
 def _version_files(manifests: Manifests, evidence: Mapping[str, Path]) -> dict[str, int | None]:
-    """The files of a version by their names inside it, with their sizes in bytes where the identity decides these."""
+    """The files of a version by their paths inside it, with their sizes in bytes if the identity determines them."""
     sizes = {f"artifacts/pipeline/{name}": facts["size"] for name, facts in model_files(manifests["model"]).items()}
     measured = manifests["evaluation"]["files"]
     sizes |= {f"artifacts/evaluation/{name}": measured[name]["size"] for name in EVIDENCE}
@@ -182,17 +233,17 @@ def _version_files(manifests: Manifests, evidence: Mapping[str, Path]) -> dict[s
     return {**sizes, **dict.fromkeys([*described, "artifacts/README.md", "MLmodel"])}
 
 
-# --- where it came from ----------------------------------------------------------------------------------------------
+# --- lineage ---------------------------------------------------------------------------------------------------------
 
 
 def trace_lineage(manifests: Manifests) -> dict[str, str]:
-    """The output digest of every step, and of every source, that these manifests name.
+    """The output digest of every step and every source that these manifests name.
 
-    Raises `BadInputError` where two of them name different outputs of one step: then the model that was evaluated, the
-    data that it learned from, or the base below both is not the one at hand.
+    Raises `BadInputError` if two manifests name different outputs of the same step: the evaluation, the model and the
+    data then don't belong together.
     """
     digests: dict[str, str] = {}
-    said_by: dict[str, str] = {}
+    named_by: dict[str, str] = {}
     for manifest in manifests.values():
         stage = find_stage(manifest["step"])
         named = {stage.name: manifest["digest"]}
@@ -201,10 +252,10 @@ def trace_lineage(manifests: Manifests) -> dict[str, str]:
         for step, digest in named.items():
             if digests.setdefault(step, digest) != digest:
                 raise BadInputError(
-                    f"'{stage.name}' and '{said_by[step]}' were made from different outputs of '{step}'; run "
-                    f"`dvc repro`, which runs again what is out of date."
+                    f"'{stage.name}' and '{named_by[step]}' were made from different outputs of '{step}'; run "
+                    f"`dvc repro`, which runs all outdated steps again."
                 )
-            said_by.setdefault(step, stage.name)
+            named_by.setdefault(step, stage.name)
     return digests
 
 
@@ -215,7 +266,7 @@ def lineage_tags(
     runs: Sequence[Mapping],
     commit: str | None,
 ) -> dict[str, str]:
-    """Tags for the version and its run, by which one can walk back to the prompts."""
+    """Tags of the version and its run that identify its data, held-out set, code and training runs."""
     tags = {
         "univigu.dataset_digest": manifests["latents"]["digest"],
         "univigu.heldout_digest": evaluation.digest,
@@ -234,7 +285,7 @@ def _evaluation_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]:
-    """MLflow's finished runs that made stage 1's model and, from it, this one; a run that can't be told is left out."""
+    """The finished MLflow runs of stage 1 and stage 2 that made this model; runs that can't be found are left out."""
     parent = _parent_manifest(root, model)
     found = []
     for manifest in [parent, model] if parent else [model]:
@@ -249,7 +300,7 @@ def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]
 
 
 def _parent_manifest(root: Path, model: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of stage 1's output, if what lies there is still what the model was trained from."""
+    """The manifest of stage 1's output, if that is still the output that the model was trained from."""
     parent = find_stage(find_stage(model["step"]).inputs["model"])
     try:
         manifest = read_manifest(root / parent.home, parent.name)
@@ -259,7 +310,7 @@ def _parent_manifest(root: Path, model: Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def _git_commit(folder: Path) -> str | None:
-    """The commit of the checkout, with ``-dirty`` where tracked files differ from it; None where there is none."""
+    """The commit of the checkout, with ``-dirty`` if tracked files have changes; None outside git."""
     describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
@@ -277,7 +328,7 @@ def _copy_evaluation(folder: Path, temporary: Path) -> Path:
 
 
 def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
-    """The manifests behind a version, and the sources of its prompts: what `univigu model trace` reads."""
+    """Copy the manifests behind a version and the sources of its prompts, which `univigu model trace` reads."""
     target = temporary / "lineage"
     target.mkdir()
     for manifest in manifests.values():

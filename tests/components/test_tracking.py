@@ -1,4 +1,4 @@
-"""Runs in MLflow: what happens to them, and what is said, when the store or somebody else gets in the way."""
+"""MLflow runs when the store fails, or when other processes interfere."""
 
 import errno
 import json
@@ -18,12 +18,14 @@ def start(root, **changes):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """MLflow asks a server that fails once more, and no longer."""
+    """MLflow retries a failing server only once."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 @pytest.mark.slow
-def test_a_store_that_goes_away_costs_the_curves_alone(mlflow_server, tmp_path, monkeypatch, impatient, capfd):
+def test_a_store_that_fails_during_training_loses_only_the_curves(
+    mlflow_server, tmp_path, monkeypatch, impatient, capfd
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url.replace("//", "//me:s3cret@"))
 
     def train():
@@ -45,7 +47,7 @@ def test_a_store_that_goes_away_costs_the_curves_alone(mlflow_server, tmp_path, 
     with pytest.raises(PreemptedError, match="saved step 2"):
         train()
     said = "".join(capfd.readouterr())
-    for part in ("The samples of step 2 did not", "Some metrics did not", "MLflow will show the run as unfinished"):
+    for part in ("The samples of step 2 were not", "Some metrics were not", "MLflow still shows the run as running"):
         assert part in said
     assert "s3cret" not in said
 
@@ -57,7 +59,7 @@ def test_a_server_that_fails_in_the_middle_is_a_transient_error(failing_after_on
             ask("uni-vigu", failing_after_one_answer.url)
 
 
-def test_a_run_that_somebody_deleted_is_not_gone_on_with(tmp_path):
+def test_a_deleted_run_is_not_resumed(tmp_path):
     note = tmp_path / "mlflow.json"
     with pytest.raises(PreemptedError), start(tmp_path, note=note):
         raise PreemptedError("told to stop")
@@ -70,7 +72,7 @@ def test_a_run_that_somebody_deleted_is_not_gone_on_with(tmp_path):
     assert json.loads(note.read_text())["run_id"] == run.run_id
 
 
-def test_a_disk_that_fills_while_a_model_is_fetched_is_not_a_model_that_is_missing(versions, monkeypatch):
+def test_a_disk_that_fills_during_a_download_is_not_reported_as_a_missing_model(versions, monkeypatch):
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     def fill(*_):
@@ -82,7 +84,7 @@ def test_a_disk_that_fills_while_a_model_is_fetched_is_not_a_model_that_is_missi
         registry.artifact(f"models:/filling/{number}", "evaluation", tracking.tracking_uri(versions.root))
 
 
-def test_a_note_that_makes_no_sense_names_no_run(tmp_path):
+def test_an_invalid_note_names_no_run(tmp_path):
     path = tmp_path / "mlflow.json"
     for note in ("[]", "5", '{"run_id": [1]}', '{"run_id": "none of them"}', "\0" * 30):
         path.write_text(note)
@@ -90,7 +92,7 @@ def test_a_note_that_makes_no_sense_names_no_run(tmp_path):
             assert json.loads(path.read_text())["run_id"] == run.run_id
 
 
-def test_a_run_whose_process_was_killed_before_it_noted_it_is_resumed(tmp_path, monkeypatch):
+def test_a_run_whose_process_was_killed_before_it_wrote_the_run_id_is_resumed(tmp_path, monkeypatch):
     note = tmp_path / "mlflow.json"
     with pytest.raises(PreemptedError), start(tmp_path, note=note) as run:
         raise PreemptedError("killed")
@@ -101,7 +103,7 @@ def test_a_run_whose_process_was_killed_before_it_noted_it_is_resumed(tmp_path, 
         assert again.run_id == run.run_id
 
 
-def test_a_login_in_a_parameter_is_no_parameter_of_a_run(tmp_path):
+def test_a_login_in_a_parameter_is_not_logged(tmp_path):
     parameters = {"captioner": {"url": "https://me:s3cret@host/v1?token=abcdef&n=1", "n": 3}}
     with tracking.start_run(tmp_path, "x", parameters=parameters, tags={}, datasets={}) as run:
         pass

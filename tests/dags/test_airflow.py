@@ -1,4 +1,4 @@
-"""All of Airflow, as `make airflow` starts it: from a call of its REST API to a promoted model, through crashes too."""
+"""All of Airflow, as `make airflow` starts it: from a REST call to a promoted model, also after crashes."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """(Airflow's home, a port that is free)."""
+    """(Airflow's home, a free port)."""
     return tmp_path_factory.mktemp("airflow"), free_port()
 
 
@@ -70,7 +70,7 @@ def state(airflow, run):
 
 
 def wait_for(condition, patience_s=1800):
-    """What the condition finds; the bound only keeps a test that hangs from hanging for ever."""
+    """Wait for the condition's result; the time limit only ends a test that hangs."""
     give_up = time.monotonic() + patience_s
     while time.monotonic() < give_up:
         if found := condition():
@@ -97,7 +97,7 @@ def champion(root):
 
 
 def wait_for_question(airflow, run):
-    """Wait until a run asks a person, and the scheduler knows: an answer that comes before is taken for a failure."""
+    """Wait until a run waits for approval and the scheduler knows: Airflow treats an earlier answer as a failure."""
     pause = f"TaskInstance Finished: dag_id={run[0]}, task_id=approve, run_id={run[1]},"
 
     def asks():
@@ -109,7 +109,7 @@ def wait_for_question(airflow, run):
 
 
 def answer(airflow, run, option):
-    """Answer as the person that a run asks; returns what it would do if nobody did."""
+    """Answer the approval request of a run; returns its default answer."""
     path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
     default = airflow.call("GET", path)["defaults"]
     airflow.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
@@ -117,7 +117,7 @@ def answer(airflow, run, option):
 
 
 def stop(airflow, run):
-    """End a run. A scheduler that has just read the run writes it back as running, so this asks until it is ended."""
+    """End a run; repeated, because a scheduler that has just read the run may set it back to running."""
 
     def stopped():
         airflow.call("PATCH", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}", {"state": "failed"})
@@ -137,7 +137,7 @@ def emit(airflow, name, **extra):
 
 
 def events(airflow, name):
-    """The extras of an asset's events, as far as a DAG emitted them.
+    """The extras of an asset's events that a DAG emitted.
 
     The runs that they started have to have begun: before that Airflow 3.3.2 answers 500 (apache/airflow#71360).
     """
@@ -146,7 +146,7 @@ def events(airflow, name):
 
 
 def started_by_events(airflow, dag):
-    """The runs of a DAG that asset events have started, the newest first."""
+    """The runs of a DAG that asset events started, newest first."""
     found = airflow.call("GET", f"/api/v2/dags/{dag}/dagRuns?run_type=asset_triggered&order_by=-run_after&limit=100")
     return [(dag, run["dag_run_id"]) for run in found["dag_runs"]]
 
@@ -205,7 +205,7 @@ def test_a_rejected_model_is_not_promoted_finished_steps_do_not_run_again_and_a_
 
 
 def overhead(root, done, stage):
-    """Seconds that a task took, from when it could begin, beyond the step's own; its process's start is in them."""
+    """A task's overhead in seconds, from when it was ready to run, beyond the step's own time."""
 
     def at(task, key):
         return datetime.fromisoformat(done[task][key])
@@ -244,7 +244,7 @@ def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retr
     found = retraining.dataset(root, "tiny")
     assert found["digest"] != known["digest"]
     assert found["rows"] == known["rows"] + 1
-    assert "no DVC project, so the dataset is known by its digest alone" in log(airflow, first, "version_dataset")
+    assert "not a DVC project, so only the digest identifies the dataset" in log(airflow, first, "version_dataset")
     run = started_by_next_event(airflow, "retrain", retrainings)
     wait_for(lambda: tasks(airflow, run)["local.validate-prompts"]["state"] == "success")
     assert events(airflow, "univigu://dataset") == [{**found, "profile": "tiny"}]

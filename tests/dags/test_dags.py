@@ -1,4 +1,4 @@
-"""The DAGs as Airflow reads them: they load, hang together as the table of steps says, and refuse what is wrong."""
+"""The DAGs as Airflow reads them: they load, have the dependencies of stages.py, and refuse invalid input."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ DIGEST = "ab" * 32
 
 @pytest.fixture(scope="module")
 def bag(tmp_path_factory):
-    """Both DAGs, read with an Airflow home of their own."""
+    """Both DAGs, loaded with a separate Airflow home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AIRFLOW_HOME", str(tmp_path_factory.mktemp("airflow")))
         patch.setenv("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
@@ -49,7 +49,7 @@ def test_reading_a_dag_imports_nothing_heavy(name, tmp_path):
     assert done.stdout.splitlines()[-1:] in ([], [""])
 
 
-def test_there_is_a_task_for_each_step_and_it_waits_for_the_steps_of_the_table(retrain):
+def test_each_step_has_a_task_that_waits_for_its_inputs(retrain):
     for stage in STAGES:
         task = retrain.task_dict[f"local.{stage.name}"]
         assert task.step == stage.name
@@ -58,12 +58,12 @@ def test_there_is_a_task_for_each_step_and_it_waits_for_the_steps_of_the_table(r
     assert {name for name in retrain.task_dict if name.startswith("local.")} == {f"local.{s.name}" for s in STAGES}
 
 
-def test_a_step_never_promotes_by_itself(retrain):
+def test_a_step_never_promotes(retrain):
     assert retrain.task_dict["local.register-model"].env == {"UNIVIGU_PROMOTION": "manual"}
     assert retrain.task_dict["kubeflow"].arguments["promotion"] == "manual"
 
 
-def test_nothing_is_promoted_without_gate_and_approval_and_silence_means_no(retrain):
+def test_nothing_is_promoted_without_gate_and_approval_and_no_answer_rejects(retrain):
     assert retrain.task_dict["promote"].upstream_task_ids == {"gate", "approve"}
     approve = retrain.task_dict["approve"]
     assert approve.upstream_task_ids == {"gate"}
@@ -73,7 +73,7 @@ def test_nothing_is_promoted_without_gate_and_approval_and_silence_means_no(retr
 
 
 class TaskInstance:
-    """Keeps what a task pushes, and gives it to whoever pulls."""
+    """A task instance that stores XComs."""
 
     def __init__(self):
         self.pushed = {}
@@ -88,7 +88,7 @@ class TaskInstance:
 
 @pytest.fixture
 def begin(retrain, tmp_path, monkeypatch):
-    """A function: the extras of the events that start a run -> what `begin` returns, and its task instance."""
+    """A function from the extras of a run's events to the return value of `begin` and its task instance."""
 
     def call(*extras, conf=None):
         ti = TaskInstance()
@@ -113,7 +113,7 @@ def begin(retrain, tmp_path, monkeypatch):
         ([{"digest": DIGEST, "profile": "smoke"}, {"digest": DIGEST, "profile": "wan-14b"}], "wan-14b"),
     ],
 )
-def test_every_task_of_a_run_uses_the_profile_of_the_newest_event_or_else_the_forms(retrain, begin, extras, profile):
+def test_all_tasks_use_the_profile_of_the_newest_event_or_else_of_the_form(retrain, begin, extras, profile):
     following, ti = begin(*extras)
     assert following == "local.curate-prompts"
     tasks = retrain.task_dict
@@ -121,17 +121,17 @@ def test_every_task_of_a_run_uses_the_profile_of_the_newest_event_or_else_the_fo
     assert {tasks["begin"].render_template(text, {"ti": ti}) for text in used} == {profile}
 
 
-def test_an_event_with_a_profile_that_there_is_not_trains_nothing(begin):
+def test_an_event_with_an_unknown_profile_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 
-    with pytest.raises(AirflowFailException, match="The event's 'profile' is \"huge\", which is none of"):
+    with pytest.raises(AirflowFailException, match="The event's 'profile' is \"huge\", which is not a profile"):
         begin({"digest": DIGEST, "profile": "huge"})
 
 
 @pytest.mark.parametrize(
     ("outcome", "state"), [("promoted", "promoted"), ("unchanged", "promoted"), ("refused", "kept champion")]
 )
-def test_what_the_promotion_said_is_told_in_one_of_the_documented_states(retrain, outcome, state):
+def test_a_promotions_outcome_is_reported_as_a_documented_state(retrain, outcome, state):
     pulled = {"gate": {"name": "uni-vigu", "version": 2, "champion": 1}, "promote": {"outcome": outcome, "reason": "r"}}
     ti = SimpleNamespace(xcom_pull=lambda task_ids, key=None: pulled.get(task_ids) if isinstance(task_ids, str) else [])
     said = retrain.task_dict["notify"].python_callable.__globals__["outcome_of"](ti)
@@ -139,10 +139,10 @@ def test_what_the_promotion_said_is_told_in_one_of_the_documented_states(retrain
     assert f"`{state}`" in (DAGS.parent / "docs/airflow.md").read_text(encoding="utf-8")
 
 
-def test_a_field_that_the_form_does_not_have_trains_nothing(begin):
+def test_an_unknown_parameter_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 
-    with pytest.raises(AirflowFailException, match="The form has no field 'prof'; it has approve, backend, profile"):
+    with pytest.raises(AirflowFailException, match="The DAG has no parameter 'prof'; it has approve, backend, profile"):
         begin(conf={"prof": "smoke"})
     begin(conf={"profile": "smoke"})
 
@@ -151,7 +151,7 @@ def test_two_retrainings_never_run_at_once(bag):
     assert {dag.max_active_runs for dag in bag.dags.values()} == {1}
 
 
-def test_the_form_offers_the_profiles_and_backends_there_are(retrain):
+def test_the_form_offers_the_existing_profiles_and_backends(retrain):
     assert retrain.params.get_param("profile").schema["enum"] == profile_names()
     assert retrain.params.get_param("backend").schema["enum"] == ["local", "kubeflow"]
     assert set(retrain.params) == {"profile", "backend", "approve"}

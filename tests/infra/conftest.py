@@ -1,4 +1,4 @@
-"""What the tests of infra/ share: overlays as kustomize renders them, and the values of Airflow's chart."""
+"""Fixtures of infra/: overlays as kustomize renders them, and the values of Airflow's chart."""
 
 import subprocess
 from functools import cache
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def render():
-    """A function: an overlay's name -> all its objects."""
+    """A function from an overlay's name to all its objects."""
     return _render
 
 
@@ -24,7 +24,7 @@ def objects(request):
 
 @pytest.fixture(scope="session")
 def pod_templates():
-    """A function: objects -> the pod templates in them, with their namespaces, by kind, namespace and name."""
+    """A function from objects to their pod templates, with namespaces, by kind, namespace and name."""
     return _pod_templates
 
 

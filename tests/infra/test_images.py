@@ -69,7 +69,7 @@ WHO = ("python", "-c", "import os; print(os.getuid(), os.getgid())")
 
 
 def make_base(folder):
-    """What python:3.11-slim is, out of this Debian machine's own files: its essential packages and apt; Python."""
+    """A substitute for python:3.11-slim from this Debian machine's files: essential packages, apt and Python."""
     python = Path(sys.base_prefix)
     for name in ("etc", "tmp", "proc", "sys", "dev", "usr/local", "var/lib/dpkg/triggers", "var/cache/apt/archives"):
         (folder / name).mkdir(parents=True)
@@ -110,7 +110,7 @@ def copy(what, target, names=""):
 
 
 def installer_settings(folder):
-    """This machine's settings of pip, as the build secrets `pip` and `uv`; and its folders of local wheels."""
+    """This machine's pip settings as the build secrets `pip` and `uv`, and its folders of local wheels."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     known = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.M))
     wheels = [path for path in known.get("find-links", "").split() if Path(path).is_dir()]
@@ -124,7 +124,7 @@ def installer_settings(folder):
 
 
 class Store:
-    """A store of images below a folder, in which this repository's are built, as far as that goes without a registry.
+    """An image store in a folder, in which this repository's images are built without a registry.
 
     Their base is made from this machine, torch is whichever build this machine's pip finds, and nothing is compiled to
     bytecode; all else is as in a release. Wheels stay in buildah's cache, for the next time.
@@ -184,7 +184,7 @@ def pipeline_image(store):
 
 
 @pytest.mark.slow
-def test_the_pipelines_image_runs_a_step_as_a_user_who_may_change_nothing_in_it(pipeline_image):
+def test_the_pipelines_image_runs_a_step_as_an_unprivileged_user(pipeline_image):
     root, run = pipeline_image
     assert run(*WHO) == "1000 1000"
     # as the job univigu-work copies them
@@ -210,7 +210,7 @@ def test_the_pipelines_image_holds_neither_the_builders_settings_nor_other_files
 
 @pytest.mark.slow
 def test_the_training_image_has_what_rdma_needs_and_the_launcher_of_training(store, pipeline_image):
-    """Built with the pipeline's own torch in place of a CUDA build, which is gigabytes and needs a GPU."""
+    """Built with the pipeline's torch instead of a CUDA build, which has gigabytes and needs a GPU."""
     _, run = store.build("training")
     assert run(*WHO) == "1000 1000"
     run("python", "-c", "import ctypes; ctypes.CDLL('libibverbs.so.1')")

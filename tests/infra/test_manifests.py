@@ -1,4 +1,4 @@
-"""Every object is valid in the strictest sense that can be checked without a cluster, and as closed as it claims."""
+"""Every object passes all checks that need no cluster: schemas, references, and Pod Security."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_a_misspelt_field_would_be_noticed(objects):
         kubernetes_validate.validate({**account, "automountToken": False}, KUBERNETES, strict=True)
 
 
-def test_each_object_is_in_a_namespace_that_is_there(objects):
+def test_each_object_is_in_an_existing_namespace(objects):
     namespaces = {name for _, name in named(objects, "Namespace")}
     for one in objects:
         assert one["kind"] == "Namespace" or one["metadata"]["namespace"] in namespaces, one["metadata"]
@@ -65,7 +65,7 @@ def test_each_object_is_in_a_namespace_that_is_there(objects):
 
 
 def unrestricted(pod):
-    """What of a pod Pod Security "restricted" would refuse, and a root file system that can be written to."""
+    """The violations of Pod Security "restricted" in a pod, and a writable root file system."""
     spec, problems = pod["spec"], []
     around = spec.get("securityContext", {})
     if around.get("seccompProfile", {}).get("type") != "RuntimeDefault":
@@ -96,7 +96,7 @@ def test_namespaces_enforce_and_pods_keep_pod_security_restricted(objects, pods)
     assert {name: unrestricted(pod) for name, pod in pods.items()} == {name: [] for name in pods}
 
 
-def test_airflows_pods_keep_it_too(airflow_values):
+def test_airflows_pods_meet_pod_security_restricted(airflow_values):
     contexts = airflow_values["securityContexts"]
     container = {"name": "any", "securityContext": contexts["containers"]}
     assert unrestricted({"spec": {"securityContext": contexts["pod"], "containers": [container]}}) == []
@@ -112,7 +112,7 @@ def test_each_image_has_a_tag_and_the_projects_own_have_its_version(pods, airflo
             assert image.endswith(f":{version}"), image
 
 
-def test_each_container_says_how_much_memory_it_takes(pods):
+def test_each_container_has_a_memory_request_and_limit(pods):
     for name, pod in pods.items():
         if not name.startswith("TrainingRuntime"):  # a TrainJob says it
             assert all(one["resources"]["limits"]["memory"] for one in containers(pod)), name
@@ -133,7 +133,7 @@ def test_roles_are_of_one_namespace_and_name_what_they_allow(objects):
                 assert rule["resourceNames"], rule
 
 
-def test_each_binding_is_of_a_role_and_accounts_that_are_there(objects):
+def test_each_binding_names_an_existing_role_and_existing_accounts(objects):
     accounts, roles = named(objects, "ServiceAccount"), named(objects, "Role")
     for (namespace, _), binding in named(objects, "RoleBinding").items():
         assert binding["roleRef"]["kind"] == "Role"
@@ -161,7 +161,7 @@ def test_each_pod_has_an_account_of_its_own_without_a_token_unless_it_needs_the_
 
 @pytest.fixture(scope="session")
 def documented_secrets():
-    """(namespace, name) -> keys of the secrets that the commands of docs/operate.md make, run without a cluster."""
+    """(namespace, name) -> keys of the Secrets that the commands of docs/operate.md create, run without a cluster."""
     text = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "create secret" in block]
     script = 'kubectl() { command kubectl "$@" --dry-run=client --output=yaml; echo "---"; }\n' + "\n".join(blocks)
@@ -171,7 +171,7 @@ def documented_secrets():
     return {(one["metadata"]["namespace"], one["metadata"]["name"]): set(one["data"]) for one in made}
 
 
-def test_each_secret_that_a_pod_wants_is_made_by_the_operators_page(pods, airflow_values, documented_secrets):
+def test_docs_operate_creates_each_secret_that_a_pod_needs(pods, airflow_values, documented_secrets):
     wanted = {}
     for pod in pods.values():
         namespace = pod["metadata"]["namespace"]
@@ -224,7 +224,7 @@ def test_the_arguments_that_airflow_gives_its_runs_are_the_pipelines_and_so_are_
         kfp_server.typed_arguments(ROOT / "infra/pipeline.yaml", json.loads(text))
 
 
-def test_the_account_of_airflows_runs_is_there(objects, airflow_values):
+def test_the_account_of_airflows_runs_exists(objects, airflow_values):
     settings = {one["name"]: one["value"] for one in airflow_values["env"]}
     assert ("kubeflow", settings["UNIVIGU_KFP_SERVICE_ACCOUNT"]) in named(objects, "ServiceAccount")
 
@@ -235,7 +235,7 @@ def test_no_secret_is_in_the_manifests(objects, airflow_values):
         assert not re.search(r"(?i)password:|secret_key:|://[^/\s]*:[^/\s]*@", yaml.safe_dump(one))
 
 
-def test_each_config_map_and_claim_that_a_pod_wants_is_there(objects, pods, airflow_values):
+def test_each_config_map_and_claim_of_a_pod_exists(objects, pods, airflow_values):
     maps, claims = named(objects, "ConfigMap"), named(objects, "PersistentVolumeClaim")
     for pod in pods.values():
         namespace = pod["metadata"]["namespace"]

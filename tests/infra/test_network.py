@@ -1,4 +1,4 @@
-"""Who reaches whom, by the rules of NetworkPolicy: what is needed, and nothing else."""
+"""NetworkPolicies allow the necessary connections, and no others."""
 
 import ipaddress
 
@@ -8,7 +8,7 @@ ANY = 29500  # a port that no rule names
 
 
 class Cluster:
-    """The policies of an overlay, the pods that it makes, and those that Kubeflow Pipelines and Airflow make."""
+    """An overlay's policies and pods, and the pods of Kubeflow Pipelines and Airflow."""
 
     def __init__(self, objects, made, airflow_labels):
         self.policies = [one for one in objects if one["kind"] == "NetworkPolicy"]
@@ -143,7 +143,7 @@ def test_what_is_needed_is_allowed(dev):
         assert [pod for pod in dev.pods if not dev.reaches(pod, name, "dns")] == [], name
 
 
-def test_nothing_else_is(dev):
+def test_nothing_else_is_allowed(dev):
     ports = sorted({port for _, _, port in NEEDED} | {53, 443})
     ours = ["step", "training", "seeding", "mlflow", "airflow", "mlflow-database", "airflow-database", "object-store"]
     open_ways = {

@@ -1,4 +1,4 @@
-"""A server that answers as a Kubernetes API server does."""
+"""A fake Kubernetes API server."""
 
 import json
 import re

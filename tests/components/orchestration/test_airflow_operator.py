@@ -1,4 +1,4 @@
-"""What Airflow's tasks promise: a step ends as its process does, a pipeline is submitted once and waited for."""
+"""Airflow operators: a step's task ends as its process does; a pipeline is submitted once and awaited."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def follow(trigger):
 
 
 def restored(trigger):
-    """The trigger as another triggerer, or the same one after a crash, would make it from Airflow's database."""
+    """The trigger as another triggerer restores it from Airflow's database, e.g. after a crash."""
     path, arguments = trigger.serialize()
     module, _, name = path.rpartition(".")
     return getattr(sys.modules[module], name)(**json.loads(json.dumps(arguments)))
@@ -74,7 +74,7 @@ def restored(trigger):
 # --- Kubeflow Pipelines ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_submitted_noted_and_waited_for_without_a_worker(endpoint):
+def test_a_run_is_submitted_and_awaited_without_occupying_a_worker(endpoint):
     context = new_context()
     deferred = defer(context, poll_s=0.01)
     event = follow(deferred.trigger)
@@ -106,7 +106,7 @@ def test_a_run_that_failed_says_why_and_is_replaced_when_the_task_is_cleared(end
     assert defer(context).trigger.run_id == "run-2"
 
 
-def test_a_run_that_is_cancelled_on_the_server_is_told_from_one_that_failed(endpoint):
+def test_a_run_cancelled_on_the_server_is_distinguished_from_a_failed_one(endpoint):
     endpoint.states = ["PENDING", "CANCELED"]
     event = follow(defer(new_context(), poll_s=0.01).trigger)
     with pytest.raises(AirflowFailException, match="was cancelled on the Kubeflow Pipelines server"):
@@ -122,13 +122,13 @@ def test_stopping_a_task_that_waits_cancels_its_run_and_a_triggerer_that_restart
     assert endpoint.runs["run-1"]["state"] in ("CANCELING", "CANCELED")
 
 
-def test_a_server_that_is_away_for_a_while_fails_nothing(endpoint):
+def test_a_temporary_server_outage_fails_nothing(endpoint):
     trigger = defer(new_context(), poll_s=0.01).trigger
     endpoint.failures = [503] * 4
     assert follow(trigger).payload["state"] == "SUCCEEDED"
 
 
-def test_a_server_that_stays_away_is_said_and_tried_again_on_the_same_run(endpoint):
+def test_a_long_server_outage_is_reported_and_a_retry_finds_the_same_run(endpoint):
     endpoint.states = ["RUNNING"]
     trigger = defer(new_context(), poll_s=0.01, patience_s=0.0).trigger
     endpoint.failures = [503] * 4
@@ -140,7 +140,7 @@ def test_a_server_that_stays_away_is_said_and_tried_again_on_the_same_run(endpoi
     assert defer(new_context()).trigger.run_id == "run-1"
 
 
-def test_a_server_that_cannot_be_reached_submits_nothing_and_is_tried_again(monkeypatch):
+def test_an_unreachable_server_gets_no_submission_and_the_task_is_retried(monkeypatch):
     monkeypatch.setenv("KFP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("components.orchestration.kfp_server.time.sleep", lambda _: None)
     with pytest.raises(AirflowException, match="does not answer") as failure:
@@ -148,7 +148,7 @@ def test_a_server_that_cannot_be_reached_submits_nothing_and_is_tried_again(monk
     assert not isinstance(failure.value, AirflowFailException)
 
 
-def test_a_run_that_is_gone_from_the_server_ends_the_waiting(endpoint):
+def test_a_run_deleted_on_the_server_ends_the_wait(endpoint):
     trigger = defer(new_context(), poll_s=0.01, patience_s=0.1).trigger
     endpoint.runs.clear()
     event = follow(trigger)
@@ -157,13 +157,13 @@ def test_a_run_that_is_gone_from_the_server_ends_the_waiting(endpoint):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refusal_for_a_while_fails_nothing(endpoint, status):
+def test_a_temporary_refusal_fails_nothing(endpoint, status):
     trigger = defer(new_context(), poll_s=0.01).trigger
     endpoint.failures = [status] * 3
     assert follow(trigger).payload["state"] == "SUCCEEDED"
 
 
-def test_a_server_that_keeps_refusing_is_said_and_asked_again(endpoint):
+def test_a_lasting_refusal_is_reported_and_retried(endpoint):
     endpoint.states = ["RUNNING"]
     trigger = defer(new_context(), poll_s=0.01, patience_s=0.1).trigger
     endpoint.failures = [401] * 1000
@@ -172,7 +172,7 @@ def test_a_server_that_keeps_refusing_is_said_and_asked_again(endpoint):
     assert not isinstance(failure.value, AirflowFailException)
 
 
-def test_a_run_that_takes_too_long_is_cancelled_and_said(endpoint):
+def test_a_run_over_its_time_limit_is_cancelled_and_reported(endpoint):
     endpoint.states = ["RUNNING"]
     trigger = restored(defer(new_context(), poll_s=0.01, limit_s=0.2).trigger)
     event = follow(trigger)
@@ -192,14 +192,14 @@ def test_a_task_that_is_cleared_while_its_run_is_being_cancelled_waits_for_that(
     assert defer(new_context()).trigger.run_id == "run-2"
 
 
-def test_arguments_that_the_pipeline_does_not_take_fail_at_once(endpoint):
+def test_arguments_that_the_pipeline_does_not_have_fail_at_once(endpoint):
     with pytest.raises(AirflowFailException, match="no parameter 'colour'"):
         operator(arguments={"colour": "red"}).execute(new_context())
     assert not endpoint.runs
 
 
 def test_a_run_has_the_settings_arguments_and_account_too(endpoint):
-    defer(new_context(), more_arguments='{"parts": 4, "gpus": 2}', service_account="univigu-launcher")
+    defer(new_context(), extra_arguments='{"parts": 4, "gpus": 2}', service_account="univigu-launcher")
     run = endpoint.runs["run-1"]
     assert run["runtime_config"]["parameters"] == {"profile": "smoke", "parts": 4, "gpus": "2"}
     assert run["service_account"] == "univigu-launcher"
@@ -208,22 +208,22 @@ def test_a_run_has_the_settings_arguments_and_account_too(endpoint):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("parts=4", "holds no JSON object; write it as"),
-        ("[4]", "holds no JSON object; write it as"),
+        ("parts=4", "is not a JSON object; use the form"),
+        ("[4]", "is not a JSON object; use the form"),
         ('{"prats": 4}', "The pipeline has no parameter 'prats'; it has accelerator, "),
-        ('{"parts": "four"}', "'parts' takes JSON of type NUMBER_INTEGER"),
-        ('{"profile": "tiny"}', "sets 'profile', which each run sets for itself; leave it out"),
+        ('{"parts": "four"}', "'parts' must be JSON of type NUMBER_INTEGER"),
+        ('{"profile": "tiny"}', "sets 'profile', which the DAG sets itself; remove it"),
     ],
 )
 def test_a_wrong_setting_of_arguments_fails_at_once_in_one_sentence(endpoint, text, said):
     context = new_context()
     with pytest.raises(AirflowFailException, match=f"^UNIVIGU_KFP_ARGUMENTS[: ]+{re.escape(said)}"):
-        operator(more_arguments=text).execute(context)
+        operator(extra_arguments=text).execute(context)
     assert context["ti"].pushed[FAILURE].count("\n") == 0
     assert not endpoint.runs
 
 
-def test_what_airflow_keeps_of_a_trigger_holds_neither_address_nor_token(endpoint, monkeypatch):
+def test_a_serialized_trigger_contains_neither_address_nor_token(endpoint, monkeypatch):
     monkeypatch.setenv("KFP_TOKEN", "a-secret")
     trigger = defer(new_context()).trigger
     kept = json.dumps(trigger.serialize())
@@ -246,7 +246,7 @@ def root(new_root, monkeypatch):
 
 
 def step_with(script, monkeypatch):
-    """A `StepOperator` whose process is a script, as steps that fail in every way are hard to come by."""
+    """A `StepOperator` that runs a script instead of a step, to simulate all kinds of failures."""
     monkeypatch.setattr("components.orchestration.airflow_operator.command", lambda *_: [sys.executable, "-c", script])
     return StepOperator(task_id="step", step="train-stage-1", profile="smoke", skip_finished=False)
 
@@ -255,7 +255,7 @@ def step_with(script, monkeypatch):
     ("code", "again"),
     [(65, False), (66, False), (73, False), (78, False), (80, False), (75, True), (81, True)],
 )
-def test_a_step_that_fails_is_tried_again_only_where_that_may_help(root, monkeypatch, code, again):
+def test_only_transient_failures_of_a_step_are_retried(root, monkeypatch, code, again):
     script = f"import sys; print('univigu: the rows are bad.', file=sys.stderr); sys.exit({code})"
     context = new_context()
     with pytest.raises(AirflowException, match=r"^the rows are bad\.$") as failure:
@@ -264,7 +264,7 @@ def test_a_step_that_fails_is_tried_again_only_where_that_may_help(root, monkeyp
     assert context["ti"].pushed == {FAILURE: "the rows are bad."}
 
 
-def test_while_another_process_makes_the_step_the_task_waits(root, monkeypatch, tmp_path):
+def test_the_task_waits_while_another_process_runs_the_step(root, monkeypatch, tmp_path):
     monkeypatch.setattr(airflow_operator, "BUSY_S", 0.01)
     tried = tmp_path / "tried"
     script = (
@@ -280,11 +280,11 @@ def test_while_another_process_makes_the_step_the_task_waits(root, monkeypatch, 
     monkeypatch.setattr(airflow_operator, "BUSY_S", 60)
     busy = step_with("import sys; sys.exit(82)", monkeypatch)
     monkeypatch.setattr(airflow_operator.time, "sleep", lambda _: busy.on_kill())
-    with pytest.raises(AirflowException, match="was stopped before it could begin"):
+    with pytest.raises(AirflowException, match="was stopped before it started"):
         busy.execute(new_context())
 
 
-def test_a_step_whose_time_is_over_is_asked_to_stop(root, monkeypatch, tmp_path):
+def test_a_step_over_its_time_limit_receives_sigterm(root, monkeypatch, tmp_path):
     saved = tmp_path / "saved"
     script = (
         "import signal, sys, time\n"
@@ -297,10 +297,10 @@ def test_a_step_whose_time_is_over_is_asked_to_stop(root, monkeypatch, tmp_path)
         step_with(script, monkeypatch).execute(context)
     assert time.monotonic() - began < 20
     assert saved.exists()
-    assert "longer than its time limit" in context["ti"].pushed[FAILURE]
+    assert "exceeded its time limit" in context["ti"].pushed[FAILURE]
 
 
-def test_a_task_that_is_stopped_stops_its_step_which_can_be_run_again(root, monkeypatch):
+def test_stopping_a_task_stops_its_step_which_can_be_resumed(root, monkeypatch):
     operator = step_with("import time; print('under way', flush=True); time.sleep(60)", monkeypatch)
     failures = []
 
@@ -321,16 +321,14 @@ def test_a_task_that_is_stopped_stops_its_step_which_can_be_run_again(root, monk
     assert not isinstance(failures[0], AirflowFailException)
 
 
-def test_a_step_whose_input_is_missing_says_so_in_one_sentence(root):
+def test_a_missing_input_is_reported_in_one_sentence(root):
     context = new_context()
     with pytest.raises(AirflowFailException, match="run `univigu run synthesize-videos` first"):
         StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(context)
     assert "univigu run synthesize-videos" in context["ti"].pushed[FAILURE]
 
 
-def test_a_step_hands_on_its_digest_and_refuses_what_another_run_has_put_in_the_place_of_its_input(
-    root, profile, tmp_path
-):
+def test_a_step_returns_its_digest_and_refuses_an_input_replaced_by_another_run(root, profile, tmp_path):
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
     context, name = new_context(), "synthesize-videos"
     operator = StepOperator(task_id=f"local.{name}", step=name, profile=str(tmp_path / "profile.yaml"))
@@ -344,7 +342,7 @@ def test_a_step_hands_on_its_digest_and_refuses_what_another_run_has_put_in_the_
     assert digest == operator.execute(context) == json.loads((root / "data/clips/manifest.json").read_text())["digest"]
 
 
-def test_a_work_root_that_is_no_folder_is_said(monkeypatch, tmp_path):
+def test_a_work_root_that_is_not_a_folder_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(airflow_operator.Variable, "get", lambda *_, **__: str(tmp_path / "nowhere"))
-    with pytest.raises(AirflowFailException, match="variable 'univigu_root' names no folder"):
+    with pytest.raises(AirflowFailException, match="variable 'univigu_root' is not a folder"):
         StepOperator(task_id="step", step="validate-clips", profile="smoke").execute(new_context())

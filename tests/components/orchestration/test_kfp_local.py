@@ -58,7 +58,7 @@ def test_a_missing_prerequisite_ends_the_run_before_any_step_with_its_own_exit_c
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_stop_leaves_no_process_and_goes_on_where_it_was(make_root):
+def test_a_run_stopped_by_sigterm_leaves_no_process(make_root):
     root = make_root("stopped")
     process = subprocess.Popen(
         COMMAND, cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -70,7 +70,7 @@ def test_a_run_that_is_told_to_stop_leaves_no_process_and_goes_on_where_it_was(m
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate()
     assert process.returncode == 81, told
-    assert told == "univigu: The pipeline was told to stop; the same command goes on where it was.\n"
+    assert told == "univigu: The pipeline was stopped by SIGTERM; run the same command to resume it.\n"
     deadline = time.monotonic() + 30
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""The compiled pipeline is the table of steps, and asks Kubernetes for what the table says."""
+"""The compiled pipeline has the steps of stages.py, with their inputs, parameters and resources."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def tasks(committed):
 
 
 def steps_and_edges(spec):
-    """Every task that runs a step, by the step's name: its settings, and the steps whose output it waits for.
+    """Every task that runs a step, by the step's name: its settings, and the steps that it depends on.
 
     Groups (loops, conditions, the exit handler) are looked through: what goes into a group is followed into it.
     """
@@ -118,7 +118,7 @@ def test_a_step_in_shards_fans_out_and_is_committed_by_one_task_without_gpu(comm
     assert {stage.name for stage in STAGES if stage.sharded} >= {"synthesize-videos", "caption-videos"}
 
 
-def test_a_training_step_runs_in_a_pod_with_gpus_or_is_sent_away_from_one_without(committed, tasks):
+def test_a_training_step_runs_in_a_gpu_pod_or_as_a_trainjob_started_by_a_cpu_pod(committed, tasks):
     for stage in STAGES:
         if stage.resources.pool != "training":
             continue
@@ -199,7 +199,7 @@ def test_a_pod_with_gpus_has_its_pool_and_shared_memory(committed, tasks):
 
 
 @pytest.mark.parametrize("name", [*IDS, *sorted(CONTROL)])
-def test_a_task_is_tried_again_with_growing_pauses_and_not_for_ever(committed, tasks, name):
+def test_a_task_is_retried_with_growing_delays_a_limited_number_of_times(committed, tasks, name):
     hours = kfp_pipeline.CONTROL_HOURS if name in CONTROL else find_stage(name).resources.hours
     for _, task, component, _ in tasks[name]:
         assert task["retryPolicy"] == {
@@ -211,7 +211,7 @@ def test_a_task_is_tried_again_with_growing_pauses_and_not_for_ever(committed, t
         assert platform_of(committed, component)["activeDeadlineSeconds"] == str(hours * 3600)
 
 
-def test_steps_are_cached_by_their_key_and_what_looks_at_the_present_is_not(tasks):
+def test_steps_are_cached_by_their_key_and_other_tasks_are_not_cached(tasks):
     for name, group in tasks.items():
         for _, task, _, _ in group:
             cached = name not in CONTROL and not find_stage(name).external

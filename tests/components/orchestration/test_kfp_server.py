@@ -1,4 +1,4 @@
-"""Runs on a Kubeflow Pipelines server: submitted once, watched to their end, with honest exit codes.
+"""Runs on a Kubeflow Pipelines server: submitted once, followed to their end, with documented exit codes.
 
 The server here (`kfp`, in conftest.py) speaks the v2beta1 API over HTTP as the real one does, without a cluster.
 """
@@ -55,7 +55,7 @@ def test_a_name_is_submitted_once_while_its_run_lives_or_succeeded(kfp, client):
     assert client.submit(PACKAGE, "same", {"profile": "smoke"}, experiment="another") != first
 
 
-def test_a_run_is_found_in_ones_own_namespace_and_behind_any_number_of_newer_ones(kfp):
+def test_a_run_is_found_in_its_namespace_and_beyond_the_first_page(kfp):
     ours, theirs = (KfpServer(kfp.url, team, delay_s=0.01, timeout_s=5, settle_s=0.01) for team in ("ours", "theirs"))
     first = ours.submit(PACKAGE, "same", {})
     assert theirs.submit(PACKAGE, "same", {}) != first
@@ -85,7 +85,7 @@ def test_a_run_that_did_not_succeed_can_be_submitted_again(kfp, client, state):
     assert client.submit(PACKAGE, "same", {}) != first
 
 
-def test_a_run_that_is_being_cancelled_is_neither_followed_nor_doubled(kfp, client):
+def test_a_run_being_cancelled_is_neither_reused_nor_submitted_again(kfp, client):
     kfp.states = ["CANCELING"]
     first = client.submit(PACKAGE, "same", {})
     with pytest.raises(TransientError, match=f"{first} of this name is being cancelled"):
@@ -101,14 +101,14 @@ def test_a_name_that_is_taken_by_other_arguments_is_refused(client):
         client.submit(PACKAGE, "same", {"profile": "tiny", "parts": 2})
 
 
-def test_an_answer_that_is_lost_submits_nothing_twice(kfp, client):
+def test_a_lost_response_submits_nothing_twice(kfp, client):
     kfp.lose_answers = 1
     assert client.submit(PACKAGE, "lost", {}) == "run-1"
     assert len(kfp.runs) == 1
 
 
 @pytest.mark.parametrize("path", ["runs", "experiments"])
-def test_of_two_who_submit_at_the_same_time_one_follows_the_other(kfp, path):
+def test_of_two_concurrent_submissions_one_uses_the_run_of_the_other(kfp, path):
     kfp.states = ["RUNNING"]
     kfp.meet[f"/apis/v2beta1/{path}"] = threading.Barrier(2)
 
@@ -122,7 +122,7 @@ def test_of_two_who_submit_at_the_same_time_one_follows_the_other(kfp, path):
     assert len(kfp.experiments) == 1
 
 
-def test_a_whole_number_will_do_for_a_number():
+def test_an_integer_is_accepted_for_a_float():
     typed = typed_arguments(PACKAGE, {"free_gib": "2"})
     assert (typed, type(typed["free_gib"])) == ({"free_gib": 2.0}, float)
 
@@ -133,7 +133,7 @@ def test_a_run_that_fails_at_once_is_not_submitted_a_second_time(kfp, client):
     assert len(kfp.runs) == 1
 
 
-def test_a_server_that_fails_for_a_moment_is_asked_again(kfp, client):
+def test_a_temporary_server_failure_is_retried(kfp, client):
     run_id = client.submit(PACKAGE, "a", {})
     kfp.failures = [503, 502, 429]
     assert client.state(run_id).state in ("PENDING", "RUNNING")
@@ -142,7 +142,7 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(kfp, client):
         client.state(run_id)
 
 
-def test_a_server_that_is_not_there_is_said_in_one_sentence():
+def test_an_unreachable_server_is_reported_in_one_sentence():
     server = KfpServer("http://127.0.0.1:9", delay_s=0.01)
     with pytest.raises(TransientError, match=r"http://127.0.0.1:9 does not answer"):
         server.submit(PACKAGE, "a", {})
@@ -160,26 +160,26 @@ def test_a_state_says_what_failed(kfp, client):
     assert state.is_terminal
 
 
-def test_a_run_that_nobody_knows_and_a_server_that_refuses_are_told_apart(kfp, client):
+def test_an_unknown_run_and_a_denied_request_are_different_errors(kfp, client):
     with pytest.raises(MissingInputError, match="Run nowhere not found"):
         client.state("nowhere")
     for status in (401, 403, 302):
         kfp.failures = [status]
-        with pytest.raises(ConfigError, match=f"refuses the request \\(status {status}\\); set KFP_TOKEN"):
+        with pytest.raises(ConfigError, match=f"denies access \\(status {status}\\); set KFP_TOKEN"):
             client.state("nowhere")
     kfp.failures = [400]
-    with pytest.raises(BadInputError, match="does not take the request: upstream connect error"):
+    with pytest.raises(BadInputError, match="rejects the request: upstream connect error"):
         client.state("nowhere")
 
 
 def test_a_login_page_is_not_taken_for_an_empty_answer(kfp, client):
     kfp.page = b"<html>Sign in</html>"
-    with pytest.raises(ConfigError, match="is no Kubeflow Pipelines server"):
+    with pytest.raises(ConfigError, match="is not a Kubeflow Pipelines server"):
         client.submit(PACKAGE, "a", {})
     assert kfp.runs == {}
 
 
-def test_tokens_are_read_anew_and_never_said(kfp, client, tmp_path, monkeypatch):
+def test_tokens_are_read_for_each_call_and_never_printed(kfp, client, tmp_path, monkeypatch):
     run_id = client.submit(PACKAGE, "a", {})
     kfp.tokens.clear()
     monkeypatch.setenv("KFP_TOKEN", "from-the-environment")
@@ -218,14 +218,14 @@ def test_logs_are_those_of_the_pods_that_the_server_still_has(kfp, client):
     assert list(client.logs(run_id, "caption-videos")) == [("caption-videos", "captioned\n")]
 
 
-def test_an_address_with_a_password_is_refused_and_not_repeated():
-    with pytest.raises(ConfigError, match="holds a user or a password") as refusal:
+def test_an_address_with_a_password_is_refused_and_not_printed():
+    with pytest.raises(ConfigError, match="contains a user name or password") as refusal:
         KfpServer("https://me:s3cret@kfp.example.com")
     assert "s3cret" not in str(refusal.value)
 
 
-def test_the_address_comes_from_the_environment_and_has_to_be_one(kfp, monkeypatch):
-    with pytest.raises(ConfigError, match="give --host, or set KFP_ENDPOINT"):
+def test_the_address_comes_from_the_environment_and_is_validated(kfp, monkeypatch):
+    with pytest.raises(ConfigError, match="use --host, or set KFP_ENDPOINT"):
         KfpServer()
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp.url)
     assert KfpServer().host == kfp.url
@@ -243,7 +243,7 @@ def test_arguments_are_checked_against_the_pipeline():
     }
     for name, value, message in (
         ("prats", "2", "no parameter 'prats'; it has accelerator, "),
-        ("parts", "two", "takes JSON of type NUMBER_INTEGER, which 'two' is not"),
+        ("parts", "two", "must be JSON of type NUMBER_INTEGER, not 'two'"),
         ("parts", "true", "NUMBER_INTEGER"),
         ("parts", "1.5", "NUMBER_INTEGER"),
         ("gpu_node_selector", "[]", "STRUCT"),
@@ -266,12 +266,12 @@ def test_a_default_name_is_the_same_for_the_same_run_only(tmp_path):
     ("text", "error", "message"),
     [
         (None, MissingInputError, "run `univigu pipeline compile` first"),
-        ("a: [", BadInputError, "can't be read as YAML"),
-        ("a: 1", BadInputError, "no compiled pipeline"),
-        ("", BadInputError, "no compiled pipeline"),
+        ("a: [", BadInputError, "is not valid YAML"),
+        ("a: 1", BadInputError, "is not a compiled pipeline"),
+        ("", BadInputError, "is not a compiled pipeline"),
     ],
 )
-def test_what_is_no_compiled_pipeline_is_refused(tmp_path, text, error, message):
+def test_a_file_that_is_not_a_compiled_pipeline_is_refused(tmp_path, text, error, message):
     path = tmp_path / "pipeline.yaml"
     if text is not None:
         path.write_text(text)
@@ -307,7 +307,7 @@ def test_waiting_ends_with_the_exit_code_of_the_runs_end(kfp):
         assert message in done.stderr
 
 
-def test_who_waits_may_stop_waiting_and_is_told_how_to_go_on(kfp):
+def test_interrupting_a_wait_prints_how_to_continue(kfp):
     kfp.states = ["RUNNING"]
     command = [sys.executable, "-m", "components.cli.main", "pipeline", "submit", "--wait", "--host", kfp.url]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
@@ -332,7 +332,7 @@ def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
     assert univigu("status", "run-1", *at).returncode == 84
 
 
-def test_who_cancels_a_run_that_trains_elsewhere_hears_how_to_be_sure_that_it_ends(kfp):
+def test_cancelling_a_run_with_a_trainjob_prints_how_to_check_that_it_ended(kfp):
     kfp.states = ["RUNNING"]
     univigu("submit", "train_backend=trainjob", "--host", kfp.url)
     done = univigu("cancel", "run-1", "--host", kfp.url, "--namespace", "team")
@@ -345,10 +345,10 @@ def test_who_cancels_a_run_that_trains_elsewhere_hears_how_to_be_sure_that_it_en
     [
         (("submit", "--host", "http://127.0.0.1:9", "prats=2"), 78, "no parameter 'prats'"),
         (("submit", "--host", "http://127.0.0.1:9", "parts"), 78, "write KEY=VALUE"),
-        (("submit", "--package", "none.yaml"), 66, "no compiled pipeline none.yaml"),
-        (("status", "run-9"), 78, "No Kubeflow Pipelines server is named"),
+        (("submit", "--package", "none.yaml"), 66, "no compiled pipeline at none.yaml"),
+        (("status", "run-9"), 78, "No Kubeflow Pipelines server is given"),
         (("run",), 78, "univigu pipeline run --local"),
-        (("run", "--local", "image=x"), 78, "no choice of image"),
+        (("run", "--local", "image=x"), 78, "does not support the parameter image"),
         (("run", "--local", "prats=2"), 78, "no parameter 'prats'"),
         (("compile", "-o", "none/pipeline.yaml"), 65, "can't be written"),
     ],
@@ -360,7 +360,7 @@ def test_wrong_commands_are_refused_in_one_sentence_and_submit_nothing(kfp, comm
     assert message in done.stderr
 
 
-def test_kfps_own_command_takes_the_committed_file(kfp, tmp_path):
+def test_kfps_own_command_accepts_the_committed_file(kfp, tmp_path):
     done = call(
         *("kfp", "--endpoint", kfp.url, "run", "create", "-e", "uni-vigu", "-r", "by-hand"),
         *("-f", PACKAGE, "profile=smoke", "parts=2", 'gpus="1"'),

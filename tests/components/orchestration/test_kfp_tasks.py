@@ -1,4 +1,4 @@
-"""What the pipeline's tasks promise: they fail early and clearly, are skipped only rightly, and say how a run ended."""
+"""Tasks of the pipeline fail early with a clear message, are skipped only if finished, and report how a run ended."""
 
 import json
 import shutil
@@ -34,11 +34,17 @@ def root(new_root, tmp_path, profile, monkeypatch):
     return folder
 
 
-ASKED = {"gpus": "1", "gpu_cpu": "8", "gpu_memory": "64Gi", "training_gpus": "0", "training_memory": "1Ti"}
+RESOURCES = {"gpus": "1", "gpu_cpu": "8", "gpu_memory": "64Gi", "training_gpus": "0", "training_memory": "1Ti"}
 
 
 def check(root, profile, **changes):
-    arguments = {"parts": 3, "train_backend": "pod", "required_env": [], "free_gib": 0.001, "asked": ASKED} | changes
+    arguments = {
+        "parts": 3,
+        "train_backend": "pod",
+        "required_env": [],
+        "free_gib": 0.001,
+        "resources": RESOURCES,
+    } | changes
     return kfp_tasks.check_prerequisites(profile, str(root), **arguments)
 
 
@@ -47,7 +53,7 @@ def step(name, root, profile, **changes):
     return kfp_tasks.run_step(name, profile, str(root), **arguments)
 
 
-def test_with_all_prerequisites_the_parts_are_handed_on(root, profile_file, monkeypatch):
+def test_with_all_prerequisites_the_parts_are_returned(root, profile_file, monkeypatch):
     monkeypatch.setenv("A_SECRET", "value")
     assert check(root, profile_file, required_env=["A_SECRET"]) == ["1/3", "2/3", "3/3"]
     assert kfp_tasks.last_failure(str(root)) == {}
@@ -56,20 +62,30 @@ def test_with_all_prerequisites_the_parts_are_handed_on(root, profile_file, monk
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"parts": 0}, 78, "can't be split in 0 parts"),
+        ({"parts": 0}, 78, "'parts' is 0; set it to"),
         ({"parts": 10**6}, 78, "from 1 to 1000"),
         ({"train_backend": "moon"}, 78, "no train_backend 'moon'; choose one of pod, trainjob"),
-        ({"required_env": ["NOT_THERE_1", "NOT_THERE_2"]}, 66, "lacks NOT_THERE_1, NOT_THERE_2"),
+        ({"required_env": ["NOT_THERE_1", "NOT_THERE_2"]}, 66, "variables NOT_THERE_1, NOT_THERE_2 are not set"),
         ({"free_gib": 1e9}, 73, "GiB are free"),
         ({"profile": "huge"}, 78, "no profile 'huge'"),
-        ({"asked": ASKED | {"training_gpus": "eight"}}, 78, "'training_gpus' is 'eight'; give it a whole number"),
-        ({"asked": ASKED | {"gpus": "-1"}}, 78, "'gpus' is '-1'; give it a whole number"),
-        ({"asked": ASKED | {"gpu_memory": "lots"}}, 78, "'gpu_memory' is 'lots'; give it a quantity of Kubernetes'"),
-        ({"asked": ASKED | {"gpu_cpu": "0"}}, 78, "'gpu_cpu' is '0'"),
-        ({"asked": ASKED | {"training_gpus": "7"}}, 65, "can't be split evenly over 7 processes"),
+        (
+            {"resources": RESOURCES | {"training_gpus": "eight"}},
+            78,
+            "'training_gpus' is 'eight'; set it to a whole",
+        ),
+        ({"resources": RESOURCES | {"gpus": "-1"}}, 78, "'gpus' is '-1'; set it to a whole number"),
+        (
+            {"resources": RESOURCES | {"gpu_memory": "lots"}},
+            78,
+            "'gpu_memory' is 'lots'; set it to a Kubernetes",
+        ),
+        ({"resources": RESOURCES | {"gpu_cpu": "0"}}, 78, "'gpu_cpu' is '0'"),
+        ({"resources": RESOURCES | {"training_gpus": "7"}}, 65, "can't be split evenly over 7 processes"),
     ],
 )
-def test_what_is_missing_or_wrong_is_said_before_anything_runs(root, profile_file, capsys, changes, code, message):
+def test_missing_or_invalid_prerequisites_are_reported_before_anything_runs(
+    root, profile_file, capsys, changes, code, message
+):
     with pytest.raises(SystemExit) as stop:
         check(root, changes.pop("profile", profile_file), **changes)
     assert stop.value.code == code
@@ -79,18 +95,18 @@ def test_what_is_missing_or_wrong_is_said_before_anything_runs(root, profile_fil
     assert message in failure["message"]
 
 
-def test_a_source_or_a_volume_that_is_not_there_is_named(root, profile, profile_file, tmp_path, capsys):
+def test_a_missing_source_or_volume_is_named(root, profile, profile_file, tmp_path, capsys):
     shutil.rmtree(root / profile["base"])
     with pytest.raises(SystemExit):
         check(root, profile_file)
-    assert f"no {profile['base']} below" in capsys.readouterr().out
+    assert f"has no {profile['base']}, which" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         check(tmp_path / "no-volume", profile_file)
     assert stop.value.code == 66
     assert "mount the volume" in capsys.readouterr().out
 
 
-def test_a_tracking_server_that_does_not_answer_is_found_out_at_once(root, profile_file, monkeypatch, capsys):
+def test_a_tracking_server_that_does_not_answer_is_detected_at_once(root, profile_file, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(SystemExit) as stop:
         check(root, profile_file)
@@ -98,7 +114,7 @@ def test_a_tracking_server_that_does_not_answer_is_found_out_at_once(root, profi
     assert "does not answer" in capsys.readouterr().out
 
 
-def test_a_captioner_that_does_not_answer_is_found_out_at_once(root, profile, tmp_path, monkeypatch, capsys):
+def test_a_captioner_that_does_not_answer_is_detected_at_once(root, profile, tmp_path, monkeypatch, capsys):
     profile["caption_videos"].update(captioner="openai", options={"model": "m", "tries": 1, "backoff_s": 0.01})
     path = tmp_path / "profile.yaml"
     path.write_text(yaml.safe_dump(profile))
@@ -110,7 +126,9 @@ def test_a_captioner_that_does_not_answer_is_found_out_at_once(root, profile, tm
         assert said in capsys.readouterr().out
 
 
-def test_a_step_in_parts_is_committed_by_a_task_that_makes_nothing(root, profile_file, profile, finished_clips, capfd):
+def test_a_step_in_parts_is_committed_by_a_task_that_computes_nothing(
+    root, profile_file, profile, finished_clips, capfd
+):
     for part in ("1/2", "2/2"):
         assert step("synthesize-videos", root, profile_file, part=part) == ""
     assert not (root / "data/clips").exists()
@@ -130,7 +148,7 @@ def test_the_only_part_does_the_whole_step_and_the_commit_finds_it_finished(root
 
 
 @pytest.mark.parametrize("part", ["", "1/2"])
-def test_what_another_run_has_put_in_the_place_of_an_input_is_not_worked_on(root, profile_file, capfd, part):
+def test_an_input_replaced_by_another_run_is_refused(root, profile_file, capfd, part):
     with pytest.raises(SystemExit) as stop:
         step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32} train-stage-1=", part=part)
     assert stop.value.code == 65
@@ -138,15 +156,15 @@ def test_what_another_run_has_put_in_the_place_of_an_input_is_not_worked_on(root
     assert not (root / "data/clips").exists()
 
 
-def test_a_step_that_read_another_runs_input_fails_though_it_was_made(root, profile_file, monkeypatch, capfd):
+def test_a_step_fails_if_its_input_is_replaced_while_it_runs(root, profile_file, monkeypatch, capfd):
     prompts = root / "data/validated/prompts"
-    ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._call
+    ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._run_command
 
     def after_another_run(*arguments):
         write_manifest(prompts, {**ours, "digest": "ab" * 32})
         run(*arguments)
 
-    monkeypatch.setattr(kfp_tasks, "_call", after_another_run)
+    monkeypatch.setattr(kfp_tasks, "_run_command", after_another_run)
     with pytest.raises(SystemExit) as stop:
         step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={ours['digest']}")
     assert stop.value.code == 65
@@ -154,7 +172,7 @@ def test_a_step_that_read_another_runs_input_fails_though_it_was_made(root, prof
     assert "was replaced by another run" in capfd.readouterr().out
 
 
-def test_a_failure_that_the_next_try_mends_is_told_to_nobody(root, profile_file, capfd):
+def test_a_failure_that_a_retry_fixes_is_not_reported(root, profile_file, capfd):
     with pytest.raises(SystemExit):
         step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32}")
     kfp_tasks.notify("uni-vigu", str(root), "SUCCEEDED", "")
@@ -164,7 +182,7 @@ def test_a_failure_that_the_next_try_mends_is_told_to_nobody(root, profile_file,
     assert kfp_tasks.last_failure(str(root)) == {}
 
 
-def test_a_prerequisite_that_was_not_there_at_first_is_not_blamed_for_what_fails_later(root, profile_file, capsys):
+def test_a_prerequisite_that_was_met_later_is_not_reported_for_a_later_failure(root, profile_file, capsys):
     with pytest.raises(SystemExit):
         check(root, profile_file, required_env=["NOT_THERE"])
     check(root, profile_file)
@@ -172,7 +190,7 @@ def test_a_prerequisite_that_was_not_there_at_first_is_not_blamed_for_what_fails
     assert '"failed_step": null, "exit_code": null, "message": "main: OOMKilled"' in capsys.readouterr().out
 
 
-def test_a_failed_step_ends_its_task_with_its_own_exit_code_and_sentence(root, profile_file, profile, capfd):
+def test_a_failed_step_ends_its_task_with_the_steps_exit_code_and_message(root, profile_file, profile, capfd):
     (root / "data/validated/prompts/prompts.parquet").write_bytes(b"damaged")
     with pytest.raises(SystemExit) as stop:
         step("synthesize-videos", root, profile_file)
@@ -182,14 +200,14 @@ def test_a_failed_step_ends_its_task_with_its_own_exit_code_and_sentence(root, p
     assert f"synthesize-videos | univigu: {failure['message']}" in capfd.readouterr().out
 
 
-def test_another_runs_failure_is_not_taken_for_this_ones(root, profile_file, monkeypatch):
+def test_the_failure_of_another_run_is_not_reported(root, profile_file, monkeypatch):
     with pytest.raises(SystemExit):
         check(root, profile_file, parts=0)
     monkeypatch.setenv(kfp_tasks.RUN_ID, "run-2")
     assert kfp_tasks.last_failure(str(root)) == {}
 
 
-def test_an_image_with_another_table_than_the_pipelines_is_refused(root, profile_file, capsys):
+def test_an_image_with_other_stages_than_the_pipeline_is_refused(root, profile_file, capsys):
     declared = kfp_tasks.declaration("synthesize-videos")
     with pytest.raises(SystemExit) as stop:
         step("synthesize-videos", root, profile_file, declared={**declared, "parameters": ["seed"]})
@@ -197,7 +215,7 @@ def test_an_image_with_another_table_than_the_pipelines_is_refused(root, profile
     assert "compiled for another version" in capsys.readouterr().out
 
 
-def test_a_key_holds_as_long_as_the_output_that_it_stands_for(root, profile_file, profile):
+def test_a_cache_key_is_valid_as_long_as_its_output_exists(root, profile_file, profile):
     def keys(path=profile_file):
         return kfp_tasks.cache_keys(path, str(root))
 
@@ -222,7 +240,7 @@ def test_a_key_holds_as_long_as_the_output_that_it_stands_for(root, profile_file
     assert keys(other_file)[name] != third[name]
 
 
-def test_a_step_runs_by_the_command_that_people_use(root):
+def test_a_step_runs_by_the_users_command(root):
     def command(**options):
         return " ".join(kfp_tasks.command("train-stage-1", "tiny", "/r", **options)[1:])
 
@@ -235,7 +253,7 @@ def test_a_step_runs_by_the_command_that_people_use(root):
 
 @pytest.fixture
 def receiver():
-    """A web server that keeps what it is sent, and answers with `status`."""
+    """A web server that records the reports it receives, and answers with `status`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -255,7 +273,7 @@ def receiver():
     server.shutdown()
 
 
-def test_the_end_of_a_run_is_told_with_the_step_that_failed(root, profile_file, receiver, monkeypatch, capsys):
+def test_a_notification_names_the_step_that_failed(root, profile_file, receiver, monkeypatch, capsys):
     monkeypatch.setenv(NOTIFY_URL, receiver.url)
     with pytest.raises(SystemExit):
         check(root, profile_file, parts=0)
@@ -263,7 +281,7 @@ def test_the_end_of_a_run_is_told_with_the_step_that_failed(root, profile_file, 
     kfp_tasks.notify("uni-vigu", str(root.parent), "SUCCEEDED", "")
     (path, kind, failed), (_, _, succeeded) = receiver.received
     assert (path, kind) == ("/hook/s3cret", "application/json")
-    assert failed["message"].startswith("A step can't be split in 0 parts")
+    assert failed["message"].startswith("'parts' is 0")
     assert {**failed, "message": None} == {
         "pipeline": "uni-vigu",
         "run_id": "run-1",

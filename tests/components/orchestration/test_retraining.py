@@ -1,4 +1,4 @@
-"""What an orchestrator decides around the steps, without an orchestrator."""
+"""Decisions around the steps, tested without an orchestrator."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ REPO = Path(__file__).parents[3]
 
 @pytest.fixture
 def name(versions, monkeypatch, request):
-    """A name of its own for each test; the profile `smoke` is taken to name it."""
+    """A model name for each test, as if the profile `smoke` contained it."""
     monkeypatch.setattr(retraining, "_name", lambda _: request.node.name)
     return request.node.name
 
 
 @pytest.fixture
 def register(versions, recommit, name):
-    """Register a version as the step does: it is the candidate, and what the step leaves names it."""
+    """Register a version as the step does: it becomes the candidate, and registration.json names it."""
 
     def register(right, name=name, **more):
         number = versions.add(name, right, **more)
@@ -41,38 +41,38 @@ def register(versions, recommit, name):
 
 def test_a_dataset_counts_as_trained_with_the_profile_it_was_trained_with(versions, register):
     number = register(10, tags={"univigu.digest.validate-prompts": DIGEST})
-    assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # nobody has said with which profile
+    assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # not tagged with a profile yet
     retraining.compare_candidate(versions.root, "smoke")
     assert retraining.find_trained(versions.root, "smoke", DIGEST) == number
     assert retraining.find_trained(versions.root, "tiny", DIGEST) is None
     assert retraining.find_trained(versions.root, "smoke", "cd" * 32) is None
 
 
-def test_in_an_empty_work_root_nothing_was_trained(tmp_path):
+def test_an_empty_work_root_has_no_trained_version(tmp_path):
     assert retraining.find_trained(tmp_path, "smoke", DIGEST) is None
 
 
 @pytest.mark.parametrize("digest", ["", "None", "x' OR '1'='1", DIGEST.upper()])
 def test_an_event_without_a_digest_is_refused(tmp_path, digest):
-    with pytest.raises(BadInputError, match="no SHA-256 of a dataset"):
+    with pytest.raises(BadInputError, match="not a SHA-256 digest"):
         retraining.find_trained(tmp_path, "smoke", digest)
 
 
-def test_the_profile_of_an_event_goes_before_the_runs_own_and_has_to_be_the_projects():
+def test_the_profile_of_an_event_overrides_the_default_and_must_exist():
     assert retraining.announced_profile({"digest": DIGEST, "profile": "smoke"}, "tiny") == "smoke"
     assert retraining.announced_profile({"digest": DIGEST}, "tiny") == "tiny"
     for wrong in ("huge", "../smoke.yaml", "", None, ["smoke"]):
-        with pytest.raises(BadInputError, match=r"'profile' is .* none of smoke, tiny, .* emit the event again"):
+        with pytest.raises(BadInputError, match=r"'profile' is .* not a profile; emit .* with one of smoke, tiny"):
             retraining.announced_profile({"digest": DIGEST, "profile": wrong}, "tiny")
 
 
-def test_a_registry_that_does_not_answer_is_said(tmp_path, monkeypatch):
+def test_a_registry_that_does_not_answer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
     with pytest.raises(TransientError, match=r"http://127.0.0.1:9 does not answer"):
         retraining.find_trained(tmp_path, "smoke", DIGEST)
 
 
-def test_comparing_changes_no_champion_and_promoting_says_who(versions, name, register):
+def test_comparing_changes_no_champion_and_promoting_records_the_user(versions, name, register):
     register(10)
     found = retraining.compare_candidate(versions.root, "smoke")
     assert (found["version"], found["champion"], found["better"]) == (1, None, True)
@@ -84,7 +84,7 @@ def test_comparing_changes_no_champion_and_promoting_says_who(versions, name, re
     assert retraining.promote_version(versions.root, name, 1, "ada", "again")["outcome"] == "unchanged"
 
 
-def test_a_candidate_that_is_no_better_leaves_the_champion(versions, name, register):
+def test_a_candidate_that_is_not_better_does_not_replace_the_champion(versions, name, register):
     promotion.promote(name, versions.add(name, 30), "the first", root=versions.root)
     register(5)
     found = retraining.compare_candidate(versions.root, "smoke")
@@ -93,7 +93,7 @@ def test_a_candidate_that_is_no_better_leaves_the_champion(versions, name, regis
     assert versions.aliases(name) == (1, None)
 
 
-def test_whoever_else_registers_a_candidate_is_neither_compared_nor_marked(versions, name, register):
+def test_a_candidate_of_another_process_is_neither_compared_nor_tagged(versions, name, register):
     ours = register(10)
     theirs = versions.add(name, 40)
     registry.set_alias(name, registry.CANDIDATE, theirs)
@@ -102,7 +102,7 @@ def test_whoever_else_registers_a_candidate_is_neither_compared_nor_marked(versi
     assert marked == {ours: True, theirs: False}
 
 
-def test_what_was_registered_from_elsewhere_or_under_another_name_is_not_compared(versions, register, tmp_path):
+def test_a_version_from_another_root_or_under_another_name_is_not_compared(versions, register, tmp_path):
     with pytest.raises(MissingInputError, match="univigu run register-model"):
         retraining.compare_candidate(tmp_path, "smoke")
     register(10, name="another")
@@ -110,7 +110,7 @@ def test_what_was_registered_from_elsewhere_or_under_another_name_is_not_compare
         retraining.compare_candidate(versions.root, "smoke")
 
 
-def test_the_dataset_is_what_the_profile_has_made_of_the_prompts(tmp_path):
+def test_the_dataset_is_the_profiles_validated_prompts(tmp_path):
     for source in ("data/prompts", "model/tiny-wan"):
         shutil.copytree(REPO / source, tmp_path / source)
     profile = load_profile("smoke")
@@ -121,15 +121,15 @@ def test_the_dataset_is_what_the_profile_has_made_of_the_prompts(tmp_path):
     assert retraining.dataset(tmp_path, "smoke") == {"digest": made["digest"], "rows": made["rows_out"]}
     profile["validate_data"]["min_rows"] += 1
     run_stage("validate-prompts", profile, tmp_path)
-    with pytest.raises(BadInputError, match="not what the profile 'smoke' makes"):
+    with pytest.raises(BadInputError, match="not made with the profile 'smoke'"):
         retraining.dataset(tmp_path, "smoke")
 
 
 def test_outside_a_dvc_project_a_dataset_is_known_by_its_digest(tmp_path):
-    assert "no DVC project" in retraining.version_dataset(tmp_path, "smoke")
+    assert "not a DVC project" in retraining.version_dataset(tmp_path, "smoke")
 
 
-def test_in_a_dvc_project_the_dataset_is_put_into_cache_and_lock(tmp_path):
+def test_in_a_dvc_project_the_dataset_is_added_to_cache_and_lock(tmp_path):
     call(tmp_path, "git", "init", "-q")
     call(tmp_path, "dvc", "init", "-q")
     stage = {"cmd": "true", "outs": ["data/{}"]}
@@ -144,7 +144,7 @@ def test_in_a_dvc_project_the_dataset_is_put_into_cache_and_lock(tmp_path):
         (tmp_path / stage["outs"][0] / "prompts.parquet").write_text("rows")
     assert "params.yaml names the profile 'smoke'" in retraining.version_dataset(tmp_path, "tiny")
     assert not (tmp_path / "dvc.lock").exists()
-    assert "named by dvc.lock" in retraining.version_dataset(tmp_path, "smoke")
+    assert "to dvc.lock" in retraining.version_dataset(tmp_path, "smoke")
     assert "data/validated/prompts" in (tmp_path / "dvc.lock").read_text()
     assert [*(tmp_path / ".dvc/cache").rglob("*.dir")]
 

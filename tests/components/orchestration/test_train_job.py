@@ -1,4 +1,4 @@
-"""TrainJobs through the real Kubernetes client, against a server that answers as the API server does."""
+"""TrainJobs through the real Kubernetes client, against a fake API server."""
 
 import inspect
 import os
@@ -19,7 +19,7 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from components.cli import train_job
 from components.orchestration import kfp_tasks
 from components.orchestration.train_job import Settings, build, work_key
-from components.orchestration.train_job_run import run_train_job, try_train_job
+from components.orchestration.train_job_run import dry_run_train_job, run_train_job
 from components.pipeline.manifests import verify
 from components.pipeline.stages import find_stage
 from components.pipeline.state import STATE
@@ -43,7 +43,7 @@ def make_job(**settings):
 def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undisturbed_one(
     cluster, latents_root, profile, tmp_path, monkeypatch, capfd
 ):
-    """A pipeline's task, and a cluster that runs what its TrainJob asks for: two processes, which SIGTERM stops."""
+    """A pipeline's task, and a fake cluster that runs its TrainJob: two processes, which SIGTERM stops."""
     profile["train_stage_1"].update(steps=30, batch_size=4, checkpoint_every=1000, heldout_every=30)
     for root in (latents_root, shutil.copytree(latents_root, tmp_path / "undisturbed")):
         (root / "profile.yaml").write_text(yaml.safe_dump(profile))
@@ -131,7 +131,7 @@ def test_the_api_knows_every_field_of_a_train_job(settings):
     assert TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job  # the models drop what they don't know
 
 
-def test_a_train_job_says_what_runs_where_and_on_which_volume():
+def test_a_train_job_sets_command_resources_and_volume():
     asked = {"nodes": 2, "gpus": 4, "queue": "gpus", "image": "i", "grace": 120, "run_id": "run-1"}
     job = make_job(claim="work", mount_path=Path("/work"), **asked)
     trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
@@ -159,7 +159,7 @@ def test_without_gpus_a_node_has_one_process():
     assert "nvidia.com/gpu" not in trainer["resourcesPerNode"]["limits"]
 
 
-def test_other_work_has_another_name():
+def test_different_work_has_a_different_name():
     assert (
         build(find_stage("train-stage-1"), "f" * 64, "tiny", Path("/work"), Settings())["metadata"]["name"]
         == "train-stage-1-ffffffffff"
@@ -174,8 +174,8 @@ def test_the_run_that_a_train_job_is_part_of_comes_from_the_variable_that_a_task
     assert typing.get_args(option)[1].envvar == kfp_tasks.RUN_ID
 
 
-def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
-    with pytest.raises(ConfigError, match="doesn't train"):
+def test_invalid_settings_are_refused_before_any_request(tmp_path):
+    with pytest.raises(ConfigError, match="not a training step"):
         run_train_job("encode-latents", "tiny", tmp_path, Settings())
     with pytest.raises(BadInputError, match="not on the volume"):
         run_train_job("train-stage-1", "tiny", tmp_path, Settings(mount_path=tmp_path / "elsewhere"))
@@ -188,13 +188,13 @@ def test_what_makes_no_sense_is_refused_before_a_cluster_is_asked(tmp_path):
         run_train_job("train-stage-1", "tiny", tmp_path, Settings())
 
 
-def test_a_dry_run_has_the_job_checked_and_creates_nothing(cluster, tmp_path, capfd):
+def test_a_dry_run_validates_the_job_and_creates_nothing(cluster, tmp_path, capfd):
     settings = Settings(namespace="team", poll=0.01, api_timeout=20.0, grace=5, start_timeout=30.0)
-    try_train_job("train-stage-1", "tiny", tmp_path, settings)
+    dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
     assert (cluster.submissions, cluster.jobs) == (1, {})
     cluster.failures = [(403, "admission webhook denied the request: TrainingRuntime univigu-torchrun not found")]
     with pytest.raises(ConfigError, match="TrainingRuntime univigu-torchrun not found"):
-        try_train_job("train-stage-1", "tiny", tmp_path, settings)
+        dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
 
 
 def test_a_pipelines_first_task_asks_the_cluster_for_both_stages(cluster, capfd, tmp_path):

@@ -1,4 +1,4 @@
-"""How a launcher follows its TrainJob, through the real Kubernetes client and the server of conftest.py."""
+"""A launcher follows its TrainJob, through the real Kubernetes client and the fake server of conftest.py."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def launch(output=lambda: MANIFEST, **settings):
 # --- following -------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_followed_to_its_end_and_its_first_pods_log_is_passed_on_once(cluster, capsys):
+def test_a_job_is_followed_to_its_end_and_its_first_pods_log_is_forwarded_once(cluster, capsys):
     def start():
         cluster.pod(0)
         cluster.pod(1)
@@ -58,15 +58,15 @@ def test_a_job_is_followed_to_its_end_and_its_first_pods_log_is_passed_on_once(c
     assert cluster.job_name in cluster.jobs  # stays to be looked at
 
 
-def test_what_is_under_way_is_followed_and_not_submitted_again(cluster, capsys):
+def test_a_running_job_is_followed_and_not_submitted_again(cluster, capsys):
     cluster.jobs[cluster.job_name] = make_job()
     cluster.looks = [lambda: cluster.pod(), lambda: cluster.condition("Complete")]
     assert launch() == MANIFEST
-    assert "it was submitted before; following it" in capsys.readouterr().err
+    assert "already submitted; following it" in capsys.readouterr().err
     assert len(cluster.jobs) == 1
 
 
-def test_a_lost_answer_to_the_submission_submits_nothing_twice(cluster):
+def test_a_lost_response_to_the_submission_submits_nothing_twice(cluster):
     cluster.failures = [(504, "Timeout: request did not complete within the allotted duration")]
     cluster.jobs[cluster.job_name] = make_job()  # the server had taken it before it fell silent
     cluster.looks = [lambda: cluster.condition("Complete")]
@@ -92,7 +92,7 @@ def test_a_completed_job_without_an_output_here_is_an_error(cluster):
         launch(lambda: None)
 
 
-def test_a_preempted_job_is_submitted_again_and_goes_on(cluster, capsys):
+def test_a_preempted_job_is_submitted_again_and_resumes(cluster, capsys):
     ends = [
         {"exit_code": 81},  # SIGTERM: saved, left
         {"exit_code": 137, "disrupted": True},  # the node went away under it
@@ -112,7 +112,7 @@ def test_a_preempted_job_is_submitted_again_and_goes_on(cluster, capsys):
 
 
 @pytest.mark.parametrize("codes", [(81, 74), (74, 81), (137, 74)], ids=str)
-def test_a_pod_that_failed_by_itself_outweighs_others_that_saved_and_left(cluster, codes):
+def test_a_failed_pod_takes_precedence_over_preempted_pods(cluster, codes):
     def fail(job):
         for index, code in enumerate(codes):
             cluster.pod(index, "Failed", exit_code=code, disrupted=code == 137)
@@ -125,7 +125,7 @@ def test_a_pod_that_failed_by_itself_outweighs_others_that_saved_and_left(cluste
     assert cluster.submissions == 1
 
 
-def test_a_job_that_is_preempted_for_ever_is_given_up_and_can_be_resumed(cluster):
+def test_a_job_preempted_too_often_is_given_up_and_can_be_resumed(cluster):
     def preempt(job):
         cluster.pod(0, "Failed", exit_code=81)
         cluster.condition("Failed")
@@ -136,7 +136,7 @@ def test_a_job_that_is_preempted_for_ever_is_given_up_and_can_be_resumed(cluster
     assert stopped.value.exit_code == 81
 
 
-def test_a_failed_job_ends_with_the_pods_exit_code_and_last_words(cluster, capsys):
+def test_a_failed_job_ends_with_the_pods_exit_code_and_last_message(cluster, capsys):
     def fail():
         cluster.pod(0, "Failed", exit_code=1)
         cluster.pod(1, "Failed", exit_code=74)
@@ -145,7 +145,7 @@ def test_a_failed_job_ends_with_the_pods_exit_code_and_last_words(cluster, capsy
         cluster.condition("Failed")
 
     cluster.looks = [fail]
-    with pytest.raises(UniViGUError, match=r"pod .*-0-1 ended with exit code 74, saying: The loss is nan") as failed:
+    with pytest.raises(UniViGUError, match=r"pod .*-0-1 ended with exit code 74: The loss is nan") as failed:
         launch(nodes=2)
     assert failed.value.exit_code == 74
     assert f"{cluster.job_name}-node-0-1: step 3/9" in capsys.readouterr().err
@@ -161,17 +161,17 @@ def test_a_failed_job_is_replaced_by_the_next_run(cluster):
     assert "Failed" not in {c["type"] for c in cluster.jobs[cluster.job_name]["status"]["conditions"]}
 
 
-def test_a_pod_out_of_memory_is_told_as_such(cluster):
+def test_a_pod_out_of_memory_is_reported_as_such(cluster):
     def fail():
         cluster.pod(0, "Failed", exit_code=137, reason="OOMKilled")
         cluster.condition("Failed")
 
     cluster.looks = [fail]
-    with pytest.raises(UniViGUError, match=r"more memory than its 256Gi.*--memory"):
+    with pytest.raises(UniViGUError, match=r"memory limit of 256Gi.*--memory"):
         launch()
 
 
-def test_a_failure_without_pods_says_what_the_controller_says(cluster):
+def test_a_failure_without_pods_has_the_controllers_message(cluster):
     cluster.looks = [lambda: cluster.condition("Failed", "TrainingRuntime univigu-torchrun not found")]
     with pytest.raises(UniViGUError, match="TrainingRuntime univigu-torchrun not found"):
         launch()
@@ -186,7 +186,7 @@ def test_a_failure_without_pods_says_what_the_controller_says(cluster):
     ],
     ids=["no room", "no image", "no pod"],
 )
-def test_a_job_that_never_starts_is_deleted_with_what_kubernetes_says(cluster, pod, said):
+def test_a_job_that_never_starts_is_deleted_with_kubernetes_reason(cluster, pod, said):
     def stay_pending(job):
         if pod:
             cluster.pod(0, "Pending", **pod)
@@ -208,7 +208,7 @@ def test_a_job_that_never_starts_is_deleted_with_what_kubernetes_says(cluster, p
     assert "deletionTimestamp" in cluster.jobs[cluster.job_name]["metadata"]
 
 
-def test_a_job_of_which_only_some_nodes_start_does_not_hold_them_for_ever(cluster):
+def test_a_job_with_only_some_nodes_started_is_deleted(cluster):
     def start_one(job):
         cluster.pod(0)
         cluster.pod(1, "Pending", unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
@@ -219,7 +219,7 @@ def test_a_job_of_which_only_some_nodes_start_does_not_hold_them_for_ever(cluste
     assert "deletionTimestamp" in cluster.jobs[cluster.job_name]["metadata"]
 
 
-def test_a_pod_that_was_evicted_is_not_taken_for_its_replacement_that_never_starts(cluster, capsys):
+def test_an_evicted_pod_does_not_count_as_its_pending_replacement(cluster, capsys):
     def evict(job):
         evicted = cluster.pods[cluster.pod(0, "Failed", exit_code=137, disrupted=True)]
         evicted["metadata"]["name"] = "evicted"
@@ -232,7 +232,7 @@ def test_a_pod_that_was_evicted_is_not_taken_for_its_replacement_that_never_star
     assert "pods have started" not in capsys.readouterr().err
 
 
-def test_waiting_in_a_queue_is_not_taken_for_a_job_that_never_starts(cluster, capsys):
+def test_waiting_in_a_queue_does_not_count_towards_the_start_timeout(cluster, capsys):
     def suspend(job):
         job["spec"]["suspend"] = True
         cluster.condition("Suspended")
@@ -254,7 +254,7 @@ def test_waiting_in_a_queue_is_not_taken_for_a_job_that_never_starts(cluster, ca
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, PreemptedError), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "^C"]
 )
-def test_a_launcher_that_is_told_to_stop_deletes_its_job(cluster, number, error):
+def test_a_launcher_that_receives_a_signal_deletes_its_job(cluster, number, error):
     cluster.created = lambda job: cluster.pod()
     cluster.looks = [lambda: None, lambda: os.kill(os.getpid(), number)]
     before = signal.getsignal(number)
@@ -264,10 +264,10 @@ def test_a_launcher_that_is_told_to_stop_deletes_its_job(cluster, number, error)
     assert signal.getsignal(number) == before
 
 
-def test_a_job_deleted_by_someone_else_is_told_apart_from_a_failure(cluster):
+def test_a_job_deleted_by_someone_else_is_distinguished_from_a_failure(cluster):
     cluster.created = lambda job: cluster.pod()
     cluster.looks = [lambda: None, lambda: cluster.jobs.pop(cluster.job_name)]
-    with pytest.raises(PreemptedError, match=r"deleted by someone else.*Run the same command to go on"):
+    with pytest.raises(PreemptedError, match=r"deleted by someone else.*Run the same command to resume"):
         launch()
     assert cluster.submissions == 1
 
@@ -275,7 +275,7 @@ def test_a_job_deleted_by_someone_else_is_told_apart_from_a_failure(cluster):
 # --- the API server --------------------------------------------------------------------------------------------------
 
 
-def test_an_api_server_that_is_away_for_a_while_is_asked_again(cluster, capsys):
+def test_a_temporary_outage_of_the_api_server_is_retried(cluster, capsys):
     cluster.created = lambda job: cluster.pod()
     cluster.looks = [
         lambda: cluster.failures.extend([(503, "the server is currently unable to handle the request")] * 2),
@@ -286,10 +286,10 @@ def test_an_api_server_that_is_away_for_a_while_is_asked_again(cluster, capsys):
     assert cluster.submissions == 1
 
 
-def test_an_api_server_that_is_not_there_is_a_transient_error(cluster):
+def test_an_unreachable_api_server_is_a_transient_error(cluster):
     cluster.shutdown()
     cluster.server_close()
-    with pytest.raises(TransientError, match=r"http://127\.0\.0\.1:\d+ doesn't answer.*same command"):
+    with pytest.raises(TransientError, match=r"http://127\.0\.0\.1:\d+ does not answer.*same command"):
         launch(api_timeout=0.6)
 
 
@@ -300,20 +300,20 @@ def test_an_api_server_that_is_not_there_is_a_transient_error(cluster):
         ((422, "spec.trainer.numNodes: Invalid value"), BadInputError, "numNodes: Invalid value"),
     ],
 )
-def test_a_refusal_is_told_with_the_servers_own_words(cluster, failure, error, said):
+def test_a_rejection_has_the_servers_message(cluster, failure, error, said):
     cluster.failures = [failure]
     with pytest.raises(error, match=said):
         launch()
 
 
-def test_a_cluster_without_kubeflow_trainer_is_told_as_such(cluster):
+def test_a_cluster_without_kubeflow_trainer_is_reported_as_such(cluster):
     cluster.installed = False
     with pytest.raises(ConfigError, match="install Kubeflow Trainer"):
         launch()
 
 
-def test_without_a_cluster_the_sentence_says_so(monkeypatch, tmp_path):
+def test_a_missing_cluster_configuration_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(ConfigError, match="no cluster"):
+    with pytest.raises(ConfigError, match="No cluster"):
         launch()

@@ -1,4 +1,4 @@
-"""Snapshots in a real git and DVC repository: one tag a dataset, at a commit that brings it back."""
+"""Snapshots in a real git and DVC repository: one tag per dataset, at a commit that restores it."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def make(root, word):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A repository whose one stage leaves the folders of all the dataset's steps; the first dataset is committed."""
+    """A repository with one stage that writes the folders of all dataset steps; the first dataset is committed."""
     root = tmp_path_factory.mktemp("data") / "here"
     root.mkdir()
     (root / "make.py").write_text(MAKE)
@@ -78,12 +78,12 @@ def test_a_dataset_is_tagged_once_and_the_next_one_gets_the_next_version(root):
     assert snapshots.take_snapshot(root, "v9.0.0") == (first, False)
 
     make(root, "second")
-    with pytest.raises(BadInputError, match=r"dvc.lock, params.yaml differ.*git add dvc.lock params.yaml"):
+    with pytest.raises(BadInputError, match=r"dvc.lock, params.yaml have uncommitted.*git add dvc.lock params.yaml"):
         snapshots.take_snapshot(root)
     commit(root)
-    with pytest.raises(BadInputError, match=r"v1.0.0 is the tag of another dataset"):
+    with pytest.raises(BadInputError, match=r"v1.0.0 tags another dataset"):
         snapshots.take_snapshot(root, "v1.0.0")
-    with pytest.raises(BadInputError, match="'next' is no version"):
+    with pytest.raises(BadInputError, match="'next' is not a version"):
         snapshots.take_snapshot(root, "next")
     second, _ = snapshots.take_snapshot(root)
     assert second.tag == "dataset@v1.1.0"
@@ -92,7 +92,7 @@ def test_a_dataset_is_tagged_once_and_the_next_one_gets_the_next_version(root):
     assert snapshots.find_snapshot(root, "unheard of") is None
 
 
-def test_what_could_not_be_brought_back_is_not_tagged(root, tmp_path):
+def test_data_that_could_not_be_restored_are_not_tagged(root, tmp_path):
     (root / "data/pairs/data.txt").unlink()
     (root / "data/pairs/data.txt").write_text("edited by hand")
     with pytest.raises(BadInputError, match=r"data/pairs differs from dvc.lock"):
@@ -112,7 +112,7 @@ def test_what_could_not_be_brought_back_is_not_tagged(root, tmp_path):
     assert snapshots.find_snapshot(tmp_path / "elsewhere", "any") is None
 
 
-def test_a_pushed_snapshot_comes_back_in_another_clone_and_in_this_one(root, tmp_path):
+def test_a_pushed_snapshot_is_restored_in_another_clone_and_in_this_one(root, tmp_path):
     snapshots.take_snapshot(root)
     with pytest.raises(ConfigError, match="no default DVC remote"):
         snapshots.push_data(root)

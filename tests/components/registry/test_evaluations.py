@@ -1,4 +1,4 @@
-"""An evaluation is read as it was left, or named as unreadable: never half of it, never a traceback."""
+"""An evaluation is read completely, or reported as unreadable."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def test_figures_and_items_are_read(folder):
 @pytest.mark.parametrize(
     "figure", ["1" + "0" * 400, "1e999", "NaN", "true", '"high"', "null", "[]", "1" * 5000], ids=lambda text: text[:8]
 )
-def test_a_figure_that_is_no_number_is_named(folder, figure):
+def test_a_value_that_is_not_a_number_is_named(folder, figure):
     score = f'{{"value": {figure}, "low": 0, "high": 1, "n": 3}}'
     (folder / "metrics.json").write_text(f'{{"captions": {{"mean": {score}}}}}')
     with pytest.raises(UnreadableEvaluationError, match=r"can't be read .*; run `evaluate-model` again"):
@@ -49,7 +49,7 @@ def test_a_figure_that_is_no_number_is_named(folder, figure):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 10**6, b'{"a":' * 900 + b"1" + b"}" * 900])
-def test_metrics_that_are_none_are_named(folder, content):
+def test_damaged_metrics_are_named(folder, content):
     (folder / "metrics.json").write_bytes(content)
     try:
         assert read_evaluation(folder).scores == {}  # deep, and without a figure in it
@@ -58,13 +58,13 @@ def test_metrics_that_are_none_are_named(folder, content):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + b"\0" * 100 + b"\xff\xff\xff\x7fPAR1"])
-def test_items_that_are_no_table_are_named(folder, content):
+def test_damaged_items_are_named(folder, content):
     (folder / "items.parquet").write_bytes(content)
     with pytest.raises(UnreadableEvaluationError, match="can't be read"):
         read_evaluation(folder)
 
 
-def test_a_disk_that_does_not_read_is_no_damaged_evaluation(folder, monkeypatch):
+def test_a_failing_disk_is_not_reported_as_a_damaged_evaluation(folder, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 

@@ -1,4 +1,4 @@
-"""Promotion: better beyond doubt or not at all, a line for every decision, and never two at a time."""
+"""Promotion: only if significantly better, one ledger line per decision, one process at a time."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def run_python(script, *arguments, env=None):
     )
 
 
-def test_a_promotion_says_who_when_why_from_to_and_by_what_scores(versions, monkeypatch):
+def test_a_promotion_records_user_time_reason_versions_and_scores(versions, monkeypatch):
     monkeypatch.setenv("UNIVIGU_ACTOR", "ann@example.org")
     for right in (10, 30):
         versions.add("said", right)
@@ -47,7 +47,7 @@ def test_a_promotion_says_who_when_why_from_to_and_by_what_scores(versions, monk
     assert promotion.history("said", root=versions.root)[0] == line
 
 
-def test_a_line_holds_no_secret_and_none_changes_what_it_means(versions, monkeypatch):
+def test_a_ledger_line_contains_no_secret(versions, monkeypatch):
     monkeypatch.setenv("DEPLOY_TOKEN", "promoted")  # a word of the ledger's own
     monkeypatch.setenv("HF_TOKEN", "token-of-ann")
     versions.add("discreet", 10)
@@ -67,10 +67,10 @@ def test_a_line_can_not_be_rewritten(versions):
         MlflowClient(tracking_uri(versions.root)).log_param(line.id, "who", "somebody else")
 
 
-def test_only_a_version_that_is_better_beyond_doubt_is_promoted(versions):
+def test_only_a_significantly_better_version_is_promoted(versions):
     for right in (20, 21, 12):
         versions.add("doubt", right)
-    assert promotion.compare("doubt", 2, root=versions.root).better  # than nobody
+    assert promotion.compare("doubt", 2, root=versions.root).better  # than no champion
     promotion.promote("doubt", 1, "the first", root=versions.root)
     comparison = promotion.compare("doubt", "2", root=versions.root)
     assert comparison.scores["difference"]["value"] > 0
@@ -89,7 +89,7 @@ def test_only_a_version_that_is_better_beyond_doubt_is_promoted(versions):
     assert versions.aliases("doubt") == (3, 1)
 
 
-def test_a_champion_measured_on_fewer_items_is_met_on_those(versions):
+def test_a_champion_measured_on_fewer_items_is_compared_on_those(versions):
     versions.add("quick", 4, items=range(20))
     versions.add("quick", 16)
     versions.add("quick", 16, items=range(15))
@@ -155,7 +155,7 @@ def test_a_version_without_files_never_becomes_champion(versions):
     assert [line.outcome for line in promotion.history("gone", root=versions.root)] == ["failed", "refused", "promoted"]
 
 
-def test_what_makes_no_sense_is_refused_in_words(versions, tmp_path):
+def test_invalid_requests_are_refused_with_a_message(versions, tmp_path):
     versions.add("sense", 10)
     with pytest.raises(BadInputError, match="needs a reason"):
         promotion.promote("sense", 1, " ", root=versions.root)
@@ -171,7 +171,7 @@ def test_what_makes_no_sense_is_refused_in_words(versions, tmp_path):
     assert promotion.promote("sense", 1, "again", root=versions.root).outcome == "unchanged"
 
 
-def test_a_server_that_does_not_answer_is_said_and_changes_nothing(versions, monkeypatch):
+def test_a_server_that_does_not_answer_is_reported_and_nothing_changes(versions, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -185,7 +185,7 @@ def test_a_server_that_does_not_answer_is_said_and_changes_nothing(versions, mon
             call()
 
 
-def test_a_lease_that_a_killed_process_had_not_yet_deleted_goes_with_the_next(versions, monkeypatch):
+def test_the_next_holder_deletes_a_lease_that_a_killed_process_dropped(versions, monkeypatch):
     import mlflow
 
     def killed(*_):
@@ -205,10 +205,10 @@ def test_a_lease_that_a_killed_process_had_not_yet_deleted_goes_with_the_next(ve
     assert [run.info.run_name for run in client.search_runs(experiments)] == ["promote version 1"]
 
 
-def test_while_one_holds_the_lease_others_wait_and_then_say_who_holds_it(versions, monkeypatch):
+def test_while_a_lease_is_held_others_wait_and_then_name_its_holder(versions, monkeypatch):
     versions.add("busy", 10)
     with ledger.hold_lease("busy", versions.root, "promote version 1", "ann", "slow"):
-        monkeypatch.setattr(leases, "PATIENCE_S", 0.5)
+        monkeypatch.setattr(leases, "TIMEOUT_S", 0.5)
         with pytest.raises(BusyError, match="'promote version 1' by ann"):
             promotion.promote("busy", 1, "mine", root=versions.root)
     assert versions.aliases("busy") == (None, None)
@@ -259,7 +259,7 @@ NAMES = ("undecided", "decided", "half-moved", "rolled-halfway", "rolled", "cut-
 
 @pytest.fixture(scope="module")
 def killed(versions):
-    """Models whose version 1 is champion, and on which a change was killed, each at another write of it."""
+    """Models whose version 1 is champion; on each, a change was killed at a different write."""
     for name in (f"kill-{point}" for point in NAMES):
         for right in (10, 30):
             versions.add(name, right)
@@ -272,7 +272,7 @@ def killed(versions):
 
 
 @pytest.mark.parametrize("name", ["kill-undecided", "kill-decided", "kill-half-moved"])
-def test_a_promotion_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(killed, name):
+def test_a_killed_promotion_that_is_repeated_has_the_same_result_as_without_the_kill(killed, name):
     line = promotion.promote(name, 2, "better", who="ann", root=killed.root)
     assert (line.outcome, line.version, line.replaced, line.why) == ("promoted", 2, 1, "better")
     assert line.scores["difference"] == 0.375
@@ -284,7 +284,7 @@ def test_a_promotion_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been
 
 
 @pytest.mark.parametrize("name", ["kill-rolled-halfway", "kill-rolled"])
-def test_a_rollback_that_was_killed_and_is_run_again_does_not_swap_back(killed, name):
+def test_a_killed_rollback_that_is_repeated_does_not_swap_back(killed, name):
     line = promotion.rollback(name, "worse", who="ann", root=killed.root)
     assert (line.outcome, line.version, line.replaced) == ("rolled back", 1, 2)
     assert killed.aliases(name) == (1, 2)
@@ -293,7 +293,7 @@ def test_a_rollback_that_was_killed_and_is_run_again_does_not_swap_back(killed, 
     assert killed.aliases(name) == (2, 1)
 
 
-def test_what_a_killed_rollback_decided_is_done_by_whoever_comes_next_and_not_twice(killed):
+def test_the_next_holder_completes_a_killed_rollback_once(killed):
     assert promotion.promote("kill-cut-off", 1, "to be sure", who="bob", root=killed.root).outcome == "unchanged"
     assert killed.aliases("kill-cut-off") == (1, 2)
     line = promotion.rollback("kill-cut-off", "worse", who="ann", root=killed.root)
@@ -301,7 +301,7 @@ def test_what_a_killed_rollback_decided_is_done_by_whoever_comes_next_and_not_tw
     assert killed.aliases("kill-cut-off") == (1, 2)
 
 
-def test_a_killed_promotion_is_not_done_over_a_change_by_other_means(killed):
+def test_a_killed_promotion_does_not_override_a_later_change(killed):
     killed.add("kill-overtaken", 40)
     registry.set_alias("kill-overtaken", registry.CHAMPION, 3, tracking_uri(killed.root))
     with pytest.raises(GateFailedError):
@@ -311,10 +311,10 @@ def test_a_killed_promotion_is_not_done_over_a_change_by_other_means(killed):
     assert outcomes == ["refused", "failed", "promoted"]
 
 
-def test_a_promotion_that_takes_too_long_is_given_up_and_says_so(versions, monkeypatch):
+def test_a_promotion_that_takes_too_long_is_given_up_with_a_message(versions, monkeypatch):
     versions.add("broken", 10)
     monkeypatch.setattr(leases, "LEASE_S", -1.0)
-    with pytest.raises(TransientError, match="it was given up"):
+    with pytest.raises(TransientError, match="the lease may expire"):
         promotion.promote("broken", 1, "the first", root=versions.root)
     assert [line.outcome for line in promotion.history("broken", root=versions.root)] == ["failed"]
     assert versions.aliases("broken") == (None, None)
@@ -329,7 +329,7 @@ def test_a_promotion_that_takes_too_long_is_given_up_and_says_so(versions, monke
         ("left-nonsense", {"outcome": "promoted", "version": "three", "replaced": 2}, "unreadable"),
     ],
 )
-def test_what_a_killed_process_left_never_stops_the_next_one(versions, name, params, outcome):
+def test_an_invalid_line_of_a_killed_process_does_not_stop_the_next(versions, name, params, outcome):
     from mlflow import MlflowClient
 
     for right in (10, 30, 35):
@@ -346,7 +346,7 @@ def test_what_a_killed_process_left_never_stops_the_next_one(versions, name, par
     assert [line.outcome for line in promotion.history(name, root=versions.root) if line.id == run] == [outcome]
 
 
-def test_a_run_among_the_lines_that_is_none_is_named_and_stops_nothing(versions):
+def test_a_run_that_is_not_a_ledger_line_is_named_and_stops_nothing(versions):
     from mlflow import MlflowClient
 
     versions.add("odd", 10)
@@ -374,7 +374,7 @@ for number in range(3):
 
 
 @pytest.mark.slow
-def test_two_processes_that_promote_at_once_on_a_server_leave_one_story(mlflow_server, versions, monkeypatch, tmp_path):
+def test_two_concurrent_promotions_leave_a_consistent_ledger(mlflow_server, versions, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     for right in (10, 20):
         versions.add("race", right)

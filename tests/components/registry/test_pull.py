@@ -1,4 +1,4 @@
-"""A registered model in an environment that has nothing but what the model asks for: pulled, and served over HTTP."""
+"""A registered model in an environment with only its own requirements: pulled, and served over HTTP."""
 
 import base64
 import json
@@ -88,7 +88,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(root, clip):
-    """What the champion says of the clip in this environment."""
+    """The champion's caption of the clip in this environment."""
     pipeline = registry.load_pipeline("models:/clean@champion", tracking_uri(root))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.caption(decode_mp4(clip.read_bytes())[0], seed=3, temperature=0.0)[0]
@@ -139,7 +139,7 @@ def test_a_served_model_answers_over_http(clean, clip, expected, tmp_path):
 
 
 def ask(url, request=None):
-    """The status and text of an answer; status 0 where nobody listens."""
+    """The status and text of a response; status 0 if the connection is refused."""
     data = None if request is None else json.dumps(request).encode()
     try:
         asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})

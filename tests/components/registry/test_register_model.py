@@ -1,4 +1,4 @@
-"""Registration: once a model, a champion that earned it, tags that lead back, and a pull that needs no checkout."""
+"""Registration: one version per model, promotion, lineage tags, and a pull without a checkout."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ HELDOUT = range(20)
 
 
 def commit(root, step, inputs):
-    """Write the manifest of what lies in a step's folder, made from earlier steps' (or sources') digests."""
+    """Write the manifest of a step's folder, made from the digests of earlier steps or sources."""
     home = root / find_stage(step).home
     files = describe_files(home)
     manifest = {
@@ -46,7 +46,7 @@ def commit(root, step, inputs):
 
 
 class World:
-    """A work root whose earlier steps are finished, and what a test may change in it."""
+    """A work root whose earlier steps are finished, with methods to change it."""
 
     def __init__(self, root, model):
         self.root = root
@@ -121,7 +121,7 @@ def world(tmp_path_factory, speaking_model):
         yield World(tmp_path_factory.mktemp("root"), speaking_model)
 
 
-def test_the_first_version_is_champion_and_says_where_it_came_from(world):
+def test_the_first_version_is_champion_and_has_its_lineage(world):
     import mlflow
 
     run = world.track(2)
@@ -150,7 +150,7 @@ def test_the_same_model_is_registered_once(world):
     assert registry.version_with("once", {"univigu.model_digest": first["model_digest"]}).version == 1
 
 
-def test_stage_1_is_the_run_that_made_what_stage_2_started_from(world):
+def test_stage_1_is_the_run_that_made_the_parent_of_stage_2(world):
     world.train("child")
     parent = world.track(1)
     world.track(1, digest="0" * 64)  # newer, on the same dataset, of another model
@@ -196,7 +196,7 @@ def test_the_commit_says_whether_files_were_edited_since(tmp_path):
     assert _git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
-def test_champion_is_who_is_better_than_the_champion_on_the_same_items(world):
+def test_a_version_that_is_better_on_the_same_items_becomes_champion(world):
     world.train("contested")
     assert world.register("contest")["decision"] == "champion, as the first one (captions.mean 0.375)"
     world.train("not surely better")
@@ -223,11 +223,12 @@ def test_running_the_step_again_undoes_no_rollback(world):
     assert (world.version("undone", "champion"), world.version("undone", "previous")) == (1, 2)
 
 
-def test_where_promotion_is_manual_a_version_is_only_a_candidate(world):
+def test_with_manual_promotion_a_version_is_only_a_candidate(world, monkeypatch):
     assert world.register("by-hand", promotion="manual")["decision"] == "candidate, as promotion is manual"
     assert (world.version("by-hand", "champion"), world.version("by-hand", "candidate")) == (None, 1)
-    with pytest.raises(ConfigError, match="choose one of automatic, manual"):
-        world.register("by-hand", promotion="maybe")
+    monkeypatch.setenv("UNIVIGU_PROMOTION", "maybe")
+    with pytest.raises(ConfigError, match="set it to one of automatic, manual"):
+        world.register("by-hand")
 
 
 def test_a_version_whose_files_are_lost_gets_them_back(world):
@@ -242,7 +243,7 @@ def test_a_version_whose_files_are_lost_gets_them_back(world):
     assert [line.outcome for line in promotion.history("lost", root=world.root)] == ["promoted"]
 
 
-def test_a_registry_that_was_lost_gets_the_model_again_and_says_so(world, tmp_path, monkeypatch):
+def test_a_lost_registry_gets_the_model_again_and_the_decision_says_so(world, tmp_path, monkeypatch):
     world.train("restored")
     first = world.register("restored")
     home, cache = world.root / "data/registered", tmp_path / "cache"
@@ -262,7 +263,7 @@ def test_a_registry_that_was_lost_gets_the_model_again_and_says_so(world, tmp_pa
     shutil.rmtree(registry.pipeline_folder("restored", tracking_uri(world.root)).parents[2])  # of the new registry
 
 
-def test_registered_files_hold_no_login(world, monkeypatch):
+def test_registered_files_contain_no_login(world, monkeypatch):
     monkeypatch.setenv("CAPTION_API_KEY", "key-of-ann")
     home = world.root / "data/curated"
     before = (home / "manifest.json").read_bytes()
@@ -285,11 +286,11 @@ def test_registered_files_hold_no_login(world, monkeypatch):
     [
         (b"{", "is damaged"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"{}", "has no 'rows_out'"),
-        (b'{"rows_out": "many", "inputs": 5}', "has no 'rows_out'"),
+        (b"{}", "has no valid 'rows_out'"),
+        (b'{"rows_out": "many", "inputs": 5}', "has no valid 'rows_out'"),
     ],
 )
-def test_a_damaged_way_back_is_named(world, content, message):
+def test_a_damaged_lineage_file_is_named(world, content, message):
     world.register("traced")
     folder = registry.artifact("models:/traced/1", "lineage", tracking_uri(world.root))
     before = (folder / "encode-latents.json").read_bytes()
@@ -302,13 +303,21 @@ def test_a_damaged_way_back_is_named(world, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model_index.json", b"[]", "does not say num_frames"),
-        ("transformer/config.json", b"{}", "does not say text_length"),
-        ("vae/diffusion_pytorch_model.safetensors", (2**60).to_bytes(8, "little") + b"{}", "is no safetensors file"),
-        ("vae/diffusion_pytorch_model.safetensors", (2).to_bytes(8, "little") + b"{", "is no safetensors file"),
+        ("model_index.json", b"[]", "has no valid num_frames"),
+        ("transformer/config.json", b"{}", "has no valid text_length"),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            (2**60).to_bytes(8, "little") + b"{}",
+            "not a valid safetensors",
+        ),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            (2).to_bytes(8, "little") + b"{",
+            "not a valid safetensors",
+        ),
     ],
 )
-def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, content, message):
+def test_an_invalid_model_is_named_and_not_registered(world, name, content, message):
     path = world.root / "data/stage2/model" / name
     before = path.read_bytes()
     path.write_bytes(content)
@@ -320,7 +329,7 @@ def test_a_model_that_makes_no_sense_is_named_and_not_registered(world, name, co
     assert world.version("nonsense", "candidate") is None
 
 
-def test_a_champion_captioned_in_other_numbers_of_steps_too_is_met(world):
+def test_a_champion_with_captions_in_several_step_counts_is_compared(world):
     world.train("thorough")
     world.evaluate(8, compared_steps=(1, 32))
     world.register("steps")
@@ -354,10 +363,10 @@ from univigu.errors import DiskFullError
 sqlalchemy.orm.configure_mappers()
 root, calls = Path(sys.argv[1]), {"n": 0}
 
-def die():  # as a machine that loses its power does
+def die():  # as in a power failure
     os.kill(os.getpid(), signal.SIGKILL)
 
-def fill():  # no file can grow beyond this any more
+def fill():  # files can't grow beyond this size
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
 
 def strike_at(owner, name, call, strike):  # right before that call
@@ -395,7 +404,7 @@ KILL_POINTS = ("uploading", "uploaded", "entered", "decided", "untagged", "unwri
 
 @pytest.fixture(scope="module")
 def killed(world, tmp_path_factory):
-    """The folder for temporary files; under each of `KILL_POINTS` a registration was killed, or its disk filled."""
+    """The folder for temporary files; at each of `KILL_POINTS` a registration was killed, or its disk was full."""
     world.train("killed")
     temporary = tmp_path_factory.mktemp("temporary")
     repo = Path(__file__).parents[3]
@@ -411,7 +420,7 @@ def killed(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_registration_that_was_killed_and_is_run_again_ends_as_if_it_had_not_been(world, killed, point):
+def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_the_kill(world, killed, point):
     name = f"kill-{point}"
     facts = world.register(name)
     assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
