@@ -68,28 +68,13 @@ def check_prerequisites(
     )
 
 
-def cache_keys(profile: str, root: str, checked: list) -> NamedTuple(
-    "CacheKeys",
-    [
-        ("curate_prompts", str),
-        ("validate_prompts", str),
-        ("synthesize_videos", str),
-        ("validate_clips", str),
-        ("caption_videos", str),
-        ("validate_pairs", str),
-        ("encode_latents", str),
-        ("train_stage_1", str),
-        ("train_stage_2", str),
-        ("evaluate_model", str),
-        ("register_model", str),
-    ],
+# KFP copies this function into the compiled file without its module's imports, so the annotation finds its own way.
+def cache_keys(profile: str, root: str, checked: list) -> (
+    __import__("components.orchestration.kfp_tasks", fromlist=["CacheKeys"]).CacheKeys
 ):
-    from collections import namedtuple
-
     from components.orchestration import kfp_tasks
 
-    keys = {name.replace("-", "_"): key for name, key in kfp_tasks.cache_keys(profile, root).items()}
-    return namedtuple("CacheKeys", keys)(**keys)
+    return kfp_tasks.cache_keys(profile, root)
 
 
 def run_step(

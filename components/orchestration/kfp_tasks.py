@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from components.captions.caption_videos import open_captioner
@@ -86,7 +86,11 @@ def check_prerequisites(
     return [f"{number}/{parts}" for number in range(1, parts + 1)]
 
 
-def cache_keys(profile: str, root: str) -> dict[str, str]:
+# pyrefly: ignore[bad-argument-type]  (a checker can't follow the table)
+CacheKeys = NamedTuple("CacheKeys", [(stage.name.replace("-", "_"), str) for stage in STAGES])  # outputs of a task
+
+
+def cache_keys(profile: str, root: str) -> CacheKeys:
     """A cache key per step: the same as last time only if the output is still in the root and would be the same.
 
     An orchestrator that caches results by a task's inputs would otherwise skip a step whose output was replaced or
@@ -101,8 +105,9 @@ def cache_keys(profile: str, root: str) -> dict[str, str]:
             last = _read(_state_file(root, step))
             is_present = last.get("digest") is not None and last["digest"] == committed(step, Path(root)).get("digest")
             is_same = last.get("cache_key", "").startswith(f"{recipe}.")
-            keys[step] = last["cache_key"] if is_same and is_present else f"{recipe}.{uuid4().hex}"
-    return keys
+            key = last["cache_key"] if is_same and is_present else f"{recipe}.{uuid4().hex}"
+            keys[step.replace("-", "_")] = key
+    return CacheKeys(**keys)
 
 
 def run_step(
