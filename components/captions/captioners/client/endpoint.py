@@ -31,7 +31,7 @@ from components.captions.captioners.client.throttle import Throttle, backoff
 from univigu.errors import ConfigError, TransientError
 
 CONNECT_S = 10.0
-WITNESS_TRIES, WITNESS_S = 3, 30.0  # for another request, which shows if a failure is general
+WITNESS_TRIES, WITNESS_S = 3, 30.0  # limits for the request that shows if a failure is general
 MAX_REJECTED_IN_A_ROW = 10  # clips; if this many are refused with no answer in between, the service is at fault
 
 

@@ -38,9 +38,8 @@ class Retryable(Exception):  # noqa: N818 (not an error yet: there may be anothe
     ) -> None:
         super().__init__(detail)
         self.kind, self.delay, self.billed = kind, delay, billed
-        self.signature = (
-            re.sub(r"\w*\d\w*", "#", detail) if permanent else ""
-        )  # without the numbers and ids of requests
+        # without numbers and ids, which differ between requests
+        self.signature = re.sub(r"\w*\d\w*", "#", detail) if permanent else ""
 
 
 class Refused(Exception):  # noqa: N818 (the outcome of a row, as data)

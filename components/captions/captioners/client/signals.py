@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while requests are in flight, whose answers will be paid for."""
+"""SIGINT and SIGTERM while requests are in flight: their answers are paid for, so they are still received."""
 
 import asyncio
 import signal
