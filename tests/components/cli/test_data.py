@@ -16,7 +16,7 @@ from components.cli.data import _about_stages, _videos
         ({"too_short": 2}, (2, 0), ["Captions that stage 2", "Every caption is shorter than 'text.caption_tokens'"]),
         ({"too_long": 1}, (1, 0), ["Captions that stage 2", "Every caption is longer than 'text.caption_tokens'"]),
         ({"none": 1, "too_long": 1}, (2, 0), ["Captions that stage 2", "Stage 2 can learn from no caption"]),
-        ({"too_short": 2, "usable": 1}, (3, 0), ["Captions that stage 2", "All clips with a usable caption (1) fell"]),
+        ({"too_short": 2, "usable": 1}, (3, 0), ["Captions that stage 2", "All clips with a usable caption (1) were"]),
     ],
 )
 def test_a_stage_without_clips_is_told_with_its_cause(captions, stages, said):

@@ -83,7 +83,7 @@ def test_history_says_where_an_alias_was_moved_by_other_means(versions, univigu)
     assert "other means" not in univigu("model", "history", "--name", "moved")[1]
     registry.set_alias("moved", "champion", 2, f"sqlite:///{versions.root / 'mlflow.db'}")
     assert (
-        "The champion is version 2, and this history ends with version 1"
+        "The champion is version 2, but this history ends with version 1"
         in univigu("model", "history", "--name", "moved")[1]
     )
 
