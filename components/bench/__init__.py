@@ -1,7 +1,8 @@
-"""Benchmarks: claims about speed and cost, each measured against something else in the same run.
+"""Benchmarks: claims about speed and cost, each measured against an alternative in the same run.
 
-One module a benchmark, with ``measure() -> dict``: at least `ratio` (ours over theirs, or as the module says), and the
-times of both sides in seconds. `univigu bench NAME` runs it and writes ``reports/bench-NAME.json`` with the machine.
+One module per benchmark, with ``measure() -> dict``: at least `ratio` (ours over theirs, unless the module says
+otherwise) and the times of both sides in seconds. `univigu bench NAME` runs it and writes ``reports/bench-NAME.json``
+with the machine.
 """
 
 import os
@@ -17,13 +18,13 @@ from univigu.files import write_json
 
 
 def benchmarks() -> list[str]:
-    """The names that `run` takes."""
+    """The names that `run` accepts."""
     names = {module.name.replace("_", "-") for module in iter_modules(__path__)}
-    return sorted(names - {"orchestrators"})  # which `make measure-orchestrators` runs, with a report of its own
+    return sorted(names - {"orchestrators"})  # `make measure-orchestrators` runs it and writes its own report
 
 
 def run(name: str, root: Path) -> dict[str, Any]:
-    """Measure, and write ``reports/bench-NAME.json`` below `root`; returns what is in it."""
+    """Run a benchmark and write ``reports/bench-NAME.json`` under `root`; returns the report."""
     if name not in benchmarks():
         raise ConfigError(f"There is no benchmark '{name}'; choose one of {', '.join(benchmarks())}.")
     measured = import_module(f"{__name__}.{name.replace('-', '_')}").measure()
@@ -34,7 +35,7 @@ def run(name: str, root: Path) -> dict[str, Any]:
 
 
 def machine() -> Mapping[str, Any]:
-    """Where figures were measured: processor, cores that this process may use, memory, versions."""
+    """The machine: processor, cores that this process may use, memory, versions."""
     import psutil
 
     return {

@@ -1,9 +1,9 @@
-"""How much longer a training step on the CPU takes beside other busy programs than alone.
+"""How much slower a training step on the CPU is beside other busy programs than alone.
 
-Steps are the training loop's own, of a transformer of the demo's size on batches like the demo's. The other programs
-are Python processes that count; they come and go while one run goes on, so the run keeps the number of threads that it
-settled on when it was alone. A second run trains as processes do by default (all cores, unbounded spinning, a loading
-thread with a team of its own), in turns with the first.
+Steps are the training loop's own, with a transformer and batches of the demo's size. The other programs are Python
+processes in an endless loop; they start and stop during a run, so the run keeps the number of threads that it chose
+when it was alone. A second run, alternating with the first, uses the defaults of processes: all cores, unbounded
+spinning, and a loading thread with its own team of threads.
 
 `ratio` is the median step beside one busy program over the median step alone, `beside_three` beside three of them, and
 `alone_against_default` our step over the default's, both alone.
@@ -25,9 +25,9 @@ from typing import Any
 from univigu.errors import UniViGUError
 from univigu.threads import bound_spinning
 
-NEIGHBOURS = (0, 1, 3)  # busy programs beside a run, in turns
-TURNS, STEPS = 2, 10  # of every kind in a run, and timed steps in a turn
-RUNS = 2  # of ours and of the default, in turns
+NEIGHBOURS = (0, 1, 3)  # numbers of busy programs beside a run, in turns
+TURNS, STEPS = 2, 10  # turns per number of programs, and timed steps per turn
+RUNS = 2  # runs with our settings and with the defaults, alternating
 SAMPLES, BATCH = 240, 24
 LATENTS, PROMPT, TEXT, VOCABULARY = (48, 3, 4, 4), 32, 48, 512
 COUNT = "while True: pass"
@@ -56,7 +56,7 @@ def measure() -> dict[str, Any]:
 
 
 def start_run(name: str) -> dict[str, Any]:
-    """What `train` says of a run in a process of its own, with our settings or those that processes have by default."""
+    """The result of `train` in a separate process, with our settings or the defaults."""
     ours = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     environment = {key: value for key, value in os.environ.items() if key not in ours}
     command = [sys.executable, "-m", __name__, name]
@@ -109,7 +109,7 @@ def time_steps(home: Path) -> dict[int, list[float]]:
 
 @contextmanager
 def neighbours() -> Iterator[Any]:
-    """A function that has so many other processes keep a core busy each; none afterwards."""
+    """Yield a function that sets the number of other processes that each keep a core busy; stops them at the end."""
     running: list[subprocess.Popen[bytes]] = []
 
     def ask_for(count: int) -> None:

@@ -1,18 +1,18 @@
 """How much of a training step's time is spent waiting for its batch, with latents of Wan2.1's real size.
 
-A sample is what `encode-latents` leaves of 81 frames of 480x832: 16 x 21 x 60 x 104 normalised means in bf16 (4.19 MB),
-and a prompt's states of 64 x 4,096. Six shards of two lie on disk (``local``), or come over HTTP from a server process
-on this machine, through a cache that holds three of them (``streamed``). The training loop's own loader and step take
-one sample a step, shard by shard, so every second step begins another: one is fetched and hashed, and an older one
-dropped. ``shards_fetched`` and ``shards_dropped`` count that over the steps that are timed; a run without is an error.
+A sample is the output of `encode-latents` for 81 frames of 480x832: 16 x 21 x 60 x 104 normalised means in bf16
+(4.19 MB), and prompt states of 64 x 4,096. Six shards of two samples are on disk (``local``), or come over HTTP from a
+server process on this machine, through a cache of three shards (``streamed``). The training loop's own loader and step
+take one sample per step, shard by shard. So every second step begins a new shard: one is fetched and hashed, and an
+older one dropped. ``shards_fetched`` and ``shards_dropped`` count this over the timed steps; a count of 0 is an error.
 
-A step is as long as its FLOPs: a transformer of one block of width 24, which attends to all 32,760 tokens of such a
-clip, takes some seconds of a CPU - like a step of the paper's on its GPUs, which is at most 6.05 s (100,000 in a week).
-A faster step hides less, so ``prepare_seconds`` says what one sample costs with nothing hidden, its part of its
-shard's way included: a step of that length or more can hide it.
+A transformer of one block of width 24, which attends to all 32,760 tokens of such a clip, takes a few seconds per step
+on a CPU, like a step of the paper on its GPUs, which takes at most 6.05 s (100,000 in a week). A faster step hides less
+loading, so ``prepare_seconds`` is the whole cost of one sample, including its part of fetching its shard: a step of at
+least that length can hide it.
 
-`ratio` is the waiting share of all steps but the first, of the worse of the two ways; ``first_wait_seconds`` is what
-the first step waits for, as nothing is ahead of it.
+`ratio` is the share of waiting in all steps but the first, in the worse of the two cases; ``first_wait_seconds`` is the
+wait of the first step, for which nothing was loaded ahead.
 """
 
 import re
@@ -32,7 +32,7 @@ from univigu.errors import UniViGUError
 if TYPE_CHECKING:
     from univigu import UniViGUTransformer3DModel
 
-STEPS = 11  # that are timed, after one that is not
+STEPS = 11  # timed steps, after one warm-up step
 SHARDS, ROWS, CACHED = 6, 2, 3
 LATENTS = (16, 21, 60, 104)  # channels, frames, height, width
 PROMPT, PROMPT_LENGTH, STATES, TEXT_LENGTH, VOCABULARY = 64, 512, 4096, 256, 512
@@ -86,7 +86,7 @@ def write_shards(folder: Path) -> list[str]:
 def run(folder: Path, names: list[str], shards: Any) -> dict[str, float]:
     """Time some steps of the training loop: seconds per step, and the share of them that it waits for data.
 
-    Raises `UniViGUError` where `shards` come from a store and none is fetched, or none dropped, while steps are timed.
+    Raises `UniViGUError` if `shards` come from a store and none is fetched or dropped during the timed steps.
     """
     from univigu import ObjectiveConfig, TrainingObjective
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
@@ -164,7 +164,7 @@ def count_changes(cached: Sequence[set[str]]) -> dict[str, int]:
 
 @contextmanager
 def server(folder: Path) -> Iterator[str]:
-    """An HTTP server over a folder, in a process of its own; its URL."""
+    """Serve a folder over HTTP from a separate process; yields the URL."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:

@@ -1,9 +1,9 @@
-"""`make measure-orchestrators`: what each orchestrator adds to a step, and whether all make the same dataset.
+"""`make measure-orchestrators`: the overhead of each orchestrator per step, and whether all make the same dataset.
 
-Each orchestrator runs the whole pipeline in a fresh copy of this repository, as its own page says. A step's overhead is
-the time from the end of the step before it to its own end, less the time of its own process (`univigu run STEP`, from
-the start of the interpreter on). The first step's begins when the orchestrator was started (`dvc repro`, `univigu
-pipeline run --local`), or, in an Airflow that is up, when the task that decides to train has ended.
+Each orchestrator runs the whole pipeline in a fresh copy of this repository, as its page describes. A step's overhead
+is the time from the end of the previous step to its own end, minus the time of its own process (`univigu run STEP`,
+including the start of the interpreter). For the first step it begins when the orchestrator is started (`dvc repro`,
+`univigu pipeline run --local`) or, in a running Airflow, when the task that decides to train has ended.
 """
 
 import json
@@ -34,8 +34,8 @@ ORCHESTRATORS = ("dvc", "kfp_local", "airflow")
 
 def main(
     profile: Annotated[str, typer.Option(help="Parameters and sizes of the run.")] = "smoke",
-    only: Annotated[list[str] | None, typer.Option(help="Only this orchestrator; may be given again.")] = None,
-    root: Annotated[Path, typer.Option(help="Below which reports/orchestrators.json is written.")] = REPO,
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this orchestrator; may be repeated.")] = None,
+    root: Annotated[Path, typer.Option(help="The folder for reports/orchestrators.json.")] = REPO,
 ) -> None:
     """Run the pipeline once under each orchestrator, and write reports/orchestrators.json."""
     names = only or ORCHESTRATORS
@@ -50,13 +50,13 @@ def main(
         by_step = report["overhead_seconds_by_step"][name]
         worst = max(by_step, key=by_step.__getitem__)
         print(
-            f"{name:<10} {report['overhead_seconds'][name]:5.2f} s a step, at most {by_step[worst]:.2f} s ({worst}); "
+            f"{name:<10} {report['overhead_seconds'][name]:5.2f} s per step, at most {by_step[worst]:.2f} s ({worst}); "
             f"dataset {report['dataset_digest'][name][:12]}"
         )
 
 
 def measure(profile: str, runs: dict[str, Callable[[str, Path], float]]) -> dict[str, Any]:
-    """`overhead_seconds` of a step in the mean and by step, and `dataset_digest`, each by orchestrator."""
+    """Mean `overhead_seconds` of a step, the same by step, and `dataset_digest`, each by orchestrator."""
     by_step, digests = {}, {}
     for name, run in runs.items():
         with tempfile.TemporaryDirectory(prefix=f"univigu-{name}-") as folder:
@@ -75,9 +75,9 @@ def measure(profile: str, runs: dict[str, Callable[[str, Path], float]]) -> dict
 
 
 def overheads(root: Path, started: float) -> dict[str, float]:
-    """Seconds around each step's process, from the records that the steps left below `root`; `started`: Unix time."""
+    """Seconds outside each step's process, from the steps' records under `root`; `started`: Unix time."""
     found = {}
-    for stage in STAGES:  # one after another: each needs what the one before it made
+    for stage in STAGES:  # steps run one after another
         path = root / STATE / "runs" / f"{stage.name}.json"
         ended = path.stat().st_mtime
         process = json.loads(path.read_text(encoding="utf-8"))["process_seconds"]
@@ -87,7 +87,7 @@ def overheads(root: Path, started: float) -> dict[str, float]:
 
 
 def copy_repository(root: Path, profile: str) -> None:
-    """The files that git knows or would take, as a repository of their own, set to `profile`."""
+    """Copy all tracked and untracked, not ignored files into a new repository that uses `profile`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=REPO,
@@ -134,7 +134,7 @@ RUNS = {"dvc": run_dvc, "kfp_local": run_kfp_local, "airflow": run_airflow}
 
 
 def call(command: list[str], root: Path) -> None:
-    """Run a command of a copy with this environment's packages and the copy's code; its output only if it fails."""
+    """Run a command with this environment's packages and the copy's code; its output is shown only if it fails."""
     environment = {
         **{key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -1,11 +1,11 @@
 """A training step (forward, backward) of our transformer against diffusers' own Wan at equal tokens, width and depth.
 
 Ours attends jointly to 2,048 video and 64 text tokens, with the paper's velocity head; Wan gets 2,112 video tokens.
-Both see the same condition, in fp32 on the CPU, at three widths, the last one Wan2.1 1.3B's. Each size is timed in
-pairs, a step of each side in turn, so that whatever else the machine does falls on both, and on one thread, as two
-that wait for each other suffer most from it; `ratio` is the worst median of three.
+Both get the same condition, in fp32 on the CPU, at three widths, the last of which is Wan2.1 1.3B's. Each size is timed
+in pairs, with a step of each side in turn, so that other load on the machine affects both; and on one thread, since
+threads that wait for each other suffer most from such load. `ratio` is the worst median of three.
 
-KVCache is counted, not sampled, as a process's resident size says little of tensors of a few MB:
+Memory is counted, not sampled, because a process's resident size says little about tensors of a few MB:
 
 - ``saved``: the bytes that autograd keeps between forward and backward (`torch.autograd.graph.saved_tensors_hooks`;
   each storage once, parameters and buffers not at all);
@@ -52,7 +52,7 @@ def measure() -> dict[str, Any]:
 
 
 def compare(heads: int, head_dim: int, layers: int) -> dict[str, float]:
-    """Seconds a step, bytes saved and bytes at the peak, of both sides at one size."""
+    """Seconds per step, bytes saved and peak bytes of both sides at one size."""
     ours, theirs = our_step(heads, head_dim, layers), wan_step(heads, head_dim, layers)
     memory = {"ours": held_bytes(*ours), "wan": held_bytes(*theirs)}
     times: dict[str, list[float]] = {"ours": [], "wan": []}
@@ -73,7 +73,7 @@ def compare(heads: int, head_dim: int, layers: int) -> dict[str, float]:
     return figures
 
 
-Side = tuple[Any, Callable[[], Any]]  # a module, and its forward pass down to a loss
+Side = tuple[Any, Callable[[], Any]]  # a module, and its forward pass to a loss
 
 
 def our_step(heads: int, head_dim: int, layers: int) -> Side:
@@ -120,7 +120,7 @@ def _size(heads: int, head_dim: int, layers: int) -> dict[str, int]:
 
 
 def held_bytes(module: Any, step: Callable[[], Any]) -> dict[str, int]:
-    """What a step holds beyond parameters, buffers and gradients: ``saved`` for the backward pass, ``peak`` at most."""
+    """Bytes of a step beyond parameters, buffers and gradients: ``saved`` for the backward pass, and ``peak``."""
     return {"saved": saved_bytes(module, step), "peak": peak_bytes(module, step)}
 
 
@@ -146,7 +146,7 @@ def peak_bytes(module: Any, step: Callable[[], Any]) -> int:
     import torch
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    step().backward()  # the gradients are there: from here on they are added to
+    step().backward()  # allocates the gradients, which the tracked step adds to
     tracker = MemTracker()
     tracker.track_external(module)
     with tracker:

@@ -1,1 +1,1 @@
-"""The command `univigu`: read the arguments, call, print."""
+"""The command `univigu`: parse arguments, call functions, print results."""

@@ -1,4 +1,4 @@
-"""`univigu data`: a dataset of one's own, its versions (each a git tag that DVC can bring back), where latents lie."""
+"""`univigu data`: import videos, tag versions of the dataset in git for DVC, and move latents to an object store."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="The dataset: bring in your own videos, tag the version here, move latents to a store.")
+app = typer.Typer(help="Import your own videos, tag versions of the dataset, move latents to an object store.")
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
-Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 @app.command(
@@ -19,33 +19,33 @@ Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standa
     epilog='Example: `univigu data import ~/videos --captions captions.csv --licence CC-BY-4.0 --source "my own"`',
 )
 def import_folder(
-    folder: Annotated[Path, typer.Argument(help="A folder of videos, looked through with all folders in it.")],
-    licence: Annotated[str, typer.Option(help="Of the videos and texts; one that the profile accepts.")],
-    source: Annotated[str, typer.Option(help="Where they come from: it is kept with every prompt.")],
+    folder: Annotated[Path, typer.Argument(help="A folder of videos; its subfolders are searched, too.")],
+    licence: Annotated[str, typer.Option(help="Licence of the videos and texts; the profile must accept it.")],
+    source: Annotated[str, typer.Option(help="Where they come from; stored with every prompt.")],
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="A CSV or JSONL file with file_name, caption and (if you have one) prompt. (default: metadata.jsonl "
-            "or metadata.csv in the folder, or else clip.txt beside clip.mp4)",
+            help="A CSV or JSONL file with file_name, caption and, optionally, prompt. (default: metadata.jsonl or "
+            "metadata.csv in the folder, otherwise clip.txt beside clip.mp4)",
             show_default=False,
         ),
     ] = None,
     texts: Annotated[
         str,
         typer.Option(
-            help="What the texts are: `captions` (detailed: training learns to write them) or `prompts` (brief: "
-            "`univigu run caption-videos` writes the captions)."
+            help="The kind of texts: `captions` (detailed; the model learns to write them) or `prompts` (brief; "
+            "`univigu run caption-videos` then writes the captions)."
         ),
     ] = "captions",
     profile: Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")] = "tiny",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace clips that lie below the root and were not imported.")
+        bool, typer.Option("--replace", help="Replace clips under the root that were not imported.")
     ] = False,
-    root: Annotated[Path, typer.Option(help="The work root that the clips go to.")] = Path("."),
+    root: Annotated[Path, typer.Option(help="The work root to import into.")] = Path("."),
 ) -> None:
-    """Bring a folder of your own videos in, as if they had been generated here.
+    """Import a folder of your own videos, as if they had been generated here.
 
-    Each becomes a clip of the profile's size and frame rate; what can't be used is quarantined with its reason.
+    Each video becomes a clip of the profile's size and frame rate; unusable ones are quarantined with their reason.
     """
     from components.clips.import_videos import check_place, import_folder
     from components.pipeline.profiles import load_profile
@@ -57,7 +57,7 @@ def import_folder(
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
     print(
         f"{manifest['rows_out']} clips from {_videos(manifest)} videos, {manifest['quarantined']} quarantined"
-        + (f" ({reasons}; data/clips/rejected.parquet says more)" if reasons else "")
+        + (f" ({reasons}; see data/clips/rejected.parquet)" if reasons else "")
     )
     if not manifest["rows_out"]:
         return
@@ -76,11 +76,11 @@ def import_folder(
         f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value}" != "."
     )
     steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
-    print("Go on with " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
+    print("Next: " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
 
 
 def _changes(facts: dict[str, Any]) -> Iterator[str]:
-    """What was done to videos so that they fit, a line each."""
+    """One line for each kind of change that was made to fit videos."""
     speed = facts["speed"]
     for word, count, most in (("faster", speed["faster"], speed["most"]), ("slower", speed["slower"], speed["least"])):
         if count:
@@ -93,43 +93,43 @@ def _changes(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _videos(manifest: Mapping[str, Any]) -> int:
-    """How many of the rows that came in were videos, and not rows of a table that are about none."""
+    """How many of the input rows were videos, rather than rows of a table without a video."""
     from components.clips.import_texts import OF_ROWS
 
     return manifest["rows_in"] - sum(manifest["reasons"].get(reason, 0) for reason in OF_ROWS)
 
 
 def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps clips from a stage, and what to do where a stage has none."""
+    """Why clips can't be used in a stage, and what to do about a stage without clips."""
     captions, stages = facts["captions"], facts["stages"]
     unused = {use: count for use, count in captions.items() if use not in ("usable", "none")}
     if unused:
         yield "Captions that stage 2 can't learn from: " + ", ".join(f"{use} {count}" for use, count in unused.items())
-    drawn = "by the draw ('synthesize_videos.stage_1_share'): import more videos, or change the share."
+    drawn = "by chance ('synthesize_videos.stage_1_share'): import more videos, or change the share."
     if captions.get("usable") and not stages["2"]:
-        yield f"All clips with a usable caption ({captions['usable']}) fell to stage 1 {drawn}"
+        yield f"All clips with a usable caption ({captions['usable']}) were assigned to stage 1 {drawn}"
     elif not stages["2"]:
         why = {
             ("none",): "No clip has a caption",
             ("is_prompt",): "Every caption says no more than its prompt",
             ("too_long",): "Every caption is longer than 'text.caption_tokens' allows",
-            ("too_short",): "Every caption is shorter than 'text.caption_tokens' asks for",
-        }.get(tuple(captions), "No caption is one that stage 2 can learn from")
-        yield f"{why}: import them with `--texts prompts`, and `univigu run caption-videos` writes detailed captions."
+            ("too_short",): "Every caption is shorter than 'text.caption_tokens' requires",
+        }.get(tuple(captions), "Stage 2 can learn from no caption")
+        yield f"{why}: import them with `--texts prompts`; then `univigu run caption-videos` writes detailed captions."
     if not stages["1"]:
-        yield f"All clips fell to stage 2 {drawn}"
+        yield f"All clips were assigned to stage 2 {drawn}"
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")
 def snapshot(
-    version: Annotated[str, typer.Argument(help="Such as v1.2.0. (default: the next minor version)")] = "",
-    push: Annotated[bool, typer.Option("--push", help="Send the data to the default DVC remote, too.")] = False,
+    version: Annotated[str, typer.Argument(help="The version, such as v1.2.0. (default: the next minor version)")] = "",
+    push: Annotated[bool, typer.Option("--push", help="Also push the data to the default DVC remote.")] = False,
     root: Root = Path("."),
     as_json: Json = False,
 ) -> None:
-    """Tag the dataset that `dvc repro` left here: curated prompts, clips, captions, pairs and latents.
+    """Tag the dataset of the last `dvc repro`: curated prompts, clips, captions, pairs and latents.
 
-    The tag is `dataset@VERSION`, at the commit that holds dvc.lock. The same dataset is tagged once.
+    The tag is `dataset@VERSION`, at the commit that contains dvc.lock. A dataset is tagged only once.
     """
     from components.registry import dataset_versions
 
@@ -143,20 +143,23 @@ def snapshot(
         print(f"{found.tag}: {found.facts['Pairs']} pairs, dataset {found.digest}, commit {found.commit[:12]}")
         print(f"Share the tag with `git push origin {found.tag}`" + ("." if push else ", and the data with --push."))
     else:
-        print(f"This dataset is {found.tag} already, tagged on {found.when[:10]}; no other tag was made.")
+        print(f"This dataset is already {found.tag}, tagged on {found.when[:10]}; no new tag was created.")
     if push:
-        print("Its data are in the DVC remote.")
+        print("The data were pushed to the DVC remote.")
 
 
 @app.command(epilog="Example: `univigu data offload s3://bucket/latents --remove`")
 def offload(
-    url: Annotated[str, typer.Argument(help="Where to: s3://, gs://, az://, or a folder; keys are the environment's.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Free the disk: training fetches what it needs.")] = False,
+    url: Annotated[
+        str,
+        typer.Argument(help="s3://, gs://, az:// or a folder; keys come from the environment."),
+    ],
+    remove: Annotated[bool, typer.Option("--remove", help="Delete the local shards; training fetches them.")] = False,
     root: Root = Path("."),
 ) -> None:
-    """Put the shards of latents into an object store, from which training streams them.
+    """Upload the shards of latents to an object store, from which training streams them.
 
-    Everything else of the output stays here, with the hashes that each fetched shard is verified against.
+    The rest of the output stays here, including the hashes that each fetched shard is verified against.
     """
     from components.pipeline.manifests import verify
     from components.pipeline.stages import find_stage
@@ -170,13 +173,13 @@ def offload(
     if remove:
         for name in shards:
             (folder / name).unlink()
-    kept = "; they are no longer here" if remove else ""
-    print(f"{len(shards)} shards, {size / 1e9:.3g} GB, lie at {url}{kept}.")
+    removed = "; the local copies were deleted" if remove else ""
+    print(f"{len(shards)} shards, {size / 1e9:.3g} GB, are at {url}{removed}.")
 
 
 @app.command("list")
 def list_datasets(root: Root = Path("."), as_json: Json = False) -> None:
-    """List the tagged datasets, the newest version first."""
+    """List the tagged datasets, newest version first."""
     from components.registry import dataset_versions
 
     found = dataset_versions.list_snapshots(root)
@@ -184,7 +187,7 @@ def list_datasets(root: Root = Path("."), as_json: Json = False) -> None:
         print(json.dumps([asdict(one) for one in found], indent=1))
         return
     if not found:
-        print("No dataset is tagged here yet; `univigu data snapshot` tags the one that `dvc repro` left.")
+        print("No dataset is tagged here yet; `univigu data snapshot` tags the one of the last `dvc repro`.")
     for one in found:
         counts = f"{one.facts.get('Prompts', '?'):>7} prompts {one.facts.get('Pairs', '?'):>7} pairs"
         print(f"{one.tag:<16} {one.when[:10]} {counts}  {one.digest[:12]}  {one.commit[:12]}")

@@ -1,7 +1,7 @@
-"""What people do with a trained model: `univigu caption`, `univigu generate` and `univigu joint`.
+"""Commands that use a trained model: `univigu caption`, `univigu generate` and `univigu joint`.
 
-Cheap checks come first, then the model. Standard output holds the caption alone; everything else is said on standard
-error. A clip is written beside its place and renamed, so whoever finds it finds all of it.
+Cheap checks run before the model is loaded. Standard output holds only the captions; everything else goes to standard
+error. A clip is written to a temporary file and renamed, so it is never incomplete.
 """
 
 import errno
@@ -29,31 +29,33 @@ EXAMPLES = {
 }
 
 Model = Annotated[
-    str, typer.Option(metavar="FOLDER", help="A trained model's folder; without it the registered champion is used.")
+    str, typer.Option(metavar="FOLDER", help="A trained model's folder. (default: the registered champion)")
 ]
-Name = Annotated[str, typer.Option(help="The name whose champion is used.")]
-Root = Annotated[Path, typer.Option(help="The work root, where the registry lies (or set MLFLOW_TRACKING_URI).")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Name = Annotated[str, typer.Option(help="The registered model whose champion is used.")]
+Root = Annotated[Path, typer.Option(help="The work root, which contains the registry (or set MLFLOW_TRACKING_URI).")]
+Seed = Annotated[int, typer.Option(help="Random seed; the same seed gives the same result.")]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Sampling steps; more is slower and finer. (default: the model's)")
+    int | None, typer.Option(min=1, help="Sampling steps; more are slower and better. (default: the model's)")
 ]
-CaptionSteps = Annotated[int | None, typer.Option(min=1, help="Euler steps; few are enough. (default: the model's)")]
+CaptionSteps = Annotated[int | None, typer.Option(min=1, help="Euler steps; a few are enough. (default: the model's)")]
 JointSteps = Annotated[int | None, typer.Option(min=1, help="Sampling steps of the video. (default: the model's)")]
 Guidance = Annotated[
     float | None,
-    typer.Option(min=0, help="How strictly to follow what is given; 1 is no guidance. (default: the model's)"),
+    typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none. (default: the model's)"),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0, help="From 1, as the model found it, down to 0, the likeliest words. (default: the model's)"),
+    typer.Option(min=0, help="Sampling temperature: 1 samples, 0 is greedy. (default: the model's)"),
 ]
 TextAt = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="How far the video is, 0 to 1, when its text is written. (default: the model's)"),
+    typer.Option(
+        min=0, max=1, help="The video's time, 0 (noise) to 1, at which its text is sampled. (default: the model's)"
+    ),
 ]
-InStep = Annotated[bool, typer.Option("--in-step", help="Video and text take every step together instead.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write; one of that name is replaced.")]
-Scale = Annotated[int, typer.Option(min=1, max=64, help="Enlarge the clip this many times, for small models.")]
+InStep = Annotated[bool, typer.Option("--in-step", help="Denoise video and text in lockstep instead (eq 18).")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The mp4 file to write; an existing file is replaced.")]
+Scale = Annotated[int, typer.Option(min=1, max=64, help="Enlarge the clip by this factor, for small models.")]
 
 
 def caption(
@@ -65,13 +67,13 @@ def caption(
     steps: CaptionSteps = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video: its file and its caption.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per video: file and caption.")] = False,
 ) -> None:
-    """Say what is in a video: one line on standard output for each file, in the order given.
+    """Caption videos: one line on standard output per file, in the given order.
 
-    Any size and length will do: the video is cut to the model's shape around its centre, and frames are taken evenly
-    from all of it. Captions come a few files at a time; each file has a seed of its own, counted up from --seed. A file
-    that can't be read is named on standard error and makes the exit code; the others get their captions.
+    Videos may have any size and length: they are centre-cropped to the model's shape and sampled at even intervals.
+    Each file has its own seed, counted up from --seed. A file that can't be read is reported on standard error and
+    sets the exit code; the other files are still captioned.
     """
     from univigu.video import MAX_FRAMES
 
@@ -88,11 +90,13 @@ def caption(
                 print(f"univigu: {error}", file=sys.stderr)
         if not read:
             continue
-        pipeline = pipeline or _load(folder)  # only now: without a good file it isn't needed
+        pipeline = pipeline or _load(folder)  # loaded only if a file can be read
         texts = pipeline.caption(list(read.values()), **settings, seed=[seed + number for number in read])
         for number, text in zip(read, texts, strict=True):
             line = " ".join(text.split())
-            _say(json.dumps({"file": str(videos[number]), "caption": line}, ensure_ascii=False) if as_json else line)
+            _print_line(
+                json.dumps({"file": str(videos[number]), "caption": line}, ensure_ascii=False) if as_json else line
+            )
     if failed:
         raise typer.Exit(failed[0].exit_code)
 
@@ -119,7 +123,7 @@ def generate(
 
 def joint(
     output: Output,
-    prompt: Annotated[str, typer.Argument(help="What the video should show; may be left out.")] = "",
+    prompt: Annotated[str, typer.Argument(help="What the video should show; optional.")] = "",
     model: Model = "",
     name: Name = "uni-vigu",
     root: Root = Path("."),
@@ -131,14 +135,14 @@ def joint(
     in_step: InStep = False,
     scale: Scale = 1,
 ) -> None:
-    """Make a video and its description together, from a prompt or from nothing; the description is printed."""
+    """Make a video and its caption together, with or without a prompt; print the caption."""
     _check_output(output)
     pipeline = _load(_folder(model, name, root))
     prompt = prompt if prompt.strip() else ""
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
     (frames,), (text,) = pipeline.joint(prompt, **settings, text_at=text_at, in_step=in_step, seed=seed)
     _write(output, frames, pipeline.config.fps, scale)
-    _say(" ".join(text.split()))
+    _print_line(" ".join(text.split()))
 
 
 def add_to(app: typer.Typer) -> None:
@@ -151,10 +155,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _folder(model: str, name: str, root: Path) -> Path:
-    """The folder of the model to use; the registry is only opened where no folder was given."""
+    """The folder of the model to use; the registry is opened only if no folder was given."""
     if model and not model.startswith("models:/"):
         if not Path(model).is_dir():
-            raise MissingInputError(f"There is no model folder '{model}'; check the path, or leave --model out.")
+            raise MissingInputError(f"There is no model folder '{model}'; check the path, or omit --model.")
         return Path(model)
     from components.tracking import existing_store
     from univigu.registry import pipeline_folder
@@ -172,7 +176,7 @@ def _read_moving(path: Path, limit: int) -> "np.ndarray":
 
 
 def _frames_of(folder: Path) -> int | None:
-    """How many frames the model takes, without loading it; None where the folder doesn't say, as loading will tell."""
+    """The model's number of frames, read without loading it; None if it can't be read (loading reports why)."""
     try:
         return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["num_frames"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -191,21 +195,21 @@ def _load(folder: Path) -> "UniViGUPipeline":
     return pipeline
 
 
-# --- what comes out --------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def _check_output(path: Path) -> None:
-    """Refuse, before anything is computed, a place where no clip can be written."""
+    """Raise an error, before anything is computed, if the clip can't be written to `path`."""
     if path.is_dir():
         raise BadInputError(f"'{path}' is a folder; give the name of the mp4 to write, such as {path / 'clip.mp4'}.")
     if not path.parent.is_dir():
-        raise MissingInputError(f"There is no folder '{path.parent}' to write the clip to; make it, or choose another.")
+        raise MissingInputError(f"There is no folder '{path.parent}' to write the clip to; create it first.")
     if path.exists() and not path.is_file():
-        return  # a device or a pipe takes any name
+        return  # a device or a pipe may have any name
     if path.suffix.lower() != ".mp4":
-        raise BadInputError(f"Clips are written as mp4, and '{path}' is named otherwise; call it '{path.stem}.mp4'.")
+        raise BadInputError(f"Clips are written as mp4, but '{path}' has another suffix; use '{path.stem}.mp4'.")
     if not os.access(path.parent, os.W_OK):
-        raise BadInputError(f"The folder '{path.parent}' can't be written to; choose another for the clip.")
+        raise BadInputError(f"The folder '{path.parent}' is not writable; choose another folder for the clip.")
 
 
 def _write(path: Path, frames: "np.ndarray", fps: float, scale: int) -> None:
@@ -225,24 +229,24 @@ def _write(path: Path, frames: "np.ndarray", fps: float, scale: int) -> None:
         if not special:
             target.replace(path)
     except OSError as error:
-        raise _write_error(f"the clip to '{path}'", error) from error
+        raise _write_error(f"'{path}'", error) from error
     finally:
         if not special:
             target.unlink(missing_ok=True)
     count, height, width = even.shape[:3]
-    print(f"{path}: {count} frames of {width}x{height} at {fps:g} a second", file=sys.stderr)
+    print(f"{path}: {count} frames of {width}x{height} at {fps:g} fps", file=sys.stderr)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise _write_error("to standard output", error) from error
+        raise _write_error("standard output", error) from error
 
 
 def _write_error(what: str, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"The disk is full, so it was not possible to write {what}; make room and run it again.")
-    return BadInputError(f"It was not possible to write {what} ({error.strerror}); choose another place.")
+        return DiskFullError(f"The disk is full, so {what} could not be written; free some space and run it again.")
+    return BadInputError(f"Can't write {what} ({error.strerror}); choose another destination.")

@@ -1,4 +1,4 @@
-"""The `univigu` command. Each command imports what it needs when it runs, so that `univigu --help` answers at once."""
+"""The `univigu` command. Each command imports what it needs when it runs, to keep `univigu --help` fast."""
 
 import atexit
 import gc
@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -33,7 +34,34 @@ app.add_typer(models.app, name="model")
 app.add_typer(data.app, name="data")
 app.add_typer(profile.app, name="profile")
 
-Root = Annotated[Path, typer.Option(help="The work root: every path a step reads or writes lies below it.")]
+Root = Annotated[Path, typer.Option(help="The work root, which contains every path that a step reads or writes.")]
+PartOption = Annotated[
+    str,
+    typer.Option(
+        metavar="K/N",
+        help="Make only part K of N of the step's shards, in parallel with other processes; commit nothing.",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of processes that make the step's shards, which are then committed. (default: one per visible "
+        "GPU for a step that needs GPUs, otherwise one)",
+        show_default=False,
+    ),
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Start from nothing; checkpoints, shards and paid answers are set aside.")
+]
+ResumeFrom = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Resume from checkpoints and shards that were set aside, even if something has changed since.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -42,39 +70,15 @@ def run(
     profile: Profile = "tiny",
     settings: Settings = None,
     root: Root = Path("."),
-    part: Annotated[
-        str,
-        typer.Option(
-            metavar="K/N",
-            help="Only make the K-th of N parts of the step's shards, beside other processes; commit nothing.",
-        ),
-    ] = "",
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Make the step's shards with so many processes, and commit them. (default: for a step that wants "
-            "GPUs one a visible GPU, else one)",
-            show_default=False,
-        ),
-    ] = None,
-    fresh: Annotated[
-        bool,
-        typer.Option("--restart", help="Start from nothing: checkpoints, shards and paid answers are set aside."),
-    ] = False,
-    resume_from: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Go on from checkpoints and shards that were set aside, although something has changed since.",
-            show_default=False,
-        ),
-    ] = None,
+    part: PartOption = "",
+    processes: Processes = None,
+    fresh: Restart = False,
+    resume_from: ResumeFrom = None,
 ) -> None:
-    """Run one step of the pipeline on the outputs of the steps before it, whether or not its own is up to date.
+    """Run one step of the pipeline on the outputs of earlier steps, even if its own output is up to date.
 
-    `dvc repro` runs all steps whose output isn't, and `univigu status` says which these are. What a killed run has
-    finished is kept, and used again where nothing has changed; where something has, it is set aside and named.
+    `dvc repro` runs all steps whose output is out of date, and `univigu status` lists them. The finished work of a
+    killed run is reused if nothing has changed; otherwise it is set aside, and the command prints where.
     """
     from components.pipeline.freshness import finished
     from components.pipeline.processes import count_processes, end_with_parent, make_parts
@@ -89,27 +93,30 @@ def run(
     check_watched(profile, values, root)
     if part:
         if fresh or resume_from:
-            raise ConfigError("A part of a step can't start afresh by itself; run the whole step so, or without it.")
+            raise ConfigError("--part can't be combined with --restart or --resume-from; run the whole step with them.")
         counts = run_part(step, values, root, Part.parse(part))
-        print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; to be committed by the whole run")
+        print(f"{step} {part}: {counts['made']} shards made, {counts['kept']} kept; run the whole step to commit them")
         return
     stage = find_stage(step)
     if imported(stage, root):
-        print(f"{step}: {stage.home} was imported, and is kept as it is; delete it to have it made here")
+        print(f"{step}: {stage.home} was imported and is kept unchanged; delete it to make it here")
         return
     if "DVC_STAGE" in os.environ and not stage.external and finished(step, values, root):
-        print(f"{step}: finished before, with the same inputs, parameters and code")
+        print(f"{step}: already finished with the same inputs, parameters and code")
         return
-    if fresh and _speaks():
+    if fresh and _is_main_rank():
         restart(step, values, root)
-    if resume_from and _speaks():
+    if resume_from and _is_main_rank():
         resume(step, values, root, resume_from)
     processes = processes or count_processes(stage)
     if processes > 1:
         make_parts(step, profile, root, processes)
     manifest = run_stage(step, values, root)
-    if not _speaks():
-        return
+    if _is_main_rank():
+        _print_result(step, manifest)
+
+
+def _print_result(step: str, manifest: Mapping[str, Any]) -> None:
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
     usage = ", ".join(f"{name} {amount:,.10g}" for name, amount in manifest["facts"].get("usage", {}).items())
     print(
@@ -128,15 +135,15 @@ def use(
     from components.pipeline.profiles import use_profile
 
     if not (root / "dvc.yaml").is_file():
-        raise ConfigError(f"There is no dvc.yaml in {root.resolve()}; go to the project's folder, or give its --root.")
+        raise ConfigError(f"There is no dvc.yaml in {root.resolve()}; run this in the project's folder, or set --root.")
     for key, path in use_profile(profile, root).items():
-        there = "" if (root / path).exists() else f" (not there yet: `univigu rehearse --profile {profile}`)"
+        there = "" if (root / path).exists() else f" (missing: see `univigu rehearse --profile {profile}`)"
         print(f"{key:<12} {path}{there}")
 
 
 @app.command()
 def steps() -> None:
-    """List the steps, in the order in which they run."""
+    """List the steps in the order in which they run."""
     from components.pipeline.stages import STAGES
 
     for stage in STAGES:
@@ -145,7 +152,7 @@ def steps() -> None:
 
 @app.command()
 def status(profile: Profile = "tiny", settings: Settings = None, root: Root = Path(".")) -> None:
-    """Say which steps are finished, what would start the others again, and what is set aside."""
+    """Show which steps are finished, why the others would run again, and which work is set aside."""
     from components.pipeline.aside import list_kept
     from components.pipeline.freshness import why_not_finished
     from components.pipeline.profiles import load_profile, with_settings
@@ -160,7 +167,7 @@ def status(profile: Profile = "tiny", settings: Settings = None, root: Root = Pa
 
 @app.command()
 def clean(root: Root = Path(".")) -> None:
-    """Remove outputs and unfinished runs; paid answers, what is set aside, the registry and DVC's cache stay."""
+    """Remove outputs and unfinished runs; keep paid answers, set-aside work, the registry and DVC's cache."""
     from components.pipeline.clean import clean as remove
 
     remove(root)
@@ -168,9 +175,9 @@ def clean(root: Root = Path(".")) -> None:
 
 @app.command(hidden=True)
 def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
-    """Write what dvc.yaml watches: the digest of what each step's code does, and the profile with all that it extends.
+    """Write the files that dvc.yaml watches.
 
-    They are .univigu/code.json and .univigu/profile.json.
+    .univigu/code.json holds the digest of each step's code, .univigu/profile.json the resolved profile.
     """
     from components.pipeline.fingerprint import code_digest, stage_code
     from components.pipeline.profiles import load_profile
@@ -186,7 +193,7 @@ def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
 
 @app.command()
 def summary(root: Root = Path(".")) -> None:
-    """Show what the last run did: steps, times, rows, scores, the registered version; writes reports/run.json."""
+    """Show the last run's steps, times, rows, scores and registered version; write reports/run.json."""
     from components.cli.summary import show, summarise
 
     show(root, summarise(root))
@@ -194,20 +201,20 @@ def summary(root: Root = Path(".")) -> None:
 
 @app.command()
 def pretrain(
-    out: Annotated[Path, typer.Option(help="The folder that becomes the base, replaced as a whole.")],
-    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; run again to go on from them.")] = Path(
+    out: Annotated[Path, typer.Option(help="The folder to write the base to; it is replaced as a whole.")],
+    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; run again to resume from them.")] = Path(
         ".univigu/pretrain"
     ),
     settings: Annotated[
-        Path | None, typer.Option(help="A YAML file of sizes and steps; without it, those of the bundled base.")
+        Path | None, typer.Option(help="A YAML file of sizes and steps. (default: those of the bundled base)")
     ] = None,
-    phase: Annotated[list[str] | None, typer.Option(help="Run only this phase; may be given again.")] = None,
-    recogniser: Annotated[Path | None, typer.Option(help="The recogniser's folder; by default its own.")] = None,
-    heldout: Annotated[Path | None, typer.Option(help="Held-out items, whose prompts are not trained on.")] = Path(
-        "data/heldout.json"
-    ),
+    phase: Annotated[list[str] | None, typer.Option(help="Run only this phase; may be repeated.")] = None,
+    recogniser: Annotated[Path | None, typer.Option(help="The recogniser's folder. (default: the bundled one)")] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Held-out items; their prompts are excluded from training.")
+    ] = Path("data/heldout.json"),
 ) -> None:
-    """Make the bundled base from nothing: hours on one core (`--out model/tiny-wan` replaces the bundled one)."""
+    """Train the bundled base from scratch: hours on one core (`--out model/tiny-wan` replaces the bundled one)."""
     from components.digits import pretrain as pretraining
 
     config = pretraining.load_config(settings or pretraining.DEFAULT_CONFIG)
@@ -225,10 +232,10 @@ def pretrain(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure; without a name, the names are listed.")] = "",
+    name: Annotated[str, typer.Argument(help="The benchmark to run; without a name, list all names.")] = "",
     root: Root = Path("."),
 ) -> None:
-    """Measure a claim about speed or cost against something else, and write reports/bench-NAME.json."""
+    """Measure speed or cost against an alternative, and write reports/bench-NAME.json."""
     import json
 
     from components import bench
@@ -240,9 +247,9 @@ def bench(
 
 
 def keep_libraries_quiet() -> None:
-    """Warnings, log lines and loading bars of libraries are for developers; people see what the command says.
+    """Hide warnings, log lines and progress bars of libraries, so that users see only the command's own output.
 
-    Set UNIVIGU_VERBOSE=1 to see them. Nothing calls home, and nothing is fetched from a hub unless HF_HUB_OFFLINE=0.
+    UNIVIGU_VERBOSE=1 shows them. Telemetry is off, and nothing is fetched from a hub unless HF_HUB_OFFLINE=0.
     """
     quiet = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -251,25 +258,25 @@ def keep_libraries_quiet() -> None:
         os.environ.setdefault(name, value)
     if not verbose:
         warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)  # with tracebacks, of what the command then says in a sentence
+        logging.disable(logging.ERROR)  # tracebacks of errors that the command reports itself
 
 
-def _speaks() -> bool:
-    """Whether this process speaks for all that torchrun started."""
+def _is_main_rank() -> bool:
+    """Whether this process reports for all that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _end(error: UniViGUError) -> NoReturn:
-    if _speaks() or not isinstance(error, PreemptedError):
+    if _is_main_rank() or not isinstance(error, PreemptedError):
         print(f"univigu: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 
 def main() -> None:
-    """Run the command; an expected failure is one sentence on standard error and its own exit code."""
+    """Run the command; an expected failure prints one message on standard error and sets its own exit code."""
     keep_libraries_quiet()
     bound_spinning()
-    # Collections while torch is imported, and the last one through all of it, take seconds.
+    # Garbage collection during torch's import and at exit would take seconds.
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)
     try:
@@ -282,8 +289,8 @@ def main() -> None:
             raise
         _end(fault)
     except SystemExit as end:
-        if end.code == 128 + signal.SIGINT:  # what typer makes of a KeyboardInterrupt
-            print("univigu: stopped; the same command goes on where it was.", file=sys.stderr)
+        if end.code == 128 + signal.SIGINT:  # typer's exit code for a KeyboardInterrupt
+            print("univigu: stopped; run the same command again to resume.", file=sys.stderr)
         raise
 
 

@@ -1,4 +1,4 @@
-"""`univigu model`: what is registered, who is champion, why, and where it all came from."""
+"""`univigu model`: registered versions, promotion and rollback, history, and lineage."""
 
 import json
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from components.registry.ledger import Entry
     from components.registry.promotion import Comparison
 
-app = typer.Typer(help="Registered models: list, compare, promote, roll back, and trace to their data.")
+app = typer.Typer(help="List, compare, promote and roll back registered models, and trace them to their data.")
 
 Name = Annotated[str, typer.Option(help="The registered name.")]
-Root = Annotated[Path, typer.Option(help="The work root, where the registry lies (or set MLFLOW_TRACKING_URI).")]
-Version = Annotated[str, typer.Argument(help="A version's number, or an alias such as candidate.")]
-Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
-Why = Annotated[str, typer.Option(help="The reason, for whoever reads the history.")]
+Root = Annotated[Path, typer.Option(help="The work root, which contains the registry (or set MLFLOW_TRACKING_URI).")]
+Version = Annotated[str, typer.Argument(help="A version number, or an alias such as candidate.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Why = Annotated[str, typer.Option(help="The reason, which is recorded in the history.")]
 
 
 @app.command("list")
 def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
-    """List the versions, the newest first: aliases, score, dataset, and what was decided when it was registered."""
+    """List the versions, newest first: aliases, score, dataset, and the decision at registration."""
     from datetime import UTC, datetime
 
     from components.registry.promotion import METRIC, METRIC_TAG
@@ -68,14 +68,14 @@ def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json
 def promote(
     version: Version,
     why: Why,
-    force: Annotated[bool, typer.Option("--force", help="Even if it is not better than the champion.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if it is not better than the champion.")] = False,
     name: Name = "uni-vigu",
     root: Root = Path("."),
     as_json: Json = False,
 ) -> None:
-    """Make a version champion, if it is better on the same held-out items (see `compare`); `--force` for any case.
+    """Make a version the champion if it is better on the same held-out items (see `compare`), or with `--force`.
 
-    The champion becomes `previous`. Who asks is UNIVIGU_ACTOR, or the user of this machine.
+    The old champion becomes `previous`. The history records UNIVIGU_ACTOR, or the user of this machine.
     """
     from components.registry import promotion
 
@@ -84,7 +84,7 @@ def promote(
 
 @app.command()
 def compare(version: Version, name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
-    """Compare a version with the champion by a paired bootstrap over the same held-out items; nothing changes."""
+    """Compare a version with the champion by a paired bootstrap over the same held-out items; this changes nothing."""
     from components.registry import promotion
 
     comparison = promotion.compare(name, version, root=root)
@@ -104,7 +104,7 @@ def rollback(why: Why, name: Name = "uni-vigu", root: Root = Path("."), as_json:
 
 @app.command()
 def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
-    """Show who was made champion, when, by whom and why, the newest first; refusals and rollbacks are there too."""
+    """Show all decisions about the champion, newest first: who, when, why, including refusals and rollbacks."""
     from components.registry import promotion
     from components.tracking import tracking_uri
     from univigu import registry
@@ -114,7 +114,7 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
         print(json.dumps([asdict(line) for line in lines], indent=1))
         return
     if not lines:
-        print(f"Nothing was decided about '{name}' yet.")
+        print(f"There is no decision about '{name}' yet.")
         return
     columns = ("when (UTC)", "who", "outcome", "from", "to", "why", "comparison")
     _table(
@@ -133,23 +133,23 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
         ],
     )
     champion = registry.version_at(name, registry.CHAMPION, tracking_uri(root))
-    told = next((line.version for line in lines if line.outcome in ("promoted", "rolled back")), None)
+    recorded = next((line.version for line in lines if line.outcome in ("promoted", "rolled back")), None)
     holder = champion and int(champion.version)
-    if holder != told:
+    if holder != recorded:
         print(
-            f"The champion is {f'version {holder}' if holder else 'nobody'}, and this history ends with "
-            f"{f'version {told}' if told else 'nobody'}: somebody moved the alias by other means."
+            f"The champion is {f'version {holder}' if holder else 'unset'}, but this history ends with "
+            f"{f'version {recorded}' if recorded else 'no champion'}: the alias was moved by other means."
         )
 
 
 @app.command()
 def trace(
-    version: Annotated[str, typer.Argument(help="A version's number, or an alias.")] = "champion",
+    version: Annotated[str, typer.Argument(help="A version number, or an alias.")] = "champion",
     name: Name = "uni-vigu",
     root: Root = Path("."),
     as_json: Json = False,
 ) -> None:
-    """Walk back from a version: model, training runs, dataset and its snapshot, prompts and their licences."""
+    """Trace a version back to its model, training runs, dataset and snapshot, prompts and their licences."""
     from components.registry.lineage import trace_version
 
     found = trace_version(name, version, root)
@@ -159,7 +159,7 @@ def trace(
         _show_trace(found)
 
 
-# --- what people see --------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def _show_entry(line: "Entry", name: str, as_json: bool) -> None:
@@ -203,7 +203,7 @@ def _show_trace(found: dict[str, Any]) -> None:
     tree = Tree(text(f"{model['name']} version {model['version']}{aliases}"))
     tree.add(text(f"model {model['digest']}"))
     tree.add(text(f"code {model['code'] or 'not from a git checkout'}"))
-    runs = tree.add(text("training runs" if found["runs"] else "no training run is known"))
+    runs = tree.add(text("training runs" if found["runs"] else "no known training run"))
     for run in found["runs"]:
         runs.add(text(f"{run['step']}: {run['id']} {run.get('began', '(not in this store)')} {run.get('status', '')}"))
     data = tree.add(text(f"dataset {dataset['digest']}"))
@@ -233,7 +233,7 @@ def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _console() -> Any:
-    """The terminal; a file or pipe gets lines as long as they are, for `grep`."""
+    """A console that doesn't wrap lines in a file or pipe, for `grep`."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -243,7 +243,7 @@ def _console() -> Any:
 
 
 def _printable(text: str) -> str:
-    """Text that others wrote, without what a terminal would obey."""
+    """Untrusted text without control characters, which a terminal would interpret."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 

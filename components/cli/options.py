@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options of several commands."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Another setting than the profile's, such as train_stage_2.steps=500; may be given again.",
+        help="Override a setting of the profile, such as train_stage_2.steps=500; may be repeated.",
         show_default=False,
     ),
 ]

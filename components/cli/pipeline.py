@@ -21,14 +21,17 @@ app = typer.Typer(
 )
 POLL_S = 10.0
 DEFAULT_PACKAGE = Path("infra/pipeline.yaml")
-DEFAULT_PROFILE = "tiny"  # of the pipeline
+DEFAULT_PROFILE = "tiny"  # the pipeline's default
 
 Host = Annotated[str, typer.Option(help="The server's address. (default: KFP_ENDPOINT or KF_PIPELINES_ENDPOINT)")]
-Namespace = Annotated[str, typer.Option(help="Your namespace, on a server with several users.")]
+Namespace = Annotated[str, typer.Option(help="Your namespace on a multi-user server.")]
 Package = Annotated[Path, typer.Option(help="The compiled pipeline.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end; 0 on success, 83 if it failed, 84 if cancelled.")]
-Poll = Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")]
-RunId = Annotated[str, typer.Argument(help="The run's id, as `submit` printed it.")]
+Wait = Annotated[
+    bool,
+    typer.Option("--wait", help="Wait for the end; exit code 0 on success, 83 on failure, 84 if cancelled."),
+]
+Poll = Annotated[float, typer.Option(min=0.05, help="Polling interval in seconds.")]
+RunId = Annotated[str, typer.Argument(help="The run's id, as printed by `submit`.")]
 Parameters = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="The pipeline's parameters, such as profile=smoke parts=4."),
@@ -39,11 +42,11 @@ Parameters = Annotated[
 def compile_pipeline(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_PACKAGE,
 ) -> None:
-    """Write the pipeline as YAML, for `submit`, for `kfp run create` and for the web page's upload."""
+    """Write the pipeline as YAML for `submit`, `kfp run create`, or an upload on the server's web page."""
     from components.orchestration.kfp_pipeline import compile_to
 
     if output.suffix != ".yaml" or not output.parent.is_dir():
-        raise BadInputError(f"'{output}' can't be written; give a .yaml file in a folder that there is.")
+        raise BadInputError(f"'{output}' can't be written; give a .yaml file in an existing folder.")
     compile_to(output)
     print(output)
 
@@ -52,15 +55,15 @@ def compile_pipeline(
 def run_here(
     parameters: Parameters = None,
     settings: Settings = None,
-    local: Annotated[bool, typer.Option("--local", help="Run on this machine; servers are for `submit`.")] = False,
-    root: Annotated[Path, typer.Option(help="The work root, which holds prompts and base.")] = Path("."),
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine; use `submit` for a server.")] = False,
+    root: Annotated[Path, typer.Option(help="The work root, which contains the prompts and the base.")] = Path("."),
 ) -> None:
-    """Run the whole pipeline on this machine, with kfp's own local runner: a process a task."""
+    """Run the whole pipeline on this machine with kfp's local runner: one process per task."""
     from components.orchestration.kfp_local import run_locally
 
     if not local:
         raise ConfigError(
-            "Say where to run: `univigu pipeline run --local`, or `univigu pipeline submit` for a server."
+            "Choose where to run: `univigu pipeline run --local`, or `univigu pipeline submit` for a server."
         )
     run_locally(root, _with_settings(_pairs(parameters or []), settings or []))
     print("SUCCEEDED")
@@ -72,16 +75,16 @@ def submit(
     settings: Settings = None,
     package: Package = DEFAULT_PACKAGE,
     name: Annotated[
-        str, typer.Option(help="The run's name. (default: the same for the same pipeline and parameters)")
+        str, typer.Option(help="The run's name. (default: derived from the pipeline and its parameters)")
     ] = "",
-    experiment: Annotated[str, typer.Option(help="The experiment that holds the run.")] = "uni-vigu",
-    service_account: Annotated[str, typer.Option(help="The account of the run's pods. (default: the server's)")] = "",
+    experiment: Annotated[str, typer.Option(help="The experiment to run in.")] = "uni-vigu",
+    service_account: Annotated[str, typer.Option(help="Service account of the pods. (default: the server's)")] = "",
     host: Host = "",
     namespace: Namespace = "",
     wait: Wait = False,
     poll: Poll = POLL_S,
 ) -> None:
-    """Start a run on a server and print its id; a run of the same name that lives or succeeded is not started again."""
+    """Start a run on a server and print its id, unless a run of that name is active or has succeeded."""
     from components.orchestration.kfp_server import KfpServer, default_run_name, typed_arguments
 
     arguments = typed_arguments(package, _with_settings(_pairs(parameters or []), settings or []))
@@ -95,7 +98,7 @@ def submit(
 
 @app.command()
 def status(run_id: RunId, host: Host = "", namespace: Namespace = "", wait: Wait = False, poll: Poll = POLL_S) -> None:
-    """Print a run's state; exits with 83 if it failed, with 84 if it was cancelled, else with 0."""
+    """Print a run's state; the exit code is 83 if it failed, 84 if it was cancelled, otherwise 0."""
     from components.orchestration.kfp_server import KfpServer
 
     _report(KfpServer(host, namespace), run_id, wait, poll)
@@ -103,7 +106,7 @@ def status(run_id: RunId, host: Host = "", namespace: Namespace = "", wait: Wait
 
 @app.command()
 def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
-    """Stop a run; what its steps have finished is kept, and another run goes on from there."""
+    """Cancel a run; finished work of its steps is kept, and another run resumes from it."""
     from components.orchestration.kfp_server import KfpServer
     from components.orchestration.train_job import RUN_LABEL
 
@@ -112,7 +115,7 @@ def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
     if server.arguments(run_id).get("train_backend") == "trainjob":
         where = namespace or "NAMESPACE"
         print(
-            "Its TrainJob is deleted by the pod that follows it, which has a second for that; to be sure:\n"
+            "The pod that follows its TrainJob deletes it, but has only a second to do so; to make sure, run:\n"
             f"kubectl delete trainjob --namespace {where} --selector {RUN_LABEL}={run_id}",
             file=sys.stderr,
         )
@@ -121,11 +124,11 @@ def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
 @app.command()
 def logs(
     run_id: RunId,
-    step: Annotated[str, typer.Option(help="Only this step's.")] = "",
+    step: Annotated[str, typer.Option(help="Print only this step's log.")] = "",
     host: Host = "",
     namespace: Namespace = "",
 ) -> None:
-    """Print what a run's pods have written, as far as the server has it."""
+    """Print the logs of a run's pods, as far as the server has them."""
     from components.orchestration.kfp_server import KfpServer
 
     found = False
@@ -136,47 +139,47 @@ def logs(
     if not found:
         where = f" -n {namespace}" if namespace else ""
         raise UniViGUError(
-            "The server has no log of this; while the pods are there, "
+            "The server has no log of this run. While its pods exist, "
             f"`kubectl logs{where} -l pipeline/runid={run_id} -c main --prefix --tail=-1` shows them."
         )
 
 
 def _report(server: "KfpServer", run_id: str, wait: bool, poll: float) -> None:
-    """Print a run's state, each that it goes through when waiting; raises for one that failed or was cancelled."""
+    """Print a run's state, or each new state while waiting; raises if the run failed or was cancelled."""
     from components.orchestration.kfp_server import RunCanceledError, RunFailedError
 
-    said = ""
+    printed = ""
     while True:
         now = server.state(run_id)
-        if now.state != said:
+        if now.state != printed:
             print(now.state, flush=True)
-            said = now.state
+            printed = now.state
         if now.is_terminal or not wait:
             break
         time.sleep(poll)
     if now.state == "CANCELED":
         raise RunCanceledError(
-            f"The run {run_id} was cancelled; submit it again to go on from what its steps have finished."
+            f"The run {run_id} was cancelled; submit it again to resume from the finished work of its steps."
         )
     if now.is_terminal and now.state != "SUCCEEDED":
         why = f" ({now.message})" if now.message else ""
         raise RunFailedError(
             f"The run {run_id} ended as {now.state}{why}; `univigu pipeline logs {run_id}` shows why, "
-            "and submitting it again goes on from what its steps have finished."
+            "and submitting it again resumes from the finished work of its steps."
         )
 
 
 def _pairs(parameters: Sequence[str]) -> Mapping[str, str]:
     for text in parameters:
         if "=" not in text:
-            raise ConfigError(f"'{text}' is no parameter; write KEY=VALUE, such as profile=smoke.")
+            raise ConfigError(f"'{text}' is not a parameter; write KEY=VALUE, such as profile=smoke.")
     return dict(text.split("=", 1) for text in parameters)
 
 
 def _with_settings(parameters: Mapping[str, str], settings: Sequence[str]) -> Mapping[str, str]:
-    """The pipeline's parameters with ``--set`` in its profile, which every task is given.
+    """The pipeline's parameters, with the settings of ``--set`` added to the profile, which every task receives.
 
-    A bundled profile is checked here already; a file may be on the cluster's volume alone, and is checked there.
+    A bundled profile is checked here; a file may exist only on the cluster's volume, so it is checked there.
     """
     from components.pipeline.profiles import load_profile, profile_names, with_settings
 

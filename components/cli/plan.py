@@ -1,4 +1,4 @@
-"""Before there is a GPU: `univigu plan` says what a profile takes, `univigu rehearse` whether its way is clear."""
+"""Before you rent GPUs: `univigu plan` computes what a profile costs, `univigu rehearse` checks it end to end."""
 
 import json
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ from components.cli.options import Profile, Settings
 
 PANEL = "Plan the real thing"
 
-Root = Annotated[Path, typer.Option(help="The work root, where the base lies, if it is there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines: everything, in bytes, seconds and FLOPs.")]
+Root = Annotated[Path, typer.Option(help="The work root, which may contain the base.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes, seconds and FLOPs.")]
 
 
 def plan(
     profile: Profile = "wan-1.3b",
     settings: Settings = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs train together.")] = 16,
-    gpu: Annotated[str, typer.Option(help="Their name, such as h100; a wrong one lists those there are.")] = "h800",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that train together.")] = 16,
+    gpu: Annotated[str, typer.Option(help="The GPU's name, such as h100; an unknown one lists all names.")] = "h800",
     mfu: Annotated[
-        float | None, typer.Option(help="The share of their peak that is reached. (default: what NeMo's Wan reaches)")
+        float | None, typer.Option(help="Model FLOPs utilisation, 0 to 1. (default: that of NeMo's Wan)")
     ] = None,
-    zero: Annotated[int | None, typer.Option(min=0, max=3, help="Another ZeRO stage than the profile's.")] = None,
-    price: Annotated[float, typer.Option(min=0, help="Of one GPU for an hour, in whatever money.")] = 0.0,
+    zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage. (default: the profile's)")] = None,
+    price: Annotated[float, typer.Option(min=0, help="Price of one GPU-hour, in any currency.")] = 0.0,
     root: Root = Path("."),
     as_json: AsJson = False,
 ) -> None:
-    """Say what a profile takes on given GPUs: memory, operations, days, storage, requests, cost."""
+    """Compute what a profile needs on given GPUs: memory, operations, days, storage, requests, cost."""
     from components.pipeline.profiles import load_profile, with_settings
     from components.planning.cost import make_plan
 
@@ -42,16 +42,18 @@ def rehearse(
     settings: Settings = None,
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="A base's folder, whose files' headers are read. (default: the profile's)"),
+        typer.Option(
+            metavar="FOLDER", help="The base's folder, whose file headers are checked. (default: the profile's)"
+        ),
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs are to train together.")] = 16,
-    gpu: Annotated[str, typer.Option(help="Their name; a wrong one lists those there are.")] = "h800",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that will train together.")] = 16,
+    gpu: Annotated[str, typer.Option(help="The GPU's name; an unknown one lists all names.")] = "h800",
     root: Root = Path("."),
     as_json: AsJson = False,
 ) -> None:
-    """Walk a profile's whole way without weights, GPUs or a cluster; the exit code is the first failure's, or 0.
+    """Check a profile end to end without weights, GPUs or a cluster; the exit code is the first failure's, or 0.
 
-    `to do` marks what only you can put there: weights, variables, disk.
+    `to do` marks what only you can provide: weights, environment variables, disk space.
     """
     from components.pipeline.profiles import load_profile, with_settings
     from components.planning import rehearsal
@@ -75,7 +77,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def as_text(profile: str, plan: Mapping[str, Any]) -> str:
-    """A plan for people."""
+    """Format a plan for people."""
     gpu, model, training = plan["gpu"], plan["model"], plan["training"]
     lines = [
         f"{profile} on {gpu['count']} {gpu['name']} ({gpu['tflops']:g} TFLOP/s, {gpu['memory_gib']:g} GiB each)",
@@ -86,28 +88,28 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
     memory, other = plan["memory"].values()
     tables = {"both stages": memory} if memory == other else {"stage 1": memory, "stage 2": other}
     for stages, table in tables.items():
-        lines += ["", f"Memory of one GPU in {stages} (GiB; {_gib(table['usable'])} can be used)", *memory_lines(table)]
+        lines += ["", f"Memory per GPU in {stages} (GiB; {_gib(table['usable'])} usable)", *memory_lines(table)]
     lines += [
-        f"  A machine's own memory: {_gib(memory['host_bytes_per_machine'])} GiB, for all weights on the first one, and"
-        " for what its processes offload.",
+        f"  Host memory per machine: {_gib(memory['host_bytes_per_machine'])} GiB, for all weights on the first one and"
+        " for offloaded state.",
         "",
-        "Operations of a sample (PFLOP)   share  forward  backward  recomputed  first guess",
+        "Operations per sample (PFLOP)    share  forward  backward  recomputed  first guess",
     ]
     for task, cost in training["stage_1"]["tasks"].items():
         figures = (cost[key] / 1e15 for key in ("forward", "backward", "recomputation", "first_guess"))
         lines.append(f"  {task:<30} {cost['share']:>5.2f}" + "".join(f"{figure:>10.3f}" for figure in figures))
     lines += ["", f"Time, at an MFU of {gpu['mfu']:g}"]
     for name, stage in training.items():
-        balanced = f"{stage['balanced_step_seconds']:.3g} if all GPUs had as much to do"
-        step = f"{stage['step_seconds']:.3g} s a step ({balanced})"
+        balanced = f"{stage['balanced_step_seconds']:.3g} if all GPUs had equal work"
+        step = f"{stage['step_seconds']:.3g} s per step ({balanced})"
         lines.append(f"  {name.replace('_', ' ')}     {step}, {stage['steps']:,} steps: {stage['days']:.3g} days")
     synthesis, captioning, storage = plan["synthesis"], plan["captioning"], plan["storage"]
     lines += [
         f"  training    {plan['days']:.3g} days",
-        f"  synthesis   {synthesis['clips']:,} clips of {synthesis['gpu_seconds_per_clip']:.3g} GPU-seconds: "
+        f"  synthesis   {synthesis['clips']:,} clips at {synthesis['gpu_seconds_per_clip']:.3g} GPU-seconds each: "
         f"{synthesis['gpu_days']:.3g} GPU-days; encoding {synthesis['encoding_gpu_days']:.3g}",
         f"  captions    {captioning['requests_at_least']:,} to {captioning['requests_at_most']:,} requests to "
-        f"'{captioning['captioner']}', {captioning['answer_tokens']:,} tokens of answers",
+        f"'{captioning['captioner']}', {captioning['answer_tokens']:,} answer tokens",
         "",
         f"Storage (GB)  total {storage['total'] / 1e9:.4g}: "
         + ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.3g}" for name, size in _storage_parts(storage)),
@@ -115,18 +117,18 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
         + ", ".join(f"{name.replace('_', ' ')} {hours:,.3g}" for name, hours in plan["gpu_hours"].items()),
     ]
     if plan["cost"]["per_gpu_hour"]:
-        lines.append(f"Cost          {plan['cost']['total']:,.0f}, at {plan['cost']['per_gpu_hour']:g} a GPU-hour")
-    lines += ["", "Held against figures known from elsewhere (1.3B at 81 frames of 480x832)"]
+        lines.append(f"Cost          {plan['cost']['total']:,.0f}, at {plan['cost']['per_gpu_hour']:g} per GPU-hour")
+    lines += ["", "Compared with published figures (1.3B at 81 frames of 480x832)"]
     for check in plan["checks"]:
         verdict = "agrees" if check["agrees"] else "DISAGREES"
         lines.append(
             f"  {verdict:<9} {check['figure']}: known {check['known']:.3g}, here {check['ours']:.3g} ({check['note']})"
         )
-    return "\n".join([*lines, "", "Assumed", *(f"  - {each}" for each in plan["assumptions"])])
+    return "\n".join([*lines, "", "Assumptions", *(f"  - {each}" for each in plan["assumptions"])])
 
 
 def memory_lines(memory: Mapping[str, Any]) -> list[str]:
-    """A row for each ZeRO stage, with and without recomputation; an arrow marks the profile's."""
+    """One row per ZeRO stage, with and without recomputation; an arrow marks the profile's choice."""
     parts = ("parameters", "gradients", "optimizer", "activations", "workspace", "total")
     lines = ["    " + " " * 20 + "".join(f"{part:>12}" for part in parts)]
     for name, row in memory["by_stage"].items():
@@ -140,7 +142,7 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
         remedy = f"{others[0].replace('_', ' ')} would" if others else "more GPUs, a smaller clip or adapters might"
         lines.append(f"  The profile's choice doesn't fit; {remedy}.")
     else:
-        lines.append("  Encoders take nothing of it: latents and text states are made beforehand.")
+        lines.append("  The encoders use no GPU memory here: latents and text states are precomputed.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`univigu profile`: which profiles there are, what they say with all that they extend, and which settings exist."""
+"""`univigu profile`: list profiles, show them with everything that they extend, and describe all settings."""
 
 import json
 from typing import Annotated
@@ -15,14 +15,14 @@ from components.pipeline.profiles import (
     with_settings,
 )
 
-app = typer.Typer(help="Profiles: list and show them, compare two, and describe all settings.", no_args_is_help=True)
+app = typer.Typer(help="List, show and compare profiles, and describe all settings.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="A bundled profile's name, or the path of a YAML file.")]
 
 
 @app.command("list")
 def list_profiles() -> None:
-    """List the bundled profiles, and which one each extends."""
+    """List the bundled profiles and what each extends."""
     for name in profile_names():
         parents = profile_parents(name)
         print(f"{name:<12} {f'extends {parents[0]}' if parents else '-'}")
@@ -30,18 +30,18 @@ def list_profiles() -> None:
 
 @app.command()
 def show(name: Name, settings: Settings = None) -> None:
-    """Print a profile as YAML, with all that it extends: a complete profile, which can be saved and changed."""
+    """Print a profile as YAML with everything that it extends: a complete profile that can be saved and edited."""
     import yaml
 
     spec = with_settings(name, settings or [])
     values = load_profile(spec)
-    print(f"# {spec}, with all that it extends")
+    print(f"# {spec}, with everything that it extends")
     print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120), end="")
 
 
 @app.command()
 def diff(one: Name, other: Name) -> None:
-    """Print the settings that two profiles have otherwise, one per line."""
+    """Print the settings in which two profiles differ, one per line."""
     from components.pipeline.manifests import Recipe
 
     before, after = (Recipe(load_profile(name), {}, {}) for name in (one, other))
@@ -51,7 +51,7 @@ def diff(one: Name, other: Name) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of profile files, by which editors complete and check them."""
+    """Print the JSON schema of profile files, with which editors complete and check them."""
     print(json.dumps(settings_schema(), indent=1))
 
 

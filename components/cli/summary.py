@@ -1,4 +1,4 @@
-"""What people read when a run has ended, and what machines read: `reports/run.json`."""
+"""The summary of the last run: printed for people, and written to `reports/run.json` for programs."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "ge
 def summarise(root: Path) -> dict[str, Any]:
     """Gather the records of each step's last run, and write them to ``reports/run.json``.
 
-    `total_seconds` is the sum of the steps' own times; what an orchestrator adds is not in it. The time of a step whose
-    output was restored from a cache is null.
+    `total_seconds` is the sum of the steps' own times, without the overhead of an orchestrator. A step's time is
+    null if its output was restored from a cache.
     """
     records = [record for stage in STAGES if (record := _record(root, stage))]
     if not records:
-        raise MissingInputError(f"No step has run below {root.resolve()} yet; run `make demo` first.")
+        raise MissingInputError(f"No step has run under {root.resolve()} yet; run `make demo` first.")
     registration = root / find_stage("register-model").home / "registration.json"
     run = {
         "steps": [
@@ -39,7 +39,7 @@ def summarise(root: Path) -> dict[str, Any]:
 
 
 def _record(root: Path, stage: Stage) -> dict[str, Any] | None:
-    """What is known of the run that made a step's present output; of one restored from a cache, no time is known."""
+    """The record of the run that made a step's current output; without times if a cache restored the output."""
     try:
         manifest = read_manifest(root / stage.home, stage.name)
     except MissingInputError:
@@ -54,7 +54,7 @@ def _record(root: Path, stage: Stage) -> dict[str, Any] | None:
 
 
 def _read(root: Path, step: str, name: str) -> dict[str, Any]:
-    """A JSON file of a step's output; raises `CorruptDataError` where it isn't one."""
+    """Read a JSON file of a step's output; raises `CorruptDataError` if it can't be parsed."""
     path = root / find_stage(step).home / name
     try:
         return read_json_object(path)
@@ -75,7 +75,7 @@ def show(root: Path, run: dict[str, Any]) -> None:
         counts = (str(step[key]) for key in ("rows_in", "rows_out", "quarantined"))
         table.add_row(step["name"], "restored" if step["seconds"] is None else f"{step['seconds']:.1f}", *counts)
     console.print(table)
-    console.print(f"{run['total_seconds']:.0f} s in all, at most {run['peak_rss_mb'] / 1024:.1f} GiB of memory")
+    console.print(f"{run['total_seconds']:.0f} s in total, at most {run['peak_rss_mb'] / 1024:.1f} GiB of memory")
     metrics_path = root / "reports" / "metrics.json"
     if metrics_path.is_file():
         _show_scores(console, _read(root, "evaluate-model", metrics_path.name))

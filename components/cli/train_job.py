@@ -10,69 +10,67 @@ from components.orchestration.train_job import Settings
 from univigu.errors import ConfigError
 
 
-def train_job(
-    step: Annotated[str, typer.Argument(help="A training step: train-stage-1 or train-stage-2.")],
-    profile: Annotated[str, typer.Option(help="A bundled profile's name, or a YAML file on the volume.")] = "tiny",
-    root: Annotated[Path, typer.Option(help="The work root, under the same path here and in the pods.")] = Path("."),
-    namespace: Annotated[
-        str | None, typer.Option(envvar="UNIVIGU_NAMESPACE", help="Where to run. (default: the present one)")
-    ] = None,
-    runtime: Annotated[
-        str, typer.Option(envvar="UNIVIGU_RUNTIME", help="The TrainingRuntime that says how.")
-    ] = Settings.runtime,
-    image: Annotated[
-        str | None, typer.Option(envvar="UNIVIGU_IMAGE", help="The pods' image. (default: the runtime's)")
-    ] = None,
-    claim: Annotated[
-        str | None,
-        typer.Option(envvar="UNIVIGU_CLAIM", help="The PersistentVolumeClaim that holds the work root."),
-    ] = None,
-    mount_path: Annotated[
-        Path | None,
-        typer.Option(envvar="UNIVIGU_MOUNT_PATH", help="Where that volume is mounted. (default: at the root)"),
-    ] = None,
-    nodes: Annotated[int, typer.Option(envvar="UNIVIGU_NODES", min=1, help="Nodes that train together.")] = 1,
-    gpus: Annotated[
-        int | None,
-        typer.Option(envvar="UNIVIGU_GPUS", min=0, help="GPUs of each node; 0 is one process on the CPU. (default: 8)"),
-    ] = None,
-    gpu_resource: Annotated[
-        str, typer.Option(envvar="UNIVIGU_GPU_RESOURCE", help="What the cluster calls a GPU.")
-    ] = Settings.gpu_resource,
-    cpu: Annotated[str | None, typer.Option(envvar="UNIVIGU_CPU", help="CPUs of each node. (default: 32)")] = None,
-    memory: Annotated[
-        str | None, typer.Option(envvar="UNIVIGU_MEMORY", help="Memory of each node. (default: 256Gi)")
-    ] = None,
-    queue: Annotated[
-        str | None, typer.Option(envvar="UNIVIGU_QUEUE", help="Kueue's LocalQueue, if the cluster has one.")
-    ] = None,
-    run_id: Annotated[
-        str | None, typer.Option(envvar="UNIVIGU_RUN_ID", help="The pipeline's run that this is part of, for a label.")
-    ] = None,
-    env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the pods; may be given again. Nothing secret.")
-    ] = None,
-    grace: Annotated[
-        int, typer.Option(envvar="UNIVIGU_GRACE", min=1, help="Seconds in which pods that must stop may save.")
-    ] = Settings.grace,
-    resumes: Annotated[int, typer.Option(min=0, help="How often a preempted job is submitted again.")] = (
-        Settings.resumes
-    ),
-    start_timeout: Annotated[
-        float,
-        typer.Option(envvar="UNIVIGU_START_TIMEOUT", min=0, help="Seconds without a running pod, outside a queue."),
-    ] = Settings.start_timeout,
-    api_timeout: Annotated[
-        float,
-        typer.Option(envvar="UNIVIGU_API_TIMEOUT", min=0, help="Seconds for which the API server may be away."),
-    ] = Settings.api_timeout,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only ask the cluster whether it would take the job; create nothing.")
-    ] = False,
-) -> None:
-    """Run a training step as a TrainJob on a cluster, and follow it to its end; Ctrl-C or SIGTERM deletes it.
+def _option(help: str, variable: str | None = None, least: int | None = None) -> typer.models.OptionInfo:
+    """An option of the command; the environment variable `variable` sets its default, `least` is its minimum."""
+    return typer.Option(help=help, envvar=variable, min=least)
 
-    The same command goes on wherever the last one stopped, and nothing is ever submitted twice.
+
+Step = Annotated[str, typer.Argument(help="A training step: train-stage-1 or train-stage-2.")]
+Profile = Annotated[str, _option("A bundled profile's name, or a YAML file on the volume.")]
+Root = Annotated[Path, _option("The work root, under the same path here and in the pods.")]
+Namespace = Annotated[str | None, _option("The namespace to run in. (default: the current one)", "UNIVIGU_NAMESPACE")]
+Runtime = Annotated[str, _option("The TrainingRuntime to use.", "UNIVIGU_RUNTIME")]
+Image = Annotated[str | None, _option("The pods' image. (default: the runtime's)", "UNIVIGU_IMAGE")]
+Claim = Annotated[str | None, _option("The PersistentVolumeClaim with the work root.", "UNIVIGU_CLAIM")]
+MountPath = Annotated[Path | None, _option("Where to mount the volume. (default: the root)", "UNIVIGU_MOUNT_PATH")]
+Nodes = Annotated[int, _option("Nodes that train together.", "UNIVIGU_NODES", least=1)]
+Gpus = Annotated[int | None, _option("GPUs per node; 0: one CPU process. (default: 8)", "UNIVIGU_GPUS", least=0)]
+GpuResource = Annotated[str, _option("The cluster's resource name of a GPU.", "UNIVIGU_GPU_RESOURCE")]
+Cpu = Annotated[str | None, _option("CPUs per node. (default: 32)", "UNIVIGU_CPU")]
+Memory = Annotated[str | None, _option("Memory per node. (default: 256Gi)", "UNIVIGU_MEMORY")]
+Queue = Annotated[str | None, _option("Kueue's LocalQueue, if the cluster has one.", "UNIVIGU_QUEUE")]
+RunId = Annotated[str | None, _option("The pipeline run that this belongs to, for a label.", "UNIVIGU_RUN_ID")]
+Env = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="An environment variable for the pods, not a secret; may be repeated."),
+]
+Grace = Annotated[int, _option("Seconds that stopped pods have to save their state.", "UNIVIGU_GRACE", least=1)]
+Resumes = Annotated[int, _option("How often a preempted job is submitted again.", least=0)]
+StartTimeout = Annotated[
+    float, _option("Seconds to wait for a running pod, not counting a queue.", "UNIVIGU_START_TIMEOUT", least=0)
+]
+ApiTimeout = Annotated[
+    float, _option("Seconds for which the API server may be unreachable.", "UNIVIGU_API_TIMEOUT", least=0)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only validate the job on the cluster; create nothing.")]
+
+
+def train_job(
+    step: Step,
+    profile: Profile = "tiny",
+    root: Root = Path("."),
+    namespace: Namespace = None,
+    runtime: Runtime = Settings.runtime,
+    image: Image = None,
+    claim: Claim = None,
+    mount_path: MountPath = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = None,
+    gpu_resource: GpuResource = Settings.gpu_resource,
+    cpu: Cpu = None,
+    memory: Memory = None,
+    queue: Queue = None,
+    run_id: RunId = None,
+    env: Env = None,
+    grace: Grace = Settings.grace,
+    resumes: Resumes = Settings.resumes,
+    start_timeout: StartTimeout = Settings.start_timeout,
+    api_timeout: ApiTimeout = Settings.api_timeout,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a training step as a TrainJob on a cluster and follow it until it ends; Ctrl-C or SIGTERM deletes it.
+
+    The same command resumes wherever the last one stopped, and never submits a job twice.
     """
     from components.orchestration.train_job_run import dry_run_train_job, run_train_job
 
@@ -97,7 +95,7 @@ def train_job(
     )
     if dry_run:
         dry_run_train_job(step, profile, root, settings)
-        print(f"{step}: the cluster would take this TrainJob")
+        print(f"{step}: the cluster accepts this TrainJob")
         return
     manifest = run_train_job(step, profile, root, settings)
     print(f"{step}: {manifest['rows_in']} rows in, {manifest['rows_out']} out, by a TrainJob")
@@ -111,5 +109,5 @@ def add_to(app: typer.Typer) -> None:
 def _parse_env(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         if not pair.partition("=")[0].replace("_", "").isalnum() or "=" not in pair:
-            raise ConfigError(f"'{pair}' is no environment variable; write --env NAME=VALUE.")
+            raise ConfigError(f"'{pair}' is not an environment variable; write --env NAME=VALUE.")
     return dict(pair.split("=", 1) for pair in pairs)

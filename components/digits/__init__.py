@@ -1,1 +1,1 @@
-"""The built-in toy dataset of the profiles `tiny` and `smoke`: moving handwritten digits, of which all is known."""
+"""The built-in toy dataset of the profiles `tiny` and `smoke`: moving handwritten digits with known attributes."""

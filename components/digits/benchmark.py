@@ -21,9 +21,9 @@ from univigu.evaluation.claims import majority_values, single_values
 if TYPE_CHECKING:
     from components.pipeline.step import Step
 
-SEED = 20_260_412  # nothing that is trained draws from it
+SEED = 20_260_412  # no training uses it
 COUNTS = {"captions": 512, "generations": 256, "joint": 256}
-EMPTY_PROMPT_EVERY = 16  # of the joint prompts: everything is open
+EMPTY_PROMPT_EVERY = 16  # of the joint prompts: all attributes are open
 ATTRIBUTES = tuple(world.ATTRIBUTES)
 HAS_RECOGNISER = True  # that is no part of the model
 WORDS = {  # of the page
@@ -104,7 +104,7 @@ def _seed(rng: np.random.Generator) -> int:
 
 
 def write_heldout(path: Path) -> None:
-    """Write the specification, one item a line."""
+    """Write the specification, one item per line."""
     heldout = build_heldout()
     lines = [f' "world": {json.dumps(heldout["world"])},', f' "sha256": {json.dumps(heldout["sha256"])}']
     for kind in COUNTS:
@@ -116,7 +116,7 @@ def write_heldout(path: Path) -> None:
 
 
 def load_heldout(path: Path) -> dict[str, Any]:
-    """Read the specification; raises where it is missing, or isn't what its own SHA-256 says."""
+    """Read the specification; raises if it is missing or doesn't match its SHA-256."""
     try:
         heldout = json.loads(path.read_text(encoding="utf-8"))
         intact = json_digest({kind: heldout[kind] for kind in COUNTS}) == heldout["sha256"]
@@ -149,7 +149,7 @@ def first_items(heldout: Mapping[str, Any], kind: str, count: int) -> list[Item]
     return heldout[kind][:count]
 
 
-# --- what is true, what is asked, what is seen -----------------------------------------------------------------------
+# --- attributes: true, prompted, recognised ---------------------------------------------------------------------------
 
 
 def truth(item: Item) -> dict[str, str]:
@@ -181,7 +181,7 @@ def left_open(prompt: str, seen: Mapping[str, str] | None = None) -> list[str]:
 
 
 def reader(pipeline: Any) -> Callable[[np.ndarray, Any], list[dict[str, str]]]:
-    """What reads clips: the recogniser, whatever the model or its texts say."""
+    """Load the recogniser, which reads clips independently of the model and its texts."""
     return lambda frames, texts: recognise(frames)
 
 

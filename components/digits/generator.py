@@ -83,7 +83,7 @@ class Generator(nn.Module):
 
 
 def check_text_encoder(text_encoder: UMT5EncoderModel) -> None:
-    """Fails when the encoder's embedding is not the shared one, or is all zeros (a loader once did both)."""
+    """Raise `AssertionError` if the encoder's embedding isn't the shared table or is all zeros (a known loader bug)."""
     shared = text_encoder.shared.weight
     embedded = text_encoder.encoder.embed_tokens.weight
     if embedded.data_ptr() != shared.data_ptr() or not shared.abs().sum() > 0:
@@ -144,7 +144,7 @@ def pipeline(
 
 
 def generate(pipe: WanPipeline, config: GeneratorConfig, prompts: list[str], seed: int) -> np.ndarray:
-    """Clips uint8 (B, F, H, W, 3) of the pipeline at the base's own settings."""
+    """Generate clips, uint8 (B, F, H, W, 3), with the base's own settings."""
     clips = pipe(
         prompts,
         negative_prompt=[""] * len(prompts),

@@ -1,4 +1,4 @@
-"""The captioner's eyes: every attribute of a clip measured from its frames alone, with a confidence for each.
+"""Measure every attribute of a clip from its frames alone, with a confidence for each.
 
 No learned video network: border colour, distance from it, the path of the ink's centre, and for the digit a nearest
 neighbour vote among the training scans.
@@ -20,7 +20,7 @@ CROP = 18  # pixels: a digit's box with room for jitter
 
 
 class Measurement(NamedTuple):
-    """A value of an attribute, and how sure the measurement is of it, from 0 to 1."""
+    """The measured value of an attribute, and its confidence from 0 to 1."""
 
     value: str
     confidence: float

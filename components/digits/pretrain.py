@@ -1,4 +1,4 @@
-"""Makes the bundled base, a tiny Wan in diffusers' layout, from nothing: what is behind `univigu pretrain`.
+"""Train the bundled base, a tiny Wan in diffusers' layout, from scratch: the code behind `univigu pretrain`.
 
 tokenizer -> autoencoder -> recogniser -> latents -> generator -> bundle. Each phase keeps its state in the work folder
 and goes on from it, so a run that was killed is run again with the same command.
@@ -53,9 +53,9 @@ def _from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
 
 
 def load_config(path: Path = DEFAULT_CONFIG) -> PretrainConfig:
-    """Reads a YAML file of the shape of `pretrain.yaml`; settings that it leaves out keep their defaults."""
+    """Read a YAML file like `pretrain.yaml`; omitted settings keep their defaults."""
     if not path.exists():
-        raise MissingInputError(f"There is no configuration at {path}; leave the option out to use the default.")
+        raise MissingInputError(f"There is no configuration at {path}; omit the option to use the default.")
     try:
         values = read_yaml(path)
     except ValueError as error:
@@ -120,7 +120,7 @@ def pretrain(
 
 
 def _note_settings(work: Path, config: PretrainConfig) -> None:
-    """Keeps every configuration that this work folder was trained with, and the steps done when it came."""
+    """Record each configuration that this work folder was trained with, and the steps done before it."""
     path = work / "settings.json"
     history = json.loads(path.read_text()) if path.exists() else []
     if not history or history[-1]["config"] != asdict(config):
@@ -139,7 +139,7 @@ def _flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _changes(work: Path) -> str:
-    """What was set otherwise in earlier parts of the run, as lines for the README."""
+    """Settings that differed in earlier parts of the run, as lines for the README."""
     history = json.loads((work / "settings.json").read_text())
     lines = []
     for before, after in pairwise(history):
@@ -182,7 +182,7 @@ def score_generator(pipe: WanPipeline, config: PretrainConfig, count: int, recog
 
 
 def score_eyes(vae: AutoencoderKLWan, count: int, recogniser: Path) -> dict[str, float]:
-    """On clips from held-out scans: the autoencoder's PSNR, and what the recogniser reads before and behind it."""
+    """On clips from held-out scans: the autoencoder's PSNR, and the recogniser's accuracy before and after it."""
     network = recogniser_training.load_recogniser(recogniser)
     clips, truth = vae_training.draw_clips(count, 13, world.heldout_scans())
     rebuilt = recogniser_training.rebuild(vae, clips)
@@ -207,7 +207,7 @@ def score_eyes(vae: AutoencoderKLWan, count: int, recogniser: Path) -> dict[str,
 def bundle(
     out: Path, work: Path, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, recogniser: Path
 ) -> dict[str, float]:
-    """Writes the WanPipeline folder from the newest averaged weights, scores it as loaded from there, adds a README."""
+    """Write the WanPipeline folder from the latest averaged weights, score it as loaded from there, add a README."""
     newest = [path for name in ("clips", "images") if (path := work / f"generator-{name}.safetensors").exists()]
     if not newest:
         raise MissingInputError(f"{work} holds no generator; run the phase 'generator' first.")

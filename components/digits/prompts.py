@@ -1,4 +1,4 @@
-"""Writes the raw prompts of the embedded world, one JSON object a line:
+"""Write the raw prompts of the toy dataset, one JSON object per line:
 
 python -m components.digits.prompts --count 2400 --seed 0 --without data/heldout.json > data/prompts/digits.jsonl
 """
@@ -19,7 +19,7 @@ LICENCE = "CC0-1.0"
 
 
 def write_prompts(count: int, seed: int, without: Iterable[str] = ()) -> Iterator[dict[str, str]]:
-    """Yields `count` raw rows whose prompts differ from each other, and from those in `without`, in their words.
+    """Yield `count` raw rows whose prompts differ from each other, and from those in `without`, in their words.
 
     Case and punctuation don't count as a difference. Equal arguments give equal rows.
     """
@@ -35,12 +35,12 @@ def write_prompts(count: int, seed: int, without: Iterable[str] = ()) -> Iterato
 
 
 def words(text: str) -> str:
-    """A text's words alone, for comparing."""
+    """The words of a text, for comparison."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def heldout_prompts(path: Path) -> list[str]:
-    """The prompts that the evaluation asks for, out of ``data/heldout.json``: nothing may be trained on them."""
+    """The evaluation's prompts in ``data/heldout.json``, which must not be trained on."""
     heldout = json.loads(path.read_text(encoding="utf-8"))
     return [
         item["prompt"] for items in heldout.values() if isinstance(items, list) for item in items if "prompt" in item

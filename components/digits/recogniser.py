@@ -1,4 +1,4 @@
-"""A second pair of eyes for evaluation: a small convolutional network that reads all seven attributes from a clip.
+"""An independent judge for evaluation: a small convolutional network that reads all seven attributes from a clip.
 
 It shares nothing with the measuring captioner (`measure.py`), so a caption can't be scored by what wrote it.
 """
@@ -71,7 +71,7 @@ class Recogniser(nn.Module):
 
 
 def _bend(scans: np.ndarray, seed: int) -> np.ndarray:
-    """Turns, stretches and shifts scans (B, 8, 8) a little: a small data set's substitute for more hands."""
+    """Rotate, stretch and shift scans (B, 8, 8) slightly, to augment a small data set."""
     rng = torch.Generator().manual_seed(seed)
     count = len(scans)
     matrix = torch.eye(2).repeat(count, 1, 1) + 0.11 * torch.randn(count, 2, 2, generator=rng)
@@ -133,7 +133,7 @@ def save_recogniser(network: Recogniser, config: RecogniserConfig, folder: Path)
 
 @cache
 def load_recogniser(folder: Path = BUNDLED) -> Recogniser:
-    """The bundled network, ready to read; raises `MissingInputError` when it is not there."""
+    """The bundled network, ready to read; raises `MissingInputError` if it is missing."""
     if not (folder / "model.safetensors").exists():
         raise MissingInputError(f"The recogniser is not in {folder}; run `univigu pretrain` to make it.")
     network = Recogniser(**json.loads((folder / "config.json").read_text()))
@@ -143,7 +143,7 @@ def load_recogniser(folder: Path = BUNDLED) -> Recogniser:
 
 @torch.no_grad()
 def read(network: Recogniser, frames: np.ndarray, batch: int = 128) -> list[dict[str, str]]:
-    """As `recognise`, with a given network."""
+    """Like `recognise`, with a given network."""
     seen: list[dict[str, str]] = [{} for _ in frames]
     for i in range(0, len(frames), batch):
         for name, logits in network(to_tensor(frames[i : i + batch])).items():

@@ -1,4 +1,4 @@
-"""The base's tokenizer: every common word of the world is one token, and every other ASCII text spells itself out."""
+"""The base's tokenizer: every common word of the dataset is one token, and other ASCII text becomes characters."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from components.digits import world
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
-# Words that people use about such clips and the world's own sentences happen not to.
+# Words that users write about such clips but the dataset's own sentences don't contain.
 _MORE_WORDS = """
 about across after against all along also always an and another any are around as away back be because before behind
 below beneath between big both bright but by can change changes clear clearly clip colour coloured constant corner

@@ -1,4 +1,4 @@
-"""The loop that pretraining runs all its networks through: resumable, with a moving average of the weights.
+"""The training loop of all pretrained networks: resumable, with a moving average of the weights.
 
 Every step draws its data from its own number, so a run that was killed and resumed sees what an uninterrupted one sees.
 """
@@ -23,7 +23,7 @@ from components.pipeline.progress import progress
 
 @dataclass
 class Fit:
-    """How long and how fast one network is trained."""
+    """The training settings of one network."""
 
     steps: int
     batch: int

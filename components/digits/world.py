@@ -1,4 +1,4 @@
-"""The embedded world: clips of one moving, coloured, handwritten digit, of which every attribute is known.
+"""The toy dataset: clips of one moving, coloured, handwritten digit with known attributes.
 
 The handwriting is scikit-learn's bundled set of 8x8 scans. Every fifth scan is held out from whatever is trained, so
 clips rendered from those are digits that no model has seen. Words of the world live here too: how a prompt and a
@@ -53,11 +53,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-# --- what can happen -------------------------------------------------------------------------------------------------
+# --- attributes and motions ------------------------------------------------------------------------------------------
 
 
 def end_place(start: str, direction: str, speed: str) -> str | None:
-    """The place where a digit ends, or None when it would leave the grid."""
+    """The place where a digit ends, or None if it would leave the grid."""
     row, column = divmod(PLACES.index(start), 3)
     dx, dy = STEPS[direction]
     row, column = row + dy * CELLS[speed], column + dx * CELLS[speed]

@@ -1,1 +1,1 @@
-"""The engine: the table of steps, and what runs them. It knows nothing of what steps do."""
+"""The engine: the table of steps and the code that runs them. It knows nothing about what the steps do."""

@@ -1,9 +1,9 @@
-"""Work that doesn't fit the present recipe: set aside by name, never deleted, and taken up again when asked to.
+"""Work made by another recipe: it is set aside under a name, never deleted, and resumed on request.
 
-Below ``.univigu/aside/<step>/<key>`` is what runs with that recipe key had left: ``scratch`` (a training's checkpoints
-and curves), ``shards`` with their ``records``, ``answers`` that a service was paid for, or a whole ``output`` that was
-found damaged. `univigu run STEP --resume-from FOLDER` goes on from it, whatever has changed since, and the manifest
-then says so; `--restart` sets everything aside. Only people delete it.
+``.univigu/aside/<step>/<key>`` holds what runs with that recipe key have left: ``scratch`` (checkpoints and curves of a
+training), ``shards`` with their ``records``, ``answers`` from a paid service, or a whole ``output`` that was damaged.
+`univigu run STEP --resume-from FOLDER` resumes from it even if something has changed since, and the manifest records
+that; `--restart` sets everything aside. Only users delete these folders.
 """
 
 import shutil
@@ -28,7 +28,7 @@ _KEY_LENGTH = 12  # characters of a key in a folder's name
 
 
 def keep_foreign_work(step: Workspace) -> None:
-    """Before a run: set aside what an unfinished run by another recipe left, and say what differs."""
+    """Before a run: set aside the work of an unfinished run with another recipe, and print what differs."""
     before = _recipe_of_work(step)
     kept = keep_foreign_shards(step)
     key = read_text(step.scratch / KEY_FILE) or UNKNOWN
@@ -38,7 +38,7 @@ def keep_foreign_work(step: Workspace) -> None:
 
 
 def keep_foreign_shards(step: Workspace) -> set[Path]:
-    """Set aside the finished shards in the staging folder that another recipe made; returns where they are now."""
+    """Set aside the finished shards in the staging folder that another recipe made; returns their new folders."""
     kept: set[Path] = set()
     for path in sorted(step.records.glob("*.json")):
         record, folder = read_record(path), step.out / "shards" / path.stem
@@ -49,7 +49,7 @@ def keep_foreign_shards(step: Workspace) -> set[Path]:
 
 
 def keep_committed_shard(step: Workspace, name: str, rows_digest: str) -> None:
-    """Before a shard is made again that the output has by another recipe from the same rows: keep that one, too."""
+    """Before a shard is made again: keep the committed one that another recipe made from the same rows."""
     path, folder = step.records / f"{name}.json", step.previous / "shards" / name
     record = read_record(path)
     if not record or record["run"] == step.key or record["of"] != rows_digest or not folder.is_dir():
@@ -68,9 +68,9 @@ def keep_committed_shard(step: Workspace, name: str, rows_digest: str) -> None:
 
 
 def keep_everything(step: Workspace) -> set[Path]:
-    """Set aside all that runs have left, whatever their recipe, and what a service was paid for; returns where it is.
+    """Set aside everything that runs have left, whatever their recipe, paid answers included; returns the new folders.
 
-    The committed output stays; its shards are not used again.
+    The committed output stays, but its shards are not reused.
     """
     moves = {
         "scratch": step.scratch,
@@ -82,27 +82,28 @@ def keep_everything(step: Workspace) -> set[Path]:
     return _move(step, read_text(step.scratch / KEY_FILE) or step.key, there) if there else set()
 
 
-def keep_refused_output(step: Workspace, output: Path, entries: Iterable[str]) -> None:
-    """Set aside a committed output that isn't what its manifest says, for a person to look at."""
+def keep_damaged_output(step: Workspace, output: Path, entries: Iterable[str]) -> None:
+    """Set aside a committed output that doesn't match its manifest, for inspection."""
     moves = {f"output/{entry}": output / entry for entry in sorted(entries) if (output / entry).exists()}
     (place,) = _move(step, "damaged", moves)
     print(f"{step.stage.name}: the damaged output is set aside in {place}", file=sys.stderr)
 
 
 def note_recipe(step: Workspace) -> None:
-    """Write beside the checkpoints what they are made by, so that a later run can name the difference."""
+    """Write the recipe beside the checkpoints, so that a later run can say what differs."""
     if not (step.scratch / RECIPE_FILE).is_file():
         write_json(step.scratch / RECIPE_FILE, step.recipe._asdict())
 
 
-# --- taking up again --------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def take_up(step: Workspace, folder: Path) -> set[Path]:
-    """Have the next run go on from the checkpoints and shards in `folder`, as if this recipe had made them.
+def resume_work(step: Workspace, folder: Path) -> set[Path]:
+    """Make the next run resume from the checkpoints and shards in `folder`, as if this recipe had made them.
 
-    folder: set aside, or another work root's scratch, or the step's own output with its shards. Returns where what it
-    would have gone on from is now. Raises `MissingInputError` where there is nothing to go on from.
+    folder: one that was set aside, another work root's scratch folder, or the step's own output with its shards.
+    Returns the folders in which the work that it would have resumed is now set aside. Raises `MissingInputError` if
+    `folder` holds no work of the step, and `BadInputError` if a run resumes from it anyway.
     """
     if folder.resolve() == step.previous:
         for path in sorted(step.records.glob("*.json")):
@@ -112,9 +113,9 @@ def take_up(step: Workspace, folder: Path) -> set[Path]:
     records, answers = sorted((folder / "records").glob("*.json")), folder / "answers"
     has_checkpoints = (scratch / KEY_FILE).exists() and _is_work(scratch)
     if not (has_checkpoints or records or tree_files(answers)):
-        raise MissingInputError(f"There is nothing of '{step.stage.name}' to go on from in {folder}; {_choices(step)}.")
+        raise MissingInputError(f"{folder} holds no work of '{step.stage.name}' to resume; {_choices(step)}.")
     if scratch.resolve() == step.scratch:
-        raise BadInputError(f"'{step.stage.name}' goes on from {folder} by itself; run it without --resume-from.")
+        raise BadInputError(f"'{step.stage.name}' resumes from {folder} in any case; run it without --resume-from.")
     kept = keep_everything(step)
     if has_checkpoints:
         _take_scratch(step, scratch)
@@ -129,7 +130,7 @@ def take_up(step: Workspace, folder: Path) -> set[Path]:
 
 
 def resumed_from(step: Workspace) -> list[str]:
-    """The keys of the recipes that began what this run has ended; usually none."""
+    """The keys of the other recipes with which the work of this run began; usually none."""
     found = set(_resumed(step.scratch))
     for path in step.records.glob("*.json"):
         if (record := read_record(path)) and record["run"] == step.key:
@@ -138,7 +139,7 @@ def resumed_from(step: Workspace) -> list[str]:
 
 
 def list_kept(root: Path, step: str = "*") -> list[Path]:
-    """What is set aside below a work root, of one step or of all."""
+    """The folders of set-aside work under a work root, of one step or of all."""
     return sorted((root / STATE / "aside").glob(f"{step}/*"))
 
 
@@ -152,7 +153,7 @@ def _take_scratch(step: Workspace, scratch: Path) -> None:
 
 
 def _take_record(step: Workspace, path: Path) -> None:
-    """Have a finished shard count as made by this recipe; what made it is noted."""
+    """Mark a finished shard as made by this recipe, and record which recipe made it."""
     record = read_record(path)
     if record:
         began = {*record.get("resumed_from", ()), record["run"]} - {step.key}
@@ -162,20 +163,20 @@ def _take_record(step: Workspace, path: Path) -> None:
 
 
 def _link_checkpoint(source: str, target: str) -> None:
-    """Checkpoints are written once, so a link will do; what is beside them is added to."""
+    """Link checkpoints, which are written once; copy the files beside them, which are appended to."""
     (link_or_copy if "checkpoints" in Path(source).parts else shutil.copy2)(source, target)
 
 
 def _choices(step: Workspace) -> str:
     kept = ", ".join(str(path) for path in list_kept(step.root, step.stage.name))
-    return f"set aside are {kept}" if kept else "nothing of it is set aside"
+    return f"its set-aside work is in {kept}" if kept else "none of its work is set aside"
 
 
-# --- what is there ----------------------------------------------------------------------------------------------------
+# --- what exists ------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
-    """A small file's text; nothing where it is missing or damaged."""
+    """The text of a small file; "" if it is missing or damaged."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -187,12 +188,12 @@ def _answers(step: Workspace) -> Path:
 
 
 def _is_work(scratch: Path) -> bool:
-    """Whether a run left more there than notes: folders, such as checkpoints."""
+    """Whether a run left folders there, such as checkpoints, and not only notes."""
     return any(file.parent != scratch for file in tree_files(scratch))
 
 
 def _recipe_of_work(step: Workspace) -> Recipe | None:
-    """The recipe of the unfinished run, or else of the committed output."""
+    """The recipe of the unfinished run, otherwise of the committed output."""
     try:
         return Recipe(**read_json_object(step.scratch / RECIPE_FILE))
     except (OSError, ValueError, TypeError):
@@ -218,7 +219,7 @@ def _home(step: Workspace, key: str) -> Path:
 
 
 def _move(step: Workspace, key: str, moves: dict[str, Path]) -> set[Path]:
-    """Rename files and folders, by the names that they get, into the folder of a recipe; returns that folder."""
+    """Move files and folders (by their new names) into the folder of a recipe; returns that folder."""
     place, number = _home(step, key), 1
     while any((place / part).exists() for part in moves):
         number += 1
@@ -227,7 +228,7 @@ def _move(step: Workspace, key: str, moves: dict[str, Path]) -> set[Path]:
         (place / part).parent.mkdir(parents=True, exist_ok=True)
         try:
             source.rename(place / part)
-        except FileNotFoundError:  # another part of the step was faster
+        except FileNotFoundError:  # another process of this step has moved it already
             continue
     return {place}
 
@@ -238,7 +239,7 @@ def _tell(step: Workspace, differences: Sequence[str], kept: set[Path]) -> None:
     name, places = step.stage.name, [str(path) for path in sorted(kept)]
     why = f": {'; '.join(differences)}" if differences else ""
     print(
-        f"{name} starts again{why}. What was finished is kept in {', '.join(places)}; `univigu run {name} "
-        f"--resume-from {places[0]}` goes on from there.",
+        f"{name} starts again{why}. Its finished work is kept in {', '.join(places)}; `univigu run {name} "
+        f"--resume-from {places[0]}` resumes from there.",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""Removing what runs have left below a work root, while none of them is under way."""
+"""Remove what runs have left under a work root, while no step is running."""
 
 import shutil
 from contextlib import ExitStack
@@ -8,18 +8,19 @@ from components.pipeline import stages
 from components.pipeline.commit import remove
 from components.pipeline.state import STATE, lock
 
-LEFT = ("staging", "scratch", "shards", "runs", "kept", "docs")  # of the state; locks, answers and what is aside stay
+LEFT = ("staging", "scratch", "shards", "runs", "kept", "docs")  # under STATE; locks, answers and aside stay
 
 
 def clean(root: Path) -> None:
-    """Remove all outputs, and what unfinished runs have left; raises `BusyError` while a step is under way.
+    """Remove all outputs and the files of unfinished runs; raises `BusyError` while a step is running.
 
-    What was paid for or set aside stays, and so does what isn't a step's: the registry, DVC's cache, pretraining.
+    Paid answers and work that was set aside stay, and so does what no step owns: the registry, DVC's cache,
+    pretraining.
     """
     root = root.resolve()
     with ExitStack() as held:
         for stage in stages.STAGES:
-            refusal = f"'{stage.name}' is under way below {root}; wait for it, or stop it, and run this again."
+            refusal = f"'{stage.name}' is running under {root}; wait for it or stop it, then try again."
             held.enter_context(lock(root, stage.name, refusal))
         for stage in stages.STAGES:
             for path in _outputs(root, stage):

@@ -1,4 +1,4 @@
-"""`python -m components.pipeline.cli`: another name of `components.cli.main`, by which training runtimes call it."""
+"""`python -m components.pipeline.cli`: an alias of `components.cli.main` that training runtimes call."""
 
 import runpy
 

@@ -1,7 +1,7 @@
-"""How a finished output takes its place: whole or not at all, while nobody reads what it replaces.
+"""Commit a finished output: all of it or nothing, and never while another step reads the output that it replaces.
 
-Everything is hashed and written through to the disk before the manifest names it. A step that reads an output holds a
-shared lock on it from the first check to its own commit; the one that replaces it needs it alone, for a moment.
+Everything is hashed and flushed to disk before the manifest names it. A step that reads an output holds a shared lock
+on it from the first check until its own commit; the step that replaces the output needs an exclusive lock, briefly.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from components.pipeline.manifests import (
     describe_files,
     files_digest,
     inside,
-    is_whole,
+    is_intact,
     read_manifest,
     stamps,
     verify,
@@ -34,12 +34,12 @@ from univigu.files import sync, sync_tree
 
 
 def reading(maker: str, root: Path) -> AbstractContextManager[Lock]:
-    """Keep the output of the step `maker` in its place while it is read."""
-    return lock(root, _output(maker), "", fcntl.LOCK_SH)  # waits: whoever holds it alone does so for a moment
+    """Hold a shared lock on the output of the step `maker`, so that nothing replaces it while it is read."""
+    return lock(root, _output(maker), "", fcntl.LOCK_SH)  # waits: exclusive locks are held briefly
 
 
 def require_no_reader(stage: Stage, root: Path) -> None:
-    """Raise `BusyError` where a step is under way that reads the output which would be replaced."""
+    """Raise `BusyError` if a running step reads the output that would be replaced."""
     with _replacing(stage.name, root):
         pass
 
@@ -47,8 +47,8 @@ def require_no_reader(stage: Stage, root: Path) -> None:
 def commit(step: Step) -> dict[str, Any]:
     """Hash the staging folder, move it into place, and write the manifest last; returns the manifest.
 
-    Raises `BadInputError` where an input is no longer what the step read, and `BusyError` where another step reads
-    what would be replaced.
+    Raises `BadInputError` if an input has changed since the step read it, and `BusyError` if another step reads the
+    output that would be replaced.
     """
     for shard in (step.out / "shards").glob(".*"):
         shutil.rmtree(shard)
@@ -69,19 +69,19 @@ def commit(step: Step) -> dict[str, Any]:
     sync_tree(step.out)
     require_same_inputs(step)
     home = inside(step.root, step.stage.home)
-    refused = (home / MANIFEST).exists() and not is_whole(home)
+    damaged = (home / MANIFEST).exists() and not is_intact(home)
     with _replacing(step.stage.name, step.root):
-        return _replace(step, home, manifest, refused)
+        return _replace(step, home, manifest, damaged)
 
 
 def require_same_inputs(step: Step) -> None:
-    """Raise `BadInputError` where an input was replaced or written to since the step verified it."""
+    """Raise `BadInputError` if an input was replaced or written to after the step verified it."""
     for name, before in step.input_stamps.items():
         path = step.inputs[name]
         if stamps(path) != before and _digest(step, name, path) != step.input_digests[name]:
             raise BadInputError(
-                f"{path} was changed while '{step.stage.name}' was reading it, so nothing was committed; run "
-                f"`univigu run {step.stage.name}` again when nothing else writes there."
+                f"{path} changed while '{step.stage.name}' was reading it, so nothing was committed. Run "
+                f"`univigu run {step.stage.name}` again when no other process writes there."
             )
 
 
@@ -94,8 +94,8 @@ def _digest(step: Step, name: str, path: Path) -> str | None:
 
 def _replacing(name: str, root: Path) -> AbstractContextManager[Lock]:
     refusal = (
-        f"Another step is reading the output of '{name}' below {root}; run it again when that has ended: what is "
-        "finished is kept."
+        f"Another step is reading the output of '{name}' under {root}. Run '{name}' again when that step has ended; "
+        "finished work is kept."
     )
     return lock(root, _output(name), refusal)
 
@@ -104,17 +104,17 @@ def _output(name: str) -> str:
     return f"{name}.output"
 
 
-def _replace(step: Step, home: Path, manifest: Mapping[str, Any], refused: bool) -> dict[str, Any]:
+def _replace(step: Step, home: Path, manifest: Mapping[str, Any], damaged: bool) -> dict[str, Any]:
     home.mkdir(parents=True, exist_ok=True)
     if (home / ELSEWHERE).is_file():
         print(
-            f"{step.stage.name}: the output that was offloaded is replaced by this one, which is on this disk; "
-            "`univigu data offload URL` puts it into the store.",
+            f"{step.stage.name}: the new output is on this disk and replaces the offloaded one; "
+            "`univigu data offload URL` uploads it.",
             file=sys.stderr,
         )
     stale = {path.name for path in home.iterdir()} if not step.stage.outputs else _owned_entries(home, step.stage.name)
-    if refused:
-        aside.keep_refused_output(step, home, stale | {MANIFEST})
+    if damaged:
+        aside.keep_damaged_output(step, home, stale | {MANIFEST})
     (home / MANIFEST).unlink(missing_ok=True)
     sync(home)
     for entry in stale - {MANIFEST}:
@@ -130,7 +130,7 @@ def _replace(step: Step, home: Path, manifest: Mapping[str, Any], refused: bool)
 
 
 def _owned_entries(home: Path, maker: str) -> set[str]:
-    """The top-level entries that the last commit left in a folder that others use too."""
+    """The top-level entries of the last commit in a folder that other steps use too."""
     try:
         files = read_manifest(home, maker)["files"]
     except (CorruptDataError, MissingInputError):
@@ -139,7 +139,7 @@ def _owned_entries(home: Path, maker: str) -> set[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

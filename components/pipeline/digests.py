@@ -1,4 +1,4 @@
-"""Content digests: what files hold, never when or where they were written."""
+"""Content digests: they depend on what files contain, not on when or where they were written."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from univigu.files import file_sha256
 
 
 def tree_files(path: Path) -> list[Path]:
-    """Every file at or below `path`, sorted; caches and hidden files left out."""
+    """Every file at or under `path`, sorted, without caches and hidden files."""
     if path.is_file():
         return [path]
     return sorted(
@@ -22,7 +22,7 @@ def tree_files(path: Path) -> list[Path]:
 
 
 def tree_digest(paths: Iterable[Path], relative_to: Path) -> str:
-    """One SHA-256 over the names (relative to `relative_to`) and bytes of all files at or below `paths`."""
+    """One SHA-256 over the names (relative to `relative_to`) and bytes of all files at or under `paths`."""
     files = sorted({file for path in paths for file in tree_files(path)})
     return json_digest({file.relative_to(relative_to).as_posix(): file_sha256(file) for file in files})
 
@@ -39,5 +39,5 @@ def json_digest(value: Any) -> str:
 
 
 def plain_json(value: Any) -> Any:
-    """A value as it is when it has been written to a JSON file and read again."""
+    """A value as it reads back after being written to a JSON file."""
     return json.loads(json.dumps(value, default=str))

@@ -1,12 +1,12 @@
-"""Which code decides an output, identified by what it does and not by how it is written.
+"""Which code decides an output, identified by what it does rather than by how it is written.
 
-The code of a step is every definition that its function reaches by name, through imports inside functions as well, in
-the project's own packages. Each is digested as a syntax tree: comments, docstrings, formatting and type annotations
-don't count, nor does the module that a definition is in, so code can be moved. What a name stands for does count. Data
-files that code names (a word list, a template) count with their content, YAML with what it says.
+The code of a step is every definition in the project's own packages that its function reaches by name, including
+through imports inside functions. Each definition is digested as a syntax tree: comments, docstrings, formatting and
+type annotations don't count. Neither does the module that a definition is in, so code can be moved. What a name refers
+to does count. Data files that code names (a word list, a template) count by their content, YAML files by their values.
 
-Left out is what runs steps but decides nothing of what they leave (`MACHINERY`). The engine is part of that: `FORMAT`
-stands for it in every key, and is raised when the engine changes what an output holds.
+Code that runs steps without deciding what they write is left out (`MACHINERY`). The engine is part of it: `FORMAT`
+represents it in every key, and is raised when the engine changes what an output contains.
 """
 
 import ast
@@ -22,25 +22,25 @@ from univigu.files import file_sha256
 FORMAT = 1
 MACHINERY = (
     "components.pipeline",  # runs steps
-    "components.settings",  # gives their parameters types; the values are in the recipe
+    "components.settings",  # types the parameters; the values are in the recipe
     "components.tracking",  # logs them
-    "components.prompts.workers",  # shares their work out to processes
-    "univigu.errors",  # has words for what fails
+    "components.prompts.workers",  # distributes their work over processes
+    "univigu.errors",  # error classes
     "univigu.files",  # reads and writes files
     "univigu.hardware",  # knows how fast a GPU is
-    "univigu.threads",  # shares the processor's cores out to threads
+    "univigu.threads",  # distributes CPU cores over threads
     "univigu.training.memory",  # how much memory a run needs
     "univigu.training.memory_check",  # whether it fits
     "univigu.training.throughput",  # how fast it is
-    "univigu.training.previews",  # what it shows on the way
+    "univigu.training.previews",  # what it shows while it runs
     "components.training.previews",
     "components.training.train_stage:check_memory",
 )
-_DIGITS = 16  # of a digest, in a manifest that lists hundreds
+_DIGITS = 16  # kept of each digest: a manifest lists hundreds
 
 
 class Definition(NamedTuple):
-    """A name at the top of a module: a function, a class, a constant; `AT_IMPORT`, or None for the whole module."""
+    """A top-level name of a module (function, class or constant), `AT_IMPORT`, or None for the whole module."""
 
     module: str
     name: str | None
@@ -49,9 +49,9 @@ class Definition(NamedTuple):
 def fingerprint(entries: Iterable[str], chosen: Mapping[str, Collection[str]] | None = None) -> dict[str, str]:
     """The digest of every definition and data file behind `entries`, by ``module:name`` or path.
 
-    entries: ``module:name``, or a module for all of it. chosen: by the name of a folder of data files, which of them
-    count (without suffix), besides those that code names; of other folders all do. The digests say what is done, the
-    keys say where, for people. Raises `LookupError` for an entry that isn't there.
+    entries: ``module:name``, or a module for all of it. chosen: for a folder of data files, by its name, which files
+    count (without suffix) in addition to those that code names; of other folders all files count. The digests identify
+    what the code does; the keys say where it is, for people. Raises `LookupError` for an unknown entry.
     """
     read_source.cache_clear()
     found: dict[str, str] = {}
@@ -73,9 +73,9 @@ def fingerprint(entries: Iterable[str], chosen: Mapping[str, Collection[str]] | 
 
 
 def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] = ()) -> dict[str, str]:
-    """The fingerprint of a step with a profile: its function, and those of its plug-ins that the profile names.
+    """The fingerprint of a step with a profile: its function and the plug-ins that the profile names.
 
-    entries: of a part of the step, where that is asked for.
+    entries: the functions to start from instead of the step's own, for the fingerprint of a part of the step.
     """
     read_source.cache_clear()
     carried = [module for package in stage.carries for module in modules_of(package)]
@@ -95,16 +95,16 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
 
 
 def modules_of(package: str) -> list[str]:
-    """Every module of a package, itself included."""
+    """Every module of a package, including the package itself."""
     top = find_source(package).path.parent
     files = (path.relative_to(top).with_suffix("") for path in sorted(top.rglob("*.py")))
     return [".".join([package, *(part for part in file.parts if part != "__init__")]) for file in files]
 
 
 def named_in(profile: Mapping[str, Any], key: str) -> list[str]:
-    """The names that a profile has at ``section.key``: one, a list of them, or the keys of a table.
+    """The names that a profile has at ``section.key``: a single name, a list of names, or the keys of a table.
 
-    An entry of a list may be a name with its settings; in a table, what has the mode ``off`` isn't used.
+    An entry of a list may be a name with its settings. Entries of a table with the mode ``off`` are left out.
     """
     value: Any = profile
     for part in key.split("."):
@@ -120,12 +120,12 @@ def _is_off(settings: Any) -> bool:
 
 
 def code_digest(code: Mapping[str, str]) -> str:
-    """One digest of a fingerprint, wherever its code is."""
+    """One digest of a fingerprint; it doesn't depend on where the code is."""
     return json_digest([FORMAT, sorted(code.values())])
 
 
 def changed_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Each file in which two fingerprints differ, with its definitions; what was only moved is left out."""
+    """Each file in which two fingerprints differ, with the definitions that differ; moved code is left out."""
     old, new = set(before.values()), set(now.values())
     names = {name for name, digest in now.items() if digest not in old}
     names |= {name for name, digest in before.items() if digest not in new}
@@ -137,7 +137,7 @@ def changed_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
 
 
 def _shown(module: str) -> str:
-    """A module's file, as people find it."""
+    """The path of a module's file, relative to the checkout."""
     checkout, source = Path(__file__).parents[2], read_source(module)
     if source and source.path.is_relative_to(checkout):
         return source.path.relative_to(checkout).as_posix()
@@ -158,7 +158,7 @@ def _is_ours(target: str, packages: Collection[str]) -> bool:
 
 
 def _expand(wanted: Definition, packages: Collection[str]) -> Iterator[Definition]:
-    """The definitions that a name stands for, and what runs when their module is imported; nothing of `MACHINERY`."""
+    """The definitions that a name refers to, and the code that importing their module runs, without `MACHINERY`."""
     module, name = wanted
     if any(f"{module}:{name}" == one or f"{module}.".startswith(f"{one}.") for one in MACHINERY):
         return
@@ -184,7 +184,7 @@ def _expand(wanted: Definition, packages: Collection[str]) -> Iterator[Definitio
 
 
 def _uses(one: Definition, packages: Collection[str]) -> dict[str, Definition | str]:
-    """What the names in a definition stand for: a definition of the project's, or something from elsewhere."""
+    """What the names in a definition refer to: a definition of the project, or something outside it."""
     source, body = find_source(one.module), _body(one)
     names = {**source.imports, **body.imports}
     found: dict[str, Definition | str] = {}
@@ -203,7 +203,7 @@ def _uses(one: Definition, packages: Collection[str]) -> dict[str, Definition | 
 
 
 def _follow(chain: Sequence[str], target: str, packages: Collection[str]) -> tuple[str, Definition | str]:
-    """As much of ``a.b.c`` as names a definition, and which one; `target` is what ``a`` stands for."""
+    """The part of ``a.b.c`` that names a definition, and that definition; `target` is what ``a`` refers to."""
     used = chain[0]
     if not _is_ours(target, packages):
         return used, target
@@ -216,7 +216,7 @@ def _follow(chain: Sequence[str], target: str, packages: Collection[str]) -> tup
 
 
 def _meaning(target: Definition | str, packages: Collection[str]) -> Any:
-    """What a name stands for, wherever that is; of a whole module, whatever it is called."""
+    """The digests of what a name refers to; they don't depend on where it is. Empty for a whole module."""
     if isinstance(target, str):
         return target
     return [_body(one).digest for one in _expand(target, packages)] if target.name else []
@@ -228,8 +228,9 @@ def _meaning(target: Definition | str, packages: Collection[str]) -> Any:
 def _data_files(
     one: Definition, chosen: Mapping[str, Collection[str]], texts: Collection[str]
 ) -> Iterator[tuple[str, Path]]:
-    """Files in the project's packages that a definition names, or whose folder it names: beside its module, or at the
-    top of its package. Each with its name in the fingerprint."""
+    """Data files that a definition names, or whose folder it names, beside its module or at the top of its package.
+
+    Yields each file's name in the fingerprint and its path."""
     package = one.module.partition(".")[0]
     if package not in PACKAGES:
         return

@@ -1,6 +1,6 @@
-"""Whether a step has to run at all, and whether its inputs are still the same run's.
+"""Whether a step has to run at all, and whether its inputs are still those of the same run.
 
-The runner never asks: skipping whole steps, and runs that share a work root, are the orchestrators' business.
+The runner doesn't use this: skipping steps and sharing a work root between runs is up to the orchestrators.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from univigu.errors import BadInputError, MissingInputError
 
 
 def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any] | None:
-    """The manifest of a step's output if these very inputs, parameters and code made it and all its bytes are there.
+    """The manifest of a step's output if these inputs, parameters and code made it and its files are intact, else None.
 
-    The output says so itself, so it doesn't matter who put it there: a run, DVC's cache, a copy. An imported output
-    stands in for the step whatever its inputs are. Raises as `run_stage` does where an input is missing or damaged.
+    The manifest alone decides, so the output may come from a run, from DVC's cache or from a copy. An imported output
+    replaces the step's own, whatever its inputs are. Raises like `run_stage` if an input is missing or damaged.
     """
     stage, root = stages.find_stage(name), root.resolve()
     if manifest := imported(stage, root):
@@ -38,7 +38,7 @@ def finished(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any
 
 
 def why_not_finished(name: str, profile: Mapping[str, Any], root: Path) -> str:
-    """In words, what running a step would do; "" where it is `finished`."""
+    """What running a step would do, for people; "" if it is `finished`."""
     stage, root = stages.find_stage(name), root.resolve()
     try:
         if finished(name, profile, root):
@@ -57,7 +57,7 @@ def why_not_finished(name: str, profile: Mapping[str, Any], root: Path) -> str:
 
 
 def committed(name: str, root: Path) -> dict[str, Any]:
-    """The manifest in a step's place, or nothing; its files are not verified."""
+    """The manifest of a step's committed output, or an empty one; its files are not verified."""
     try:
         return read_manifest(root / stages.find_stage(name).home, name)
     except (OSError, BadInputError):
@@ -65,27 +65,27 @@ def committed(name: str, root: Path) -> dict[str, Any]:
 
 
 def require_inputs(name: str, root: Path, expected: Mapping[str, str], made: bool = False) -> None:
-    """Raise `BadInputError` where a step would read, or with `made` has read, another output than this run's.
+    """Raise `BadInputError` if a step would read (with `made`: has read) an output that isn't this run's.
 
-    expected: the digest of what this run has made, by the step that made it; what it doesn't name is not looked at.
+    expected: the digest of each output of this run, by the step that made it; other inputs are not checked.
     """
     if made:
-        read = committed(name, root).get("inputs", {})  # nothing where it was imported
+        read = committed(name, root).get("inputs", {})  # empty if it was imported
         found = {maker: read[key] for key, maker in stages.find_stage(name).inputs.items() if key in read}
     else:
         found = {maker: committed(maker, root).get("digest") for maker in expected}
-    # where there is none, the step says so itself
+    # the step itself reports an output that is missing
     if others := [maker for maker, digest in expected.items() if (found.get(maker) or digest) != digest]:
         raise BadInputError(
-            f"The output of {', '.join(others)} was replaced by another run before '{name}' had read it; when no other "
-            "run uses this work root, start this one anew, and it goes on with what is finished."
+            f"The output of {', '.join(others)} was replaced by another run before '{name}' had read it. Start this "
+            "run again when no other run uses this work root; finished work is kept."
         )
 
 
 def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:
-    """For each step, a digest of what decides its output from the start: parameters, sources and code.
+    """For each step, a digest of everything that decides its output: parameters, sources and code.
 
-    Those of all steps before it are in it, so it is known before anything has run.
+    It includes those of all earlier steps, so it is known before anything has run.
     """
     sources = {key: inside(root, section(profile, key)) for stage in stages.STAGES for key in stage.sources.values()}
     digests = {key: source_digest(path) for key, path in sources.items() if path.exists()}

@@ -1,6 +1,6 @@
-"""What a finished output says of itself: every file with its size and SHA-256, and what it was made of.
+"""The manifest of a finished output: each file with its size and SHA-256, and the recipe that made it.
 
-A manifest covers itself too, so a reader finds whatever was changed in it.
+A manifest contains a digest of itself, so a reader detects any change to it.
 """
 
 import os
@@ -19,7 +19,7 @@ OWN_DIGEST = "manifest_sha256"
 
 
 class Recipe(NamedTuple):
-    """All that decides an output."""
+    """Everything that decides an output."""
 
     parameters: Mapping[str, Any]  # sections of the profile
     inputs: Mapping[str, str]  # digests of earlier outputs and of sources, by name
@@ -27,14 +27,14 @@ class Recipe(NamedTuple):
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> "Recipe":
-        """What an output was made by; of an imported one, or one without it, nothing."""
+        """The recipe in a manifest; empty for an imported output, and for a manifest without one."""
         return cls(*(manifest.get(name) or {} for name in cls._fields))
 
     def key(self) -> str:
         return json_digest([self.parameters, self.inputs, code_digest(self.code)])
 
     def differences(self, now: "Recipe") -> list[str]:
-        """What is another in `now`, by name."""
+        """What differs in `now`, by name."""
         found = [
             f"{name} ({_brief(before)} -> {_brief(after)})"
             for name, before, after in _changed(_flat(self.parameters), _flat(now.parameters))
@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file of an output: its size and SHA-256, by its path in the folder; the manifest itself is left out."""
+    """The size and SHA-256 of each file of an output except the manifest, by its path in the folder."""
     return {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in tree_files(folder)
@@ -53,12 +53,12 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def files_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What an output is known by to the steps after it: its files' names and bytes."""
+    """The digest by which later steps identify an output: of its files' names and contents."""
     return json_digest({name: facts["sha256"] for name, facts in files.items()})
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a finished output, with a digest of itself; returns it."""
+    """Write the manifest of a finished output with a digest of itself; returns it."""
     plain = plain_json({name: value for name, value in manifest.items() if name != OWN_DIGEST})
     sealed = {**plain, OWN_DIGEST: json_digest(plain)}
     write_json(folder / MANIFEST, sealed)
@@ -66,16 +66,16 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
-    """The manifest of an output that the step `maker` makes; its files are not looked at.
+    """The manifest of an output of the step `maker`; its files are not verified.
 
-    Raises `MissingInputError` where there is none, and `CorruptDataError` where it isn't as it was written.
+    Raises `MissingInputError` if there is none, and `CorruptDataError` if it was changed after it was written.
     """
     try:
         manifest = read_json_object(folder / MANIFEST)
     except FileNotFoundError as error:
         raise MissingInputError(f"There is no finished output at {folder}; run `univigu run {maker}` first.") from error
     except NotADirectoryError as error:
-        raise MissingInputError(f"{folder} is no folder; remove it and run `univigu run {maker}`.") from error
+        raise MissingInputError(f"{folder} is not a folder; remove it and run `univigu run {maker}`.") from error
     except ValueError as error:
         raise _damaged(f"The manifest of {folder} is damaged", maker) from error
     if manifest.get(OWN_DIGEST) != json_digest({k: value for k, value in manifest.items() if k != OWN_DIGEST}):
@@ -84,9 +84,9 @@ def read_manifest(folder: Path, maker: str) -> dict[str, Any]:
 
 
 def verify(folder: Path, maker: str) -> dict[str, Any]:
-    """Check every file of a finished output against its manifest; returns the manifest.
+    """Verify every file of a finished output against its manifest; returns the manifest.
 
-    Raises as `read_manifest` does, and `CorruptDataError` for a file that is missing or another.
+    Raises like `read_manifest`, and `CorruptDataError` for a file that is missing or doesn't match.
     """
     manifest = read_manifest(folder, maker)
     elsewhere = files_elsewhere(folder)
@@ -97,12 +97,12 @@ def verify(folder: Path, maker: str) -> dict[str, Any]:
                 continue  # verified when it is fetched
             raise _damaged(f"{path} is missing from a finished output", maker)
         if path.stat().st_size != facts["size"] or file_sha256(path) != facts["sha256"]:
-            raise _damaged(f"{path} is not the file that its manifest names (size or SHA-256 differs)", maker)
+            raise _damaged(f"{path} doesn't match its manifest (size or SHA-256 differs)", maker)
     return manifest
 
 
 def files_elsewhere(folder: Path) -> dict[str, str]:
-    """The SHA-256 of the files of an output that are in an object store, by their names; nothing where none are."""
+    """The SHA-256 of each file of an output that is in an object store, by its name; empty if there are none."""
     try:
         shards = read_json_object(folder / ELSEWHERE)["shards"]
         return {name: str(facts["sha256"]) for name, facts in shards.items()}
@@ -110,8 +110,8 @@ def files_elsewhere(folder: Path) -> dict[str, str]:
         return {}
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether an output is as its manifest says."""
+def is_intact(folder: Path) -> bool:
+    """Whether an output matches its manifest."""
     try:
         verify(folder, "")
     except BadInputError:
@@ -120,7 +120,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def inside(root: Path, path: str | Path) -> Path:
-    """`path` below `root`, as an absolute path; raises `BadInputError` where it would leave it."""
+    """`path` under `root`, as an absolute path; raises `BadInputError` if it is outside `root`."""
     resolved = (root / path).resolve()
     if not resolved.is_relative_to(root.resolve()):
         raise BadInputError(f"The path '{path}' leaves the work root {root}; give one inside it.")
@@ -128,7 +128,7 @@ def inside(root: Path, path: str | Path) -> Path:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """For each file at or below a path, what changes when it is replaced or written to: inode, size and time."""
+    """The inode, size and modification time of each file at or under a path: they change when it is written."""
     facts = {str(file): os.stat(file) for file in tree_files(folder)}
     return {name: (found.st_ino, found.st_size, found.st_mtime_ns) for name, found in facts.items()}
 

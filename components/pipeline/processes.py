@@ -1,8 +1,7 @@
-"""Child processes: started so that they end with this one, read line by line, and a step's shards made by several.
+"""Child processes that end with this one, and a step's shards made by several of them.
 
-Shards are made by processes of this machine, each with a GPU of its own where there are GPUs. Each is
-`univigu run STEP --part K/N`; what it says comes out with its part in front. The run that follows keeps and commits
-what they made.
+Each process that makes shards is `univigu run STEP --part K/N` on this machine, with its own GPU if there are GPUs. Its
+output is printed with the part as a prefix. The run that follows keeps and commits the shards.
 """
 
 import os
@@ -18,9 +17,9 @@ from components.pipeline.stages import Stage, find_stage
 from univigu.errors import ConfigError, PreemptedError, UniViGUError
 
 GPUS = "CUDA_VISIBLE_DEVICES"
-PARENTS = "UNIVIGU_PARENTS"  # processes that this one works for: the end of any of them is its own
-_LOOK_EVERY_S = 0.5
-_SAYS = "univigu: "  # begins what is meant for people
+PARENTS = "UNIVIGU_PARENTS"  # ids of processes: when one of them ends, this process must end too
+_POLL_S = 0.5
+_PREFIX = "univigu: "  # of messages to the user
 
 
 def visible_gpus() -> list[str]:
@@ -33,17 +32,17 @@ def visible_gpus() -> list[str]:
 
 
 def count_processes(stage: Stage) -> int:
-    """How many processes a step is worth here: one a visible GPU for a step in shards that asks for GPUs, else one."""
+    """The default number of processes: one per visible GPU for a sharded step that needs GPUs, otherwise one."""
     if not (stage.sharded and stage.resources.gpus) or "RANK" in os.environ:
         return 1
     return max(1, len(visible_gpus()))
 
 
 def end_with_parent() -> None:
-    """Have this process receive SIGTERM when one that it works for has gone, however that ended.
+    """Make this process receive SIGTERM when one of its parents has ended, in whatever way.
 
-    Those are what `PARENTS` names, and the DVC that runs this stage: a `dvc repro` that was killed would otherwise
-    leave its step running. A step that a person started works for nobody.
+    Parents are the processes in `PARENTS` and the DVC process that runs this stage: otherwise a killed `dvc repro`
+    would leave its step running. A step that was started from a shell has no parents in this sense.
     """
     named = [int(number) for number in os.environ.get(PARENTS, "").split(",") if number]
     parents = [*named, *_dvc()]
@@ -57,7 +56,7 @@ def child_environment() -> dict[str, str]:
 
 
 def start_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
-    """Start a process that ends with this one; all that it prints, errors too, is in its `stdout`."""
+    """Start a process that ends with this one; its `stdout` also carries its standard error."""
     return subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
@@ -70,21 +69,21 @@ def start_child(arguments: Sequence[str], environment: Mapping[str, str] | None 
 
 
 def read_lines(process: "subprocess.Popen[str]", show: Callable[[str], object]) -> str:
-    """Give `show` each line that a child prints, until it ends; returns the last `sentence` among them."""
-    said = ""
+    """Pass each line that a child prints to `show` until it ends; returns the last `sentence` among them."""
+    last = ""
     for line in process.stdout or ():
         show(line.rstrip())
-        said = sentence(line) or said
-    return said
+        last = sentence(line) or last
+    return last
 
 
 def sentence(line: str) -> str:
-    """What a command of ours says to people in a line of its output; empty for any other line."""
-    return line.removeprefix(_SAYS).strip() if line.startswith(_SAYS) else ""
+    """The message to the user in a line of a univigu command's output; "" for any other line."""
+    return line.removeprefix(_PREFIX).strip() if line.startswith(_PREFIX) else ""
 
 
 def shell_code(code: int) -> int:
-    """The exit code that a shell gives for a process: 128 and the signal's number where a signal ended it."""
+    """The exit code that a shell gives for a process: 128 plus the signal's number if a signal ended it."""
     return code if code >= 0 else 128 - code
 
 
@@ -94,14 +93,14 @@ def _watch(parents: Sequence[int]) -> None:
     try:
         found = [psutil.Process(number) for number in parents]
         while all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in found):
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
     except psutil.NoSuchProcess:
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _dvc() -> list[int]:
-    """The nearest process above this one that is not part of a stage of DVC's, if this one is."""
+    """The DVC process that runs this stage (the nearest ancestor outside the stage), if DVC runs it."""
     if "DVC_STAGE" not in os.environ:
         return []
     import psutil
@@ -110,7 +109,7 @@ def _dvc() -> list[int]:
         try:
             if "DVC_STAGE" not in process.environ():
                 return [process.pid]
-        except psutil.AccessDenied:  # another user's
+        except psutil.AccessDenied:  # it belongs to another user
             return [process.pid]
         except psutil.NoSuchProcess:
             continue
@@ -120,14 +119,13 @@ def _dvc() -> list[int]:
 def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     """Make all shards of a step with `count` processes, and commit nothing.
 
-    Where one fails, the others are stopped, and its sentence and exit code are raised as `UniViGUError`; what was
-    finished by then is kept. Raises `ConfigError` for a step that doesn't work in shards, and `PreemptedError` when
-    this process is told to stop (SIGTERM).
+    If one fails, the others are stopped, and its message and exit code are raised as `UniViGUError`; finished shards
+    are kept. Raises `ConfigError` for a step without shards, and `PreemptedError` when this process receives SIGTERM.
     """
     if not find_stage(step).sharded:
-        raise ConfigError(f"'{step}' doesn't work in shards, so one process runs it; leave --processes out.")
+        raise ConfigError(f"'{step}' has no shards, so only one process can run it; omit --processes.")
     gpus = visible_gpus()
-    said: dict[int, str] = {}
+    messages: dict[int, str] = {}
     processes: list[subprocess.Popen[str]] = []
     readers: list[Thread] = []
     before = signal.signal(signal.SIGTERM, _stop)
@@ -137,7 +135,7 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
             command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile]
             process = start_child([*command, "--root", str(root), "--part", f"{number}/{count}"], where)
             processes.append(process)
-            readers.append(Thread(target=_pass_on, args=(process, step, number, count, said), daemon=True))
+            readers.append(Thread(target=_pass_on, args=(process, step, number, count, messages), daemon=True))
             readers[-1].start()
         _wait(processes)
     finally:
@@ -149,26 +147,26 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
         for reader in readers:
             reader.join()
         signal.signal(signal.SIGTERM, before)
-    _raise_failure(step, processes, said)
+    _raise_failure(step, processes, messages)
 
 
 def _stop(*_: object) -> None:
-    raise PreemptedError("The step was told to stop; run it again, and it goes on with what its processes finished.")
+    raise PreemptedError("The step received SIGTERM; run it again to resume from the finished shards.")
 
 
-def _pass_on(process: "subprocess.Popen[str]", step: str, number: int, count: int, said: dict[int, str]) -> None:
-    """Print what a process says; its last sentence, if it fails, is kept for `_raise_failure`."""
+def _pass_on(process: "subprocess.Popen[str]", step: str, number: int, count: int, messages: dict[int, str]) -> None:
+    """Print a process's output with its part; its last message goes to `messages` for `_raise_failure`."""
 
     def show(line: str) -> None:
         if not sentence(line):
             print(f"{step} {number}/{count} | {line}", file=sys.stderr, flush=True)
 
     if last := read_lines(process, show):
-        said[number] = last
+        messages[number] = last
 
 
 def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
-    """Return when all have ended, or the first has failed."""
+    """Return when all have ended or one has failed."""
     waiting = list(processes)
     while waiting:
         for process in waiting:
@@ -181,13 +179,13 @@ def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
             break
 
 
-def _raise_failure(step: str, processes: "Sequence[subprocess.Popen[str]]", said: dict[int, str]) -> None:
+def _raise_failure(step: str, processes: "Sequence[subprocess.Popen[str]]", messages: dict[int, str]) -> None:
     codes = {number: process.returncode for number, process in enumerate(processes, start=1) if process.returncode}
     if not codes:
         return
-    number = min(said, default=min(codes, key=lambda each: codes[each] < 0))  # a signal is what the others were sent
+    number = min(messages, default=min(codes, key=lambda each: codes[each] < 0))  # the others were ended by our signal
     code = codes.get(number, 1)
-    message = said.get(number) or f"part {number} of '{step}' ended with exit code {code}; what it printed says why."
+    message = messages.get(number) or f"Part {number} of '{step}' ended with exit code {code}; its output says why."
     failure = UniViGUError(message)
     failure.exit_code = shell_code(code)
     raise failure

@@ -1,7 +1,7 @@
-"""Profiles: a YAML file of settings each, which may extend another; code never asks which one it is in.
+"""Profiles: YAML files of settings, which may extend each other. Code never checks which profile it runs with.
 
-What the settings are, and what is wrong in a profile, is known to `components.settings`, which is imported when a
-profile is read, since pydantic takes a tenth of a second.
+`components.settings` defines the settings and finds faults in a profile. It is imported only when a profile is read,
+because importing pydantic takes a tenth of a second.
 """
 
 import os
@@ -23,7 +23,7 @@ MOST_KEYS = 5  # in its first line
 
 
 def profile_names() -> list[str]:
-    """The profiles that come with the project."""
+    """The names of the bundled profiles."""
     folder = resources.files("components") / "profiles"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
@@ -31,8 +31,8 @@ def profile_names() -> list[str]:
 def load_profile(spec: str) -> dict[str, Any]:
     """The settings of a profile, complete and checked, as the plain mapping whose values a recipe hashes.
 
-    spec: a bundled profile's name, or the path of a YAML file; after a space, as JSON, what is set otherwise
-    (`with_settings`). Raises `ConfigError` that names every key that doesn't fit, where it is, and what would do.
+    spec: a bundled profile's name or the path of a YAML file, optionally followed by a space and changed settings as
+    JSON (`with_settings`). Raises `ConfigError` that lists each invalid key, its place and what is allowed there.
     """
     from components.settings.faults import dotted
     from components.settings.layers import find_origin
@@ -40,17 +40,17 @@ def load_profile(spec: str) -> dict[str, Any]:
 
     values, layers = _read(spec)
     if faults := find_faults(values):
-        said = [f"{find_origin(path, layers)}: {dotted(path)} {text}" for path, text in faults]
+        messages = [f"{find_origin(path, layers)}: {dotted(path)} {text}" for path, text in faults]
         keys = [dotted(path) for path, _ in faults]
-        raise ConfigError(_say_all(spec, said, keys))
+        raise ConfigError(_list_faults(spec, messages, keys))
     return values
 
 
 def with_settings(spec: str, settings: Sequence[str]) -> str:
-    """A profile with ``section.key=VALUE`` set otherwise, as text for `load_profile`, wherever a profile is named.
+    """A profile spec with changed settings (``section.key=VALUE``), accepted wherever a profile is named.
 
-    Every process and every step that is given this text reads the same settings. Raises `ConfigError` for what can't
-    be read; whether the keys are right is up to `load_profile`.
+    Every process that is given this text reads the same settings. Raises `ConfigError` for a setting that can't be
+    parsed; `load_profile` checks the keys.
     """
     from components.settings.layers import join_spec, parse_settings
 
@@ -58,7 +58,7 @@ def with_settings(spec: str, settings: Sequence[str]) -> str:
 
 
 def absolute_profile(spec: str) -> str:
-    """The same profile for a process that works in another folder: a file's path made absolute."""
+    """The same profile spec for a process in another folder: a file's path is made absolute."""
     from components.settings.layers import join_spec, split_spec
 
     name, changes = split_spec(spec)
@@ -67,14 +67,14 @@ def absolute_profile(spec: str) -> str:
 
 
 def profile_files(spec: str) -> list[Path]:
-    """The files that a profile is made of, without those that come with the project; raises as `load_profile` does."""
+    """The files of a profile except the bundled ones; raises like `load_profile`."""
     _, layers = _read(spec)
     bundled = {_bundled(name) for name in profile_names()}
     return [path for layer in layers if (path := Path(layer.name)).suffix and path not in bundled]
 
 
 def profile_parents(spec: str) -> list[str]:
-    """What a profile extends, the nearest first, by names or paths; raises as `load_profile` does."""
+    """The names or paths of the profiles that a profile extends, nearest first; raises like `load_profile`."""
     _, layers = _read(spec)
     bundled = {str(_bundled(name)): name for name in profile_names()}
     files = [bundled.get(layer.name, layer.name) for layer in layers if Path(layer.name).suffix]
@@ -82,7 +82,7 @@ def profile_parents(spec: str) -> list[str]:
 
 
 def find_profile(name: str) -> Path:
-    """The file of a bundled profile, or the path that `name` is; raises `ConfigError` for an unknown name."""
+    """The file of a bundled profile, or `name` as a path to a YAML file; raises `ConfigError` for an unknown name."""
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         return path
@@ -94,14 +94,14 @@ def find_profile(name: str) -> Path:
 
 
 def watched(profile: Mapping[str, Any]) -> dict[str, str]:
-    """The paths of a profile that ``dvc.yaml`` watches, by their keys: DVC can't look them up in the profile itself."""
+    """The paths of a profile that ``dvc.yaml`` watches, by key: DVC can't read them from the profile."""
     return {key: profile[key] for key in sorted({key for stage in STAGES for key in stage.sources.values()})}
 
 
 def use_profile(name: str, root: Path) -> dict[str, str]:
-    """Make `name` what ``dvc repro`` below `root` runs: writes ``params.yaml``, if it says something else.
+    """Make ``dvc repro`` under `root` run the profile `name`: writes ``params.yaml`` if it differs.
 
-    Returns what DVC watches of it. Raises `ConfigError` for a profile that is not among those of the project.
+    Returns the paths that DVC watches. Raises `ConfigError` for a profile that isn't bundled.
     """
     if name not in profile_names():
         raise ConfigError(
@@ -117,19 +117,19 @@ def use_profile(name: str, root: Path) -> dict[str, str]:
 
 
 def check_watched(name: str, profile: Mapping[str, Any], root: Path) -> None:
-    """In a stage of DVC's, refuse a profile of which ``params.yaml`` has DVC watch other paths than it reads.
+    """In a DVC stage, raise `ConfigError` if ``params.yaml`` makes DVC watch other paths than the profile reads.
 
-    As after ``dvc exp run -S profile=NAME`` between profiles whose bases differ. Raises `ConfigError`.
+    This happens after ``dvc exp run -S profile=NAME`` if the two profiles have different bases.
     """
     if "DVC_STAGE" not in os.environ or not (root / PARAMS).is_file():
         return
-    said = read_yaml(root / PARAMS)
-    differing = [key for key, path in watched(profile).items() if said.get(key) != path]
+    params = read_yaml(root / PARAMS)
+    differing = [key for key, path in watched(profile).items() if params.get(key) != path]
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"The profile '{name}' has the {key} {profile[key]}, and {PARAMS} has DVC watch {said.get(key)}; run"
-            f" `univigu use {name}` first, or give -S {key}={profile[key]} too."
+            f"The profile '{name}' reads {profile[key]} as its {key}, but DVC watches {params.get(key)} ({PARAMS}); run"
+            f" `univigu use {name}` first, or add -S {key}={profile[key]}."
         )
 
 
@@ -147,13 +147,13 @@ def settings_schema() -> dict[str, Any]:
     return file_schema()
 
 
-def _say_all(spec: str, said: Sequence[str], keys: Sequence[str]) -> str:
-    """One message for all faults. Its first line names keys, as orchestrators pass on no more than that line."""
-    if len(said) == 1:
-        return f"{said[0]}."
+def _list_faults(spec: str, messages: Sequence[str], keys: Sequence[str]) -> str:
+    """One message for all faults. Its first line lists keys, because orchestrators show only the first line."""
+    if len(messages) == 1:
+        return f"{messages[0]}."
     some = ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else "")
-    more = [f"and {len(said) - MOST_FAULTS} more"] if len(said) > MOST_FAULTS else []
-    return "\n  ".join([f"The profile {spec} has {len(said)} faults ({some}):", *said[:MOST_FAULTS], *more])
+    more = [f"and {len(messages) - MOST_FAULTS} more"] if len(messages) > MOST_FAULTS else []
+    return "\n  ".join([f"The profile {spec} has {len(messages)} faults ({some}):", *messages[:MOST_FAULTS], *more])
 
 
 def _bundled(name: str) -> Path:
@@ -161,7 +161,7 @@ def _bundled(name: str) -> Path:
 
 
 def _read(spec: str) -> "tuple[dict[str, Any], list[Layer]]":
-    """The settings of a profile, not checked yet, and the layers that they come from."""
+    """The settings of a profile, not validated yet, and the layers that they come from."""
     from components.settings.layers import SET, Layer, combine, read_layers, set_value, split_spec
     from components.settings.profile import schema
 
@@ -169,8 +169,8 @@ def _read(spec: str) -> "tuple[dict[str, Any], list[Layer]]":
     layers = read_layers(find_profile(name), lambda parent: _bundled(parent) if parent in profile_names() else None)
     values = combine(layers, schema())
     if changes:
-        said: dict[str, Any] = {}
+        changed: dict[str, Any] = {}
         for key, value in changes.items():
-            values, said = (set_value(one, key.split("."), value) for one in (values, said))
-        layers = [*layers, Layer(SET, said)]
+            values, changed = (set_value(one, key.split("."), value) for one in (values, changed))
+        layers = [*layers, Layer(SET, changed)]
     return values, layers

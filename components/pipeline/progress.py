@@ -10,12 +10,12 @@ LINE_EVERY_S = 5.0
 
 
 class Meter:
-    """How far a long loop has come, how fast it goes, and when it will end, on standard error."""
+    """The progress, speed and remaining time of a long loop, on standard error."""
 
     def __init__(self, what: str, total: int | None, unit: str) -> None:
         from tqdm import tqdm
 
-        self.done = 0  # what was skipped included
+        self.done = 0  # includes what was skipped
         self._skipped = 0
         self._started = self._shown = time.monotonic()
         self._bar = tqdm(desc=what, total=total, unit=unit, leave=False, smoothing=0, disable=not sys.stderr.isatty())
@@ -28,7 +28,7 @@ class Meter:
         self._bar.close()
 
     def advance(self, count: int = 1) -> None:
-        """Count what has just been done."""
+        """Add `count` items that were done now."""
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
@@ -38,7 +38,7 @@ class Meter:
             print(self._bar.format_meter(self.done, **since, **self._facts), file=sys.stderr)
 
     def skip(self, count: int) -> None:
-        """Count what an earlier run has done: it says nothing about the speed of this one."""
+        """Add `count` items that an earlier run has done; they don't count for the speed."""
         self.done += count
         self._skipped += count
         if not self._bar.disable:
@@ -47,7 +47,7 @@ class Meter:
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Yield `items`, showing how far the loop has come on standard error."""
+    """Yield `items`, showing progress on standard error."""
     # pyrefly: ignore[bad-argument-type]
     total = total if total is not None else len(items) if hasattr(items, "__len__") else None
     with Meter(what, total, unit) as meter:

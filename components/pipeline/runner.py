@@ -1,17 +1,16 @@
-"""The only code that executes a step, and what it promises.
+"""The only code that executes a step, and what it guarantees.
 
-At-least-once execution, idempotent commit: a step's output is absent, or complete and verified.
+At-least-once execution, idempotent commit: a step's output is either absent or complete and verified.
 
-* Inputs are verified against their manifests (sizes and SHA-256) before the step starts, nobody replaces them while it
-  runs, and before the commit they are still the same files.
-* A step writes into a staging folder. When it has ended well, everything is hashed, written through to the disk and
-  renamed into its final place; the manifest is removed first and written last, so a reader that finds a manifest finds
-  all that it names.
-* Long steps work in shards. A shard is a folder, its record is beside the run's state; the shard is kept on a re-run
-  only where the record's key (input rows, parameters, code) still holds and its bytes still match.
-* What was made by another recipe (parameters, inputs, code) is set aside, never deleted: checkpoints, finished shards.
-* Shards can be made ahead, by several processes at once, each its part of them; the run that follows keeps and commits
-  them. A shard is locked while it is made, and nothing is committed while a part is under way.
+* Inputs are verified against their manifests (sizes and SHA-256) before the step starts. They can't be replaced while
+  it runs, and are checked again before the commit.
+* A step writes into a staging folder. When it has succeeded, everything is hashed, flushed to disk and renamed into its
+  final place. The manifest is removed first and written last, so a reader that finds a manifest finds all its files.
+* Long steps work in shards. A shard is a folder, and its record is in the run's state. A re-run keeps a shard only if
+  the record's key (input rows, parameters, code) is still valid and its bytes still match.
+* Work made by another recipe (parameters, inputs, code) is set aside, never deleted: checkpoints and finished shards.
+* Several processes can make shards in advance, each one a part of them; the run that follows keeps and commits them. A
+  shard is locked while it is made, and nothing is committed while a part is running.
 * A row that can't be used goes to `rejected.parquet` with its reason; too many of them fail the step.
 * Nothing in an output depends on the clock, the machine, or the order of completion.
 """
@@ -48,15 +47,15 @@ from univigu.errors import (
 from univigu.files import write_json
 
 T = TypeVar("T")
-IMPORTED = "import-"  # begins the names of the steps behind `univigu data import`
+IMPORTED = "import-"  # prefix of the step names of `univigu data import`
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Run the step `name` with a profile below the work root; returns its manifest.
+    """Run the step `name` with a profile under the work root; returns its manifest.
 
-    Raises an error of `univigu.errors` where the input is missing or damaged, where the step's own gate fails, or where
-    another process runs the same step below the same root. An output that was imported is kept as it is.
+    Raises an error of `univigu.errors` if an input is missing or damaged, if the step's own gate fails, or if another
+    process runs the same step under the same root. An imported output is kept unchanged.
     """
     stage = find_stage(name)
     root = root.resolve()
@@ -68,7 +67,7 @@ def run_stage(name: str, profile: Mapping[str, Any], root: Path) -> dict[str, An
 
 
 def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
-    """The manifest of what `univigu data import` put in the place of a step, which is kept instead of running it."""
+    """The manifest of an output from `univigu data import`, which is kept instead of running the step, or None."""
     home = inside(root.resolve(), stage.home)
     try:
         maker = read_manifest(home, stage.name)["step"]
@@ -78,10 +77,10 @@ def imported(stage: Stage, root: Path) -> dict[str, Any] | None:
 
 
 def run_adhoc_stage(stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path]) -> dict[str, Any]:
-    """Run a step that need not be in the table of steps, with what `run_stage` promises; returns its manifest.
+    """Run a step that need not be in the table of steps, with the guarantees of `run_stage`; returns its manifest.
 
-    paths: inputs by name that may lie outside the work root and have no manifest; the step names what it read of them
-    in the rows of its shards.
+    paths: more inputs by name. They may be outside the work root and have no manifest; the step records what it read
+    from them in the rows of its shards.
     """
     with _working(stage, root, fcntl.LOCK_EX) as held:
         commit.require_no_reader(stage, root.resolve())
@@ -89,14 +88,14 @@ def run_adhoc_stage(stage: Stage, profile: Mapping[str, Any], root: Path, paths:
 
 
 def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> dict[str, int]:
-    """Make the shards of one part of a step, for `run_stage` to keep; returns how many were made, and how many kept.
+    """Make the shards of one part of a step for a later `run_stage`; returns the numbers of shards made and kept.
 
-    Parts of one step may run at the same time, on one volume. Raises as `run_stage` does, and `ConfigError` for a step
-    that doesn't work in shards.
+    Parts of one step may run at the same time on one volume. Raises like `run_stage`, and `ConfigError` for a step
+    without shards.
     """
     stage = find_stage(name)
     if not stage.sharded:
-        raise ConfigError(f"'{name}' doesn't work in shards, so it has no parts; run it without --part.")
+        raise ConfigError(f"'{name}' has no shards, so it has no parts; run it without --part.")
     if imported(stage, root):
         return {"made": 0, "kept": 0}
     with _working(stage, root, fcntl.LOCK_SH):
@@ -108,36 +107,36 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
             _load_function(stage)(step)
         except PartEnded as ended:
             return {"made": ended.made, "kept": ended.kept}
-        raise AssertionError(f"'{name}' is said to work in shards, and called no map_shards")
+        raise AssertionError(f"'{name}' is declared as sharded but did not call map_shards")
 
 
 def restart(name: str, profile: Mapping[str, Any], root: Path) -> None:
-    """Set aside all that unfinished runs of a step have left, so that its next run starts from nothing.
+    """Set aside all work of unfinished runs of a step, so that its next run starts from nothing.
 
-    Raises as `run_stage` does.
+    Raises like `run_stage`.
     """
     stage = find_stage(name)
     with _working(stage, root, fcntl.LOCK_EX):
         for place in aside.keep_everything(make_step(stage, profile, root.resolve())):
-            print(f"{name}: what was finished is kept in {place}", file=sys.stderr)
+            print(f"{name}: the finished work is kept in {place}", file=sys.stderr)
 
 
 def resume(name: str, profile: Mapping[str, Any], root: Path, folder: Path) -> None:
-    """Have the next run of a step go on from what lies in `folder`, whatever recipe made it (`aside`).
+    """Make the next run of a step resume from the work in `folder`, whatever recipe made it (`aside`).
 
-    Raises as `run_stage` does, and `MissingInputError` where there is nothing to go on from.
+    Raises like `run_stage`, and `MissingInputError` if `folder` holds no work of the step.
     """
     stage = find_stage(name)
     with _working(stage, root, fcntl.LOCK_EX):
-        for place in aside.take_up(make_step(stage, profile, root.resolve()), folder):
-            print(f"{name}: what was finished before is kept in {place}", file=sys.stderr)
+        for place in aside.resume_work(make_step(stage, profile, root.resolve()), folder):
+            print(f"{name}: the earlier finished work is kept in {place}", file=sys.stderr)
 
 
 @contextmanager
 def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
-    """Hold the step's lock, and its inputs as they are; what is no fault of the code is said in one sentence."""
+    """Hold the locks of the step and its inputs; errors of the environment become errors of `univigu.errors`."""
     root, name = root.resolve(), stage.name
-    refusal = f"Another run of '{name}' is under way below {root}; wait for it, or give another --root."
+    refusal = f"Another run of '{name}' is running under {root}; wait for it, or use another --root."
     try:
         with lock(root, name, refusal, kind | fcntl.LOCK_NB) as held, ExitStack() as inputs:
             for maker in sorted(set(stage.inputs.values())):
@@ -147,7 +146,7 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
             except UniViGUError:
                 raise
             except Exception:
-                held.require()  # another run may have taken away what this one was working on
+                held.require()  # another run may have removed this run's files
                 raise
     except UniViGUError:
         raise
@@ -156,14 +155,14 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
             raise fault from error
         if isinstance(error, FileNotFoundError) and str(root / STATE) in str(error):
             raise TransientError(
-                f"Files of '{name}' below {root / STATE} were removed while it was at work ({first_line(error)}); run "
-                "it again when nothing else cleans up there: what is finished is kept."
+                f"Files of '{name}' under {root / STATE} were removed while it was running ({first_line(error)}). Run "
+                "it again when no other process deletes files there; finished work is kept."
             ) from error
         raise
 
 
 def _run_worker_rank(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Take part in a step that torchrun started as several processes: the first of them prepares and commits."""
+    """Run a step as one of several processes of torchrun; rank 0 prepares and commits."""
     step = make_step(stage, profile, root)
     _load_function(stage)(step)
     return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
@@ -213,7 +212,7 @@ def make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
 
 
 def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
-    """Keep a killed run's shards and checkpoints, and remove what else it left."""
+    """Keep the shards and checkpoints of a killed run, and remove its other files."""
     shards = staging / "shards"
     for entry in staging.iterdir() if staging.is_dir() else ():
         if entry != shards:
@@ -229,7 +228,7 @@ def _prepare_staging(staging: Path, scratch: Path, run_key: str) -> None:
 def _resolve_inputs(
     stage: Stage, profile: Mapping[str, Any], root: Path
 ) -> tuple[dict[str, Path], dict[str, str], dict[str, Any]]:
-    """Where each input is, what it holds, and what its files looked like when that was established."""
+    """The path, the digest and the `stamps` of each input; the stamps are taken before the digest."""
     inputs: dict[str, Path] = {}
     digests: dict[str, str] = {}
     seen: dict[str, Any] = {}
@@ -241,7 +240,7 @@ def _resolve_inputs(
         path = inside(root, section(profile, key))
         if not path.exists():
             raise MissingInputError(
-                f"'{stage.name}' needs {path} (the profile's '{key}'), and it is not there; {how_to_fetch(path)}."
+                f"'{stage.name}' needs {path} (the profile's '{key}'), which does not exist; {how_to_fetch(path)}."
             )
         inputs[name] = path
         seen[name] = stamps(path)
@@ -263,20 +262,20 @@ def _load_function(stage: Stage) -> Callable[[Step], None]:
 
 
 def _write_rejected(step: Step) -> None:
-    """Write the quarantine, and fail the step where it holds too large a share of what came in."""
+    """Write the rejected rows; raises `GateFailedError` if their share of the input rows is too large."""
     quarantined = step._rejected.write(step.out)
     limit = step.parameters[step.stage.parameters[-1]].get("max_rejected_share", 1.0)
     if quarantined > limit * max(step.rows_in, 1):
         counts = ", ".join(f"{reason} {count}" for reason, count in step.reasons.most_common())
         kept = step.scratch / "rejected.parquet"
         raise GateFailedError(
-            f"'{step.stage.name}' rejected {quarantined} of {step.rows_in} rows, over the profile's share of "
-            f"{limit:g} ({counts}); look at them in {kept}."
+            f"'{step.stage.name}' rejected {quarantined} of {step.rows_in} rows, more than the profile's share of "
+            f"{limit:g} ({counts}); they are in {kept}."
         )
 
 
 def _record_run(root: Path, manifest: Mapping[str, Any], run_key: str, seconds: float) -> None:
-    """Keep what the clock said beside the outputs, never in them; `reports/run.json` is made of these records."""
+    """Record times and memory beside the outputs, never in them; `reports/run.json` is made from these records."""
     import resource
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -288,9 +287,9 @@ def _record_run(root: Path, manifest: Mapping[str, Any], run_key: str, seconds: 
 
 
 def _process_seconds() -> float | None:
-    """How long this process has lived, its start included; None where the system isn't Linux."""
+    """Seconds since this process started, including its start-up; None if the system isn't Linux."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since boot
     except OSError:
         return None
     return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 2)

@@ -1,4 +1,4 @@
-"""What is known of a finished shard or batch: what it was made of and by, its files, its rows. It covers itself."""
+"""Records of finished shards and batches: input rows, recipe, files, output rows, and a digest of the record itself."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +12,18 @@ OWN_DIGEST = "record_sha256"
 
 
 def record_keys(step: Workspace, rows_digest: str) -> dict[str, str]:
-    """What a shard or batch is known by: the rows that it is made of, the run's recipe, and both."""
+    """What identifies a shard or batch: digests of its input rows, of the run's recipe, and of both."""
     return {"of": rows_digest, "run": step.key, "key": json_digest([rows_digest, step.key])}
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record, with a digest of itself."""
+    """Write a record with a digest of itself."""
     plain = plain_json({name: value for name, value in record.items() if name != OWN_DIGEST})
     write_json(path, {**plain, OWN_DIGEST: json_digest(plain)})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record; None where it is missing, or not as it was written."""
+    """A record; None if it is missing or was changed after it was written."""
     try:
         record = read_json_object(path)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The one table of steps: what each is called, what it reads, what it leaves, and what it needs.
+"""The table of steps: the name, inputs, outputs and requirements of each.
 
 `dvc.yaml` and every other orchestrator must agree with this table; a test compares them.
 """
@@ -11,13 +11,13 @@ from univigu.errors import ConfigError
 
 @dataclass(frozen=True)
 class Resources:
-    """What a step asks of a cluster."""
+    """What a step requests from a cluster."""
 
-    pool: str = "cpu"  # which kind of node: cpu, gpu or training
+    pool: str = "cpu"  # the kind of node: cpu, gpu or training
     gpus: int = 0
     cpu: str = "2"
     memory: str = "8Gi"
-    hours: int = 4  # after which a cluster takes it for stuck
+    hours: int = 4  # after which a cluster considers it stuck
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,18 @@ class Stage:
 
     name: str
     function: str  # "module:function", imported only when the step runs
-    home: str  # the folder that the step fills
-    outputs: tuple[str, ...] = ()  # what it leaves there; empty: the whole folder is its own
+    home: str  # the folder that holds its output
+    outputs: tuple[str, ...] = ()  # the entries that it writes there; empty: it owns the whole folder
     inputs: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the step that makes it
     sources: Mapping[str, str] = field(default_factory=dict)  # name in the step -> the profile's key with its path
     parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
     # Code that is chosen by name: a package, a folder of data files, or module:TABLE -> where the profile names it.
     plugins: Mapping[str, str] = field(default_factory=dict)
-    carries: tuple[str, ...] = ()  # packages that travel in its output, so that all of their code counts
-    secrets: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # on a cluster: name -> variables, if it is there
-    external: bool = False  # whether it also changes what lies elsewhere, so that its output doesn't say all is done
-    sharded: bool = False  # whether its shards can be made in parts, by several processes at once
+    carries: tuple[str, ...] = ()  # packages that are copied into its output, so that all of their code counts
+    # On a cluster: the name of a secret, which need not exist -> the environment variables that it sets.
+    secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    external: bool = False  # whether it also changes something outside its output, such as a registry
+    sharded: bool = False  # whether several processes can each make a part of its shards
     resources: Resources = Resources()
 
     @property
@@ -176,7 +175,7 @@ STAGES: tuple[Stage, ...] = (
 
 
 def find_stage(name: str) -> Stage:
-    """The stage called `name`; raises `ConfigError` with the names there are."""
+    """The stage called `name`; raises `ConfigError` that lists all names."""
     for stage in STAGES:
         if stage.name == name:
             return stage

@@ -1,4 +1,4 @@
-"""What is kept below the work root's `.univigu` while steps run: locks."""
+"""Locks in the folder `.univigu` of the work root, held while steps run."""
 
 import fcntl
 import os
@@ -9,18 +9,18 @@ from typing import BinaryIO
 
 from univigu.errors import BusyError
 
-STATE = ".univigu"  # staging, locks and run records, below the work root
+STATE = ".univigu"  # under the work root: staging, locks and run records
 
 
 class Lock:
-    """A lock that ends with the process. It is on a file, which somebody may remove: `require` notices."""
+    """A lock on a file, released when the process ends. `require` detects that the file was removed."""
 
     def __init__(self, path: Path, kind: int, refusal: str) -> None:
         self.path, self.kind, self.refusal = path, kind, refusal
         self._stream: BinaryIO | None = None
 
     def acquire(self) -> None:
-        """Take the lock; raises `BusyError` where another process holds it."""
+        """Take the lock; raises `BusyError` if another process holds it."""
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self.path.open("a+b")
@@ -31,22 +31,22 @@ class Lock:
                 raise BusyError(self.refusal) from error
             self.release()
             self._stream = stream
-            if self._is_there():  # else it was removed between opening and locking it
+            if self._exists():  # otherwise it was removed between opening and locking
                 return
 
     def require(self) -> None:
-        """Raise `BusyError` where the lock's file was removed while it was held: another run may have had a new one."""
-        if not self._is_there():
+        """Raise `BusyError` if the lock's file was removed: another run may hold a lock on a new one."""
+        if not self._exists():
             raise BusyError(
-                f"The lock {self.path} was removed while this run held it, so another may have worked in the same "
-                "place; run it again: what is finished is kept."
+                f"The lock {self.path} was removed while this run held it, so another run may have used the same "
+                "files. Run it again; finished work is kept."
             )
 
     def release(self) -> None:
         if self._stream:
             self._stream.close()
 
-    def _is_there(self) -> bool:
+    def _exists(self) -> bool:
         try:
             # pyrefly: ignore[missing-attribute]
             return os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
@@ -56,9 +56,9 @@ class Lock:
 
 @contextmanager
 def lock(root: Path, name: str, refusal: str, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> Iterator[Lock]:
-    """Hold the lock called `name`; raises `BusyError(refusal)` where another process holds it.
+    """Hold the lock called `name`; raises `BusyError(refusal)` if another process holds it.
 
-    kind: of `fcntl`; without LOCK_NB it waits, for locks that are held for moments only.
+    kind: flags of `fcntl.flock`; without LOCK_NB it waits, for locks that are held only briefly.
     """
     held = Lock(root / STATE / "locks" / f"{name}.lock", kind, refusal)
     held.acquire()

@@ -1,9 +1,8 @@
-"""What a step function is given, and how long steps work: in shards and batches, of which a killed run keeps those that
-are finished.
+"""The object that a step function receives, and long steps in shards and batches that survive a killed run.
 
-A finished shard is a folder below ``<out>/shards``; its record is beside the run's state. A batch is a folder beside
-the shard that is under way, ``.00003.batches/0007``, with its record next to it. Either is kept only where its record's
-key (input rows, parameters, inputs, code) still holds and its bytes still match.
+A finished shard is a folder under ``<out>/shards``; its record is in the run's state. A batch is a folder beside the
+shard in progress, ``.00003.batches/0007``, with its record next to it. Both are kept only if the record's key (input
+rows, parameters, inputs, code) is still valid and the bytes still match.
 """
 
 import json
@@ -34,21 +33,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
-Work = Callable[[Rows, Path], Rows]  # fills a folder, returns the rows of what is in it
+Work = Callable[[Rows, Path], Rows]  # fills a folder, returns its output rows
 
 
 @dataclass
 class Step(Workspace):
-    """What a step function is given: its inputs, its parameters, and the ways to leave something behind."""
+    """What a step function receives: its inputs, its parameters, and the functions that write its output."""
 
-    part: Part | None = None  # make only these shards, and commit nothing
-    meter: Meter | None = None  # of the shards that are under way
+    part: Part | None = None  # make only these shards and commit nothing
+    meter: Meter | None = None  # of the shards in progress
     rows_in: int = 0
     rows_out: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as it is; no clock, no host
-    reasons: Counter[str] = field(default_factory=Counter)  # of the rows that were rejected
+    facts: dict[str, Any] = field(default_factory=dict)  # goes into the manifest unchanged; no times, no host names
+    reasons: Counter[str] = field(default_factory=Counter)  # of rejected rows
     _rejected: TableWriter = field(init=False)
-    _rejected_of_shard: list[dict[str, str]] | None = None  # while one is made: they go into its record
+    _rejected_of_shard: list[dict[str, str]] | None = None  # while a shard is made: for its record
 
     def __post_init__(self) -> None:
         self._rejected = TableWriter("rejected", self.scratch)
@@ -57,9 +56,9 @@ class Step(Workspace):
     def settings(self) -> "Profile":
         """The sections of the profile that the stage declares, e.g. ``step.settings.video.height``.
 
-        Reading a section that it doesn't declare raises `AttributeError`: what isn't declared decides no output.
+        Reading an undeclared section raises `AttributeError`: undeclared sections must not decide the output.
         """
-        from components.settings.profile import read_sections  # pydantic's models: only steps need them
+        from components.settings.profile import read_sections  # pydantic is imported only when a step runs
 
         return read_sections(self.parameters)
 
@@ -68,27 +67,27 @@ class Step(Workspace):
         return self.parameters[section]
 
     def kept_folder(self, entry: str, more: Any = None) -> Path:
-        """A folder for results that one function (``module:name``) decides, and not all of the step's code.
+        """A folder for results that depend on one function (``module:name``) instead of all of the step's code.
 
-        It is below the work root, is never part of the output, and outlives commits; for another recipe, or another
-        `more` (JSON), it is another one. Whoever keeps something there makes sure that it is whole when it is read.
+        It is under the work root, is never part of the output, and survives commits. Another recipe, or another value
+        of `more` (JSON), has another folder. The caller must verify what it reads from there.
         """
         code = stage_code(self.stage, self.parameters, [entry])
         key = json_digest([Recipe(self.parameters, self.input_digests, code).key(), more])
         return self.root / STATE / "kept" / self.stage.name / key[:16]
 
     def read(self, source: str, table: str) -> pa.Table:
-        """Read a table out of the input called `source`."""
+        """Read a table of the input called `source`."""
         return read_table(self.inputs[source], table)
 
     def write(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a table into the output and count its rows as the step's `rows_out`."""
+        """Write a table into the output; its number of rows becomes the step's `rows_out`."""
         self.rows_out = write_table(self.out, table, rows)
 
     def reject(self, row_id: str, reason: str, detail: str = "", row: Any = None) -> None:
-        """Quarantine a row: `reason` is a short slug to count by, `detail` says what was seen."""
+        """Quarantine a row: `reason` is a short slug for counting, `detail` says what was found."""
         text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
-        text = text.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8, so no Parquet either
+        text = text.encode(errors="replace").decode()  # Parquet can't store a lone surrogate
         rejected = {"id": row_id, "reason": reason, "detail": detail, "row": text}
         if self._rejected_of_shard is None:
             self._quarantine([rejected])
@@ -115,19 +114,19 @@ class Step(Workspace):
         """Run `work(rows, folder)` over `rows` in shards of `size`, keeping the finished shards of an earlier run.
 
         `work` fills `folder` (large files: a tar, a safetensors) and returns the output rows; it may call `reject`.
-        The folder ends up as ``<out>/shards/00000`` and so on. With a `group`, a shard holds only neighbours for which
-        it is equal. Returns all output rows, in shard order; in a part of a step it doesn't return, as only the whole
-        run has all rows.
+        The folder becomes ``<out>/shards/00000`` and so on. With `group`, a shard holds only consecutive rows for which
+        its value is equal. Returns all output rows in shard order. In a part of a step it raises `PartEnded` instead,
+        since only the whole run has all rows.
         """
         return _map_shards(self, rows, size, work, unit, group)
 
     def map_batches(
         self, rows: Sequence[Mapping[str, Any]], size: int, folder: Path, work: Work
     ) -> list[tuple[Path, list[dict[str, Any]]]]:
-        """Within `map_shards`, do a shard in batches of `size`, keeping the finished ones of a run that was killed.
+        """Within `map_shards`, make a shard in batches of `size`, keeping the finished batches of a killed run.
 
-        `folder` is the shard's. `work(rows, batch_folder)` is as in `map_shards`. Returns each batch's folder, which
-        goes when the shard is finished, and its output rows.
+        folder: the shard's. `work(rows, batch_folder)` is as in `map_shards`. Returns each batch's folder, which is
+        deleted when the shard is finished, and its output rows.
         """
         return _map_batches(self, rows, size, folder, work)
 
@@ -135,7 +134,7 @@ class Step(Workspace):
 def _map_shards(
     step: Step, rows: Rows, size: int, work: Work, unit: str, group: Callable[[Mapping[str, Any]], Any] | None
 ) -> list[dict[str, Any]]:
-    """What `Step.map_shards` promises."""
+    """Implement `Step.map_shards`."""
     chunks = [chunk for _, alike in groupby(rows, group or (lambda _: None)) for chunk in _chunks(list(alike), size)]
     shards = [(f"{number:05d}", chunk) for number, chunk in enumerate(chunks)]
     if step.part:
@@ -151,7 +150,7 @@ def _map_shards(
             step._quarantine(record["rejected"])
             results.extend(record["rows"])
     names = {name for name, _ in shards}
-    for folder in (step.out / "shards").glob("*"):  # of a killed run over other rows
+    for folder in (step.out / "shards").glob("*"):  # left by a killed run over other rows
         if folder.name not in names:
             shutil.rmtree(folder)
     return results
@@ -160,7 +159,7 @@ def _map_shards(
 def _map_batches(
     step: Step, rows: Rows, size: int, folder: Path, work: Work
 ) -> list[tuple[Path, list[dict[str, Any]]]]:
-    """What `Step.map_batches` promises."""
+    """Implement `Step.map_batches`."""
     results = []
     for number, batch in enumerate(_chunks(rows, size)):
         place = _batches(folder) / f"{number:04d}"
@@ -199,8 +198,8 @@ def _make_part(step: Step, shards: Sequence[tuple[str, Rows]], work: Work, unit:
     with Meter(step.stage.name, sum(len(shard) for _, shard in shards), unit) as step.meter:
         for name, shard in shards:
             refusal = (
-                f"Another run of shard {name} of '{step.stage.name}' is under way below {step.root}; wait for it, or "
-                "give another --root."
+                f"Another run of shard {name} of '{step.stage.name}' is running under {step.root}; wait for it, or "
+                "use another --root."
             )
             with lock(step.root, f"{step.stage.name}/{name}", refusal):
                 if _find_shard(step, name, json_digest(list(shard))):
@@ -212,7 +211,7 @@ def _make_part(step: Step, shards: Sequence[tuple[str, Rows]], work: Work, unit:
 
 
 def _kept_shard(step: Step, name: str, rows_digest: str) -> dict[str, Any] | None:
-    """The record of a finished shard, which is then in the staging folder, or None."""
+    """The record of a finished shard after copying it to the staging folder, or None."""
     found = _find_shard(step, name, rows_digest)
     if not found:
         return None
@@ -229,7 +228,7 @@ def _read_record(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _find_shard(step: Step, name: str, rows_digest: str) -> tuple[dict[str, Any], Path] | None:
-    """The record and folder of a finished shard whose key still holds and whose bytes still match, or None."""
+    """The record and folder of a finished shard whose key is still valid and whose bytes still match, or None."""
     record = _read_record(step.records / f"{name}.json", record_keys(step, rows_digest)["key"])
     if record:
         for home in (step.out, step.previous):
@@ -261,7 +260,7 @@ def _make_shard(step: Step, name: str, rows: Rows, work: Work) -> dict[str, Any]
 
 
 def _do(step: Step, keys: Mapping[str, str], rows: Rows, folder: Path, work: Work) -> dict[str, Any]:
-    """Run `work`, and keep what it rejected in the record: whoever keeps the record counts it."""
+    """Run `work`; the rows that it rejects go into the record, and count whenever the record is used."""
     around, step._rejected_of_shard = step._rejected_of_shard, []
     try:
         made = [dict(row) for row in work(rows, folder)]

@@ -1,4 +1,4 @@
-"""The project's own modules as syntax trees, read without importing them, and what of a tree does something."""
+"""The project's own modules as syntax trees, read without importing them, reduced to what affects behaviour."""
 
 import ast
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,37 +9,37 @@ from typing import Any, NamedTuple, TypeGuard
 
 from components.pipeline.digests import json_digest
 
-PACKAGES = ("components", "univigu")  # the project's own; a step's own module counts wherever it is
-MOVED = {  # where something is, as texts in code say it -> as they said it when keys were first made of them
+PACKAGES = ("components", "univigu")  # the project's own; a step's own module counts in any package
+MOVED = {  # a place as code names it now -> its former name, from which keys were first made
     "'components.captions'": "'components'",
     "'components.prompts'": "'components'",
     "components/captions/captioners": "components/captioners",
 }
-AT_IMPORT = ""  # names the statements of a module that define nothing, and run when it is imported
-_LONGEST_NAME = 100  # characters of a text in code that may name a data file
+AT_IMPORT = ""  # names the statements that define nothing and run when the module is imported
+_LONGEST_NAME = 100  # characters of a string that may name a data file
 
 
 class Body(NamedTuple):
-    """What a definition does, and what the imports inside it bind."""
+    """The code of a definition, and what the imports inside it bind."""
 
     trees: Sequence[ast.AST]
     imports: Mapping[str, str]
-    texts: Collection[str]  # in it, that may be a data file's name
+    texts: Collection[str]  # strings in it that may be a data file's name
     digest: str
 
 
 class Source(NamedTuple):
-    """A module's file, read once. Imports map a local name to what it stands for: ``numpy``, ``univigu.flow:euler``."""
+    """A module's file, read once. Imports map a local name to what it refers to: ``numpy``, ``univigu.flow:euler``."""
 
     path: Path
     bodies: Mapping[str, Body]
     imports: Mapping[str, str]
-    exports: Mapping[str, str]  # name -> module, in a package that imports its names when they are asked for
+    exports: Mapping[str, str]  # name -> module, in a package that imports its names lazily
 
 
 @lru_cache(maxsize=4096)
 def read_source(module: str) -> Source | None:
-    """A module, read without importing it; None where there is no file of it. Looked at once for a fingerprint."""
+    """A module, read without importing it; None if it has no file. Cached for the time of one fingerprint."""
     file = _file(module)
     if file is None:
         return None
@@ -48,7 +48,7 @@ def read_source(module: str) -> Source | None:
 
 
 def find_source(module: str) -> Source:
-    """A module that must be there."""
+    """A module that must exist; raises `LookupError` otherwise."""
     source = read_source(module)
     if source is None:
         raise LookupError(f"there is no module '{module}'")
@@ -82,7 +82,7 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> Source:
     found: dict[str, list[tuple[ast.AST, Mapping[str, str]]]] = {}
     for node in tree.body:
         inner = _imports([node], package) if _is_definition(node) else {}
-        cleaned = _WhatItDoes().visit(node)
+        cleaned = _BehaviourOnly().visit(node)
         for statement in cleaned if isinstance(cleaned, list) else [cleaned] if cleaned else []:
             for name in _bound(statement) or [AT_IMPORT]:
                 found.setdefault(name, []).append((statement, inner))
@@ -96,7 +96,7 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> Source:
 
 
 def _dump(tree: ast.AST) -> str:
-    """A tree as text, in which places have their former names: moving what they name changes no key."""
+    """A tree as text with the former names of moved places, so that moving them changes no key."""
     text = ast.dump(tree)
     for place, former in MOVED.items():
         text = text.replace(place, former)
@@ -108,7 +108,7 @@ def _is_definition(node: ast.AST) -> TypeGuard[ast.FunctionDef | ast.AsyncFuncti
 
 
 def _bound(node: ast.AST) -> list[str]:
-    """The names that a statement at the top of a module defines."""
+    """The names that a top-level statement of a module defines."""
     if _is_definition(node):
         return [node.name]
     if isinstance(node, ast.Assign):
@@ -118,7 +118,7 @@ def _bound(node: ast.AST) -> list[str]:
 
 
 def _imports(nodes: Iterable[ast.AST], package: str) -> dict[str, str]:
-    """What the import statements at and inside `nodes` bind; not those that only type checkers read."""
+    """What the import statements in `nodes` bind, without those for type checkers."""
     found: dict[str, str] = {}
     ahead = list(nodes)
     while ahead:
@@ -141,14 +141,14 @@ def _imports(nodes: Iterable[ast.AST], package: str) -> dict[str, str]:
 
 
 def _exports(tree: ast.Module) -> dict[str, str]:
-    """The names that a package imports only when they are asked for: those of a table of texts beside `__getattr__`."""
+    """The names that a package imports lazily: those in a table of strings beside `__getattr__`."""
     if not any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body):
         return {}
     return table_of_texts(tree.body)
 
 
 def table_of_texts(statements: Iterable[ast.AST]) -> dict[str, str]:
-    """The entries of tables from texts to texts that are assigned there."""
+    """The entries of all dictionaries from strings to strings that the statements assign."""
     tables = [node.value for node in statements if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
     return {
         name.value: value.value
@@ -159,11 +159,11 @@ def table_of_texts(statements: Iterable[ast.AST]) -> dict[str, str]:
     }
 
 
-# --- what a tree does -------------------------------------------------------------------------------------------------
+# --- reducing a tree --------------------------------------------------------------------------------------------------
 
 
 def dotted(node: ast.AST) -> list[str]:
-    """The parts of ``a.b.c``, or none where a node is something else."""
+    """The parts of ``a.b.c``, or an empty list for any other node."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
@@ -172,7 +172,7 @@ def dotted(node: ast.AST) -> list[str]:
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:
-    """The texts in a tree that may be a file's name."""
+    """The strings in a tree that may be a file's name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = node.value
@@ -184,8 +184,8 @@ def _is_for_type_checkers(node: ast.If) -> bool:
     return dotted(node.test)[-1:] == ["TYPE_CHECKING"]
 
 
-class _WhatItDoes(ast.NodeTransformer):
-    """Takes out of a tree what does nothing: docstrings and annotations; and imports, whose names are followed."""
+class _BehaviourOnly(ast.NodeTransformer):
+    """Removes docstrings and annotations, which have no effect, and imports, whose names are followed instead."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)

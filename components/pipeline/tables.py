@@ -1,4 +1,4 @@
-"""The tables that travel between steps: their schemas, and the one way to read and write them.
+"""The tables that steps exchange: their schemas, and how they are read and written.
 
 A table is a Parquet file named after its schema, ``<folder>/<name>.parquet``, sorted by its first two columns, with the
 schema's fields in the schema's order: equal rows give equal bytes. A table that doesn't fit into memory is sorted on
@@ -24,7 +24,7 @@ def _schema(**fields: pa.DataType) -> pa.Schema:
 
 
 SCHEMAS: Mapping[str, pa.Schema] = {
-    # One row a clean prompt. `scores` holds each filter's figure as JSON; `n_tokens` includes EOS.
+    # One row per clean prompt. `scores` holds each filter's score as JSON; `n_tokens` includes EOS.
     "prompts": _schema(
         id=pa.string(),
         text=pa.string(),
@@ -35,8 +35,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         scores=pa.string(),
         verdict=pa.string(),
     ),
-    # One row a kept clip. `shard` is the tar's path inside the folder, `member` the mp4's name inside the tar.
-    # `stage` is the training stage the clip is for (1 or 2): decided by a hash of the id, so the two never share one.
+    # One row per kept clip. `shard` is the tar's path inside the folder, `member` the mp4's name inside the tar.
+    # `stage` is the training stage the clip is for (1 or 2): decided by a hash of the id, so the stages share no clip.
     "clips": _schema(
         id=pa.string(),
         prompt_id=pa.string(),
@@ -54,7 +54,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         shard=pa.string(),
         member=pa.string(),
     ),
-    # One row a clip. `status`: success | truncated | blocked | error | skipped (a stage-1 clip needs no caption).
+    # One row per clip. `status`: success | truncated | blocked | error | skipped (a stage-1 clip needs no caption).
     "captions": _schema(
         clip_id=pa.string(),
         text=pa.string(),
@@ -65,7 +65,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         captioner_digest=pa.string(),
         template_version=pa.string(),
     ),
-    # One row a training sample that passed the last gate. `split`: train | heldout. `caption` is null in stage 1.
+    # One row per training sample that passed the last gate. `split`: train | heldout. `caption` is null in stage 1.
     "pairs": _schema(
         id=pa.string(),
         clip_id=pa.string(),
@@ -76,7 +76,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         shard=pa.string(),
         member=pa.string(),
     ),
-    # One row an encoded sample: where its tensors lie (`univigu.training.data` describes the shard).
+    # One row per encoded sample: where its tensors are (`univigu.training.data` describes the shard).
     "latents": _schema(
         id=pa.string(),
         stage=pa.int8(),
@@ -92,9 +92,9 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         shard=pa.string(),
         row=pa.int32(),
     ),
-    # What could not be used, in any step. `row` is the row as JSON; curation withholds personal data from it.
+    # Rows that a step could not use. `row` is the row as JSON; curation withholds personal data from it.
     "rejected": _schema(id=pa.string(), reason=pa.string(), detail=pa.string(), row=pa.string()),
-    # One row a scored item of the evaluation.
+    # One row per scored item of the evaluation.
     "items": _schema(
         task=pa.string(),
         clip_id=pa.string(),
@@ -110,13 +110,13 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 
 ROW_GROUP = 65_536  # rows of a table that are in memory at once, and rows of a Parquet row group
 _BATCH = 4096  # rows that are Python objects at once
-_STRIDE = 512  # every so many rows of a sorted run, one says where the row groups may be cut
+_STRIDE = 512  # rows of a sorted run between the places where row groups may be cut
 
 
 def write_table(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write `rows` as ``folder/name.parquet``, sorted by the schema's first two columns; returns how many there were.
+    """Write `rows` as ``folder/name.parquet``, sorted by the schema's first two columns; returns their number.
 
-    Raises `BadInputError` where a row does not fit the schema.
+    Raises `BadInputError` if a row does not fit the schema.
     """
     writer = TableWriter(name, folder)
     try:
@@ -127,10 +127,9 @@ def write_table(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> i
 
 
 class TableWriter:
-    """The rows of a table that is being made: they may come in any order, and most of them wait on disk.
+    """Writes a table by an external merge sort: rows may come in any order, and memory doesn't grow with their number.
 
-    Rows gather in runs of `ROW_GROUP`; each run is sorted and laid into a hidden folder in `folder`, and `write` merges
-    the runs. What is in memory doesn't depend on how many rows there are.
+    Runs of `ROW_GROUP` rows are sorted and written to a hidden folder in `folder`; `write` merges the runs.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -146,7 +145,7 @@ class TableWriter:
         return self._count
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; raises `BadInputError` (at once, or later) where it does not fit the schema."""
+        """Add a row; raises `BadInputError` (now or on a later call) if it does not fit the schema."""
         self._rows.append(row)
         self._count += 1
         if len(self._rows) == _BATCH:
@@ -160,7 +159,7 @@ class TableWriter:
             self.append(row)
 
     def write(self, folder: Path) -> int:
-        """Write ``folder/<name>.parquet`` with all rows so far; returns how many they are."""
+        """Write ``folder/<name>.parquet`` with all rows so far; returns their number."""
         self._gather()
         path = folder / f"{self.name}.parquet"
         if not self._runs:
@@ -174,17 +173,17 @@ class TableWriter:
         return self._count
 
     def close(self) -> None:
-        """Remove what waits on disk."""
+        """Remove the runs on disk."""
         if self._spilled:
             self._spilled.cleanup()
 
     def _gather(self) -> None:
-        """Turn the rows that are Python objects into Arrow's, which take a fraction of the memory."""
+        """Convert the rows from Python objects to Arrow, which takes a fraction of the memory."""
         try:
             self._tables.append(pa.Table.from_pylist(self._rows, schema=self.schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise BadInputError(
-                f"A row of the table '{self.name}' does not fit its schema ({error}); mend the step."
+                f"A row of the table '{self.name}' does not fit its schema ({error}); fix the step."
             ) from error
         self._rows = []
 
@@ -204,7 +203,7 @@ class TableWriter:
 
 
 def _sort(table: pa.Table) -> pa.Table:
-    """Sorted by the first two columns; rows that are equal in both keep their order."""
+    """Sort by the first two columns; the sort is stable."""
     return table.combine_chunks().sort_by([(field, "ascending") for field in table.schema.names[:2]])
 
 
@@ -213,7 +212,7 @@ def _open_run(path: Path) -> pa.Table:
 
 
 def _merged(runs: Sequence[pa.Table]) -> Iterator[pa.Table]:
-    """The rows of sorted runs in the order of all of them, in tables of about `ROW_GROUP` rows."""
+    """Merge sorted runs into tables of about `ROW_GROUP` rows."""
 
     def place(value: pa.Scalar) -> tuple[bool, Any]:
         return not value.is_valid, value.as_py()  # nulls come last
@@ -229,7 +228,7 @@ def _merged(runs: Sequence[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly `ROW_GROUP`, and one with the rest: where they are cut decides the bytes."""
+    """The same rows in tables of exactly `ROW_GROUP` rows and one rest: row groups must not depend on the runs."""
     waiting: pa.Table | None = None
     for table in tables:
         waiting = pa.concat_tables([waiting, table]) if waiting else table
@@ -241,7 +240,7 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def read_table(folder: Path, name: str) -> pa.Table:
-    """Read ``folder/name.parquet``; raises when it is missing, damaged, or has another schema."""
+    """Read ``folder/name.parquet``; raises if it is missing, damaged or has another schema."""
     path = folder / f"{name}.parquet"
     if not path.is_file():
         raise MissingInputError(f"There is no table '{name}' at {path}; run the step that makes it first.")
@@ -252,5 +251,5 @@ def read_table(folder: Path, name: str) -> pa.Table:
             f"The table {path} can't be read ({error}); delete it and run its step again."
         ) from error
     if not table.schema.equals(SCHEMAS[name]):
-        raise BadInputError(f"The table {path} has another schema than '{name}'; run the step that makes it again.")
+        raise BadInputError(f"The table {path} doesn't have the schema of '{name}'; run the step that makes it again.")
     return table

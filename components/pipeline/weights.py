@@ -1,4 +1,4 @@
-"""Where pretrained weights come from that a profile names and nobody has fetched yet."""
+"""How to download the pretrained weights that a profile names."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,8 @@ _WAN = re.compile(r"Wan2\.\d-[\w.-]+")
 
 
 def how_to_fetch(folder: Path) -> str:
-    """The command that fetches a model's folder, where its name says which it is; otherwise, what else to do."""
+    """What to do about a missing model folder: the command that downloads it, if its name identifies the model."""
     if _WAN.fullmatch(folder.name):
         name = folder.name if folder.name.endswith("-Diffusers") else f"{folder.name}-Diffusers"
         return f"fetch it with `hf download Wan-AI/{name} --local-dir {folder}`"
-    return "check --root and the profile, and fetch it (after `hf auth login`, where its repository is gated)"
+    return "check --root and the profile, or fetch it (after `hf auth login` if its repository is gated)"

@@ -1,1 +1,1 @@
-"""What a profile costs, and a check of all its steps without data, weights or GPUs."""
+"""The cost of a profile, and a check of all its steps without data, weights or GPUs."""

@@ -1,7 +1,7 @@
-"""What a profile takes on given GPUs: memory, operations, days, storage, requests, money; and is that plausible.
+"""The cost of a profile on given GPUs: memory, operations, days, storage, requests and money.
 
-Nothing is computed but shapes: models are on the meta device. Every figure that is assumed rather than derived is named
-in ``assumptions``, and figures known from elsewhere are held against ours in ``checks``.
+Models are on the meta device, so only shapes are computed. ``assumptions`` lists every figure that is assumed rather
+than derived, and ``checks`` compares ours with published figures.
 """
 
 import math
@@ -23,11 +23,11 @@ from univigu.training.memory_check import count_trainable, needed_host_memory, n
 if TYPE_CHECKING:
     from univigu.training.engine import TrainingConfig
 
-NEMO_TFLOPS = 325.8  # Wan 14B on H100s, as NVIDIA reports for NeMo: what a tuned implementation reaches
+NEMO_TFLOPS = 325.8  # of Wan 14B on H100s, reported by NVIDIA for NeMo: a tuned implementation
 MFU = round(NEMO_TFLOPS / 989.4, 2)
 PAPER = {"gpus": 16, "gpu": "h800", "steps": 100_000, "seconds": 6.05}  # under a week
 CLIP = {"frames": 81, "height": 480, "width": 832}
-KEPT_CHECKPOINTS = 2  # of a run; the one that is being written is a third
+KEPT_CHECKPOINTS = 2  # per run; the one being written is a third
 DAY = 86_400
 
 Profile = Mapping[str, Any]
@@ -43,15 +43,14 @@ def make_plan(
     zero: int | None = None,
     price: float = 0.0,
 ) -> Plan:
-    """The whole plan as plain data; ``zero`` overrides the profile's ZeRO stage, ``price`` is of a GPU-hour.
+    """The whole plan as plain data.
 
-    ``mfu``: the share of the GPU's peak that is reached, by default what NeMo's Wan reaches.
+    mfu: model FLOPs utilisation, by default that of NeMo's Wan. zero: overrides the profile's ZeRO stage. price: of a
+    GPU-hour.
     """
     mfu = MFU if mfu is None else mfu
     if not 0 < mfu <= 1:
-        raise BadInputError(
-            f"An MFU of {mfu} makes no sense; give the share of the peak that is reached, above 0 to 1."
-        )
+        raise BadInputError(f"The MFU is {mfu}; give a share of the GPU's peak, above 0 and at most 1.")
     device = find_gpu(gpu)
     models = build_models(profile, wan.config_folder(root / profile["base"]))
     text = profile["text"]
@@ -87,7 +86,7 @@ def make_plan(
 
 
 def describe_models(models: MetaModels, tokens: planning.Tokens) -> Plan:
-    """Parameters and the lengths of a sample; latents are bf16."""
+    """Numbers of parameters, the latents' shape, and the tokens of a sample."""
     count = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in ("base", "vae")}
     trained = parameter_count(models.transformer.config)
     return {
@@ -102,7 +101,7 @@ def describe_models(models: MetaModels, tokens: planning.Tokens) -> Plan:
 
 
 def plan_hours(profile: Profile, models: MetaModels, gpus: int, gpu: str) -> dict[str, float]:
-    """Hours that the long steps take, by their names, with all GPUs sharing them, at the MFU of NeMo's Wan."""
+    """Hours of each long step, by name, shared by all GPUs at the MFU of NeMo's Wan."""
     text, rate = profile["text"], find_gpu(gpu).tflops * 1e12 * MFU
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
     synthesis = plan_synthesis(profile, models, tokens, gpus * rate, gpus)
@@ -119,7 +118,7 @@ def plan_hours(profile: Profile, models: MetaModels, gpus: int, gpu: str) -> dic
 def plan_stage(
     models: MetaModels, tokens: planning.Tokens, config: Any, objective: Any, gpus: int, gpu_rate: float
 ) -> Plan:
-    """Operations, and the time of a step that waits for its slowest GPU; ``gpu_rate`` is of one, in FLOP/s."""
+    """Operations, and the time of a step that waits for its slowest GPU; `gpu_rate` is of one GPU, in FLOP/s."""
     costs = planning.task_costs(models.transformer, tokens, objective)
     recomputed = 1 / int(config.gradient_checkpointing) if config.gradient_checkpointing else 0.0
     guess, share = objective.self_conditioning, config.batch_size // gpus
@@ -150,9 +149,9 @@ def plan_stage(
 def plan_memory(
     models: MetaModels, tokens: planning.Tokens, config: "TrainingConfig", gpus: int, device: Gpu, zero: int | None
 ) -> Plan:
-    """Bytes on one GPU by part for every ZeRO stage, with and without recomputation, and which of them fit.
+    """Bytes on one GPU by part, for each ZeRO stage with and without recomputation, and which choices fit.
 
-    They are `needed_memory`'s, which training itself asks before it starts.
+    The figures come from `needed_memory`, which training also checks before it starts.
     """
     usable = planning.usable_memory(device.memory_gib)
     model, table = models.transformer.config, {}
@@ -161,7 +160,7 @@ def plan_memory(
     every = int(config.gradient_checkpointing)
     for stage in range(4):
         if stage == 0 and config.precision == "bf16":
-            continue  # it would keep no fp32 weights
+            continue  # would keep no fp32 weights
         offload = tuple(part for part in config.offload if stage >= OFFLOAD[part])
         for recomputed in sorted({0, 1, every}, key=lambda k: k or math.inf):
             tried = replace(config, zero_stage=stage, offload=offload, gradient_checkpointing=recomputed)
@@ -171,7 +170,7 @@ def plan_memory(
     if chosen not in table:
         raise BadInputError(f"There is no ZeRO stage {zero} in {config.precision}; use one of 1, 2 and 3.")
     encoders = sum(p.numel() for m in (models.text_encoder, models.vae) for p in m.parameters())
-    processes = min(gpus, 8)  # of a machine
+    processes = min(gpus, 8)  # per machine
     host = needed_host_memory(model, config, world_size=gpus, processes=processes, trainable=trainable)
     return {
         "usable": usable,
@@ -179,18 +178,18 @@ def plan_memory(
         "fits": table[chosen]["fits"],
         "by_stage": table,
         "learning": trainable,
-        "encoders": 0,  # latents and states are made beforehand
+        "encoders": 0,  # latents and states are precomputed
         "host_bytes_per_machine": host["total"] + 4 * encoders,
     }
 
 
 def _choice(zero: int, every: int) -> str:
-    """The name of a row: ZeRO stage, and which blocks recompute their activations (all, none, or every so many)."""
+    """The name of a row: the ZeRO stage, and which blocks recompute activations (none, all, or every k-th)."""
     return f"zero_{zero}_" + {0: "kept", 1: "recomputed"}.get(every, f"recomputed/{every}")
 
 
 def plan_synthesis(profile: Profile, models: MetaModels, tokens: planning.Tokens, rate: float, gpus: int) -> Plan:
-    """GPU-days of making clips (steps with guidance, then the VAE) and of encoding them; rate in FLOP/s of all."""
+    """GPU-days to generate clips (denoising, then the VAE) and to encode them; rate: FLOP/s of all GPUs."""
     import torch
 
     settings, video = profile["synthesize_videos"], profile["video"]
@@ -213,7 +212,7 @@ def plan_synthesis(profile: Profile, models: MetaModels, tokens: planning.Tokens
 
 
 def plan_captioning(profile: Profile) -> Plan:
-    """Requests to whoever writes captions: stage 2's clips, once each at best."""
+    """Requests to the captioner: at least one per clip of stage 2."""
     clips = round(profile["synthesize_videos"]["clips"] * (1 - profile["synthesize_videos"]["stage_1_share"]))
     settings = profile["caption_videos"]
     return {
@@ -225,7 +224,7 @@ def plan_captioning(profile: Profile) -> Plan:
 
 
 def plan_storage(profile: Profile, models: MetaModels) -> Plan:
-    """Bytes on disk, at most: clips, latents, text states, both stages' checkpoints, both models."""
+    """Upper bounds of bytes on disk: clips, latents, text states, checkpoints and models of both stages."""
     clips, text = profile["synthesize_videos"]["clips"], profile["text"]
     video = profile["video"]
     latents, states = 2, BYTES[profile["encode_latents"]["precision"]]
@@ -244,28 +243,28 @@ def plan_storage(profile: Profile, models: MetaModels) -> Plan:
 
 
 def assumptions(profile: Profile, mfu: float) -> list[str]:
-    """What the plan takes for granted."""
-    lengths = f"{profile['text']['prompt_tokens'][1]} tokens a prompt"
+    """What the plan assumes."""
+    lengths = f"{profile['text']['prompt_tokens'][1]} tokens per prompt"
     return [
-        f"{mfu:g} of the GPU's dense bf16 peak is reached, recomputation counted as work; communication, loading and "
-        "evaluation lie within it. Synthesis and encoding are given the same share.",
-        "Backward passes are counted as if every weight learned; `freeze` and `lora` leave some of them out.",
-        "A step waits for its slowest GPU, whose tasks are drawn by the profile's shares.",
-        f"{planning.CONTEXT_GIB:g} GiB of a GPU go to the CUDA context and NCCL, {100 * planning.FRAGMENTATION:g} % of "
-        "it to fragmentation; DeepSpeed's buckets have their default sizes.",
-        "Operations of the autoencoder and the transformer are counted; those of the text encoder, of norms and of the "
-        "token table are left out: under 1 % of a step.",
-        f"A clip takes {planning.CLIP_BITS_PER_PIXEL:g} bits a pixel; every clip is kept; text states are of "
-        f"{lengths}; a run keeps {KEPT_CHECKPOINTS} checkpoints of {planning.STATE_BYTES} bytes a parameter.",
-        "Prices are of GPU-hours; what a captioning endpoint asks comes on top, and so does the evaluation.",
+        f"The MFU is {mfu:g} of the GPU's dense bf16 peak, counting recomputation as work and including communication, "
+        "loading and evaluation. Synthesis and encoding have the same MFU.",
+        "Backward passes are counted as if every weight were trained; `freeze` and `lora` reduce them.",
+        "A step waits for its slowest GPU; tasks are drawn by the profile's shares.",
+        f"The CUDA context and NCCL take {planning.CONTEXT_GIB:g} GiB of a GPU, and fragmentation "
+        f"{100 * planning.FRAGMENTATION:g} %; DeepSpeed's buckets have their default sizes.",
+        "Operations of the autoencoder and the transformer are counted; those of the text encoder, the norms and the "
+        "token table, under 1 % of a step, are not.",
+        f"A clip takes {planning.CLIP_BITS_PER_PIXEL:g} bits per pixel; every clip is kept; text states are of "
+        f"{lengths}; a run keeps {KEPT_CHECKPOINTS} checkpoints of {planning.STATE_BYTES} bytes per parameter.",
+        "Costs are of GPU-hours only, without the evaluation and the fees of a captioning endpoint.",
     ]
 
 
-# --- figures known from elsewhere -------------------------------------------------------------------------------------
+# --- published figures ------------------------------------------------------------------------------------------------
 
 
 def known_figures(mfu: float) -> list[Plan]:
-    """What is known from elsewhere beside what this planner says of the same, and whether the two agree."""
+    """Published figures beside this planner's, and whether they agree."""
     profile = load_profile("wan-1.3b")
     profile["video"] = {**profile["video"], **CLIP}
     models = build_models(profile, wan.config_folder(profile["base"]))
@@ -285,7 +284,7 @@ def known_figures(mfu: float) -> list[Plan]:
             "known": PAPER["seconds"],
             "ours": stage["step_seconds"],
             "agrees": stage["step_seconds"] <= PAPER["seconds"],
-            "note": f"at most; reached from an MFU of {mfu * stage['step_seconds'] / PAPER['seconds']:.2f} on",
+            "note": f"at most; needs an MFU of {mfu * stage['step_seconds'] / PAPER['seconds']:.2f} or more",
         },
         _check("latents of a clip of 81 frames of 480x832 in bf16 (MB)", 4.19, size / 1e6, 0.01),
         _check("a joint sample of the 1.3B, forward and backward (PFLOP)", 0.86, 3 * joint / 1e15, 0.02),
@@ -295,7 +294,7 @@ def known_figures(mfu: float) -> list[Plan]:
             "known": NEMO_TFLOPS / 989.4,
             "ours": mfu,
             "agrees": mfu <= MFU,
-            "note": "at most; assumed here, not derived: above NeMo's it would have to be reached first",
+            "note": "at most; an assumption: nothing published exceeds NeMo's MFU",
         },
     ]
 

@@ -1,4 +1,4 @@
-"""A profile's models without their weights: built on the meta device from configs, at full size and at no cost."""
+"""A profile's models without weights: built from configs on the meta device, at full size and without memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ Profile = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MetaModels:
-    """What a base consists of, and what is trained from it; every tensor is on the meta device."""
+    """The models of a base, and the transformer that is trained from it; all tensors are on the meta device."""
 
-    folder: Path  # where the configs come from
+    folder: Path  # with the configs
     vae: "AutoencoderKLWan"
     text_encoder: "UMT5EncoderModel"
     base: "WanTransformer3DModel"
@@ -32,7 +32,7 @@ class MetaModels:
 
 
 def build_models(profile: Profile, folder: Path) -> MetaModels:
-    """The modules that `profile` makes of the configs in `folder`; raises where they don't fit one another."""
+    """Build the modules of `profile` from the configs in `folder`; raises `BadInputError` if they don't match."""
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -41,7 +41,7 @@ def build_models(profile: Profile, folder: Path) -> MetaModels:
     encoder_config = UMT5Config(**wan.read_json(folder / "text_encoder" / "config.json"))
     vae_config = wan.read_json(folder / "vae" / "config.json")
     if (name := vae_config.get("_class_name")) != "AutoencoderKLWan":
-        raise BadInputError(f"{folder / 'vae'} is {name}, not AutoencoderKLWan: take the autoencoder Wan came with.")
+        raise BadInputError(f"{folder / 'vae'} is {name}, not AutoencoderKLWan; use the checkpoint's own autoencoder.")
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(vae_config)
         text_encoder = UMT5EncoderModel(encoder_config)
@@ -56,7 +56,7 @@ def build_models(profile: Profile, folder: Path) -> MetaModels:
 
 
 def build_transformer(profile: Profile, base: Mapping[str, Any], vocab_size: int) -> "UniViGUTransformer3DModel":
-    """Wan's transformer with the text side that `profile` gives it, on whatever device is the default."""
+    """Wan's transformer with the text side of `profile`, on the default device."""
     from univigu import UniViGUTransformer3DModel
 
     known, model = UniViGUTransformer3DModel._get_init_keys(UniViGUTransformer3DModel), profile["model"]

@@ -1,6 +1,6 @@
-"""The settings of a profile: a pydantic model for each section, how profiles extend others, and what is wrong in one.
+"""The settings of a profile: a pydantic model per section, inheritance between profiles, and validation messages.
 
-`sections` and `training` hold the models, `profile` the whole of them; `layers` reads files and resolves ``extends``;
-`faults` says in words what does not fit; `reference` writes the page of all keys and the schema for editors. Steps get
-the plain mapping that these models accepted, since its values are what a recipe hashes.
+`sections` and `training` define the models, and `profile` combines them. `layers` reads files and resolves ``extends``,
+`faults` explains validation errors, and `reference` writes the page of all keys and the schema for editors. A recipe
+hashes the plain mapping that these models accepted; step functions read the models.
 """

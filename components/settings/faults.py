@@ -1,4 +1,4 @@
-"""What is wrong in a profile, in words: which key, what was found there, and what would do."""
+"""Explain what is wrong in a profile: the key, its value, and what is allowed."""
 
 import difflib
 import json
@@ -13,14 +13,14 @@ Path = tuple[str | int, ...]
 
 
 class Fault(NamedTuple):
-    """Something wrong at `path`; `said` is a sentence that begins after the key."""
+    """A fault at `path`; `text` is the rest of a sentence that begins with the key."""
 
     path: Path
-    said: str
+    text: str
 
 
 def explain(errors: Sequence[Mapping[str, Any]], values: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Fault]:
-    """Pydantic's errors as faults, one for each key (a union has an error for each of its kinds)."""
+    """Pydantic's errors as faults, one per key (a union has one error per alternative)."""
     found: dict[Path, Fault] = {}
     for error in errors:
         for fault in _read(error, values, schema):
@@ -29,7 +29,7 @@ def explain(errors: Sequence[Mapping[str, Any]], values: Mapping[str, Any], sche
 
 
 def find_odd_values(values: Any, path: Path = ()) -> Iterator[Fault]:
-    """What YAML can say and JSON can't: a key that is no text, a date, bytes, a set."""
+    """Values that YAML has and JSON doesn't: keys that aren't strings, dates, bytes, sets."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             if isinstance(key, str):
@@ -55,8 +55,8 @@ def _read(error: Mapping[str, Any], values: Mapping[str, Any], schema: Mapping[s
     path = _reached(error["loc"], values)
     kind = error["type"]
     if kind == RULES:
-        for key, said in error["ctx"][RULES]:
-            yield Fault((*path, *([key] if key else [])), said)
+        for key, text in error["ctx"][RULES]:
+            yield Fault((*path, *([key] if key else [])), text)
     elif kind == "missing":
         path = (*path, error["loc"][-1])
         elsewhere = ", or take it from another profile with `extends`" if isinstance(path[-1], str) else ""
@@ -70,7 +70,7 @@ def _read(error: Mapping[str, Any], values: Mapping[str, Any], schema: Mapping[s
 
 
 def _reached(loc: Sequence[str | int], values: Any) -> Path:
-    """As much of an error's place as there is in the values: a union adds the names of its kinds."""
+    """The part of an error's location that exists in the values: a union adds the names of its alternatives."""
     path: list[str | int] = []
     for part in loc:
         inside = isinstance(values, Mapping) and part in values
@@ -93,7 +93,7 @@ def _shown(value: Any) -> str:
 
 
 def _hint(value: Any, wanted: str) -> str:
-    """YAML 1.1 reads 2e-3 as a text."""
+    """A hint for numbers that YAML 1.1 reads as a text, such as 2e-3."""
     if not isinstance(value, str) or "number" not in wanted:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""What the models of all sections share: the base class, how a setting is declared, and kinds of value."""
+"""Shared by the models of all sections: the base class, the declaration of a setting, and value types."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-REPLACED = "x-replaced"  # in a schema: a table that an extending profile replaces as a whole
+REPLACED = "x-replaced"  # in a schema: an extending profile replaces this table as a whole
 UNIT = "x-unit"
-RULES = "rules"  # the kind of error that `Section` raises; its context holds the broken rules
+RULES = "rules"  # the type of `Section`'s errors, with the broken rules as context
 
 
 class Section(BaseModel):
-    """A table of settings. Every key must be there, no other may be, and nothing is converted: "3" is no number."""
+    """A table of settings: all keys are required, others are forbidden, and none is converted ("3" is no number)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """What settings that are each right don't allow together: the key, and a sentence on what to change."""
+        """Rules between valid settings that are broken: for each the key, and what to change."""
         yield from ()
 
     @model_validator(mode="after")
@@ -34,12 +34,12 @@ def setting(description: str, unit: str = "", **more: Any) -> Any:
 
 
 def foreign_table(description: str) -> Any:
-    """A required table whose keys belong to someone else, such as a captioner's options."""
+    """A required table whose keys a plug-in defines, such as a captioner's options."""
     return Field(description=description, json_schema_extra={REPLACED: True})
 
 
 def _read_off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads a bare off as false
+    return "off" if value is False else value  # YAML reads an unquoted off as false
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

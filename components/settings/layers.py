@@ -1,7 +1,7 @@
 """Profiles as layers: a file's own settings over those of the profile that it extends, and ``--set`` over both.
 
-A table is merged with the parent's key by key; a list or a single value replaces the parent's. A table whose keys
-belong to someone else (a captioner's options) is replaced as a whole, since half of it makes no sense to another one.
+A table is merged with the parent's key by key; a list or a single value replaces the parent's. A table whose keys a
+plug-in defines (a captioner's options) is replaced as a whole, since its keys mean nothing to another plug-in.
 """
 
 import errno
@@ -24,18 +24,18 @@ _SPEC = re.compile(r"(.+?) (\{.*\})", re.DOTALL)
 
 
 class Layer(NamedTuple):
-    """What one file, or the command line, says."""
+    """The settings of one file or of the command line."""
 
     name: str  # for messages: a file, or ``--set``
     values: Mapping[str, Any]  # without ``extends``
 
 
 def read_layers(path: Path, find: Callable[[str], Path | None]) -> list[Layer]:
-    """A profile's file and all that it extends, the oldest parent first.
+    """A profile's file and all files that it extends, the topmost parent first.
 
-    find: the file of a bundled profile, or None where there is none of that name; any other parent is the path of a
-    YAML file, relative to the file that names it. Raises `ConfigError` for a file that is not there or no table, for
-    an unknown parent, and for profiles that extend each other in a circle.
+    find: the file of a bundled profile, or None for an unknown name. Any other parent is the path of a YAML file,
+    relative to the file that names it. Raises `ConfigError` for a file that is missing or isn't a table, for an unknown
+    parent, and for profiles that extend each other in a circle.
     """
     layers: list[Layer] = []
     seen: list[Path] = []
@@ -53,7 +53,7 @@ def read_layers(path: Path, find: Callable[[str], Path | None]) -> list[Layer]:
 
 
 def combine(layers: Sequence[Layer], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the layers make together, each over those before it."""
+    """Merge the layers; later ones override earlier ones."""
     values: dict[str, Any] = {}
     for layer in layers:
         values = _merge(values, layer.values, (), schema)
@@ -61,7 +61,7 @@ def combine(layers: Sequence[Layer], schema: Mapping[str, Any]) -> dict[str, Any
 
 
 def set_value(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-    """`values` with another value at ``keys[0].keys[1]...``; tables on the way are made where there are none."""
+    """`values` with another value at ``keys[0].keys[1]...``; missing tables are created."""
     first, *rest = keys
     inner = values.get(first)
     new = set_value(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value
@@ -69,9 +69,9 @@ def set_value(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dic
 
 
 def find_origin(path: Sequence[str | int], layers: Sequence[Layer]) -> str:
-    """The name of the layer that has the last word about `path`; the profile's own where none says anything of it."""
+    """The name of the last layer that sets `path`; the profile's own file if none does."""
     for layer in reversed(layers):
-        if _says(layer.values, path):
+        if _sets(layer.values, path):
             return layer.name
     files = [layer.name for layer in layers if layer.name != SET]
     return files[-1]
@@ -80,7 +80,7 @@ def find_origin(path: Sequence[str | int], layers: Sequence[Layer]) -> str:
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     """``section.key=VALUE`` as ``{"section.key": value}``; each value is read as YAML.
 
-    Raises `ConfigError` that names every text that can't be read so.
+    Raises `ConfigError` that lists all texts that can't be parsed.
     """
     found, faults = {}, []
     for text in texts:
@@ -98,7 +98,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def join_spec(name: str, changes: Mapping[str, Any]) -> str:
-    """A profile's name and what is set otherwise as one text, which `load_profile` reads wherever a name may be."""
+    """A profile's name and changed settings as one text, which `load_profile` accepts like a name."""
     old_name, old = split_spec(name)
     both = {**old, **changes}
     return f"{old_name} {json.dumps(both, default=str)}" if both else old_name
@@ -129,7 +129,7 @@ def _read(path: Path, children: Sequence[Path]) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"The profile {path}{child} is not readable YAML ({error}); correct it.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"The profile {path}{child} is no table of settings; see `univigu profile show tiny`.")
+        raise ConfigError(f"The profile {path}{child} is not a table of settings; see `univigu profile show tiny`.")
     return values
 
 
@@ -141,8 +141,8 @@ def _find_parent(parent: Any, path: Path, find: Callable[[str], Path | None]) ->
         return path.parent / parent
     if (found := find(parent)) is None:
         raise ConfigError(
-            f"'extends' in the profile {path} is {shown}, and there is no such profile; `univigu profile list` shows"
-            " those there are, or give a YAML file's path."
+            f"'extends' in the profile {path} is {shown}, which doesn't exist; use one of `univigu profile list`"
+            " or a YAML file's path."
         )
     return found
 
@@ -159,10 +159,10 @@ def _merge(
     return merged
 
 
-def _says(values: Any, path: Sequence[str | int]) -> bool:
+def _sets(values: Any, path: Sequence[str | int]) -> bool:
     for part in path:
         if isinstance(values, list):
-            return True  # a list is one value: whoever says it says all of it
+            return True  # a list is one value, so all of it is set
         if not isinstance(values, Mapping) or part not in values:
             return False
         values = values[part]

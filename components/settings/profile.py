@@ -1,4 +1,4 @@
-"""A whole profile: its sections in order, and what a mapping of settings has wrong."""
+"""The model of a whole profile, and the validation of a mapping of settings."""
 
 import functools
 from collections.abc import Mapping
@@ -24,20 +24,20 @@ from components.settings.training import Model, TrainStage
 
 
 class Profile(Section):
-    """The parameters of one way to make the data and the model."""
+    """All settings of a run of the pipeline."""
 
-    seed: Count = setting("Seed of everything that is random", lt=2**63)
+    seed: Count = setting("Seed of all random numbers", lt=2**63)
     raw_prompts: Name = setting("Folder of raw prompts: JSONL, CSV or Parquet")
     base: Name = setting("Folder of the base model, in diffusers' Wan layout")
     generator: Name = setting("Folder of the pipeline that makes the clips: any text-to-video pipeline of diffusers")
-    heldout: Name = setting("File of what the evaluation is measured on")
-    text: Text = setting("How long prompts and captions may be")
+    heldout: Name = setting("File of held-out items for the evaluation")
+    text: Text = setting("Lengths of prompts and captions")
     video: Video = setting("The size of the clips")
     curate_prompts: CuratePrompts = setting("Which raw prompts are kept")
-    validate_data: ValidateData = setting("What the gates between steps ask for")
+    validate_data: ValidateData = setting("What the gates between steps require")
     synthesize_videos: SynthesizeVideos = setting("How clips are generated, and which are kept")
     import_videos: ImportVideos = setting("`univigu data import`")
-    caption_videos: CaptionVideos = setting("Who captions the clips, and what a caption must pass")
+    caption_videos: CaptionVideos = setting("The captioner, and the checks of its captions")
     encode_latents: EncodeLatents = setting("How clips and texts are encoded")
     model: Model = setting("The text side that is added to the base")
     train_stage_1: TrainStage = setting("Training on prompts")
@@ -47,7 +47,7 @@ class Profile(Section):
 
 
 def read_sections(values: Mapping[str, Any]) -> Profile:
-    """The profile of a stage that declares only some sections; reading another one raises `AttributeError`."""
+    """A profile with only the given sections; reading another section raises `AttributeError`."""
     read = {name: _kinds()[name].validate_python(value) for name, value in values.items() if name in _kinds()}
     return Profile.model_construct(None, **read)
 
@@ -59,12 +59,12 @@ def _kinds() -> dict[str, TypeAdapter[Any]]:
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of a complete profile; no caller changes it."""
+    """The JSON schema of a complete profile; callers must not modify it."""
     return Profile.model_json_schema()
 
 
 def find_faults(values: Mapping[str, Any]) -> list[Fault]:
-    """All that is wrong in a complete profile, in the order of its keys; empty where nothing is."""
+    """All faults of a complete profile, in the order of its keys; empty for a valid one."""
     odd = list(find_odd_values(values))
     try:
         Profile.model_validate(dict(values))

@@ -1,4 +1,4 @@
-"""What the models say, for people and for editors: the page of all settings, and the JSON schema of profile files."""
+"""The page of all settings for people, and the JSON schema of profile files for editors."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ $ univigu profile diff wan-1.3b wan-14b
 $ univigu run train-stage-2 --profile tiny --set train_stage_2.steps=500
 ```
 
-Your own profile says what it has otherwise than another one:
+Your own profile extends another one and lists what differs:
 
 ```yaml
 # yaml-language-server: $schema=components/profiles/schema.json
@@ -30,13 +30,13 @@ train_stage_2:
 ```
 
 A table is merged with that of the profile it extends, key by key; a list or a single value replaces it. Tables whose
-keys belong to someone else are replaced as a whole; they are marked below. `--set SECTION.KEY=VALUE` (of `univigu run`,
-`status`, `plan`, `rehearse`, `pipeline run` and `pipeline submit`) has the last word; its value is read as YAML. A
-pipeline gives it to every step. `univigu run` runs one step, so give the same `--set` to each step that reads the
+keys a plug-in defines are replaced as a whole; they are marked below. `--set SECTION.KEY=VALUE` (of `univigu run`,
+`status`, `plan`, `rehearse`, `pipeline run` and `pipeline submit`) overrides both; its value is read as YAML. A
+pipeline passes it to every step. `univigu run` runs one step, so give the same `--set` to each step that reads the
 section, and to `univigu status`. `dvc repro` takes no `--set`: change the profile, or use `dvc exp run -S`.
 
-A profile that doesn't fit is refused before anything starts, with exit code 78 and every fault in one message.
-Editors that use the YAML language server complete and check keys by the first line above.
+An invalid profile is refused before anything starts, with exit code 78 and all faults in one message.
+With the first line above, editors that use the YAML language server complete and check keys.
 """
 
 
@@ -59,14 +59,14 @@ def write_page() -> str:
     whole = schema()
     sections = {key: entry for key, entry in properties(whole, whole).items() if properties(entry, whole)}
     single = {key: entry for key, entry in properties(whole, whole).items() if key not in sections}
-    lines = [INTRODUCTION, "## Of the profile itself", "", *_table(single, whole)]
+    lines = [INTRODUCTION, "## Top level", "", *_table(single, whole)]
     for key, entry in sections.items():
         lines += ["", f"## {key}", "", f"{entry['description']}.", "", *_table(dict(_flatten(entry, whole)), whole)]
     return "\n".join(lines) + "\n"
 
 
 def _flatten(entry: Mapping[str, Any], whole: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a section, those of the tables in it after it."""
+    """All keys of a section, each followed by those of its tables."""
     for key, inner in properties(entry, whole).items():
         yield f"{path}{key}", inner
         of_each = resolve(inner, whole).get("additionalProperties")

@@ -7,7 +7,7 @@ Schema = Mapping[str, Any]
 
 
 def look_up(schema: Schema, path: tuple[str | int, ...]) -> Schema:
-    """The schema of what is at `path`; empty where the schema says nothing about it."""
+    """The schema at `path`; empty if the schema defines nothing there."""
     part: Schema = schema
     for key in path:
         part = resolve(part, schema)
@@ -22,7 +22,7 @@ def look_up(schema: Schema, path: tuple[str | int, ...]) -> Schema:
 
 
 def properties(schema: Schema, whole: Schema) -> Schema:
-    """The keys of a table and their schemas, also where the table may be null."""
+    """The keys of a table and their schemas, even if the table may be null."""
     schema = resolve(schema, whole)
     for choice in schema.get("anyOf", ()):
         if found := properties(choice, whole):
@@ -31,14 +31,14 @@ def properties(schema: Schema, whole: Schema) -> Schema:
 
 
 def resolve(schema: Schema, whole: Schema) -> Schema:
-    """A schema with its reference into `whole` followed; what is said beside the reference stays."""
+    """A schema with its reference into `whole` resolved; keys beside the reference are kept."""
     if reference := schema.get("$ref"):
         return {**whole["$defs"][reference.rpartition("/")[2]], **{k: v for k, v in schema.items() if k != "$ref"}}
     return schema
 
 
 def say_kind(schema: Schema, whole: Schema) -> str:
-    """What a value must be."""
+    """Describe the values that a schema allows."""
     schema = resolve(schema, whole)
     if choices := schema.get("anyOf"):
         return " or ".join(say_kind(choice, whole) for choice in choices)

@@ -1,4 +1,4 @@
-"""The sections that make the data and judge the model: everything in a profile but training."""
+"""All sections of a profile except those of the model and its training."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from components.settings.fields import (
 )
 
 REJECTED = "The step fails when it rejects a larger share of its rows than this"
-SHARD = "Rows in a shard: what a killed run keeps is a whole number of shards"
+SHARD = "Rows per shard; a killed run keeps its finished shards"
 
 
 class Text(Section):
@@ -53,9 +53,9 @@ class Text(Section):
 class Fit(Section):
     """How far a clip may be changed to fit a bucket."""
 
-    upscale: Positive = setting("Enlarge it at most so many times")
+    upscale: Positive = setting("Largest enlargement, as a factor")
     cut: Share = setting("Cut off at most this share of its area")
-    speed: Annotated[tuple[Positive, Positive], Strict(False)] = setting("Slowest and fastest speed that it may get")
+    speed: Annotated[tuple[Positive, Positive], Strict(False)] = setting("Smallest and largest speed-up, as factors")
     hdr: Literal["tone_map", "quarantine"] = setting("Map HDR videos to SDR, or quarantine them")
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -87,20 +87,20 @@ class Columns(Section):
 
 
 class PromptSource(Section):
-    """What files of prompts don't say of themselves."""
+    """Facts that files of prompts don't contain."""
 
-    source: str = Field("", description="The source of rows that name none")
-    licence: str = Field("", description="The licence of rows that name none")
-    columns: Columns = Field(Columns(), description="Which column holds what, where the names aren't the usual ones")
+    source: str = Field("", description="The source of rows without one")
+    licence: str = Field("", description="The licence of rows without one")
+    columns: Columns = Field(Columns(), description="Which column holds what, if the names aren't the usual ones")
 
 
 class Filters(Section):
     """The prompt filters: off, score (noted in the row's scores; the row stays) or enforce."""
 
-    unicode: Mode = setting("Text that is no clean Unicode")
+    unicode: Mode = setting("Text that is not clean Unicode")
     licence: Mode = setting("Licences that aren't listed in `licences`")
     prompt_injection: Mode = setting("Instructions to a language model")
-    personal_data: Mode = setting("Addresses, telephone numbers and the like")
+    personal_data: Mode = setting("Addresses, telephone numbers and similar data")
     unsafe: Mode = setting("Unsafe content, by word lists and by the file's own probabilities")
     language: Mode = setting("Languages that aren't listed in `languages`")
     length: Mode = setting("Prompts outside `text.prompt_tokens`")
@@ -108,14 +108,14 @@ class Filters(Section):
     exact_duplicates: Mode = setting("Prompts that say the same in the same words")
     near_duplicates: Mode = setting("Prompts that share most of their words")
     semantic_duplicates: Mode = setting("Prompts that mean the same; needs `embedding_model`")
-    diversity: Mode = setting("Prompts that have many others close by; needs `embedding_model`")
+    diversity: Mode = setting("Prompts with too many similar ones; needs `embedding_model`")
 
 
 class Diversity(Section):
-    """When a prompt has too many others close by."""
+    """When a prompt has too many similar ones."""
 
-    cosine: Cosine = setting("From this cosine similarity on, another prompt is close")
-    neighbours: Size = setting("Earlier prompts that close, of which one is too many", "prompts")
+    cosine: Cosine = setting("Smallest cosine similarity at which two prompts are similar")
+    neighbours: Size = setting("Number of similar earlier prompts that is too many", "prompts")
 
 
 class CuratePrompts(Section):
@@ -125,24 +125,24 @@ class CuratePrompts(Section):
     languages: list[Name] = setting("Languages that are kept, as ISO 639-1 codes")
     licences: list[Name] = setting("Licences that are kept, as SPDX identifiers")
     sources: dict[str, PromptSource] = foreign_table(
-        "What files don't say of themselves, by patterns of their names: source, licence, columns"
+        "Facts that files don't contain, by file name patterns: source, licence, columns"
     )
     filters: Filters = setting("What each filter does: off, score or enforce")
-    unsafe_probability: Share = setting("From this probability on, in a column such as VidProM's, a row is unsafe")
-    near_duplicate_jaccard: Share = setting("From this Jaccard similarity on, two prompts are near duplicates")
+    unsafe_probability: Share = setting("Smallest probability, in a column such as VidProM's, at which a row is unsafe")
+    near_duplicate_jaccard: Share = setting("Smallest Jaccard similarity at which two prompts are near duplicates")
     near_duplicate_min_features: Count = setting(
         "Shorter prompts must be equal to be near duplicates", "words and pairs of words"
     )
     embedding_model: str = setting("Folder of a sentence-embedding model, for the last two filters")
-    semantic_duplicate_cosine: Cosine = setting("From this cosine similarity on, two prompts mean the same")
-    diversity: Diversity = setting("When a prompt has too many others close by")
+    semantic_duplicate_cosine: Cosine = setting("Smallest cosine similarity at which two prompts mean the same")
+    diversity: Diversity = setting("When a prompt has too many similar ones")
 
 
 class ValidateData(Section):
     """What the gates between steps ask for."""
 
-    min_rows: Count = setting("A gate over fewer rows fails", "rows")
-    heldout_share: Share = setting("Share of each stage's pairs that is held out, for losses to be measured on")
+    min_rows: Count = setting("Fewest rows with which a gate passes", "rows")
+    heldout_share: Share = setting("Share of each stage's pairs that is held out for measuring losses")
     caption_checks: list[CaptionCheck] = setting("Checks of captions, each a name, or {name: {setting: value}}")
     max_rejected_share: Share = setting(REJECTED)
 
@@ -159,22 +159,24 @@ class SynthesizeVideos(Section):
     """How clips are generated, and which are kept."""
 
     max_rejected_share: Share = setting(REJECTED)
-    clips: Size = setting("How many to make at most: one for each prompt, prompts in the order of their ids", "clips")
+    clips: Size = setting("Largest number of clips; one per prompt, in the order of the prompts' ids", "clips")
     stage_1_share: Share = setting("Share of the clips for stage 1; the rest is for stage 2")
     shard_size: Size = setting(SHARD, "clips")
     batch_size: Size = setting("Clips that are generated together", "clips")
     steps: Size = setting("Denoising steps of a clip", "steps")
     guidance_scale: NotNegative = setting("Scale of classifier-free guidance; up to 1: none")
-    negative_prompt: str = setting("What guidance leads away from")
+    negative_prompt: str = setting("Prompt that guidance steers away from")
     arguments: dict[str, Any] = foreign_table("More arguments of the generator's call, by their names")
-    flow_shift: Positive | None = setting("Above 1: more of the steps near the noise; null: as its scheduler says")
-    precision: Precision = setting("Of all the generator's parts but the autoencoder")
-    vae_precision: Precision = setting("Of the autoencoder")
+    flow_shift: Positive | None = setting("Above 1: more steps near the noise; null: the scheduler's own")
+    precision: Precision = setting("Precision of the generator's parts except the autoencoder")
+    vae_precision: Precision = setting("Precision of the autoencoder")
     offload: Literal["none", "model", "sequential"] = setting(
-        "What waits in the CPU's memory: slower, and needs less of the GPU's"
+        "What is offloaded to CPU memory: slower, but needs less GPU memory"
     )
     vae_memory: list[Literal["tiling", "slicing"]] = setting("How the autoencoder saves memory")
-    attention_backend: str = setting("Of diffusers: flash, _flash_3, sage and others; empty: torch's own")
+    attention_backend: str = setting(
+        "diffusers' attention backend: flash, _flash_3, sage or others; empty: torch's own"
+    )
     checks: dict[Name, ClipCheck] = setting("Checks of clips, by name, each with its mode and settings")
 
 
@@ -191,9 +193,9 @@ class CaptionVideos(Section):
     max_rejected_share: Share = setting(REJECTED)
     captioner: Name = setting("measured, openai, transformers, or a module of your own: docs/captioning.md")
     options: dict[str, Any] = foreign_table("The captioner's own options: docs/captioning.md")
-    wordings: Size = setting("Ways in which the captioner `measured` words a caption; 1: the plain one", "wordings")
+    wordings: Size = setting("Number of wordings of the captioner `measured`; 1: only the plain one", "wordings")
     shard_size: Size = setting(SHARD, "clips")
-    batch_size: Size = setting("Clips in memory at a time, which the captioner answers together if it can", "clips")
+    batch_size: Size = setting("Clips in memory at a time, captioned together if the captioner supports it", "clips")
     attempts: Size = setting("How often the captioner is asked about one clip", "attempts")
     checks: list[CaptionCheck] = setting(
         "What a caption must pass besides its token range, each a name, or {name: {setting: value}}"
@@ -206,18 +208,18 @@ class EncodeLatents(Section):
     max_rejected_share: Share = setting(REJECTED)
     shard_size: Size = setting(SHARD, "clips")
     batch_size: Size = setting("Clips that are encoded together", "clips")
-    precision: Precision = setting("Of the text encoder")
+    precision: Precision = setting("Precision of the text encoder")
 
 
 class EvaluateModel(Section):
     """What the trained model is measured on."""
 
     benchmark: Name = setting("digits, for the built-in toy dataset, or pairs, for any other")
-    captions: Count = setting("Held-out clips to caption, or as many as there are", "clips")
+    captions: Count = setting("Held-out clips to caption, at most", "clips")
     generations: Count = setting("Held-out prompts to generate videos from", "prompts")
-    joint: Count = setting("Held-out prompts to make video and text of jointly", "prompts")
+    joint: Count = setting("Held-out prompts for joint sampling of video and text", "prompts")
     batch_size: Size = setting("Items that are sampled together", "items")
-    precision: Precision = setting("Of both models' transformers and text encoders")
+    precision: Precision = setting("Precision of both models' transformers and text encoders")
     compared_caption_steps: list[Size] = setting("Caption the same clips again in each of these numbers of Euler steps")
     base_steps: Size = setting("Denoising steps of the base, for comparison", "steps")
     base_guidance: NotNegative = setting("Guidance scale of the base")

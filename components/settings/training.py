@@ -22,7 +22,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Sampling(Section):
-    """What the saved model does where a call doesn't say otherwise."""
+    """Sampling defaults of the saved model."""
 
     num_inference_steps: Size = setting("Denoising steps of a video", "steps")
     guidance_scale: NotNegative = setting("Scale of classifier-free guidance of videos; up to 1: none")
@@ -41,7 +41,7 @@ class Model(Section):
     ffn_init: Literal["new", "copy"] = setting("Initialise its feed-forward layers anew, or copy the video side's")
     tau_star: Annotated[float, Field(gt=0, lt=1)] = setting("The time at which tokens become readable, 0 noise, 1 data")
     self_conditioning: Share = setting("Share of the steps in which the text sees its own first guess")
-    sampling: Sampling = setting("What the saved model does where a call doesn't say otherwise")
+    sampling: Sampling = setting("Sampling defaults of the saved model")
 
 
 class Lora(Section):
@@ -99,22 +99,23 @@ class TrainStage(Section):
     weight_decay: NotNegative = setting("Weight decay of matrices; norms, biases and tables have none")
     grad_clip: Positive = setting("Largest norm of a step's gradients")
     micro_batch_size: Size | None = setting(
-        "Samples that a process takes at once; null: its whole share of the batch", "samples"
+        "Samples per process and micro-batch; null: the process's whole share of the batch", "samples"
     )
     gradient_checkpointing: Every = setting(
-        "Recompute activations in the backward pass: false never, true in every block, k in every k-th", "blocks"
+        "Recompute activations in the backward pass; false: never, true: in all blocks, k: in every k-th",
+        "blocks",
     )
     offload: list[Literal["optimizer", "parameters"]] = setting(
-        "To the CPU's memory: optimizer (zero_stage 1 to 3), parameters (3)"
+        "Offload to CPU memory: optimizer (zero_stage 1 to 3), parameters (zero_stage 3)"
     )
     freeze: list[Name] = setting(
-        "Parts that don't learn: video, text, self_attention, cross_attention, video_feed_forward, text_feed_forward, "
+        "Untrained parts: video, text, self_attention, cross_attention, video_feed_forward, text_feed_forward, "
         "token_table, or patterns such as blocks.0.*"
     )
     lora: Lora | None = setting("Train adapters on the video side in place of its weights; null: none")
     ema_decay: Beta = setting("Above 0: evaluate and save a running average of the weights, such as 0.9999")
-    shuffle_shards: Count = setting("Shuffle within so many shards at a time; 0: over all samples", "shards")
-    cache_gb: Positive = setting("Disk for shards that are fetched from an object store", "GB")
+    shuffle_shards: Count = setting("Number of shards to shuffle within; 0: shuffle all samples", "shards")
+    cache_gb: Positive = setting("Disk space for shards from an object store", "GB")
     prompt_dropout: PromptDropout = setting("Share of the samples without their prompt")
     time_shift: TimeShift = setting("Shift of the training times; above 1: more of them near the noise")
     tasks: Tasks = setting("Shares of the training tasks; they are scaled to sum to 1")
@@ -124,11 +125,11 @@ class TrainStage(Section):
         "How much each token counts in the cross-entropy"
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = setting("DeepSpeed's ZeRO stage")
-    precision: Precision = setting("Of weights and activations; the optimizer keeps fp32")
+    precision: Precision = setting("Precision of weights and activations; the optimizer keeps fp32")
     checkpoint_every: Size = setting("Save a checkpoint every so many steps", "steps")
     heldout_every: Size = setting("Measure held-out losses every so many steps, and at the end", "steps")
-    samples_every: Count = setting("Show captions and clips of held-out samples in MLflow so often; 0: never", "steps")
-    peak_tflops: Positive | None = setting("Peak of one GPU, for the MFU; null: by its name", "TFLOP/s")
+    samples_every: Count = setting("Log held-out captions and clips to MLflow every so many steps; 0: never", "steps")
+    peak_tflops: Positive | None = setting("Peak performance of one GPU, for the MFU; null: from its name", "TFLOP/s")
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         if self.precision == "bf16" and self.zero_stage == 0:

@@ -1,8 +1,8 @@
-"""Captioning against a service that misbehaves: 1,000 clips, killed in the middle, and resumed.
+"""Captioning of 1,000 clips by a misbehaving service: the step is killed halfway, and resumed.
 
-`ratio` is the requests that the service got, over the least that a client without fault sends, as the service knows it;
-probes, requests under way at the kill, and those that its rate limit turned away are over that. `asked_twice` counts
-the requests whose answer was on the disk at the kill, and that came again.
+`ratio` is the number of requests that the service received over the minimum of a perfect client, which the service
+knows. Probes, requests in flight at the kill, and requests beyond the rate limit exceed that minimum. `asked_twice`
+counts the requests that came again although their answer was on disk at the kill.
 """
 
 import json
@@ -25,7 +25,7 @@ from univigu.errors import UniViGUError
 
 CLIPS = 1000
 SEED = 0
-RATE = 100.0  # requests a second that the service bears
+RATE = 100.0  # requests per second that the service accepts
 STEP = "caption-videos"
 KEY = "sk-bench-0123456789"
 OPTIONS = {
@@ -42,7 +42,7 @@ OPTIONS = {
 
 
 def measure() -> dict[str, Any]:
-    """Run the step in a process of its own, kill it when half is done, run it again, and compare what came of it."""
+    """Run the step in a separate process, kill it halfway, run it again, and compare the results."""
     from components.bench.captioning.clips import make_root, profile, write_caption
     from components.pipeline.tables import read_table
 
@@ -92,14 +92,14 @@ def measure() -> dict[str, Any]:
 
 
 def start(root: Path, url: str) -> subprocess.Popen:
-    """The step as a process of its own, in the work root that `make_root` filled."""
+    """Start the step as a process in the work root that `make_root` filled."""
     command = [sys.executable, "-m", "components.cli.main", "run", STEP, "--profile", str(root / "profile.yaml")]
     environment = {**os.environ, "CAPTION_BASE_URL": url, "CAPTION_API_KEY": KEY}
     return subprocess.Popen([*command, "--root", str(root)], env=environment, stdout=subprocess.DEVNULL)
 
 
 def over_the_minimum(requests: Sequence[tuple[str, str]], before: int, kept: set[str]) -> Mapping[str, int]:
-    """Requests that a client without fault would not have sent, by why."""
+    """The number of requests that a perfect client would not have sent, by reason."""
     under_way = {name for name, befell in requests[:before] if befell != "limited" and name not in kept}
     after = [name for name, befell in requests[before:] if befell != "limited"]
     return {

@@ -1,4 +1,4 @@
-"""A work root of clips to be captioned, as the steps before would leave it; every prompt is another, and says all."""
+"""A work root of clips to caption, as earlier steps would write it; prompts are distinct and state all attributes."""
 
 import hashlib
 import shutil
@@ -18,18 +18,18 @@ from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from univigu.video import encode_mp4
 
-VIDEOS = 16  # different ones; the prompts tell the clips apart
+VIDEOS = 16  # distinct videos; the prompts distinguish the clips
 
 
 def profile(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The profile `tiny`, with the captioner that asks an endpoint."""
+    """The profile `tiny` with the captioner `openai`."""
     made = load_profile("tiny")
     made["caption_videos"].update(captioner="openai", options=dict(options), shard_size=250, max_rejected_share=1.0)
     return made
 
 
 def make_root(root: Path, settings: Mapping[str, Any], count: int, seed: int) -> dict[str, str]:
-    """Fill `root` with `count` clips of stage 2, the base's tokenizer and `profile.yaml`; each clip's prompt by id."""
+    """Fill `root` with `count` clips of stage 2, the base's tokenizer and `profile.yaml`; returns prompts by id."""
     (root / "profile.yaml").write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
     shutil.copytree(SOURCE_ROOT / "model/tiny-wan/tokenizer", root / settings["base"] / "tokenizer")
     rng = np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def make_root(root: Path, settings: Mapping[str, Any], count: int, seed: int) ->
 
 
 def write_prompt(attributes: Mapping[str, str]) -> str:
-    """A prompt that states every attribute, the end by way of the others."""
+    """A prompt that states every attribute; the end follows from the others."""
     pace = {"slow": "slowly", "fast": "quickly"}[attributes["speed"]]
     return (
         f"a {attributes['colour']} {attributes['digit']} on {attributes['background']} "
@@ -72,7 +72,7 @@ def write_prompt(attributes: Mapping[str, str]) -> str:
 
 
 def write_caption(prompt: str) -> str:
-    """What a good model writes for such a prompt."""
+    """The caption that a good model writes for such a prompt."""
     said: dict[str, str | None] = {
         name: next(iter(values)) for name, values in world.read_text(prompt).items() if values
     }

@@ -1,7 +1,7 @@
-"""A language model's service that misbehaves as real ones do, on purpose and repeatably, and keeps count.
+"""A language model service that reproduces the faults of real ones deterministically, and counts its requests.
 
-It speaks the chat completions API on this machine. What befalls a prompt's requests is a list of troubles; when the
-list is used up, it answers well. On top of that it has a rate limit, which it announces in headers and enforces.
+It serves the chat completions API on this machine. Each prompt has a list of faults for its requests; when the list is
+used up, answers are good. It also has a rate limit, which it announces in headers and enforces.
 """
 
 import base64
@@ -28,10 +28,10 @@ REFUSAL = "I'm sorry, but I can't help with describing this video."
 class MisbehavingServer(ThreadingHTTPServer):
     """Serves from construction to `close`.
 
-    describe: writes a good caption for a prompt. trouble: what befalls a prompt's requests before that, in order.
-    rate: requests a second that it bears, after a burst of a fifth as many; None for no limit. hang_s: how long it
-    leaves a client waiting. sees: "pictures", "nothing" (refuses pictures), "words" (takes them, and looks at none), or
-    the words of a failure, such as "http 500 oops", that it has for pictures.
+    describe: writes a good caption for a prompt. trouble: the faults of a prompt's first requests, in order. rate:
+    accepted requests per second, after a burst of a fifth as many; None for no limit. hang_s: how long a hanging
+    request takes. sees: "pictures", "nothing" (refuses pictures), "words" (accepts pictures but ignores them), or a
+    failure for requests with pictures, such as "http 500 oops".
     """
 
     daemon_threads = True
@@ -52,10 +52,10 @@ class MisbehavingServer(ThreadingHTTPServer):
         self.key, self.model, self.sees = key, model, sees
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.befallen: Counter[str] = Counter()  # how many requests for a prompt have had their share of trouble
-        self.requests: list[tuple[str, str]] = []  # (what the client calls the request, what befell it)
+        self.befallen: Counter[str] = Counter()  # number of faults used so far, by prompt
+        self.requests: list[tuple[str, str]] = []  # (the client's request id, the fault)
         self.bodies: list[dict[str, Any]] = []
-        self.said: dict[str, str] = {}  # how each request was answered
+        self.said: dict[str, str] = {}  # the fault of each answered request
         self.allowance, self.filled = (rate or 0) / 5, time.monotonic()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -65,7 +65,7 @@ class MisbehavingServer(ThreadingHTTPServer):
         self.server_close()
 
     def next_trouble(self, name: str, prompt: str) -> str:
-        """What befalls the next request for a prompt; one that was answered before is answered in the same way."""
+        """The fault of the next request for a prompt; a repeated request gets the same answer."""
         troubles = self.trouble(prompt)
         with self.lock:
             if name not in self.said:
@@ -83,7 +83,7 @@ class MisbehavingServer(ThreadingHTTPServer):
             self.bodies.append(body)
 
     def admit(self) -> dict[str, str] | None:
-        """The headers that tell of the rate limit, or None where the limit is overrun."""
+        """The headers of the rate limit, or None if it is exceeded."""
         if self.rate is None:
             return {}
         with self.lock:
@@ -98,7 +98,7 @@ class MisbehavingServer(ThreadingHTTPServer):
             return {**left, "x-ratelimit-remaining-requests": str(int(self.allowance))}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in the middle is what this server is for."""
+        """Ignore clients that disconnect: this server provokes it."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, _completion(text, finish, usage, **more), headers)
 
     def fail(self, trouble: str) -> None:
-        """Refuse by a trouble such as ``http 403 Forbidden``; one of 429 comes without headers."""
+        """Refuse with a fault such as ``http 403 Forbidden``; a 429 of this kind has no headers."""
         _, status, words = trouble.split(" ", 2)
         self.refuse(int(status), words)
 
@@ -275,7 +275,7 @@ def _texts_of(body: dict[str, Any]) -> list[str]:
 
 
 def _prompt_of(body: dict[str, Any]) -> str | None:
-    """What stands between the marker lines of the first user message; a probe has none."""
+    """The text between the marker lines of the first user message; None for a probe."""
     found = _MARKED.search(_texts_of(body)[0])
     return found[2] if found else None
 

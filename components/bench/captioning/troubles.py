@@ -1,26 +1,26 @@
-"""What befalls requests for captions, and what a client without fault sends then, which no client can say of itself."""
+"""Faults of caption requests, and the minimum of requests that a perfect client sends for them."""
 
 import random
 from collections.abc import Sequence
 
-# The same request has to come again:
+# The client must repeat the request:
 LOST = ("429", "429 date", "500", "hang", "half json", "broken off", "reset", "trickle", "no choices")
-# Another request has to come, with a complaint:
+# The client must send another request that states the problem:
 BAD = (
     *("empty", "too long", "too short", "refusal", "repeats prompt", "wrong field", "cut off", "loop", "only thought"),
     *("tool calls", "no ending", "two texts"),
 )
-# Good, in an unusual shape:
+# Good answers in an unusual format:
 ODD = (
     *("parts", "thought", "legacy field", "half a thought", "json", "fence", "preface", "template tokens"),
     "other usage",
 )
 BLOCKED = ("blocked", "policy")
-LASTING = ("500", "no choices")  # of those that are lost: twice in a row, they are the prompt's
+LASTING = ("500", "no choices")  # of LOST: twice in a row, the prompt is the cause
 
 
 def draw_troubles(seed: int, prompt: str) -> tuple[str, ...]:
-    """What befalls the requests for a prompt, in order: nothing for most, something for three in ten."""
+    """The faults of a prompt's requests, in order: none for seven prompts in ten."""
     rng = random.Random(f"{seed} {prompt}")
     chance = rng.random()
     if chance < 0.70:
@@ -38,10 +38,10 @@ def draw_troubles(seed: int, prompt: str) -> tuple[str, ...]:
 
 
 def least_requests(troubles: Sequence[str], tries: int, attempts: int) -> tuple[int, str]:
-    """How many requests a client without fault sends for a clip with these troubles, and the status that it ends with.
+    """The number of requests that a perfect client sends for a clip with these faults, and the clip's final status.
 
-    It tries a request `tries` times, not counting refusals by a rate limit, or twice where it gets the same words; and
-    judges `attempts` answers.
+    It tries a request `tries` times, not counting refusals by a rate limit, or twice if the error is the same; and it
+    checks `attempts` answers.
     """
     lost = judged = 0
     for sent, (before, trouble) in enumerate(zip(("", *troubles), troubles, strict=False), start=1):

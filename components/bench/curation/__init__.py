@@ -1,8 +1,8 @@
-"""Prompt curation at scale, on made-up prompts: what a million of them cost, and near duplicates against datatrove's.
+"""Prompt curation at scale, on synthetic prompts: the cost of a million, and near duplicates against datatrove.
 
-`ratio` is our near-duplicate search over datatrove's MinHash: the same files, as many processes, each from the files to
-the rows that go. Every prompt goes through our MinHash here, as in datatrove's; its words are split at blanks, which is
-quicker than its own tokenizer. UNIVIGU_BENCH_ROWS takes another number of prompts than a million.
+`ratio` is the time of our near-duplicate search over that of datatrove's MinHash, with the same files and number of
+processes, from the files to the rows to remove. Every prompt goes through our MinHash here, as in datatrove's, which
+splits words at spaces, faster than with its own tokenizer. UNIVIGU_BENCH_ROWS sets the number of prompts.
 """
 
 import json
@@ -26,16 +26,16 @@ from univigu.errors import ConfigError, MissingInputError, UniViGUError
 ROWS = "UNIVIGU_BENCH_ROWS"
 PROFILE = "wan-1.3b"
 SEED = 0
-JACCARD = 0.9  # the profiles' own
-SAMPLE = 10_000  # texts whose every pair is compared
+JACCARD = 0.9  # as in the profiles
+SAMPLE = 10_000  # texts that are compared pairwise
 TOKENS = 256_300  # pieces of the tokenizer, as many as umT5 has
 SAMPLED_EVERY_S = 0.25
 
 
 def measure() -> dict[str, Any]:
-    """Both sides' seconds and their ratio, what a prompt costs at three sizes, peak memory, recall and precision.
+    """Both sides' seconds and their ratio, the cost per prompt at three sizes, peak memory, recall and precision.
 
-    Raises `MissingInputError` where datatrove is not installed, before anything is measured.
+    Raises `MissingInputError` if datatrove is not installed, before anything is measured.
     """
     _require_datatrove()
     rows = _rows()
@@ -65,7 +65,7 @@ def measure() -> dict[str, Any]:
 def _rows() -> int:
     given = os.environ.get(ROWS, "1000000")
     if not given.isdigit() or int(given) < 1:
-        raise ConfigError(f"{ROWS} is '{given}', and must be a number of prompts.")
+        raise ConfigError(f"{ROWS} is '{given}'; set it to a number of prompts, at least 1.")
     return int(given)
 
 
@@ -85,7 +85,7 @@ def _require_datatrove() -> None:
 
 
 def _in_process(what: str, folder: Path) -> dict[str, Any]:
-    """Run one of `SIDES` in a process of its own; returns what it printed, and its peak memory."""
+    """Run one of `SIDES` in a separate process; returns its result and its peak memory."""
     command = [sys.executable, "-m", "components.bench.curation", what, str(folder)]
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as trouble:
         process = subprocess.Popen(command, stdout=said, stderr=trouble)
@@ -101,7 +101,7 @@ def _in_process(what: str, folder: Path) -> dict[str, Any]:
 
 
 def _memory(pid: int) -> int:
-    """Bytes that a process and its descendants hold; what several of them share counts once."""
+    """Memory of a process and its descendants in bytes; shared memory counts once."""
     import psutil
 
     total = 0
@@ -165,7 +165,7 @@ def datatrove(folder: Path) -> dict[str, Any]:
 
 
 def step(root: Path) -> dict[str, Any]:
-    """The whole step `curate-prompts`, every filter but the two that need a sentence model."""
+    """The whole step `curate-prompts`, with all filters except the two that need a sentence model."""
     from components.digits.tokenizer import build_tokenizer
     from components.pipeline.runner import run_stage
 
@@ -177,7 +177,7 @@ def step(root: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(home / profile["base"] / "tokenizer")
     del tokenizer, texts
     write_raw_prompts(warm / profile["raw_prompts"], 100, SEED)
-    run_stage("curate-prompts", profile, warm)  # what is imported and loaded once is not a prompt's cost
+    run_stage("curate-prompts", profile, warm)  # excludes one-time imports and loading
     started = time.perf_counter()
     manifest = run_stage("curate-prompts", profile, root)
     seconds = time.perf_counter() - started
@@ -196,10 +196,10 @@ SIDES: dict[str, Callable[[Path], dict[str, Any]]] = {"search": search, "datatro
 
 
 def agreement(count: int, min_features: int) -> dict[str, Any]:
-    """The search on `count` different texts, against the exact Jaccard of every pair of them.
+    """Compare the search on `count` distinct texts with the exact Jaccard similarity of every pair.
 
-    recall: of the texts with an earlier kept one at `JACCARD` or above, the share that was found. precision: of those
-    that were found, the share whose exact Jaccard with the text that is named lies there, too.
+    recall: the share that was found of the texts with an earlier kept one at `JACCARD` or above. precision: the share
+    of the found texts whose exact Jaccard similarity with the named text is at `JACCARD` or above.
     """
     texts = [text for text in dict.fromkeys(raw_prompts(count, SEED)) if text]
     prints = fingerprints(texts, min_features)
@@ -223,7 +223,7 @@ def _jaccard(features: Sequence[Sequence[int]], left: int, right: int) -> float:
 
 
 def _exact_duplicates(features: Sequence[Sequence[int]], min_features: int) -> set[int]:
-    """The texts that a comparison of all pairs takes out, in their order; shorter ones stay, and are not compared."""
+    """The texts that a comparison of all pairs removes, in order; shorter texts are kept and not compared."""
     import numpy as np
     from scipy.sparse import csr_array
 

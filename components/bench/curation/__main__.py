@@ -1,4 +1,4 @@
-"""One side of the comparison, in a process of its own: `python -m components.bench.curation SIDE FOLDER`."""
+"""Run one side of the comparison in a separate process: `python -m components.bench.curation SIDE FOLDER`."""
 
 import json
 import sys

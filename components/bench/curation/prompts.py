@@ -1,7 +1,7 @@
-"""Made-up raw prompts, as many as wanted, with what real collections have: for benchmarks, never for training.
+"""Synthetic raw prompts with the properties of real collections: for benchmarks, never for training.
 
-Lengths, copies, crowds of variants of one prompt, other languages, options of a command line and junk are mixed in the
-way of public collections of video prompts. Equal arguments give equal rows.
+Lengths, copies, clusters of variants, other languages, command line options and junk are mixed as in public collections
+of video prompts. Equal arguments give equal rows.
 """
 
 import json
@@ -38,7 +38,7 @@ def _words(kind: str) -> list[Any]:
 
 
 def write_raw_prompts(folder: Path, count: int, seed: int, files: int = 4) -> None:
-    """Write `count` rows as ``folder/prompts-00.jsonl`` and so on; one in 500 lines is no JSON."""
+    """Write `count` rows as ``folder/prompts-00.jsonl`` and so on; one in 500 lines is invalid JSON."""
     rows = raw_prompts(count, seed)
     rng = random.Random(seed + 1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,17 +51,17 @@ def write_raw_prompts(folder: Path, count: int, seed: int, files: int = 4) -> No
 
 
 def raw_prompts(count: int, seed: int) -> Iterator[str]:
-    """Texts: about 70 % of their own, 12 % copies, 12 % variants of earlier ones, 6 % others and junk."""
+    """Texts: about 70 % new, 12 % copies, 12 % variants of earlier ones, 6 % others and junk."""
     rng = random.Random(seed)
-    recent: deque[str] = deque(maxlen=20_000)  # what people copy and change is mostly of these days
-    famous: list[str] = []  # and some prompts are changed again and again
+    recent: deque[str] = deque(maxlen=20_000)  # copies and variants are mostly of recent prompts
+    famous: list[str] = []  # some prompts have many variants
     for _ in range(count):
         kind = rng.random()
         if kind < 0.24 and recent:
             text = rng.choice(famous) if famous and rng.random() < 0.1 else recent[rng.randrange(len(recent))]
             text = text if kind < 0.12 else _changed(rng, text)
         elif kind < 0.25:
-            text = ", ".join([_subject(rng), *_words("styles"), *_words("times")])  # a crowd around one template
+            text = ", ".join([_subject(rng), *_words("styles"), *_words("times")])  # a cluster around one template
         elif kind < 0.29:
             text = _foreign(rng)
         elif kind < 0.31:
@@ -99,7 +99,7 @@ def _text(rng: random.Random) -> str:
 
 
 def _changed(rng: random.Random, text: str) -> str:
-    """A variant: other options, case or punctuation, or a few words; the longer the text, the more of them."""
+    """A variant with other options, case, punctuation or words; more words change in longer texts."""
     kind = rng.random()
     if kind < 0.2:
         return f"{text} {rng.choice(_words('options'))}"

@@ -1,7 +1,7 @@
-"""Walk the whole way of a profile without weights, GPUs or a cluster, so that what would fail there fails here.
+"""Preflight: check a profile end to end without weights, GPUs or a cluster, to find failures before the real run.
 
-Modules are built on the meta device at full size, from the base's own configs or Wan2.1's published ones. Each check is
-one line: ``ok``, ``to do`` (something that only you can put there) or ``failed``, with the sentence to act on.
+Modules are built on the meta device at full size, from the base's configs or Wan2.1's published ones. Each check is one
+line: ``ok``, ``to do`` (something that only the user can provide) or ``failed``, with a message that says what to do.
 """
 
 import json
@@ -16,7 +16,7 @@ from univigu.errors import UniViGUError
 
 
 def rehearse(scene: Scene, show: Callable[[Line], None] = lambda line: None) -> list[Line]:
-    """Every check's line, in order; `show` gets each as soon as it is there."""
+    """Run all checks; returns their lines in order, and calls `show` with each as soon as it is known."""
     lines: list[Line] = []
     for subject, check in _checks(scene):
         try:
@@ -25,7 +25,7 @@ def rehearse(scene: Scene, show: Callable[[Line], None] = lambda line: None) -> 
             line = Line(subject, "to do", str(error))
         except UniViGUError as error:
             line = Line(subject, "failed", str(error), error.exit_code)
-        except Exception as error:  # whatever a library raises over a shape or a key is what is looked for
+        except Exception as error:  # a library's error about a shape or a key is a finding, too
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             line = Line(subject, "failed", f"{type(error).__name__}: {reason}", UniViGUError.exit_code)
         lines.append(line)
@@ -39,7 +39,7 @@ def as_json(scene: Scene, lines: list[Line]) -> str:
 
 
 def exit_code(lines: list[Line]) -> int:
-    """That of the first check that failed, else 0."""
+    """The exit code of the first check that failed, otherwise 0."""
     return next((line.exit_code for line in lines if line.state == "failed"), 0)
 
 

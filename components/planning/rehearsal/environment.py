@@ -1,4 +1,4 @@
-"""What stands around the models: the profile's own sense, captioner, disk, evaluation, pipeline and jobs."""
+"""Checks of everything but the models: steps, prompts, captioner, disk, evaluation, pipeline and jobs."""
 
 import os
 import shutil
@@ -21,23 +21,23 @@ from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 
 def check_steps(profile: Profile) -> str:
-    """Every step's function can be imported, and every section that it reads is there."""
+    """Every step's function can be imported."""
     for stage in STAGES:
         module, _, function = stage.function.partition(":")
         if not callable(getattr(import_module(module), function, None)):
-            raise ConfigError(f"The step '{stage.name}' names {stage.function}, which isn't there; mend stages.py.")
-    return f"{len(STAGES)} steps and all they read"
+            raise ConfigError(f"The step '{stage.name}' names {stage.function}, which doesn't exist; fix stages.py.")
+    return f"{len(STAGES)} steps and all their inputs"
 
 
 def describe_texts(profile: Profile) -> str:
-    """The token ranges; that they fit each other was checked when the profile was read."""
+    """Describe the token ranges, which were validated when the profile was read."""
     text = profile["text"]
     (_, longest), (fewest, most) = text["prompt_tokens"], text["caption_tokens"]
     return f"prompts up to {longest} of {text['prompt_length']}, captions {fewest} to {most}"
 
 
 def check_captioner(profile: Profile, root: Path) -> str:
-    """Every check that is named exists, the captioner too, and the variables that it reads are set."""
+    """The captioner and all named checks exist, and the captioner's environment variables are set."""
     settings = profile["caption_videos"]
     load_gate(profile["synthesize_videos"]["checks"], root)
     load_caption_checks(settings["checks"])
@@ -64,15 +64,15 @@ def _variables(settings: Mapping[str, Any]) -> list[str]:
 
 
 def check_disk(scene: Scene, models: MetaModels) -> str:
-
+    """The work root has enough free disk space."""
     wanted, free = plan_storage(scene.profile, models)["total"], shutil.disk_usage(scene.root).free
     if wanted > free:
-        raise ToDo(f"find {wanted / 1e9:,.0f} GB for the work root; at {scene.root} {free / 1e9:,.0f} GB are free")
+        raise ToDo(f"provide {wanted / 1e9:,.0f} GB for the work root; {scene.root} has {free / 1e9:,.0f} GB free")
     return f"{wanted / 1e9:,.2g} GB of {free / 1e9:,.0f} free"
 
 
 def check_evaluation(profile: Profile, root: Path) -> str:
-    """The benchmark exists, and so does what it and its scorers read."""
+    """The benchmark exists, and so do the files that it and its scorers read."""
     from components.evaluation.evaluate_model import load_benchmark
 
     settings = profile["evaluate_model"]
@@ -84,7 +84,7 @@ def check_evaluation(profile: Profile, root: Path) -> str:
 
 
 def check_prompts(profile: Profile, root: Path) -> str:
-    """As many raw prompts as clips are to be made, at least, as curation reads them; it will leave fewer."""
+    """There are at least as many raw prompts as clips to make (curation will remove some of them)."""
     folder, wanted = root / profile["raw_prompts"], profile["synthesize_videos"]["clips"]
     try:
         here = folder.exists() and raw_files(folder)
@@ -95,16 +95,16 @@ def check_prompts(profile: Profile, root: Path) -> str:
     rows = 0
     for batch in read_batches(folder, profile["curate_prompts"]["sources"]):
         number, first = batch.rows[0]
-        if not number:  # the file itself
-            raise BadInputError(f"Curation would do without a file: {first.why}")
+        if not number:  # a fault of the file itself
+            raise BadInputError(f"Curation would skip a file: {first.why}")
         rows += len(batch.rows)
     if rows < wanted:
-        raise ToDo(f"put more prompts into {folder}: there are {rows:,}, and {wanted:,} clips are to be made")
+        raise ToDo(f"put more prompts into {folder}: there are {rows:,} for {wanted:,} clips")
     return f"{rows:,} for {wanted:,} clips"
 
 
 def check_hours(scene: Scene, models: MetaModels) -> str:
-    """What the steps that take long would take, against when a cluster takes them for stuck."""
+    """The long steps would end within their time limits on a cluster."""
     found = []
     for name, hours in plan_hours(scene.profile, models, scene.gpus, scene.gpu).items():
         limit = find_stage(name).resources.hours
@@ -115,7 +115,7 @@ def check_hours(scene: Scene, models: MetaModels) -> str:
 
 
 def check_pipeline(root: Path) -> str:
-    """The pipeline compiles, and is the one that lies in infra."""
+    """The pipeline compiles to the file in infra."""
     from components.orchestration.kfp_pipeline import compile_to
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,21 +123,21 @@ def check_pipeline(root: Path) -> str:
         compile_to(made)
         committed = root / "infra" / "pipeline.yaml"
         if committed.is_file() and committed.read_bytes() != made.read_bytes():
-            raise ConfigError("infra/pipeline.yaml isn't what the steps say; run `univigu pipeline compile`.")
+            raise ConfigError("infra/pipeline.yaml doesn't match the steps; run `univigu pipeline compile`.")
         return f"{len(made.read_bytes()) // 1024} KiB of YAML"
 
 
 def check_train_jobs(scene: Scene) -> str:
-    """Both stages as TrainJobs on nodes of eight GPUs, without a field that the API would drop."""
+    """Both stages form valid TrainJobs on nodes of up to eight GPUs, without a field that the API would drop."""
     from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
     nodes, each = max(1, scene.gpus // 8), min(8, scene.gpus)
     if nodes * each != scene.gpus:
-        raise ConfigError(f"{scene.gpus} GPUs don't fill nodes of {each}; take a multiple of {each}.")
+        raise ConfigError(f"{scene.gpus} GPUs don't fill nodes of {each}; use a multiple of {each}.")
     for name in ("train-stage-1", "train-stage-2"):
         settings = Settings(nodes=nodes, gpus=each, claim="work")
         job = build(find_stage(name), "0" * 64, scene.name, scene.root.resolve(), settings)
         # pyrefly: ignore[missing-attribute]
         if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
-            raise ConfigError(f"The TrainJob of '{name}' has a field that its API doesn't know; mend train_job.py.")
+            raise ConfigError(f"The TrainJob of '{name}' has a field that the API doesn't know; fix train_job.py.")
     return f"2, on {nodes} node{'s' * (nodes > 1)} of {each} GPUs"

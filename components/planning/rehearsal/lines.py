@@ -1,4 +1,4 @@
-"""What a rehearsal is about, and what it finds."""
+"""What a rehearsal checks, and its results."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Profile = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Line:
-    """What one check found."""
+    """The result of one check."""
 
     subject: str
     state: str  # ok | to do | failed
@@ -20,7 +20,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is rehearsed: a profile (and how it is called), its work root, the weights if any, and the GPUs."""
+    """What is rehearsed: a profile and its name, the work root, the weights if any, and the GPUs."""
 
     name: str
     profile: Profile
@@ -30,5 +30,5 @@ class Scene:
     gpu: str
 
 
-class ToDo(Exception):  # noqa: N818 (it is no error, and it ends a check early)
-    """Something that has to be put there before the real run."""
+class ToDo(Exception):  # noqa: N818 (it ends a check early and is no error)
+    """Something that the user must provide before the real run."""

@@ -1,4 +1,4 @@
-"""The models of a base, on the meta device: files, keys, shapes."""
+"""Checks of a base's models on the meta device: files, keys, shapes."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from univigu.weight_files import STEMS, check_weights, read_headers
 
 
 def check_files(profile: Profile, scene: Scene, models: list[MetaModels]) -> str:
-    """The weights' own headers against the modules; without weights, that they are still to be put there."""
+    """The headers of the weight files match the modules; without weights, raises `ToDo`."""
     folder = scene.weights or scene.root / profile["base"]
     if not folder.is_dir():
         if scene.weights:
-            raise MissingInputError(f"There is no folder {folder}; give that of a whole checkpoint to --weights.")
-        raise ToDo(f"put the base at {folder} (docs/wan.md); its config alone was rehearsed")
+            raise MissingInputError(f"There is no folder {folder}; set --weights to a complete checkpoint.")
+        raise ToDo(f"put the base at {folder} (docs/wan.md); only its config was checked")
     if not models:
-        raise BadInputError("The weights were not looked at, as no modules could be built for them; see above.")
+        raise BadInputError("The weights were not checked, because the modules could not be built; see above.")
     if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise MissingInputError(f"{folder} has no tokenizer/tokenizer.json: download the whole repository.")
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
@@ -35,52 +35,55 @@ def check_files(profile: Profile, scene: Scene, models: list[MetaModels]) -> str
 
 
 def check_keys(models: MetaModels) -> str:
-    """All of Wan's keys have a place of their shape in our transformer, and all that is left is the text side."""
+    """All of Wan's keys exist with the same shapes in our transformer, and all other keys are the text side's."""
     ours = {key: tensor.shape for key, tensor in models.transformer.state_dict().items()}
     theirs = {key: tensor.shape for key, tensor in models.base.state_dict().items()}
     wan.check_keys(ours.keys() - theirs.keys(), theirs.keys() - ours.keys())
     if differing := [key for key, shape in theirs.items() if ours[key] != shape]:
-        raise BadInputError(f"{differing[0]} has another shape in Wan's transformer than in ours; mend transformer.py.")
+        raise BadInputError(f"{differing[0]} has different shapes in Wan's transformer and ours; fix transformer.py.")
     return f"{len(theirs)} of Wan's, {len(ours) - len(theirs)} of the text side"
 
 
 def check_shapes(profile: Profile, models: MetaModels) -> str:
-    """Frames and sides that the autoencoder and the patches divide, channels that meet, places on the rotary tables."""
+    """Frames and sides are divisible into patches, channels and widths match, and the rotary tables are long enough."""
     video, config, vae = profile["video"], models.transformer.config, models.vae.config
     steps = vae.scale_factor_spatial * config.patch_size[1], vae.scale_factor_spatial * config.patch_size[2]
     if (video["frames"] - 1) % vae.scale_factor_temporal or video["height"] % steps[0] or video["width"] % steps[1]:
         raise ConfigError(
-            f"{video['frames']} frames of {video['height']}x{video['width']} can't be cut into patches; choose"
+            f"{video['frames']} frames of {video['height']}x{video['width']} can't be divided into patches; choose"
             f" {vae.scale_factor_temporal}k + 1 frames and sides that are multiples of {steps[0]} and {steps[1]}."
         )
     channels = vae.z_dim
     if not channels == config.in_channels == len(vae.latents_mean) == len(vae.latents_std):
         raise BadInputError(
-            f"The autoencoder makes latents of {channels} channels ({len(vae.latents_mean)} means) and the transformer"
-            f" takes {config.in_channels}: use the autoencoder that the transformer was trained with."
+            f"The autoencoder's latents have {channels} channels ({len(vae.latents_mean)} means), but the transformer"
+            f" takes {config.in_channels}; use the autoencoder that the transformer was trained with."
         )
     if (width := models.text_encoder.config.d_model) != config.text_dim:
         raise BadInputError(
-            f"The text encoder's states have {width} numbers and the transformer takes {config.text_dim}: use the text"
-            " encoder that the transformer was trained with."
+            f"The text encoder's states have {width} dimensions, but the transformer takes {config.text_dim}; use the"
+            " text encoder that the transformer was trained with."
         )
     models.transformer.rope.text(models.transformer.grid(models.latents[1:]), config.text_length)
     return f"latents {'x'.join(map(str, models.latents))}, {models.video_tokens:,} video tokens"
 
 
 def check_text_encoder(profile: Profile, models: MetaModels) -> str:
+    """Prompt states have the shape that the transformer takes."""
     import torch
 
     length = profile["text"]["prompt_length"]
     with torch.no_grad(), torch.device("meta"):
         states = models.text_encoder(torch.zeros(1, length, dtype=torch.long)).last_hidden_state
     if tuple(states.shape) != (1, length, models.transformer.config.text_dim):
-        raise BadInputError(f"Prompt states are {tuple(states.shape)}, which the transformer can't take.")
+        raise BadInputError(
+            f"Prompt states are {tuple(states.shape)}, which don't fit the transformer; use its own text encoder."
+        )
     return f"states {length}x{states.shape[-1]}"
 
 
 def check_autoencoder(profile: Profile, models: MetaModels) -> str:
-    """A clip through the autoencoder and back, with the normalisation of its latents."""
+    """The autoencoder encodes a clip to latents of the expected shape, and decodes them to the clip's shape."""
     import torch
 
     video = profile["video"]
@@ -91,14 +94,14 @@ def check_autoencoder(profile: Profile, models: MetaModels) -> str:
         decoded = models.vae.decode(latents, return_dict=False)[0]
     if tuple(latents.shape[1:]) != models.latents or decoded.shape != pixels.shape:
         raise BadInputError(
-            f"The autoencoder makes {tuple(latents.shape[1:])} of a clip and {tuple(decoded.shape[1:])} of that, not"
-            f" {models.latents} and the clip again: use another size of video."
+            f"The autoencoder encodes a clip as {tuple(latents.shape[1:])} and decodes it as {tuple(decoded.shape[1:])}"
+            f" instead of {models.latents} and the clip's own shape; choose another video size."
         )
     return f"{video['frames']} frames of {video['height']}x{video['width']} and back"
 
 
 def check_sampling(profile: Profile, models: MetaModels) -> str:
-    """One step of each way to sample, at full size with the profile's settings: what evaluation and users run."""
+    """One step of each kind of sampling, at full size with the profile's settings."""
     import torch
 
     from univigu.sampling import text_field, video_field
@@ -107,7 +110,7 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
     config, length = models.transformer.config, profile["text"]["prompt_length"]
 
     class Unread(UniViGUPipeline):
-        def _encode(self, prompts):  # that words can be looked up says `check_text_encoder`
+        def _encode(self, prompts):  # `check_text_encoder` covers the text encoder
             return torch.empty(len(prompts), length, config.text_dim, device="meta")
 
     sizes = {"num_frames": video["frames"], "height": video["height"], "width": video["width"]}
@@ -121,7 +124,7 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
         draw = video_field(models.transformer, text, 1.0, [0], empty, empty, scales[1])
         for field, state in ((say, text), (draw, clip)):
             if (velocity := field(state, 0.0)).shape != state.shape:
-                raise BadInputError(f"A velocity is {tuple(velocity.shape)} where its state is {tuple(state.shape)}.")
+                raise BadInputError(f"A velocity is {tuple(velocity.shape)}, but its state is {tuple(state.shape)}.")
     return (
         f"video in {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}; "
         f"text in {settings.caption_steps}, guidance {settings.caption_guidance_scale:g}"

@@ -1,4 +1,4 @@
-"""Training at full size on meta tensors: each task's step, what it needs of a GPU, and DeepSpeed's configuration."""
+"""Checks of training at full size on meta tensors: each task's step, GPU memory, DeepSpeed's configuration."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from univigu.training.memory import training_loss_on_fakes
 
 
 def tasks(profile: Profile) -> list[str]:
-    """The tasks that a stage gives a share."""
+    """The tasks with a share above 0 in either stage."""
     shares = [*profile["train_stage_1"]["tasks"].items(), *profile["train_stage_2"]["tasks"].items()]
     return list(dict.fromkeys(task for task, share in shares if share))
 
 
 def check_task(profile: Profile, models: MetaModels, task: str, trained: set[str]) -> str:
-    """A whole training step's forward and backward pass at full size, on meta tensors; adds what got a gradient."""
+    """Run a full-size training step on meta tensors; adds the parameters that got a gradient to `trained`."""
     import torch
 
     model, context = models.transformer, profile["text"]["prompt_length"]
@@ -36,39 +36,39 @@ def check_task(profile: Profile, models: MetaModels, task: str, trained: set[str
 
 
 def check_trained(models: MetaModels, trained: set[str]) -> str:
+    """The tasks together train every weight."""
     every = {name for name, _ in models.transformer.named_parameters()}
-    # a guess of zeros, which the passes above had, still gives its projection a gradient
+    # the projection of the first guess gets a gradient, although the guess was all zeros above
     if untouched := sorted(every - trained):
         raise BadInputError(f"No task of the profile trains {untouched[0]}; give tasks of both kinds a share.")
     return f"{len(every)} of {len(every)} weights"
 
 
 def _training_config(profile: Profile, number: int) -> Any:
-
     section = profile[f"train_stage_{number}"]
     objective_settings(section, profile["model"], profile["seed"])
     return TrainingConfig.from_section(section, profile["seed"])
 
 
 def check_memory(scene: Scene, models: MetaModels, number: int) -> str:
-    """What a step needs on the GPU that was named, against what that GPU has."""
+    """A step fits into the memory of the GPU."""
     config, text = _training_config(scene.profile, number), scene.profile["text"]
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
     memory = plan_memory(models, tokens, config, scene.gpus, find_gpu(scene.gpu), None)
     needed, usable = memory["by_stage"][memory["chosen"]]["total"] / 2**30, memory["usable"] / 2**30
     if not memory["fits"]:
         raise ConfigError(
-            f"Stage {number} needs {needed:.1f} GiB of each of {scene.gpus} {scene.gpu}, which have {usable:.1f} to"
-            " give; see `univigu plan` for what would fit."
+            f"Stage {number} needs {needed:.1f} GiB on each of {scene.gpus} {scene.gpu}, which have {usable:.1f}"
+            " usable; `univigu plan` shows what would fit."
         )
     return f"{needed:.1f} GiB of {usable:.1f} on each of {scene.gpus} {scene.gpu}"
 
 
 def check_deepspeed(scene: Scene, number: int) -> str:
-    """DeepSpeed's configuration, as DeepSpeed itself reads it."""
+    """DeepSpeed accepts its configuration."""
     from types import SimpleNamespace
 
-    init_distributed()  # of one process: DeepSpeed asks nobody else how many there are
+    init_distributed()  # a group of one process, which DeepSpeed requires
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = _training_config(scene.profile, number)

@@ -1,4 +1,4 @@
-"""What `univigu data import` says names the cause that there is, and no other."""
+"""`univigu data import` reports the actual cause and no other."""
 
 import pytest
 
@@ -9,14 +9,14 @@ from components.cli.data import _about_stages, _videos
     ("captions", "stages", "said"),
     [
         ({"usable": 3}, (1, 2), []),
-        ({"usable": 1}, (1, 0), ["All clips with a usable caption (1) fell to stage 1 by the draw"]),
-        ({"usable": 2}, (0, 2), ["All clips fell to stage 2 by the draw"]),
+        ({"usable": 1}, (1, 0), ["All clips with a usable caption (1) were assigned to stage 1 by chance"]),
+        ({"usable": 2}, (0, 2), ["All clips were assigned to stage 2 by chance"]),
         ({"none": 2}, (2, 0), ["No clip has a caption: import them with `--texts prompts`"]),
         ({"is_prompt": 2}, (2, 0), ["Captions that stage 2", "Every caption says no more than its prompt: import"]),
         ({"too_short": 2}, (2, 0), ["Captions that stage 2", "Every caption is shorter than 'text.caption_tokens'"]),
         ({"too_long": 1}, (1, 0), ["Captions that stage 2", "Every caption is longer than 'text.caption_tokens'"]),
-        ({"none": 1, "too_long": 1}, (2, 0), ["Captions that stage 2", "No caption is one that stage 2 can learn"]),
-        ({"too_short": 2, "usable": 1}, (3, 0), ["Captions that stage 2", "All clips with a usable caption (1) fell"]),
+        ({"none": 1, "too_long": 1}, (2, 0), ["Captions that stage 2", "Stage 2 can learn from no caption"]),
+        ({"too_short": 2, "usable": 1}, (3, 0), ["Captions that stage 2", "All clips with a usable caption (1) were"]),
     ],
 )
 def test_a_stage_without_clips_is_told_with_its_cause(captions, stages, said):

@@ -60,9 +60,7 @@ def test_a_fresh_start_and_a_way_back_are_one_option_each(univigu, root):
 def test_where_there_is_nothing_to_go_on_from_it_is_said_in_one_sentence(univigu, root):
     code, out, said = univigu("run", "first", "--resume-from", str(root / "nowhere"))
     assert (code, out) == (66, "")
-    assert (
-        said == f"univigu: There is nothing of 'first' to go on from in {root}/nowhere; nothing of it is set aside.\n"
-    )
+    assert said == f"univigu: {root}/nowhere holds no work of 'first' to resume; none of its work is set aside.\n"
 
 
 def test_a_part_has_no_fresh_start_of_its_own(univigu):
@@ -101,7 +99,7 @@ def test_dvc_is_told_at_once_that_a_step_is_finished(univigu, root, monkeypatch)
     (root / ".univigu/shards/first/00000.json").unlink()
     monkeypatch.setenv("DVC_STAGE", "first")
     code, out, _ = univigu("run", "first")
-    assert (code, out) == (0, "first: finished before, with the same inputs, parameters and code\n")
+    assert (code, out) == (0, "first: already finished with the same inputs, parameters and code\n")
     assert made(root) == []
     change_parameter(root)
     univigu("run", "first")

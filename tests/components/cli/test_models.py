@@ -83,7 +83,7 @@ def test_history_says_where_an_alias_was_moved_by_other_means(versions, univigu)
     assert "other means" not in univigu("model", "history", "--name", "moved")[1]
     registry.set_alias("moved", "champion", 2, f"sqlite:///{versions.root / 'mlflow.db'}")
     assert (
-        "The champion is version 2, and this history ends with version 1"
+        "The champion is version 2, but this history ends with version 1"
         in univigu("model", "history", "--name", "moved")[1]
     )
 
@@ -94,7 +94,7 @@ def test_nothing_there_is_said_in_words(versions, univigu, tmp_path):
         0,
         "No version of 'nobody' is registered; `univigu run register-model` registers one.\n",
     )
-    assert univigu("model", "history", "--name", "there")[1] == "Nothing was decided about 'there' yet.\n"
+    assert univigu("model", "history", "--name", "there")[1] == "There is no decision about 'there' yet.\n"
     for command in (("model", "list"), ("model", "history"), ("model", "trace"), ("model", "rollback", "--why", "x")):
         code, out, err = univigu(*command, root=tmp_path)
         assert (code, out) == (66, "")

@@ -182,7 +182,7 @@ def test_sigterm_also_stops_the_processes(new_root, profile):
         while len(children := psutil.Process(process.pid).children()) < 2 and process.poll() is None:
             time.sleep(0.05)
         process.terminate()
-        assert "told to stop; run it again" in process.stderr.read()
+        assert "received SIGTERM; run it again" in process.stderr.read()
     assert process.returncode == PreemptedError.exit_code
     assert not any(child.is_running() for child in children)
 

@@ -313,7 +313,7 @@ def test_interrupting_a_wait_prints_how_to_continue(kfp):
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
         assert [waiting.stdout.readline() for _ in range(2)] == ["run-1\n", "RUNNING\n"]
         waiting.send_signal(signal.SIGINT)
-        assert waiting.stderr.read() == "univigu: stopped; the same command goes on where it was.\n"
+        assert waiting.stderr.read() == "univigu: stopped; run the same command again to resume.\n"
     assert waiting.returncode == 130
 
 

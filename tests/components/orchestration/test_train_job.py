@@ -206,5 +206,5 @@ def test_a_pipelines_first_task_asks_the_cluster_for_both_stages(cluster, capfd,
     kfp_tasks._check_train_jobs("tiny", str(tmp_path), options)
     said = capfd.readouterr().out
     for stage in ("train-stage-1", "train-stage-2"):
-        assert f"check-prerequisites | {stage}: the cluster would take this TrainJob" in said
+        assert f"check-prerequisites | {stage}: the cluster accepts this TrainJob" in said
     assert cluster.jobs == {}

@@ -50,7 +50,7 @@ def test_shards_of_a_killed_run_are_set_aside_when_the_code_changes_and_taken_up
     (place,) = aside.list_kept(root, "first")
     assert (place / "shards/00000/data.bin").read_bytes() == bytes([0, 2, 4, 6])
     said = capfd.readouterr().err
-    assert f"What was finished is kept in {place}; `univigu run first --resume-from {place}`" in said
+    assert f"Its finished work is kept in {place}; `univigu run first --resume-from {place}`" in said
 
     shutil.rmtree(root / "data/first")
     shutil.rmtree(root / ".univigu/shards")
@@ -68,7 +68,7 @@ def test_finished_shards_of_the_output_are_kept_when_the_same_rows_are_made_in_a
     run(root, profile=OTHER)
     (place,) = aside.list_kept(root, "first")
     assert snapshot(place / "shards") == before
-    assert "first starts again: double.factor (2 -> 3). What was finished is kept in" in capfd.readouterr().err
+    assert "first starts again: double.factor (2 -> 3). Its finished work is kept in" in capfd.readouterr().err
     made(root)
     runner.resume("first", PROFILE, root, place)
     run(root)
@@ -104,7 +104,7 @@ def test_checkpoints_are_moved_aside_and_named_never_deleted(root, monkeypatch, 
     (place,) = aside.list_kept(root, "second")
     assert (place / "scratch/checkpoints/step-00000004").read_text() == "weights"
     assert (
-        f"second starts again: double.factor (2 -> 3). What was finished is kept in {place}" in capfd.readouterr().err
+        f"second starts again: double.factor (2 -> 3). Its finished work is kept in {place}" in capfd.readouterr().err
     )
 
 
@@ -166,10 +166,10 @@ def test_parts_set_aside_what_another_recipe_left(root):
 
 def test_nothing_to_go_on_from_is_said_with_what_there_is(root):
     run(root)
-    with pytest.raises(MissingInputError, match="nothing of it is set aside"):
+    with pytest.raises(MissingInputError, match="none of its work is set aside"):
         runner.resume("first", PROFILE, root, root / "data")
     run(root, profile=OTHER)
-    with pytest.raises(MissingInputError, match=r"set aside are .*aside/first/"):
+    with pytest.raises(MissingInputError, match=r"its set-aside work is in .*aside/first/"):
         runner.resume("first", PROFILE, root, root / "data")
 
 

@@ -1,4 +1,4 @@
-"""Cleaning removes what runs left, and never under a run that is under way."""
+"""Cleaning removes what runs have left, but never while a step is running."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_what_runs_left_goes_and_what_is_someone_elses_stays(root):
 def test_a_step_that_is_under_way_is_left_alone(root):
     process = start(root, SLOW=str(root / "at"))
     wait_for(root / "at", "0")
-    with pytest.raises(BusyError, match="'first' is under way"):
+    with pytest.raises(BusyError, match="'first' is running"):
         clean(root)
     assert process.wait() == 0
     assert (root / "data/first/manifest.json").is_file()

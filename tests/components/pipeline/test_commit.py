@@ -57,7 +57,7 @@ def test_an_input_that_was_written_to_meanwhile_is_not_committed_from(root, monk
     run(root)
     during(monkeypatch, lambda: (root / "data/first" / name).write_bytes(b"another"))
     monkeypatch.setattr(runner, "_load_function", lambda _: make_nothing(root, name))
-    with pytest.raises(BadInputError, match=r"data/first was changed while 'second' was reading it"):
+    with pytest.raises(BadInputError, match=r"data/first changed while 'second' was reading it"):
         run(root, "second")
     assert not (root / "data/second").exists()
 
@@ -71,7 +71,7 @@ def make_nothing(root, name):
 
 def test_a_source_that_was_changed_meanwhile_is_not_committed_from(root, monkeypatch):
     during(monkeypatch, lambda: (root / "numbers.json").write_text("[1]"))
-    with pytest.raises(BadInputError, match=r"numbers.json was changed while 'first' was reading it"):
+    with pytest.raises(BadInputError, match=r"numbers.json changed while 'first' was reading it"):
         run(root)
     assert not (root / "data/first").exists()
 

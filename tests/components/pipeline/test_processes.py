@@ -41,7 +41,7 @@ def test_a_step_gets_a_process_a_gpu_only_if_it_asks_for_gpus_and_works_in_shard
 
 
 def test_a_step_without_shards_takes_one_process(four_gpus):
-    with pytest.raises(ConfigError, match="'validate-clips' doesn't work in shards"):
+    with pytest.raises(ConfigError, match="'validate-clips' has no shards"):
         processes.make_parts("validate-clips", "smoke", Path("."), 2)
 
 

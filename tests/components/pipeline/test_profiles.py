@@ -210,9 +210,9 @@ def test_a_profile_of_an_earlier_version_is_told_all_that_has_changed(write):
     ("text", "said"),
     [
         ("a: [1", "is not readable YAML"),
-        ("- a\n- b", "is no table of settings"),
-        ("1: 2", "is no table of settings"),
-        ("", "is no table of settings"),
+        ("- a\n- b", "is not a table of settings"),
+        ("1: 2", "is not a table of settings"),
+        ("", "is not a table of settings"),
         ("a: &a [x, x]\nb: &b [*a, *a]" + "".join(f"\n{c}: &{c} [{', '.join(['*' + p] * 20)}]" for p, c in
          zip("bcdefg", "cdefgh", strict=True)), "aliases expand to more than 100,000 values"),
         ("a: " + "x" * 10 * 2**20, "is larger than 1 MiB"),
@@ -271,7 +271,7 @@ def test_a_fault_is_told_of_the_file_that_says_it(write):
 
 def test_an_unknown_parent_is_named_with_the_profile_that_extends_it(write):
     path = write({"extends": "huge"})
-    assert f"'extends' in the profile {path} is \"huge\", and there is no such profile" in refusal(path)
+    assert f"'extends' in the profile {path} is \"huge\", which doesn't exist" in refusal(path)
     path = write({"extends": "nowhere.yaml"})
     assert f"nowhere.yaml, which {path} extends" in refusal(path)
     assert "give a bundled profile's name or a YAML file" in refusal(write({"extends": ["tiny"]}))
@@ -394,7 +394,7 @@ def test_dvc_runs_no_profile_whose_paths_it_does_not_watch(tmp_path, monkeypatch
     check_watched("wan-1.3b", real, tmp_path)  # outside of DVC, nobody watches anything
     monkeypatch.setenv("DVC_STAGE", "curate-prompts")
     check_watched("smoke", load_profile("smoke"), tmp_path)
-    with pytest.raises(ConfigError, match=r"has DVC watch model/tiny-wan; run `univigu use wan-1.3b` first"):
+    with pytest.raises(ConfigError, match=r"DVC watches model/tiny-wan .*; run `univigu use wan-1.3b` first"):
         check_watched("wan-1.3b", real, tmp_path)
     use_profile("wan-1.3b", tmp_path)
     check_watched("wan-1.3b", real, tmp_path)

@@ -144,7 +144,7 @@ def test_a_killed_run_leaves_nothing_then_goes_on_where_it_was(root, tmp_path_fa
 def test_a_second_run_at_the_same_time_is_turned_away(root):
     process = start(root, SLOW=str(root / "at"))
     wait_for(root / "at", "0")
-    with pytest.raises(BusyError, match="under way"):
+    with pytest.raises(BusyError, match="is running"):
         run(root)
     assert process.wait() == 0
     assert runner.verify(root / "data/first", "first")["rows_out"] == 12
@@ -181,9 +181,9 @@ def test_what_a_killed_commit_left_behind_goes_with_the_next(root):
 
 def test_the_rows_that_failed_a_gate_are_kept_for_people(root):
     (root / "numbers.json").write_text(json.dumps([-1, -2, -3, 4]))
-    with pytest.raises(GateFailedError, match=r"look at them in (.*)\.$") as failed:
+    with pytest.raises(GateFailedError, match=r"they are in (.*)\.$") as failed:
         run(root)
-    kept = Path(re.search(r"look at them in (.*)\.$", str(failed.value))[1])
+    kept = Path(re.search(r"they are in (.*)\.$", str(failed.value))[1])
     assert [row["id"] for row in read_table(kept.parent, "rejected").to_pylist()] == ["-1", "-2", "-3"]
 
 
@@ -233,9 +233,9 @@ def test_a_killed_part_leaves_its_finished_shards_to_whoever_comes_next(root):
 def test_parts_and_whole_runs_keep_out_of_each_others_way(root):
     process = start(root, "1/2", SLOW=str(root / "at"))
     wait_for(root / "at", "0")
-    with pytest.raises(BusyError, match="'first' is under way"):
+    with pytest.raises(BusyError, match="'first' is running"):
         run(root)
-    with pytest.raises(BusyError, match="shard 00000 of 'first' is under way"):
+    with pytest.raises(BusyError, match="shard 00000 of 'first' is running"):
         runner.run_part("first", PROFILE, root, Part(1, 4))
     assert runner.run_part("first", PROFILE, root, Part(2, 2)) == {"made": 1, "kept": 0}
     assert process.wait() == 0
@@ -247,7 +247,7 @@ def test_parts_and_whole_runs_keep_out_of_each_others_way(root):
 def test_no_part_is_made_while_the_whole_step_runs(root):
     process = start(root, SLOW=str(root / "at"))
     wait_for(root / "at", "0")
-    with pytest.raises(BusyError, match="'first' is under way"):
+    with pytest.raises(BusyError, match="'first' is running"):
         runner.run_part("first", PROFILE, root, Part(1, 2))
     assert process.wait() == 0
 
@@ -294,5 +294,5 @@ def test_kept_batches_of_other_rows_are_made_again(root):
 
 
 def test_a_step_without_shards_has_no_parts(root):
-    with pytest.raises(ConfigError, match="'second' doesn't work in shards"):
+    with pytest.raises(ConfigError, match="'second' has no shards"):
         runner.run_part("second", PROFILE, root, Part(1, 2))

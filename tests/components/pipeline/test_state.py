@@ -61,7 +61,7 @@ def test_a_run_whose_files_are_removed_ends_in_a_sentence_and_the_next_one_is_wh
     wait_for(root / "at", "0")
     shutil.rmtree(root / ".univigu/staging")
     assert process.wait() == 1
-    assert "TransientError: Files of 'first' below" in capfd.readouterr().err.splitlines()[-1]
+    assert "TransientError: Files of 'first' under" in capfd.readouterr().err.splitlines()[-1]
     manifest = run(root)
     assert runner.verify(root / "data/first", "first") == manifest
     assert manifest["rows_out"] == 12
