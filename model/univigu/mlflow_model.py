@@ -149,8 +149,8 @@ def _video(value: str) -> Path | bytes:
         return base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MissingInputError(
-            f"'{value[:80]}' is neither a video file that may be read here nor base64; give one of the two (a server "
-            f"reads files only in its {VIDEO_FOLDER})."
+            f"There is no video file '{value[:80]}' that may be read here, and it is not base64 either; give one of "
+            f"the two (a server reads files only in its {VIDEO_FOLDER})."
         ) from error
 
 

@@ -100,12 +100,12 @@ def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) 
         values = vae.get(name)
         if not isinstance(values, list) or len(values) != channels or (name == "latents_std" and min(values) <= 0):
             raise BadInputError(
-                f"{folder}/vae/config.json has no '{name}' with {channels} values, so its latents can't be normalised:"
+                f"{folder}/vae/config.json has no '{name}' of {channels} values, so its latents can't be normalised:"
                 " download the base's own autoencoder again."
             )
     if transformer.get("in_channels", 16) != channels:
         raise BadInputError(
-            f"The autoencoder of {folder} makes latents with {channels} channels and its transformer takes"
+            f"The autoencoder of {folder} makes latents of {channels} channels and its transformer takes"
             f" {transformer.get('in_channels', 16)}: use the autoencoder that the transformer was trained with."
         )
     spatial = 2 ** (len(vae.get("dim_mult", (1, 2, 4, 4))) - 1) * (vae.get("patch_size") or 1)
