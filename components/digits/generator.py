@@ -6,6 +6,7 @@ The first latent frame of a causal autoencoder is an image, so training starts o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -185,17 +186,34 @@ def fit_generator(
     `data` is what `cache_latents` returns. No prompt is used whose words are in `forbidden` (see `prompts.words`).
     `report()` returns scores of the present weights.
     """
-    latents, attributes = data
+    losses = _Losses(generator, tokenizer, *data, config, seed, forbidden)
+    scores = (lambda _: report()) if report else None
+    clips = work / "generator-clips.safetensors"
+    if not clips.exists():
+        reader = Reader(generator.text_encoder)
+        reading = partial(losses.reading, reader)
+        train("words", reader, reading, config.words, work / "generator-words.safetensors")
+        train("images", generator, losses.image, config.images, work / "generator-images.safetensors")
+    train("generator", generator, losses.clip, config.clips, clips, scores)
 
-    def draw_prompt(wanted: dict[str, str], rng: np.random.Generator) -> str:
-        while words(text := world.write_prompt(wanted, rng)) in forbidden:
-            pass
-        return text
 
-    def reading_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = np.random.default_rng((seed, 3, step))
-        prompts = [draw_prompt(world.sample_attributes(rng), rng) for _ in range(config.words.batch)]
-        states = encode_prompts(reader.text_encoder, tokenizer, prompts, config.max_sequence_length)
+@dataclass
+class _Losses:
+    """What each stage of the generator's training minimises, by number of the step."""
+
+    generator: Generator
+    tokenizer: PreTrainedTokenizerFast
+    latents: torch.Tensor
+    attributes: list[dict[str, str]]
+    config: GeneratorConfig
+    seed: int
+    forbidden: frozenset[str]
+
+    def reading(self, reader: Reader, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Cross-entropy of the attributes that are read out of the text encoder's states."""
+        rng = np.random.default_rng((self.seed, 3, step))
+        prompts = [self._draw_prompt(world.sample_attributes(rng), rng) for _ in range(self.config.words.batch)]
+        states = encode_prompts(reader.text_encoder, self.tokenizer, prompts, self.config.max_sequence_length)
         pooled = states.sum(1) / (states.abs().sum(2) > 0).sum(1, keepdim=True)
         said = [world.read_text(prompt) for prompt in prompts]
         losses = []
@@ -204,18 +222,26 @@ def fit_generator(
             losses.append(nn.functional.cross_entropy(reader.heads[name](pooled), target, reduction="sum") / len(said))
         return torch.stack(losses).sum(), {}
 
-    def flow_loss(batch: int, frames: int, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = np.random.default_rng((seed, *key))
+    def image(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return self._flow(self.config.images.batch, 1, (1, step))
+
+    def clip(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return self._flow(self.config.clips.batch, self.latents.shape[2], (2, step))
+
+    def _flow(self, batch: int, frames: int, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Squared error of the velocity, at times that are spread evenly over the batch."""
+        rng = np.random.default_rng((self.seed, *key))
         noise_rng = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        index = rng.integers(len(latents), size=batch)
-        prompts = ["" if rng.random() < config.prompt_dropout else draw_prompt(attributes[i], rng) for i in index]
-        text = encode_prompts(generator.text_encoder, tokenizer, prompts, config.max_sequence_length)
-        x0 = latents[torch.from_numpy(index), :, :frames].float()
+        index = rng.integers(len(self.latents), size=batch)
+        dropout = self.config.prompt_dropout
+        prompts = ["" if rng.random() < dropout else self._draw_prompt(self.attributes[i], rng) for i in index]
+        text = encode_prompts(self.generator.text_encoder, self.tokenizer, prompts, self.config.max_sequence_length)
+        x0 = self.latents[torch.from_numpy(index), :, :frames].float()
         u = (torch.rand(batch, generator=noise_rng) + torch.arange(batch)) / batch
-        sigma = config.train_shift * u / (1 + (config.train_shift - 1) * u)
+        sigma = self.config.train_shift * u / (1 + (self.config.train_shift - 1) * u)
         noise = torch.randn(x0.shape, generator=noise_rng)
         s = sigma.view(-1, 1, 1, 1, 1)
-        velocity = generator.transformer(
+        velocity = self.generator.transformer(
             hidden_states=(1 - s) * x0 + s * noise,
             timestep=1000 * sigma,
             encoder_hidden_states=text,
@@ -223,16 +249,7 @@ def fit_generator(
         )[0]
         return ((velocity.float() - (noise - x0)) ** 2).mean(), {}
 
-    def image_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        return flow_loss(config.images.batch, 1, (1, step))
-
-    def clip_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        return flow_loss(config.clips.batch, latents.shape[2], (2, step))
-
-    scores = (lambda _: report()) if report else None
-    clips = work / "generator-clips.safetensors"
-    if not clips.exists():
-        reader = Reader(generator.text_encoder)
-        train("words", reader, reading_loss, config.words, work / "generator-words.safetensors")
-        train("images", generator, image_loss, config.images, work / "generator-images.safetensors")
-    train("generator", generator, clip_loss, config.clips, clips, scores)
+    def _draw_prompt(self, wanted: dict[str, str], rng: np.random.Generator) -> str:
+        while words(text := world.write_prompt(wanted, rng)) in self.forbidden:
+            pass
+        return text

@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,83 +69,106 @@ def train(
     path: Path,
     report: Callable[[int], dict[str, float]] | None = None,
 ) -> dict:
-    """Trains `module` in place for `fit.steps` steps and leaves its averaged weights in it.
+    """Train `module` in place for `fit.steps` steps and leave its averaged weights in it.
 
     `loss_at(step)` returns the loss and numbers to show; `report(step)` is called with the averaged weights in place,
-    every `report_steps`. State goes to `path` about once a minute; when it is there, training goes on from it.
+    every `report_steps`. State is saved to `path` about once a minute; training resumes from it if it exists.
     Returns {"step", "seconds", "log"}.
     """
-    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=fit.lr, betas=(0.9, 0.99), weight_decay=fit.weight_decay)
-    average = {n: p.detach().clone() for n, p in named.items()}
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
-    if path.exists():
-        tensors, state = load_tensors(path)
-        with torch.no_grad():
-            for n, p in named.items():
-                p.copy_(tensors[f"weight.{n}"])
-                average[n].copy_(tensors[f"average.{n}"])
-                if f"exp_avg.{n}" in tensors:
-                    optimizer.state[p] = {
-                        "step": torch.tensor(float(state["step"])),
-                        "exp_avg": tensors[f"exp_avg.{n}"],
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{n}"],
-                    }
-
-    def save(step: int, seconds: float) -> None:
-        state.update(step=step, seconds=seconds)
-        tensors = {f"weight.{n}": p.detach() for n, p in named.items()} | {
-            f"average.{n}": a for n, a in average.items()
-        }
-        for n, p in named.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                if p in optimizer.state:
-                    tensors[f"{key}.{n}"] = optimizer.state[p][key]
-        save_atomically(tensors, path, state)
-
-    def averaged_report(step: int) -> dict[str, float]:
-        kept = {n: p.detach().clone() for n, p in named.items()}
-        module.eval()
-        with torch.no_grad():
-            for n, p in named.items():
-                p.copy_(average[n])
-            # pyrefly: ignore[not-callable]
-            numbers = report(step)
-            for n, p in named.items():
-                p.copy_(kept[n])
-        module.train()
-        return numbers
-
+    averaged = _Averaged(module, fit, path)
     module.train()
+    state = averaged.state
     began, saved = time.monotonic() - state["seconds"], time.monotonic()
     shown: dict[str, float] = {}
     for step in progress(range(state["step"], fit.steps), name, unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(fit, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=fit.bf16):
             loss, numbers = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(named.values(), fit.clip)
-        if torch.isfinite(norm):
-            optimizer.step()
-        decay = min(fit.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            # pyrefly: ignore[no-matching-overload]
-            torch._foreach_lerp_(list(average.values()), list(named.values()), 1 - decay)
+        averaged.update(step, loss)
         for key, value in ({"loss": loss.item()} | numbers).items():
             shown[key] = 0.95 * shown.get(key, value) + 0.05 * value
         done = step + 1
         if done % fit.report_steps == 0 or done == fit.steps:
             line = {"step": done, "seconds": round(time.monotonic() - began)} | shown
-            line |= averaged_report(done) if report else {}
+            if report:
+                with averaged.in_place():
+                    line |= report(done)
             state["log"].append(line)
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in line.items()), file=sys.stderr)
         if done == fit.steps or time.monotonic() - saved > fit.save_seconds:
-            save(done, time.monotonic() - began)
+            averaged.save(done, time.monotonic() - began)
             saved = time.monotonic()
-    with torch.no_grad():
-        for n, p in named.items():
-            p.copy_(average[n])
-    module.eval()
+    averaged.leave()
     return state
+
+
+class _Averaged:
+    """A network in training: its weights, their moving average, and AdamW's moments; `path` keeps them all."""
+
+    def __init__(self, module: nn.Module, fit: Fit, path: Path) -> None:
+        self.module, self.fit, self.path = module, fit, path
+        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.named.values(), lr=fit.lr, betas=(0.9, 0.99), weight_decay=fit.weight_decay
+        )
+        self.average = {n: p.detach().clone() for n, p in self.named.items()}
+        self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
+        if path.exists():
+            self._load()
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        tensors, self.state = load_tensors(self.path)
+        for n, p in self.named.items():
+            p.copy_(tensors[f"weight.{n}"])
+            self.average[n].copy_(tensors[f"average.{n}"])
+            if f"exp_avg.{n}" in tensors:
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(float(self.state["step"])),
+                    "exp_avg": tensors[f"exp_avg.{n}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{n}"],
+                }
+
+    def save(self, step: int, seconds: float) -> None:
+        self.state.update(step=step, seconds=seconds)
+        tensors = {f"weight.{n}": p.detach() for n, p in self.named.items()}
+        tensors |= {f"average.{n}": a for n, a in self.average.items()}
+        for n, p in self.named.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if p in self.optimizer.state:
+                    tensors[f"{key}.{n}"] = self.optimizer.state[p][key]
+        save_atomically(tensors, self.path, self.state)
+
+    def update(self, step: int, loss: torch.Tensor) -> None:
+        """Take an optimizer step, unless a gradient isn't finite, and move the average along."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.fit, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.named.values(), self.fit.clip)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        decay = min(self.fit.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            # pyrefly: ignore[no-matching-overload]
+            torch._foreach_lerp_(list(self.average.values()), list(self.named.values()), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the averaged weights into the module for a while, in evaluation mode."""
+        kept = {n: p.detach().clone() for n, p in self.named.items()}
+        self.module.eval()
+        with torch.no_grad():
+            self._put(self.average)
+            yield
+            self._put(kept)
+        self.module.train()
+
+    def leave(self) -> None:
+        """Leave the averaged weights in the module, in evaluation mode."""
+        with torch.no_grad():
+            self._put(self.average)
+        self.module.eval()
+
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for n, p in self.named.items():
+            p.copy_(weights[n])

@@ -69,9 +69,9 @@ def check_prerequisites(
 
 
 # KFP copies this function into the compiled file without its module's imports, so the annotation finds its own way.
-def cache_keys(profile: str, root: str, checked: list) -> (
-    __import__("components.orchestration.kfp_tasks", fromlist=["CacheKeys"]).CacheKeys
-):
+def cache_keys(profile: str, root: str, checked: list) -> __import__(
+    "components.orchestration.kfp_tasks", fromlist=["CacheKeys"]
+).CacheKeys:
     from components.orchestration import kfp_tasks
 
     return kfp_tasks.cache_keys(profile, root)

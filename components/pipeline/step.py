@@ -62,10 +62,6 @@ class Step(Workspace):
 
         return read_sections(self.parameters)
 
-    def __getitem__(self, section: str) -> Any:
-        """A section of the profile, e.g. ``step["video"]["height"]``."""
-        return self.parameters[section]
-
     def kept_folder(self, entry: str, more: Any = None) -> Path:
         """A folder for results that depend on one function (``module:name``) instead of all of the step's code.
 

@@ -21,6 +21,7 @@ from components.settings.fields import (
     foreign_table,
     setting,
 )
+from univigu.errors import ConfigError
 
 REJECTED = "The step fails when it rejects a larger share of its rows than this"
 SHARD = "Rows per shard; a killed run keeps its finished shards"
@@ -40,14 +41,21 @@ class Text(Section):
             fewest, most = getattr(self, key)
             if fewest > most:
                 yield key, f"is [{fewest}, {most}]; put the smaller number first"
-        longest, fewest = self.prompt_tokens[1], self.caption_tokens[0]
-        if fewest <= longest:
-            yield (
-                "caption_tokens",
-                f"begins at {fewest}; a caption must be longer than any prompt, so begin above {longest}",
-            )
+        longest = self.prompt_tokens[1]
         if longest > self.prompt_length:
             yield "prompt_length", f"is {self.prompt_length} and prompts have up to {longest} tokens; raise it"
+
+    def require_longer_captions(self) -> None:
+        """Raise `ConfigError` if a caption may be as short as a prompt: the two stages need different lengths.
+
+        Importing and captioning don't need this, so it is not a rule of the section.
+        """
+        longest, fewest = self.prompt_tokens[1], self.caption_tokens[0]
+        if fewest <= longest:
+            raise ConfigError(
+                f"'text.caption_tokens' begins at {fewest}; a caption must be longer than any prompt, so begin above "
+                f"{longest}."
+            )
 
 
 class Fit(Section):

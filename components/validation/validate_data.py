@@ -105,6 +105,7 @@ def validate_pairs(step: Step) -> None:
     A stage-1 pair has no caption. Stage-2 clips whose caption failed were quarantined by caption-videos, and are only
     counted here.
     """
+    step.settings.text.require_longer_captions()
     gx = expectations()
     captions = step.read("captions", "captions")
     rows = _captioned_rows(step, captions)

@@ -44,11 +44,12 @@ def double(step):
         for row in rows:
             if row["n"] < 0:
                 step.reject(str(row["n"]), "negative", "below zero", row)
-        data = bytes(row["n"] * step["double"]["factor"] % 256 for row in good)
+        data = bytes(row["n"] * step.parameters["double"]["factor"] % 256 for row in good)
         (folder / "data.bin").write_bytes(data)
         with open(step.previous.parents[1] / "made.log", "a") as log:
             log.write(f"{rows[0]['n']} ")
-        return [{"clip_id": f"{row['n']:03d}", "text": str(row["n"] * step["double"]["factor"])} for row in good]
+        factor = step.parameters["double"]["factor"]
+        return [{"clip_id": f"{row['n']:03d}", "text": str(row["n"] * factor)} for row in good]
 
     step.write("captions", step.map_shards([{"n": n} for n in numbers], 4, work))
 

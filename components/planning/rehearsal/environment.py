@@ -17,6 +17,7 @@ from components.planning.cost import plan_hours, plan_storage
 from components.planning.meta_models import MetaModels
 from components.planning.rehearsal.lines import Profile, Scene, ToDo
 from components.prompts.sources import raw_files, read_batches
+from components.settings.sections import Text
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 
@@ -30,8 +31,9 @@ def check_steps(profile: Profile) -> str:
 
 
 def describe_texts(profile: Profile) -> str:
-    """Describe the token ranges, which were validated when the profile was read."""
+    """Describe the token ranges. Raises `ConfigError` if a caption may be as short as a prompt."""
     text = profile["text"]
+    Text.model_validate(text).require_longer_captions()
     (_, longest), (fewest, most) = text["prompt_tokens"], text["caption_tokens"]
     return f"prompts up to {longest} of {text['prompt_length']}, captions {fewest} to {most}"
 

@@ -117,7 +117,6 @@ def test_what_is_wrong_inside_a_table_is_named(write, section, values, said):
     ("section", "values", "said"),
     [
         ("text", {"prompt_tokens": [9, 4]}, "text.prompt_tokens is [9, 4]; put the smaller number first"),
-        ("text", {"caption_tokens": [20, 40]}, "text.caption_tokens begins at 20; a caption must be longer than any"),
         ("text", {"prompt_length": 16}, "text.prompt_length is 16 and prompts have up to 31 tokens; raise it"),
         ("train_stage_2", {"precision": "bf16"}, "train_stage_2.zero_stage is 0, and bf16 without ZeRO keeps no fp32"),
         (
@@ -230,6 +229,13 @@ def test_a_missing_file_and_an_unknown_name_are_named():
     for choose in (load_profile, lambda name: use_profile(name, Path("."))):
         with pytest.raises(ConfigError, match=r"no profile 'huge'.*; choose one of smoke, tiny"):
             choose("huge")
+
+
+def test_a_profile_that_only_imports_and_captions_may_allow_captions_of_any_length(write):
+    path = write(
+        {"extends": "tiny", "text": {"prompt_tokens": [1, 400], "caption_tokens": [2, 2000], "prompt_length": 512}}
+    )
+    assert load_profile(path)["text"]["caption_tokens"] == [2, 2000]
 
 
 # --- extends ---------------------------------------------------------------------------------------------------------

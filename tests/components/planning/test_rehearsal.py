@@ -115,6 +115,13 @@ def test_a_caption_that_the_rotary_tables_have_no_place_for_is_refused(tiny_wan_
         model_checks.check_shapes(long, build_models(long, tiny_wan_folder))
 
 
+def test_captions_that_may_be_as_short_as_a_prompt_are_refused():
+    profile = load_profile("tiny")
+    short = {**profile, "text": {**profile["text"], "caption_tokens": [20, 40]}}
+    with pytest.raises(ConfigError, match=r"caption_tokens. begins at 20; .* begin above 31"):
+        environment.describe_texts(short)
+
+
 def test_a_share_that_no_task_has_leaves_weights_untrained(tiny_wan_folder):
     profile, models = tiny(tiny_wan_folder)
     trained = set()

@@ -13,7 +13,7 @@ from components.prompts.filters import text_id
 from components.prompts.tokens import count_tokens, load_tokenizer
 from components.validation.gates import expectations, run_gate
 from components.validation.validate_data import assign_splits
-from univigu.errors import GateFailedError
+from univigu.errors import ConfigError, GateFailedError
 
 COUNT = 40
 
@@ -151,6 +151,12 @@ def test_captions_of_any_source_are_checked_for_damage_and_refusals(
     count = count_tokens(load_tokenizer(tiny_wan_folder), [text])[0]
     manifest, _ = validate("validate-pairs", one("captions", 1, text=text, n_tokens=count))
     assert manifest["reasons"] == {reason: 1}
+
+
+def test_pairs_are_refused_if_the_profile_allows_captions_as_short_as_a_prompt(validate, profile):
+    profile["text"]["caption_tokens"] = [20, 40]
+    with pytest.raises(ConfigError, match="a caption must be longer than any prompt"):
+        validate("validate-pairs")
 
 
 @pytest.mark.parametrize("step", BAD)
