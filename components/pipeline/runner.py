@@ -264,7 +264,8 @@ def _load_function(stage: Stage) -> Callable[[Step], None]:
 def _write_rejected(step: Step) -> None:
     """Write the rejected rows; raises `GateFailedError` if their share of the input rows is too large."""
     quarantined = step._rejected.write(step.out)
-    limit = step.parameters[step.stage.parameters[-1]].get("max_rejected_share", 1.0)
+    own = step.parameters[step.stage.parameters[-1]] if step.stage.parameters else None
+    limit = own.get("max_rejected_share", 1.0) if isinstance(own, Mapping) else 1.0
     if quarantined > limit * max(step.rows_in, 1):
         counts = ", ".join(f"{reason} {count}" for reason, count in step.reasons.most_common())
         kept = step.scratch / "rejected.parquet"
