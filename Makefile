@@ -3,8 +3,8 @@
 PYTHON ?= python3.11
 PROFILE ?= tiny
 PORT ?= 8080
-# Which build of torch: `cpu` (at first), a CUDA version such as `cu130`, or `auto` for what this machine's driver has.
-# Once installed, a build stays until another is asked for.
+# Which build of torch: `cpu` (the default), a CUDA version such as `cu130`, or `auto` for this machine's driver.
+# An installed build stays until you ask for another.
 TORCH ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 
 VENV := .venv
@@ -15,10 +15,10 @@ export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# A folder of local wheels that pip knows of may hold torch; uv has to be told.
+# pip's folder of local wheels may hold torch; uv needs to be told.
 LOCAL_TORCH := $(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS)))
 TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $(PIP_FIND_LINKS),--torch-backend $(TORCH))
-# Another build than the installed one has the same version, so it has to be asked for.
+# Builds share one version number, so replacing the installed one needs an explicit request.
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
@@ -43,47 +43,47 @@ $(INSTALLED): pyproject.toml components/pyproject.toml constraints.txt
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-install: $(INSTALLED) ## Make the environment in .venv (the other targets do it when needed)
+install: $(INSTALLED) ## Create the environment in .venv (other targets do this when needed)
 
-demo: install ## The main job: prompts in, a trained and registered Uni-ViGU out (14 minutes on two cores)
+demo: install ## From prompts to a trained and registered model (14 minutes on two cores)
 	@univigu use $(PROFILE)
 	dvc repro
 	@univigu summary
 
-smoke: ## The same way with next to no data and steps (two minutes)
+smoke: ## The same steps with very little data (two minutes)
 	@$(MAKE) --no-print-directory demo PROFILE=smoke
 
-airflow: install ## Airflow on this machine, with the DAGs that retrain and promote; Ctrl-C stops it
+airflow: install ## Run Airflow here, with the DAGs that retrain and promote; Ctrl-C stops it
 	@python -m components.orchestration.airflow_server --port $(PORT)
 
 measure-orchestrators: install ## What DVC, Kubeflow's local runner and Airflow add to a step (5 minutes)
 	@python -m components.bench.orchestrators
 
-architecture: install ## The rooms and who imports whom, from the code: reports/architecture.json
+architecture: install ## Which folder imports which: reports/architecture.json
 	@python -m tests.architecture
 
-docs: install ## The documentation as a web site in site/; `mkdocs serve` shows it while you write
+docs: install ## Build the documentation site in site/; `mkdocs serve` previews it
 	mkdocs build --strict
 
-profiles: install ## The page of all settings, and their schema for editors: docs/profiles.md, components/profiles/schema.json
+profiles: install ## Write the reference of all settings and their schema: docs/profiles.md, components/profiles/schema.json
 	@univigu profile reference > docs/.profiles.md && mv docs/.profiles.md docs/profiles.md
 	@univigu profile schema > components/profiles/.schema && mv components/profiles/.schema components/profiles/schema.json
 
-test: install ## All tests, lint and format included, two files at a time
+test: install ## Run all tests, lint and format included, in two processes
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
 
-test-fast: install ## The tests that are not marked slow
+test-fast: install ## Run the tests that are not marked slow
 	pytest --numprocesses 2 --dist loadfile -m "not slow"
 
-# TESTS=tests/univigu measures what a part of the tests covers.
-coverage: install ## What no test runs, by file and by name of the function: reports/coverage.json
+# TESTS=tests/univigu measures the coverage of a part of the tests.
+coverage: install ## List what no test runs, by file and function: reports/coverage.json
 	pytest --numprocesses 2 --dist loadfile --cov --cov-report term --cov-report json:reports/coverage.json $(TESTS)
 	@python -m tests.uncovered
 
-chaos: install ## Kill every step, fail its disk, give it odd inputs: MINUTES=30; run it again to continue
+chaos: install ## Kill steps, fail their disk, give them odd inputs; MINUTES=30, run it again to continue
 	@python -m tests.chaos all --minutes $(or $(MINUTES),30)
 
-lint: install ## Check style, types, spelling, and who may import whom
+lint: install ## Check style, types, spelling and the layers of imports
 	ruff check .
 	ruff format --check .
 	lint-imports
@@ -94,5 +94,5 @@ format: install ## Format the code
 	ruff check --fix .
 	ruff format .
 
-clean: install ## Remove what runs have left behind; the environment, the DVC cache, mlflow.db and pretraining stay
+clean: install ## Remove what runs left behind; keeps the environment, the DVC cache, mlflow.db and pretraining
 	@univigu clean
