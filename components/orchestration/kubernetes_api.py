@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from univigu.errors import BadInputError, ConfigError, TransientError, UniViGUError
+from univigu.extras import import_extra
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE = "node"  # Kubeflow Trainer's name of the job and of the container in which training runs
@@ -164,18 +165,6 @@ def _rejection(status: int, reason: str, namespace: str) -> UniViGUError:
             f"read pods, their logs and events, in the namespace '{namespace}'."
         )
     return BadInputError(f"The API server rejects the request ({status}: {reason}); correct the option it names.")
-
-
-def import_extra(module: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"The package '{module.partition('.')[0]}' is missing; install the extra `cluster`: "
-            "`pip install 'uni-vigu[cluster]'`."
-        ) from error
 
 
 def one_line(text: str) -> str:

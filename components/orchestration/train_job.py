@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.orchestration.kubernetes_api import GROUP, NODE, VERSION, import_extra
+from components.orchestration.kubernetes_api import GROUP, NODE, VERSION
 from components.pipeline.digests import json_digest
 from components.pipeline.stages import Stage
+from univigu.extras import import_extra
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUN_LABEL = "univigu/run-id"

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from univigu.errors import BadInputError, CorruptDataError, TransientError, UniViGUError, storage_fault
+from univigu.extras import import_extra
 from univigu.files import sync
 
 Uri = str | None
@@ -89,7 +90,8 @@ def quiet_mlflow():
     """Import `mlflow` without telemetry, pickles and the log lines that repeat its exceptions."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    import mlflow
+    import_extra("mlflow")
+    import mlflow  # again, for its types
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)

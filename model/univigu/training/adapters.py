@@ -9,6 +9,7 @@ from torch import nn
 
 from univigu import wan
 from univigu.errors import ConfigError
+from univigu.extras import import_extra
 from univigu.transformer import UniViGUTransformer3DModel
 
 # Names for `freeze`; anything else is a pattern of parameter names, such as `blocks.0.*`.
@@ -59,8 +60,7 @@ def merge_lora(transformer: UniViGUTransformer3DModel) -> None:
 
 
 def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], seed: int) -> None:
-    from peft import LoraConfig
-
+    peft = import_extra("peft")
     unknown = set(lora) - set(LORA)
     # pyrefly: ignore[unsupported-operation]
     settings: dict[str, Any] = LORA | lora
@@ -81,7 +81,7 @@ def _add_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any], s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            LoraConfig(r=settings["rank"], lora_alpha=settings["alpha"], target_modules=targets, bias="none")
+            peft.LoraConfig(r=settings["rank"], lora_alpha=settings["alpha"], target_modules=targets, bias="none")
         )
     for name, parameter in transformer.named_parameters():
         if name in trainable:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from univigu import wan
 from univigu.errors import ConfigError
+from univigu.extras import import_extra
 from univigu.training.optimizer_state import make_moments
 from univigu.training.sampler import rank_slice
 
@@ -123,8 +124,7 @@ def init_distributed() -> torch.device:
     if cuda and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # tensor sizes differ from bucket to bucket, which would fragment the GPU's memory
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    import deepspeed
-
+    deepspeed = import_extra("deepspeed")
     if not cuda:
         # otherwise the first initialize compiles a shared-memory all-reduce, which takes a minute and a half
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
