@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import univigu
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,6 +30,13 @@ def wheel(tmp_path_factory):
     run("uv", "build", "--quiet", "--no-build-isolation", "--python", sys.executable, "--out-dir", folder, REPO)
     (made,) = folder.glob("*.whl")
     return made
+
+
+def test_every_place_states_the_same_version(wheel):
+    pipeline = tomllib.loads((REPO / "components/pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    printed = run(sys.executable, "-m", "components.cli.main", "--version").split()[-1]
+    assert {wheel.name.split("-")[1], pipeline, str(cited), printed} == {univigu.__version__}
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):

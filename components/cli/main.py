@@ -15,6 +15,7 @@ import typer
 
 from components.cli import data, generate, models, pipeline, plan, profile, train_job
 from components.cli.options import Profile, Settings
+from univigu import __version__
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
 
@@ -33,6 +34,22 @@ app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")
 app.add_typer(data.app, name="data")
 app.add_typer(profile.app, name="profile")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"univigu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 Root = Annotated[Path, typer.Option(help="The work root, which contains every path that a step reads or writes.")]
 PartOption = Annotated[

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+__version__ = "0.2.0"
 _EXPORTS = {
     "UniViGUPipeline": "univigu.pipeline",
     "UniViGUTransformer3DModel": "univigu.transformer",
