@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -117,12 +118,23 @@ def answer(airflow, run, option):
 
 
 def stop(airflow, run):
-    """End a run; repeated, because a scheduler that has just read the run may set it back to running."""
+    """End a run for good, by asking until it stays ended.
+
+    A scheduler that has just read the run writes it back as running, and a busy SQLite answers 500.
+    """
+    unfinished = {"scheduled", "queued", "running", "restarting", "up_for_retry", "up_for_reschedule", "deferred", None}
+    quiet_s = 0
 
     def stopped():
-        airflow.call("PATCH", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}", {"state": "failed"})
-        time.sleep(2)
-        return state(airflow, run) == "failed"
+        nonlocal quiet_s
+        states = {task["state"] for task in tasks(airflow, run).values()}
+        if state(airflow, run) == "failed" and not states & unfinished:
+            quiet_s += 1
+        else:
+            quiet_s = 0
+            with suppress(urllib.error.HTTPError):
+                airflow.call("PATCH", f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}", {"state": "failed"})
+        return quiet_s > 10
 
     wait_for(stopped)
 
