@@ -172,7 +172,7 @@ def test_the_champion_leads_back_to_a_tagged_dataset_and_its_prompts(clone):
     assert done.returncode == 0, said(done)
     assert done.stdout.startswith("dataset@v1.0.0: ")
     again = call(["univigu", "data", "snapshot"], clone)
-    assert (again.returncode, "is dataset@v1.0.0 already" in again.stdout) == (0, True), said(again)
+    assert (again.returncode, "already dataset@v1.0.0" in again.stdout) == (0, True), said(again)
 
     done = call(["univigu", "model", "trace", "--json"], clone)
     assert done.returncode == 0, said(done)

@@ -280,7 +280,7 @@ def test_a_wrong_form_starts_nothing(airflow, conf):
 
 
 def test_a_second_airflow_in_the_same_place_is_refused_in_one_sentence(airflow, tmp_path):
-    for home, said in ((airflow.home, "is running in"), (tmp_path, f"The port {airflow.port} is taken")):
+    for home, said in ((airflow.home, "is already running in"), (tmp_path, f"The port {airflow.port} is taken")):
         arguments = ["--home", str(home), "--root", str(airflow.root), "--port", str(airflow.port)]
         done = subprocess.run(
             [sys.executable, "-m", "components.orchestration.airflow_server", *arguments],

@@ -22,7 +22,7 @@ def test_without_datatrove_a_sentence_says_how_to_get_it(monkeypatch):
 def test_a_number_of_rows_that_is_none_is_told(monkeypatch, rows):
     monkeypatch.setattr(curation, "_require_datatrove", lambda: None)
     monkeypatch.setenv(curation.ROWS, rows)
-    with pytest.raises(ConfigError, match="must be a number of prompts"):
+    with pytest.raises(ConfigError, match="set it to a number of prompts"):
         curation.measure()
 
 

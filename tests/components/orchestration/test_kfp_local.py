@@ -48,8 +48,10 @@ def test_a_missing_prerequisite_ends_the_run_before_any_step_with_its_own_exit_c
     shutil.rmtree(root / "model")
     done = run(root)
     assert done.returncode == 66, done.stderr
-    assert done.stderr == f"univigu: There is no model/tiny-wan below {root}, which the profile names as 'base'; " + (
-        "copy it there.\n"
+    assert (
+        done.stderr
+        == f"univigu: The work root {root} has no model/tiny-wan, which the profile names as 'base'; "
+        + ("copy it there.\n")
     )
     said = [line.split(" | ")[0] for line in done.stdout.splitlines()]
     assert said == ["check-prerequisites", "notify", "notify"]

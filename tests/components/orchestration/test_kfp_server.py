@@ -231,7 +231,7 @@ def test_the_address_comes_from_the_environment_and_is_validated(kfp, monkeypatc
     assert KfpServer().host == kfp.url
     monkeypatch.setenv("KFP_ENDPOINT", "kfp.example.com/")
     assert KfpServer().host == "https://kfp.example.com"
-    with pytest.raises(ConfigError, match="no address"):
+    with pytest.raises(ConfigError, match="is not a server address"):
         KfpServer("file:///etc/passwd")
 
 

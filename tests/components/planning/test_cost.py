@@ -90,7 +90,7 @@ def test_a_model_that_is_too_large_for_the_gpu_is_said_to_be_with_what_would_fit
     ("arguments", "error", "words"),
     [
         ({"gpus": 12}, BadInputError, "can't be split evenly over 12"),
-        ({"mfu": 40.0}, BadInputError, "MFU of 40"),
+        ({"mfu": 40.0}, BadInputError, "MFU is 40"),
         ({"gpu": "abacus"}, ConfigError, "no GPU 'abacus'"),
         ({"zero": 0}, BadInputError, "no ZeRO stage 0 in bf16"),
     ],

@@ -63,7 +63,7 @@ def test_the_bundled_base_passes_weights_and_all():
 def test_a_profile_that_can_not_fit_the_gpu_fails_with_what_it_needs():
     profile = load_profile("wan-14b")
     models = build_models(profile, wan.config_folder(profile["base"]))
-    needs = r"Stage 1 needs [\d.]+ GiB of each of 16 rtx4090, which have 21\.\d to give"
+    needs = r"Stage 1 needs [\d.]+ GiB on each of 16 rtx4090, which have 21\.\d usable"
     with pytest.raises(ConfigError, match=needs):
         training.check_memory(scene("wan-14b", gpu="rtx4090"), models, 1)
 
@@ -71,7 +71,7 @@ def test_a_profile_that_can_not_fit_the_gpu_fails_with_what_it_needs():
 def test_weights_of_another_size_of_wan_are_refused(tiny_wan_folder):
     profile = load_profile("wan-1.3b")
     large = build_models(profile, wan.config_folder("model/Wan2.1-T2V-14B-Diffusers"))
-    with pytest.raises(BadInputError, match="The weights of the transformer are not those of its config"):
+    with pytest.raises(BadInputError, match="The weights of the transformer don't match its config"):
         model_checks.check_files(profile, scene("wan-1.3b", weights=tiny_wan_folder), [large])
 
 
@@ -93,7 +93,7 @@ def test_another_autoencoder_than_the_transformers_is_refused(tiny_wan_folder, t
     wider = {**config, "z_dim": 48, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
     (folder / "vae/config.json").write_text(json.dumps(wider))
     profile = load_profile("tiny")
-    with pytest.raises(BadInputError, match=r"latents of 48 channels .* but the transformer takes 4"):
+    with pytest.raises(BadInputError, match=r"latents have 48 channels .* but the transformer takes 4"):
         model_checks.check_shapes(profile, build_models(profile, folder))
     (folder / "vae/config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKLHunyuanVideo"}))
     with pytest.raises(BadInputError, match="is AutoencoderKLHunyuanVideo, not AutoencoderKLWan"):

@@ -451,7 +451,9 @@ def test_killed_registrations_leave_no_files(world, killed):
 
 PULL = """
 import sys
+from pathlib import Path
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path = [folder for folder in sys.path if not Path(folder, "univigu").is_dir()]
 from importlib.util import find_spec
 assert find_spec("univigu") is None and find_spec("components") is None
 import json, mlflow, pandas

@@ -356,7 +356,7 @@ def test_a_checkpoint_of_another_width_is_refused(tmp_path):
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["files"]["rank-00000.safetensors"] = checkpoints._describe(saved / "rank-00000.safetensors")
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match=r"'transformer\.proj_out\.weight' is \(16, 48\)"):
+    with pytest.raises(ConfigError, match=r"'transformer\.proj_out\.weight' has the shape \(16, 48\)"):
         tiny_run.run(tmp_path, steps=2)
 
 
