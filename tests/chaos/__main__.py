@@ -67,8 +67,10 @@ def _all(options: argparse.Namespace, folder: Path) -> None:
         for target in fuzz.targets():
             _fuzz_one(target, target.inputs, options.log, folder)
     bench = trials.set_up(folder, options.plan)
-    known = {line["key"] for line in report.read_log(options.log) if "key" in line and not line["findings"]}
-    wanted = schedule(bench, SEED)
+    log = [line for line in report.read_log(options.log) if "key" in line]
+    known = {line["key"] for line in log if not line["findings"]}
+    failed = {line["key"] for line in log} - known
+    wanted = sorted(schedule(bench, SEED), key=lambda one: report.key(*one) not in failed)  # what failed comes first
     wanted = [(name, faults) for name, faults in wanted if not options.plan or name in options.plan]
     chained = [name for name, stage in bench.stages.items() if stage.plan.chained]
     if not options.plan and report.key(chained[0], ()) not in known:
