@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 
 import kubernetes_validate
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
+import univigu
 from components.orchestration import kfp_pipeline, kfp_server, notifications
 
 ROOT = Path(__file__).parents[2]
@@ -103,13 +103,12 @@ def test_airflows_pods_meet_pod_security_restricted(airflow_values):
 
 
 def test_each_image_has_a_tag_and_the_projects_own_have_its_version(pods, airflow_values):
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     images = [container["image"] for pod in pods.values() for container in containers(pod)]
     images.append(f"{airflow_values['defaultAirflowRepository']}:{airflow_values['defaultAirflowTag']}")
     for image in images:
         assert re.fullmatch(r"[a-z0-9./-]+(:v?\d+\.\d+[\w.-]*|@sha256:[0-9a-f]{64})", image), image
         if image.startswith("ghcr.io/uni-vigu/"):
-            assert image.endswith(f":{version}"), image
+            assert image.endswith(f":{univigu.__version__}"), image
 
 
 def test_each_container_has_a_memory_request_and_limit(pods):
