@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ app = typer.Typer(help="List, compare, promote and roll back registered models, 
 Name = Annotated[str, typer.Option(help="The registered name.")]
 Root = Annotated[Path, typer.Option(help="The work root, which contains the registry (or set MLFLOW_TRACKING_URI).")]
 Version = Annotated[str, typer.Argument(help="A version number, or an alias such as candidate.")]
+Precision = Literal["fp32", "fp16", "bf16"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Why = Annotated[str, typer.Option(help="The reason, which is recorded in the history.")]
 
@@ -157,6 +158,21 @@ def trace(
         print(json.dumps(found, indent=1))
     else:
         _show_trace(found)
+
+
+@app.command(epilog="Example: `univigu model export champion my-model --precision fp16`")
+def export(
+    version: Version,
+    folder: Annotated[Path, typer.Argument(help="The folder to create.")],
+    precision: Annotated[Precision, typer.Option(help="Precision of the stored weights.")] = "fp32",
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+) -> None:
+    """Write a version's pipeline and its card to a folder, to be shared or used without the registry."""
+    from components.registry.export import export_version
+
+    size = export_version(name, version, folder, precision, root)
+    print(f"{folder}: version {version} of '{name}' in {precision}, {size / 1e6:.1f} MB")
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
