@@ -116,7 +116,9 @@ class UniViGUPipeline(DiffusionPipeline):
         if name != cls.__name__:
             raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU model.")
         with wan.reading(source):
-            pipeline = super().from_pretrained(folder, **({"use_safetensors": True} | kwargs))
+            # without a dtype, parts from transformers would keep the precision of their files
+            precision = {} if "torch_dtype" in kwargs else {"dtype": torch.float32}
+            pipeline = super().from_pretrained(folder, **({"use_safetensors": True} | precision | kwargs))
         wan.check_text_encoder(pipeline.text_encoder)
         return pipeline
 
