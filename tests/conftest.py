@@ -7,7 +7,6 @@ import re
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -119,9 +118,6 @@ def speaking_model(tiny_wan_folder, tmp_path_factory):
     return folder
 
 
-MACHINE = pytest.StashKey()
-
-
 class Reproduced(NamedTuple):
     """A copy of the working tree in which `dvc repro` has run: since which Unix time, and how long it took."""
 
@@ -130,51 +126,18 @@ class Reproduced(NamedTuple):
     seconds: float
 
 
-class Machine:
-    """This machine, which tests that run in several processes share, and which one has to itself while it measures.
-
-    A turnstile in front keeps others from going on for as long as somebody waits to be alone.
-    """
-
-    def __init__(self, folder):
-        self.turnstile, self.room = ((folder / name).open("w") for name in ("turnstile", "room"))
-
-    def enter(self, how):
-        steps = (self.room, fcntl.LOCK_UN), (self.turnstile, fcntl.LOCK_EX), (self.room, how)
-        for file, lock in (*steps, (self.turnstile, fcntl.LOCK_UN)):
-            fcntl.flock(file, lock)
-
-    @contextmanager
-    def alone(self):
-        self.enter(fcntl.LOCK_EX)
-        yield
-        self.enter(fcntl.LOCK_SH)
-
-
-def pytest_configure(config):
-    config.stash[MACHINE] = Machine(config.cache.mkdir("machine"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    machine = item.config.stash[MACHINE]
-    machine.enter(fcntl.LOCK_SH)
-    try:
-        return (yield)
-    finally:
-        fcntl.flock(machine.room, fcntl.LOCK_UN)
-
-
 @pytest.fixture(scope="session")
-def reproduced(tmp_path_factory, worker_id, pytestconfig):
+def reproduced(tmp_path_factory, worker_id):
     """A copy of the working tree on the profile `smoke`, after `dvc repro`; tests may add to it, and change nothing.
 
-    It is made, and timed, with nothing beside it; the processes of one run of pytest share it.
+    The processes of one run of pytest share it.
     """
     base = tmp_path_factory.getbasetemp()
     home = (base if worker_id == "master" else base.parent) / "way"
     root, times = home / "uni-vigu", home / "times.json"
-    with pytestconfig.stash[MACHINE].alone():
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not times.exists():
             copy_repository(root, "smoke")
             started = time.time()

@@ -25,7 +25,7 @@ REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
 PAGES = (README, REPO / "docs/registry.md")  # whose commands and examples are run; `console` blocks are run elsewhere
 # What the README shows and this test does not repeat: the clone itself, the environment, and the full-size run.
-RUN_ELSEWHERE = ("git clone", "make ", "mlflow ui", "cd ", "source ")
+RUN_ELSEWHERE = ("git clone", "make ", "mlflow ui", "cd ", "source ", "univigu rehearse --profile wan-14b")
 
 pytestmark = pytest.mark.slow
 
