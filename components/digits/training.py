@@ -24,7 +24,10 @@ from components.pipeline.progress import progress
 
 @dataclass
 class Fit:
-    """The training settings of one network."""
+    """The training settings of one network.
+
+    The learning rate and the average are computed from the step alone, so a resumed run needs no state of theirs.
+    """
 
     steps: int
     batch: int

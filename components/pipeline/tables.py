@@ -129,7 +129,8 @@ def write_table(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> i
 class TableWriter:
     """Writes a table by an external merge sort: rows may come in any order, and memory doesn't grow with their number.
 
-    Runs of `ROW_GROUP` rows are sorted and written to a hidden folder in `folder`; `write` merges the runs.
+    Runs of `ROW_GROUP` rows are sorted and written to a hidden folder in `folder`; `write` merges the runs. A query
+    engine would sort as well, but its row groups may change with its version, and equal rows must give equal bytes.
     """
 
     def __init__(self, name: str, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 The model is a local folder in transformers' layout (a sentence-transformers folder is one); nothing is downloaded. Each
 prompt is compared exactly with every earlier prompt that was kept, so the cost per prompt grows with their number: a
-million prompts take 1.5 GB and need a GPU, which is used if there is one.
+million prompts take 1.5 GB and need a GPU, which is used if there is one. An index of approximate neighbours would be
+faster, but its results depend on threads and versions, and the same prompts must give the same dataset.
 """
 
 import json
