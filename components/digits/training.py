@@ -26,7 +26,7 @@ from components.pipeline.progress import progress
 class Fit:
     """The training settings of one network.
 
-    The learning rate and the average are computed from the step alone, so a resumed run needs no state of theirs.
+    The learning rate and the decay of the average are functions of the step, so a checkpoint holds no state of theirs.
     """
 
     steps: int
