@@ -1,0 +1,60 @@
+"""What the README's examples make is what they ask for, as seen by the recogniser, which has no part in the model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from components.digits import benchmark
+from univigu import UniViGUPipeline
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipeline = UniViGUPipeline.from_pretrained(REPO / "model/tiny-univigu")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def commands(task):
+    """(prompt, seed) of each `univigu TASK "PROMPT"` in the README."""
+    found = []
+    for line in re.findall(rf'^univigu {task} ".*$', README, re.M):
+        words = shlex.split(line, comments=True)
+        found.append((words[2], int(words[words.index("--seed") + 1]) if "--seed" in words else 0))
+    assert found
+    return found
+
+
+def agrees(prompt, found):
+    """Whether the attributes that a prompt states are among the found ones, and the prompt states some."""
+    asked = benchmark.asked(prompt)
+    return bool(asked) and asked.items() <= found.items()
+
+
+@pytest.mark.parametrize(("prompt", "seed"), commands("generate"))
+def test_the_clip_of_an_example_shows_its_prompt_and_its_caption_says_so(pipe, prompt, seed):
+    frames = pipe.generate(prompt, seed=seed)
+    assert agrees(prompt, benchmark.recognise(frames)[0])
+    (caption,) = pipe.caption(frames)
+    assert agrees(prompt, benchmark.read_text(caption)), caption
+
+
+@pytest.mark.parametrize(("prompt", "seed"), commands("joint"))
+def test_a_joint_example_states_what_is_asked_in_nine_of_ten_seeds(pipe, prompt, seed):
+    right = 0
+    for number in range(seed, seed + 10):
+        frames, (caption,) = pipe.joint(prompt, seed=number)
+        right += agrees(prompt, benchmark.recognise(frames)[0]) and agrees(prompt, benchmark.read_text(caption))
+    assert right >= 9
+
+
+def test_the_python_example_captions_what_it_generated(pipe):
+    (example,) = re.findall(r'"([^"]*)", seed=(\d+)\)', README)
+    frames = pipe.generate(example[0], seed=int(example[1]))
+    assert agrees(example[0], benchmark.recognise(frames)[0])
+    assert agrees(example[0], benchmark.read_text(pipe.caption(frames)[0]))
