@@ -38,8 +38,9 @@ class Evaluation:
 def read_evaluation(folder: Path) -> Evaluation:
     """Read ``scores.json`` and ``items.parquet``, the output of `evaluate-model`.
 
-    Versions that were registered before 0.3 have their scores in ``metrics.json``. Captions that were sampled with a number of steps other than the model's own are ignored. Raises
-    `UnreadableEvaluationError`, or the error of `storage_fault` if the disk fails.
+    Versions that were registered before 0.3 have their scores in ``metrics.json``. Captions that were sampled with a
+    number of steps other than the model's own are ignored. Raises `UnreadableEvaluationError`, or the error of
+    `storage_fault` if the disk fails.
     """
     try:
         present = (folder / "scores.json").is_file() or not (folder / "metrics.json").is_file()
