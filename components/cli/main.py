@@ -192,10 +192,7 @@ def clean(root: Root = Path(".")) -> None:
 
 @app.command(hidden=True)
 def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
-    """Write the files that dvc.yaml watches.
-
-    .univigu/code.json holds the digest of each step's code, .univigu/profile.json the resolved profile.
-    """
+    """Write the files that dvc.yaml watches: .univigu/steps/STEP.json, with the digest of its code and its settings."""
     from components.pipeline.fingerprint import code_digest, stage_code
     from components.pipeline.profiles import load_profile
     from components.pipeline.stages import STAGES
@@ -203,9 +200,13 @@ def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
     from univigu.files import write_json
 
     values = load_profile(profile)
-    (root / STATE).mkdir(exist_ok=True)
-    write_json(root / STATE / "code.json", {stage.name: code_digest(stage_code(stage, values)) for stage in STAGES})
-    write_json(root / STATE / "profile.json", values)
+    folder = root / STATE / "steps"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        settings = {key: values[key] for key in (*stage.sources.values(), *stage.parameters)}
+        write_json(
+            folder / f"{stage.name}.json", {"code": code_digest(stage_code(stage, values)), "settings": settings}
+        )
 
 
 @app.command()

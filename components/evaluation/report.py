@@ -39,7 +39,7 @@ def render_report(
 ) -> str:
     """The whole page as HTML.
 
-    about: facts about the run, by label. scores: as in metrics.json. samples: results of `clip_sample`, for
+    about: facts about the run, by label. scores: as in scores.json. samples: results of `clip_sample`, for
     ``captions``, ``generation`` and ``joint``. charts: results of `line_chart`, by section. funnel: the result of
     `funnel_steps`. rejected: that of `rejected_examples`. The page says so if one of them is empty.
     """
