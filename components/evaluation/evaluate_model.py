@@ -265,7 +265,7 @@ def write_gallery(step: "Step", rows: Sequence[Row], made: Mapping[str, Mapping[
     }
     groups = {
         title: [
-            (clip, row[key])
+            report.Card(clip, row[key], [name for name, right in json.loads(row["correct"]).items() if not right])
             for clip, row in zip(made[task]["previews"][:SHEET_COLUMNS], _rows_of(task, rows), strict=False)
         ]
         for title, (task, key) in sheet.items()
