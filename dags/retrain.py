@@ -218,7 +218,8 @@ def outcome_of(ti):
     if rejected:
         return {"state": "rejected", "message": f"not approved: {compared['reason']}", **versions}
     if compared and not compared["better"]:
-        return {"state": "kept champion", "message": compared["reason"], **versions}
+        state = "kept champion" if compared["champion"] else "not promoted"
+        return {"state": state, "message": compared["reason"], **versions}
     nothing = ti.xcom_pull(task_ids="begin", key="outcome")
     if nothing:
         return {"state": "nothing to do", "message": nothing}

@@ -36,11 +36,8 @@ ROW = """    Stage(
 DVC = """  count-frames:
     cmd: univigu run count-frames --profile ${profile}
     deps:
+      - .univigu/steps/count-frames.json
       - data/clips
-    params:
-      - .univigu/code.json:
-          - count-frames
-      - .univigu/profile.json: []
     outs:
       - data/frames:
           persist: true

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from components.cli.options import Profile, profile_in_use
+
 app = typer.Typer(help="Import your own videos, tag versions of the dataset, move latents to an object store.")
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
@@ -37,7 +39,7 @@ def import_folder(
             "`univigu run caption-videos` then writes the captions)."
         ),
     ] = "captions",
-    profile: Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")] = "tiny",
+    profile: Profile = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace clips under the root that were not imported.")
     ] = False,
@@ -53,7 +55,7 @@ def import_folder(
     if not replace:
         check_place(root)
     options = {"licence": licence, "source": source, "texts": texts}
-    manifest = import_folder(folder, captions, options, load_profile(profile), root)
+    manifest = import_folder(folder, captions, options, load_profile(profile_in_use(profile, root)), root)
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
     print(
         f"{manifest['rows_out']} clips from {_videos(manifest)} videos, {manifest['quarantined']} quarantined"
@@ -73,7 +75,7 @@ def import_folder(
             print(line)
     captioning = ["caption-videos"] if texts == "prompts" else []
     where = "".join(
-        f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value}" != "."
+        f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value or '.'}" != "."
     )
     steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
     print("Next: " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")

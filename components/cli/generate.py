@@ -1,35 +1,39 @@
 """Commands that use a trained model: `univigu caption`, `univigu generate` and `univigu joint`.
 
 Cheap checks run before the model is loaded. Standard output holds only the captions; everything else goes to standard
-error. A clip is written to a temporary file and renamed, so it is never incomplete.
+error.
 """
 
-import errno
 import json
-import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from univigu.errors import BadInputError, DiskFullError, MissingInputError
+from components.cli.chosen_model import NAME, find_model, load
+from components.cli.clip_files import check_output, write_clip, write_error
+from components.cli.known_words import warn_of_unknown_words
+from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from univigu.pipeline import UniViGUPipeline
-
 PANEL = "Use a trained model"
-BATCH = 8  # videos in memory at once
 EXAMPLES = {
     "caption": "Examples: `univigu caption clip.mp4`; `univigu caption --json *.mp4`",
-    "generate": "Example: `univigu generate 'a red seven moves to the right' -o clip.mp4 --seed 3 --scale 8`",
-    "joint": "Examples: `univigu joint 'a blue digit' -o clip.mp4`; `univigu joint -o clip.mp4 --seed 7`",
+    "generate": "Examples: `univigu generate 'a red seven moves to the right'`; "
+    "`univigu generate 'a red seven' -o clip.gif --seed 3`",
+    "joint": "Examples: `univigu joint 'a blue digit' -o clip.mp4`; `univigu joint -o clip.webm --seed 7`",
 }
 
 Model = Annotated[
-    str, typer.Option(metavar="FOLDER", help="A trained model's folder. (default: the registered champion)")
+    str,
+    typer.Option(
+        metavar="FOLDER",
+        help="A trained model's folder. (default: the registered champion, or the bundled model where there is none)",
+    ),
 ]
 Name = Annotated[str, typer.Option(help="The registered model whose champion is used.")]
 Root = Annotated[Path, typer.Option(help="The work root, which contains the registry (or set MLFLOW_TRACKING_URI).")]
@@ -54,14 +58,32 @@ TextAt = Annotated[
     ),
 ]
 InStep = Annotated[bool, typer.Option("--in-step", help="Denoise video and text in lockstep instead (eq 18).")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The mp4 file to write; an existing file is replaced.")]
-Scale = Annotated[int, typer.Option(min=1, max=64, help="Enlarge the clip by this factor, for small models.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The mp4, webm or gif file to write; an existing file is replaced. (default: a new mp4 here, named after "
+        "the prompt)",
+        show_default=False,
+    ),
+]
+Scale = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=64,
+        help="Enlarge the clip by this factor; 1 leaves it as the model makes it. (default: small clips are enlarged "
+        "to about 256 pixels)",
+        show_default=False,
+    ),
+]
 
 
 def caption(
     videos: Annotated[list[Path], typer.Argument(help="Video files: mp4, mov, webm, mkv, avi or gif.")],
     model: Model = "",
-    name: Name = "uni-vigu",
+    name: Name = NAME,
     root: Root = Path("."),
     seed: Seed = 0,
     steps: CaptionSteps = None,
@@ -72,60 +94,54 @@ def caption(
     """Caption videos: one line on standard output per file, in the given order.
 
     Videos may have any size and length: they are centre-cropped to the model's shape and sampled at even intervals.
-    Each file has its own seed, counted up from --seed. A file that can't be read is reported on standard error and
-    sets the exit code; the other files are still captioned.
+    A caption depends on its video and on --seed, not on the other files. A file that can't be read is reported on
+    standard error and sets the exit code; the other files are still captioned.
     """
-    from univigu.video import MAX_FRAMES
-
-    folder = _folder(model, name, root)
-    limit, pipeline, failed = _frames_of(folder) or MAX_FRAMES, None, []
+    folder = find_model(model, name, root)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
-    for start in range(0, len(videos), BATCH):
-        read = {}
-        for number, path in enumerate(videos[start : start + BATCH], start):
-            try:
-                read[number] = _read_moving(path, limit)
-            except BadInputError as error:
-                failed.append(error)
-                print(f"univigu: {error}", file=sys.stderr)
-        if not read:
+    limit, pipeline, failed = _frames_of(folder), None, []
+    for path in _with_progress(videos):
+        try:
+            frames = _read_moving(path, limit)
+        except BadInputError as error:
+            failed.append(error)
+            print(f"univigu: {error}", file=sys.stderr)
             continue
-        pipeline = pipeline or _load(folder)  # loaded only if a file can be read
-        texts = pipeline.caption(list(read.values()), **settings, seed=[seed + number for number in read])
-        for number, text in zip(read, texts, strict=True):
-            line = " ".join(text.split())
-            _print_line(
-                json.dumps({"file": str(videos[number]), "caption": line}, ensure_ascii=False) if as_json else line
-            )
+        pipeline = pipeline or load(folder)  # loaded only if a file can be read
+        # one at a time: a caption depends on its own clip alone
+        (text,) = pipeline.caption([frames], **settings, seed=[seed])
+        line = " ".join(text.split())
+        _print_line(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
     if failed:
         raise typer.Exit(failed[0].exit_code)
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video should show.")],
-    output: Output,
+    output: Output = None,
     model: Model = "",
-    name: Name = "uni-vigu",
+    name: Name = NAME,
     root: Root = Path("."),
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    scale: Scale = 1,
+    scale: Scale = None,
 ) -> None:
     """Make a video from a prompt."""
     if not prompt.strip():
         raise BadInputError("The prompt is empty; write what the video should show.")
-    _check_output(output)
-    pipeline = _load(_folder(model, name, root))
-    (frames,) = pipeline.generate(prompt, num_inference_steps=steps, guidance_scale=guidance, seed=seed)
-    _write(output, frames, pipeline.config.fps, scale)
+    check_output(output)
+    pipeline = load(find_model(model, name, root))
+    warn_of_unknown_words(prompt, pipeline.tokenizer)
+    (frames,) = pipeline.generate(prompt, num_inference_steps=steps, guidance_scale=guidance, seed=[seed])
+    write_clip(output, prompt, frames, pipeline.config.fps, scale)
 
 
 def joint(
-    output: Output,
     prompt: Annotated[str, typer.Argument(help="What the video should show; optional.")] = "",
+    output: Output = None,
     model: Model = "",
-    name: Name = "uni-vigu",
+    name: Name = NAME,
     root: Root = Path("."),
     seed: Seed = 0,
     steps: JointSteps = None,
@@ -133,15 +149,16 @@ def joint(
     temperature: Temperature = None,
     text_at: TextAt = None,
     in_step: InStep = False,
-    scale: Scale = 1,
+    scale: Scale = None,
 ) -> None:
     """Make a video and its caption together, with or without a prompt; print the caption."""
-    _check_output(output)
-    pipeline = _load(_folder(model, name, root))
+    check_output(output)
+    pipeline = load(find_model(model, name, root))
     prompt = prompt if prompt.strip() else ""
+    warn_of_unknown_words(prompt, pipeline.tokenizer)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
-    (frames,), (text,) = pipeline.joint(prompt, **settings, text_at=text_at, in_step=in_step, seed=seed)
-    _write(output, frames, pipeline.config.fps, scale)
+    (frames,), (text,) = pipeline.joint(prompt, **settings, text_at=text_at, in_step=in_step, seed=[seed])
+    write_clip(output, prompt, frames, pipeline.config.fps, scale)
     _print_line(" ".join(text.split()))
 
 
@@ -151,19 +168,11 @@ def add_to(app: typer.Typer) -> None:
         app.command(rich_help_panel=PANEL, epilog=EXAMPLES[command.__name__])(command)
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+def _with_progress(videos: Sequence[Path]) -> Iterable[Path]:
+    """The videos; where their captions don't appear on a terminal, with their progress."""
+    from components.pipeline.progress import progress
 
-
-def _folder(model: str, name: str, root: Path) -> Path:
-    """The folder of the model to use; the registry is opened only if no folder was given."""
-    if model and not model.startswith("models:/"):
-        if not Path(model).is_dir():
-            raise MissingInputError(f"There is no model folder '{model}'; check the path, or omit --model.")
-        return Path(model)
-    from components.tracking import existing_store
-    from univigu.registry import pipeline_folder
-
-    return pipeline_folder(model or name, existing_store(root, "a model's folder with --model"))
+    return videos if len(videos) == 1 or sys.stdout.isatty() else progress(videos, "caption", unit="videos")
 
 
 def _read_moving(path: Path, limit: int) -> "np.ndarray":
@@ -175,66 +184,14 @@ def _read_moving(path: Path, limit: int) -> "np.ndarray":
     return frames
 
 
-def _frames_of(folder: Path) -> int | None:
-    """The model's number of frames, read without loading it; None if it can't be read (loading reports why)."""
+def _frames_of(folder: Path) -> int:
+    """The model's number of frames, read without loading it; the most if it can't be read (loading reports why)."""
+    from univigu.video import MAX_FRAMES
+
     try:
-        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["num_frames"]
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["num_frames"] or MAX_FRAMES
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _load(folder: Path) -> "UniViGUPipeline":
-    from univigu.registry import load_pipeline
-
-    pipeline = load_pipeline(folder)
-    import torch
-
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False, desc="sampling")
-    return pipeline
-
-
-# --- output ----------------------------------------------------------------------------------------------------------
-
-
-def _check_output(path: Path) -> None:
-    """Raise an error, before anything is computed, if the clip can't be written to `path`."""
-    if path.is_dir():
-        raise BadInputError(f"'{path}' is a folder; give the name of the mp4 to write, such as {path / 'clip.mp4'}.")
-    if not path.parent.is_dir():
-        raise MissingInputError(f"There is no folder '{path.parent}' to write the clip to; create it first.")
-    if path.exists() and not path.is_file():
-        return  # a device or a pipe may have any name
-    if path.suffix.lower() != ".mp4":
-        raise BadInputError(f"Clips are written as mp4, but '{path}' has another suffix; use '{path.stem}.mp4'.")
-    if not os.access(path.parent, os.W_OK):
-        raise BadInputError(f"The folder '{path.parent}' is not writable; choose another folder for the clip.")
-
-
-def _write(path: Path, frames: "np.ndarray", fps: float, scale: int) -> None:
-    from univigu.video import encode_mp4
-
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    content = encode_mp4(even, fps, "yuv420p")
-    special = path.exists() and not path.is_file()
-    target = path if special else path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with target.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            if not special:
-                os.fsync(stream.fileno())
-        if not special:
-            target.replace(path)
-    except OSError as error:
-        raise _write_error(f"'{path}'", error) from error
-    finally:
-        if not special:
-            target.unlink(missing_ok=True)
-    count, height, width = even.shape[:3]
-    print(f"{path}: {count} frames of {width}x{height} at {fps:g} fps", file=sys.stderr)
+        return MAX_FRAMES
 
 
 def _print_line(line: str) -> None:
@@ -243,10 +200,4 @@ def _print_line(line: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise _write_error("standard output", error) from error
-
-
-def _write_error(what: str, error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"The disk is full, so {what} could not be written; free some space and run it again.")
-    return BadInputError(f"Can't write {what} ({error.strerror}); choose another destination.")
+        raise write_error("standard output", error) from error

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from components.cli import data, generate, models, pipeline, plan, profile, train_job
-from components.cli.options import Profile, Settings
+from components.cli import data, generate, messages, models, pipeline, plan, profile, train_job
+from components.cli.options import Profile, Settings, profile_in_use
 from univigu import __version__
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
+
+SILENT = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 
 app = typer.Typer(
     name="univigu",
@@ -47,8 +50,21 @@ def start(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only results and errors: no progress and no hints.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Print warnings and log lines of libraries, and tracebacks of errors."),
+    ] = False,
 ) -> None:
-    pass
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose contradict each other; give one of them.")
+    if quiet:
+        os.environ[messages.QUIET] = "1"
+    if verbose:
+        os.environ[messages.VERBOSE] = "1"
+        let_libraries_speak()
 
 
 Root = Annotated[Path, typer.Option(help="The work root, which contains every path that a step reads or writes.")]
@@ -84,7 +100,7 @@ ResumeFrom = Annotated[
 @app.command()
 def run(
     step: Annotated[str, typer.Argument(help="The step's name; `univigu steps` lists them.")],
-    profile: Profile = "tiny",
+    profile: Profile = None,
     settings: Settings = None,
     root: Root = Path("."),
     part: PartOption = "",
@@ -105,7 +121,7 @@ def run(
     from components.pipeline.workspace import Part
 
     end_with_parent()
-    profile = with_settings(profile, settings or [])
+    profile = with_settings(profile_in_use(profile, root), settings or [])
     values = load_profile(profile)
     check_watched(profile, values, root)
     if part:
@@ -168,14 +184,14 @@ def steps() -> None:
 
 
 @app.command()
-def status(profile: Profile = "tiny", settings: Settings = None, root: Root = Path(".")) -> None:
+def status(profile: Profile = None, settings: Settings = None, root: Root = Path(".")) -> None:
     """Show which steps are finished, why the others would run again, and which work is set aside."""
     from components.pipeline.aside import list_kept
     from components.pipeline.freshness import why_not_finished
     from components.pipeline.profiles import load_profile, with_settings
     from components.pipeline.stages import STAGES
 
-    values = load_profile(with_settings(profile, settings or []))
+    values = load_profile(with_settings(profile_in_use(profile, root), settings or []))
     for stage in STAGES:
         print(f"{stage.name:<20} {why_not_finished(stage.name, values, root) or 'finished'}")
     for folder in list_kept(root.resolve()):
@@ -191,21 +207,22 @@ def clean(root: Root = Path(".")) -> None:
 
 
 @app.command(hidden=True)
-def code(profile: Profile = "tiny", root: Root = Path(".")) -> None:
-    """Write the files that dvc.yaml watches.
-
-    .univigu/code.json holds the digest of each step's code, .univigu/profile.json the resolved profile.
-    """
+def code(profile: Profile = None, root: Root = Path(".")) -> None:
+    """Write the files that dvc.yaml watches: .univigu/steps/STEP.json, with the digest of its code and its settings."""
     from components.pipeline.fingerprint import code_digest, stage_code
     from components.pipeline.profiles import load_profile
     from components.pipeline.stages import STAGES
     from components.pipeline.state import STATE
     from univigu.files import write_json
 
-    values = load_profile(profile)
-    (root / STATE).mkdir(exist_ok=True)
-    write_json(root / STATE / "code.json", {stage.name: code_digest(stage_code(stage, values)) for stage in STAGES})
-    write_json(root / STATE / "profile.json", values)
+    values = load_profile(profile_in_use(profile, root))
+    folder = root / STATE / "steps"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        settings = {key: values[key] for key in (*stage.sources.values(), *stage.parameters)}
+        write_json(
+            folder / f"{stage.name}.json", {"code": code_digest(stage_code(stage, values)), "settings": settings}
+        )
 
 
 @app.command()
@@ -266,16 +283,25 @@ def bench(
 def keep_libraries_quiet() -> None:
     """Hide warnings, log lines and progress bars of libraries, so that users see only the command's own output.
 
-    UNIVIGU_VERBOSE=1 shows them. Telemetry is off, and nothing is fetched from a hub unless HF_HUB_OFFLINE=0.
+    `--verbose` or UNIVIGU_VERBOSE=1 shows them. Telemetry is off, and nothing is fetched from a hub unless
+    HF_HUB_OFFLINE=0.
     """
-    quiet = {"TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    verbose = os.environ.get("UNIVIGU_VERBOSE") == "1"
-    for name, value in {**({} if verbose else quiet), **offline, "GX_ANALYTICS_ENABLED": "false"}.items():
+    verbose = messages.is_verbose()
+    for name, value in {**({} if verbose else SILENT), **offline, "GX_ANALYTICS_ENABLED": "false"}.items():
         os.environ.setdefault(name, value)
     if not verbose:
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)  # tracebacks of errors that the command reports itself
+
+
+def let_libraries_speak() -> None:
+    """Undo `keep_libraries_quiet`, before anything is imported that it concerns."""
+    for name, value in SILENT.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    warnings.simplefilter("default")
+    logging.disable(logging.NOTSET)
 
 
 def _is_main_rank() -> bool:
@@ -284,6 +310,8 @@ def _is_main_rank() -> bool:
 
 
 def _end(error: UniViGUError) -> NoReturn:
+    if messages.is_verbose():
+        traceback.print_exception(error)
     if _is_main_rank() or not isinstance(error, PreemptedError):
         print(f"univigu: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

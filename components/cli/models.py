@@ -69,14 +69,15 @@ def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json
 def promote(
     version: Version,
     why: Why,
-    force: Annotated[bool, typer.Option("--force", help="Promote even if it is not better than the champion.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if it is refused.")] = False,
     name: Name = "uni-vigu",
     root: Root = Path("."),
     as_json: Json = False,
 ) -> None:
     """Make a version the champion if it is better on the same held-out items (see `compare`), or with `--force`.
 
-    The old champion becomes `previous`. The history records UNIVIGU_ACTOR, or the user of this machine.
+    A version below the `least_scores` of its profile needs `--force` even if there is no champion. The old champion
+    becomes `previous`. The history records UNIVIGU_ACTOR, or the user of this machine.
     """
     from components.registry import promotion
 

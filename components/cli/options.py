@@ -1,10 +1,24 @@
-"""Options of several commands."""
+"""Options of several commands, and the profile that is meant where none is given."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Profile = Annotated[str, typer.Option(help="A bundled profile's name, or the path of a YAML file.")]
+from components.pipeline.profiles import PARAMS
+from univigu.errors import ConfigError
+from univigu.files import read_yaml
+
+DEFAULT_PROFILE = "tiny"  # where `univigu use` has chosen none
+
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="A bundled profile's name, or the path of a YAML file. (default: what `univigu use` chose, otherwise "
+        f"{DEFAULT_PROFILE})",
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -14,3 +28,22 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+
+
+def profile_in_use(profile: str | None, root: Path) -> str:
+    """The given profile, or the one that `univigu use` chose for the work root: that of its params.yaml.
+
+    Raises `ConfigError` if params.yaml is there and names none.
+    """
+    if profile is not None:
+        return profile
+    path = root / PARAMS
+    if not path.is_file():
+        return DEFAULT_PROFILE
+    try:
+        chosen = read_yaml(path).get("profile")
+    except (OSError, ValueError, AttributeError):
+        chosen = None
+    if not isinstance(chosen, str) or not chosen:
+        raise ConfigError(f"{path} names no profile; choose one with `univigu use NAME`, or give --profile.")
+    return chosen

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from components.cli.options import Settings
+from components.cli.options import DEFAULT_PROFILE, Settings, profile_in_use
 from univigu.errors import BadInputError, ConfigError, UniViGUError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ app = typer.Typer(
 )
 POLL_S = 10.0
 DEFAULT_PACKAGE = Path("infra/pipeline.yaml")
-DEFAULT_PROFILE = "tiny"  # the pipeline's default
 
 Host = Annotated[str, typer.Option(help="The server's address. (default: KFP_ENDPOINT or KF_PIPELINES_ENDPOINT)")]
 Namespace = Annotated[str, typer.Option(help="Your namespace on a multi-user server.")]
@@ -34,7 +33,10 @@ Poll = Annotated[float, typer.Option(min=0.05, help="Polling interval in seconds
 RunId = Annotated[str, typer.Argument(help="The run's id, as printed by `submit`.")]
 Parameters = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="The pipeline's parameters, such as profile=smoke parts=4."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="The pipeline's parameters, such as profile=smoke parts=4; without a profile, that of `univigu use`.",
+    ),
 ]
 
 
@@ -65,7 +67,7 @@ def run_here(
         raise ConfigError(
             "Choose where to run: `univigu pipeline run --local`, or `univigu pipeline submit` for a server."
         )
-    run_locally(root, _with_settings(_pairs(parameters or []), settings or []))
+    run_locally(root, _with_settings(_arguments(parameters or [], root), settings or []))
     print("SUCCEEDED")
 
 
@@ -87,7 +89,7 @@ def submit(
     """Start a run on a server and print its id, unless a run of that name is active or has succeeded."""
     from components.orchestration.kfp_server import KfpServer, default_run_name, typed_arguments
 
-    arguments = typed_arguments(package, _with_settings(_pairs(parameters or []), settings or []))
+    arguments = typed_arguments(package, _with_settings(_arguments(parameters or [], Path(".")), settings or []))
     server = KfpServer(host, namespace)
     name = name or default_run_name(package, arguments)
     run_id = server.submit(package, name, arguments, experiment, service_account)
@@ -169,11 +171,14 @@ def _report(server: "KfpServer", run_id: str, wait: bool, poll: float) -> None:
         )
 
 
-def _pairs(parameters: Sequence[str]) -> Mapping[str, str]:
+def _arguments(parameters: Sequence[str], root: Path) -> Mapping[str, str]:
+    """The pipeline's parameters (KEY=VALUE each); where they name no profile, with the one that is in use."""
     for text in parameters:
         if "=" not in text:
             raise ConfigError(f"'{text}' is not a parameter; write KEY=VALUE, such as profile=smoke.")
-    return dict(text.split("=", 1) for text in parameters)
+    given = dict(text.split("=", 1) for text in parameters)
+    chosen = profile_in_use(given.get("profile"), root)
+    return given if chosen == DEFAULT_PROFILE else {**given, "profile": chosen}  # it is the pipeline's own default
 
 
 def _with_settings(parameters: Mapping[str, str], settings: Sequence[str]) -> Mapping[str, str]:

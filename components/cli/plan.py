@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components.cli.options import Profile, Settings
+from components.cli.options import Profile, Settings, profile_in_use
 
 PANEL = "Plan the real thing"
 
@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, 
 
 
 def plan(
-    profile: Profile = "wan-1.3b",
+    profile: Profile = None,
     settings: Settings = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that train together.")] = 16,
     gpu: Annotated[str, typer.Option(help="The GPU's name, such as h100; an unknown one lists all names.")] = "h800",
@@ -32,13 +32,13 @@ def plan(
     from components.pipeline.profiles import load_profile, with_settings
     from components.planning.cost import make_plan
 
-    profile = with_settings(profile, settings or [])
+    profile = with_settings(profile_in_use(profile, root), settings or [])
     found = make_plan(load_profile(profile), root, gpus, gpu, mfu, zero, price)
     print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
 
 
 def rehearse(
-    profile: Profile = "wan-1.3b",
+    profile: Profile = None,
     settings: Settings = None,
     weights: Annotated[
         Path | None,
@@ -58,7 +58,7 @@ def rehearse(
     from components.pipeline.profiles import load_profile, with_settings
     from components.planning import rehearsal
 
-    profile = with_settings(profile, settings or [])
+    profile = with_settings(profile_in_use(profile, root), settings or [])
     scene = rehearsal.Scene(profile, load_profile(profile), root, weights, gpus, gpu)
     lines = rehearsal.rehearse(scene, (lambda line: None) if as_json else _show)
     if as_json:

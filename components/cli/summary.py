@@ -76,7 +76,7 @@ def show(root: Path, run: dict[str, Any]) -> None:
         table.add_row(step["name"], "restored" if step["seconds"] is None else f"{step['seconds']:.1f}", *counts)
     console.print(table)
     console.print(f"{run['total_seconds']:.0f} s in total, at most {run['peak_rss_mb'] / 1024:.1f} GiB of memory")
-    metrics_path = root / "reports" / "metrics.json"
+    metrics_path = root / "reports" / "scores.json"
     if metrics_path.is_file():
         _show_scores(console, _read(root, "evaluate-model", metrics_path.name))
     if run["model_version"]:

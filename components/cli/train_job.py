@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from components.cli.options import DEFAULT_PROFILE, profile_in_use
 from components.orchestration.train_job import Settings
 from univigu.errors import ConfigError
 
@@ -16,7 +17,13 @@ def _option(help: str, variable: str | None = None, least: int | None = None) ->
 
 
 Step = Annotated[str, typer.Argument(help="A training step: train-stage-1 or train-stage-2.")]
-Profile = Annotated[str, _option("A bundled profile's name, or a YAML file on the volume.")]
+Profile = Annotated[
+    str | None,
+    _option(
+        "A bundled profile's name, or a YAML file on the volume. (default: what `univigu use` chose, otherwise "
+        f"{DEFAULT_PROFILE})"
+    ),
+]
 Root = Annotated[Path, _option("The work root, under the same path here and in the pods.")]
 Namespace = Annotated[str | None, _option("The namespace to run in. (default: the current one)", "UNIVIGU_NAMESPACE")]
 Runtime = Annotated[str, _option("The TrainingRuntime to use.", "UNIVIGU_RUNTIME")]
@@ -47,7 +54,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only validate the job o
 
 def train_job(
     step: Step,
-    profile: Profile = "tiny",
+    profile: Profile = None,
     root: Root = Path("."),
     namespace: Namespace = None,
     runtime: Runtime = Settings.runtime,
@@ -74,6 +81,7 @@ def train_job(
     """
     from components.orchestration.train_job_run import dry_run_train_job, run_train_job
 
+    profile = profile_in_use(profile, root)
     settings = Settings(
         namespace=namespace,
         runtime=runtime,

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
 KINDS = ("captions", "generations", "joint")  # of held-out items; also the profile's keys for their numbers
 SHEET_COLUMNS = 5
+HEADLINES = (
+    *(("captions", "mean"), ("captions_without_video", "mean"), ("generation", "mean"), ("generation_base", "mean")),
+    *(("joint", "agreement"), ("joint_video", "mean"), ("joint_text", "mean"), ("stage2", "video_gain")),
+)
 STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
 
 Row = dict[str, Any]
@@ -34,7 +38,10 @@ Metrics = dict[str, dict[str, Any]]
 
 
 def evaluate_model(step: "Step") -> None:
-    """Held-out items -> ``metrics.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``."""
+    """Held-out items -> ``scores.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``.
+
+    ``metrics.json`` has the few of the scores that DVC shows.
+    """
     name = step.settings.evaluate_model.benchmark
     benchmark = load_benchmark(name)
     heldout = benchmark.open_heldout(step)
@@ -49,8 +56,9 @@ def evaluate_model(step: "Step") -> None:
     metrics |= {name: figures["summary"] for name, figures in training.items() if figures["summary"]}
 
     step.write("items", rows)
-    text = json.dumps(metrics, indent=1, sort_keys=True)
-    (step.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    for name, content in (("scores.json", metrics), ("metrics.json", headlines(metrics, benchmark.ATTRIBUTES[0]))):
+        text = json.dumps(content, indent=1, sort_keys=True)
+        (step.out / name).write_text(text + "\n", encoding="utf-8")
     write_plots(step.out / "plots", metrics, training)
     notes = page_notes(step, benchmark, sampling, metrics)
     write_page(step, benchmark, heldout, metrics, rows, made, training, notes)
@@ -153,6 +161,17 @@ def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     return metrics
 
 
+def headlines(metrics: Metrics, attribute: str) -> dict[str, dict[str, float]]:
+    """The values of about ten scores, without their intervals: the means, and the scores of one `attribute`."""
+    found: dict[str, dict[str, float]] = {}
+    for task, key in (*HEADLINES, ("captions", attribute), ("generation", attribute)):
+        score = metrics.get(task, {}).get(key)
+        if score is not None:
+            value = score["value"] if isinstance(score, dict) else score
+            found.setdefault(task, {})[key] = round(value, 4)
+    return found
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +265,7 @@ def write_gallery(step: "Step", rows: Sequence[Row], made: Mapping[str, Mapping[
     }
     groups = {
         title: [
-            (clip, row[key])
+            report.Card(clip, row[key], [name for name, right in json.loads(row["correct"]).items() if not right])
             for clip, row in zip(made[task]["previews"][:SHEET_COLUMNS], _rows_of(task, rows), strict=False)
         ]
         for title, (task, key) in sheet.items()

@@ -21,6 +21,7 @@ WITHHELD = ("unsafe", "personal")  # rejected rows with these reasons are counte
 EXAMPLES_PER_REASON = 2
 LONGEST_TEXT = 160
 LONGEST_PREVIEW, WIDEST_PREVIEW = 24, 256  # at most so many frames and pixels of a clip on the page
+WRONG = "#cf222e"  # the colour of what is wrong on the contact sheet
 CARD_WIDTH = 160  # pixels; smaller clips are enlarged to it on the contact sheet
 
 Facts = Mapping[str, Any]
@@ -39,7 +40,7 @@ def render_report(
 ) -> str:
     """The whole page as HTML.
 
-    about: facts about the run, by label. scores: as in metrics.json. samples: results of `clip_sample`, for
+    about: facts about the run, by label. scores: as in scores.json. samples: results of `clip_sample`, for
     ``captions``, ``generation`` and ``joint``. charts: results of `line_chart`, by section. funnel: the result of
     `funnel_steps`. rejected: that of `rejected_examples`. The page says so if one of them is empty.
     """
@@ -109,35 +110,42 @@ def clip_sample(clips: Mapping[str, Preview], **facts: Any) -> dict[str, Any]:
     return {"clips": {label: animation(*clip) for label, clip in clips.items()}, **facts}
 
 
-def contact_sheet(groups: Mapping[str, Sequence[tuple[Preview, str]]]) -> bytes:
-    """An animated WebP for the README: a row of (clip, text) cards under each title; all clips have the same size."""
+class Card(NamedTuple):
+    """One sample of the contact sheet: its clip, its text, and the names of the attributes that are wrong in it."""
+
+    clip: Preview
+    text: str
+    wrong: Sequence[str] = ()
+
+
+def contact_sheet(groups: Mapping[str, Sequence[Card]]) -> bytes:
+    """An animated WebP for the README: a row of cards under each title; all clips have the same size.
+
+    What is wrong in a sample is named below its text, and its frame is red.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    first = next(clip for cards in groups.values() for clip, _ in cards)
+    first = next(card.clip for cards in groups.values() for card in cards)
     count, height, width, _ = first.frames.shape
     scale = max(1, CARD_WIDTH // width)
     columns = max(len(cards) for cards in groups.values())
     side, tall, gap, title_height, line_height = width * scale, height * scale, 16, 38, 16
     title_font, text_font = ImageFont.load_default(19), ImageFont.load_default(13)
-    wrapped = {
-        title: [_wrap(visible(text) or "(empty prompt)", text_font, side) for _, text in cards]
-        for title, cards in groups.items()
-    }
+    wrapped = {title: [_card_lines(card, text_font, side) for card in cards] for title, cards in groups.items()}
     heights = {title: title_height + tall + line_height * max(map(len, texts)) for title, texts in wrapped.items()}
     page = Image.new("RGB", (columns * (side + gap) + gap, sum(heights.values()) + 2 * gap), "white")
     draw = ImageDraw.Draw(page)
     places, top = [], 0
     for title, cards in groups.items():
         draw.text((gap, top + 12), title, fill="#1f2328", font=title_font)
-        for column, ((clip, _), lines) in enumerate(zip(cards, wrapped[title], strict=True)):
+        for column, (card, lines) in enumerate(zip(cards, wrapped[title], strict=True)):
             left = gap + column * (side + gap)
-            places.append((left, top + title_height, clip.frames))
-            draw.rectangle(
-                (left - 1, top + title_height - 1, left + side, top + title_height + tall), outline="#d1d9e0"
-            )
-            for number, line in enumerate(lines):
+            places.append((left, top + title_height, card.clip.frames))
+            box = (left - 1, top + title_height - 1, left + side, top + title_height + tall)
+            draw.rectangle(box, outline=WRONG if card.wrong else "#d1d9e0")
+            for number, (line, colour) in enumerate(lines):
                 at = (left, top + title_height + tall + 5 + number * line_height)
-                draw.text(at, line, fill="#59636e", font=text_font)
+                draw.text(at, line, fill=colour, font=text_font)
         top += heights[title]
     sheets = []
     for number in range(count):
@@ -146,6 +154,14 @@ def contact_sheet(groups: Mapping[str, Sequence[tuple[Preview, str]]]) -> bytes:
             sheet.paste(Image.fromarray(clip[number]).resize((side, tall), Image.Resampling.NEAREST), (left, top))
         sheets.append(sheet)
     return _webp(sheets, [round(1000 / first.fps)] * (count - 1) + [700])
+
+
+def _card_lines(card: Card, font: Any, width: float) -> list[tuple[str, str]]:
+    """The lines under a card's clip, each with its colour."""
+    lines = [(line, "#59636e") for line in _wrap(visible(card.text) or "(empty prompt)", font, width)]
+    if card.wrong:
+        lines += [(line, WRONG) for line in _wrap(f"wrong: {', '.join(card.wrong)}", font, width)]
+    return lines
 
 
 def _wrap(text: str, font: Any, width: float) -> list[str]:

@@ -1,5 +1,6 @@
-"""Progress of long loops: a bar on a terminal, a line every few seconds everywhere else."""
+"""Progress of long loops: a bar on a terminal, a line every few seconds everywhere else, nothing if UNIVIGU_QUIET=1."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,9 @@ class Meter:
         self.done = 0  # includes what was skipped
         self._skipped = 0
         self._started = self._shown = time.monotonic()
-        self._bar = tqdm(desc=what, total=total, unit=unit, leave=False, smoothing=0, disable=not sys.stderr.isatty())
+        self._quiet = os.environ.get("UNIVIGU_QUIET") == "1"
+        hidden = self._quiet or not sys.stderr.isatty()
+        self._bar = tqdm(desc=what, total=total, unit=unit, leave=False, smoothing=0, disable=hidden)
         self._facts: dict[str, Any] = {"total": total, "prefix": what, "unit": unit, "ncols": 0}
 
     def __enter__(self) -> "Meter":
@@ -32,7 +35,7 @@ class Meter:
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and count and now - self._shown >= LINE_EVERY_S:
+        if self._bar.disable and not self._quiet and count and now - self._shown >= LINE_EVERY_S:
             self._shown = now
             since = {"elapsed": now - self._started, "initial": self._skipped}
             print(self._bar.format_meter(self.done, **since, **self._facts), file=sys.stderr)

@@ -36,13 +36,17 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read ``metrics.json`` and ``items.parquet``, the output of `evaluate-model`.
+    """Read ``scores.json`` and ``items.parquet``, the output of `evaluate-model`.
 
-    Captions that were sampled with a number of steps other than the model's own are ignored. Raises
-    `UnreadableEvaluationError`, or the error of `storage_fault` if the disk fails.
+    Versions that were registered before 0.3 have their scores in ``metrics.json``. Captions that were sampled with a
+    number of steps other than the model's own are ignored. Raises `UnreadableEvaluationError`, or the error of
+    `storage_fault` if the disk fails.
     """
     try:
-        scores = dict(_scores(read_json_object(folder / "metrics.json")))
+        present = (folder / "scores.json").is_file() or not (folder / "metrics.json").is_file()
+        scores = dict(_scores(read_json_object(folder / ("scores.json" if present else "metrics.json"))))
+        if not scores:
+            raise ValueError("it has no scores")
         rows = [row for row in read_table(folder, "items").to_pylist() if not STEPS_TASK.fullmatch(row["task"])]
         items = {_question_digest(row): {**row, "correct": _read_claims(row)} for row in rows}
     except _READ_ERRORS as error:

@@ -2,10 +2,12 @@
 
 A challenger replaces the champion only if it is significantly better on the same held-out items: if the 95 % interval
 of the paired difference of the metric (`univigu.evaluation.intervals.paired_difference`) is above zero. Otherwise the
-champion stays. Every decision, refusals too, is a line of the ledger (`components.registry.ledger`), and is made under
-a lease: of two concurrent promotions, the second is compared with the champion that the first one left.
+champion stays. A version with scores below its profile's `least_scores` is promoted only by force, even if there is no
+champion. Every decision, refusals too, is a line of the ledger (`components.registry.ledger`), and is made under a
+lease: of two concurrent promotions, the second is compared with the champion that the first one left.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 METRIC = "captions.mean"
 METRIC_TAG = "univigu.champion_metric"  # of a version: the score that it is compared by, by default METRIC
+LEAST_TAG = "univigu.least_scores"  # of a version: the scores that its profile requires of a champion, as JSON
 MIN_ITEMS = 10  # a bootstrap interval over fewer items is not informative
 
 
@@ -44,7 +47,8 @@ class Comparison:
 def compare(name: str, version: int | str, *, root: Path = Path(".")) -> Comparison:
     """Compare a version (a number or an alias) with the champion, on the champion's items; changes nothing.
 
-    If there is no champion, any version counts as better. Raises `MissingInputError` if there is no such version.
+    If there is no champion, any version counts as better that has the least scores of its profile. Raises
+    `MissingInputError` if there is no such version.
     """
     store = existing_store(root)
     return _compare(registry.find_version(name, version, store), store)
@@ -171,6 +175,8 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
         # pyrefly: ignore[bad-argument-type]
         return Comparison(name, number, holder, metric, better, reason, scores or {})
 
+    if holder != number and (short := shortfall(least_scores(challenger.tags), ours)):
+        return verdict(False, short)
     if holder is None:
         known = ours and ours.scores.get(metric)
         return verdict(True, "the first one" + (f" ({metric} {known['value']:.3f})" if known else ""))
@@ -195,6 +201,33 @@ def _compare(challenger: "ModelVersion", store: str) -> Comparison:
     }
     # pyrefly: ignore[bad-argument-type]
     return verdict(scores["difference"]["low"] > 0, _describe(metric, holder, scores), scores)
+
+
+def least_scores(tags: Mapping[str, str]) -> dict[str, float]:
+    """The scores that a version needs to be promoted, from its tags; raises `BadInputError` if the tag was damaged."""
+    text = tags.get(LEAST_TAG, "{}")
+    try:
+        return {name: float(value) for name, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInputError(
+            f"The version's tag {LEAST_TAG} is '{text}', which is not a table of scores; set it to what the profile's "
+            f"register_model.least_scores holds, as JSON."
+        ) from error
+
+
+def shortfall(least: Mapping[str, float], evaluation: Evaluation | None) -> str:
+    """Which scores are below the least that a champion needs, in words; empty if none is."""
+    if not least:
+        return ""
+    if evaluation is None:
+        return "its evaluation can't be read"
+    scores = {name: evaluation.scores.get(name, {}).get("value", 0.0) for name in least}
+    short = [name for name in least if scores[name] < least[name]]
+    if not short:
+        return ""
+    needed = " and ".join(f"{least[name]:g}" for name in short)
+    found = " and ".join(f"{name} {scores[name]:.3f}" for name in short)
+    return f"{found} {'is' if len(short) == 1 else 'are'} below its profile's least ({needed})"
 
 
 def _describe(metric: str, holder: int, scores: Mapping[str, Score]) -> str:

@@ -3,13 +3,16 @@
 The same model from the same library code, with the same evaluation, is registered once: repeated, killed and concurrent
 runs create no second version. A version that has lost files gets them back. The newest version has the alias
 `candidate`. `components.registry.promotion` decides once per version whether it becomes champion, exactly as
-`univigu model promote` does. With `register_model.promotion: manual` in the profile, a person or an orchestrator
-decides instead. An orchestrator sets UNIVIGU_PROMOTION to `manual`, which overrides the profile.
+`univigu model promote` does; a version below the profile's `register_model.least_scores` stays a candidate. With
+`register_model.promotion: manual` in the profile, a person or an orchestrator decides instead. An orchestrator sets
+UNIVIGU_PROMOTION to `manual`, which overrides the profile.
 """
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 REGISTRATION = "registration.json"
 PROMPT_SOURCES = "prompts.json"
-EVIDENCE = ("metrics.json", "items.parquet")  # files of the evaluation that a version carries
+EVIDENCE = ("scores.json", "items.parquet")  # files of the evaluation that a version carries
 DECISION_TAG = "univigu.decision"
 LOST_TAG = "univigu.lost_version"  # the earlier version of the same model, which the registry has lost
 WHY = "register-model offers each new version"
@@ -48,6 +51,7 @@ def register_model(step: Step) -> None:
     """Register a version in MLflow's registry, and write `registration.json` (name, version, decision, digests)."""
     with _temporary_files(step.out) as temporary:
         facts = _register(step, temporary)
+    print(f"{facts['name']} version {facts['version']}: {facts['decision']}", file=sys.stderr)
     write_json(step.out / REGISTRATION, facts)
     step.rows_in = step.rows_out = 1
 
@@ -91,8 +95,11 @@ def _register(step: Step, temporary: Path) -> dict[str, Any]:
     version = registry.version_with(candidate.name, candidate.identity)
     version = _upload(candidate, experiment, step.root) if version is None else _restore(candidate, version, step.root)
     decision = version.tags.get(DECISION_TAG)
-    if decision is None:  # decided once per version: running the step again must not undo a rollback
-        decision = _decide(version, mode, step.root)
+    if decision is None or _lowered(candidate, version):  # otherwise running the step again would undo a rollback
+        least = {promotion.LEAST_TAG: candidate.tags[promotion.LEAST_TAG]}
+        if least.items() - version.tags.items():
+            registry.set_tags(version, least)
+        decision = _decide(version, mode, step.root, candidate)
         registry.set_tags(version, {DECISION_TAG: decision})
     return {
         "name": candidate.name,
@@ -119,6 +126,12 @@ def _read_evaluation(step: Step) -> Evaluation:
             f"The evaluation has no score '{metric}', by which the champion is chosen; set the profile's "
             f"register_model.champion_metric to one of {', '.join(evaluation.scores)}."
         )
+    for name in step.settings.register_model.least_scores:
+        if name not in evaluation.scores:
+            raise BadInputError(
+                f"The evaluation has no score '{name}', of which the profile's register_model.least_scores sets the "
+                f"least; name some of {', '.join(evaluation.scores)}."
+            )
     return evaluation
 
 
@@ -152,6 +165,7 @@ def _describe_candidate(
             **lineage_tags(manifests, lineage, evaluation, runs, commit),
             **_lost_version(step.previous, name, identity),
             promotion.METRIC_TAG: metric,
+            promotion.LEAST_TAG: json.dumps(step.settings.register_model.least_scores),
             "univigu.score": f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})",
         },
     )
@@ -193,15 +207,26 @@ def _add_version(
     return version
 
 
-def _decide(version: "ModelVersion", mode: str, root: Path) -> str:
+def _lowered(candidate: _Candidate, version: "ModelVersion") -> bool:
+    """Whether a version that was refused for its scores has the least scores that the profile sets now."""
+    before, now = (promotion.least_scores(tags) for tags in (version.tags, candidate.tags))
+    short = promotion.shortfall(before, candidate.evaluation)
+    return bool(short) and not promotion.shortfall(now, candidate.evaluation)
+
+
+def _decide(version: "ModelVersion", mode: str, root: Path, candidate: _Candidate) -> str:
     """Decide whether the new version becomes champion; returns the decision as text, the same text if repeated."""
-    request = json_digest(["register-model", version.name, int(version.version), version.run_id])
+    least = promotion.least_scores(candidate.tags)
+    request = json_digest(
+        ["register-model", version.name, int(version.version), version.run_id, *([least] if least else [])]
+    )
     if mode == "manual":
         entry = ledger.find_decision(version.name, request, root)
     else:
         entry = promotion.promote_if_better(version.name, version.version, WHY, decision_id=request, root=root)
     if entry is None:
-        decision = "candidate, as promotion is manual"
+        short = promotion.shortfall(least, candidate.evaluation)
+        decision = "candidate, as promotion is manual" + (f"; {short}" if short else "")
     else:
         state = "candidate" if entry.outcome == ledger.REFUSED else "champion"
         decision = f"{state}, {'with' if entry.scores else 'as'} {entry.reason}"

@@ -239,4 +239,7 @@ class RegisterModel(Section):
 
     name: Name = setting("The registered model's name")
     champion_metric: Name = setting("The score by which a candidate must beat the champion")
+    least_scores: dict[Name, Share] = foreign_table(
+        "Scores that a version needs to be promoted, {captions.mean: 0.5}; with less it stays a candidate"
+    )
     promotion: Literal["automatic", "manual"] = setting("Manual: a person or an orchestrator promotes the candidate")

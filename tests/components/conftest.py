@@ -203,7 +203,7 @@ class Versions:
                 for item in items
             ]
             write_table(Path(folder), "items", rows)
-            (Path(folder) / "metrics.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+            (Path(folder) / "scores.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
             with mlflow.start_run(experiment_id=open_tracking(self.root)) as run:
                 mlflow.log_artifacts(folder, "model/artifacts/evaluation")
         client = mlflow.MlflowClient()

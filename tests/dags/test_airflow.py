@@ -23,7 +23,7 @@ pytest.importorskip("airflow")
 
 REPO = Path(__file__).parents[2]
 RARELY = "0 0 29 2 *"
-SETTINGS = {  # runs are of the profile `smoke` by their form or event, and of `tiny` where nothing says so
+SETTINGS = {  # runs are of the profile `tour` by their form or event, and of `tiny` where nothing says so
     "UNIVIGU_PROFILE": "tiny",
     "UNIVIGU_KFP_POLL_S": "1",
     "UNIVIGU_RETRAIN_CRON": RARELY,
@@ -179,7 +179,7 @@ def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root
     from components.registry import promotion
 
     assert champion(root) is None
-    run = ("retrain", trigger(airflow, profile="smoke"))
+    run = ("retrain", trigger(airflow, profile="tour"))
     wait_for_question(airflow, run)
     assert answer(airflow, run, "Approve") == ["Reject"]
     assert ended(airflow, run) == "success"
@@ -201,7 +201,7 @@ def test_a_rejected_model_is_not_promoted_finished_steps_do_not_run_again_and_a_
     from components.tracking import tracking_uri
 
     MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
-    run, second = (("retrain", trigger(airflow, profile="smoke")) for _ in range(2))
+    run, second = (("retrain", trigger(airflow, profile="tour")) for _ in range(2))
     wait_for_question(airflow, run)
     assert state(airflow, second) == "queued"
     airflow.call("DELETE", f"/api/v2/dags/retrain/dagRuns/{second[1]}")
@@ -233,8 +233,8 @@ def process_seconds(root, stage):
 def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflow, root):
     from components.orchestration import retraining
 
-    digest = retraining.dataset(root, "smoke")["digest"]
-    for profile, wanted in (("smoke", "success"), ("huge", "failed")):
+    digest = retraining.dataset(root, "tour")["digest"]
+    for profile, wanted in (("tour", "success"), ("huge", "failed")):
         before = started_by_events(airflow, "retrain")
         emit(airflow, "univigu://dataset", digest=digest, profile=profile)
         run = started_by_next_event(airflow, "retrain", before)
@@ -246,7 +246,7 @@ def test_a_dataset_that_was_trained_with_its_profile_is_not_trained_again(airflo
 def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retraining(airflow, root):
     from components.orchestration import retraining
 
-    known = retraining.dataset(root, "smoke")
+    known = retraining.dataset(root, "tour")
     prompt = {"text": "a clip of a red nine that turns over black", "source": "test", "licence": "CC0-1.0"}
     (root / "data/prompts/new.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
     retrainings = started_by_events(airflow, "retrain")
@@ -320,7 +320,7 @@ def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice_and_si
     }
     with AirflowServer(place[0], root, place[1], settings) as server:
         server.wait_until_ready()
-        run = ("retrain", trigger(server, profile="smoke", backend="kubeflow"))
+        run = ("retrain", trigger(server, profile="tour", backend="kubeflow"))
         wait_for(lambda: tasks(server, run)["kubeflow"]["state"] == "deferred")
         server.kill()
     assert [one["state"] for one in kfp.runs.values()] == ["RUNNING"]
@@ -330,14 +330,14 @@ def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice_and_si
         assert ended(server, run) == "success"
         assert [*kfp.runs] == ["run-1"]
         submitted = kfp.runs["run-1"]
-        wanted = {"profile": "smoke", "promotion": "manual", "parts": 2}
+        wanted = {"profile": "tour", "promotion": "manual", "parts": 2}
         assert submitted["runtime_config"]["parameters"] == wanted
         assert submitted["service_account"] == "univigu-launcher"
         assert "it is champion already" in log(server, run, "gate")
         assert champion(root) == 1
 
         MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
-        run = ("retrain", trigger(server, profile="smoke", backend="kubeflow"))
+        run = ("retrain", trigger(server, profile="tour", backend="kubeflow"))
         assert ended(server, run) == "success"
         assert tasks(server, run)["promote"]["state"] == "skipped"
         assert "'state': 'rejected'" in log(server, run, "notify")

@@ -77,12 +77,12 @@ class TrainedRoot:
             for item in items
         ]
         write_table(home, "items", rows)
-        (home / "metrics.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+        (home / "scores.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
         names = ("prompts", "pairs", "stage2", "base")
         commit(self.root, "evaluate-model", {name: self.digests[name] for name in names})
 
-    def register(self, name, metric="captions.mean", promotion="automatic"):
-        settings = {"name": name, "champion_metric": metric, "promotion": promotion}
+    def register(self, name, metric="captions.mean", promotion="automatic", least=None):
+        settings = {"name": name, "champion_metric": metric, "least_scores": least or {}, "promotion": promotion}
         run_stage("register-model", {"register_model": settings}, self.root)
         return json.loads((self.root / "data/registered/registration.json").read_text())
 

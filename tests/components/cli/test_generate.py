@@ -2,17 +2,19 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 import sys
 import warnings
 
 import numpy as np
 import pytest
 
-from components.cli.generate import BATCH
+from components.cli import chosen_model
 from components.cli.main import main
 from univigu.errors import CorruptDataError, DiskFullError, TransientError
-from univigu.video import decode_mp4, encode_mp4
+from univigu.video import decode_mp4, encode_mp4, read_video
 
 
 @pytest.fixture
@@ -29,6 +31,7 @@ def univigu(monkeypatch, capsys):
     state = logging.root.manager.disable
 
     def run(*arguments):
+        monkeypatch.delenv("UNIVIGU_QUIET", raising=False)  # what --quiet leaves for child processes
         monkeypatch.setattr(sys, "argv", ["univigu", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
             main()
@@ -36,6 +39,7 @@ def univigu(monkeypatch, capsys):
         return stop.value.code or 0, out, err
 
     yield run
+    os.environ.pop("UNIVIGU_QUIET", None)
     logging.disable(state)
     diffusers_logging.enable_progress_bar()
     transformers_logging.enable_progress_bar()
@@ -48,6 +52,7 @@ def clips(tmp_path_factory):
     for name, shape in {"clip": (9, 32, 32, 3), "portrait": (40, 96, 54, 3), "single": (1, 32, 32, 3)}.items():
         frames = rng.integers(0, 256, shape, dtype=np.uint8)
         (folder / f"{name}.mp4").write_bytes(encode_mp4(frames, 8))
+    (folder / "dark.mp4").write_bytes(encode_mp4(np.zeros((9, 32, 32, 3), dtype=np.uint8), 8))
     (folder / "text.mp4").write_text("This is a letter, and no video.\n" * 20)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "list.mp4").write_text("#EXTM3U\n#EXTINF:10,\nclip.mp4\n#EXT-X-ENDLIST\n")
@@ -67,31 +72,30 @@ def test_several_files_of_any_shape_are_captioned_in_order(univigu, clips, speak
     said = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert [row["file"] for row in said] == [str(file) for file in files]
-    _, alone, _ = univigu("caption", files[1], "--model", speaking_model, "--seed", 6)
+    _, alone, _ = univigu("caption", files[1], "--model", speaking_model, "--seed", 5)
     assert alone == said[1]["caption"] + "\n"
 
 
-def test_captions_come_while_later_files_are_still_to_be_read(univigu, clips, speaking_model):
-    files = [clips / "clip.mp4"] * (BATCH + 1)
-    code, out, _ = univigu("caption", *files, "--model", speaking_model, "--steps", 2, "--seed", 5)
+def test_a_caption_depends_neither_on_the_other_files_nor_on_their_order(univigu, clips, speaking_model):
+    files = [clips / "clip.mp4", clips / "dark.mp4", clips / "clip.mp4"]
+    options = ("--model", speaking_model, "--steps", 2, "--seed", 5)
+    code, out, _ = univigu("--quiet", "caption", *files, *options)
     said = out.splitlines()
-    assert (code, len(said)) == (0, BATCH + 1)
-    last = univigu("caption", files[-1], "--model", speaking_model, "--steps", 2, "--seed", 5 + BATCH)
-    assert last[1] == said[-1] + "\n"
+    assert (code, len(said)) == (0, 3)
+    assert said[0] == said[2]
+    assert univigu("--quiet", "caption", *files[1:], *options)[1].splitlines() == said[1:]
+    assert univigu("caption", files[1], *options)[1].splitlines() == said[1:2]
 
 
 def test_a_file_that_can_not_be_read_is_named_and_the_others_get_their_captions(univigu, clips, speaking_model):
     options = ("--model", speaking_model, "--steps", 2, "--seed", 5)
     good = clips / "clip.mp4"
     _, whole, _ = univigu("caption", good, good, good, *options)
-    code, out, err = univigu("caption", good, clips / "text.mp4", good, clips / "none.mp4", *options, "--json")
-    said = [json.loads(line)["caption"] for line in out.splitlines()]
-    assert said == whole.splitlines()[::2]  # each with the seed of its place
+    code, out, err = univigu("--quiet", "caption", good, clips / "text.mp4", good, clips / "none.mp4", *options)
+    assert out.splitlines() == whole.splitlines()[:2]
     assert [name in line for name, line in zip(("text.mp4", "none.mp4"), err.splitlines(), strict=True)] == [True, True]
     assert code == 65
     assert univigu("caption", clips / "none.mp4", good, clips / "text.mp4", *options)[0] == 66
-    many = univigu("caption", *[clips / "single.mp4"] * BATCH, good, *options)
-    assert (many[0], len(many[1].splitlines()), len(many[2].splitlines())) == (65, 1, BATCH)
 
 
 def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path, speaking_model):
@@ -100,7 +104,8 @@ def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path,
     made = {}
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
         path = tmp_path / f"{name}.mp4"
-        code, out, err = univigu("generate", "a red seven", "-o", path, "--model", speaking_model, "--seed", seed)
+        options = ("-o", path, "--model", speaking_model, "--seed", seed, "--scale", 1)
+        code, out, err = univigu("generate", "a red seven", *options)
         assert (code, out) == (0, "")
         assert "9 frames of 32x32" in err
         made[name] = path.read_bytes()
@@ -108,6 +113,41 @@ def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path,
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert (container.streams.video[0].codec_context.pix_fmt, container.streams.video[0].frames) == ("yuv420p", 9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+@pytest.mark.parametrize(("name", "container"), [("a.webm", "matroska,webm"), ("b.gif", "gif"), ("c.MP4", "mov,mp4")])
+def test_a_clip_has_the_format_that_its_name_asks_for_and_is_large_enough_to_see(
+    univigu, tmp_path, speaking_model, name, container
+):
+    import av
+
+    code, _, err = univigu("generate", "a red seven", "-o", tmp_path / name, "--model", speaking_model, "--steps", 1)
+    assert (code, "enlarged from 32x32 (`--scale 1` turns this off)" in err) == (0, True)
+    with av.open(str(tmp_path / name)) as video:
+        assert video.format.name.startswith(container)
+    assert read_video(tmp_path / name)[0].shape == (9, 256, 256, 3)
+
+
+def test_a_clip_without_a_name_is_named_after_its_prompt_and_replaces_nothing(
+    univigu, tmp_path, speaking_model, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert univigu("generate", "A red seven, moving up!", "--model", speaking_model, "--steps", 1)[0] == 0
+    assert univigu("joint", "--model", speaking_model, "--steps", 1)[0] == 0
+    names = ["a-red-seven-moving-up-2.mp4", "a-red-seven-moving-up-3.mp4", "a-red-seven-moving-up.mp4", "clip.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert len({path.read_bytes() for path in tmp_path.glob("a-red*")}) == 1
+
+
+def test_unknown_words_are_named_with_what_the_model_knows_and_the_clip_is_made(univigu, tmp_path, speaking_model):
+    options = ("--model", speaking_model, "--steps", 1, "-o", tmp_path / "clip.mp4")
+    code, _, err = univigu("generate", "a red zebra, moving up", *options)
+    assert (code, (tmp_path / "clip.mp4").is_file()) == (0, True)
+    assert err.startswith("This model doesn't know 'zebra'; the clip may ignore it. It knows ")
+    assert {"red", "seven", "up"} - {*re.findall(r"[\w-]+", err)} == {"up"}  # short words are not listed
+    assert "doesn't know" not in univigu("joint", "a red seven, moving up", *options)[2]
+    assert univigu("--quiet", "generate", "a red zebra", *options)[2] == ""
 
 
 def test_joint_prints_the_caption_and_writes_the_clip_even_without_a_prompt(univigu, tmp_path, speaking_model):
@@ -147,7 +187,7 @@ def test_a_place_where_no_clip_can_be_written_is_refused_before_the_model_is_loa
     for output, code, message in (
         (tmp_path / "none" / "clip.mp4", 66, "no folder"),
         (tmp_path, 65, "is a folder"),
-        (tmp_path / "clip.gif", 65, "written as mp4"),
+        (tmp_path / "clip.avi", 65, "written as mp4, webm or gif"),
     ):
         result = univigu("generate", "a red seven", "-o", output, "--model", tmp_path / "no-model")
         assert_refused(result, code, message)
@@ -158,15 +198,34 @@ def test_a_full_disk_is_said_and_leaves_nothing(univigu, speaking_model):
     assert_refused(result, DiskFullError.exit_code, "disk is full")
 
 
-def test_without_a_registered_model_people_are_told_how_to_get_one(univigu, clips, tmp_path, monkeypatch):
+@pytest.fixture
+def no_bundled_model(monkeypatch, tmp_path):
+    """A clone without the bundled model, as that of somebody who has removed it."""
+    monkeypatch.setattr(chosen_model, "CLONE", tmp_path / "clone")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.usefixtures("no_bundled_model")
+def test_without_a_registered_model_the_bundled_one_is_used_and_named(univigu, clips, tmp_path, speaking_model):
+    shutil.copytree(speaking_model, tmp_path / "model/tiny-univigu")
+    code, out, err = univigu("caption", clips / "clip.mp4", "--root", tmp_path)
+    line = f"Using the bundled model {tmp_path}/model/tiny-univigu; `make demo` trains your own.\n"
+    assert (code, err) == (0, line)
+    assert out == univigu("caption", clips / "clip.mp4", "--model", speaking_model)[1]
+    assert univigu("--quiet", "caption", clips / "clip.mp4", "--root", tmp_path) == (0, out, "")
+    result = univigu("caption", clips / "clip.mp4", "--root", tmp_path, "--name", "another")
+    assert_refused(result, 66, "No model is registered")
+
+
+@pytest.mark.usefixtures("no_bundled_model")
+def test_without_any_model_people_are_told_how_to_get_one(univigu, clips, tmp_path):
     result = univigu("caption", clips / "clip.mp4", "--root", tmp_path)
     assert_refused(result, 66, "No model is registered .* `make demo`.* `univigu run register-model`.* --root")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_bundled_model")
 def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_model(univigu, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     arguments = ("generate", "a red seven", "-o", tmp_path / "clip.mp4", "--root", tmp_path)
     (tmp_path / "mlflow.db").write_text("This is a letter, and no database.\n" * 100)
     message = "mlflow.db can't be read .*not a database.* `univigu run register-model`"
@@ -179,8 +238,6 @@ def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_mo
 
 
 def test_a_folder_that_holds_no_model_or_a_damaged_one_is_refused(univigu, clips, tmp_path, speaking_model):
-    import shutil
-
     clip = clips / "clip.mp4"
     assert_refused(univigu("caption", clip, "--model", tmp_path / "none"), 66, "no model folder")
     assert_refused(univigu("caption", clip, "--model", tmp_path), 66, "model_index.json")

@@ -106,19 +106,25 @@ def test_dvc_is_told_at_once_that_a_step_is_finished(univigu, root, monkeypatch)
     assert made(root) == ["0", "4", "8"]
 
 
-def test_the_digests_of_all_code_are_written_for_dvc(univigu, root):
+def test_the_code_and_the_settings_of_each_step_are_written_for_dvc(univigu, root):
+    def written():
+        return {path.stem: json.loads(path.read_text()) for path in (root / ".univigu/steps").iterdir()}
+
     assert univigu("code")[0] == 0
-    before = json.loads((root / ".univigu/code.json").read_text())
+    before = written()
     assert set(before) == {stage.name for stage in stages.STAGES}
-    assert json.loads((root / ".univigu/profile.json").read_text()) == PROFILE
+    for stage in stages.STAGES:
+        keys = (*stage.sources.values(), *stage.parameters)
+        assert before[stage.name]["settings"] == {key: PROFILE[key] for key in keys}
     path = root / "steps_under_test.py"
     path.write_text(path.read_text().replace("def copy", "# a comment\ndef copy"))
     univigu("code")
-    assert json.loads((root / ".univigu/code.json").read_text()) == before
+    assert written() == before
     path.write_text(path.read_text().replace("% 256", "% 255"))
     univigu("code")
-    after = json.loads((root / ".univigu/code.json").read_text())
+    after = written()
     assert {name for name in before if after[name] != before[name]} == {"first"}
+    assert after["first"]["settings"] == before["first"]["settings"]
 
 
 def test_a_library_that_logs_a_traceback_is_not_heard(capfd, monkeypatch):

@@ -30,6 +30,7 @@ def test_the_bundled_profiles_are_listed_with_what_they_extend(univigu):
     assert [line.split() for line in out.splitlines()] == [
         ["smoke", "extends", "tiny"],
         ["tiny", "-"],
+        ["tour", "extends", "smoke"],
         ["wan-1.3b", "-"],
         ["wan-14b", "extends", "wan-1.3b"],
     ]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from components.cli.summary import summarise
+from components.cli.summary import show, summarise
 from components.pipeline.manifests import write_manifest
 from components.pipeline.stages import STAGES
 from univigu.errors import MissingInputError
@@ -29,6 +29,16 @@ def test_a_step_that_ran_has_its_time_and_a_restored_one_has_none(tmp_path):
     assert [(step["seconds"], step["rows_in"]) for step in run["steps"]] == [(2.5, 7), (None, 5), (None, 5)]
     assert (run["total_seconds"], run["peak_rss_mb"], run["model_version"]) == (2.5, 100.0, None)
     assert json.loads((tmp_path / "reports/run.json").read_text()) == run
+
+
+def test_the_registered_version_is_shown_with_the_sentence_that_decided_about_it(tmp_path, capsys):
+    for stage in STAGES:
+        leave(tmp_path, stage, "a")
+    decision = "candidate, as captions.mean 0.231 is below its profile's least (0.5)"
+    facts = {"name": "uni-vigu", "version": 3, "decision": decision}
+    (tmp_path / "data/registered/registration.json").write_text(json.dumps(facts))
+    show(tmp_path, summarise(tmp_path))
+    assert f"registered: uni-vigu version 3 - {decision}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_before_any_run_it_says_what_to_do(tmp_path):

@@ -76,7 +76,7 @@ def reports(root, profile):
 
 
 def test_metrics_are_the_scores_of_the_items(reports):
-    metrics = json.loads((reports / "metrics.json").read_text())
+    metrics = json.loads((reports / "scores.json").read_text())
     items = pd.read_parquet(reports / "items.parquet")
     assert metrics.keys() >= GROUPS
     assert items.groupby("task").size().to_dict() == {
@@ -111,7 +111,7 @@ def test_joint_videos_and_texts_are_compared_with_what_their_prompt_states(repor
 
 
 def test_the_figures_of_training_are_in_metrics_plots_and_page(reports):
-    metrics = json.loads((reports / "metrics.json").read_text())
+    metrics = json.loads((reports / "scores.json").read_text())
     assert metrics["stage1"]["video_gain"] == 0.125
     assert metrics["stage2"]["heldout_video_mse"] == 0.75
     assert (reports / "plots/stage1_curves.csv").read_text().splitlines()[0] == "step,video_mse,text_ce"

@@ -180,7 +180,7 @@ def test_a_model_is_evaluated_on_held_out_pairs_only(root):
     pairs = pd.read_parquet(root / "data/pairs/pairs.parquet")
     heldout = pairs[(pairs["split"] == "heldout") & (pairs["stage"] == 2)]
     assert set(items[items["task"] == "captions"]["clip_id"]) == set(heldout["clip_id"])
-    metrics = json.loads((root / "reports/metrics.json").read_text())
+    metrics = json.loads((root / "reports/scores.json").read_text())
     assert {"captions", "captions_without_video", "majority", "generation", "generation_base", "joint"} <= set(metrics)
     assert "recogniser" not in metrics
     assert metrics["generation_clip"]["retrieval"]["n"] == metrics["generation_base_clip"]["mean"]["n"] == 3

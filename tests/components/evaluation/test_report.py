@@ -87,7 +87,9 @@ def test_an_animation_keeps_every_pixel_of_every_frame():
 
 def test_the_contact_sheet_shows_the_clips_scaled_up():
     frames = clip(3)
-    sheet = Image.open(io.BytesIO(report.contact_sheet({"Title": [(report.Preview(frames, 8), "some words")] * 2})))
+    sheet = Image.open(
+        io.BytesIO(report.contact_sheet({"Title": [report.Card(report.Preview(frames, 8), "some words")] * 2}))
+    )
     sheet.seek(2)
     pixels = np.asarray(sheet.convert("RGB"))
     big = frames[2].repeat(5, 0).repeat(5, 1)
@@ -97,6 +99,17 @@ def test_the_contact_sheet_shows_the_clips_scaled_up():
         if np.array_equal(pixels[top : top + 160, left : left + 160], big)
     ]
     assert len(found) == 2
+
+
+def test_the_contact_sheet_marks_what_is_wrong():
+    good, bad = (report.Card(report.Preview(clip(2), 8), "some words", wrong) for wrong in ((), ("digit", "speed")))
+    red = []
+    for card in (good, bad):
+        sheet = Image.open(io.BytesIO(report.contact_sheet({"Title": [card]})))
+        pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
+        red.append(int((pixels == (0xCF, 0x22, 0x2E)).all(-1).sum()))
+    assert red[0] == 0
+    assert red[1] > 2 * 160  # the frame, and the words
 
 
 def test_a_long_and_wide_clip_is_shown_smaller_and_with_fewer_frames_in_the_same_time():

@@ -171,8 +171,8 @@ def test_every_fault_of_a_profile_is_in_one_message(write):
         "with `extends`",
         f"  {path}: train_stage_1.learning_rate is -1; give a number above 0",
         f"  {path}: train_stage_1.stepz is not a setting; did you mean 'steps'?",
-        f"  {path}: register_model is missing; add a table with name, champion_metric, promotion, or take it from "
-        "another profile with `extends`",
+        f"  {path}: register_model is missing; add a table with name, champion_metric, least_scores, promotion, or "
+        "take it from another profile with `extends`",
         f"  {path}: mascot is not a setting; remove it, or use one of {', '.join(load_profile('tiny'))}",
     ]
 

@@ -25,7 +25,7 @@ def test_dvc_has_the_same_steps_in_the_same_order():
 def test_dvc_watches_what_the_code_of_each_step_does():
     stage = DVC["stages"][CODE]
     assert stage["deps"] == ["components", "model/univigu"]
-    assert dvc_paths(stage["outs"]) == {".univigu/code.json", ".univigu/profile.json"}
+    assert dvc_paths(stage["outs"]) == {".univigu/steps"}
 
 
 def test_dvc_shows_and_changes_the_profile_as_it_is_written():
@@ -42,14 +42,8 @@ def test_dvc_depends_on_the_same_inputs_and_sources(stage):
     makers = [find_stage(name) for name in stage.inputs.values()]
     expected = {f"{maker.home}/manifest.json" if maker.outputs else maker.home for maker in makers}
     expected |= {f"${{{key}}}" for key in stage.sources.values()}
+    expected.add(f".univigu/steps/{stage.name}.json")  # its code and settings
     assert dvc_paths(DVC["stages"][stage.name]["deps"]) == expected
-
-
-@pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_dvc_watches_the_same_parameters_and_the_code(stage):
-    code, entry = DVC["stages"][stage.name]["params"]
-    assert code == {".univigu/code.json": [stage.name]}
-    assert set(entry[".univigu/profile.json"]) == {*stage.sources.values(), *stage.parameters}
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=IDS)

@@ -26,7 +26,7 @@ def folder(tmp_path):
         for item in range(10)
     ]
     write_table(tmp_path, "items", rows)
-    (tmp_path / "metrics.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+    (tmp_path / "scores.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
     return tmp_path
 
 
@@ -43,14 +43,23 @@ def test_figures_and_items_are_read(folder):
 )
 def test_a_value_that_is_not_a_number_is_named(folder, figure):
     score = f'{{"value": {figure}, "low": 0, "high": 1, "n": 3}}'
-    (folder / "metrics.json").write_text(f'{{"captions": {{"mean": {score}}}}}')
+    (folder / "scores.json").write_text(f'{{"captions": {{"mean": {score}}}}}')
     with pytest.raises(UnreadableEvaluationError, match=r"can't be read .*; run `evaluate-model` again"):
+        read_evaluation(folder)
+
+
+def test_a_version_of_an_earlier_release_has_its_scores_in_metrics_json(folder):
+    scores = read_evaluation(folder).scores
+    (folder / "scores.json").rename(folder / "metrics.json")
+    assert read_evaluation(folder).scores == scores
+    (folder / "metrics.json").write_text('{"captions": {"mean": 0.5}}')  # what the step writes now
+    with pytest.raises(UnreadableEvaluationError, match="it has no scores"):
         read_evaluation(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 10**6, b'{"a":' * 900 + b"1" + b"}" * 900])
 def test_damaged_metrics_are_named(folder, content):
-    (folder / "metrics.json").write_bytes(content)
+    (folder / "scores.json").write_bytes(content)
     try:
         assert read_evaluation(folder).scores == {}  # deep, and without a figure in it
     except UnreadableEvaluationError as error:

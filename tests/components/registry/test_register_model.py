@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -20,7 +21,7 @@ from components.registry.register_model import _git_commit
 from components.tracking import tracking_uri
 from trained_root import TrainedRoot, commit
 from univigu import registry
-from univigu.errors import BadInputError, ConfigError, CorruptDataError
+from univigu.errors import BadInputError, ConfigError, CorruptDataError, GateFailedError
 from univigu.video import decode_mp4, encode_mp4
 
 
@@ -104,6 +105,45 @@ def test_the_commit_says_whether_files_were_edited_since(tmp_path):
     assert _git_commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "code.py").write_text("2")
     assert _git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_version_below_the_least_scores_stays_a_candidate_until_a_person_insists(world, capsys):
+    world.train("poor")
+    reason = "captions.mean 0.375 is below its profile's least (0.5)"
+    facts = world.register("poor", least={"captions.mean": 0.5, "captions.colour": 0.2})
+    assert (facts["version"], facts["decision"]) == (1, f"candidate, as {reason}")
+    assert f"poor version 1: candidate, as {reason}" in capsys.readouterr().err
+    assert (world.version("poor", "champion"), world.version("poor", "candidate")) == (None, 1)
+    comparison = promotion.compare("poor", 1, root=world.root)
+    assert (comparison.better, comparison.reason) == (False, reason)
+    with pytest.raises(GateFailedError, match=re.escape(reason)):
+        promotion.promote("poor", 1, "why not", root=world.root)
+    forced = promotion.promote("poor", 1, "good enough for a test", force=True, root=world.root)
+    assert (forced.outcome, forced.forced, forced.reason) == ("promoted", True, reason)
+    assert world.version("poor", "champion") == 1
+    outcomes = [line.outcome for line in promotion.history("poor", root=world.root)]
+    assert outcomes == ["promoted", "refused", "refused"]
+
+
+def test_a_version_is_offered_again_once_its_profile_asks_for_less(world):
+    world.train("modest")
+    least = {"captions.mean": 0.5, "captions.digit": 0.3}
+    both = "captions.mean 0.375 and captions.digit 0.250 are below its profile's least (0.5 and 0.3)"
+    assert world.register("modest", least=least)["decision"] == f"candidate, as {both}"
+    assert world.register("modest", least={"captions.mean": 0.4})["decision"] == f"candidate, as {both}"
+    assert world.register("modest", least={"captions.mean": 0.3})["decision"].startswith("champion, as the first one")
+    assert world.version("modest", "champion") == 1
+
+
+def test_manual_promotion_also_says_what_falls_short(world):
+    world.train("manual and poor")
+    decision = world.register("manual-poor", promotion="manual", least={"captions.mean": 0.9})["decision"]
+    assert decision.startswith("candidate, as promotion is manual; captions.mean 0.375 is below")
+
+
+def test_a_least_score_that_the_evaluation_lacks_is_reported(world):
+    with pytest.raises(BadInputError, match=r"no score 'captions.meen', of which the profile's register_model.least"):
+        world.register("typo", least={"captions.meen": 0.5})
 
 
 def test_a_version_that_is_better_on_the_same_items_becomes_champion(world):
@@ -300,7 +340,7 @@ for name, place, attribute, call, strike, ends in (
 ):
     if not (child := os.fork()):
         strike_at(place, attribute, call, strike)
-        settings = {"name": name, "champion_metric": "captions.mean", "promotion": "automatic"}
+        settings = {"name": name, "champion_metric": "captions.mean", "least_scores": {}, "promotion": "automatic"}
         try:
             run_stage("register-model", {"register_model": settings}, root)
         except DiskFullError as error:

@@ -1,0 +1,78 @@
+"""Which model `univigu caption`, `generate` and `joint` use: a given one, the champion, or the bundled one."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.cli.messages import is_quiet, say
+from univigu.errors import MissingInputError
+
+if TYPE_CHECKING:
+    from univigu.pipeline import UniViGUPipeline
+
+NAME = "uni-vigu"
+BUNDLED = Path("model/tiny-univigu")
+CLONE = Path(__file__).resolve().parents[2]
+
+
+def find_model(model: str, name: str, root: Path) -> Path:
+    """The folder of the model to use.
+
+    model: a folder, a ``models:/`` address, or "" for the champion of `name`. Where `name` is the default one and has
+    no champion, the bundled model is used, and the command says so. Raises `MissingInputError` where there is none.
+    """
+    if model and not model.startswith("models:/"):
+        if not Path(model).is_dir():
+            raise MissingInputError(f"There is no model folder '{model}'; check the path, or omit --model.")
+        return Path(model)
+    if model:
+        return _registered(model, root)
+    try:
+        return _registered(f"models:/{name}@champion", root)
+    except MissingInputError:
+        bundled = find_bundled(root)
+        if name != NAME or bundled is None or _has_champion(name, root):
+            raise
+    say(f"Using the bundled model {bundled}; `make demo` trains your own.")
+    return bundled
+
+
+def find_bundled(root: Path) -> Path | None:
+    """The folder of the bundled model, in the work root or else in the clone of this command; None without one."""
+    places = (root / BUNDLED, CLONE / BUNDLED)
+    return next((place for place in places if (place / "model_index.json").is_file()), None)
+
+
+def _registered(address: str, root: Path) -> Path:
+    from components.tracking import existing_store
+
+    store = existing_store(root, "a model's folder with --model")
+    from univigu.registry import pipeline_folder
+
+    return pipeline_folder(address, store)
+
+
+def _has_champion(name: str, root: Path) -> bool:
+    from components.tracking import existing_store
+
+    try:
+        store = existing_store(root)
+    except MissingInputError:
+        return False
+    from univigu.registry import CHAMPION, version_at
+
+    return version_at(name, CHAMPION, store) is not None
+
+
+def load(folder: Path) -> "UniViGUPipeline":
+    """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
+    from univigu.pipeline import UniViGUPipeline
+
+    pipeline = UniViGUPipeline.from_pretrained(folder)
+    import torch
+
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    shown = sys.stderr.isatty() and not is_quiet()
+    pipeline.set_progress_bar_config(disable=not shown, leave=False, desc="sampling")
+    return pipeline
