@@ -2,7 +2,7 @@
 
 A field is a function of the state z and the time tau. Guidance moves a velocity away from that of a branch without
 condition: u = u_without + scale * (u_with - u_without). What is absent in that branch is noise at tau = 0, as in
-training (see ``objective.TASKS``); at a scale of 1 the branch is not computed.
+training (see ``tasks.TASKS``); at a scale of 1 the branch is not computed.
 
 All noise of a sample comes from its own seed and a name, so a result does not depend on the rest of the batch.
 """

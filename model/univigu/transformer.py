@@ -161,7 +161,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         return VideoCache(kv_caches, grid)
 
     def denoise_text(self, text: Tensor, text_tau: Tensor, cache: VideoCache, guess: Tensor | None = None) -> Tensor:
-        """h (B, N, d) of text beside a cached video: forward's under ``prefix``, at the cost of the text alone."""
+        """h (B, N, d) of text beside a cached video: forward's under ``prefix``, at the cost of the text alone.
+
+        Of M videos in the cache, text row i sees video i modulo M: B is a multiple of M.
+        """
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
         rotary = self.rope.text(cache.grid, text.shape[1])
         for block, kv_cache in zip(self.blocks, cache.kv_cache, strict=True):
