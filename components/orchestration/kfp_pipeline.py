@@ -357,8 +357,8 @@ def retry_window(retries: int, hours: int) -> int:
     """Seconds in which a task must have ended: all its attempts, each pending and then running for `hours`.
 
     KFP passes this value to Argo as `backoff.maxDuration`. Argo counts it from when the first attempt was created,
-    starts no retry after it, and kills one that is still running (Argo Workflows 4.0.5, workflow/controller/operator.go,
-    processNodeRetries; workflowpod.go, getDeadline).
+    starts no retry after it, and kills one that still runs (Argo Workflows 4.0.5, workflow/controller: operator.go,
+    processNodeRetries, and workflowpod.go, getDeadline).
     """
     waits = sum(BACKOFF_S * 2**number for number in range(retries))
     return (retries + 1) * (PENDING_HOURS + hours) * 3600 + waits
