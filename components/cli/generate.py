@@ -140,7 +140,8 @@ def joint(
     pipeline = _load(_folder(model, name, root))
     prompt = prompt if prompt.strip() else ""
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
-    (frames,), (text,) = pipeline.joint(prompt, **settings, text_at=text_at, in_step=in_step, seed=seed)
+    given = {"text_at": text_at, "in_step": in_step, "seed": seed, "output_type": "uint8", "return_dict": False}
+    (frames,), (text,) = pipeline.joint(prompt, **settings, **given)
     _write(output, frames, pipeline.config.fps, scale)
     _print_line(" ".join(text.split()))
 
