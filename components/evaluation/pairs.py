@@ -149,9 +149,8 @@ def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list
     """A reader of clips: returns the claims of the model's captions, which it writes if none are given."""
 
     def read(frames: "np.ndarray", texts: Sequence[str] | None) -> list[Claims]:
-        if not texts:
-            texts = pipeline.caption(list(frames), seed=range(len(frames)), batch_size=READ_AT_ONCE)
-        return [read_text(text) for text in texts]
+        written = texts or pipeline.caption(list(frames), seed=range(len(frames)), batch_size=READ_AT_ONCE)
+        return [read_text(text) for text in written]
 
     return read
 

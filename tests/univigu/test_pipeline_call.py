@@ -1,4 +1,4 @@
-"""The pipeline called as diffusers' users call one: arguments, outputs, callbacks, and the same frames as WanPipeline."""
+"""The pipeline called as in diffusers: arguments, outputs, callbacks, and the same frames as WanPipeline."""
 
 from pathlib import Path
 
