@@ -52,7 +52,17 @@ class RotaryTables(WanRotaryPosEmbed):
                 f"{length} text tokens after a video of {grid} patches need {end} positions and the model has"
                 f" {self.max_seq_len}: use a smaller video or a shorter text_length."
             )
-        return self._to_complex(self.freqs_cos[None, start:end, None], self.freqs_sin[None, start:end, None])
+        # pyrefly: ignore[not-callable]
+        return self._to_complex(*self(None, slice(start, end)))
+
+    def forward(self, hidden_states: Tensor | None, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for the patches of latents, or those of ``rows``.
+
+        All reads of the tables come through here, because hooks that offload them to another device act on a call.
+        """
+        if rows is not None:
+            return self.freqs_cos[None, rows, None], self.freqs_sin[None, rows, None]
+        return super().forward(hidden_states)
 
     @staticmethod
     def _to_complex(cos: Tensor, sin: Tensor) -> Rotary:
