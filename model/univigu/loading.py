@@ -72,7 +72,8 @@ def check_wan(source: str | Path, folder: Path, without_text_encoder: bool = Fal
 def wan_parts(source: str | Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer, text encoder, autoencoder and new transformer of a Wan folder, by the pipeline's names.
 
-    ``options`` hold ``dtype`` or ``torch_dtype``, maybe a ``text_encoder`` (None for none), and the transformer's text arguments.
+    ``options`` hold ``dtype`` or ``torch_dtype``, maybe a ``text_encoder`` (None for none), and the transformer's text
+    arguments.
     """
     given = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
     precision: Precision = next((dtype for dtype in given if dtype is not None), None)

@@ -96,9 +96,9 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
 
         Nothing else is needed: sizes, lengths and shift come from the folder (see :func:`loading.wan_defaults`).
         ``settings`` are this pipeline's defaults (``num_frames`` and so on), the transformer's text arguments
-        (``text_length`` and so on), and of diffusers' arguments ``dtype`` (or ``torch_dtype``), ``revision``, ``token``,
-        ``cache_dir``, ``local_files_only`` and ``text_encoder=None``. Until the text side is trained, calling the
-        pipeline gives Wan's own videos. Raises MissingInputError or BadInputError for any other folder.
+        (``text_length`` and so on), and of diffusers' arguments ``dtype`` (or ``torch_dtype``), ``revision``,
+        ``token``, ``cache_dir``, ``local_files_only`` and ``text_encoder=None``. Until the text side is trained,
+        calling the pipeline gives Wan's own videos. Raises MissingInputError or BadInputError for any other folder.
         """
         folder = loading.fetch(source, settings)
         loading.check_wan(source, folder, without_text_encoder="text_encoder" in settings)
@@ -112,8 +112,9 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "PipelineParts":
         """Load what ``save_pretrained`` wrote, from a folder or the hub.
 
-        ``kwargs`` are those of diffusers: ``dtype`` (or ``torch_dtype``; by default float32), ``device_map``, ``quantization_config``, ``revision``,
-        ``token``, ``cache_dir``, ``local_files_only``, and components such as ``scheduler`` or ``text_encoder=None``.
+        ``kwargs`` are those of diffusers: ``dtype`` (or ``torch_dtype``; by default float32), ``device_map``,
+        ``quantization_config``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``, and components such as
+        ``scheduler`` or ``text_encoder=None``.
         Raises a BadInputError (or a subclass of it) for other folders.
         """
         source = pretrained_model_name_or_path
