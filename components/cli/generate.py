@@ -157,7 +157,8 @@ def joint(
     prompt = prompt if prompt.strip() else ""
     warn_of_unknown_words(prompt, pipeline.tokenizer)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
-    (frames,), (text,) = pipeline.joint(prompt, **settings, text_at=text_at, in_step=in_step, seed=[seed])
+    given = {"text_at": text_at, "in_step": in_step, "seed": seed, "output_type": "uint8", "return_dict": False}
+    (frames,), (text,) = pipeline.joint(prompt, **settings, **given)
     write_clip(output, prompt, frames, pipeline.config.fps, scale)
     _print_line(" ".join(text.split()))
 

@@ -114,7 +114,7 @@ def cancel(run_id: RunId, host: Host = "", namespace: Namespace = "") -> None:
 
     server = KfpServer(host, namespace)
     print(server.cancel(run_id).state)
-    if server.arguments(run_id).get("train_backend") == "trainjob":
+    if server.arguments(run_id).get("train_backend") != "pod":
         where = namespace or "NAMESPACE"
         print(
             "The pod that follows its TrainJob deletes it, but has only a second to do so; to make sure, run:\n"

@@ -103,6 +103,9 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
         balanced = f"{stage['balanced_step_seconds']:.3g} if all GPUs had equal work"
         step = f"{stage['step_seconds']:.3g} s per step ({balanced})"
         lines.append(f"  {name.replace('_', ' ')}     {step}, {stage['steps']:,} steps: {stage['days']:.3g} days")
+        if (draws := stage["text_draws"]["draws"]) > 1:
+            more = f"{stage['text_draws']['more_flops']:.1%} more operations than 1"
+            lines.append(f"              text_draws {draws}: {more}, {draws} times the text in understand")
     synthesis, captioning, storage = plan["synthesis"], plan["captioning"], plan["storage"]
     lines += [
         f"  training    {plan['days']:.3g} days",

@@ -32,6 +32,7 @@ ATTRIBUTES = ("content", *GROUPS)
 CLIP_KEYS = ("id", "shard", "member", "sha256", "frames", "height", "width")
 COMMON = 0.5  # a word in a larger share of the references is not a claim
 HAS_RECOGNISER = False
+READ_AT_ONCE = 8  # clips
 WORDS = {
     "captions": "held-out clips whose reference captions were not used in training; the score is the share of the "
     "reference's content words, compared by their stems, that the caption states",
@@ -146,7 +147,12 @@ def majority(truths: Sequence[Claims]) -> Claims:
 
 def reader(pipeline: Any) -> Callable[["np.ndarray", Sequence[str] | None], list[Claims]]:
     """A reader of clips: returns the claims of the model's captions, which it writes if none are given."""
-    return lambda frames, texts: [read_text(text) for text in texts or pipeline.caption(list(frames))]
+
+    def read(frames: "np.ndarray", texts: Sequence[str] | None) -> list[Claims]:
+        written = texts or pipeline.caption(list(frames), seed=range(len(frames)), batch_size=READ_AT_ONCE)
+        return [read_text(text) for text in written]
+
+    return read
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

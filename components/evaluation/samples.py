@@ -242,7 +242,8 @@ def generate_clips(pipeline: "UniViGUPipeline", items: Sequence[Item], size: Siz
 def sample_jointly(pipeline: "UniViGUPipeline", items: Sequence[Item], size: Size) -> dict[str, Any]:
     """Clips and captions generated jointly from the items' prompts."""
     prompts = [item["prompt"] for item in items]
-    frames, texts = pipeline.joint(prompts, **_video_arguments(items, size))
+    arguments = _video_arguments(items, size)
+    frames, texts = pipeline.joint(prompts, **arguments, output_type="uint8", return_dict=False)
     return {"frames": frames, "texts": texts}
 
 

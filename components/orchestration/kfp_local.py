@@ -71,7 +71,7 @@ def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
     with _stop_tasks_on_sigterm(), _show_only_task_output(home / LOG), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kfp warns that images and resources have no effect locally
         try:
-            pipeline(**{"training_gpus": "0", **typed}, root=str(root.resolve()))
+            pipeline(**{"training_gpus": "0", "train_backend": "pod", **typed}, root=str(root.resolve()))
         except RuntimeError as error:
             failure = last_failure(str(root.resolve())) or {
                 "message": f"A task ended without an error message; see its output in {home / LOG}.",

@@ -29,6 +29,8 @@ HEADER = (
 MOUNT = "/mnt/univigu"  # mount path of the volume in pods
 USER = 1000  # the image's user
 RETRIES = 2
+BACKOFF_S = 60  # wait before the first retry; doubles with each further one
+PENDING_HOURS = 24 * 30  # that each attempt of a task may wait for a node
 CONTROL_HOURS = 1  # timeout of tasks that run no step
 TRACKING_SECRET = "univigu-tracking"
 TRACKING_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -158,7 +160,7 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         profile: str = "tiny",
         root: str = MOUNT,
         parts: int = 1,
-        train_backend: str = "pod",
+        train_backend: str = "trainjob",
         promotion: str = "",
         required_env: list = [],  # noqa: B006 (kfp reads the defaults; nothing changes them)
         free_gib: float = 1.0,
@@ -337,12 +339,29 @@ class _Graph:
     def _place(self, task: dsl.PipelineTask, stage: Stage | None = None, pool: str = "cpu") -> dsl.PipelineTask:
         kubernetes.mount_pvc(task, pvc_name=self.work_pvc, mount_path=MOUNT)
         self.pools[pool].place(task)
-        kubernetes.set_timeout(task, (stage.resources.hours if stage else CONTROL_HOURS) * 3600)
+        hours = stage.resources.hours if stage else CONTROL_HOURS
+        kubernetes.set_timeout(task, hours * 3600)
         if self.retries:
-            task.set_retry(self.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
+            task.set_retry(
+                self.retries,
+                backoff_duration=f"{BACKOFF_S}s",
+                backoff_factor=2.0,
+                backoff_max_duration=f"{retry_window(self.retries, hours)}s",
+            )
         if stage is not None:
             _add_secrets(task, stage)
         return task
+
+
+def retry_window(retries: int, hours: int) -> int:
+    """Seconds in which a task must have ended: all its attempts, each pending and then running for `hours`.
+
+    KFP passes this value to Argo as `backoff.maxDuration`. Argo counts it from when the first attempt was created,
+    starts no retry after it, and kills one that still runs (Argo Workflows 4.0.5, workflow/controller: operator.go,
+    processNodeRetries, and workflowpod.go, getDeadline).
+    """
+    waits = sum(BACKOFF_S * 2**number for number in range(retries))
+    return (retries + 1) * (PENDING_HOURS + hours) * 3600 + waits
 
 
 def _add_secrets(task: dsl.PipelineTask, stage: Stage) -> None:

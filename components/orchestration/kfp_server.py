@@ -132,8 +132,14 @@ class KfpServer:
         raise AssertionError("unreachable")
 
     def state(self, run_id: str) -> RunState:
-        """The state of a run; raises `MissingInputError` if the server has no run with this id."""
+        """The state of a run; raises `MissingInputError` if the server has no run with this id.
+
+        KFP records a cancelled run as failed when it has ended; only its history says that it was being cancelled
+        (Kubeflow Pipelines 2.17.0, backend/src/apiserver/resource/resource_manager.go).
+        """
         run = self._run(run_id)
+        if run.state == "FAILED" and any(past.state == CANCELING for past in run.state_history or []):
+            return RunState("CANCELED", "")
         details = run.run_details.task_details or [] if run.run_details else []
         failed = [f"{task.display_name} {_message(task.error)}".strip() for task in details if task.state == "FAILED"]
         # pyrefly: ignore[no-matching-overload]

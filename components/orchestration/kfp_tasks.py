@@ -42,7 +42,8 @@ MAX_PARTS = 1000
 STOP_S = 300  # how long a step may take to save its state after SIGTERM
 RUN_ID = "UNIVIGU_RUN_ID"
 FAILURE = "failure"  # name of the file that records a failed task
-SUCCEEDED = "SUCCEEDED"  # KFP's term
+SUCCEEDED, FAILED = "SUCCEEDED", "FAILED"  # KFP's terms
+TERMINATION_LOG = Path("/dev/termination-log")  # what a container writes here becomes the message of its end
 PROMOTION = "UNIVIGU_PROMOTION"  # the variable that register-model reads
 
 
@@ -176,7 +177,13 @@ def command(
 
 
 def notify(pipeline: str, root: str, state: str, message: str) -> None:
-    """Report how a run ended, on standard output and with a notification."""
+    """Report how a run ended, on standard output and with a notification.
+
+    This task also runs when a run was cancelled. KFP then gives it the last state that the run's tasks have reported,
+    RUNNING (Kubeflow Pipelines 2.17.0, backend/src/v2/driver/resolve.go).
+    """
+    if state not in (SUCCEEDED, FAILED):
+        message = message or "The run was cancelled, or a pod was lost before it could report its end."
     failure = last_failure(root) if state != SUCCEEDED else {}  # a retry has succeeded
     report = {
         "pipeline": pipeline,
@@ -310,11 +317,19 @@ def _report_failure(step: str, root: str, part: str = "") -> Iterator[None]:
 
 
 def _exit(step: str, root: str, code: int, message: str) -> None:
+    """Record a failure for `notify` and for Argo, and exit with the code.
+
+    KFP's launcher replaces each exit code with 1, but Argo also sees the message of the container's end, by which
+    infra/kustomize/kubeflow-pipelines decides whether to retry.
+    """
     failure = {"run_id": _run_id(), "step": step, "exit_code": code, "message": message}
     try:
         _write(_state_file(root, FAILURE), failure)
     except OSError as error:
         _log(step, f"the failure could not be recorded in {root} ({error.strerror})")
+    if TERMINATION_LOG.exists():
+        with suppress(OSError):
+            TERMINATION_LOG.write_text(f"univigu exit code {code}: {message}"[:1000], encoding="utf-8")
     sys.exit(code)
 
 

@@ -62,7 +62,7 @@ def make_plan(
         config = TrainingConfig.from_section(section, profile["seed"])
         objective = objective_settings(section, profile["model"], profile["seed"])
         stages[f"stage_{number}"] = plan_stage(models, tokens, config, objective, gpus, device.tflops * 1e12 * mfu)
-        memory[f"stage_{number}"] = plan_memory(models, tokens, config, gpus, device, zero)
+        memory[f"stage_{number}"] = plan_memory(models, tokens, config, gpus, device, zero, objective.text_draws)
     synthesis = plan_synthesis(profile, models, tokens, rate, gpus)
     hours = {
         "synthesis": synthesis["gpu_days"] * 24,
@@ -122,6 +122,8 @@ def plan_stage(
     costs = planning.task_costs(models.transformer, tokens, objective)
     recomputed = 1 / int(config.gradient_checkpointing) if config.gradient_checkpointing else 0.0
     guess, share = objective.self_conditioning, config.batch_size // gpus
+    once = planning.task_costs(models.transformer, tokens, replace(objective, text_draws=1))
+    mean, single = (planning.mean_step(each, guess, recomputed) for each in (costs, once))
     slowest = planning.slowest_step(costs, guess, recomputed, share, gpus)
     seconds = slowest / gpu_rate
     return {
@@ -136,10 +138,11 @@ def plan_stage(
             }
             for task, cost in costs.items()
         },
-        "flops_per_sample": planning.mean_step(costs, guess, recomputed),
+        "text_draws": {"draws": objective.text_draws, "more_flops": mean / single - 1},
+        "flops_per_sample": mean,
         "flops_slowest_gpu": slowest,
         "step_seconds": seconds,
-        "balanced_step_seconds": share * planning.mean_step(costs, guess, recomputed) / gpu_rate,
+        "balanced_step_seconds": share * mean / gpu_rate,
         "steps": config.steps,
         "days": config.steps * seconds / DAY,
         "gpu_days": config.steps * seconds * gpus / DAY,
@@ -147,7 +150,13 @@ def plan_stage(
 
 
 def plan_memory(
-    models: MetaModels, tokens: planning.Tokens, config: "TrainingConfig", gpus: int, device: Gpu, zero: int | None
+    models: MetaModels,
+    tokens: planning.Tokens,
+    config: "TrainingConfig",
+    gpus: int,
+    device: Gpu,
+    zero: int | None,
+    text_draws: int = 1,
 ) -> Plan:
     """Bytes on one GPU by part, for each ZeRO stage with and without recomputation, and which choices fit.
 
@@ -156,6 +165,7 @@ def plan_memory(
     usable = planning.usable_memory(device.memory_gib)
     model, table = models.transformer.config, {}
     sizes = {"video_tokens": tokens.video, "context_tokens": tokens.context, "world_size": gpus}
+    sizes["text_draws"] = text_draws
     trainable = count_trainable(model, config)
     every = int(config.gradient_checkpointing)
     for stage in range(4):

@@ -119,6 +119,9 @@ class TrainStage(Section):
     prompt_dropout: PromptDropout = setting("Share of the samples without their prompt")
     time_shift: TimeShift = setting("Shift of the training times; above 1: more of them near the noise")
     tasks: Tasks = setting("Shares of the training tasks; they are scaled to sum to 1")
+    text_draws: Size = setting(
+        "Of understand: noises and times of the text for each pass over the video; the loss is their mean", "draws"
+    )
     objective: Literal["weighted", "literal"] = setting("Literal: eq 11 as printed")
     loss_weights: LossWeights = setting("Weights of the losses")
     token_weighting: Literal["rarity", "inverse_document_frequency", "uniform"] = setting(
@@ -138,6 +141,8 @@ class TrainStage(Section):
         for part in self.offload:
             if self.zero_stage < needed[part]:
                 yield "zero_stage", f"is {self.zero_stage}; to offload {part}, set it to {needed[part]} or more"
+        if self.text_draws > 1 and not self.tasks.understand:
+            yield "text_draws", f"is {self.text_draws}, and understand has no share; set it to 1, or give it a share"
         if self.objective == "literal" and (self.tasks.understand or self.tasks.generate):
             yield "tasks", "has others than joint, the literal objective's only one; set their shares to 0"
         if self.objective == "literal" and (self.time_shift.video, self.time_shift.text) != (1, 1):

@@ -60,7 +60,7 @@ def _train(step: "Step", number: int, source: str) -> None:
     objective_config = objective_settings(section, step.parameters["model"], seed)
     dataset, heldout = open_datasets(step, number)
     shape = transformer_config(step, number)
-    check_memory(shape, config, dataset)
+    check_memory(shape, config, dataset, objective_config.text_draws)
     with _start_run(step, number, source) if is_main_process() else nullcontext() as tracked:
         torch.manual_seed(seed)  # for the new weights of the text side
         # only rank 0 reads the weights: the engine copies them to every other process
@@ -181,7 +181,9 @@ def text_side(step: "Step", vocabulary: int) -> dict[str, Any]:
     }
 
 
-def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset") -> None:
+def check_memory(
+    shape: Mapping[str, Any], config: "TrainingConfig", dataset: "LatentDataset", text_draws: int = 1
+) -> None:
     """Raise `ConfigError`, before any weights are loaded, if the run needs more memory than is free."""
     from univigu.training.memory import parameter_count
     from univigu.training.memory_check import (
@@ -213,6 +215,7 @@ def check_memory(shape: Mapping[str, Any], config: "TrainingConfig", dataset: "L
         context_tokens=dataset.prompt_length,
         world_size=world_size,
         trainable=trainable,
+        text_draws=text_draws,
     )
     require_memory(needed, free, config)
 
@@ -245,6 +248,7 @@ def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], see
         text_weight=weights["text"],
         ce_weight=weights["cross_entropy"],
         self_conditioning=model["self_conditioning"],
+        text_draws=section["text_draws"],
         form=section["objective"],
         seed=seed,
     )

@@ -7,7 +7,7 @@ _EXPORTS = {
     "UniViGUPipeline": "univigu.pipeline",
     "UniViGUTransformer3DModel": "univigu.transformer",
     "TextSpace": "univigu.text_space",
-    "ObjectiveConfig": "univigu.objective",
+    "ObjectiveConfig": "univigu.tasks",
     "TrainingObjective": "univigu.objective",
 }
 # pyrefly: ignore[unresolvable-dunder-all]

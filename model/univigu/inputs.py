@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from .errors import BadInputError
 
 Seeds = int | Sequence[int]
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def split_videos(videos: Any) -> list[Any]:
@@ -25,12 +27,14 @@ def split_videos(videos: Any) -> list[Any]:
 
 
 def as_frames(video: Any) -> np.ndarray:
-    """One video as uint8 RGB frames (F, H, W, 3)."""
+    """One video as uint8 RGB frames (F, H, W, 3); floats from 0 to 1, as pipelines return them, are converted."""
     frames = _as_array(video)
+    if frames.dtype.kind == "f" and frames.size and frames.min() >= 0 and frames.max() <= 1:
+        frames = (frames * 255).round().astype(np.uint8)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise BadInputError(
-            f"A video must be uint8 RGB frames of shape (F, H, W, 3), not {frames.dtype} {frames.shape}: decode it to"
-            " such frames first."
+            f"A video must be RGB frames of shape (F, H, W, 3), uint8 or from 0 to 1, not {frames.dtype}"
+            f" {frames.shape}: decode it to such frames first."
         )
     return frames
 
@@ -63,19 +67,36 @@ def list_prompts(prompt: str | Sequence[str], tokenizer: Any, limit: int, allow_
     return prompts
 
 
-def list_seeds(seed: Seeds, count: int) -> list[int]:
-    """One seed per sample: ``seed``, ``seed + 1`` and so on, or the given list."""
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
+def list_embeds(embeds: Any, width: int, name: str) -> list[Tensor]:
+    """Encoded prompts (B, L, width) as a list of one per sample."""
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[-1] != width:
+        shape = tuple(getattr(embeds, "shape", ()))
+        raise BadInputError(f"{name} must be a tensor (B, L, {width}), not {shape}: make it with `encode_prompt`.")
+    return list(embeds)
+
+
+def list_seeds(seed: Seeds, count: int, same: bool = False) -> list[int]:
+    """One seed per sample: ``seed``, ``seed + 1`` and so on (``same``: ``seed`` for all), or the given list."""
+    seeds = [seed + (0 if same else i) for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
     if len(seeds) != count:
         raise BadInputError(f"There are {len(seeds)} seeds for {count} samples: give one per sample, or a single one.")
     return seeds
 
 
-def batches(items: list[Any], seed: Seeds, size: int) -> Iterator[tuple[list[Any], list[int]]]:
-    """The items in batches of at most ``size``, each with the seeds of its items."""
-    seeds = list_seeds(seed, len(items))
-    for start in range(0, len(items), positive(size)):
-        yield items[start : start + size], seeds[start : start + size]
+def draw_seeds(generator: Generators, count: int, same: bool = False) -> list[int]:
+    """Seeds from a generator (None: torch's own), or one from each of a list of generators."""
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * (1 if same else count)
+    seeds = [
+        int(torch.randint(0, 2**62, (1,), generator=one, device=one.device if one is not None else "cpu"))
+        for one in generators
+    ]
+    return list_seeds(seeds * count if same and len(seeds) == 1 else seeds, count)
+
+
+def spans(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover ``count`` items."""
+    for start in range(0, count, positive(size)):
+        yield slice(start, min(start + size, count))
 
 
 def positive(number: int) -> int:

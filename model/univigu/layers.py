@@ -52,7 +52,17 @@ class RotaryTables(WanRotaryPosEmbed):
                 f"{length} text tokens after a video of {grid} patches need {end} positions and the model has"
                 f" {self.max_seq_len}: use a smaller video or a shorter text_length."
             )
-        return self._to_complex(self.freqs_cos[None, start:end, None], self.freqs_sin[None, start:end, None])
+        # pyrefly: ignore[not-callable]
+        return self._to_complex(*self(None, slice(start, end)))
+
+    def forward(self, hidden_states: Tensor | None, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for the patches of latents, or those of ``rows``.
+
+        All reads of the tables come through here, because hooks that offload them to another device act on a call.
+        """
+        if rows is not None:
+            return self.freqs_cos[None, rows, None], self.freqs_sin[None, rows, None]
+        return super().forward(hidden_states)
 
     @staticmethod
     def _to_complex(cos: Tensor, sin: Tensor) -> Rotary:
@@ -70,10 +80,14 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
 
 
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """x (B, ...), repeated as a whole up to ``rows`` rows, a multiple of B; a single row is not copied."""
+    return x if x.shape[0] == rows else x.expand(rows // x.shape[0], *x.shape).flatten(0, 1)
+
+
 def attend(attention: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Maskless attention (eq 12): (B, S, heads, head_dim) to (B, S, width); keys and values may have a batch of 1."""
-    if key.shape[0] != query.shape[0]:
-        key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
+    """Maskless attention (eq 12): (B, S, heads, head_dim) to (B, S, width); keys, values: see `repeat_rows`."""
+    key, value = (repeat_rows(x, query.shape[0]) for x in (key, value))
     out = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
     return out.flatten(2, 3).type_as(query)
 
@@ -118,9 +132,8 @@ class UniViGUBlock(WanTransformerBlock):
         if text is not None:
             text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
             text_q, text_k, text_v = self._project(text, text_mod)
-            if video_k.shape[0] != text_k.shape[0]:
-                video_k, video_v = (x.expand(text_k.shape[0], -1, -1, -1) for x in (video_k, video_v))
-            keys, values = torch.cat([video_k, text_k], dim=1), torch.cat([video_v, text_v], dim=1)
+            keys = torch.cat([repeat_rows(video_k, text_k.shape[0]), text_k], dim=1)
+            values = torch.cat([repeat_rows(video_v, text_k.shape[0]), text_v], dim=1)
         if video is not None and text is not None and attention == "joint":
             both = attend(self.attn1, torch.cat([video_q, text_q], dim=1), keys, values)
             video_out, text_out = both.split([video_q.shape[1], text_q.shape[1]], dim=1)

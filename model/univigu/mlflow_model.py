@@ -24,6 +24,7 @@ from mlflow.pyfunc import PythonModel
 SERVED_PIXELS = 2 * 10**10  # in all frames of a video: five minutes of 1920x1080 at 30 frames per second
 SERVED_BYTES = 512 << 20  # of a video in base64
 SERVED_ROWS = 64  # of a request, which are all in memory at once
+AT_ONCE = 8  # rows that are sampled together
 SERVED_CHARACTERS = 10_000  # of a prompt
 SERVED_STEPS = 1000
 LARGEST_SEED = 2**62  # the sum of seed and row number must fit into 64 bits
@@ -72,7 +73,7 @@ class UniViGUModel(PythonModel):
 
     def _caption(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
         videos = [self._read(value) for value in _column(rows, "video", "caption")]
-        return {"caption": self.pipeline.caption(videos, **settings) if videos else []}
+        return {"caption": self.pipeline.caption(videos, **settings, batch_size=AT_ONCE) if videos else []}
 
     def _read(self, value: str) -> np.ndarray:
         """A row's video with the model's number and size of frames, so that no more of it stays in memory."""
@@ -84,10 +85,13 @@ class UniViGUModel(PythonModel):
 
     def _generate(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
         prompts = _prompts(rows, "generate")
-        return {"video": [self._mp4(frames) for frames in self.pipeline.generate(prompts, **settings)]}
+        return {
+            "video": [self._mp4(frames) for frames in self.pipeline.generate(prompts, **settings, batch_size=AT_ONCE)]
+        }
 
     def _joint(self, rows: pd.DataFrame, settings: dict[str, Any]) -> dict[str, list[str]]:
-        videos, captions = self.pipeline.joint(_prompts(rows, "joint"), **settings)
+        given = {"batch_size": AT_ONCE, "output_type": "uint8", "return_dict": False}
+        videos, captions = self.pipeline.joint(_prompts(rows, "joint"), **settings, **given)
         return {"caption": captions, "video": [self._mp4(frames) for frames in videos]}
 
     def _mp4(self, frames: np.ndarray) -> str:

@@ -1,32 +1,17 @@
-"""What a training sample is, and its loss (eq 9-11).
+"""The loss of training samples (eq 10, 11): their forward passes, one for each attention policy, and their errors.
 
-A tau drawn from (0, 1) is never exactly at the corners that inference uses (a clean video, an embedded prompt, no
-condition), so a share of the samples is placed exactly there: see the table `TASKS`. Everything random about a sample
-(its task, its times, its noise, what is dropped) is a function of (seed, epoch, sample id). So a run depends neither on
-the number of processes nor on what else is in a batch.
-
-A batch is a dict of tensors on one device (B samples, N text tokens, L condition tokens):
-
-=================  ===================  ======================================================================
-``latents``        (B, C, T, H, W)      clean video z_v1: normalised VAE means
-``prompt_embeds``  (B, L, text_dim)     the condition c: text-encoder states, zeros at padded places
-``empty_embeds``   (L, text_dim)        the dropped condition: the states of the empty string, padded likewise
-``prompt_ids``     (B, N)               the prompt as tokens: EOS, then PAD
-``target_ids``     (B, N)               the stage's target text: the prompt (stage 1), a caption (stage 2)
-``sample_ids``     (B,)                 int64 keys of the samples
-``epochs``         (B,)                 int64, how often each sample was used before
-=================  ===================  ======================================================================
+What a sample and a batch are: see `univigu.tasks`.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import flow, text_space
-from .errors import ConfigError
+from .tasks import Batch, ObjectiveConfig, Samples, prepare, redraw_texts, sample_keys
 from .text_space import TextPrediction
 from .transformer import UniViGUTransformer3DModel
 
@@ -34,191 +19,29 @@ from .transformer import UniViGUTransformer3DModel
 # predicted z_1 would outweigh all other samples. Velocity and data are equivalent up to tau = 0.95.
 TAU_FLOOR = 0.05
 NEGLIGIBLE = 1e-20  # a gradient below this changes no float32 sum that it is part of
-Batch = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A row of `TASKS`. A time of None is drawn from (0, 1); a modality at its clean corner has no loss."""
+def predict_prefix(model: UniViGUTransformer3DModel, draws: Sequence[Samples], table: Tensor, guessing: bool) -> Tensor:
+    """The text's h (K B, N, d) for samples under ``prefix``; the video is computed once for all passes of the text.
 
-    share: float
-    text: tuple[str, ...]  # the ids in the text stream; of two, each is used for half of the samples
-    condition_dropout: float | None  # None: ObjectiveConfig.prompt_dropout of this task
-    video_tau: float | None
-    text_tau: float | None
-    absent: float  # share in which the clean modality is replaced by noise (tau = 0): the unconditional guidance branch
-    attention: str
-    loss: tuple[str, ...]
-
-
-TASKS = {
-    "understand": Task(0.5, ("target_ids",), 1.0, 1.0, None, 0.1, "prefix", ("text",)),
-    "joint": Task(0.3, ("target_ids",), None, None, None, 0.0, "joint", ("video", "text")),
-    "generate": Task(0.2, ("prompt_ids", "target_ids"), None, None, 1.0, 0.1, "joint", ("video",)),
-}
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Choices of the objective. ``form="literal"`` is eq 11 as printed, and needs the joint task alone.
-
-    ``weighted`` adds a cross-entropy, because E under a squared error alone can collapse. Its default weights are those
-    that worked in small trials. Raises ConfigError for invalid values and for values that exclude each other.
+    ``draws`` are the same B samples with K draws of their texts' noise and times (`redraw_texts`), and h is in their
+    order. Under ``prefix`` the video doesn't attend to text, so its keys and values are the same for all draws (eq 14
+    without the video's rows), and the K texts are K independent rows beside them: the result is that of K single draws.
+    The video's weights learn through its keys and values, from the sum of the draws' gradients. ``guessing``: condition
+    each text on its own first estimate of z_1 (self-conditioning).
     """
-
-    shares: Mapping[str, float] = field(default_factory=lambda: {name: task.share for name, task in TASKS.items()})
-    prompt_dropout: Mapping[str, float] = field(default_factory=lambda: {"joint": 0.5, "generate": 0.1})
-    video_shift: float = 1.0  # timestep shift of the times drawn in training, see flow.shift_tau
-    text_shift: float = 1.0
-    video_weight: float = 0.3
-    text_weight: float = 0.1
-    ce_weight: float = 1.0
-    self_conditioning: float = 0.5  # share of steps in which the text is given its own first estimate of z_1
-    form: str = "weighted"  # weighted | literal
-    seed: int = 0
-
-    def __post_init__(self):
-        unknown = set(self.shares) - set(TASKS)
-        if unknown or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
-            raise ConfigError(f"Task shares {dict(self.shares)} are invalid: give {', '.join(TASKS)} numbers >= 0.")
-        dropped = {name for name, task in TASKS.items() if task.condition_dropout is None}
-        if (
-            not isinstance(self.prompt_dropout, Mapping)
-            or set(self.prompt_dropout) != dropped
-            or not all(0 <= p <= 1 for p in self.prompt_dropout.values())
-        ):
-            raise ConfigError(
-                f"prompt_dropout {self.prompt_dropout} is invalid: give {' and '.join(sorted(dropped))} a number"
-                " from 0 to 1."
-            )
-        if not min(self.video_shift, self.text_shift) > 0:
-            raise ConfigError(
-                f"Timestep shifts {self.video_shift} and {self.text_shift} are invalid: give numbers above 0."
-            )
-        if self.form not in ("weighted", "literal"):
-            raise ConfigError(f"Unknown form {self.form!r}: use weighted or literal.")
-        if self.form == "literal" and any(self.shares.get(name) for name in TASKS if name != "joint"):
-            raise ConfigError("The literal objective has the joint task alone: set shares to {joint: 1}.")
-        if self.form == "literal" and not self.video_shift == self.text_shift == 1:
-            raise ConfigError("The literal objective draws its times uniformly: set both timestep shifts to 1.")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The random choices for each of B samples in this epoch: all tensors (B,)."""
-
-    task: Tensor  # index into TASKS
-    video_tau: Tensor
-    text_tau: Tensor
-    drop_condition: Tensor
-    text_is_prompt: Tensor  # bool: the text stream holds prompt_ids, otherwise target_ids
-
-
-def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig) -> Plan:
-    """Task, times and dropouts of the samples with these keys, on the CPU; a sample depends on its own key alone."""
-    draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
-    names, tasks = list(TASKS), list(TASKS.values())
-    shares = torch.tensor([float(config.shares.get(name, 0)) for name in names])
-    task = torch.searchsorted(shares.cumsum(0) / shares.sum(), draws[:, 0].contiguous(), right=True)
-
-    def column(values: Iterable[float | None]) -> Tensor:
-        return torch.tensor([float("nan") if v is None else v for v in values])[task]
-
-    absent = draws[:, 1] < column(t.absent for t in tasks)
-    fixed_times = column(t.video_tau for t in tasks), column(t.text_tau for t in tasks)
-    drawn_times = flow.shift_tau(draws[:, 2], config.video_shift), flow.shift_tau(draws[:, 3], config.text_shift)
-    times = [
-        torch.where(fixed.isnan(), drawn, fixed.masked_fill(absent, 0.0))
-        for drawn, fixed in zip(drawn_times, fixed_times, strict=True)
-    ]
-    dropout = column(
-        config.prompt_dropout[name] if task.condition_dropout is None else task.condition_dropout
-        for name, task in TASKS.items()
-    )
-    prompt_share = column(t.text.count("prompt_ids") / len(t.text) for t in tasks)
-    # the unconditional branch of guidance has neither text nor condition, so where the text is absent, drop both
-    # pyrefly: ignore[bad-argument-count]
-    return Plan(task, *times, (draws[:, 4] < dropout) | absent, draws[:, 5] < prompt_share)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A batch on its paths from noise to data (eq 9): tensors of B samples, ready for the model."""
-
-    latents: Tensor  # z_v1 (B, C, T, H, W)
-    video_noise: Tensor  # z_v0
-    video_tau: Tensor  # (B,)
-    z_video: Tensor  # z_v at video_tau
-    ids: Tensor  # (B, N)
-    text_data: Tensor  # z_t1 = E[ids] (B, N, d)
-    text_noise: Tensor  # z_t0
-    text_tau: Tensor  # (B,)
-    z_text: Tensor  # z_t at text_tau
-    condition: Tensor  # c (B, L, text_dim)
-    is_prefix: Tensor  # bool: attention policy
-    has_video_loss: Tensor  # bool
-    has_text_loss: Tensor  # bool
-
-    def __getitem__(self, rows: Tensor) -> "Samples":
-        return Samples(**{name: tensor[rows] for name, tensor in vars(self).items()})
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def smallest(self, patch: Sequence[int]) -> "Samples":
-        """The first sample, cut down to one patch of video, one text token and one condition token."""
-        frames, height, width = (slice(size) for size in patch)
-        cuts = {
-            **dict.fromkeys(("latents", "video_noise", "z_video"), (slice(1), slice(None), frames, height, width)),
-            **dict.fromkeys(("ids", "text_data", "text_noise", "z_text", "condition"), (slice(1), slice(1))),
-        }
-        return Samples(**{name: tensor[cuts.get(name, slice(1))] for name, tensor in vars(self).items()})
-
-
-def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
-    """Draw each sample's task, noise and times, and place it on its paths (eq 6, 7, 9); ``table`` is E, (V, d)."""
-    device, latents = batch["latents"].device, batch["latents"].float()
-    ids, epochs = batch["sample_ids"].tolist(), batch["epochs"].tolist()
-    keys = [(config.seed, epoch, sample) for sample, epoch in zip(ids, epochs, strict=True)]
-    plan = draw_plan(keys, config)
-    video_tau, text_tau = plan.video_tau.to(device), plan.text_tau.to(device)
-    token_ids = torch.where(plan.text_is_prompt.to(device)[:, None], batch["prompt_ids"], batch["target_ids"])
-    text_data = text_space.embed(token_ids, table)
-    video_noise = flow.keyed_noise([(*key, "video") for key in keys], latents.shape[1:], device)
-    text_noise = flow.keyed_noise([(*key, "text") for key in keys], text_data.shape[1:], device)
-    drop = plan.drop_condition.to(device)[:, None, None]
-    tasks = [list(TASKS.values())[i] for i in plan.task.tolist()]
-    return Samples(
-        latents=latents,
-        video_noise=video_noise,
-        video_tau=video_tau,
-        z_video=flow.interpolate(video_noise, latents, video_tau),
-        ids=token_ids,
-        text_data=text_data,
-        text_noise=text_noise,
-        text_tau=text_tau,
-        z_text=flow.interpolate(text_noise, text_data, text_tau),
-        condition=torch.where(drop, batch["empty_embeds"], batch["prompt_embeds"]),
-        is_prefix=torch.tensor([task.attention == "prefix" for task in tasks], device=device),
-        has_video_loss=torch.tensor(["video" in task.loss for task in tasks], device=device),
-        has_text_loss=torch.tensor(["text" in task.loss for task in tasks], device=device),
-    )
-
-
-def predict_prefix(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> Tensor:
-    """The text's h (B, N, d) for samples under ``prefix``; the video is computed once, for both passes of the text.
-
-    ``guessing``: condition the text on its own first estimate of z_1 (self-conditioning).
-    """
+    s = draws[0]
+    z, tau = torch.cat([drawn.z_text for drawn in draws]), torch.cat([drawn.text_tau for drawn in draws])
     # under `prefix` every sample has the empty condition, so one row of it is enough
     cache = model.prefill_video(s.z_video, s.video_tau, s.condition[:1])
     # zeros, not None: a weight that a step does not use keeps the last step's gradient under ZeRO 3
-    guess = torch.zeros_like(s.z_text)
+    guess = torch.zeros_like(z)
     if guessing:
         with torch.no_grad():
-            first = model.denoise_text(s.z_text, s.text_tau, cache)
-            guess = model.read_text(first, s.z_text, s.text_tau, table).data
-    return model.denoise_text(s.z_text, s.text_tau, cache, guess)
+            first = model.denoise_text(z, tau, cache).chunk(len(draws))  # logits of all draws at once would be large
+            read = [model.read_text(h, d.z_text, d.text_tau, table) for h, d in zip(first, draws, strict=True)]
+            guess = torch.cat([prediction.data for prediction in read])
+    return model.denoise_text(z, tau, cache, guess)
 
 
 def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> tuple[Tensor, Tensor]:
@@ -281,6 +104,31 @@ def text_losses(
     return loss, parts
 
 
+def mean_text_losses(
+    hidden: Tensor,
+    draws: Sequence[Samples],
+    table: Tensor,
+    model: UniViGUTransformer3DModel,
+    config: ObjectiveConfig,
+    token_weights: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`text_losses` of each sample (B,), averaged over its ``draws``; ``hidden`` (K B, N, d) is in their order.
+
+    With several draws, a model that recomputes its activations recomputes the logits too: at Wan's vocabulary those of
+    one draw take 0.26 GB in fp32.
+    """
+    arguments = (table, model, config, token_weights)
+    recompute = len(draws) > 1 and model.gradient_checkpointing and torch.is_grad_enabled()
+    found = [
+        checkpoint(text_losses, h, drawn, *arguments, use_reentrant=False, preserve_rng_state=False)
+        if recompute
+        else text_losses(h, drawn, *arguments)
+        for h, drawn in zip(hidden.chunk(len(draws)), draws, strict=True)
+    ]
+    parts = {name: torch.stack([each[name] for _, each in found]).mean(0) for name in found[0][1]}
+    return torch.stack([loss for loss, _ in found]).mean(0), parts
+
+
 def drop_negligible_gradient(hidden: Tensor) -> None:
     """Register a hook that sets entries below `NEGLIGIBLE` to zero in the gradient of `hidden`.
 
@@ -321,22 +169,26 @@ def training_loss(
     cross-entropy; without them all tokens weigh the same. ``loss`` is the mean over all B samples; a modality without
     loss counts as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
     ``video_samples`` and ``text_samples`` of this batch, or zero where there are none. Samples are grouped by attention
-    policy, with one forward pass per group.
+    policy, with one forward pass per group. Under ``prefix`` each text has ``config.text_draws`` draws, and its loss
+    and its figures are their mean, so that a learning rate keeps its meaning.
 
     Every batch runs both passes through all weights, and every output enters ``loss``, even if multiplied by zero.
     Ranks that partition weights or gradients (ZeRO) would deadlock where one uses a weight and another does not. For a
     policy without samples the pass has a single patch and token, which costs next to nothing.
     """
     table = model.text_space()
-    samples = prepare(batch, table, config)
+    keys, samples = sample_keys(batch, config), prepare(batch, table, config)
     draw = torch.rand((), generator=flow.keyed_generator(config.seed, step, "guess"))
     guessing = bool(draw < config.self_conditioning)
     loss, parts = table.new_zeros(()), {}
     for policy in (True, False):
         rows = (samples.is_prefix == policy).nonzero()[:, 0]
         group = samples[rows] if len(rows) else samples.smallest(model.config.patch_size)
+        draws = [group]
         if policy:
-            hidden = predict_prefix(model, group, table, guessing)
+            again = range(1, config.text_draws) if len(rows) else ()
+            draws += [redraw_texts(group, [keys[i] for i in rows.tolist()], draw, config) for draw in again]
+            hidden = predict_prefix(model, draws, table, guessing)
             drop_negligible_gradient(hidden)
             loss = loss + 0 * hidden.sum()
         else:
@@ -351,7 +203,9 @@ def training_loss(
             parts.setdefault("video_mse", []).append(mse)
         texts = group.has_text_loss.nonzero()[:, 0]
         if len(texts):
-            text_loss, values = text_losses(hidden[texts], group[texts], table, model, config, token_weights)
+            if len(texts) < len(group):  # only under `joint`, where there is one draw
+                hidden, draws = hidden[texts], [group[texts]]
+            text_loss, values = mean_text_losses(hidden, draws, table, model, config, token_weights)
             loss = loss + text_loss.sum()
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)

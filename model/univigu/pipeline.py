@@ -1,128 +1,130 @@
 """Caption a video, generate a video, or do both jointly (eq 16-18), as one diffusers pipeline.
 
-Videos are uint8 RGB frames (F, H, W, 3). A video whose size or length is not the model's is scaled and cropped around
-its centre, and its frames are taken evenly from its whole length. Input that can't be used raises ``BadInputError``.
-All noise of a sample comes from its own seed, so a result does not depend on the rest of the batch.
+Videos that go in are RGB frames (F, H, W, 3), uint8 or from 0 to 1. A video whose size or length is not the model's is
+scaled and cropped around its centre, and its frames are taken evenly from its whole length. Input that can't be used
+raises ``BadInputError``. All noise of a sample comes from its own seed or generator, so a result does not depend on the
+rest of the batch, and one sample is made at a time unless ``batch_size`` says otherwise.
 """
 
-import inspect
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import flow, inputs, text_space, wan
-from .errors import BadInputError, MissingInputError
-from .inputs import Seeds
-from .sampling import Field, integrate_one, joint_field, seeded_noise, text_field, video_field
-from .transformer import UniViGUTransformer3DModel
-from .video import fit_frames
+from .conditions import Conditions
+from .errors import BadInputError
+from .inputs import Generators, Seeds
+from .outputs import UniViGUPipelineOutput, check_output_type, join, to_frames
+from .parts import PipelineParts
+from .sampling import Field, Guide, joint_field, seeded_noise, text_field, token_table, video_field
+from .schedules import EulerSteps, Steps
+from .stepping import Callback, Stepper
 
 
-class UniViGUPipeline(DiffusionPipeline):
-    """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
+@dataclass
+class Batch:
+    """Samples that are denoised at once: their noise, what guides them, and the steps of their video."""
 
-    There is no scheduler: the sampling times come from :func:`flow.tau_grid`. ``height`` and ``width`` are in pixels,
-    ``fps`` is the frame rate of saved clips, ``shift`` Wan's timestep shift, ``max_sequence_length`` the padded length
-    of the text encoder's states in tokens, and ``joint_text_at`` the tau_v at which :meth:`joint` writes the text.
+    video: Tensor  # (B, C, T, H', W')
+    text: Tensor | None  # (B, N, d)
+    seeds: list[int]
+    guide: Guide
+    steps: Steps
+    stepper: Stepper
+
+
+class UniViGUPipeline(PipelineParts):
+    """Uni-ViGU's three tasks on its parts (see :class:`parts.PipelineParts`), whose config has the methods' defaults.
+
+    Called, it generates videos as ``WanPipeline`` does, with the same arguments; :meth:`caption` and :meth:`joint` are
+    the other two tasks.
     """
 
-    def __init__(
+    # --- video from text ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
         self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderKLWan,
-        transformer: UniViGUTransformer3DModel,
-        num_frames: int = 81,
-        height: int = 480,
-        width: int = 832,
-        fps: float = 16.0,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        shift: float = 3.0,
-        caption_steps: int = 16,
-        caption_guidance_scale: float = 1.0,
-        caption_temperature: float = 0.1,
-        joint_text_at: float = 0.2,
-        max_sequence_length: int = 512,
-    ):
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer)
-        self.register_to_config(
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            fps=float(fps),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=float(guidance_scale),
-            shift=float(shift),
-            caption_steps=caption_steps,
-            caption_guidance_scale=float(caption_guidance_scale),
-            caption_temperature=float(caption_temperature),
-            joint_text_at=float(joint_text_at),
-            max_sequence_length=max_sequence_length,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        shift: float | None = None,
+        text_stream: bool | None = None,
+        seed: Seeds | None = None,
+        batch_size: int = 1,
+    ) -> UniViGUPipelineOutput | tuple[Any]:
+        """A video for each prompt (eq 17), as `UniViGUPipelineOutput.frames`; the arguments are `WanPipeline`'s.
+
+        The prompt is given twice, as Wan's condition c and as clean text beside the video. Guidance above 1 moves away
+        from the branch without text whose condition is the negative prompt, or the empty string. ``prompt_embeds``
+        (B, L, text_dim) replace c; beside a ``prompt`` they leave its text, and alone the text is absent, noise at
+        tau_t = 0. ``text_stream=False`` leaves the text stream out altogether, which is Wan's own model; the default is
+        so until the text side has been trained.
+
+        F must be 4k + 1; height and width are in pixels, and multiples of what one patch covers. ``latents``
+        (B, C, T, H', W') are the video's noise. The noise is random, from ``generator`` or torch's own, or repeatable
+        with ``seed``: video ``i`` has the seed ``seed[i]``, or ``seed + i``. ``shift`` is for our own steps; a
+        ``scheduler`` has one. ``output_type`` is one of `outputs.OUTPUT_TYPES`.
+        """
+        check_output_type(output_type)
+        text_stream = self._is_text_side_trained() if text_stream is None else text_stream
+        asked = Conditions(self, prompt, prompt_embeds, num_videos_per_prompt, max_sequence_length, text_stream)
+        asked.read_negative(negative_prompt, negative_prompt_embeds)
+        shape = self._latent_shape(num_frames, height, width, latents, text_stream)
+        noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
+        frames = []
+        for part in inputs.spans(len(asked), batch_size):
+            stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            steps = self._begin(num_inference_steps, shift, guidance_scale)
+            text, tau = self._text_beside(asked, part, seeds[part]) if text_stream else (None, 0.0)
+            batch = Batch(noise[part], text, seeds[part], asked.guide(part), steps, stepper)
+            frames.append(to_frames(self.vae, self._denoise_video(batch, tau), output_type))
+        self.maybe_free_model_hooks()
+        return UniViGUPipelineOutput(join(frames)) if return_dict else (join(frames),)
+
+    def generate(self, prompt: str | Sequence[str], seed: Seeds = 0, **arguments: Any) -> np.ndarray:
+        """A video for each prompt as uint8 (B, F, H, W, 3).
+
+        This is the pipeline's call with a seed and ``output_type="uint8"``; ``arguments`` are those of the call. Video
+        ``i`` has the seed ``seed[i]``, or ``seed + i``.
+        """
+        (frames,) = self(prompt, seed=seed, output_type="uint8", return_dict=False, **arguments)
+        return frames
+
+    def _text_beside(self, asked: Conditions, part: slice, seeds: list[int]) -> tuple[Tensor, float]:
+        """The text (B, N, d) beside the videos of one part, and its time: the prompts, clean, or noise for none."""
+        if asked.texts is None:
+            return seeded_noise(seeds, "text", self._text_shape, self._execution_device), 0.0
+        return self._embed(asked.texts[part]), 1.0
+
+    def _denoise_video(self, batch: Batch, text_tau: float, span: range | None = None) -> Tensor:
+        """Latents (B, C, T, H', W') of the batch's videos after a span of its steps, beside its text (eq 17)."""
+        field = video_field(self.transformer, batch.text, text_tau, batch.seeds, batch.guide)
+        return batch.stepper.integrate(
+            field, "latents", batch.video, batch.steps, batch.guide, span, text_latents=batch.text
         )
 
-    @classmethod
-    def from_wan(cls, source: str | Path, **settings: Any) -> "UniViGUPipeline":
-        """A whole Wan text-to-video folder (or hub id) with a new, untrained text side.
-
-        ``settings`` are this pipeline's defaults (``num_frames`` and so on) and the transformer's text arguments
-        (``text_length`` and so on). Raises MissingInputError or BadInputError for any other folder.
-        """
-        wan.transformer_folder(source)
-        folder = wan.local_folder(source)
-        missing = [n for n in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / n).is_dir()]
-        if missing:
-            raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a complete checkpoint folder.")
-        with wan.reading(source):
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
-            text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
-            vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True)
-        wan.check_text_encoder(text_encoder)
-        defaults = {k: settings.pop(k) for k in list(settings) if k in inspect.signature(cls.__init__).parameters}
-        vocabulary = {
-            "tokenizer_length": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        transformer = UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | settings))
-        return cls(tokenizer, text_encoder, vae, transformer, **defaults)
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the whole pipeline. The files don't name the source of its parts: equal models give equal bytes."""
-        for part in (self, self.vae, self.transformer):
-            part.register_to_config(_name_or_path="")
-        # A tokenizer keeps the length of its last call, and would save it.
-        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            backend.no_truncation()
-            backend.no_padding()
-        super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UniViGUPipeline":
-        """Load what ``save_pretrained`` wrote; raises a BadInputError (or a subclass of it) for other folders."""
-        source = pretrained_model_name_or_path
-        folder = wan.local_folder(source)
-        if not (folder / "model_index.json").is_file():
-            raise MissingInputError(f"{source} has no model_index.json: give the folder of a trained Uni-ViGU model.")
-        name = wan.read_json(folder / "model_index.json").get("_class_name")
-        if name != cls.__name__:
-            raise BadInputError(f"{source} is {name}, not {cls.__name__}: give the folder of a trained Uni-ViGU model.")
-        with wan.reading(source):
-            # without a dtype, parts from transformers would keep the precision of their files
-            precision = {} if "torch_dtype" in kwargs else {"dtype": torch.float32}
-            pipeline = super().from_pretrained(folder, **({"use_safetensors": True} | precision | kwargs))
-        wan.check_text_encoder(pipeline.text_encoder)
-        return pipeline
-
-    # --- caption, generate, joint -------------------------------------------------------------------------------------
+    # --- text from video ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def caption(
@@ -132,20 +134,25 @@ class UniViGUPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         temperature: float | None = None,
         seed: Seeds = 0,
-        batch_size: int = 8,
+        batch_size: int = 1,
+        generator: Generators = None,
+        **steering: Any,
     ) -> list[str]:
-        """Describe one video (F, H, W, 3), uint8, or each of several; always returns a list of texts (eq 16).
+        """Describe one video (F, H, W, 3), or each of several; always returns a list of texts (eq 16).
 
-        ``videos`` is an array, a tensor, a list of frames, or a list of videos. Video ``i`` has the seed ``seed[i]``,
-        or ``seed + i``. A guidance other than 1 runs the text a second time, without the video. A ``temperature`` of 1
-        samples from the texts that fit the video; a lower one sharpens the predicted tokens in each step, and 0 takes
-        the most likely token at each position (for categorical predictions only).
+        ``videos`` is an array, a tensor, a list of frames, or a list of videos. A caption depends on its video alone:
+        each has the same ``seed`` (or one draw from ``generator``), unless a list gives each its own. A guidance above
+        1 runs the text a second time, without the video. A ``temperature`` of 1 samples from the texts that fit the
+        video; a lower one sharpens the predicted tokens in each step, and 0 takes the most likely token at each
+        position (for categorical predictions only). ``steering`` are further arguments of :meth:`caption_latents`.
         """
         frames = [self._fit(video) for video in inputs.split_videos(videos)]
+        seeds = self._caption_seeds(seed, generator, len(frames))
         texts: list[str] = []
-        for part, seeds in inputs.batches(frames, seed, batch_size):
-            latents = wan.encode_frames(self.vae, torch.from_numpy(np.stack(part)))
-            texts += self.caption_latents(latents, num_inference_steps, guidance_scale, temperature, seeds)
+        for part in inputs.spans(len(frames), batch_size):
+            latents = wan.encode_frames(self.vae, torch.from_numpy(np.stack(frames[part])))
+            settings = (num_inference_steps, guidance_scale, temperature, seeds[part])
+            texts += self.caption_latents(latents, *settings, **steering)
         return texts
 
     @torch.no_grad()
@@ -157,57 +164,39 @@ class UniViGUPipeline(DiffusionPipeline):
         temperature: float | None = None,
         seed: Seeds = 0,
         video_tau: float = 1.0,
+        text_latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("text_latents",),
     ) -> list[str]:
         """:meth:`caption` for normalised latents (B, C, T, H, W), in one batch (eq 16).
 
         ``video_tau`` is the time at which the video is shown: 1 is the clean video, 0 is noise, which shows what the
-        model writes without any video.
+        model writes without any video. ``text_latents`` (B, N, d) are the text's noise, and ``prompt_embeds``
+        (1, L, text_dim) the encoded empty string, for a pipeline without its text encoder.
         """
-        steps = inputs.positive(self.config.caption_steps if num_inference_steps is None else num_inference_steps)
-        seeds = inputs.list_seeds(seed, len(latents))
+        seeds = inputs.list_seeds(seed, len(latents), same=True)
         device = self._execution_device
         scale, temperature = self._text_guidance(guidance_scale), self._temperature(temperature)
-        empty = self._encode([""])
-        field = text_field(self.transformer, latents.to(device), seeds, empty, empty, scale, temperature, video_tau)
-        ids = self._write(field, seeds, steps)
+        empty = self._encode([""]) if prompt_embeds is None else prompt_embeds.to(device)
+        stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        steps = self._text_steps(num_inference_steps)
+        latents = latents.to(device)
+        field = text_field(self.transformer, latents, seeds, empty, empty, scale, temperature, video_tau)
+        ids = self._write(field, self._text_noise(seeds, text_latents), steps, stepper, latents)
         self.maybe_free_model_hooks()
         return text_space.detokenize(self.tokenizer, ids)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt: str | Sequence[str],
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        shift: float | None = None,
-        seed: Seeds = 0,
-        batch_size: int = 8,
-    ) -> np.ndarray:
-        """A video for each prompt: uint8 (B, F, H, W, 3) (eq 17).
-
-        The prompt is given twice, as Wan's condition and as clean text beside the video; guidance moves away from the
-        empty condition without text. F must be 4k + 1; height and width are in pixels, and multiples of what one patch
-        covers. Video ``i`` has the seed ``seed[i]``, or ``seed + i``.
-        """
-        prompts = self._check_prompts(prompt)
-        shape = self._latent_shape(num_frames, height, width)
-        frames = []
-        for part, seeds in inputs.batches(prompts, seed, batch_size):
-            latents = self._generate_latents(part, shape, num_inference_steps, guidance_scale, shift, seeds)
-            frames.append(wan.decode_latents(self.vae, latents))
-        self.maybe_free_model_hooks()
-        return torch.cat(frames).numpy()
+    # --- both ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def joint(
         self,
         prompt: str | Sequence[str] = "",
-        num_frames: int | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         caption_guidance_scale: float | None = None,
@@ -215,180 +204,118 @@ class UniViGUPipeline(DiffusionPipeline):
         shift: float | None = None,
         text_at: float | None = None,
         in_step: bool = False,
-        seed: Seeds = 0,
-        batch_size: int = 8,
-    ) -> tuple[np.ndarray, list[str]]:
+        seed: Seeds | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        text_latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        batch_size: int = 1,
+    ) -> UniViGUPipelineOutput | tuple[Any, list[str]]:
         """A video and its caption, both from noise, for each prompt, which may be empty (eq 18).
 
-        Returns uint8 (B, F, H, W, 3) and B texts. The two times move one after the other. First the video is denoised
-        to tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside the clean
+        Returns ``frames`` and ``captions``. The two times move one after the other. First the video is denoised to
+        tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside the clean
         video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed with that
         text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it is written before any video.
 
         With ``in_step``, video and text are denoised in lockstep, as eq 18 is printed, in the larger of the two numbers
-        of steps. Video guidance moves away from the empty condition without text, text guidance away from the text
-        without video.
+        of steps. Video guidance moves away from the negative prompt (the empty string) without text, text guidance away
+        from the text without video. ``text_latents`` (B, N, d) are the text's noise; the other arguments are those of
+        the pipeline's call. Without a ``generator`` the seed is 0; video ``i`` has ``seed[i]``, or ``seed + i``.
         """
-        prompts = self._check_prompts(prompt, allow_empty=True)
-        shape = self._latent_shape(num_frames, height, width)
-        steps, shift = self._video_steps(num_inference_steps, shift)
-        scales = self._guidance(guidance_scale), self._text_guidance(caption_guidance_scale)
         if in_step and text_at is not None:
             raise BadInputError(
                 "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
             )
-        temperature, text_at = self._temperature(temperature), self._text_at(text_at)
-        frames, texts = [], []
-        for part, seeds in inputs.batches(prompts, seed, batch_size):
-            if in_step:
-                videos, captions = self._joint_in_step(part, shape, (steps, shift), scales, temperature, seeds)
-            else:
-                videos, captions = self._joint_in_turn(part, shape, (steps, shift), text_at, scales, temperature, seeds)
-            frames.append(videos)
-            texts += captions
+        check_output_type(output_type)
+        asked = Conditions(self, prompt, prompt_embeds, 1, max_sequence_length, True, allow_empty=True)
+        asked.read_negative(negative_prompt, negative_prompt_embeds)
+        shape = self._latent_shape(num_frames, height, width, latents)
+        seed = 0 if seed is None and generator is None else seed
+        noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
+        text_noise = self._text_noise(seeds, text_latents)
+        texts = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
+        text_at = self._text_at(text_at)
+        count = inputs.positive(self.config.num_inference_steps if num_inference_steps is None else num_inference_steps)
+        count = max(count, inputs.positive(self.config.caption_steps)) if in_step else count
+        frames, captions = [], []
+        for part in inputs.spans(len(asked), batch_size):
+            stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            steps = self._begin(count, shift, guidance_scale)
+            batch = Batch(noise[part], text_noise[part], seeds[part], asked.guide(part), steps, stepper)
+            video, ids = self._joint_in_step(batch, *texts) if in_step else self._joint_in_turn(batch, text_at, *texts)
+            captions += text_space.detokenize(self.tokenizer, ids)
+            frames.append(to_frames(self.vae, video, output_type))
         self.maybe_free_model_hooks()
-        return torch.cat(frames).numpy(), texts
-
-    def _generate_latents(
-        self,
-        prompts: Sequence[str],
-        shape: Sequence[int],
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        shift: float | None,
-        seeds: list[int],
-    ) -> Tensor:
-        """Normalised latents (B, *shape) for each prompt (eq 17)."""
-        device = self._execution_device
-        grid = flow.tau_grid(*self._video_steps(num_inference_steps, shift), device)
-        ids = text_space.tokenize(self.tokenizer, [prompt_clean(p) for p in prompts], self._text_shape[0])
-        text = text_space.embed(ids.to(device), self.transformer.text_space())
-        field = self._video_field(text, 1.0, seeds, self._encode(prompts), self._guidance(guidance_scale))
-        return integrate_one(field, seeded_noise(seeds, "video", shape, device), grid, self.progress_bar)
+        return UniViGUPipelineOutput(join(frames), captions) if return_dict else (join(frames), captions)
 
     def _joint_in_turn(
-        self,
-        prompts: Sequence[str],
-        shape: Sequence[int],
-        sampler: tuple[int, float],
-        text_at: float,
-        scales: tuple[float, float],
-        temperature: float,
-        seeds: list[int],
-    ) -> tuple[Tensor, list[str]]:
-        """:meth:`joint` with one time moving at a time; ``sampler`` is the number of video steps and the shift."""
-        device, (scale, text_scale) = self._execution_device, scales
-        video = seeded_noise(seeds, "video", shape, device)
-        text = seeded_noise(seeds, "text", self._text_shape, device)
-        condition, grid = self._encode(prompts), flow.tau_grid(*sampler, device)
+        self, batch: Batch, text_at: float, text_scale: float, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`joint` with one time moving at a time; returns latents (B, C, T, H', W') and token ids (B, N)."""
+        steps, guide, noise = batch.steps, batch.guide, batch.text
 
         # the video, beside a text that is still noise, up to the first time that is not before `text_at`
-        turn = int(torch.searchsorted(grid, text_at))
-        field = self._video_field(text, 0.0, seeds, condition, scale)
-        video = integrate_one(field, video, grid[: turn + 1], self.progress_bar)
+        turn = int(torch.searchsorted(steps.taus, text_at))
+        batch.video = self._denoise_video(batch, 0.0, range(turn))
 
         # the text, beside the clean video predicted there
-        finished = turn == len(grid) - 1
-        predicted = video if finished else flow.velocity_to_data(field(video, grid[turn]), video, grid[turn])
+        predicted, tau = batch.video, steps.taus[turn]
+        if turn < len(steps):
+            field = video_field(self.transformer, noise, 0.0, batch.seeds, guide)
+            predicted = flow.velocity_to_data(field(predicted, tau), predicted, tau)
         # decoded and encoded again, because captioning is trained on the latents of real clips alone
-        frames = wan.decode_latents(self.vae, predicted)
-        latents = wan.encode_frames(self.vae, frames).to(device)
-        empty = self._encode([""])
-        field = text_field(self.transformer, latents, seeds, condition, empty, text_scale, temperature)
-        ids = self._write(field, seeds, inputs.positive(self.config.caption_steps))
-        captions = text_space.detokenize(self.tokenizer, ids)
-        if finished:
-            return frames, captions
+        latents = wan.encode_frames(self.vae, wan.decode_latents(self.vae, predicted)).to(self._execution_device)
+        condition = guide.condition
+        empty = self._encode([""]) if text_scale > 1 else condition
+        field = text_field(self.transformer, latents, batch.seeds, condition, empty, text_scale, temperature)
+        # pyrefly: ignore[bad-argument-type]
+        ids = self._write(field, noise, self._text_steps(None), batch.stepper, batch.video)
+        if turn == len(steps):
+            return batch.video, ids
 
         # the rest of the video, with that text as its prompt
-        text = text_space.embed(ids, self.transformer.text_space())
-        field = self._video_field(text, 1.0, seeds, self._encode(captions), scale)
-        return wan.decode_latents(self.vae, integrate_one(field, video, grid[turn:], self.progress_bar)), captions
+        guide.condition = self._encode(text_space.detokenize(self.tokenizer, ids))
+        batch.text = text_space.embed(ids, token_table(self.transformer, ids.device))
+        return self._denoise_video(batch, 1.0, range(turn, len(steps))), ids
 
-    def _joint_in_step(
-        self,
-        prompts: Sequence[str],
-        shape: Sequence[int],
-        sampler: tuple[int, float],
-        scales: tuple[float, float],
-        temperature: float,
-        seeds: list[int],
-    ) -> tuple[Tensor, list[str]]:
+    def _joint_in_step(self, batch: Batch, text_scale: float, temperature: float) -> tuple[Tensor, Tensor]:
         """:meth:`joint` in lockstep; only the video's times are shifted."""
-        device, condition, empty = self._execution_device, self._encode(prompts), self._encode([""])
-        field = joint_field(self.transformer, shape, self._text_shape, seeds, condition, empty, scales, temperature)
-        steps, shift = max(sampler[0], inputs.positive(self.config.caption_steps)), sampler[1]
-        grids = [flow.tau_grid(steps, shift, device), flow.tau_grid(steps, device=device)]
-        states = [seeded_noise(seeds, "video", shape, device), seeded_noise(seeds, "text", self._text_shape, device)]
-        video, text = flow.integrate(field, states, grids, self.progress_bar)
-        return wan.decode_latents(self.vae, video), text_space.detokenize(self.tokenizer, self._nearest(text))
+        video, text, steps = batch.video, batch.text, batch.steps
+        shapes = video.shape[1:], self._text_shape
+        field = joint_field(self.transformer, *shapes, batch.seeds, batch.guide, text_scale, temperature)
+        text_steps = EulerSteps(len(steps), device=self._execution_device)
+        for i in self.progress_bar(range(len(steps))):
+            if self.interrupt:
+                continue
+            # pyrefly: ignore[bad-argument-type]
+            velocities = field((video, text), (steps.taus[i], text_steps.taus[i]))
+            # pyrefly: ignore[bad-argument-type]
+            video, text = steps.step(i, video, velocities[0]), text_steps.step(i, text, velocities[1])
+            replaced = batch.stepper.end(steps.taus[i], {"latents": video, "text_latents": text}, batch.guide)
+            video, text = replaced.get("latents", video), replaced.get("text_latents", text)
+        # pyrefly: ignore[bad-argument-type]
+        return video, self._nearest(text)
 
-    def _video_field(self, text: Tensor, text_tau: float, seeds: list[int], condition: Tensor, scale: float) -> Field:
-        return video_field(self.transformer, text, text_tau, seeds, condition, self._encode([""]), scale)
-
-    def _write(self, field: Field, seeds: list[int], steps: int) -> Tensor:
+    def _write(self, field: Field, noise: Tensor, steps: Steps, stepper: Stepper, video: Tensor) -> Tensor:
         """Token ids (B, N) of the texts that a text field leads to from noise."""
-        device = self._execution_device
-        noise = seeded_noise(seeds, "text", self._text_shape, device)
-        return self._nearest(integrate_one(field, noise, flow.tau_grid(steps, device=device), self.progress_bar))
+        return self._nearest(stepper.integrate(field, "text_latents", noise, steps, latents=video))
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        """The condition c (B, L, text_dim) for each prompt."""
-        length = self.config.max_sequence_length
-        return wan.encode_prompts(self.tokenizer, self.text_encoder, prompts, length).to(self._execution_device)
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        """Clean text latents (B, N, d) of prompts (eq 7)."""
+        device = self._execution_device
+        ids = text_space.tokenize(self.tokenizer, [prompt_clean(text) for text in texts], self._text_shape[0])
+        return text_space.embed(ids.to(device), token_table(self.transformer, device))
 
     def _nearest(self, z: Tensor) -> Tensor:
-        return text_space.nearest(z, self.transformer.text_space(), self.transformer.config.tokenizer_length)
+        return text_space.nearest(z, token_table(self.transformer, z.device), self.transformer.config.tokenizer_length)
 
-    # --- arguments, or else the pipeline's defaults ------------------------------------------------------------------
 
-    @property
-    def _text_shape(self) -> tuple[int, int]:
-        """(N, d) of a text's latents."""
-        return self.transformer.config.text_length, self.transformer.config.text_latent_dim
-
-    def _video_steps(self, num_inference_steps: int | None, shift: float | None) -> tuple[int, float]:
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        shift = inputs.valid_shift(self.config.shift if shift is None else shift)
-        return inputs.positive(steps), shift
-
-    def _guidance(self, guidance_scale: float | None) -> float:
-        return self.config.guidance_scale if guidance_scale is None else guidance_scale
-
-    def _text_guidance(self, guidance_scale: float | None) -> float:
-        return self.config.caption_guidance_scale if guidance_scale is None else guidance_scale
-
-    def _temperature(self, temperature: float | None) -> float:
-        return inputs.valid_temperature(self.config.caption_temperature if temperature is None else temperature)
-
-    def _text_at(self, text_at: float | None) -> float:
-        return inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
-
-    def _latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
-        """(C, T, H, W) of the latents of a video, given or default, that this model can make."""
-        given, default = (num_frames, height, width), (self.config.num_frames, self.config.height, self.config.width)
-        frames, height, width = (d if g is None else g for g, d in zip(given, default, strict=True))
-        time = self.vae.config.scale_factor_temporal
-        _, patch_h, patch_w = self.transformer.config.patch_size
-        tall, wide = (self.vae.config.scale_factor_spatial * patch for patch in (patch_h, patch_w))
-        if min(frames, height, width) < 1 or (frames - 1) % time or height % tall or width % wide:
-            raise BadInputError(
-                f"{frames} frames of {height}x{width} pixels don't fit this model: give {time}k + 1 frames, a height"
-                f" that is a multiple of {tall} and a width that is a multiple of {wide}."
-            )
-        shape = wan.latent_shape(self.vae, frames, height, width)
-        # raises where video and text together are longer than the rotary tables
-        self.transformer.rope.text(self.transformer.grid(shape[1:]), self._text_shape[0])
-        return shape
-
-    def _check_prompts(self, prompt: str | Sequence[str], allow_empty: bool = False) -> list[str]:
-        limit = min(self.config.max_sequence_length, self.transformer.config.text_length)
-        return inputs.list_prompts(prompt, self.tokenizer, limit, allow_empty)
-
-    def _fit(self, video: Any) -> np.ndarray:
-        """A video as the model takes it: (num_frames, height, width, 3)."""
-        frames = inputs.as_frames(video)
-        wanted = self.config.num_frames
-        if len(frames) == 1 < wanted:
-            raise BadInputError("The video is a single frame and this model describes motion: give two frames or more.")
-        return fit_frames(frames, wanted, self.config.height, self.config.width)
+# `DiffusionPipeline.from_pretrained` looks up the class of a folder in diffusers' own namespace.
+diffusers.UniViGUPipeline = UniViGUPipeline

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from univigu.objective import ObjectiveConfig
+from univigu.tasks import ObjectiveConfig
 from univigu.transformer import UniViGUTransformer3DModel
 
 CONTEXT_GIB = 1.5  # of a CUDA context with its libraries and NCCL's buffers
@@ -43,11 +43,14 @@ def task_costs(model: UniViGUTransformer3DModel, tokens: Tokens, objective: Obje
     """Operations of one sample, by task; ``model`` may be on the meta device.
 
     The understand task has ``prefix`` attention, where the extra pass costs the text tokens alone, because the video's
-    keys and values are cached. In the generate task the text is given, so there is no extra pass.
+    keys and values are cached; so does each of the objective's ``text_draws`` after the first. In the generate task the
+    text is given, so there is no extra pass.
     """
     joint, prefix = (model.estimate_flops(*tokens, policy) for policy in ("joint", "prefix"))
     text_alone = prefix - model.estimate_flops(tokens.video, 0, tokens.context, "prefix")
-    costs = {"understand": (prefix, text_alone), "joint": (joint, joint), "generate": (joint, 0)}
+    draws = objective.text_draws
+    understand = (prefix + (draws - 1) * text_alone, draws * text_alone)
+    costs = {"understand": understand, "joint": (joint, joint), "generate": (joint, 0)}
     total = sum(objective.shares.values())
     return {task: TaskCost(share / total, *costs[task]) for task, share in objective.shares.items() if share}
 

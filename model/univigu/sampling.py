@@ -1,23 +1,37 @@
-"""The velocity fields of the three ways to sample (eq 16-18), for :func:`flow.integrate`.
+"""The velocity fields of the three ways to sample (eq 16-18).
 
 A field is a function of the state z and the time tau. Guidance moves a velocity away from that of a branch without
 condition: u = u_without + scale * (u_with - u_without). What is absent in that branch is noise at tau = 0, as in
-training (see ``objective.TASKS``); at a scale of 1 the branch is not computed.
+training (see ``tasks.TASKS``); at a scale of 1 or less the branch is not computed.
 
-All noise of a sample comes from its own seed and a name, so a result does not depend on the rest of the batch.
+All noise of a sample comes from its own seed and a name, so a result does not depend on the rest of the batch. The
+model is only called, because hooks that offload its weights to another device act on a call.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import flow
-from .transformer import UniViGUTransformer3DModel
+from .transformer import UniViGUTransformer3DModel, VideoCache
 
 Field = Callable[[Tensor, Tensor | float], Tensor]  # (z, tau) to a velocity of z's shape
-JointField = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Sequence[Tensor]]  # the same for several states
+JointField = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]  # (video, text) likewise
+
+
+@dataclass
+class Guide:
+    """What a video is guided by; a field reads it in each step, so it may be changed between steps.
+
+    ``condition`` (B or 1, L, text_dim) is the encoded prompt, ``negative`` what guidance moves away from: the encoded
+    empty string, or a negative prompt. It may be None where ``scale`` is 1 or less.
+    """
+
+    condition: Tensor
+    negative: Tensor | None
+    scale: float
 
 
 def text_field(
@@ -35,19 +49,23 @@ def text_field(
     ``latents`` (B, C, T, H, W) are the clean video, seen at ``video_tau``. ``condition`` and ``empty`` (B or 1, L,
     text_dim) are the encoded prompt beside the video and the encoded empty string, which is the guidance's condition.
     """
+
+    def look(video: Tensor, tau: float, context: Tensor) -> VideoCache:
+        return model(video, batch_tau(tau, video), context, attention="kv_only").cache
+
     no_video = seeded_noise(seeds, "no video", latents.shape[1:], latents.device)
     # The video's keys and values don't depend on the text, so both are computed once for all steps.
-    seen = model.prefill_video(flow.interpolate(no_video, latents, video_tau), batch_tau(video_tau, latents), condition)
-    unseen = None if scale == 1 else model.prefill_video(no_video, batch_tau(0.0, latents), empty)
-    table = model.text_space()
+    seen = look(flow.interpolate(no_video, latents, video_tau), video_tau, condition)
+    unseen = None if scale <= 1 else look(no_video, 0.0, empty)
+    table = token_table(model, latents.device)
     guess: Tensor | None = None
 
     def field(z: Tensor, tau: Tensor | float) -> Tensor:
         nonlocal guess
         tau = batch_tau(tau, z)
-        hidden = model.denoise_text(z, tau, seen, guess)
+        hidden = model(seen, text=z, text_tau=tau, guess=guess).text
         if unseen is not None:
-            without = model.denoise_text(z, tau, unseen, guess)
+            without = model(unseen, text=z, text_tau=tau, guess=guess).text
             hidden = without + scale * (hidden - without)
         prediction = model.read_text(hidden, z, tau, table, temperature=temperature)
         guess = prediction.data
@@ -57,26 +75,23 @@ def text_field(
 
 
 def video_field(
-    model: UniViGUTransformer3DModel,
-    text: Tensor,
-    text_tau: float,
-    seeds: list[int],
-    condition: Tensor,
-    empty: Tensor,
-    scale: float,
+    model: UniViGUTransformer3DModel, text: Tensor | None, text_tau: float, seeds: list[int], guide: Guide
 ) -> Field:
     """The video's velocity beside a fixed text: z_v (B, C, T, H, W) and tau_v to u_v (eq 17).
 
-    ``text`` (B, N, d) is at the time ``text_tau``. Guidance moves away from the empty condition without text.
+    ``text`` (B, N, d) is at the time ``text_tau``. Guidance moves away from ``guide.negative`` without text. With no
+    text at all, this is Wan's velocity.
     """
-    no_text = seeded_noise(seeds, "no text", text.shape[1:], condition.device)
+    no_text = None if text is None else seeded_noise(seeds, "no text", text.shape[1:], text.device)
 
     def field(z: Tensor, tau: Tensor | float) -> Tensor:
         tau = batch_tau(tau, z)
-        velocity = model(z, tau, condition, text, batch_tau(text_tau, z)).video.float()
-        if scale != 1:
-            without = model(z, tau, empty, no_text, batch_tau(0.0, z)).video.float()
-            velocity = without + scale * (velocity - without)
+        beside = () if text is None else (text, batch_tau(text_tau, z))
+        velocity = model(z, tau, guide.condition, *beside).video.float()
+        if guide.scale > 1:
+            beside = () if no_text is None else (no_text, batch_tau(0.0, z))
+            without = model(z, tau, guide.negative, *beside).video.float()
+            velocity = without + guide.scale * (velocity - without)
         return velocity
 
     return field
@@ -87,33 +102,32 @@ def joint_field(
     video_shape: Sequence[int],
     text_shape: Sequence[int],
     seeds: list[int],
-    condition: Tensor,
-    empty: Tensor,
-    scales: tuple[float, float],
+    guide: Guide,
+    text_scale: float,
     temperature: float,
 ) -> JointField:
     """Both velocities, for video and text in lockstep: (z_v, z_t) and (tau_v, tau_t) to (u_v, u_t) (eq 18).
 
-    ``scales`` are the guidance of the video, away from the empty condition without text, and that of the text, away
-    from the text without video.
+    ``guide.scale`` is the guidance of the video, away from ``guide.negative`` without text, and ``text_scale`` that of
+    the text, away from the text without video.
     """
-    scale, text_scale = scales
-    no_text = seeded_noise(seeds, "no text", text_shape, condition.device)
-    no_video = seeded_noise(seeds, "no video", video_shape, condition.device)
-    table = model.text_space()
+    device = guide.condition.device
+    no_text = seeded_noise(seeds, "no text", text_shape, device)
+    no_video = seeded_noise(seeds, "no video", video_shape, device)
+    table = token_table(model, device)
     guess: Tensor | None = None
 
-    def field(states: tuple[Tensor, ...], taus: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    def field(states: tuple[Tensor, Tensor], taus: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal guess
         video, text = states
         video_tau, text_tau = (batch_tau(tau, video) for tau in taus)
-        out = model(video, video_tau, condition, text, text_tau, guess)
+        out = model(video, video_tau, guide.condition, text, text_tau, guess)
         velocity, hidden = out.video.float(), out.text
-        if scale != 1:
-            without = model(video, video_tau, empty, no_text, batch_tau(0.0, video)).video.float()
-            velocity = without + scale * (velocity - without)
-        if text_scale != 1:
-            without = model(no_video, batch_tau(0.0, video), condition, text, text_tau, guess).text
+        if guide.scale > 1:
+            without = model(video, video_tau, guide.negative, no_text, batch_tau(0.0, video)).video.float()
+            velocity = without + guide.scale * (velocity - without)
+        if text_scale > 1:
+            without = model(no_video, batch_tau(0.0, video), guide.condition, text, text_tau, guess).text
             hidden = without + text_scale * (hidden - without)
         prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
         guess = prediction.data
@@ -122,12 +136,9 @@ def joint_field(
     return field
 
 
-def integrate_one(
-    field: Field, z: Tensor, grid: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> Tensor:
-    """Carry one modality along the times ``grid`` (steps + 1,) with Euler steps (eq 16, 17)."""
-    (z,) = flow.integrate(lambda states, taus: (field(*states, *taus),), [z], [grid], progress)
-    return z
+def token_table(model: UniViGUTransformer3DModel, device: torch.device) -> Tensor:
+    """E (V, d) on the device where sampling runs, also if the model's weights wait on another."""
+    return model.text_space().to(device)
 
 
 def seeded_noise(seeds: Sequence[int], name: str, shape: Sequence[int], device: torch.device) -> Tensor:

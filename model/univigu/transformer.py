@@ -35,15 +35,7 @@ from .errors import ConfigError
 from .layers import KVCache, RotaryTables, TextEmbedder, TextHead, UniViGUBlock
 from .text_space import PREDICTIONS, TextPrediction, TextSpace, read_out, row_norm_for
 
-ATTENTION = ("joint", "prefix")
-
-
-@dataclass
-class UniViGUOutput(BaseOutput):
-    """``video``: velocity u_v (B, C, T, H, W), data - noise; ``text``: the head's h (B, N, d), or None without text."""
-
-    video: Tensor
-    text: Tensor | None = None
+ATTENTION = ("joint", "prefix", "kv_only")
 
 
 @dataclass
@@ -52,6 +44,18 @@ class VideoCache:
 
     kv_cache: list[KVCache]  # one per block
     grid: tuple[int, int, int]  # patches along T, H, W
+
+
+@dataclass
+class UniViGUOutput(BaseOutput):
+    """``video``: velocity u_v (B, C, T, H, W), data - noise; ``text``: the head's h (B, N, d), or None without text.
+
+    With ``kv_only``, ``cache`` is all there is; beside a cache, ``text`` is.
+    """
+
+    video: Tensor
+    text: Tensor | None = None
+    cache: VideoCache | None = None
 
 
 class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -121,9 +125,9 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
 
     def forward(
         self,
-        hidden_states: Tensor,
-        tau: Tensor,
-        encoder_hidden_states: Tensor,
+        hidden_states: Tensor | VideoCache,
+        tau: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
         text: Tensor | None = None,
         text_tau: Tensor | None = None,
         guess: Tensor | None = None,
@@ -134,9 +138,20 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         Shapes: z_v ``hidden_states`` (B, C, T, H, W), ``tau`` (B,), c ``encoder_hidden_states`` (B or 1, L, text_dim);
         optional z_t ``text`` (B, N, d) with its ``text_tau`` (B,) and ``guess`` (B, N, d), the previous estimate of
         z_t1 (self-conditioning). ``attention`` is ``joint`` or ``prefix``; raises ConfigError for anything else.
+
+        Hooks that offload weights act on this call alone, so :meth:`prefill_video` and :meth:`denoise_text` can be
+        reached through it too: ``kv_only`` returns the ``cache`` of the video, and a cache in the place of the video
+        gives the ``text`` beside it.
         """
         if attention not in ATTENTION:
             raise ConfigError(f"Unknown attention {attention!r}: use one of {', '.join(ATTENTION)}.")
+        if isinstance(hidden_states, VideoCache):
+            # pyrefly: ignore[bad-argument-type]
+            return UniViGUOutput(None, self.denoise_text(text, text_tau, hidden_states, guess))
+        if attention == "kv_only":
+            # pyrefly: ignore[bad-argument-type]
+            return UniViGUOutput(None, None, self.prefill_video(hidden_states, tau, encoder_hidden_states))
+        # pyrefly: ignore[bad-argument-type]
         (video, time, rotary), temb, context, grid = self._embed_video(hidden_states, tau, encoder_hidden_states)
         text_hidden = None
         if text is not None:
@@ -161,7 +176,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         return VideoCache(kv_caches, grid)
 
     def denoise_text(self, text: Tensor, text_tau: Tensor, cache: VideoCache, guess: Tensor | None = None) -> Tensor:
-        """h (B, N, d) of text beside a cached video: forward's under ``prefix``, at the cost of the text alone."""
+        """h (B, N, d) of text beside a cached video: forward's under ``prefix``, at the cost of the text alone.
+
+        Of M videos in the cache, text row i sees video i modulo M: B is a multiple of M.
+        """
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
         rotary = self.rope.text(cache.grid, text.shape[1])
         for block, kv_cache in zip(self.blocks, cache.kv_cache, strict=True):

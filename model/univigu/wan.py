@@ -23,6 +23,7 @@ _SHARED = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text
 WAN_1_3B = {**_SHARED, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B = {**_SHARED, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "README.md"]  # what is fetched from the hub
 _TEXT_SIDE = re.compile(r"(text_space|text_embedder|text_head)\.|blocks\.\d+\.(ffn_text\.|text_scale_shift_table$)")
 
 
@@ -40,6 +41,13 @@ def wan_output_to_velocity(model_out: Tensor) -> Tensor:
 
 
 # --- the autoencoder ------------------------------------------------------------------------------------------------
+
+
+def runs_on(module: Any) -> torch.device:
+    """Where a module's inputs have to be; with offloading, that is not where its weights are."""
+    from diffusers.utils.torch_utils import get_module_execution_device
+
+    return get_module_execution_device(module)
 
 
 def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,16 +74,21 @@ def encode_frames(vae: Any, frames: Tensor) -> Tensor:
 
     By Wan's convention the posterior's mean is used, not a sample of it.
     """
-    pixels = frames.to(vae.device).movedim(-1, 1).to(vae.dtype) / 127.5 - 1
+    pixels = frames.to(runs_on(vae)).movedim(-1, 1).to(vae.dtype) / 127.5 - 1
     return normalize_latents(vae, vae.encode(pixels).latent_dist.mode().float())
+
+
+@torch.no_grad()
+def decode_pixels(vae: Any, latents: Tensor) -> Tensor:
+    """Normalised latents (B, C, T, H', W') to pixels (B, 3, F, H, W), float32 in 0..1, on the autoencoder's device."""
+    latents = denormalize_latents(vae, latents.float()).to(runs_on(vae), vae.dtype)
+    return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Normalised latents (B, C, T, H', W') to uint8 frames (B, F, H, W, 3) on the CPU."""
-    pixels = vae.decode(denormalize_latents(vae, latents.float()).to(vae.dtype), return_dict=False)[0]
-    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
-    return (pixels * 255).round().to(torch.uint8).movedim(1, -1).cpu()
+    return (decode_pixels(vae, latents) * 255).round().to(torch.uint8).movedim(1, -1).cpu()
 
 
 def latent_shape(vae: Any, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -159,7 +172,8 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], ma
         return_attention_mask=True,
         return_tensors="pt",
     )
-    ids, mask = inputs.input_ids.to(text_encoder.device), inputs.attention_mask.to(text_encoder.device)
+    device = runs_on(text_encoder)
+    ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
     states = text_encoder(ids, mask).last_hidden_state
     return states.masked_fill(~mask.bool()[..., None], 0)
 
@@ -182,10 +196,11 @@ def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
         )
 
 
-def local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path, **hub: Any) -> Path:
     """The folder itself, or a download of the hub repository ``owner/name`` if there is no such folder.
 
-    Raises MissingInputError where there is neither.
+    ``hub`` are options of the download: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
+    ``force_download``. Raises MissingInputError where there is neither, or no such revision.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -193,10 +208,20 @@ def local_folder(source: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise MissingInputError(f"There is no model folder at {source}: give a folder in diffusers' layout.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(str(source), allow_patterns=_FILES, **hub))
+    except RevisionNotFoundError as error:
+        raise MissingInputError(
+            f"The hub repository {source} has no revision '{hub.get('revision')}': give a branch, a tag or a commit of"
+            " it, or leave `revision` out."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise MissingInputError(
+            f"{source} is not in the cache of downloads{_at(hub)} and can't be fetched now: download it once without"
+            " `local_files_only`, or check the network."
+        ) from error
     except GatedRepoError as error:
         raise MissingInputError(
             f"The weights of {source} are gated: accept their licence at https://huggingface.co/{source}, then set"
@@ -207,6 +232,10 @@ def local_folder(source: str | Path) -> Path:
             f"There is no model folder at {source}, and no hub repository of that name could be fetched"
             f" ({type(error).__name__}): give a folder in diffusers' layout."
         ) from error
+
+
+def _at(hub: dict[str, Any]) -> str:
+    return f" at revision '{hub['revision']}'" if hub.get("revision") else ""
 
 
 def transformer_folder(source: str | Path) -> Path:

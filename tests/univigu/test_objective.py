@@ -1,4 +1,4 @@
-"""The training samples, their loss, and the held-out evaluation."""
+"""The loss of training samples, and the held-out evaluation."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from univigu import flow, objective, text_space
+from univigu import flow, objective, tasks, text_space
 from univigu.errors import ConfigError
-from univigu.objective import TASKS, ObjectiveConfig, TrainingObjective, draw_plan, training_loss
+from univigu.objective import TrainingObjective, training_loss
+from univigu.tasks import TASKS, ObjectiveConfig, draw_plan
 from univigu.training.heldout import evaluate_heldout
 from univigu.transformer import UniViGUTransformer3DModel
 
@@ -66,62 +67,103 @@ def alone(task):
     return replace(DEFAULT, shares={task: 1.0})
 
 
-def test_tasks_are_drawn_by_their_shares_with_their_corners():
-    plan = draw_plan([(0, 0, i) for i in range(4000)], ObjectiveConfig())
-    for i, task in enumerate(TASKS.values()):
-        rows = plan.task == i
-        assert rows.float().mean() == pytest.approx(task.share, abs=0.03)
-        for times, fixed in ((plan.video_tau[rows], task.video_tau), (plan.text_tau[rows], task.text_tau)):
-            if fixed is None:
-                assert times.mean() == pytest.approx(0.5, abs=0.05)
-                assert times.unique().numel() > 500
-            else:
-                assert (times == fixed).float().mean() == pytest.approx(0.9, abs=0.03)
-                assert ((times == fixed) | (times == 0)).all()
-    understand, joint, generate = (plan.task == i for i in range(3))
-    assert plan.drop_condition[understand].all()
-    assert plan.drop_condition[joint].float().mean() == pytest.approx(0.5, abs=0.05)
-    with_text = generate & (plan.text_tau == 1)
-    assert plan.drop_condition[with_text].float().mean() == pytest.approx(0.1, abs=0.03)
-    assert plan.drop_condition[generate & ~with_text].all()  # the unconditional branch of guidance
-    assert plan.text_is_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
-    assert not plan.text_is_prompt[understand | joint].any()
-
-
-def test_a_shift_moves_times_towards_noise_and_keeps_the_corners():
-    keys = [(0, 0, i) for i in range(4000)]
-    plain, shifted = (draw_plan(keys, ObjectiveConfig(video_shift=s, text_shift=t)) for s, t in ((1, 1), (3, 8)))
-    joint = plain.task == list(TASKS).index("joint")
-    torch.testing.assert_close(shifted.video_tau[joint], flow.shift_tau(plain.video_tau[joint], 3))
-    torch.testing.assert_close(shifted.text_tau[joint], flow.shift_tau(plain.text_tau[joint], 8))
-    assert (shifted.text_tau[joint] <= plain.text_tau[joint]).all()
-    for name, corner in (("understand", "video_tau"), ("generate", "text_tau")):
-        rows = plain.task == list(TASKS).index(name)
-        assert torch.equal(getattr(shifted, corner)[rows], getattr(plain, corner)[rows])
-
-
 def test_a_samples_draws_do_not_depend_on_its_batch_but_on_the_epoch():
     table = build().text_space().detach()
-    whole = objective.prepare(make_batch(8), table, DEFAULT)
-    part = objective.prepare(take(make_batch(8), slice(5, 8)), table, DEFAULT)
+    whole = tasks.prepare(make_batch(8), table, DEFAULT)
+    part = tasks.prepare(take(make_batch(8), slice(5, 8)), table, DEFAULT)
     for name, tensor in vars(part).items():
         assert torch.equal(tensor, getattr(whole, name)[5:8]), name
-    later = objective.prepare(make_batch(8, epoch=1), table, DEFAULT)
+    later = tasks.prepare(make_batch(8, epoch=1), table, DEFAULT)
     assert not torch.equal(later.video_noise, whole.video_noise)
     assert not torch.equal(later.text_tau, whole.text_tau)
-    other_seed = objective.prepare(make_batch(8), table, replace(DEFAULT, seed=1))
+    other_seed = tasks.prepare(make_batch(8), table, replace(DEFAULT, seed=1))
     assert not torch.equal(other_seed.text_noise, whole.text_noise)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("self_conditioning", [0.0, 1.0])
-def test_the_loss_of_a_batch_is_the_mean_of_its_halves(self_conditioning):
+@pytest.mark.parametrize(("self_conditioning", "text_draws"), [(0.0, 1), (1.0, 1), (1.0, 3)])
+def test_the_loss_of_a_batch_is_the_mean_of_its_halves(self_conditioning, text_draws):
     model, batch = build(), make_batch(16)
     torch.nn.init.normal_(model.text_embedder.proj_guess.weight)
-    config = replace(DEFAULT, self_conditioning=self_conditioning)
+    config = replace(DEFAULT, self_conditioning=self_conditioning, text_draws=text_draws)
     whole = training_loss(model, batch, config, 0)
     halves = [training_loss(model, take(batch, rows), config, 0)["loss"] for rows in (slice(0, 8), slice(8, 16))]
     torch.testing.assert_close(whole["loss"], sum(halves) / 2, atol=1e-5, rtol=1e-5)
+
+
+def all_draws(batch, table, config):
+    """The batch's samples with each draw of their texts."""
+    own, keys = tasks.prepare(batch, table, config), tasks.sample_keys(batch, config)
+    return [own, *(tasks.redraw_texts(own, keys, draw, config) for draw in range(1, config.text_draws))]
+
+
+def test_draws_of_a_text_share_the_video_and_nothing_else():
+    table, batch = build().text_space().detach(), make_batch(64)
+    config = replace(alone("understand"), text_draws=3, text_shift=2.0)
+    draws = all_draws(batch, table, config)
+    for drawn in draws:
+        assert drawn.z_video is draws[0].z_video
+        assert drawn.text_tau.unique().numel() == 64
+        assert flow.shift_tau(drawn.text_tau, 0.5).mean() == pytest.approx(0.5, abs=0.12)  # undoes the shift
+        torch.testing.assert_close(drawn.z_text, flow.interpolate(drawn.text_noise, drawn.text_data, drawn.text_tau))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        for name in ("text_tau", "text_noise"):
+            both = torch.stack([getattr(draws[n], name).flatten() for n in (one, other)])
+            assert abs(both.corrcoef()[0, 1]) < 0.3, name
+    part = all_draws(take(batch, slice(5, 8)), table, config)  # no draw depends on the rest of the batch
+    assert all(torch.equal(few.z_text, many.z_text[5:8]) for few, many in zip(part, draws, strict=True))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("self_conditioning", [0.0, 1.0])
+@pytest.mark.parametrize("text_draws", [1, 3])
+def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_single_ones(
+    text_draws, self_conditioning, recomputed
+):
+    model, batch = build(), make_batch(6)
+    torch.nn.init.normal_(model.text_embedder.proj_guess.weight)
+    if recomputed:
+        model.enable_gradient_checkpointing()
+    weights = torch.rand(VOCABULARY + 2, generator=torch.Generator().manual_seed(0))
+    config = replace(alone("understand"), text_draws=text_draws, self_conditioning=self_conditioning)
+    table = model.text_space()
+    singles, sums = [], {}
+    for drawn in all_draws(batch, table, config):
+        hidden = objective.predict_prefix(model, [drawn], table, guessing=self_conditioning > 0)
+        loss, parts = objective.text_losses(hidden, drawn, table, model, config, weights)
+        singles.append(loss.mean() / text_draws)
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + value.mean() / text_draws
+    sum(singles).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert expected["patch_embedding.weight"].any()  # the video learns through its keys and values
+    model.zero_grad()
+    out = training_loss(model, batch, config, 0, weights)
+    out["loss"].backward()
+    torch.testing.assert_close(out["loss"], sum(singles), atol=1e-5, rtol=1e-5)
+    for name, value in sums.items():
+        torch.testing.assert_close(out[name], value.detach(), atol=1e-5, rtol=1e-5)
+    assert out["text_samples"] == 6
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-4)
+    if text_draws == 1:
+        assert torch.equal(out["loss"], singles[0])
+
+
+def test_only_texts_beside_a_given_video_have_several_draws():
+    model, batch = build(), make_batch(16)
+    once, thrice = (replace(DEFAULT, self_conditioning=0.0, text_draws=draws) for draws in (1, 3))
+    understood = (draw_plan(objective_keys(batch), once).task == list(TASKS).index("understand")).nonzero()[:, 0]
+    lengths = []
+    model.text_embedder.register_forward_hook(lambda module, args, output: lengths.append(len(args[0])))
+    with torch.no_grad():
+        losses = [training_loss(model, batch, config, 0)["loss"] for config in (once, thrice)]
+        few = take(batch, understood)
+        alone_losses = [training_loss(model, few, config, 0)["loss"] for config in (once, thrice)]
+    assert lengths[2:4] == [3 * len(understood), 16 - len(understood)]
+    change, expected = losses[1] - losses[0], (alone_losses[1] - alone_losses[0]) * len(understood) / 16
+    torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-5)
+    assert abs(change) > 1e-3
 
 
 @torch.no_grad()
@@ -130,10 +172,10 @@ def test_the_literal_loss_by_the_video_tokens_is_the_sum_of_two_per_token_means(
     """Eq 11: lambda_t = |z_v| / |z_t| weighs each modality per token, with squares summed over channels."""
     model, batch = build(prediction), make_batch(32)
     table = model.text_space()
-    rows = (objective.prepare(batch, table, LITERAL).text_tau <= 0.95).nonzero()[:, 0]
+    rows = (tasks.prepare(batch, table, LITERAL).text_tau <= 0.95).nonzero()[:, 0]
     assert len(rows) > 20
     batch = take(batch, rows)
-    s = objective.prepare(batch, table, LITERAL)
+    s = tasks.prepare(batch, table, LITERAL)
     out = model(s.z_video, s.video_tau, s.condition, s.z_text, s.text_tau)
     text = model.read_text(out.text, s.z_text, s.text_tau, table).velocity
     video_tokens = 2 * (4 // 2) * (4 // 2)
@@ -195,7 +237,7 @@ def test_the_flow_loss_has_no_gradient_through_the_target():
 
     def target_moves(config):
         model = build("x1")
-        s = objective.prepare(make_batch(4), model.text_space(), config)
+        s = tasks.prepare(make_batch(4), model.text_space(), config)
         said, seen = torch.zeros(4, LENGTH, 8), replace(s, z_text=s.z_text.detach())
         loss, _ = objective.text_losses(said, seen, model.text_space().detach(), model, config, None)
         return loss.requires_grad
@@ -305,29 +347,10 @@ def test_evaluation_without_samples_is_refused():
         evaluate_heldout(build(), [])
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"shares": {"understand": 0.0}},
-        {"shares": {"dream": 1.0}},
-        {"text_shift": 0.0},
-        {"prompt_dropout": {"joint": 0.5}},
-        {"prompt_dropout": 0.5},
-        {"form": "literal", "shares": {"joint": 1.0}, "text_shift": 8.0},
-        {"prompt_dropout": {"joint": 2, "generate": 0}},
-        {"form": "exact"},
-        {"form": "literal"},
-    ],
-)
-def test_invalid_choices_are_refused(wrong):
-    with pytest.raises(ConfigError):
-        ObjectiveConfig(**wrong)
-
-
 def test_text_noise_does_not_depend_on_the_latents_shape():
     """Text noise is drawn from its own key, so a larger video does not change it."""
     table, batch = build().text_space().detach(), make_batch(4)
-    small = objective.prepare(batch, table, DEFAULT)
-    large = objective.prepare(batch | {"latents": torch.zeros(4, 4, 3, 8, 8)}, table, DEFAULT)
+    small = tasks.prepare(batch, table, DEFAULT)
+    large = tasks.prepare(batch | {"latents": torch.zeros(4, 4, 3, 8, 8)}, table, DEFAULT)
     assert torch.equal(small.text_noise, large.text_noise)
     torch.testing.assert_close(small.z_text, flow.interpolate(small.text_noise, table[small.ids], small.text_tau))

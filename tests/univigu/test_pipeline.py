@@ -38,6 +38,11 @@ def clips():
     return np.random.default_rng(0).integers(0, 256, (3, 9, 32, 32, 3), dtype=np.uint8)
 
 
+def joint(pipeline, *arguments, **settings):
+    """Frames in uint8, and captions."""
+    return pipeline.joint(*arguments, **settings, output_type="uint8", return_dict=False)
+
+
 def test_the_base_gives_the_vocabulary(pipeline):
     config, tokenizer = pipeline.transformer.config, pipeline.tokenizer
     assert config.tokenizer_length == len(tokenizer) <= config.vocab_size
@@ -52,9 +57,19 @@ def test_one_video_in_any_form_gives_one_text(pipeline, clips):
         assert pipeline.caption(form) == expected
 
 
-def test_captions_do_not_depend_on_the_rest_of_the_batch(pipeline, clips):
-    together = pipeline.caption(clips, seed=[5, 6, 7])
-    assert together == pipeline.caption(clips, seed=5, batch_size=2)
+def test_a_caption_depends_on_its_clip_alone(pipeline, clips):
+    a, b, c = pipeline.caption(clips)
+    assert pipeline.caption(clips[::-1]) == [c, b, a]
+    assert pipeline.caption([clips[1], clips[0]], batch_size=2) == [b, a]
+    assert pipeline.caption(clips[1]) == [b] != pipeline.caption(clips[1], seed=6)
+    generator = torch.Generator().manual_seed(3)
+    assert pipeline.caption(clips[:2], generator=generator)[1:] == pipeline.caption(
+        clips[1], generator=generator.manual_seed(3)
+    )
+
+
+def test_a_list_of_seeds_gives_each_clip_its_own(pipeline, clips):
+    together = pipeline.caption(clips, seed=[5, 6, 7], batch_size=2)
     assert together == [pipeline.caption(clip, seed=5 + i)[0] for i, clip in enumerate(clips)]
     assert pipeline.caption(clips[0], seed=5) != pipeline.caption(clips[0], seed=6)
 
@@ -63,7 +78,7 @@ def test_a_caption_equals_the_uncached_prefix_forward(pipeline, clips):
     """The same sampling, written with the full model in each step."""
     model, latents = pipeline.transformer, wan.encode_frames(pipeline.vae, torch.from_numpy(clips))
     empty = wan.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [""], 24)
-    z, guess = flow.keyed_noise([(i, "text") for i in range(3)], (20, 16)), None
+    z, guess = flow.keyed_noise([(0, "text")] * 3, (20, 16)), None
     with torch.no_grad():
         table = model.text_space()
         for tau, tau_next in torch.tensor([[0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]):
@@ -122,25 +137,25 @@ def test_generation_sees_the_prompt_as_text_too(pipeline, monkeypatch):
 
 @pytest.mark.parametrize("path", [{"text_at": 0.0}, {"text_at": 0.4}, {"text_at": 1.0}, {"in_step": True}])
 def test_joint_gives_a_video_and_its_text_from_noise(pipeline, path):
-    frames, texts = pipeline.joint(**path)
+    frames, texts = joint(pipeline, **path)
     assert frames.shape == (1, 9, 32, 32, 3)
     assert len(texts) == 1
     assert isinstance(texts[0], str)
-    many, captions = pipeline.joint(["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
+    many, captions = joint(pipeline, ["", "a red digit"], seed=[0, 1], caption_guidance_scale=3.0, **path)
     assert many.shape[0] == len(captions) == 2
-    alone, guided = pipeline.joint(caption_guidance_scale=3.0, **path)
+    alone, guided = joint(pipeline, caption_guidance_scale=3.0, **path)
     assert np.abs(many[0].astype(int) - alone[0]).max() <= 1
     assert guided != texts
 
 
 def test_a_joint_text_written_at_tau_1_is_a_caption_of_the_finished_video(pipeline):
-    frames, texts = pipeline.joint(seed=3, num_inference_steps=5, text_at=1.0)
+    frames, texts = joint(pipeline, seed=3, num_inference_steps=5, text_at=1.0)
     assert texts == pipeline.caption(frames, seed=3) != [""]
-    assert not np.array_equal(frames, pipeline.joint(seed=3, num_inference_steps=5, text_at=0.4)[0])
+    assert not np.array_equal(frames, joint(pipeline, seed=3, num_inference_steps=5, text_at=0.4)[0])
 
 
 def test_a_joint_text_depends_on_the_prompt(pipeline):
-    frames, texts = pipeline.joint("a red digit", seed=3, text_at=1.0)
+    frames, texts = joint(pipeline, "a red digit", seed=3, text_at=1.0)
     assert texts != pipeline.caption(frames, seed=3)
 
 
@@ -150,14 +165,14 @@ def test_the_rest_of_a_joint_video_is_generated_from_its_own_text(pipeline, monk
     monkeypatch.setattr(text_space, "nearest", lambda *_: prompt)
     generated = pipeline.generate("a red digit", seed=3, num_inference_steps=5)
     for given in ("", "a blue digit"):
-        frames, texts = pipeline.joint(given, seed=3, num_inference_steps=5, text_at=0.0)
+        frames, texts = joint(pipeline, given, seed=3, num_inference_steps=5, text_at=0.0)
         assert texts == ["a red digit"]
         assert np.abs(frames.astype(int) - generated).max() <= 1
 
 
 def test_a_joint_text_is_written_at_the_first_step_from_text_at_on(pipeline):
     """In two steps without shift, the times of the video are 0, 0.5 and 1."""
-    pairs = {at: pipeline.joint(seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
+    pairs = {at: joint(pipeline, seed=3, num_inference_steps=2, shift=1.0, text_at=at) for at in (0.1, 0.5, 0.6, 1.0)}
     assert pairs[0.1][1] == pairs[0.5][1]
     assert np.array_equal(pairs[0.1][0], pairs[0.5][0])
     assert np.array_equal(pairs[0.6][0], pairs[1.0][0])
@@ -166,9 +181,9 @@ def test_a_joint_text_is_written_at_the_first_step_from_text_at_on(pipeline):
 
 def test_an_invalid_time_or_temperature_is_refused(pipeline, clips):
     with pytest.raises(BadInputError, match="from 0"):
-        pipeline.joint(text_at=1.5)
+        joint(pipeline, text_at=1.5)
     with pytest.raises(BadInputError, match="in_step"):
-        pipeline.joint(text_at=0.5, in_step=True)
+        joint(pipeline, text_at=0.5, in_step=True)
     with pytest.raises(BadInputError, match="0 or more"):
         pipeline.caption(clips[0], temperature=-1.0)
     with pytest.raises(BadInputError, match="0 or more"):
@@ -207,7 +222,7 @@ def test_saved_files_do_not_depend_on_the_source_folder(pipeline, tmp_path):
         (np.zeros((0, 32, 32, 3), np.uint8), "decode it"),
         (np.zeros((1, 32, 32, 3), np.uint8), "single frame"),
         (np.zeros((9, 32, 32, 4), np.uint8), "decode it"),
-        (np.zeros((9, 32, 32, 3), np.float32), "uint8"),
+        (np.full((9, 32, 32, 3), 255, np.float32), "from 0 to 1"),
         (np.zeros((9, 0, 32, 3), np.uint8), "decode it"),
         ([np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], "of one size"),
         ([], "no video"),

@@ -45,6 +45,27 @@ def test_self_conditioning_beside_a_cached_video_costs_the_text_alone(model, cos
     assert costs["generate"].guess == 0
 
 
+def test_another_draw_of_a_text_costs_the_text_alone(model, costs):
+    several = planning.task_costs(model, TOKENS, ObjectiveConfig(shares=SHARES, text_draws=3))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        training_loss_on_fakes(model, "understand", LATENTS, TOKENS.text, TOKENS.context, 3).backward()
+    assert several["understand"].step(0, 0) == pytest.approx(counter.get_total_flops(), rel=1 / 12)
+    assert several["understand"].guess == 3 * costs["understand"].guess
+    more = several["understand"].forward - costs["understand"].forward
+    assert more == 2 * costs["understand"].guess
+    assert (several["joint"], several["generate"]) == (costs["joint"], costs["generate"])
+
+
+def test_at_wans_size_eight_draws_cost_a_twentieth_more():
+    with torch.device("meta"):
+        wan_sized = UniViGUTransformer3DModel(**wan.WAN_1_3B)
+    once, often = (
+        planning.task_costs(wan_sized, planning.Tokens(32_760, 256, 512), ObjectiveConfig(text_draws=draws))
+        for draws in (1, 8)
+    )
+    assert often["understand"].forward / once["understand"].forward == pytest.approx(1.055, abs=0.002)
+
+
 def test_the_mean_step_weighs_tasks_by_their_shares(costs):
     assert planning.mean_step(costs, 0, 0) == pytest.approx(sum(3 * SHARES[t] * costs[t].forward for t in SHARES))
     assert planning.mean_step(costs, 0, 1) == pytest.approx(planning.mean_step(costs, 0, 0) * 4 / 3)

@@ -104,7 +104,7 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
     """One step of each kind of sampling, at full size with the profile's settings."""
     import torch
 
-    from univigu.sampling import text_field, video_field
+    from univigu.sampling import Guide, text_field, video_field
 
     sampling, video = profile["model"]["sampling"], profile["video"]
     config, length = models.transformer.config, profile["text"]["prompt_length"]
@@ -121,7 +121,7 @@ def check_sampling(profile: Profile, models: MetaModels) -> str:
     with torch.no_grad():
         empty, scales = pipeline._encode([""]), (settings.caption_guidance_scale, settings.guidance_scale)
         say = text_field(models.transformer, clip, [0], empty, empty, scales[0], settings.caption_temperature)
-        draw = video_field(models.transformer, text, 1.0, [0], empty, empty, scales[1])
+        draw = video_field(models.transformer, text, 1.0, [0], Guide(empty, empty, scales[1]))
         for field, state in ((say, text), (draw, clip)):
             if (velocity := field(state, 0.0)).shape != state.shape:
                 raise BadInputError(f"A velocity is {tuple(velocity.shape)}, but its state is {tuple(state.shape)}.")

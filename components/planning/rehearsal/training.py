@@ -53,8 +53,9 @@ def _training_config(profile: Profile, number: int) -> Any:
 def check_memory(scene: Scene, models: MetaModels, number: int) -> str:
     """A step fits into the memory of the GPU."""
     config, text = _training_config(scene.profile, number), scene.profile["text"]
+    draws = scene.profile[f"train_stage_{number}"]["text_draws"]
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
-    memory = plan_memory(models, tokens, config, scene.gpus, find_gpu(scene.gpu), None)
+    memory = plan_memory(models, tokens, config, scene.gpus, find_gpu(scene.gpu), None, draws)
     needed, usable = memory["by_stage"][memory["chosen"]]["total"] / 2**30, memory["usable"] / 2**30
     if not memory["fits"]:
         raise ConfigError(

@@ -135,7 +135,7 @@ class LatentDataset:
         return torch.stack([self.shards.target_ids(s.shard)[s.row] for s in self.samples]).long()
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, Tensor]:
-        """Read samples of one bucket into one batch (see `univigu.objective`).
+        """Read samples of one bucket into one batch (see `univigu.tasks`).
 
         Returns latents (B, C, T, H, W), prompt_embeds (B, prompt_length, D) and empty_embeds (prompt_length, D) in
         fp32; prompt_ids and target_ids (B, text_length) in int64; and sample_ids and epochs (B,) in int64, which are

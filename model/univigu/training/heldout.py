@@ -10,7 +10,8 @@ from torch import Tensor
 
 from univigu import flow, text_space
 from univigu.errors import ConfigError
-from univigu.objective import Batch, TrainingObjective, cross_entropy, token_accuracy
+from univigu.objective import TrainingObjective, cross_entropy, token_accuracy
+from univigu.tasks import Batch
 from univigu.training.data import LatentDataset
 from univigu.transformer import UniViGUTransformer3DModel
 

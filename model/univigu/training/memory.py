@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from univigu.errors import BadInputError, ConfigError
-from univigu.objective import TASKS, ObjectiveConfig, Samples, predict_joint, predict_prefix, text_losses, video_losses
+from univigu.objective import mean_text_losses, predict_joint, predict_prefix, video_losses
+from univigu.tasks import TASKS, ObjectiveConfig, Samples
 from univigu.transformer import UniViGUTransformer3DModel
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -45,6 +46,7 @@ def memory_needed(
     gradient_checkpointing: bool = False,
     trainable_parameters: int | None = None,
     ema: bool = False,
+    text_draws: int = 1,
 ) -> dict[str, int]:
     """Bytes on one GPU at the peak of a step, by part; ``config`` is the transformer's, token counts are per sample.
 
@@ -52,8 +54,9 @@ def memory_needed(
     all partitioned alike; nothing if offloaded); ``activations`` (kept by the forward pass for the backward pass, under
     the costlier attention policy); ``workspace`` (what the backward pass, DeepSpeed's buckets and gathered weights need
     in addition at the worst moment); ``total``. ``trainable_parameters`` is their number, by default all; activations
-    are counted as if all were trained. Not included: the CUDA context (``torch.cuda.mem_get_info`` doesn't count it as
-    free) and fragmentation of the allocator. Raises ConfigError for an unknown ZeRO stage or precision.
+    are counted as if all were trained. ``text_draws`` is the objective's. Not included: the CUDA context
+    (``torch.cuda.mem_get_info`` doesn't count it as free) and fragmentation of the allocator. Raises ConfigError for an
+    unknown ZeRO stage or precision.
     """
     if zero_stage not in (0, 1, 2, 3) or precision not in BYTES:
         raise ConfigError(f"Unknown ZeRO stage {zero_stage} or precision {precision}; use 0 to 3, and fp32 or bf16.")
@@ -61,7 +64,14 @@ def memory_needed(
     states, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
     offloaded = _offloaded(zero_stage, offload_optimizer, offload_parameters)
     activations, backward = _measured(
-        _key(config), video_tokens, text_tokens, context_tokens, micro_batch_size, precision, gradient_checkpointing
+        _key(config),
+        video_tokens,
+        text_tokens,
+        context_tokens,
+        micro_batch_size,
+        precision,
+        gradient_checkpointing,
+        text_draws,
     )
     gathered = min(parameter_count(config), MAX_LIVE + PREFETCH) * size if zero_stage == 3 else 0
     bucket = REDUCE_BUCKET * size if world_size > 1 or zero_stage else 0
@@ -130,10 +140,16 @@ def parameter_count(config: Mapping[str, Any]) -> int:
 
 
 def training_loss_on_fakes(
-    model: UniViGUTransformer3DModel, task: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
+    model: UniViGUTransformer3DModel,
+    task: str,
+    latents: tuple[int, ...],
+    text_tokens: int,
+    context_tokens: int,
+    text_draws: int = 1,
 ) -> torch.Tensor:
     """The loss of one of `TASKS` on tensors without data; ``latents`` is their shape (B, C, T, H, W).
 
+    ``text_draws``: of the texts under ``prefix`` attention, as in `ObjectiveConfig`.
     Call it where ``torch.zeros`` makes fake or meta tensors.
     """
     config = model.config
@@ -153,14 +169,15 @@ def training_loss_on_fakes(
         has_video_loss=torch.zeros(batch, dtype=torch.bool),
         has_text_loss=torch.zeros(batch, dtype=torch.bool),
     )
-    objective, loss = ObjectiveConfig(), table.new_zeros(())
+    objective, loss, draws = ObjectiveConfig(), table.new_zeros(()), [samples]
     if TASKS[task].attention == "prefix":
-        hidden = predict_prefix(model, samples, table, guessing=False)
+        draws = [samples] * text_draws
+        hidden = predict_prefix(model, draws, table, guessing=False)
     else:
         video, hidden = predict_joint(model, samples, table, guessing=False)
         loss = loss + video_losses(video, samples, objective)[0].sum()
     if "text" in TASKS[task].loss:
-        loss = loss + text_losses(hidden, samples, table, model, objective, None)[0].sum()
+        loss = loss + mean_text_losses(hidden, draws, table, model, objective, None)[0].sum()
     return loss
 
 
@@ -199,14 +216,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tracked_step(
-    model: UniViGUTransformer3DModel, task: str, latents: tuple[int, ...], text_tokens: int, context_tokens: int
+    model: UniViGUTransformer3DModel,
+    task: str,
+    latents: tuple[int, ...],
+    text_tokens: int,
+    context_tokens: int,
+    text_draws: int = 1,
 ) -> tuple[int, int]:
     """Bytes that one training step keeps after its forward pass, and its peak; both without weights and gradients."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with LiveBytes() as memory:
         memory.ignore([*model.parameters(), *model.buffers()])
-        loss = training_loss_on_fakes(model, task, latents, text_tokens, context_tokens)
+        loss = training_loss_on_fakes(model, task, latents, text_tokens, context_tokens, text_draws)
         kept = memory.now
         loss.backward()
     return kept, memory.peak
@@ -234,7 +256,7 @@ def latent_size(config: Mapping[str, Any], video_tokens: int, text_tokens: int) 
 
 @cache
 def _measured(
-    key: str, video: int, text: int, context: int, batch: int, precision: str, checkpointing: bool
+    key: str, video: int, text: int, context: int, batch: int, precision: str, checkpointing: bool, draws: int
 ) -> tuple[int, int]:
     """Bytes of kept activations, and of what the backward pass needs in addition, under the costlier policy."""
     config = json.loads(key)
@@ -243,7 +265,7 @@ def _measured(
     for task in COSTLIEST:
         # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)
         (kept, peak), (deeper, _) = (
-            _on_fakes(config, depth, task, latents, text, context, precision, checkpointing) for depth in (2, 3)
+            _on_fakes(config, depth, task, latents, text, context, precision, checkpointing, draws) for depth in (2, 3)
         )
         found.append((_extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
     return max(found, key=sum)
@@ -258,6 +280,7 @@ def _on_fakes(
     context: int,
     precision: str,
     checkpointing: bool,
+    draws: int,
 ) -> tuple[int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -267,7 +290,7 @@ def _on_fakes(
         model = _build(config, depth, DTYPES[precision])
         if checkpointing:
             model.enable_gradient_checkpointing()
-        return tracked_step(model, task, latents, text, context)
+        return tracked_step(model, task, latents, text, context, draws)
 
 
 def _build(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGUTransformer3DModel:

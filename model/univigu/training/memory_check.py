@@ -18,10 +18,12 @@ def needed_memory(
     context_tokens: int,
     world_size: int,
     trainable: int | None = None,
+    text_draws: int = 1,
 ) -> dict[str, int]:
     """`memory_needed` of a training configuration: bytes on one GPU, by part.
 
-    transformer: the model's config. trainable: the number of parameters that are trained; None: all.
+    transformer: the model's config. trainable: the number of parameters that are trained; None: all. text_draws: the
+    objective's.
     """
     from univigu.training.memory import memory_needed
 
@@ -33,6 +35,7 @@ def needed_memory(
             context_tokens=context_tokens,
             micro_batch_size=micro_batches(config, world_size)[1],
             gradient_checkpointing=recompute,
+            text_draws=text_draws,
             **_shares(config, world_size, trainable),
         )
 

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from univigu import text_space
-from univigu.pipeline import UniViGUPipeline
+from univigu.pipeline import Batch, UniViGUPipeline
+from univigu.sampling import Guide, seeded_noise
+from univigu.stepping import Stepper
 from univigu.training.data import LatentDataset
 from univigu.transformer import UniViGUTransformer3DModel
 
@@ -39,7 +41,7 @@ class EncodedPipeline(UniViGUPipeline):
     def _execution_device(self) -> torch.device:
         return self.transformer.text_space.weight.device
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
+    def _encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         return torch.stack([self.states[prompt] for prompt in prompts]).to(self._execution_device)
 
 
@@ -74,10 +76,14 @@ def _draw(
     batch = heldout.batch([index], [0])
     prompt, target = (text_space.detokenize(tokenizer, batch[name])[0] for name in ("prompt_ids", "target_ids"))
     states = {prompt: batch["prompt_embeds"][0], "": batch["empty_embeds"]}
-    # pyrefly: ignore[bad-argument-type]
     pipeline = EncodedPipeline(tokenizer, None, None, transformer, **sampling)
     pipeline.states = states
     pipeline.set_progress_bar_config(disable=True)
     caption = pipeline.caption_latents(batch["latents"], seed=index)[0]
-    latents = pipeline._generate_latents([prompt], batch["latents"].shape[1:], None, None, None, [index])
+    noise = seeded_noise([index], "video", batch["latents"].shape[1:], pipeline._execution_device)
+    steps = pipeline._begin(None, None, None)
+    guide = Guide(pipeline._encode([prompt]), pipeline._encode([""]), pipeline.guidance_scale)
+    latents = pipeline._denoise_video(
+        Batch(noise, pipeline._embed([prompt]), [index], guide, steps, Stepper(pipeline)), text_tau=1.0
+    )
     return Sample(heldout.samples[index].id, prompt, target, caption, latents[0].float().cpu())

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from univigu.hardware import recognise_gpu
-from univigu.objective import ObjectiveConfig, TrainingObjective
+from univigu.objective import TrainingObjective
 from univigu.planning import Tokens, mean_step, task_costs
+from univigu.tasks import ObjectiveConfig
 from univigu.training.engine import TrainingConfig
 from univigu.transformer import UniViGUTransformer3DModel
 
@@ -41,6 +42,12 @@ def sample_flops(
     return mean_step(task_costs(transformer, tokens, objective), objective.self_conditioning, trainable_share - 1)
 
 
+def mean_draws(objective: ObjectiveConfig) -> float:
+    """The texts that are computed per sample: ``text_draws`` in the understand task, otherwise one; the mean."""
+    share = objective.shares.get("understand", 0.0) / sum(objective.shares.values())
+    return 1 + share * (objective.text_draws - 1)
+
+
 def video_tokens(transformer: UniViGUTransformer3DModel, latents: Sequence[int]) -> int:
     """The number of patches of latents of size (T, H, W)."""
     frames, height, width = transformer.grid(latents)
@@ -48,7 +55,10 @@ def video_tokens(transformer: UniViGUTransformer3DModel, latents: Sequence[int])
 
 
 class Throughput:
-    """Samples, tokens and FLOPs per second since the run began; the time between steps is not counted."""
+    """Samples, tokens and FLOPs per second since the run began; the time between steps is not counted.
+
+    A draw of a text is counted as tokens of its own. Tokens and FLOPs are means over the objective's shares of tasks.
+    """
 
     def __init__(self, objective: TrainingObjective, config: TrainingConfig, device: torch.device) -> None:
         self.objective, self.batch_size = objective, config.batch_size
@@ -56,7 +66,8 @@ class Throughput:
         self.trainable_share = trainable_share(objective)
         self._flops: dict[tuple[int, ...], float] = {}
         self.seconds = self.waited = self.flops = 0.0
-        self.samples = self.tokens = 0
+        self.samples, self.tokens = 0, 0.0
+        self.text_tokens = mean_draws(objective.config) * objective.transformer.config.text_length
 
     def add(self, seconds: float, waited: float, latents: Sequence[int], context_tokens: int) -> None:
         """Count a step with latents of size (T, H, W): its duration, and how much of it was spent waiting for data."""
@@ -68,7 +79,7 @@ class Throughput:
         self.seconds += seconds
         self.waited += waited
         self.samples += self.batch_size
-        self.tokens += self.batch_size * (video_tokens(transformer, size) + transformer.config.text_length)
+        self.tokens += self.batch_size * (video_tokens(transformer, size) + self.text_tokens)
         self.flops += self.batch_size * self._flops[size]
 
     def figures(self) -> dict[str, float]:

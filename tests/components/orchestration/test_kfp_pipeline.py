@@ -204,11 +204,15 @@ def test_a_task_is_retried_with_growing_delays_a_limited_number_of_times(committ
     for _, task, component, _ in tasks[name]:
         assert task["retryPolicy"] == {
             "maxRetryCount": kfp_pipeline.RETRIES,
-            "backoffDuration": "60s",
+            "backoffDuration": f"{kfp_pipeline.BACKOFF_S}s",
             "backoffFactor": 2.0,
-            "backoffMaxDuration": "900s",
+            "backoffMaxDuration": f"{kfp_pipeline.retry_window(kfp_pipeline.RETRIES, hours)}s",
         }
         assert platform_of(committed, component)["activeDeadlineSeconds"] == str(hours * 3600)
+
+
+def test_training_runs_as_a_trainjob_unless_asked_otherwise(committed):
+    assert committed[0]["root"]["inputDefinitions"]["parameters"]["train_backend"]["defaultValue"] == "trainjob"
 
 
 def test_steps_are_cached_by_their_key_and_other_tasks_are_not_cached(tasks):

@@ -207,6 +207,15 @@ def test_cancelling_ends_a_run_and_leaves_an_ended_one_alone(kfp, client):
     assert client.cancel(run_id).state == "SUCCEEDED"
 
 
+def test_a_run_that_failed_because_it_was_cancelled_is_cancelled(kfp, client):
+    """As Kubeflow Pipelines 2.17 records it when the pods have ended."""
+    run_id = client.submit(PACKAGE, "a", {})
+    kfp.runs[run_id] |= {"state": "FAILED", "state_history": [{"state": "RUNNING"}, {"state": "FAILED"}]}
+    assert client.state(run_id).state == "FAILED"
+    kfp.runs[run_id]["state_history"].insert(1, {"state": "CANCELING"})
+    assert client.state(run_id) == RunState("CANCELED", "")
+
+
 def test_logs_are_those_of_the_pods_that_the_server_still_has(kfp, client):
     run_id = client.submit(PACKAGE, "a", {})
     kfp.task_details = [
@@ -319,7 +328,7 @@ def test_interrupting_a_wait_prints_how_to_continue(kfp):
 
 def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
     kfp.states, at = ["RUNNING"], ("--host", kfp.url)
-    assert univigu("submit", *at).stdout == "run-1\n"
+    assert univigu("submit", "train_backend=pod", *at).stdout == "run-1\n"
     done = univigu("status", "run-1", env={"KFP_ENDPOINT": kfp.url})
     assert (done.returncode, done.stdout) == (0, "RUNNING\n")
     done = univigu("logs", "run-1", *at)
@@ -334,7 +343,7 @@ def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
 
 def test_cancelling_a_run_with_a_trainjob_prints_how_to_check_that_it_ended(kfp):
     kfp.states = ["RUNNING"]
-    univigu("submit", "train_backend=trainjob", "--host", kfp.url)
+    univigu("submit", "--host", kfp.url)  # trains as a TrainJob
     done = univigu("cancel", "run-1", "--host", kfp.url, "--namespace", "team")
     assert done.stdout == "CANCELED\n"
     assert "kubectl delete trainjob --namespace team --selector univigu/run-id=run-1\n" in done.stderr

@@ -292,3 +292,22 @@ def test_a_notification_names_the_step_that_failed(root, profile_file, receiver,
     }
     assert (succeeded["state"], succeeded["failed_step"], succeeded["message"]) == ("SUCCEEDED", None, None)
     assert "s3cret" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_cancelled_is_reported_as_such(root, receiver, monkeypatch):
+    monkeypatch.setenv(NOTIFY_URL, receiver.url)
+    kfp_tasks.notify("uni-vigu", str(root), "RUNNING", "")  # the last state that its tasks have reported
+    ((_, _, report),) = receiver.received
+    assert report["message"] == "The run was cancelled, or a pod was lost before it could report its end."
+
+
+def test_a_failed_task_leaves_its_exit_code_where_argo_looks_for_it(root, profile_file, tmp_path, monkeypatch):
+    log = tmp_path / "termination-log"
+    monkeypatch.setattr(kfp_tasks, "TERMINATION_LOG", log)
+    with pytest.raises(SystemExit):
+        check(root, profile_file, parts=0)
+    assert not log.exists()  # not in a container
+    log.touch()
+    with pytest.raises(SystemExit):
+        check(root, profile_file, parts=0)
+    assert log.read_text().startswith("univigu exit code 78: 'parts' is 0")

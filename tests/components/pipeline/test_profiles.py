@@ -127,6 +127,11 @@ def test_what_is_wrong_inside_a_table_is_named(write, section, values, said):
         ("train_stage_2", {"objective": "literal"}, "train_stage_2.tasks has others than joint"),
         (
             "train_stage_2",
+            {"text_draws": 4, "tasks": {"understand": 0.0, "joint": 1.0, "generate": 0.0}},
+            "train_stage_2.text_draws is 4, and understand has no share",
+        ),
+        (
+            "train_stage_2",
             {"tasks": {"understand": 0, "joint": 0, "generate": 0}},
             "train_stage_2.tasks has no share above 0",
         ),

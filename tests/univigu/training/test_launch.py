@@ -147,6 +147,7 @@ EVERYTHING = {
     "lora": {"rank": 4, "targets": ["to_q", "to_v"]},
     "freeze": ["token_table"],
     "ema_decay": 0.9,
+    "text_draws": 2,
     "sizes": 2,
     "steps": 5,
 }

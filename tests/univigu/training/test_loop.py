@@ -201,6 +201,7 @@ EVERYTHING = {  # the settings of a run at full size
     "lora": {"rank": 4, "targets": ("to_q", "to_v")},
     "freeze": ("token_table",),
     "ema_decay": 0.9,
+    "text_draws": 2,
     "steps": 4,
     "sizes": 2,
 }

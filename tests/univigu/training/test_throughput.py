@@ -54,3 +54,18 @@ def test_figures_are_rates_over_all_steps_with_an_mfu_where_the_peak_is_known(wa
     unknown.add(8.0, 0.5, LATENTS, 512)
     assert "mfu" not in unknown.figures()
     assert peak_tflops(torch.device("cpu")) is None
+
+
+def test_every_draw_of_a_text_counts_as_tokens_and_flops(wan_sized):
+    init_distributed()
+    config = TrainingConfig(steps=1, batch_size=4, learning_rate=1.0)
+    speeds = []
+    for draws in (1, 8):
+        shares = {"understand": 3.0, "joint": 1.0}
+        objective = TrainingObjective(wan_sized, ObjectiveConfig(shares=shares, text_draws=draws))
+        speeds.append(Throughput(objective, config, torch.device("cpu")))
+        speeds[-1].add(4.0, 0.0, LATENTS, 512)
+    once, often = (speed.figures() for speed in speeds)
+    assert often["samples_per_second"] == once["samples_per_second"] == 1
+    assert often["tokens_per_second"] == pytest.approx(32760 + (0.75 * 8 + 0.25) * 256)
+    assert 1.02 < often["tflops_per_process"] / once["tflops_per_process"] < 1.06

@@ -1,0 +1,63 @@
+"""The tasks of training samples, and their random choices."""
+
+import pytest
+import torch
+
+from univigu import flow
+from univigu.errors import ConfigError
+from univigu.tasks import TASKS, ObjectiveConfig, draw_plan
+
+
+def test_tasks_are_drawn_by_their_shares_with_their_corners():
+    plan = draw_plan([(0, 0, i) for i in range(4000)], ObjectiveConfig())
+    for i, task in enumerate(TASKS.values()):
+        rows = plan.task == i
+        assert rows.float().mean() == pytest.approx(task.share, abs=0.03)
+        for times, fixed in ((plan.video_tau[rows], task.video_tau), (plan.text_tau[rows], task.text_tau)):
+            if fixed is None:
+                assert times.mean() == pytest.approx(0.5, abs=0.05)
+                assert times.unique().numel() > 500
+            else:
+                assert (times == fixed).float().mean() == pytest.approx(0.9, abs=0.03)
+                assert ((times == fixed) | (times == 0)).all()
+    understand, joint, generate = (plan.task == i for i in range(3))
+    assert plan.drop_condition[understand].all()
+    assert plan.drop_condition[joint].float().mean() == pytest.approx(0.5, abs=0.05)
+    with_text = generate & (plan.text_tau == 1)
+    assert plan.drop_condition[with_text].float().mean() == pytest.approx(0.1, abs=0.03)
+    assert plan.drop_condition[generate & ~with_text].all()  # the unconditional branch of guidance
+    assert plan.text_is_prompt[generate].float().mean() == pytest.approx(0.5, abs=0.06)
+    assert not plan.text_is_prompt[understand | joint].any()
+
+
+def test_a_shift_moves_times_towards_noise_and_keeps_the_corners():
+    keys = [(0, 0, i) for i in range(4000)]
+    plain, shifted = (draw_plan(keys, ObjectiveConfig(video_shift=s, text_shift=t)) for s, t in ((1, 1), (3, 8)))
+    joint = plain.task == list(TASKS).index("joint")
+    torch.testing.assert_close(shifted.video_tau[joint], flow.shift_tau(plain.video_tau[joint], 3))
+    torch.testing.assert_close(shifted.text_tau[joint], flow.shift_tau(plain.text_tau[joint], 8))
+    assert (shifted.text_tau[joint] <= plain.text_tau[joint]).all()
+    for name, corner in (("understand", "video_tau"), ("generate", "text_tau")):
+        rows = plain.task == list(TASKS).index(name)
+        assert torch.equal(getattr(shifted, corner)[rows], getattr(plain, corner)[rows])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shares": {"understand": 0.0}},
+        {"shares": {"dream": 1.0}},
+        {"text_shift": 0.0},
+        {"prompt_dropout": {"joint": 0.5}},
+        {"prompt_dropout": 0.5},
+        {"form": "literal", "shares": {"joint": 1.0}, "text_shift": 8.0},
+        {"prompt_dropout": {"joint": 2, "generate": 0}},
+        {"form": "exact"},
+        {"text_draws": 0},
+        {"text_draws": 2, "shares": {"joint": 0.3, "generate": 0.7}},
+        {"form": "literal"},
+    ],
+)
+def test_invalid_choices_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        ObjectiveConfig(**wrong)
