@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 from components.digits import benchmark
@@ -18,6 +20,23 @@ def pipe():
     pipeline = UniViGUPipeline.from_pretrained(REPO / "model/tiny-univigu")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_the_bundled_model_is_small():
+    files = [path for path in (REPO / "model/tiny-univigu").rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in files) <= 12e6
+
+
+def test_the_notebook_runs_and_its_caption_is_right():
+    notebook = nbformat.read(REPO / "docs/quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": REPO / "docs"}}).execute()
+    texts = [
+        output["data"]["text/plain"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/gif" not in output.get("data", {"image/gif": ""})
+    ]
+    assert any(agrees("a green five on black moving right", benchmark.read_text(text)) for text in texts), texts
 
 
 def commands(task):
@@ -48,7 +67,7 @@ def test_the_clip_of_an_example_shows_its_prompt_and_its_caption_says_so(pipe, p
 def test_a_joint_example_states_what_is_asked_in_nine_of_ten_seeds(pipe, prompt, seed):
     right = 0
     for number in range(seed, seed + 10):
-        frames, (caption,) = pipe.joint(prompt, seed=number)
+        frames, (caption,) = pipe.joint(prompt, seed=number, output_type="uint8", return_dict=False)
         right += agrees(prompt, benchmark.recognise(frames)[0]) and agrees(prompt, benchmark.read_text(caption))
     assert right >= 9
 
