@@ -2,17 +2,21 @@
 
 The store is ``mlflow.db`` in the work root, where `mlflow ui` finds it, or the server in MLFLOW_TRACKING_URI. A step
 connects to it before it computes anything, so a server that does not answer stops the step at once.
+
+MLflow stores absolute locations of artifacts. `follow_move` corrects them after the work root was moved.
 """
 
 import getpass
 import os
 import secrets
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from univigu.errors import ConfigError, MissingInputError, PreemptedError
 from univigu.files import read_json_object, write_json
@@ -31,6 +35,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 EXPERIMENT = "uni-vigu"
+NOTE = "mlflow.note.content"  # the tag with a description, which MLflow shows as Markdown
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens on runs and models, not on traces of an agent
+_ABOUT = (
+    "Training runs have loss curves, held-out losses by step, and samples. Runs called *register ...* have the scores "
+    "of a version, and its report under *Artifacts*. Versions and their aliases are under *Models*."
+)
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 _NOTE_TAG = "univigu.note"  # identifies a training run in its note file until MLflow has assigned the run id
 FLUSH_EVERY_S = 10.0
 
@@ -59,7 +76,34 @@ def existing_store(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> st
             f"No model is registered in {root.resolve()}, which has no mlflow.db; run `make demo` there, run "
             f"`univigu run register-model` if a model is trained, give another --root, or {otherwise}."
         )
+    follow_move(root)
     return uri
+
+
+def follow_move(root: Path) -> None:
+    """Correct the locations in ``mlflow.db`` after its work root was moved; without a server, MLflow stores them whole.
+
+    Nothing changes while the old ``mlruns`` exists: then this root is a copy, whose files are those of the original. A
+    database that can't be read or written is left to MLflow, whose message explains it.
+    """
+    path, new = root / "mlflow.db", (root.resolve() / "mlruns").as_uri()
+    if os.environ.get("MLFLOW_TRACKING_URI") or not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as database, database:
+            query = "SELECT artifact_location FROM experiments WHERE name = ?"
+            (old,) = database.execute(query, (EXPERIMENT,)).fetchone() or (new,)
+            moved = old.startswith("file:///") and old.endswith("/mlruns")
+            if old == new or not moved or Path(unquote(urlsplit(old).path)).exists():
+                return
+            for table, column in _LOCATIONS:
+                database.execute(  # the names are constants
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old), old),
+                )
+    except sqlite3.Error:
+        return
+    print(f"MLflow's artifacts were at {old}; mlflow.db now says {new}.", file=sys.stderr)
 
 
 def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
@@ -69,6 +113,7 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
     ``mlruns``. Raises `TransientError` if the store can't be reached, `CorruptDataError` if its database is damaged,
     and `ConfigError` if the experiment is deleted.
     """
+    follow_move(root)
     mlflow, uri = quiet_mlflow(), tracking_uri(root)
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
@@ -80,7 +125,8 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
         if found is None:
             location = (root.resolve() / "mlruns").as_uri() if uri.startswith("sqlite:") else None
             try:
-                return client.create_experiment(experiment, artifact_location=location)
+                tags = {**_KIND, NOTE: _ABOUT} if experiment == EXPERIMENT else _KIND
+                return client.create_experiment(experiment, artifact_location=location, tags=tags)
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -92,6 +138,11 @@ def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:
                 f"The experiment '{experiment}' in {without_password(uri)} is deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
             )
+        for key, value in _KIND.items():
+            # pyrefly: ignore[missing-attribute]
+            if key not in found.tags:  # of an earlier release
+                # pyrefly: ignore[missing-attribute]
+                client.set_experiment_tag(found.experiment_id, key, value)
         # pyrefly: ignore[missing-attribute]
         return found.experiment_id
 
@@ -104,12 +155,13 @@ def start_run(
     parameters: Mapping[str, Any],
     tags: Mapping[str, str],
     datasets: Mapping[str, tuple[str, str]],
+    description: str = "",
     note: Path | None = None,
 ) -> Iterator["TrackedRun"]:
     """An MLflow run called `name`; an interrupted run that the file `note` names is resumed.
 
-    parameters: nested, flattened with dots. datasets: (source, digest) by name. note: a file that survives a killed
-    process. A run that ends with `PreemptedError` is marked KILLED, with another error FAILED.
+    parameters: nested, flattened with dots. datasets: (source, digest) by name. description: Markdown. note: a file
+    that survives a killed process. A run that ends with `PreemptedError` is marked KILLED, with another error FAILED.
     """
     experiment = open_tracking(root)
     import mlflow
@@ -122,7 +174,7 @@ def start_run(
             if not run.inputs.dataset_inputs:
                 for dataset, (source, digest) in datasets.items():
                     mlflow.log_input(_dataset(dataset, source, digest), context="training")
-            mlflow.set_tags(dict(tags))
+            mlflow.set_tags({**tags, **({NOTE: description} if description else {})})
             tracked = TrackedRun(mlflow.MlflowClient(), run.info.run_id, store)
         yield tracked
         tracked.flush(wait=True)
@@ -167,8 +219,8 @@ class TrackedRun:
     ) -> None:
         """Add `rows` to the table ``samples.json``, and each clip, uint8 (F, H, W, 3), as ``samples/STEP/NAME.mp4``.
 
-        Steps that were logged before an interruption are skipped. If the store fails, the samples are lost, with a
-        warning.
+        MLflow's page of a run also shows the frames of the clips over the steps, as the image ``samples``. Steps that
+        were logged before an interruption are skipped. If the store fails, the samples are lost, with a warning.
         """
         import tempfile
 
@@ -184,6 +236,8 @@ class TrackedRun:
                     path.write_bytes(encode_mp4(frames, fps))
                 if videos:
                     self.client.log_artifacts(self.run_id, folder, f"samples/step-{step:08d}")
+                    sheet = filmstrips(list(videos.values()))
+                    self.client.log_image(self.run_id, sheet, key="samples", step=step, synchronous=True)
             table = {name: [row[name] for row in rows] for name in rows[0]}
             self.client.log_table(self.run_id, table, "samples.json")
         except Exception as error:
@@ -216,6 +270,21 @@ class TrackedRun:
                 f"Some metrics were not logged to MLflow; the step's own curves are complete. {reason}", file=sys.stderr
             )
         self._pending = []
+
+
+def filmstrips(clips: "Sequence[np.ndarray]", frames: int = 9, height: int = 64) -> "np.ndarray":
+    """Clips of one size, uint8 (F, H, W, 3), as one picture with a row of at most `frames` frames per clip.
+
+    Small frames are enlarged by a whole factor, to at most `height` pixels.
+    """
+    import numpy as np
+
+    rows = []
+    for clip in clips:
+        chosen = clip[np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)]
+        rows.append(np.concatenate(list(chosen), axis=1))
+    scale = max(1, height // clips[0].shape[1])
+    return np.concatenate(rows, axis=0).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def find_run(root: Path, tags: Mapping[str, str]) -> str | None:

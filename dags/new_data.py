@@ -17,6 +17,7 @@ DATASET = Asset("univigu://dataset")
 
 
 @dag(
+    description="Curate and validate new prompts, and announce the dataset, which starts a retraining.",
     schedule=AssetOrTimeSchedule(
         timetable=CronTriggerTimetable(os.environ.get("UNIVIGU_NEW_DATA_CRON", "*/15 * * * *"), timezone="UTC"),
         assets=PROMPTS,

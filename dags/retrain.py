@@ -125,9 +125,9 @@ def add_approval():
     return ApprovalOperator(
         task_id="approve",
         subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
-        body="{{ ti.xcom_pull('gate', key='comparison')['reason'] }}\n\n"
-        "Champion now: {{ ti.xcom_pull('gate', key='comparison')['champion'] or 'none' }}. "
-        "It stays if there is no answer in time.",
+        body="{{ ti.xcom_pull('gate', key='comparison')['body'] }}\n\n"
+        "Approve: version {{ ti.xcom_pull('gate', key='comparison')['version'] }} becomes champion, and the ledger "
+        "records you. Reject, or no answer in time: the champion stays.",
         defaults="Reject",
         response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
     )
@@ -162,6 +162,7 @@ def notify(**context):
 
 
 @dag(
+    description="Train, compare with the champion on the same held-out items, and promote after an approval.",
     schedule=AssetOrTimeSchedule(
         timetable=CronTriggerTimetable(os.environ.get("UNIVIGU_RETRAIN_CRON", "0 3 * * 1"), timezone="UTC"),
         assets=DATASET,

@@ -108,7 +108,15 @@ def test_the_summary_shows_steps_scores_version_and_page(clone):
         "registered: uni-vigu version 1 - candidate, as captions.mean",
     ):
         assert needed in done.stdout
-    assert str(clone / "reports/report.html") in done.stdout.replace("\n", "")
+    assert str(clone / "reports/index.html") in done.stdout.replace("\n", "")
+    page = (clone / "reports/index.html").read_text()
+    for needed in (
+        "uni-vigu version 1",
+        "<dd>smoke</dd>",
+        "../.univigu/docs/index.html",
+        "/models/uni-vigu/versions/1",
+    ):
+        assert needed in page
     run = json.loads((clone / "reports/run.json").read_text())
     assert [step["name"] for step in run["steps"]] == [stage.name for stage in STAGES]
     assert 0 < run["peak_rss_mb"] < 4096
@@ -210,6 +218,7 @@ def test_the_plots_of_dvc_are_the_ones_to_look_at(clone):
     stages = [1, 2]
     assert list(plots) == [
         "Accuracy by attribute",
+        "Digits that captions confuse",
         *(f"Losses of stage {n}" for n in stages),
         *(f"Held-out losses of stage {n} by tau" for n in stages),
         *(f"What the video tells stage {n} by tau" for n in stages),

@@ -15,12 +15,14 @@ import typer
 from components.cli.chosen_model import NAME, find_model, load
 from components.cli.clip_files import check_output, write_clip, write_error
 from components.cli.known_words import warn_of_unknown_words
+from components.cli.messages import say
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
     import numpy as np
 
 PANEL = "Use a trained model"
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".avif"}
 EXAMPLES = {
     "caption": "Examples: `univigu caption clip.mp4`; `univigu caption --json *.mp4`",
     "generate": "Examples: `univigu generate 'a red seven moves to the right'`; "
@@ -81,7 +83,7 @@ Scale = Annotated[
 
 
 def caption(
-    videos: Annotated[list[Path], typer.Argument(help="Video files: mp4, mov, webm, mkv, avi or gif.")],
+    videos: Annotated[list[Path], typer.Argument(help="Videos (mp4, mov, webm, mkv, avi, gif), or folders of them.")],
     model: Model = "",
     name: Name = NAME,
     root: Root = Path("."),
@@ -95,12 +97,16 @@ def caption(
 
     Videos may have any size and length: they are centre-cropped to the model's shape and sampled at even intervals.
     A caption depends on its video and on --seed, not on the other files. A file that can't be read is reported on
-    standard error and sets the exit code; the other files are still captioned.
+    standard error and sets the exit code; the other files are still captioned. So is a clip that differs from what
+    the model knows, as far as it carries the measures of held-out clips; --json has the measures of every clip.
     """
+    from univigu.confidence_reference import read_reference
+
     folder = find_model(model, name, root)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
     limit, pipeline, failed = _frames_of(folder), None, []
-    for path in _with_progress(videos):
+    reference = read_reference(folder)
+    for path in _with_progress(_list_files(videos)):
         try:
             frames = _read_moving(path, limit)
         except BadInputError as error:
@@ -108,10 +114,16 @@ def caption(
             print(f"univigu: {error}", file=sys.stderr)
             continue
         pipeline = pipeline or load(folder)  # loaded only if a file can be read
+        from univigu.confidence import assess
+
         # one at a time: a caption depends on its own clip alone
         (text,) = pipeline.caption([frames], **settings, seed=[seed])
+        found = assess(pipeline, frames, text, reference, seed)
         line = " ".join(text.split())
-        _print_line(json.dumps({"file": str(path), "caption": line}, ensure_ascii=False) if as_json else line)
+        facts = {"confidence": found.confidence, "fidelity": found.fidelity, "unusual": found.unusual}
+        _print_line(json.dumps({"file": str(path), "caption": line, **facts}, ensure_ascii=False) if as_json else line)
+        if found.warning:
+            say(f"{path} is unlike the clips that this model knows: {found.warning}. Don't rely on its caption.")
     if failed:
         raise typer.Exit(failed[0].exit_code)
 
@@ -176,9 +188,18 @@ def _with_progress(videos: Sequence[Path]) -> Iterable[Path]:
     return videos if len(videos) == 1 or sys.stdout.isatty() else progress(videos, "caption", unit="videos")
 
 
+def _list_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, with the videos of a folder, at any depth, in its place; raises where a folder has none."""
+    from components.clips.import_files import list_videos
+
+    return [file for path in paths for file in ([path / n for n in list_videos(path)[0]] if path.is_dir() else [path])]
+
+
 def _read_moving(path: Path, limit: int) -> "np.ndarray":
     from univigu.video import read_video
 
+    if path.suffix.lower() in PICTURES and path.is_file():
+        raise BadInputError(f"'{path}' is a picture, and a caption needs a clip that moves; give a video.")
     frames, _ = read_video(path, limit)
     if len(frames) == 1 < limit:
         raise BadInputError(f"The video '{path}' is a single frame, which shows no motion; give two frames or more.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from components.registry.ledger import Entry
     from components.registry.promotion import Comparison
 
@@ -174,6 +176,50 @@ def export(
 
     size = export_version(name, version, folder, precision, root)
     print(f"{folder}: version {version} of '{name}' in {precision}, {size / 1e6:.1f} MB")
+
+
+@app.command(epilog="Example: `univigu model calibrate model/tiny-univigu`")
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="The folder of a trained model.")],
+    clips: Annotated[
+        Path | None,
+        typer.Option(help="A folder of videos that the model was not trained on. (default: the built-in dataset's)"),
+    ] = None,
+    heldout: Annotated[Path, typer.Option(help="The built-in dataset's held-out items.")] = Path("data/heldout.json"),
+    count: Annotated[int, typer.Option(min=2, help="The most clips to measure.")] = 256,
+) -> None:
+    """Measure a model on held-out clips, so that `univigu caption` warns of clips that are unlike them.
+
+    Writes confidence.json into the model's folder: how sure the model is of its captions, and how well its latents
+    reproduce the clips.
+    """
+    from components.cli.chosen_model import load
+    from components.pipeline.progress import progress
+    from univigu.confidence import measure
+    from univigu.confidence_reference import RARE, write_reference
+
+    videos = _heldout_clips(clips, heldout, count)
+    pipeline = load(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    measured = []
+    for frames in progress(videos, "calibrate", unit="clips"):
+        (caption,) = pipeline.caption([frames], seed=[0])
+        measured.append(measure(pipeline, frames, caption))
+    reference = write_reference(folder, measured)
+    for name, least in reference.least.items():
+        print(f"{name:<11} {reference.median[name]:.3f} in the median, at least {least:.3f} for {1 - RARE:.0%}")
+
+
+def _heldout_clips(folder: Path | None, heldout: Path, count: int) -> "Sequence[np.ndarray]":
+    """Frames (F, H, W, 3) of at most `count` clips: of a folder's videos, or of the built-in dataset."""
+    if folder is None:
+        from components.digits import benchmark
+
+        return list(benchmark.render(benchmark.load_heldout(heldout)["captions"][:count]))
+    from components.clips.import_files import list_videos
+    from univigu.video import read_video
+
+    return [read_video(folder / name)[0] for name in list_videos(folder)[0][:count]]
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,22 @@
-"""The summary of the last run: printed for people, and written to `reports/run.json` for programs."""
+"""The summary of the last run: printed for people, and written to `reports/run.json` for programs.
 
+`reports/index.html` is the report page with the date, the machine and links to MLflow and Data Docs, which the output
+of a step must not have.
+"""
+
+import os
+import platform
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from components.pipeline.manifests import read_manifest
 from components.pipeline.stages import STAGES, Stage, find_stage
 from components.pipeline.state import STATE
 from univigu.errors import CorruptDataError, MissingInputError
 from univigu.files import read_json_object, write_json
+from univigu.mlflow_store import without_login
 
 SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "generation_base.mean", "joint.agreement")
 
@@ -63,7 +72,7 @@ def _read(root: Path, step: str, name: str) -> dict[str, Any]:
 
 
 def show(root: Path, run: dict[str, Any]) -> None:
-    """Print a run's steps, scores, registered version and page."""
+    """Print a run's steps, scores, registered version and page, and write that page."""
     from rich.console import Console
     from rich.table import Table
 
@@ -81,9 +90,60 @@ def show(root: Path, run: dict[str, Any]) -> None:
         _show_scores(console, _read(root, "evaluate-model", metrics_path.name))
     if run["model_version"]:
         console.print(f"registered: {_registration_line(root)}")
-    page = root / "reports" / "report.html"
-    if page.is_file():
+    if page := write_index(root, run):
         console.print(f"page: {page.resolve()}", soft_wrap=True)
+
+
+def write_index(root: Path, run: dict[str, Any]) -> Path | None:
+    """Write ``reports/index.html``, the report page with facts about the run and links; None if there is no report."""
+    from components.registry.run_page import write_page
+
+    page = root / "reports" / "report.html"
+    if not page.is_file():
+        return None
+    index = page.with_name("index.html")
+    write_page(page, index, _run_facts(root, run), _links(root, run))
+    return index
+
+
+def _run_facts(root: Path, run: dict[str, Any]) -> dict[str, str]:
+    from components.pipeline.profiles import PARAMS
+    from components.registry.register_model import git_commit
+    from univigu.files import read_yaml
+
+    try:
+        profile = str(read_yaml(root / PARAMS).get("profile"))
+    except (OSError, ValueError, AttributeError):  # a work root without DVC
+        profile = "unknown"
+    return {
+        "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "Profile": profile,
+        "Version": _registration_line(root) if run["model_version"] else "not registered",
+        "Commit": git_commit(root) or "not in git",
+        "Machine": f"{_processor()}, {os.cpu_count()} cores; {run['total_seconds']:.0f} s",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _links(root: Path, run: dict[str, Any]) -> dict[str, str]:
+    """Links from the page, by label: Data Docs if they were written, and the version in MLflow's web UI."""
+    links = {}
+    if (root / STATE / "docs" / "index.html").is_file():
+        links["Data Docs"] = f"../{STATE}/docs/index.html"
+    if run["model_version"]:
+        server = os.environ.get("MLFLOW_TRACKING_URI", "")
+        facts = _read(root, "register-model", "registration.json")
+        here = "" if server.startswith("http") else " (after `mlflow ui --backend-store-uri sqlite:///mlflow.db`)"
+        address = without_login(server).rstrip("/") if not here else "http://127.0.0.1:5000"
+        links[f"MLflow{here}"] = f"{address}/#/models/{quote(facts['name'])}/versions/{facts['version']}"
+    return links
 
 
 def _show_scores(console: Any, metrics: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from components.evaluation import report
+from components.evaluation.confusion import count_confusions, stated_values
 from components.evaluation.report import line_chart
 from components.evaluation.samples import PAGE_SAMPLES, SCORED_BY_MODELS, Item, sample_everything
 from components.evaluation.training_curves import read_training, training_charts
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
 KINDS = ("captions", "generations", "joint")  # of held-out items; also the profile's keys for their numbers
 SHEET_COLUMNS = 5
+WORST = 6  # captions with the most mistakes on the page
 HEADLINES = (
     *(("captions", "mean"), ("captions_without_video", "mean"), ("generation", "mean"), ("generation_base", "mean")),
     *(("joint", "agreement"), ("joint_video", "mean"), ("joint_text", "mean"), ("stage2", "video_gain")),
@@ -59,7 +61,7 @@ def evaluate_model(step: "Step") -> None:
     for name, content in (("scores.json", metrics), ("metrics.json", headlines(metrics, benchmark.ATTRIBUTES[0]))):
         text = json.dumps(content, indent=1, sort_keys=True)
         (step.out / name).write_text(text + "\n", encoding="utf-8")
-    write_plots(step.out / "plots", metrics, training)
+    write_plots(step.out / "plots", metrics, training, stated_values(rows, benchmark.ATTRIBUTES[0]))
     notes = page_notes(step, benchmark, sampling, metrics)
     write_page(step, benchmark, heldout, metrics, rows, made, training, notes)
     write_gallery(step, rows, made)
@@ -175,9 +177,16 @@ def headlines(metrics: Metrics, attribute: str) -> dict[str, dict[str, float]]:
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def write_plots(folder: Path, metrics: Metrics, training: Mapping[str, Mapping[str, Any]]) -> None:
-    """CSV files for ``dvc plots``: scores by attribute, loss curves, and held-out losses by bin of tau."""
+def write_plots(
+    folder: Path,
+    metrics: Metrics,
+    training: Mapping[str, Mapping[str, Any]],
+    stated: Sequence[tuple[str, str]],
+) -> None:
+    """CSV files for ``dvc plots``: scores by attribute, loss curves, held-out losses by bin of tau, and confusions."""
     folder.mkdir()
+    if stated:
+        _write_csv(folder / "confusion.csv", [{"true": truth, "stated": said} for truth, said in stated])
     scores = [
         {"score": group, "attribute": name, **score}
         for group, by_name in metrics.items()
@@ -243,6 +252,7 @@ def write_page(
         attributes=benchmark.ATTRIBUTES,
         samples={
             "captions": samples("captions", {"held-out clip": "captions"}),
+            "worst": worst_captions(step, benchmark, heldout["captions"], rows),
             "generation": samples("generation", {"this model": "generation", "its base": "generation_base"}),
             "joint": samples("joint", {"video": "joint"}),
         },
@@ -252,8 +262,34 @@ def write_page(
             {manifest["step"]: step.read(name, "rejected").to_pylist() for name, manifest in manifests.items()}
         ),
         notes=notes,
+        confusion=count_confusions(rows, benchmark.ATTRIBUTES[0]),
     )
     (step.out / "report.html").write_text(page, encoding="utf-8")
+
+
+def worst_captions(
+    step: "Step", benchmark: ModuleType, items: Sequence[Item], rows: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """The captions with the most mistakes, beside their clips; none if all are right."""
+    ranked = sorted(zip(items, _rows_of("captions", rows), strict=True), key=lambda pair: -count_mistakes(pair[1]))
+    worst = [(item, row) for item, row in ranked[:WORST] if count_mistakes(row)]
+    if not worst:
+        return []
+    clips = benchmark.render([item for item, _ in worst], step.inputs["clips"])
+    return [
+        report.clip_sample(
+            {"held-out clip": report.preview(clip, step.settings.video.fps)},
+            **shown_claims(row),
+            prompt=row["prompt"],
+            text=row["text"],
+        )
+        for clip, (_, row) in zip(clips, worst, strict=True)
+    ]
+
+
+def count_mistakes(row: Row) -> int:
+    """How many attributes of a row are wrong."""
+    return sum(not right for right in json.loads(row["correct"]).values())
 
 
 def write_gallery(step: "Step", rows: Sequence[Row], made: Mapping[str, Mapping[str, Any]]) -> None:

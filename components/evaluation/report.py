@@ -10,13 +10,14 @@ import io
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 TEMPLATE = "report.html.j2"
+RUN = "<!-- the run -->"  # where `stamp` adds what must not be in a step's output: times, the machine, links
 WITHHELD = ("unsafe", "personal")  # rejected rows with these reasons are counted, but not shown
 EXAMPLES_PER_REASON = 2
 LONGEST_TEXT = 160
@@ -37,13 +38,34 @@ def render_report(
     funnel: Sequence[Facts],
     rejected: Sequence[Facts],
     notes: Sequence[str],
+    confusion: Facts | None = None,
 ) -> str:
     """The whole page as HTML.
 
     about: facts about the run, by label. scores: as in scores.json. samples: results of `clip_sample`, for
-    ``captions``, ``generation`` and ``joint``. charts: results of `line_chart`, by section. funnel: the result of
-    `funnel_steps`. rejected: that of `rejected_examples`. The page says so if one of them is empty.
+    ``captions``, ``worst`` (captions), ``generation`` and ``joint``. charts: results of `line_chart`, by section.
+    funnel: the result of `funnel_steps`. rejected: that of `rejected_examples`. confusion: that of
+    `components.evaluation.confusion.count_confusions`. The page says so if one of them is empty.
     """
+    return (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            run=RUN,
+            confusion=confusion,
+            about=about,
+            scores=scores,
+            attributes=attributes,
+            samples=samples,
+            charts=charts,
+            funnel=funnel,
+            rejected=rejected,
+            notes=notes,
+        )
+    )
+
+
+def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -54,16 +76,21 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
-    return environment.get_template(TEMPLATE).render(
-        about=about,
-        scores=scores,
-        attributes=attributes,
-        samples=samples,
-        charts=charts,
-        funnel=funnel,
-        rejected=rejected,
-        notes=notes,
+    return environment
+
+
+def stamp(page: str, facts: Mapping[str, str], links: Mapping[str, str]) -> str:
+    """The page with facts about the run (date, profile, version, commit, machine) and links, both by label.
+
+    The step's own page has neither, because the output of a step doesn't depend on the clock or the host.
+    """
+    text = (
+        '<dl class="about">{% for label, value in facts.items() %}'
+        "<div><dt>{{ label }}</dt><dd>{{ value | visible }}</dd></div>{% endfor %}</dl>\n"
+        '<p class="links">{% for label, address in links.items() %}'
+        '<a href="{{ address }}">{{ label }}</a>{% endfor %}</p>'
     )
+    return page.replace(RUN, _environment().from_string(text).render(facts=facts, links=links), 1)
 
 
 def visible(text: object) -> str:
@@ -106,8 +133,9 @@ def animation(frames: np.ndarray, fps: float) -> str:
 
 
 def clip_sample(clips: Mapping[str, Preview], **facts: Any) -> dict[str, Any]:
-    """One sample for the page: its clips as animations, by label, and the other values that the template shows."""
-    return {"clips": {label: animation(*clip) for label, clip in clips.items()}, **facts}
+    """One sample for the page: its clips as (animation, first frame) by label, and the other values that are shown."""
+    shown = {label: (animation(*clip), animation(clip.frames[:1], clip.fps)) for label, clip in clips.items()}
+    return {"clips": shown, **facts}
 
 
 class Card(NamedTuple):
@@ -186,9 +214,18 @@ def _webp(pictures: Sequence[Any], duration: int | Sequence[int]) -> bytes:
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
-def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
-    """A line chart for the template: the points of each series and the ticks, in percent of the plot's size."""
-    points = [point for line in series.values() for point in line]
+def line_chart(
+    title: str,
+    x_label: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> dict[str, Any]:
+    """A line chart for the template: the points of each series and the ticks, in percent of the plot's size.
+
+    bands: (x, low, high) around a series, by its name.
+    """
+    edges = [(x, y) for band in (bands or {}).values() for x, *ends in band for y in ends]
+    points = [point for line in series.values() for point in line] + edges
     xs, ys = [x for x, _ in points], [y for _, y in points]
     y_ticks = find_ticks(min(*ys, 0.0), max(*ys, 1e-9), 4)
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
@@ -211,11 +248,21 @@ def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[flo
                 "path": " ".join(f"{across(x)},{down(y)}" for x, y in line),
                 "dots": [(across(x), down(y)) for x, y in line] if len(line) <= 24 else [],
                 "last": f"{line[-1][1]:.3g}",
+                "band": _outline((bands or {}).get(name, ()), across, down),
             }
             for name, line in series.items()
             if line
         ],
     }
+
+
+def _outline(
+    band: Sequence[tuple[float, float, float]], across: Callable[[float], float], down: Callable[[float], float]
+) -> str:
+    """The outline of a band: along its upper edge, and back along the lower one."""
+    upper = [(x, high) for x, _, high in band]
+    lower = [(x, low) for x, low, _ in reversed(band)]
+    return " ".join(f"{across(x)},{down(y)}" for x, y in upper + lower)
 
 
 def find_ticks(low: float, high: float, intervals: int) -> list[float]:

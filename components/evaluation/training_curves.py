@@ -45,9 +45,11 @@ def training_charts(training: Mapping[str, Figures]) -> dict[str, list[Mapping[s
     for stage, figures in training.items():
         title = stage.replace("stage", "Stage ")
         curves, heldout = figures["curves"], figures["heldout"]
-        lines = {label: smooth(curves["step"], curves[name]) for label, name in LOSSES.items() if name in curves}
-        if lines:
-            charts["training"].append(line_chart(title, "step", lines))
+        smoothed = {label: smooth(curves["step"], curves[name]) for label, name in LOSSES.items() if name in curves}
+        if smoothed:
+            lines = {label: [(x, y) for x, y, _, _ in points] for label, points in smoothed.items()}
+            bands = {label: [(x, low, high) for x, _, low, high in points] for label, points in smoothed.items()}
+            charts["training"].append(line_chart(title, "step", lines, bands))
         binned = {name: list(zip(heldout["tau"], values, strict=True)) for name, values in by_tau(heldout).items()}
         losses = {label: binned[name] for label, name in LOSSES.items() if name in binned}
         if losses:
@@ -59,9 +61,19 @@ def training_charts(training: Mapping[str, Figures]) -> dict[str, list[Mapping[s
     return charts
 
 
-def smooth(steps: Sequence[float], values: Sequence[float], points: int = 100) -> list[tuple[float, float]]:
-    """At most `points` means over consecutive steps; steps without a finite value are left out."""
+def smooth(
+    steps: Sequence[float], values: Sequence[float], points: int = 60
+) -> list[tuple[float, float, float, float]]:
+    """At most `points` means over consecutive steps, each (step, mean, low, high); steps without a value are left out.
+
+    low, high: the 10 % and 90 % quantiles of the values, by the nearest rank.
+    """
     pairs = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
     size = max(1, -(-len(pairs) // points))
-    groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    smoothed = []
+    for start in range(0, len(pairs), size):
+        xs, ys = zip(*pairs[start : start + size], strict=True)
+        ranked = sorted(ys)
+        low, high = (ranked[round(share * (len(ranked) - 1))] for share in (0.1, 0.9))
+        smoothed.append((sum(xs) / len(xs), sum(ys) / len(ys), low, high))
+    return smoothed

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from components.orchestration import approval
 from components.pipeline.freshness import finished
 from components.pipeline.manifests import verify
 from components.pipeline.profiles import load_profile, profile_names
@@ -78,7 +79,8 @@ def find_trained(root: Path, profile: str, digest: str) -> int | None:
 def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
     """Compare the version that was registered from `root` with the champion.
 
-    Returns ``name``, ``version``, ``champion``, ``better`` and ``reason``. Candidates that other processes registered
+    Returns ``name``, ``version``, ``champion``, ``better``, ``reason``, and ``body``, what to show to a person who
+    approves. Candidates that other processes registered
     are ignored. The version gets a tag with `profile`; nothing else changes. Raises `MissingInputError` if nothing was
     registered from `root`, and `BadInputError` if it was registered under another name.
     """
@@ -101,7 +103,16 @@ def compare_candidate(root: Path, profile: str) -> dict[str, Any]:
         "champion": found.champion,
         "better": found.better,
         "reason": found.reason,
+        "body": _describe(found, root),
     }
+
+
+def _describe(found: promotion.Comparison, root: Path) -> str:
+    store = tracking_uri(root)
+    sides = {"challenger": found.challenger, "champion": found.champion}
+    runs = {side: registry.find_version(found.name, number, store).run_id for side, number in sides.items() if number}
+    # pyrefly: ignore[bad-argument-type]
+    return approval.describe(found, promotion.side_by_side(found, root=root), root, runs)
 
 
 def promote_version(root: Path, name: str, version: int, who: str, why: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.evaluation import evaluate_model
 from components.evaluation.evaluate_model import STEPS_TASK
 from components.pipeline.digests import json_digest
 from components.pipeline.tables import read_table
@@ -15,6 +16,7 @@ from univigu.evaluation.intervals import Score
 from univigu.files import read_json_object
 
 AGGREGATES = ("mean", "agreement")  # scores over all attributes of a task
+HEADLINES = tuple(".".join(name) for name in evaluate_model.HEADLINES)  # by their dotted names
 _FIGURES = ("value", "low", "high", "n")
 _READ_ERRORS = (
     *(BadInputError, OSError, ValueError, LookupError, TypeError, AttributeError),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from components.registry import dataset_versions
-from components.registry.register_model import PROMPT_SOURCES
+from components.registry.register_model import LINEAGE, PROMPT_SOURCES
 from components.tracking import existing_store
 from univigu import registry
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
@@ -34,6 +34,9 @@ def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
             f"Version {found.version} of '{name}' has no lineage tags: either `register-model` did not create it, or "
             f"its tags were removed; ask who registered it."
         )
+    steps = _tags_below(tags, "univigu.digest.")
+    if (folder / LINEAGE).is_file():  # versions of earlier releases have these digests in tags alone
+        steps = _fact(_read(folder / LINEAGE), dict, "steps")
     prompts, latents = (manifests[step] for step in DATA_STEPS)
     return {
         "model": {
@@ -50,7 +53,7 @@ def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
         ],
         "dataset": _dataset_facts(tags["univigu.dataset_digest"], latents, root),
         "prompts": _prompt_facts(prompts, sources),
-        "steps": _tags_below(tags, "univigu.digest."),
+        "steps": steps,
     }
 
 

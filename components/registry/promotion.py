@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.pipeline.digests import json_digest
 from components.registry import ledger
-from components.registry.evaluations import Evaluation, UnreadableEvaluationError, claims, read_evaluation
+from components.registry.evaluations import HEADLINES, Evaluation, UnreadableEvaluationError, claims, read_evaluation
 from components.tracking import actor, existing_store
 from univigu import registry
 from univigu.errors import BadInputError, BusyError, GateFailedError, MissingInputError, UniViGUError
@@ -52,6 +52,23 @@ def compare(name: str, version: int | str, *, root: Path = Path(".")) -> Compari
     """
     store = existing_store(root)
     return _compare(registry.find_version(name, version, store), store)
+
+
+def side_by_side(comparison: Comparison, *, root: Path = Path(".")) -> dict[str, dict[str, Score | None]]:
+    """The headline scores of the challenger and the champion, each on its own items, by score; None where unknown."""
+    store = existing_store(root)
+    sides = {"challenger": comparison.challenger, "champion": comparison.champion}
+    found = {
+        side: _read_registered_evaluation(registry.find_version(comparison.name, number, store), store)
+        if number is not None
+        else None
+        for side, number in sides.items()
+    }
+    return {
+        name: {side: evaluation.scores.get(name) if evaluation else None for side, evaluation in found.items()}
+        for name in dict.fromkeys([comparison.metric, *HEADLINES])
+        if (challenger := found["challenger"]) and name in challenger.scores
+    }
 
 
 def promote(

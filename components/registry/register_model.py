@@ -29,7 +29,8 @@ from components.pipeline.step import Step
 from components.registry import ledger, promotion
 from components.registry.evaluations import Evaluation, read_evaluation
 from components.registry.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
-from components.tracking import actor, find_run, flatten, open_tracking, redacted
+from components.registry.run_page import describe_run, show_report
+from components.tracking import NOTE, actor, find_run, flatten, open_tracking, redacted
 from univigu import registration, registry
 from univigu.errors import BadInputError, ConfigError
 from univigu.files import read_json_object, write_json
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 
 REGISTRATION = "registration.json"
 PROMPT_SOURCES = "prompts.json"
+SEARCHED = ("validate-prompts",)  # steps by whose output versions are searched (`components.orchestration`)
 EVIDENCE = ("scores.json", "items.parquet")  # files of the evaluation that a version carries
 DECISION_TAG = "univigu.decision"
+LINEAGE = "lineage.json"  # the digests of all steps and sources, the training runs and the commit, in one document
 LOST_TAG = "univigu.lost_version"  # the earlier version of the same model, which the registry has lost
 WHY = "register-model offers each new version"
 PROMOTIONS = ("automatic", "manual")
@@ -101,6 +104,7 @@ def _register(step: Step, temporary: Path) -> dict[str, Any]:
             registry.set_tags(version, least)
         decision = _decide(version, mode, step.root, candidate)
         registry.set_tags(version, {DECISION_TAG: decision})
+    show_report(step, version, decision, temporary)
     return {
         "name": candidate.name,
         "version": int(version.version),
@@ -146,7 +150,7 @@ def _describe_candidate(
         "univigu.evaluation_digest": _evaluation_digest(manifests["evaluation"]),
     }
     runs = _training_runs(step.root, manifests["model"])
-    commit = _git_commit(SOURCE_ROOT)
+    commit = git_commit(SOURCE_ROOT)
     score = evaluation.scores[metric]
     return _Candidate(
         name=name,
@@ -158,7 +162,9 @@ def _describe_candidate(
         card=render_card(step, name, manifests, lineage, evaluation, identity, runs, commit),
         evidence={
             "evaluation": _copy_evaluation(step.inputs["evaluation"], temporary),
-            "lineage": _copy_lineage(step, manifests, temporary),
+            "lineage": _copy_lineage(
+                step, manifests, temporary, lineage_document(manifests, lineage, evaluation, identity, runs, commit)
+            ),
         },
         tags={
             **identity,
@@ -180,7 +186,7 @@ def _upload(candidate: _Candidate, experiment: str, root: Path) -> "ModelVersion
         experiment_id=experiment,
         card=card,
         evidence=candidate.evidence,
-        tags=tags,
+        tags={**tags, NOTE: describe_run(candidate.name, candidate.evaluation)},
         parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in candidate.manifests.values()}),
         metrics={score: values["value"] for score, values in candidate.evaluation.scores.items()},
     ) as upload:
@@ -291,14 +297,33 @@ def lineage_tags(
     runs: Sequence[Mapping],
     commit: str | None,
 ) -> dict[str, str]:
-    """Tags of the version and its run that identify its data, held-out set, code and training runs."""
+    """The tags that versions are searched by, or that lead on: dataset, held-out set, commit and training runs."""
     tags = {
         "univigu.dataset_digest": manifests["latents"]["digest"],
         "univigu.heldout_digest": evaluation.digest,
-        **{f"univigu.digest.{step}": digest for step, digest in lineage.items()},
+        **{f"univigu.digest.{step}": lineage[step] for step in SEARCHED if step in lineage},
         **{f"univigu.run.{run['stage']}": run["id"] for run in runs},
     }
     return {**tags, **({"univigu.git_commit": commit} if commit else {})}
+
+
+def lineage_document(
+    manifests: Manifests,
+    lineage: Mapping[str, str],
+    evaluation: Evaluation,
+    identity: Mapping[str, str],
+    runs: Sequence[Mapping],
+    commit: str | None,
+) -> dict[str, Any]:
+    """Everything that the version is made from, as one document; JSON values."""
+    return {
+        **_digests(identity),
+        "dataset_digest": manifests["latents"]["digest"],
+        "heldout_digest": evaluation.digest,
+        "steps": dict(sorted(lineage.items())),
+        "runs": {run["stage"]: run["id"] for run in runs},
+        "git_commit": commit,
+    }
 
 
 def _model_digest(manifest: Mapping[str, Any]) -> str:
@@ -334,7 +359,7 @@ def _parent_manifest(root: Path, model: Mapping[str, Any]) -> dict[str, Any] | N
     return manifest if manifest["digest"] == model["inputs"]["model"] else None
 
 
-def _git_commit(folder: Path) -> str | None:
+def git_commit(folder: Path) -> str | None:
     """The commit of the checkout, with ``-dirty`` if tracked files have changes; None outside git."""
     describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -352,11 +377,12 @@ def _copy_evaluation(folder: Path, temporary: Path) -> Path:
     return target
 
 
-def _copy_lineage(step: Step, manifests: Manifests, temporary: Path) -> Path:
-    """Copy the manifests behind a version and the sources of its prompts, which `univigu model trace` reads."""
+def _copy_lineage(step: Step, manifests: Manifests, temporary: Path, document: Mapping[str, Any]) -> Path:
+    """Write what `univigu model trace` reads: the document, the manifests behind it, and the sources of the prompts."""
     target = temporary / "lineage"
     target.mkdir()
     for manifest in manifests.values():
         write_json(target / f"{manifest['step']}.json", redacted(manifest))
     write_json(target / PROMPT_SOURCES, prompt_sources(step))
+    write_json(target / LINEAGE, document)
     return target

@@ -104,8 +104,25 @@ def _start_run(step: "Step", number: int, source: str) -> "AbstractContextManage
             f"univigu.input.{source}_digest": step.input_digests[source],
             "univigu.code_digest": code_digest(step.code),
         },
+        description=_describe_run(step, number),
         datasets={f"latents-stage-{number}": (str(step.inputs["latents"]), step.input_digests["latents"])},
         note=step.scratch / "mlflow.json",
+    )
+
+
+def _describe_run(step: "Step", number: int) -> str:
+    """What the run trains, on what and for how long, as Markdown."""
+    settings, video = getattr(step.settings, f"train_stage_{number}"), step.settings.video if number == 1 else None
+    what = (
+        f"Stage 1, *knowledge recall*: from the base `{step.inputs['base'].name}`, the new text side learns to write "
+        f"the prompt of a clip of {video.frames} x {video.height} x {video.width}"
+        if video
+        else "Stage 2, *capability refinement*: the model of stage 1 learns to write captions of clips"
+    )
+    return (
+        f"{what}. {settings.steps} steps of {settings.batch_size} samples, learning rate {settings.learning_rate:g}, "
+        f"seed {step.settings.seed}.\n\nThe latents have the digest `{step.input_digests['latents']}`. Losses are on "
+        f"training batches; those called `heldout_` are on held-out pairs."
     )
 
 

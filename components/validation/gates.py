@@ -6,9 +6,8 @@ failure. The `meta` of an expectation decides about the rows that fail it: with 
 it, without one the step fails. Of rows that violate uniqueness, the first stays if it passes everything else. After a
 quarantine the whole suite runs again, so the rows that leave a gate have passed all of it.
 
-The HTML pages (Data Docs) are written outside the committed output, because they contain times and random ids. They
-load style sheets, scripts and the logo of Great Expectations from public servers. The committed `validation.json` has
-the same figures.
+The HTML pages (Data Docs) are written outside the committed output, because they contain times and random ids. The
+committed `validation.json` has the same figures.
 """
 
 import os
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.validation.data_docs import finish_docs
 from univigu.errors import GateFailedError
 
 UNIQUE = ("expect_column_values_to_be_unique", "expect_compound_columns_to_be_unique")
@@ -48,8 +48,8 @@ def run_gate(
 
     Raises `GateFailedError`, whose message ends with `remedy`, if the table has fewer than `min_rows` rows before or
     after the quarantine, if an expectation without a `reason` fails, and if one raised, was not run, or did not see
-    every row. By then `reject` was called for the failing rows. `docs` is replaced by the pages of the run on the whole
-    table.
+    every row. By then `reject` was called for the failing rows. `docs`, whose name is that of the table, is replaced by
+    the pages of the run on the whole table.
     """
     shutil.rmtree(docs, ignore_errors=True)
     if not suite:
@@ -58,6 +58,7 @@ def run_gate(
     results, write_docs = _validate(name, frame, suite, docs)
     write_docs()
     report = sorted((_figures(result) for result in results), key=lambda figures: figures["expectation"])
+    finish_docs(docs, name, len(frame), report)
     _check_that_all_ran(name, suite, results, len(frame), remedy)
     failed = [result for result in results if not result.success]
     reasons = _reject_rows(failed, frame, reject)
@@ -146,9 +147,9 @@ def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> tuple[
         analytics_enabled=False,
     )
     context = gx.get_context(mode="ephemeral", project_config=config)
-    batches = (
-        context.data_sources.add_pandas("memory").add_dataframe_asset(name).add_batch_definition_whole_dataframe(name)
-    )
+    table = docs.name
+    source = context.data_sources.add_pandas("uni-vigu")
+    batches = source.add_dataframe_asset(table).add_batch_definition_whole_dataframe(table)
     named = context.suites.add(gx.ExpectationSuite(name))
     for expectation in suite:
         named.add_expectation(expectation.copy(deep=True))
@@ -160,7 +161,8 @@ def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> tuple[
             result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["id"]},
         )
     )
-    (outcome,) = checkpoint.run(batch_parameters={"dataframe": frame}).run_results.values()
+    run = gx.RunIdentifier(run_name=table)
+    (outcome,) = checkpoint.run(batch_parameters={"dataframe": frame}, run_id=run).run_results.values()
     order = [_signature(expectation.configuration) for expectation in suite]
     results = sorted(
         outcome.results,

@@ -1,8 +1,9 @@
 """Steps validate-prompts, validate-clips and validate-pairs: gates of Great Expectations after three other steps.
 
 Each writes the rows that passed, which the next step reads; `validation.json` with the expectations and their results;
-and HTML pages under ``.univigu/docs/<step>``. Single bad rows are quarantined; a broken table fails the step. Token
-lengths are always counted again from the text, with the base's own tokenizer and EOS included.
+and HTML pages under ``.univigu/docs/<step>``, listed in ``.univigu/docs/index.html``. Single bad rows are quarantined;
+a broken table fails the step. Token lengths are always counted again from the text, with the base's own tokenizer and
+EOS included.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ from components.pipeline.tables import SCHEMAS
 from components.prompts.filters import UNDECIDED, text_id
 from components.prompts.screening import ENFORCE, filter_modes
 from components.prompts.tokens import count_tokens, load_tokenizer
-from components.validation.gates import Reject, expectations, run_gate
+from components.validation.data_docs import write_root
+from components.validation.gates import Gate, Reject, expectations, run_gate
 
 STATUSES = ("success", "truncated", "blocked", "error", "skipped")
 
@@ -246,7 +248,7 @@ def _check_captions(step: Step, gx: Any, captions: pa.Table, remedy: str) -> Non
         gx.ExpectColumnValuesToBeInSet(column="has_text", value_set=[True]),
     ]
     reject = _rejecter(step, "captions", captions)
-    gate = run_gate("captions", frame, suite, step.docs / "captions", 1, remedy, reject)
+    gate = _run_gate(step, "captions", "captions", frame, suite, 1, remedy, reject)
     _write_report(step, "captions", gate.report)
 
 
@@ -282,10 +284,18 @@ def _pass_gate(step: Step, table: str, rows: pa.Table, frame: Any, suite: Sequen
     step.rows_in = rows.num_rows
     names, least = SCHEMAS[table].names, step.settings.validate_data.min_rows
     reject = _rejecter(step, table, rows)
-    gate = run_gate(step.stage.name, frame, suite, step.docs / table, least, remedy, reject)
+    gate = _run_gate(step, step.stage.name, table, frame, suite, least, remedy, reject)
     _write_report(step, table, gate.report)
     passed = rows.filter(pc.is_in(rows["id"], pa.array(list(gate.passed["id"]), pa.string()))).select(names)
     step.write(table, (row for batch in passed.to_batches(4096) for row in batch.to_pylist()))
+
+
+def _run_gate(step: Step, name: str, table: str, frame: Any, suite: Sequence[Any], *more: Any) -> Gate:
+    """Run the gate with its pages in the step's folder of Data Docs, and list it on the page of all Data Docs."""
+    try:
+        return run_gate(name, frame, suite, step.docs / table, *more)
+    finally:
+        write_root(step.docs.parent)
 
 
 def _rejecter(step: Step, table: str, rows: pa.Table) -> Reject:

@@ -5,6 +5,8 @@ from importlib import import_module
 __version__ = "0.2.0"
 _EXPORTS = {
     "UniViGUPipeline": "univigu.pipeline",
+    "UniViGUPipelineOutput": "univigu.outputs",
+    "export_to_video": "univigu.export",
     "UniViGUTransformer3DModel": "univigu.transformer",
     "TextSpace": "univigu.text_space",
     "ObjectiveConfig": "univigu.tasks",

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import shutil
 
 import mlflow
+import numpy as np
 import pytest
 
 from components import tracking
@@ -109,3 +111,47 @@ def test_a_login_in_a_parameter_is_not_logged(tmp_path):
         pass
     params = mlflow.MlflowClient().get_run(run.run_id).data.params
     assert params == {"captioner.url": "https://***@host/v1?token=***&n=1", "captioner.n": "3"}
+
+
+def test_a_moved_work_root_takes_its_artifacts_along(tmp_path, capsys):
+    old, new = tmp_path / "old place", tmp_path / "new"
+    old.mkdir()
+    with tracking.start_run(old, "x", parameters={}, tags={}, datasets={}, description="**What** it is") as run:
+        run.client.log_text(run.run_id, "kept", "artifacts/lineage.txt")
+    assert run.client.get_run(run.run_id).data.tags["mlflow.note.content"] == "**What** it is"
+    run.client.create_registered_model("moved")
+    uri = run.client.get_run(run.run_id).info.artifact_uri
+    run.client.create_model_version("moved", uri, run.run_id)
+
+    shutil.copytree(old, tmp_path / "copy")
+    store = tracking.existing_store(tmp_path / "copy")
+    assert registry.artifact("models:/moved/1", "lineage.txt", store).is_relative_to(old)  # a copy has its original's
+
+    shutil.rmtree(tmp_path / "copy")
+    old.rename(new)
+    store = tracking.existing_store(new)
+    assert registry.artifact("models:/moved/1", "lineage.txt", store).read_text() == "kept"
+    assert "mlflow.db now says" in capsys.readouterr().err
+    with start(new) as run:
+        run.client.log_text(run.run_id, "more", "more.txt")
+    assert len(list((new / "mlruns").rglob("more.txt"))) == 1
+    assert not old.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_experiment_opens_in_the_mode_for_training_also_one_of_an_earlier_release(tmp_path):
+    def kind(experiment):
+        return mlflow.MlflowClient().get_experiment(experiment).tags.get("mlflow.experimentKind")
+
+    assert kind(tracking.open_tracking(tmp_path)) == "custom_model_development"
+    earlier = mlflow.MlflowClient().create_experiment("earlier")
+    assert tracking.open_tracking(tmp_path, "earlier") == earlier
+    assert kind(earlier) == "custom_model_development"
+
+
+def test_the_frames_of_clips_are_one_picture():
+    clips = [np.full((17, 32, 40, 3), value, np.uint8) for value in (10, 200)]
+    sheet = tracking.filmstrips(clips)
+    assert sheet.shape == (2 * 64, 9 * 80, 3)
+    assert (sheet[:64] == 10).all()
+    assert (sheet[64:] == 200).all()

@@ -168,6 +168,12 @@ def test_the_page_says_which_exit_codes_end_a_run_at_once():
     assert [int(code) for code in listed[1].split(", ")] == USELESS
 
 
+def test_the_pods_of_a_run_may_write_where_the_seeding_job_has_written(server, render):
+    (job,) = [one for one in render("dev") if one["kind"] == "Job"]
+    group = json.loads(server["COMPILED_PIPELINE_SPEC_PATCH"])["securityContext"]["fsGroup"]
+    assert group == job["spec"]["template"]["spec"]["securityContext"]["fsGroup"] == kfp_pipeline.USER
+
+
 def test_one_version_of_kubeflow_pipelines_is_installed_and_its_runs_may_start_trainjobs(server, render):
     (base,) = yaml.safe_load((FOLDER / "kustomization.yaml").read_text(encoding="utf-8"))["resources"]
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")

@@ -115,6 +115,39 @@ def test_a_generated_clip_plays_anywhere_and_follows_its_seed(univigu, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
 
 
+def test_a_clip_unlike_held_out_ones_is_reported_with_its_measures(univigu, clips, tmp_path, speaking_model):
+    model = tmp_path / "model"
+    shutil.copytree(speaking_model, model)
+    (tmp_path / "videos").mkdir()
+    shutil.copy(clips / "dark.mp4", tmp_path / "videos")
+    shutil.copy(clips / "dark.mp4", tmp_path / "videos/again.mp4")
+    row = json.loads(univigu("caption", "--json", clips / "clip.mp4", "--model", model)[1])
+    assert (row["unusual"], row["fidelity"], 0 <= row["confidence"] < 1) == (None, None, True)
+    assert univigu("--quiet", "model", "calibrate", model, "--clips", tmp_path / "videos")[0] == 0
+    code, out, err = univigu("caption", "--json", clips / "dark.mp4", "--model", model)
+    assert (code, json.loads(out)["unusual"], err) == (0, False, "")
+    reference = json.loads((model / "confidence.json").read_text())
+    assert reference["clips"] == 2
+    reference["least"]["fidelity"] = 98.0
+    (model / "confidence.json").write_text(json.dumps(reference))
+    code, out, err = univigu("caption", "--json", clips / "dark.mp4", "--model", model)
+    row = json.loads(out)
+    assert (code, row["unusual"]) == (0, True)
+    assert f"is unlike the clips that this model knows: its latents reproduce it with {row['fidelity']:.1f} dB" in err
+
+
+def test_a_folder_stands_for_its_videos_and_a_picture_is_called_one(univigu, clips, tmp_path, speaking_model):
+    (tmp_path / "videos/of-one-clip").mkdir(parents=True)
+    shutil.copy(clips / "clip.mp4", tmp_path / "videos/of-one-clip/a.mp4")
+    code, out, _ = univigu("caption", "--json", tmp_path / "videos", "--model", speaking_model)
+    assert (code, json.loads(out)["file"]) == (0, f"{tmp_path}/videos/of-one-clip/a.mp4")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    result = univigu("caption", tmp_path / "photo.jpg", "--model", speaking_model)
+    assert_refused(result, 65, "photo.jpg' is a picture, and a caption needs a clip")
+    (tmp_path / "empty").mkdir()
+    assert_refused(univigu("caption", tmp_path / "empty", "--model", speaking_model), 66, "There is no video in")
+
+
 @pytest.mark.parametrize(("name", "container"), [("a.webm", "matroska,webm"), ("b.gif", "gif"), ("c.MP4", "mov,mp4")])
 def test_a_clip_has_the_format_that_its_name_asks_for_and_is_large_enough_to_see(
     univigu, tmp_path, speaking_model, name, container

@@ -1,10 +1,12 @@
 """The summary speaks of the outputs that are there now."""
 
 import json
+import re
 
 import pytest
 
-from components.cli.summary import show, summarise
+from components.cli.summary import show, summarise, write_index
+from components.evaluation.report import RUN
 from components.pipeline.manifests import write_manifest
 from components.pipeline.stages import STAGES
 from univigu.errors import MissingInputError
@@ -39,6 +41,26 @@ def test_the_registered_version_is_shown_with_the_sentence_that_decided_about_it
     (tmp_path / "data/registered/registration.json").write_text(json.dumps(facts))
     show(tmp_path, summarise(tmp_path))
     assert f"registered: uni-vigu version 3 - {decision}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_page_is_written_with_the_date_the_version_the_machine_and_links(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for stage in STAGES:
+        leave(tmp_path, stage, "a")
+    facts = {"name": "uni-vigu", "version": 3, "decision": "champion, as the first <one>"}
+    (tmp_path / "data/registered/registration.json").write_text(json.dumps(facts))
+    (tmp_path / "reports/report.html").write_text(f"<h1>Page</h1>{RUN}<nav>")
+    (tmp_path / "params.yaml").write_text("profile: tiny\n")
+    (tmp_path / ".univigu/docs").mkdir(parents=True)
+    (tmp_path / ".univigu/docs/index.html").write_text("")
+    page = write_index(tmp_path, summarise(tmp_path)).read_text()
+    for needed in ("<dd>tiny</dd>", "champion, as the first &lt;one&gt;", "cores; 0 s", "UTC</dd>", "not in git"):
+        assert needed in page
+    assert re.findall(r'href="(.*?)"', page) == [
+        "../.univigu/docs/index.html",
+        "http://127.0.0.1:5000/#/models/uni-vigu/versions/3",
+    ]
+    assert (tmp_path / "reports/report.html").read_text() == f"<h1>Page</h1>{RUN}<nav>"
 
 
 def test_before_any_run_it_says_what_to_do(tmp_path):

@@ -126,7 +126,19 @@ def test_the_page_is_small_complete_and_safe(reports):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert re.findall(r"""(?:src|href)=["'](?!data:|#)""", page) == []
-    assert page.count("<article") == 3 + 2 + 3
+    items = pd.read_parquet(reports / "items.parquet")
+    wrong = [text for text in items[items["task"] == "captions"]["correct"] if "false" in text]
+    assert page.count("<article") == 3 + 2 + 3 + len(wrong)
+    assert "Confusions of the digit" in page
+    assert (reports / "plots/confusion.csv").read_text().splitlines()[0] == "true,stated"
+
+
+def test_what_dvc_shows_are_ten_of_the_scores(reports):
+    scores, shown = (json.loads((reports / name).read_text()) for name in ("scores.json", "metrics.json"))
+    assert sum(map(len, shown.values())) == 10
+    assert shown["captions"] == {name: round(scores["captions"][name]["value"], 4) for name in ("mean", "digit")}
+    assert shown["joint"]["agreement"] == round(scores["joint"]["agreement"]["value"], 4)
+    assert shown["stage2"]["video_gain"] == scores["stage2"]["video_gain"]
 
 
 def test_the_same_model_gives_the_same_bytes(root, reports, profile):

@@ -2,13 +2,14 @@
 
 import base64
 import io
+import json
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from components.evaluation import report
+from components.evaluation import confusion, report, training_curves
 from univigu.evaluation.claims import summarise
 
 
@@ -51,6 +52,7 @@ def test_text_from_data_is_escaped_and_invisible_characters_are_shown():
     page = render(samples={"captions": [sample], "generation": [], "joint": [sample]}, rejected=rejected)
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 5
+    assert "<script" not in report.stamp(page, {evil: evil}, {evil: "report.html"})
     assert "\u202e" not in page
     assert "\\u202e\\u0007" in page
 
@@ -61,6 +63,79 @@ def test_the_page_makes_no_outside_request():
     assert "url(" not in page
     assert "@import" not in page
     assert "default-src 'none'" in page
+
+
+def test_the_three_results_lead_the_page_each_with_what_it_is_compared_with():
+    page = render()
+    lead = page[page.index('class="results"') : page.index("<nav>")]
+    assert re.findall(r"<h2>(.*?)</h2><b>([\d.]+)<", lead) == [
+        ("Captions", "50.0"),
+        ("Generated videos", "50.0"),
+        ("Joint", "50.0"),
+    ]
+    assert "50.0 % without the video" in lead
+    assert "50.0 % by its base" in lead
+
+
+def test_a_page_is_stamped_with_the_run_and_with_links():
+    page = render()
+    stamped = report.stamp(page, {"Version": "uni-vigu 3", "Machine": "2 cores"}, {"Data Docs": "../docs/index.html"})
+    assert "<dd>uni-vigu 3</dd>" in stamped
+    assert stamped.index("2 cores") < stamped.index("<nav>")
+    assert re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']*)""", stamped) == ["../docs/index.html"]
+    assert report.RUN in page
+    assert report.RUN not in stamped
+
+
+def test_clips_can_be_paused_and_samples_sorted_without_a_script():
+    right, wrong = (
+        report.clip_sample(
+            {"video": report.preview(clip(), 8)}, prompt="p", text=name, truth=truth, found={}, correct=correct
+        )
+        for name, truth, correct in (
+            ("right", {"colour": "red"}, {"colour": True}),
+            ("wrong", {"colour": "red", "speed": "slow"}, {"colour": False, "speed": False}),
+        )
+    )
+    page = render(samples={"captions": [right, wrong], "worst": [wrong], "generation": [], "joint": []})
+    assert 'style="--mistakes:0"' in page
+    assert 'style="--mistakes:2"' in page
+    assert page.count('class="moves"') == page.count('class="still"') == 3
+    for needed in ('id="pause"', "body:has(#pause:checked)", 'id="worst-first"', "body:has(#worst-first:checked)"):
+        assert needed in page
+    assert "<script" not in page
+
+
+def test_a_confusion_matrix_has_a_row_for_each_true_value():
+    said = [("1", "1"), ("1", "7"), ("7", "7"), ("7", None), ("7", "a <b>")]
+    rows = [
+        {"task": "captions", "truth": json.dumps({"digit": true}), "found": json.dumps({"digit": found})}
+        for true, found in said
+    ]
+    rows.append({"task": "joint", "truth": '{"digit": "9"}', "found": "{}"})
+    matrix = confusion.count_confusions(rows, "digit")
+    assert matrix["stated"] == ["1", "7", "a <b>", "not said"]
+    assert {row["true"]: row["counts"] for row in matrix["rows"]} == {"1": [1, 1, 0, 0], "7": [0, 1, 1, 1]}
+    page = render(confusion=matrix)
+    assert "Confusions of the digit" in page
+    assert "a &lt;b&gt;" in page
+    assert page.count('<td class="right"') == 2
+    assert confusion.count_confusions(rows[:1], "digit") is None  # a single value
+    assert confusion.count_confusions(rows, "colour") is None
+
+
+def test_a_curve_is_smoothed_within_a_band():
+    steps = list(range(1, 301))
+    values = [1.0 if step % 10 else 6.0 for step in steps]
+    points = training_curves.smooth(steps, values)
+    assert len(points) == 60
+    assert [round(mean, 3) for _, mean, _, _ in points[:2]] == [1.0, 2.0]
+    assert points[0][2:] == (1.0, 1.0)
+    assert points[1][2:] == (1.0, 6.0)
+    chart = training_curves.training_charts({"stage1": {"curves": {"step": steps, "video_mse": values}, "heldout": {}}})
+    (line,) = chart["training"][0]["lines"]
+    assert len(line["band"].split()) == 120
+    assert '<polygon class="band"' in render(charts=chart)
 
 
 def test_missing_pieces_are_named():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.orchestration import retraining
+from components.orchestration import approval, retraining
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.registry import promotion
@@ -89,8 +89,24 @@ def test_a_candidate_that_is_not_better_does_not_replace_the_champion(versions, 
     register(5)
     found = retraining.compare_candidate(versions.root, "smoke")
     assert (found["version"], found["champion"], found["better"]) == (2, 1, False)
+    lines = found["body"].splitlines()
+    assert lines[0] == f"{found['reason']}."
+    assert "| score | version 2 (new) | champion: version 1 |" in lines
+    assert "| captions.mean | 0.087 (0.013 to 0.175) | 0.562 (0.438 to 0.688) |" in lines
+    assert str(versions.root / "reports/report.html") in lines[-1]
     assert retraining.promote_version(versions.root, name, 2, "ada", "approved")["outcome"] == "refused"
     assert versions.aliases(name) == (1, None)
+
+
+def test_with_a_server_the_request_for_an_approval_shows_the_samples_of_both_versions(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@mlflow:5000/")
+    comparison = promotion.Comparison("uni-vigu", 3, 1, "captions.mean", True, "better")
+    body = approval.describe(comparison, {}, Path(), {"challenger": "aa", "champion": "bb"})
+    assert "[Version 3](http://mlflow:5000/#/models/uni-vigu/versions/3)" in body
+    for version, run in (("3", "aa"), ("1", "bb")):
+        picture = f"http://mlflow:5000/get-artifact?path=report/gallery.gif&run_uuid={run}"
+        assert f"![Samples of version {version}]({picture})" in body
+    assert "s3cret" not in body
 
 
 def test_a_candidate_of_another_process_is_neither_compared_nor_tagged(versions, name, register):

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from components.evaluation.report import RUN
 from components.pipeline.digests import tree_files
 from components.pipeline.manifests import write_manifest
 from components.registry import promotion
 from components.registry.lineage import trace_version
-from components.registry.register_model import _git_commit
+from components.registry.register_model import git_commit
 from components.tracking import tracking_uri
 from trained_root import TrainedRoot, commit
 from univigu import registry
@@ -39,10 +41,15 @@ def test_the_first_version_is_champion_and_has_its_lineage(world):
     facts = world.register("whence")
 
     assert (facts["version"], world.version("whence", "champion"), world.version("whence", "candidate")) == (1, 1, 1)
-    version = registry.version_at("whence", "champion", tracking_uri(world.root))
+    store = tracking_uri(world.root)
+    version = registry.version_at("whence", "champion", store)
     lineage = {"curate-prompts": "prompts", "encode-latents": "latents", "train-stage-2": "stage2", "base": "base"}
+    document = json.loads(registry.artifact("models:/whence@champion", "lineage/lineage.json", store).read_text())
     for step, name in lineage.items():
-        assert version.tags[f"univigu.digest.{step}"] == world.digests[name]
+        assert document["steps"][step] == world.digests[name]
+    assert document["runs"] == {"train-stage-2": run}
+    assert trace_version("whence", 1, world.root)["steps"] == document["steps"]
+    assert [tag for tag in version.tags if tag.startswith("univigu.digest.")] == []
     assert version.tags["univigu.dataset_digest"] == world.digests["latents"]
     assert version.tags["univigu.run.train-stage-2"] == run
     for text in (world.digests["latents"], "hand/written | CC0-1.0 | 2", "captions.mean | 0.375", run, "seed 0"):
@@ -52,6 +59,28 @@ def test_the_first_version_is_champion_and_has_its_lineage(world):
     assert own.metrics["captions.mean"] == 0.375
     assert own.params["train-stage-2.train_stage_2.tasks.joint"] == "0.5"
     assert own.tags["univigu.model_digest"] == facts["model_digest"]
+    assert "captions.mean **0.375**" in own.tags["mlflow.note.content"]
+
+
+def test_the_run_of_a_version_shows_the_report_the_samples_and_the_scores(world):
+    import mlflow
+
+    world.train("shown")
+    Image.new("RGB", (40, 30)).save(world.root / "reports/gallery.webp", save_all=True, append_images=[])
+    (world.root / "reports/report.html").write_text(f"<h1>Page</h1>{RUN}")
+    (world.root / "reports/plots").mkdir()
+    (world.root / "reports/plots/confusion.csv").write_text("true,stated\n1,7\n")
+    facts = world.register("shown")
+    run = registry.find_version("shown", 1, tracking_uri(world.root)).run_id
+    client = mlflow.MlflowClient()
+    shown = {Path(file.path).name for file in client.list_artifacts(run, "report")}
+    assert shown == {"report.html", "gallery.gif", "scores.json", "confusion.csv"}
+    page = Path(client.download_artifacts(run, "report/report.html")).read_text()
+    assert f"<dd>{facts['decision']}</dd>" in page
+    assert "<dd>shown 1</dd>" in page
+    for name in ("gallery.webp", "report.html", "plots"):
+        path = world.root / "reports" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_the_same_model_is_registered_once(world):
@@ -96,15 +125,15 @@ def test_the_commit_says_whether_files_were_edited_since(tmp_path):
         done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert _git_commit(tmp_path) is None
+    assert git_commit(tmp_path) is None
     git("init")
     (tmp_path / "code.py").write_text("1")
     git("add", "code.py")
     git("commit", "-m", "One")
     git("tag", "-a", "v1", "-m", "A tag is no commit")
-    assert _git_commit(tmp_path) == git("rev-parse", "HEAD")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "code.py").write_text("2")
-    assert _git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_a_version_below_the_least_scores_stays_a_candidate_until_a_person_insists(world, capsys):
@@ -334,7 +363,7 @@ for name, place, attribute, call, strike, ends in (
     ("kill-entered", registry, "set_alias", 1, die, -signal.SIGKILL),
     ("kill-decided", registry, "set_alias", 2, die, -signal.SIGKILL),
     ("kill-untagged", registry, "set_tags", 1, die, -signal.SIGKILL),
-    ("kill-unwritten", register_model, "write_json", 6, die, -signal.SIGKILL),
+    ("kill-unwritten", register_model, "write_json", 7, die, -signal.SIGKILL),
     ("kill-full", mlflow.models.model, "_use_logged_model", 1, fill, DiskFullError.exit_code),
     ("kill-full-late", registry, "set_alias", 2, fill, DiskFullError.exit_code),
 ):

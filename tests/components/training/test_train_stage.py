@@ -111,6 +111,10 @@ def test_samples_are_logged_to_the_run_during_training(latents_root, profile):
         files = client.list_artifacts(run.info.run_id, f"samples/step-{step:08d}")
         assert [Path(file.path).suffix for file in files] == [".mp4"] * 2
         assert all(file.file_size > 200 for file in files)
+    pictures = [Path(file.path) for file in client.list_artifacts(run.info.run_id, "images")]
+    assert {path.suffix for path in pictures} == {".png", ".webp"}
+    assert all(path.name.startswith("samples") for path in pictures)
+    assert run.data.tags["mlflow.note.content"].startswith("Stage 1, *knowledge recall*: from the base `tiny-wan`")
     table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_text())
     rows = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
     assert [row["step"] for row in rows] == [2, 2, 4, 4]

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_html_pages_are_kept_outside_the_output(validate):
     (page,) = (docs / "validations").rglob("*.html")
     assert "expect_compound_columns_to_be_unique" in page.read_text() or "must be unique" in page.read_text()
     assert (docs / "index.html").is_file()
+    for html in docs.rglob("*.html"):
+        text = html.read_text()
+        assert re.findall(r"<script|<link|<img[^>]+http", text) == []
+        assert "<style>" in text
+    assert "uni-vigu-clips" in page.name  # the data source and the table
+    root = docs.parents[1] / "index.html"
+    assert re.findall(r'<a href="(.*?)">clips</a>', root.read_text()) == [page.relative_to(root.parent).as_posix()]
+    assert "<td>validate-clips</td>" in root.read_text()
+    assert f"<td>{len(json.loads((home / 'validation.json').read_text())['clips'])} of" in root.read_text()
 
 
 BAD = {

@@ -1,0 +1,56 @@
+"""What a person reads before a model becomes champion: the comparison, a table of scores, and where the samples are."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from univigu.mlflow_store import without_login
+
+if TYPE_CHECKING:
+    from components.registry.promotion import Comparison
+
+GALLERY = "report/gallery.gif"  # among the artifacts of the run that registered the version
+
+
+def describe(
+    comparison: "Comparison", scores: Mapping[str, Mapping[str, Any]], root: Path, runs: Mapping[str, str]
+) -> str:
+    """The request for an approval, as Markdown.
+
+    scores: the result of `promotion.side_by_side`. runs: the MLflow runs that registered the two versions, by
+    ``challenger`` and ``champion``.
+    """
+    champion = f"version {comparison.champion}" if comparison.champion else "none"
+    lines = [
+        f"{comparison.reason}.",
+        "",
+        f"| score | version {comparison.challenger} (new) | champion: {champion} |",
+        "|---|---|---|",
+        *(f"| {name} | {_cell(both['challenger'])} | {_cell(both['champion'])} |" for name, both in scores.items()),
+        "",
+        "Values with 95 % intervals, each version on its own held-out items. The sentence above compares the two on "
+        "the items that they share, which is what the decision is based on.",
+        "",
+        *_samples(comparison, root, runs),
+    ]
+    return "\n".join(lines)
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    return f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})" if score else "-"
+
+
+def _samples(comparison: "Comparison", root: Path, runs: Mapping[str, str]) -> list[str]:
+    """Samples and links from MLflow's server; without one, the path of the report."""
+    server = without_login(os.environ.get("MLFLOW_TRACKING_URI", "")).rstrip("/")
+    if not server.startswith("http"):
+        page = (root / "reports" / "report.html").resolve()
+        return [f"Samples, worst cases and curves of the new version: `{page}`, and in `mlflow ui`."]
+    lines = []
+    for side, run in runs.items():
+        number = getattr(comparison, side)
+        picture = f"{server}/get-artifact?path={GALLERY}&run_uuid={run}"
+        page = f"{server}/#/models/{comparison.name}/versions/{number}"
+        lines += [f"[Version {number}]({page}):", "", f"![Samples of version {number}]({picture})", ""]
+    return lines
