@@ -107,6 +107,6 @@ def test_a_base_that_is_neither_there_nor_known_is_refused(tmp_path):
 
 
 def test_the_command_prints_the_same_for_machines(plan):
-    result = CliRunner().invoke(app, ["plan", "--price", "2", "--root", str(ROOT), "--json"])
+    result = CliRunner().invoke(app, ["plan", "--profile", "wan-1.3b", "--price", "2", "--root", str(ROOT), "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout) == plan
