@@ -47,6 +47,11 @@ class UniViGULoraLoaderMixin(WanLoraLoaderMixin):
             ) from error
 
     @classmethod
+    def _maybe_expand_t2v_lora_for_i2v(cls, transformer: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        # diffusers asks here for a config key of Wan's image-to-video models, which this model never is
+        return state_dict
+
+    @classmethod
     def lora_state_dict(cls, *args: Any, **kwargs: Any) -> Any:
         """The weights of an adapter under diffusers' names. Nothing is unpickled."""
         return super().lora_state_dict(*args, **(kwargs | {"use_safetensors": True}))
