@@ -1,6 +1,7 @@
 """Every object passes all checks that need no cluster: schemas, references, and Pod Security."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -153,6 +154,21 @@ def test_each_pod_has_an_account_of_its_own_without_a_token_unless_it_needs_the_
     assert len(used) == len(set(used))
     bound = {subject["name"] for one in named(objects, "RoleBinding").values() for subject in one["subjects"]}
     assert {name for (_, name), one in accounts.items() if one["automountServiceAccountToken"]} == bound
+
+
+@pytest.mark.parametrize("overlay", ["dev", "gke"])
+def test_the_pages_patch_for_a_registry_with_a_login_gives_each_account_the_secret(overlay, tmp_path):
+    page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"\n   ```yaml\n(   patches:.*?)   ```", page, re.S)
+    base = os.path.relpath(ROOT / "infra/kustomize/overlays" / overlay, tmp_path.resolve())
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], **yaml.safe_load(snippet)}))
+    done = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    accounts = named([*yaml.safe_load_all(done.stdout)], "ServiceAccount")
+    assert len(accounts) >= 5
+    for name, account in accounts.items():
+        assert account["imagePullSecrets"] == [{"name": "registry"}], name
+        kubernetes_validate.validate(account, KUBERNETES, strict=True)
 
 
 # --- what pods refer to ----------------------------------------------------------------------------------------------
