@@ -1,13 +1,14 @@
 """LoRA adapters of Wan, in its public layouts, on the video side of Uni-ViGU.
 
 The video side has Wan's weights under Wan's names, so diffusers' own loader of Wan's adapters applies: it reads the
-layouts of diffusers, of the original code (``diffusion_model.``) and of kohya's trainers (``lora_unet_``).
+layouts of diffusers and of the original code (``diffusion_model.``).
 """
 
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders import WanLoraLoaderMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .errors import BadInputError, UniViGUError, first_line
@@ -41,7 +42,7 @@ class UniViGULoraLoaderMixin(WanLoraLoaderMixin):
             super().load_lora_weights(state, *args, **kwargs)
         except UniViGUError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
             raise BadInputError(
                 f"{name} can't be loaded ({first_line(error)}): give a LoRA for Wan2.1 text-to-video, in safetensors."
             ) from error

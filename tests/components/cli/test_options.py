@@ -35,5 +35,5 @@ def test_a_pipeline_is_given_the_profile_in_use_unless_it_is_its_own_default(tmp
 def test_a_command_takes_the_profile_in_use(tmp_path):
     use_profile("wan-1.3b", tmp_path)
     app(["code", "--root", str(tmp_path)], standalone_mode=False)
-    written = json.loads((tmp_path / ".univigu/profile.json").read_text())
-    assert written["base"] == load_profile("wan-1.3b")["base"]
+    written = json.loads((tmp_path / ".univigu/steps/curate-prompts.json").read_text())
+    assert written["settings"]["base"] == load_profile("wan-1.3b")["base"]

@@ -28,6 +28,7 @@ def test_the_bundled_profiles_are_listed_with_what_they_extend(univigu):
     code, out, _ = univigu("profile", "list")
     assert code == 0
     assert [line.split() for line in out.splitlines()] == [
+        ["long", "extends", "tiny"],
         ["smoke", "extends", "tiny"],
         ["tiny", "-"],
         ["tour", "extends", "smoke"],
