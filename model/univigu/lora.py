@@ -54,7 +54,10 @@ class UniViGULoraLoaderMixin(WanLoraLoaderMixin):
 
     @classmethod
     def lora_state_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """The weights of an adapter under diffusers' names. Nothing is unpickled."""
+        """The weights of an adapter under diffusers' names. Raises BadInputError for a pickle, which is not read."""
+        weight_name = kwargs.get("weight_name") or ""
+        if weight_name and not weight_name.endswith(".safetensors"):  # diffusers would unpickle it
+            raise BadInputError(f"{weight_name} is no safetensors file: give a LoRA for Wan2.1 in safetensors.")
         return super().lora_state_dict(*args, **(kwargs | {"use_safetensors": True}))
 
 
