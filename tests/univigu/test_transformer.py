@@ -101,6 +101,17 @@ def test_text_beside_a_cached_video_is_the_prefix_forward(model, inputs):
         torch.testing.assert_close(model.denoise_text(text + i, TEXT_TAU, cache, guess), whole, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("conditions", [1, 2])
+def test_several_texts_share_each_cached_video(model, inputs, conditions):
+    video, condition, text, guess = inputs
+    cache = model.prefill_video(video, TAU, condition[:conditions])
+    texts, taus = [text, text + 1, text.flip(0)], [TEXT_TAU, TEXT_TAU / 2, TEXT_TAU.flip(0)]
+    together = model.denoise_text(torch.cat(texts), torch.cat(taus), cache, guess.repeat(3, 1, 1))
+    singly = [model.denoise_text(each, tau, cache, guess) for each, tau in zip(texts, taus, strict=True)]
+    torch.testing.assert_close(together, torch.cat(singly), atol=1e-5, rtol=1e-5)
+
+
 def test_a_single_condition_serves_a_whole_batch(model, inputs):
     video, condition, text, _ = inputs
     one = model(video, TAU, condition[:1], text, TEXT_TAU)

@@ -42,14 +42,19 @@ def on_meta(config):
         return UniViGUTransformer3DModel(**config)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_equal_those_of_a_real_step(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "text_draws"), [(False, 1), (True, 1), (False, 3), (True, 3)])
+def test_activations_equal_those_of_a_real_step(checkpointing, text_draws):
     model = UniViGUTransformer3DModel(**TINY)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    real = [tracked_step(model, task, (2, 4, 1, 48, 48), 10, 6) for task in ("joint", "understand")]
+    real = [tracked_step(model, task, (2, 4, 1, 48, 48), 10, 6, text_draws) for task in ("joint", "understand")]
     kept, peak = max(real, key=lambda found: found[1])
-    needed_bytes = memory_needed(model.config, **{**ONE_GPU, "video_tokens": 576}, gradient_checkpointing=checkpointing)
+    needed_bytes = memory_needed(
+        model.config,
+        **{**ONE_GPU, "video_tokens": 576},
+        gradient_checkpointing=checkpointing,
+        text_draws=text_draws,
+    )
     # a checkpoint keeps the generator's state, 5 KB on a CPU, for each of the two passes through a block
     states = 2 * TINY["num_layers"] * torch.get_rng_state().nbytes if checkpointing else 0
     assert kept - states <= needed_bytes["activations"] <= kept
