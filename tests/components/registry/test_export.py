@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from components.registry.export import export_version
-from components.tracking import open_tracking
-from univigu import UniViGUPipeline, registration
+from registered_root import register
+from univigu import UniViGUPipeline
 from univigu.errors import BadInputError, MissingInputError
 
 
@@ -19,13 +19,7 @@ from univigu.errors import BadInputError, MissingInputError
 def root(tmp_path_factory, speaking_model):
     """A work root with one registered version of `shared`."""
     root = tmp_path_factory.mktemp("registry")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        experiment, nothing = open_tracking(root), {"evidence": {}, "tags": {}, "parameters": {}, "metrics": {}}
-        with registration.uploaded(
-            speaking_model, "shared", experiment_id=experiment, card="# A card\n", **nothing
-        ) as up:
-            registration.create_version(up, "shared", "# A card\n", {})
+    register(root, speaking_model, "shared")
     return root
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.tracking import open_tracking, tracking_uri
-from univigu import registration, registry
+from components.tracking import tracking_uri
+from registered_root import register
+from univigu import registry
 from univigu.video import decode_mp4, encode_mp4
 
 pytestmark = pytest.mark.slow
@@ -41,12 +42,8 @@ print(json.dumps([type(pipeline).__name__, said, native]))
 def root(tmp_path_factory, speaking_model):
     """A work root with a registered champion called `clean`."""
     root = tmp_path_factory.mktemp("registry")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        experiment, nothing = open_tracking(root), {"evidence": {}, "tags": {}, "parameters": {}, "metrics": {}}
-        with registration.uploaded(speaking_model, "clean", experiment_id=experiment, card="#", **nothing) as upload:
-            version = registration.create_version(upload, "clean", "# Clean", {})
-        registry.set_alias("clean", registry.CHAMPION, version.version)
+    version = register(root, speaking_model, "clean")
+    registry.set_alias("clean", registry.CHAMPION, version.version, tracking_uri(root))
     return root
 
 
