@@ -19,6 +19,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from components.bench.orchestrators import call, copy_repository
+from components.cli.messages import QUIET, VERBOSE
 
 
 def pytest_collection_modifyitems(items):
@@ -147,9 +148,9 @@ def reproduced(tmp_path_factory, worker_id):
 
 
 @pytest.fixture(autouse=True)
-def own_tracking_store():
-    """MLflow notes its store in the environment, where whatever comes next would take it for the user's choice."""
-    names = [f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD")]
+def own_environment():
+    """Variables that MLflow or a command sets would be taken for the user's choice by whatever comes next."""
+    names = [*(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD")), QUIET, VERBOSE]
     for name in names:
         os.environ.pop(name, None)
     yield
