@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.cli.lean_imports import lean_imports
 from components.cli.messages import is_quiet, say
 from univigu.errors import MissingInputError
 
@@ -66,11 +67,12 @@ def _has_champion(name: str, root: Path) -> bool:
 
 def load(folder: Path) -> "UniViGUPipeline":
     """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
-    from univigu.pipeline import UniViGUPipeline
+    with lean_imports():
+        import torch
 
-    pipeline = UniViGUPipeline.from_pretrained(folder)
-    import torch
+        from univigu.pipeline import UniViGUPipeline
 
+        pipeline = UniViGUPipeline.from_pretrained(folder)
     if torch.cuda.is_available():
         pipeline.to("cuda")
     shown = sys.stderr.isatty() and not is_quiet()
