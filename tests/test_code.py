@@ -23,6 +23,7 @@ LINT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", LINT, ids=lambda command: " ".join(command[:2]))
 def test_the_code_passes(command):
     done = subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -35,6 +35,7 @@ def test_links_between_the_documents_lead_somewhere(page):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_needs_no_fonts_or_styles_from_elsewhere(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)

@@ -44,6 +44,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert folders == {"univigu", f"{wheel.name.split('-py3')[0]}.dist-info"}
 
 
+@pytest.mark.slow
 def test_the_library_alone_captions_a_clip(wheel, tmp_path):
     place = tmp_path / "environment"
     run("uv", "venv", "--quiet", "--python", sys.executable, place)

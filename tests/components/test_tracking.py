@@ -61,6 +61,7 @@ def test_a_server_that_fails_in_the_middle_is_a_transient_error(failing_after_on
             ask("uni-vigu", failing_after_one_answer.url)
 
 
+@pytest.mark.slow
 def test_a_deleted_run_is_not_resumed(tmp_path):
     note = tmp_path / "mlflow.json"
     with pytest.raises(PreemptedError), start(tmp_path, note=note):
@@ -86,6 +87,7 @@ def test_a_disk_that_fills_during_a_download_is_not_reported_as_a_missing_model(
         registry.artifact(f"models:/filling/{number}", "evaluation", tracking.tracking_uri(versions.root))
 
 
+@pytest.mark.slow
 def test_an_invalid_note_names_no_run(tmp_path):
     path = tmp_path / "mlflow.json"
     for note in ("[]", "5", '{"run_id": [1]}', '{"run_id": "none of them"}', "\0" * 30):
@@ -94,6 +96,7 @@ def test_an_invalid_note_names_no_run(tmp_path):
             assert json.loads(path.read_text())["run_id"] == run.run_id
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_was_killed_before_it_wrote_the_run_id_is_resumed(tmp_path, monkeypatch):
     note = tmp_path / "mlflow.json"
     with pytest.raises(PreemptedError), start(tmp_path, note=note) as run:
@@ -105,6 +108,7 @@ def test_a_run_whose_process_was_killed_before_it_wrote_the_run_id_is_resumed(tm
         assert again.run_id == run.run_id
 
 
+@pytest.mark.slow
 def test_a_login_in_a_parameter_is_not_logged(tmp_path):
     parameters = {"captioner": {"url": "https://me:s3cret@host/v1?token=abcdef&n=1", "n": 3}}
     with tracking.start_run(tmp_path, "x", parameters=parameters, tags={}, datasets={}) as run:
@@ -113,6 +117,7 @@ def test_a_login_in_a_parameter_is_not_logged(tmp_path):
     assert params == {"captioner.url": "https://***@host/v1?token=***&n=1", "captioner.n": "3"}
 
 
+@pytest.mark.slow
 def test_a_moved_work_root_takes_its_artifacts_along(tmp_path, capsys):
     old, new = tmp_path / "old place", tmp_path / "new"
     old.mkdir()
@@ -139,6 +144,7 @@ def test_a_moved_work_root_takes_its_artifacts_along(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_experiment_opens_in_the_mode_for_training_also_one_of_an_earlier_release(tmp_path):
     def kind(experiment):
         return mlflow.MlflowClient().get_experiment(experiment).tags.get("mlflow.experimentKind")

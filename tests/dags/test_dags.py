@@ -40,6 +40,7 @@ def test_the_dags_load(bag):
     assert set(bag.dags) == {"retrain", "new_data"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["new_data", "retrain"])
 def test_reading_a_dag_imports_nothing_heavy(name, tmp_path):
     heavy = {"torch", "mlflow", "kfp", "kfp_server_api", "pandas", "pyarrow", "diffusers", "great_expectations", "dvc"}
@@ -104,6 +105,7 @@ def begin(retrain, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extras", "profile"),
     [
@@ -121,6 +123,7 @@ def test_all_tasks_use_the_profile_of_the_newest_event_or_else_of_the_form(retra
     assert {tasks["begin"].render_template(text, {"ti": ti}) for text in used} == {profile}
 
 
+@pytest.mark.slow
 def test_an_event_with_an_unknown_profile_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 
@@ -139,6 +142,7 @@ def test_a_promotions_outcome_is_reported_as_a_documented_state(retrain, outcome
     assert f"`{state}`" in (DAGS.parent / "docs/airflow.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_unknown_parameter_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 

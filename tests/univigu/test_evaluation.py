@@ -98,6 +98,7 @@ def test_pairing_detects_a_gain_that_two_intervals_hide():
     assert paired_difference(theirs, theirs) == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 200}
 
 
+@pytest.mark.slow
 def test_the_paired_interval_has_its_nominal_error_rate():
     rng = np.random.default_rng(5)
     promoted = 0

@@ -92,6 +92,7 @@ def test_a_failing_store_is_reported_by_its_cause_even_if_wrapped(tmp_path, erro
         assert "\n" not in str(error_shown)
 
 
+@pytest.mark.slow
 def test_a_database_is_created_completely_after_a_kill(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     if not (child := os.fork()):

@@ -303,6 +303,7 @@ def test_near_tau_1_no_gradient_is_denormal():
     assert not ((grads > 0) & (grads < torch.finfo(torch.float32).tiny)).any()
 
 
+@pytest.mark.slow
 def test_a_few_steps_teach_a_few_samples():
     model, batch = build(zero_head=True), make_batch(8)
     engine = TrainingObjective(model, DEFAULT)
@@ -317,6 +318,7 @@ def test_a_few_steps_teach_a_few_samples():
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_video_gain_shows_whether_the_text_reads_the_video():
     """A model that is trained to tell two kinds of video apart gains from the video; an untrained one doesn't."""
     batch = make_batch(16)

@@ -27,6 +27,7 @@ def costs(model):
     return planning.task_costs(model, TOKENS, ObjectiveConfig(shares=SHARES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["understand", "joint"])
 def test_a_training_step_costs_what_torch_counts(model, costs, task):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -45,6 +46,7 @@ def test_self_conditioning_beside_a_cached_video_costs_the_text_alone(model, cos
     assert costs["generate"].guess == 0
 
 
+@pytest.mark.slow
 def test_another_draw_of_a_text_costs_the_text_alone(model, costs):
     several = planning.task_costs(model, TOKENS, ObjectiveConfig(shares=SHARES, text_draws=3))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

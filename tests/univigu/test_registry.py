@@ -26,6 +26,7 @@ def uri(tmp_path_factory):
     return uri
 
 
+@pytest.mark.slow
 def test_the_files_of_a_version_are_found_by_number(uri):
     assert [file.name for file in registry.pipeline_folder("models:/uni-vigu/1", uri).iterdir()] == ["model_index.json"]
 

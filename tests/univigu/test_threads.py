@@ -45,6 +45,7 @@ def run_python(code, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_side_thread_has_no_openmp_team_and_keeps_the_main_one():
     before, during, left = map(int, run_python(COUNT_TEAMS.format(pool="side_threads")))
     assert during == before + 1  # the thread itself
@@ -124,6 +125,7 @@ def settle(note, best, **environment):
     return [int(word) for word in run_python(code, **environment)]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_number_of_threads(tmp_path):
     note = tmp_path / "threads.json"
     assert settle(note, best=2) == [2, 2]
@@ -132,6 +134,7 @@ def test_a_run_keeps_its_number_of_threads(tmp_path):
     assert settle(note, best=4, OMP_NUM_THREADS="1") == [2, 2]
 
 
+@pytest.mark.slow
 def test_the_users_number_is_used_and_kept(tmp_path):
     assert settle(tmp_path / "threads.json", best=2, OMP_NUM_THREADS="3") == [4, 4]  # set in the process, last
     assert json.loads((tmp_path / "threads.json").read_text()) == {"threads": 4}

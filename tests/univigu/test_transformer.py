@@ -271,6 +271,7 @@ def test_a_cached_caption_equals_the_uncached_one(model, inputs):
     torch.testing.assert_close(once, always, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_at_full_size_a_cached_caption_costs_thirty_times_less():
     """81 frames of 480x832 on the 1.3B: 32,760 video tokens, 256 text tokens, 512 condition tokens, 50 steps."""
     with torch.device("meta"):

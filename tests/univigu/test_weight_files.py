@@ -102,6 +102,7 @@ class GatedHub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_gated_weights_are_told_apart_from_missing_ones():
     server = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

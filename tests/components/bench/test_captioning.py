@@ -8,6 +8,7 @@ from components.bench import captioning
 from components.bench.captioning.troubles import draw_troubles, least_requests
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_with_a_status_for_every_clip_and_asks_nothing_twice(monkeypatch):
     monkeypatch.setattr(captioning, "CLIPS", 60)
     measured = captioning.measure()

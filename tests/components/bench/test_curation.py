@@ -26,6 +26,7 @@ def test_a_number_of_rows_that_is_none_is_told(monkeypatch, rows):
         curation.measure()
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_the_comparison_of_all_pairs_finds():
     for min_features in (1, 48):
         figures = curation.agreement(1500, min_features)
@@ -41,6 +42,7 @@ def test_a_side_runs_in_a_process_of_its_own_and_its_memory_is_measured(tmp_path
     assert figures["peak_memory_gib"] > 0.02
 
 
+@pytest.mark.slow
 def test_the_whole_step_is_measured_where_its_profile_has_the_prompts(tmp_path):
     synthetic_prompts.write_raw_prompts(tmp_path / load_profile(curation.PROFILE)["raw_prompts"], 500, seed=0)
     figures = curation._in_process("step", tmp_path)

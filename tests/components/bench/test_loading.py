@@ -34,6 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(loading, "TEXT_LENGTH", 8)
 
 
+@pytest.mark.slow
 def test_shards_are_fetched_and_dropped_while_steps_are_timed(small):
     figures = loading.measure()
     assert figures["streamed"]["shards_fetched"] >= 3

@@ -32,6 +32,7 @@ def test_the_overhead_is_what_the_process_did_not_take(tmp_path, around):
     assert measure_orchestrators.overheads(tmp_path, started) == {stage.name: around for stage in STAGES}
 
 
+@pytest.mark.slow
 def test_each_orchestrator_runs_in_a_copy_of_the_repository_set_to_the_profile_and_the_report_has_its_keys():
     seen = []
 

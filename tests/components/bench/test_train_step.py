@@ -34,6 +34,7 @@ def test_both_sides_have_the_same_tokens_and_attend_to_the_same_condition():
     assert {name for name, _ in wan.named_parameters()} < {name for name, _ in ours.named_parameters()}
 
 
+@pytest.mark.slow
 def test_a_comparison_says_times_and_bytes_of_both_sides(monkeypatch):
     monkeypatch.setattr(train_step, "PAIRS", 1)
     figures = train_step.compare(1, 16, 1)
@@ -42,6 +43,7 @@ def test_a_comparison_says_times_and_bytes_of_both_sides(monkeypatch):
     assert figures["ours_peak_bytes"] > figures["ours_saved_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", train_step.SIZES.values(), ids=str)
 def test_our_step_peaks_at_most_a_twentieth_above_wans(size):
     with FakeTensorMode():  # the same bytes as of real tensors, and nothing is computed

@@ -49,6 +49,7 @@ def install(monkeypatch, profile):
     return make
 
 
+@pytest.mark.slow
 def test_measured_captions_are_true_long_enough_and_only_for_stage_2(digits_root, profile):
     root, rows, attributes = digits_root
     manifest = run_stage(STEP, profile, root)

@@ -182,6 +182,7 @@ def left_out(monkeypatch):
     measure._templates.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_confidence_thresholds_are_those_chosen_on_training_scans(left_out):
     rng = np.random.default_rng(0)
     attributes = [world.sample_attributes(rng) for _ in range(1536)]

@@ -257,6 +257,7 @@ def test_without_any_model_people_are_told_how_to_get_one(univigu, clips, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_bundled_model")
 def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_model(univigu, tmp_path, monkeypatch):
     arguments = ("generate", "a red seven", "-o", tmp_path / "clip.mp4", "--root", tmp_path)
@@ -288,6 +289,7 @@ def assert_refused(result, code, message):
     assert re.search(message, result[2])
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_told_in_one_sentence(univigu):
     code, _, err = univigu("pipeline", "compile", "--output", "/sys/pipeline.yaml")  # not even by root
     assert (code, err.count("\n")) == (65, 1)

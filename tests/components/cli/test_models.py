@@ -39,6 +39,7 @@ def test_what_can_be_no_name_and_an_empty_address_are_told_in_a_sentence(version
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_champion_is_made_refused_forced_and_taken_back(versions, univigu):
     for right in (10, 30, 28):
         versions.add("by-hand", right)

@@ -119,6 +119,7 @@ def brightness(frames):
     return frames.mean(axis=(1, 2, 3))
 
 
+@pytest.mark.slow
 def test_imported_clips_pass_the_gates_and_are_encoded(folder, root, profile):
     profile["synthesize_videos"]["stage_1_share"] = 0.5
     manifest = import_folder(folder, None, OPTIONS, profile, root)

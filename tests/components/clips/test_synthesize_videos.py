@@ -36,6 +36,7 @@ def snapshot(root):
     return {file.relative_to(home).as_posix(): file.read_bytes() for file in home.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_every_clip_matches_its_row(finished, profile):
     root, manifest = finished
     clips = read_table(root / "data/clips", "clips").to_pylist()
@@ -50,6 +51,7 @@ def test_every_clip_matches_its_row(finished, profile):
         assert json.loads(clip["scores"])["contrast"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_a_shard_loses_one_batch_and_resumes_to_the_same_bytes(
     finished, new_root, profile, monkeypatch
 ):
@@ -151,6 +153,7 @@ def test_an_unknown_check_is_refused(finished, profile):
         run_stage(STEP, profile, finished[0])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_and_no_generator_is_needed_afterwards(
     finished, new_root, profile, monkeypatch
 ):
@@ -173,6 +176,7 @@ def test_a_failing_process_reports_its_error_once_and_keeps_its_exit_code(new_ro
     assert "beauty" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_sigterm_also_stops_the_processes(new_root, profile):
     root = new_root("stopped-parts")
     (root / "profile.yaml").write_text(yaml.safe_dump(profile))

@@ -55,6 +55,7 @@ def small(tmp_path_factory):
     return folder, pretrain.load_config(folder / "small.yaml")
 
 
+@pytest.mark.slow
 def test_the_whole_command_makes_a_folder_that_wan_pipeline_runs(small):
     folder, config = small
     pipe = WanPipeline.from_pretrained(folder / "out")
@@ -127,6 +128,7 @@ def test_mistakes_are_named(tmp_path: Path):
         pretrain.pretrain(tmp_path / "out", tmp_path / "work", phases=("generator",))
 
 
+@pytest.mark.slow
 def test_the_bundled_base_is_small_and_draws_what_is_asked():
     folder = ROOT / "model" / "tiny-wan"
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 16 * 2**20

@@ -11,6 +11,7 @@ from components.digits.recogniser import BUNDLED, load_recogniser, recognise
 from univigu.errors import BadInputError, MissingInputError
 
 
+@pytest.mark.slow
 def test_held_out_scans_are_recognised():
     frames, truth = draw_clips(512, 17, world.heldout_scans())
     seen = recognise(frames)

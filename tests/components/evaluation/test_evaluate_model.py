@@ -75,6 +75,7 @@ def reports(root, profile):
     return root / "reports"
 
 
+@pytest.mark.slow
 def test_metrics_are_the_scores_of_the_items(reports):
     metrics = json.loads((reports / "scores.json").read_text())
     items = pd.read_parquet(reports / "items.parquet")
@@ -141,6 +142,7 @@ def test_what_dvc_shows_are_ten_of_the_scores(reports):
     assert shown["stage2"]["video_gain"] == scores["stage2"]["video_gain"]
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(root, reports, profile):
     before = json.loads((reports / "manifest.json").read_text())
     run_stage("evaluate-model", profile, root)

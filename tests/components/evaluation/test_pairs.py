@@ -173,6 +173,7 @@ def real_profile():
     return profile
 
 
+@pytest.mark.slow
 def test_a_model_is_evaluated_on_held_out_pairs_only(root):
     assert not (root / "data/heldout.json").exists()
     run_stage("evaluate-model", real_profile(), root)

@@ -46,6 +46,7 @@ def page(tmp_path_factory):
     return root / "dvc_plots/index.html"
 
 
+@pytest.mark.slow
 def test_the_page_of_plots_makes_no_outside_request(page):
     text = page.read_text()
     assert re.findall(r"""(?:src|href)\s*=\s*["']""", text) == []

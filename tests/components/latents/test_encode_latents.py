@@ -139,6 +139,7 @@ def fresh(root, profile, copy):
     return copy
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_and_no_encoder_is_needed_afterwards(
     encoded, profile, monkeypatch, tmp_path
 ):
@@ -211,6 +212,7 @@ def test_tensors_are_reused_only_if_their_code_is_the_same(file, function, facts
     assert {name for name, digest in code_facts(step).items() if digest != before[name]} == facts
 
 
+@pytest.mark.slow
 def test_clips_are_reused_in_whole_batches_and_damaged_tensors_never(encoded, profile, recommit, monkeypatch, tmp_path):
     root, pairs, _ = encoded
     asked, ask = [], Encoders.encode_clips

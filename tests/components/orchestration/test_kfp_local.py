@@ -43,6 +43,7 @@ def make_root(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_a_missing_prerequisite_ends_the_run_before_any_step_with_its_own_exit_code(make_root):
     root = make_root("no-base")
     shutil.rmtree(root / "model")

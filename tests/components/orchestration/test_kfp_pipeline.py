@@ -78,6 +78,7 @@ def container_of(committed, component):
     return committed[0]["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
 
 
+@pytest.mark.slow
 def test_the_committed_file_is_what_the_table_compiles_to(tmp_path):
     kfp_pipeline.compile_to(tmp_path / "pipeline.yaml")
     fresh = (tmp_path / "pipeline.yaml").read_text()

@@ -303,6 +303,7 @@ def univigu(*command, **options):
     return call("python", "-m", "components.cli.main", "pipeline", *command, **options)
 
 
+@pytest.mark.slow
 def test_waiting_ends_with_the_exit_code_of_the_runs_end(kfp):
     arguments = ("submit", "profile=smoke", "--host", kfp.url, "--wait", "--poll", 0.05)
     done = univigu(*arguments)
@@ -326,6 +327,7 @@ def test_interrupting_a_wait_prints_how_to_continue(kfp):
     assert waiting.returncode == 130
 
 
+@pytest.mark.slow
 def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
     kfp.states, at = ["RUNNING"], ("--host", kfp.url)
     assert univigu("submit", "train_backend=pod", *at).stdout == "run-1\n"
@@ -341,6 +343,7 @@ def test_status_cancel_and_logs_are_about_the_run_that_was_submitted(kfp):
     assert univigu("status", "run-1", *at).returncode == 84
 
 
+@pytest.mark.slow
 def test_cancelling_a_run_with_a_trainjob_prints_how_to_check_that_it_ended(kfp):
     kfp.states = ["RUNNING"]
     univigu("submit", "--host", kfp.url)  # trains as a TrainJob
@@ -349,6 +352,7 @@ def test_cancelling_a_run_with_a_trainjob_prints_how_to_check_that_it_ended(kfp)
     assert "kubectl delete trainjob --namespace team --selector univigu/run-id=run-1\n" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [

@@ -126,6 +126,7 @@ def test_a_captioner_that_does_not_answer_is_detected_at_once(root, profile, tmp
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_is_committed_by_a_task_that_computes_nothing(
     root, profile_file, profile, finished_clips, capfd
 ):
@@ -140,6 +141,7 @@ def test_a_step_in_parts_is_committed_by_a_task_that_computes_nothing(
     assert digest == run_stage("synthesize-videos", profile, root)["digest"]
 
 
+@pytest.mark.slow
 def test_the_only_part_does_the_whole_step_and_the_commit_finds_it_finished(root, profile_file, capfd):
     digest = step("synthesize-videos", root, profile_file, part="1/1")
     assert (root / "data/clips/manifest.json").is_file()
@@ -156,6 +158,7 @@ def test_an_input_replaced_by_another_run_is_refused(root, profile_file, capfd, 
     assert not (root / "data/clips").exists()
 
 
+@pytest.mark.slow
 def test_a_step_fails_if_its_input_is_replaced_while_it_runs(root, profile_file, monkeypatch, capfd):
     prompts = root / "data/validated/prompts"
     ours, run = read_manifest(prompts, "validate-prompts"), kfp_tasks._run_command
@@ -172,6 +175,7 @@ def test_a_step_fails_if_its_input_is_replaced_while_it_runs(root, profile_file,
     assert "was replaced by another run" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failure_that_a_retry_fixes_is_not_reported(root, profile_file, capfd):
     with pytest.raises(SystemExit):
         step("synthesize-videos", root, profile_file, inputs=f"validate-prompts={'ab' * 32}")
@@ -215,6 +219,7 @@ def test_an_image_with_other_stages_than_the_pipeline_is_refused(root, profile_f
     assert "compiled for another version" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cache_key_is_valid_as_long_as_its_output_exists(root, profile_file, profile):
     def keys(path=profile_file):
         found = kfp_tasks.cache_keys(path, str(root))

@@ -128,6 +128,7 @@ def test_a_version_from_another_root_or_under_another_name_is_not_compared(versi
         retraining.compare_candidate(versions.root, "smoke")
 
 
+@pytest.mark.slow
 def test_the_dataset_is_the_profiles_validated_prompts(tmp_path):
     for source in ("data/prompts", "model/tiny-wan"):
         shutil.copytree(REPO / source, tmp_path / source)

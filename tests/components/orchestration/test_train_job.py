@@ -197,6 +197,7 @@ def test_a_dry_run_validates_the_job_and_creates_nothing(cluster, tmp_path, capf
         dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
 
 
+@pytest.mark.slow
 def test_a_pipelines_first_task_asks_the_cluster_for_both_stages(cluster, capfd, tmp_path):
     options = {"image": "i", "claim": "work", "mount-path": "/", "gpus": "8", "nodes": "1", "queue": ""}
     with pytest.raises(SystemExit) as stop:

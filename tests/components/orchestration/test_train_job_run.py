@@ -74,6 +74,7 @@ def test_a_lost_response_to_the_submission_submits_nothing_twice(cluster):
     assert [method for method, path in cluster.requests if "trainjobs" in path][:2] == ["POST", "POST"]
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_not_run_again_unless_its_output_is_gone(cluster):
     cluster.jobs[cluster.job_name] = make_job()
     cluster.condition("Complete")
@@ -92,6 +93,7 @@ def test_a_completed_job_without_an_output_here_is_an_error(cluster):
         launch(lambda: None)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_submitted_again_and_resumes(cluster, capsys):
     ends = [
         {"exit_code": 81},  # SIGTERM: saved, left
@@ -125,6 +127,7 @@ def test_a_failed_pod_takes_precedence_over_preempted_pods(cluster, codes):
     assert cluster.submissions == 1
 
 
+@pytest.mark.slow
 def test_a_job_preempted_too_often_is_given_up_and_can_be_resumed(cluster):
     def preempt(job):
         cluster.pod(0, "Failed", exit_code=81)
@@ -152,6 +155,7 @@ def test_a_failed_job_ends_with_the_pods_exit_code_and_last_message(cluster, cap
     assert cluster.job_name in cluster.jobs
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_replaced_by_the_next_run(cluster):
     cluster.jobs[cluster.job_name] = make_job()
     cluster.condition("Failed")

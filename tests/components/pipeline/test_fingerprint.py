@@ -208,6 +208,7 @@ def with_comments_and_no_docstrings(text):
     return "# a comment\n" + ast.unparse(tree) + "\n# the end\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "wan-1.3b"])
 def test_comments_docstrings_and_formatting_of_all_modules_change_no_key(project, name):
     profile = load_profile(name)
@@ -218,6 +219,7 @@ def test_comments_docstrings_and_formatting_of_all_modules_change_no_key(project
     assert keys(profile) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "before", "after", "steps"),
     [

@@ -55,6 +55,7 @@ def wait_until(true, what):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_step_ends_with_the_dvc_that_runs_it(tmp_path):
     (tmp_path / "work.py").write_text(f"open('pid', 'w').write(str(__import__('os').getpid()))\n{WORK}")
     stage = {"cmd": f"{sys.executable} work.py", "outs": ["nothing"]}

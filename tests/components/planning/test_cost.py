@@ -26,6 +26,7 @@ def plan():
     return planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "h800", price=2.0)
 
 
+@pytest.mark.slow
 def test_the_papers_run_takes_under_a_week_and_every_known_figure_is_met(plan):
     assert plan["days"] < 7
     assert all(stage["step_seconds"] <= 6.05 for stage in plan["training"].values())
@@ -80,6 +81,7 @@ def test_people_read_what_machines_read(plan):
     assert all(each in text for each in plan["assumptions"])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_large_for_the_gpu_is_said_to_be_with_what_would_fit():
     found = planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "rtx4090", zero=1)
     assert not found["memory"]["stage_1"]["fits"]

@@ -30,6 +30,7 @@ def tiny(tiny_wan_folder):
     return profile, build_models(profile, tiny_wan_folder)
 
 
+@pytest.mark.slow
 def test_the_14b_is_rehearsed_at_full_size_in_little_time_and_4_gib():
     code = (
         "import resource, sys, time; import torch, diffusers, transformers; loaded = time.process_time()\n"
@@ -54,12 +55,14 @@ def test_the_14b_is_rehearsed_at_full_size_in_little_time_and_4_gib():
     assert times_the_imports < 20  # about a minute on two cores
 
 
+@pytest.mark.slow
 def test_the_bundled_base_passes_weights_and_all():
     lines = rehearse(scene("tiny", gpus=1))
     assert {line.subject: line.detail for line in lines if line.state != "ok"} == {}
     assert exit_code(lines) == 0
 
 
+@pytest.mark.slow
 def test_a_profile_that_can_not_fit_the_gpu_fails_with_what_it_needs():
     profile = load_profile("wan-14b")
     models = build_models(profile, wan.config_folder(profile["base"]))
@@ -75,6 +78,7 @@ def test_weights_of_another_size_of_wan_are_refused(tiny_wan_folder):
         model_checks.check_files(profile, scene("wan-1.3b", weights=tiny_wan_folder), [large])
 
 
+@pytest.mark.slow
 def test_another_architecture_fails_by_name_and_the_rest_is_still_rehearsed(tiny_wan_folder, tmp_path):
     folder = shutil.copytree(tiny_wan_folder, tmp_path / "base")
     config = json.loads((folder / "transformer/config.json").read_text())
@@ -185,6 +189,7 @@ def test_a_step_of_each_way_to_sample_is_taken(tiny_wan_folder, sampling):
     assert len(calls) == (1 + 2 * 2 if sampling else 2 + 2)
 
 
+@pytest.mark.slow
 def test_a_step_that_a_cluster_would_stop_half_way_is_named():
     profile = load_profile("wan-14b")
     models = build_models(profile, wan.config_folder(profile["base"]))

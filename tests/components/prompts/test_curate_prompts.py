@@ -356,6 +356,7 @@ def test_a_row_of_a_thousand_columns_is_quarantined_in_part(curate):
 # --- at scale --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_output_does_not_depend_on_the_number_of_processes(curate, tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_sources, "BATCH", 40)
     monkeypatch.setattr(curate_prompts, "INLINE", 2)
@@ -369,6 +370,7 @@ def test_the_output_does_not_depend_on_the_number_of_processes(curate, tmp_path,
     )
 
 
+@pytest.mark.slow
 def test_the_output_does_not_depend_on_the_size_of_batches(curate, monkeypatch):
     lines = (RAW / "community.jsonl").read_bytes().splitlines()
     whole = curate(lines)[0]

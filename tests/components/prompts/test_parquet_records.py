@@ -80,6 +80,7 @@ def test_bytes_are_decoded_as_text_and_other_values_are_unchanged(path, values, 
     assert read(path, {"text": values}) == [{"text": found}]
 
 
+@pytest.mark.slow
 def test_a_large_value_repeated_in_every_row_takes_bounded_memory(path):
     """A file of two kilobytes, whose rows would take three gigabytes."""
     once = pa.DictionaryArray.from_arrays(pa.array([0] * 150, pa.int32()), pa.array(["x" * 20_000_000]))

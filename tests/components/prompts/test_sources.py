@@ -265,6 +265,7 @@ def test_if_no_file_can_be_read_the_first_is_named(tmp_path, kind):
         rows_of(folder)
 
 
+@pytest.mark.slow
 def test_the_rows_before_the_end_of_a_truncated_file_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS))
     rows = [{"text": f"row {number * 7919 % 100_003}"} for number in range(20_000)]

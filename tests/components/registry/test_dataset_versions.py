@@ -68,6 +68,7 @@ def root(repository, tmp_path):
     return Path(shutil.copytree(repository, tmp_path / "here", symlinks=True))
 
 
+@pytest.mark.slow
 def test_a_dataset_is_tagged_once_and_the_next_one_gets_the_next_version(root):
     assert snapshots.list_snapshots(root) == []
     first, new = snapshots.take_snapshot(root)
@@ -92,6 +93,7 @@ def test_a_dataset_is_tagged_once_and_the_next_one_gets_the_next_version(root):
     assert snapshots.find_snapshot(root, "unheard of") is None
 
 
+@pytest.mark.slow
 def test_data_that_could_not_be_restored_are_not_tagged(root, tmp_path):
     (root / "data/pairs/data.txt").unlink()
     (root / "data/pairs/data.txt").write_text("edited by hand")
@@ -112,6 +114,7 @@ def test_data_that_could_not_be_restored_are_not_tagged(root, tmp_path):
     assert snapshots.find_snapshot(tmp_path / "elsewhere", "any") is None
 
 
+@pytest.mark.slow
 def test_a_pushed_snapshot_is_restored_in_another_clone_and_in_this_one(root, tmp_path):
     snapshots.take_snapshot(root)
     with pytest.raises(ConfigError, match="no default DVC remote"):

@@ -23,6 +23,7 @@ def root(tmp_path_factory, speaking_model):
     return root
 
 
+@pytest.mark.slow
 def test_an_exported_version_has_the_registered_bytes_and_the_card(root, speaking_model, tmp_path):
     folder = tmp_path / "new" / "model"
     size = export_version("shared", "1", folder, "fp32", root)
@@ -60,6 +61,7 @@ def test_an_existing_folder_is_kept_and_an_unknown_version_is_named(root, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_wrote(root, tmp_path):
     command = [sys.executable, "-m", "components.cli.main", "model", "export", "1", str(tmp_path / "out")]
     done = subprocess.run(

@@ -28,6 +28,7 @@ def run_python(script, *arguments, env=None):
     )
 
 
+@pytest.mark.slow
 def test_a_promotion_records_user_time_reason_versions_and_scores(versions, monkeypatch):
     monkeypatch.setenv("UNIVIGU_ACTOR", "ann@example.org")
     for right in (10, 30):
@@ -67,6 +68,7 @@ def test_a_line_can_not_be_rewritten(versions):
         MlflowClient(tracking_uri(versions.root)).log_param(line.id, "who", "somebody else")
 
 
+@pytest.mark.slow
 def test_only_a_significantly_better_version_is_promoted(versions):
     for right in (20, 21, 12):
         versions.add("doubt", right)
@@ -89,6 +91,7 @@ def test_only_a_significantly_better_version_is_promoted(versions):
     assert versions.aliases("doubt") == (3, 1)
 
 
+@pytest.mark.slow
 def test_a_champion_measured_on_fewer_items_is_compared_on_those(versions):
     versions.add("quick", 4, items=range(20))
     versions.add("quick", 16)
@@ -108,6 +111,7 @@ def test_a_champion_measured_on_fewer_items_is_compared_on_those(versions):
     assert "8 items in common" in promotion.compare("quick", 2, root=versions.root).reason
 
 
+@pytest.mark.slow
 def test_the_score_that_decides_is_the_one_that_the_version_was_registered_with(versions):
     for right in (10, 30):
         versions.add("metric", right, tags={promotion.METRIC_TAG: "joint.agreement"})
@@ -118,6 +122,7 @@ def test_the_score_that_decides_is_the_one_that_the_version_was_registered_with(
     assert (colour.metric, colour.scores["challenger"]["value"]) == ("captions.colour", 0.75)
 
 
+@pytest.mark.slow
 def test_a_rollback_swaps_champion_and_previous(versions):
     for right in (10, 30):
         versions.add("back", right)
@@ -139,6 +144,7 @@ def test_a_rollback_swaps_champion_and_previous(versions):
     assert versions.aliases("back") == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_version_without_files_never_becomes_champion(versions):
     import shutil
 
@@ -271,6 +277,7 @@ def killed(versions):
     return versions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kill-undecided", "kill-decided", "kill-half-moved"])
 def test_a_killed_promotion_that_is_repeated_has_the_same_result_as_without_the_kill(killed, name):
     line = promotion.promote(name, 2, "better", who="ann", root=killed.root)
@@ -320,6 +327,7 @@ def test_a_promotion_that_takes_too_long_is_given_up_with_a_message(versions, mo
     assert versions.aliases("broken") == (None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "params", "outcome"),
     [

@@ -34,6 +34,7 @@ def world(tmp_path_factory, speaking_model):
         yield TrainedRoot(tmp_path_factory.mktemp("root"), speaking_model)
 
 
+@pytest.mark.slow
 def test_the_first_version_is_champion_and_has_its_lineage(world):
     import mlflow
 
@@ -82,6 +83,7 @@ def test_the_run_of_a_version_shows_the_report_the_samples_and_the_scores(world)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.slow
 def test_the_same_model_is_registered_once(world):
     first = world.register("once")
     again = world.register("once")
@@ -89,6 +91,7 @@ def test_the_same_model_is_registered_once(world):
     assert registry.version_with("once", {"univigu.model_digest": first["model_digest"]}).version == 1
 
 
+@pytest.mark.slow
 def test_stage_1_is_the_run_that_made_the_parent_of_stage_2(world):
     world.train("child")
     parent = world.track(1)
@@ -107,6 +110,7 @@ def test_stage_1_is_the_run_that_made_the_parent_of_stage_2(world):
     assert (orphan.version, "univigu.run.train-stage-1" in orphan.tags) == (2, False)
 
 
+@pytest.mark.slow
 def test_another_evaluation_of_the_same_model_is_another_version(world):
     world.train("evaluated twice")
     first = world.register("evaluations")
@@ -153,6 +157,7 @@ def test_a_version_below_the_least_scores_stays_a_candidate_until_a_person_insis
     assert outcomes == ["promoted", "refused", "refused"]
 
 
+@pytest.mark.slow
 def test_a_version_is_offered_again_once_its_profile_asks_for_less(world):
     world.train("modest")
     least = {"captions.mean": 0.5, "captions.digit": 0.3}
@@ -174,6 +179,7 @@ def test_a_least_score_that_the_evaluation_lacks_is_reported(world):
         world.register("typo", least={"captions.meen": 0.5})
 
 
+@pytest.mark.slow
 def test_a_version_that_is_better_on_the_same_items_becomes_champion(world):
     world.train("contested")
     assert world.register("contest")["decision"] == "champion, as the first one (captions.mean 0.375)"
@@ -190,6 +196,7 @@ def test_a_version_that_is_better_on_the_same_items_becomes_champion(world):
     assert outcomes == [(3, 1, "promoted"), (2, 1, "refused"), (1, None, "promoted")]
 
 
+@pytest.mark.slow
 def test_running_the_step_again_undoes_no_rollback(world):
     world.train("early")
     world.register("undone")
@@ -209,6 +216,7 @@ def test_with_manual_promotion_a_version_is_only_a_candidate(world, monkeypatch)
         world.register("by-hand")
 
 
+@pytest.mark.slow
 def test_a_version_whose_files_are_lost_gets_them_back(world):
     first = world.register("lost")
     folder = registry.pipeline_folder("lost", tracking_uri(world.root)).parents[1]
@@ -221,6 +229,7 @@ def test_a_version_whose_files_are_lost_gets_them_back(world):
     assert [line.outcome for line in promotion.history("lost", root=world.root)] == ["promoted"]
 
 
+@pytest.mark.slow
 def test_a_lost_registry_gets_the_model_again_and_the_decision_says_so(world, tmp_path, monkeypatch):
     world.train("restored")
     first = world.register("restored")
@@ -241,6 +250,7 @@ def test_a_lost_registry_gets_the_model_again_and_the_decision_says_so(world, tm
     shutil.rmtree(registry.pipeline_folder("restored", tracking_uri(world.root)).parents[2])  # of the new registry
 
 
+@pytest.mark.slow
 def test_registered_files_contain_no_login(world, monkeypatch):
     monkeypatch.setenv("CAPTION_API_KEY", "key-of-ann")
     home = world.root / "data/curated"
@@ -259,6 +269,7 @@ def test_registered_files_contain_no_login(world, monkeypatch):
         assert "key-of-ann" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -307,6 +318,7 @@ def test_an_invalid_model_is_named_and_not_registered(world, name, content, mess
     assert world.version("nonsense", "candidate") is None
 
 
+@pytest.mark.slow
 def test_a_champion_with_captions_in_several_step_counts_is_compared(world):
     world.train("thorough")
     world.evaluate(8, compared_steps=(1, 32))
@@ -397,6 +409,7 @@ def killed(world, tmp_path_factory):
     return temporary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_the_kill(world, killed, point):
     name = f"kill-{point}"
@@ -415,6 +428,7 @@ def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_t
     assert found == [(f"register {name}", "FINISHED"), ("promote version 1", "FINISHED")]
 
 
+@pytest.mark.slow
 def test_killed_registrations_leave_no_files(world, killed):
     for point in KILL_POINTS:
         world.register(f"kill-{point}")
@@ -445,6 +459,7 @@ print(json.dumps([univigu.__file__, said, made.to_dict("list"), both.to_dict("li
 """
 
 
+@pytest.mark.slow
 def test_a_pull_needs_no_checkout(world, tmp_path, monkeypatch, capsys):
     import base64
 

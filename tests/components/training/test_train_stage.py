@@ -41,6 +41,7 @@ def runs_of(root):
     return mlflow.search_runs(experiment_names=["uni-vigu"], output_format="list")
 
 
+@pytest.mark.slow
 def test_both_stages_write_a_working_pipeline_and_a_run_that_refers_to_the_data(latents_root, profile):
     root = latents_root
     first, second = (run_stage(f"train-stage-{number}", profile, root) for number in (1, 2))
@@ -78,6 +79,7 @@ def test_both_stages_write_a_working_pipeline_and_a_run_that_refers_to_the_data(
     assert again["digest"] == first["digest"]
 
 
+@pytest.mark.slow
 def test_a_stage_resumes_after_sigterm_in_the_same_mlflow_run(latents_root, profile):
     profile["train_stage_1"].update(steps=60, checkpoint_every=1000)
     curves = latents_root / STATE / "scratch/train-stage-1/curves.csv"
@@ -102,6 +104,7 @@ def test_a_stage_resumes_after_sigterm_in_the_same_mlflow_run(latents_root, prof
     assert sorted(metric.step for metric in history) == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_samples_are_logged_to_the_run_during_training(latents_root, profile):
     profile["train_stage_1"].update(samples_every=2, ema_decay=0.9)
     run_stage("train-stage-1", profile, latents_root)
@@ -121,6 +124,7 @@ def test_samples_are_logged_to_the_run_during_training(latents_root, profile):
     assert all(isinstance(row["said"], str) and row["target"] for row in rows)
 
 
+@pytest.mark.slow
 def test_latents_in_an_object_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)
     here = run_stage("train-stage-1", profile, latents_root)["digest"]
@@ -137,6 +141,7 @@ def test_latents_in_an_object_store_train_the_same_model(latents_root, profile, 
         run_stage("train-stage-1", profile, latents_root)
 
 
+@pytest.mark.slow
 def test_all_sizes_are_trained_and_left_over_samples_are_in_the_manifest(latents_root, profile, recommit):
     home = latents_root / "data/latents"
     rows = read_table(home, "latents").to_pylist()
@@ -164,6 +169,7 @@ def test_all_sizes_are_trained_and_left_over_samples_are_in_the_manifest(latents
     assert json.loads((latents_root / "data/stage1/heldout.json").read_text())["samples"] == 3
 
 
+@pytest.mark.slow
 def test_left_over_samples_of_a_single_size_are_reported_too(latents_root, profile, capsys):
     profile["train_stage_1"]["steps"] = 1
     manifest = run_stage("train-stage-1", profile, latents_root)
@@ -181,6 +187,7 @@ def test_a_base_of_another_architecture_is_rejected_before_weights_are_loaded(la
     assert not (latents_root / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_needs_too_much_memory_is_rejected_with_suggestions(latents_root, profile, monkeypatch):
     monkeypatch.setattr("univigu.training.memory_check.free_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match=r"needs .* GiB per process, and 0\.0 are free \(.*zero_stage: 1 on more"):

@@ -81,6 +81,7 @@ def one(table, number, **values):
 STEPS = {"validate-prompts": "prompts", "validate-clips": "clips", "validate-pairs": "pairs"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_good_rows_pass_and_equal_inputs_give_equal_bytes(validate, step):
     manifest, home = validate(step)
@@ -144,6 +145,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -169,6 +171,7 @@ def test_pairs_are_refused_if_the_profile_allows_captions_as_short_as_a_prompt(v
         validate("validate-pairs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", BAD)
 def test_bad_rows_are_quarantined_by_reason_and_the_rest_passes(validate, profile, step):
     profile["validate_data"]["max_rejected_share"] = 0.5
@@ -186,6 +189,7 @@ def test_bad_rows_are_quarantined_by_reason_and_the_rest_passes(validate, profil
     assert {row["id"] for row in rejected}.isdisjoint(row["id"] for row in kept)
 
 
+@pytest.mark.slow
 def test_a_caption_that_omits_an_attribute_of_its_prompt_is_quarantined(validate, rows):
     number = next(
         i for i, clip in enumerate(rows["clips"]) if clip["stage"] == 2 and world.read_text(clip["prompt"])["colour"]
@@ -302,6 +306,7 @@ def test_a_gate_that_fails_the_step_keeps_the_failing_rows(validate, tmp_path, r
     assert all(row["row"] != "null" for row in rejected)
 
 
+@pytest.mark.slow
 def test_the_html_pages_show_the_run_on_the_whole_table(validate):
     _, home = validate("validate-clips", one("clips", 0, frames=76543))
     docs = home.parents[2] / ".univigu" / "docs" / "validate-clips" / "clips"

@@ -181,6 +181,7 @@ def test_one_exit_code_speaks_for_all_workers(codes, terminated, expected):
     assert exit_code(codes, terminated) == expected
 
 
+@pytest.mark.slow
 def test_a_workers_own_exit_code_reaches_the_caller(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(74)\ntime.sleep(300)\n")
@@ -205,6 +206,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_finished_worker_is_not_aborted_by_a_late_thread_of_gloo(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LATE)

@@ -46,6 +46,7 @@ def read_losses(folder):
     return [float(loss) for loss in read_column(folder, "loss")]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(tmp_path, whole_run, capsys):
     command = [sys.executable, str(SCRIPT), str(tmp_path), "{}", "5", "KILL"]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
@@ -151,6 +152,7 @@ def test_without_a_valid_checkpoint_training_starts_again(tmp_path, whole_run):
     assert_same_run(tmp_path, tiny_run.run(tmp_path), whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"micro_batch_size": 2}])
 def test_zero_and_micro_batches_do_not_change_the_curve(tmp_path, whole_run, settings):
     weights = tiny_run.run(tmp_path, **settings)
@@ -158,6 +160,7 @@ def test_zero_and_micro_batches_do_not_change_the_curve(tmp_path, whole_run, set
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in whole_run[1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 3), (3, 2), (2, 0)])
 def test_a_run_resumes_in_another_zero_stage(tmp_path, whole_run, capsys, before, after):
     def stop(step, metrics):
@@ -186,6 +189,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         tiny_run.run(tmp_path)
 
 
+@pytest.mark.slow
 def test_in_bf16_the_curve_is_close_and_the_final_weights_are_fp32(tmp_path, whole_run):
     weights = tiny_run.run(tmp_path, precision="bf16", zero_stage=1)
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=0.1)
@@ -207,6 +211,7 @@ EVERYTHING = {  # the settings of a run at full size
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -222,6 +227,7 @@ def test_saving_memory_does_not_change_the_curve(tmp_path, whole_run, settings):
     assert all(torch.allclose(weights[name], tensor, atol=1e-5) for name, tensor in whole_run[1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_the_average_of_the_weights_is_evaluated_and_saved(tmp_path, whole_run, zero_stage):
     seen = []
@@ -265,6 +271,7 @@ def test_in_bf16_frozen_weights_keep_their_bits(tmp_path):
     assert not torch.equal(weights["text_embedder.proj_in.weight"], start["text_embedder.proj_in.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_with_all_settings_on_resumes(tmp_path):
     whole = tiny_run.run(tmp_path / "whole", **EVERYTHING)
     with pytest.raises(PreemptedError):
@@ -285,6 +292,7 @@ def test_samples_are_requested_periodically_and_at_the_end(tmp_path):
     assert steps == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_few_samples_of_two_sizes_are_memorised(tmp_path):
     few = slice(0, 6)
     settings = {"steps": 120, "batch_size": 4, "checkpoint_every": 200, "heldout_every": 30, "learning_rate": 1e-2}
@@ -296,6 +304,7 @@ def test_a_few_samples_of_two_sizes_are_memorised(tmp_path):
     assert evaluations[-1]["samples"] == 6
 
 
+@pytest.mark.slow
 def test_training_reduces_the_heldout_losses(tmp_path):
     few = slice(0, 4)
     settings = {"steps": 80, "checkpoint_every": 100, "heldout_every": 20, "learning_rate": 1e-2}

@@ -42,6 +42,7 @@ def on_meta(config):
         return UniViGUTransformer3DModel(**config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "text_draws"), [(False, 1), (True, 1), (False, 3), (True, 3)])
 def test_activations_equal_those_of_a_real_step(checkpointing, text_draws):
     model = UniViGUTransformer3DModel(**TINY)
@@ -61,6 +62,7 @@ def test_activations_equal_those_of_a_real_step(checkpointing, text_draws):
     assert peak - states <= needed_bytes["activations"] + needed_bytes["workspace"] <= peak
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp32():
     config = on_meta({**TINY, "num_layers": 12}).config
     sizes = {**ONE_GPU, "video_tokens": 576}
@@ -69,6 +71,7 @@ def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp
     assert full / 2 <= memory_needed(config, **{**sizes, "precision": "bf16"})["activations"] < full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_weights_and_optimizer_equal_those_of_a_real_engine(stage, precision, tmp_path):
     init_distributed()
@@ -123,6 +126,7 @@ def test_offloaded_memory_equals_that_of_a_real_engine(stage, tmp_path):
     assert needed_bytes["gradients"] == pytest.approx(sum(tensor.nbytes for tensor in gradients), abs=padding)
 
 
+@pytest.mark.slow
 def test_each_zero_stage_partitions_more():
     config = on_meta(TINY).config
     sizes = {**ONE_GPU, "precision": "bf16", "world_size": 4}

@@ -24,6 +24,7 @@ def needed(shape, trainable=None, **settings):
     return config, needed_memory(shape, config, trainable=trainable, **sizes)
 
 
+@pytest.mark.slow
 def test_the_14b_fits_16_gpus_of_80_gb_as_its_profile_says_and_not_without_recomputation(shape):
     config, memory = needed(shape)
     require_memory(memory, int(79.1 * GIB), config)

@@ -51,6 +51,7 @@ def test_a_script_exits_as_under_python_itself(tmp_path, end, code, stderr_end):
     assert done.stderr.endswith(stderr_end)
 
 
+@pytest.mark.slow
 def test_a_module_gets_its_own_arguments():
     done = work("-m", "components.cli.main", "--help")
     assert done.returncode == 0

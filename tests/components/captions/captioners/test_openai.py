@@ -169,6 +169,7 @@ def test_answers_are_kept_independently_of_address_and_key(serve, caption):
     assert second.requests == []
 
 
+@pytest.mark.slow
 def test_sigterm_waits_for_the_requests_in_flight(serve, caption):
     def slowly(prompt):
         time.sleep(0.3)
