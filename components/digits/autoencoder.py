@@ -35,7 +35,7 @@ class AutoencoderConfig:
 
 
 def build(config: AutoencoderConfig) -> AutoencoderKLWan:
-    """A fresh autoencoder; its config states its own strides, which WanPipeline sizes the latents by."""
+    """A new autoencoder; its config has its strides, from which WanPipeline computes the size of latents."""
     stages = len(config.dim_mult) - 1
     vae = AutoencoderKLWan(
         base_dim=config.base_dim,
@@ -136,7 +136,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def fit_autoencoder(vae: AutoencoderKLWan, config: AutoencoderConfig, work: Path, seed: int) -> dict:
-    """Trains `vae` in place, frames then clips, and writes its latent statistics into its config. Returns the logs."""
+    """Train `vae` in place, on frames and then on clips; write its latent statistics to its config; return the logs."""
     held_out, _ = draw_clips(128, 7, world.heldout_scans())
 
     def loss_on(frames: np.ndarray, step: int) -> tuple[torch.Tensor, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The digits world as a benchmark: held-out clips of which all is known, and prompts of which all can be checked.
+"""The digits dataset as a benchmark: held-out clips with known attributes, and prompts that can be checked.
 
 ``data/heldout.json`` lists every item and carries its own SHA-256, so a score names exactly what it was measured on.
 It is committed; ``python -m components.digits.benchmark data/heldout.json`` writes it again, byte for byte. An
@@ -91,7 +91,7 @@ def _heldout_clips(rng: np.random.Generator, count: int) -> list[dict[str, Any]]
 
 
 def _prompt(rng: np.random.Generator, accepts: Callable[[str], bool]) -> str:
-    """A prompt of the world's own wording that `accepts` takes, and that is true of the clip it was written for."""
+    """A prompt in the dataset's wording that `accepts` takes, and that is true of the clip it was written for."""
     while True:
         attributes = world.sample_attributes(rng)
         prompt = world.write_prompt(attributes, rng)
@@ -133,14 +133,14 @@ def load_heldout(path: Path) -> dict[str, Any]:
 
 
 def open_heldout(step: "Step") -> dict[str, Any]:
-    """The held-out set of a step, of each kind the first items, as many as its profile says."""
+    """A step's held-out set: the first items of each kind, as many as its profile states."""
     heldout = load_heldout(step.inputs["heldout"])
     settings = step.settings.evaluate_model
     return {**heldout, **{kind: first_items(heldout, kind, getattr(settings, kind)) for kind in COUNTS}}
 
 
 def first_items(heldout: Mapping[str, Any], kind: str, count: int) -> list[Item]:
-    """The first `count` held-out items of a kind; raises `ConfigError` for none, and for more than there are."""
+    """The first `count` held-out items of a kind; raises `ConfigError` if it is 0, or more than there are."""
     if not 1 <= count <= len(heldout[kind]):
         raise ConfigError(
             f"The profile asks for {count} held-out items of '{kind}', and there are {len(heldout[kind])}; "
@@ -158,7 +158,7 @@ def truth(item: Item) -> dict[str, str]:
 
 
 def render(items: Sequence[Item], clips: Path | None = None) -> np.ndarray:
-    """Held-out clips as uint8 (B, F, H, W, 3); an item's pixels don't depend on its neighbours, nor on other clips."""
+    """Held-out clips as uint8 (B, F, H, W, 3); an item's pixels don't depend on other items."""
     scans, _ = world.heldout_scans()
     return np.concatenate([world.render([i["attributes"]], scans[[i["scan"]]], i["seed"]) for i in items])
 
@@ -173,7 +173,7 @@ majority = majority_values
 
 
 def left_open(prompt: str, seen: Mapping[str, str] | None = None) -> list[str]:
-    """The attributes that a prompt neither states nor settles (where it starts and how it moves settle its end)."""
+    """The attributes that a prompt neither states nor implies (start, direction and speed imply the end)."""
     said = asked(prompt)
     possible = [m for m in world.motions() if all(m[name] == value for name, value in said.items() if name in m)]
     settled = {name for name in (possible[0] if possible else {}) if len({m[name] for m in possible}) == 1}

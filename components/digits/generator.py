@@ -94,7 +94,7 @@ def check_text_encoder(text_encoder: UMT5EncoderModel) -> None:
 def encode_prompts(
     text_encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], length: int
 ) -> torch.Tensor:
-    """Prompts -> (B, length, text_dim): encoded with their mask, then zeros behind the end, as WanPipeline does."""
+    """Prompts -> (B, length, text_dim): encoded with their mask, then padded with zeros, as WanPipeline does."""
     tokens = tokenizer(prompts, padding=True, max_length=length, truncation=True, return_tensors="pt")
     states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     states = states * tokens.attention_mask[..., None]
@@ -145,7 +145,7 @@ def pipeline(
 
 
 def generate(pipe: WanPipeline, config: GeneratorConfig, prompts: list[str], seed: int) -> np.ndarray:
-    """Generate clips, uint8 (B, F, H, W, 3), with the base's own settings."""
+    """Generate clips, uint8 (B, F, H, W, 3), with the base's default settings."""
     clips = pipe(
         prompts,
         negative_prompt=[""] * len(prompts),
@@ -162,7 +162,7 @@ def generate(pipe: WanPipeline, config: GeneratorConfig, prompts: list[str], see
 
 
 class Reader(nn.Module):
-    """A text encoder with a linear head per attribute: what the encoder warms up on."""
+    """A text encoder with a linear head per attribute, for its first training phase."""
 
     def __init__(self, text_encoder: UMT5EncoderModel) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def fit_generator(
     forbidden: frozenset[str] = frozenset(),
     report: Callable[[], dict[str, float]] | None = None,
 ) -> None:
-    """Trains `generator` in place: the text encoder on reading, both on images, then on clips.
+    """Train `generator` in place: the text encoder on attributes, then both networks on images, then on clips.
 
     `data` is what `cache_latents` returns. No prompt is used whose words are in `forbidden` (see `prompts.words`).
     `report()` returns scores of the present weights.
@@ -199,7 +199,7 @@ def fit_generator(
 
 @dataclass
 class _Losses:
-    """What each stage of the generator's training minimises, by number of the step."""
+    """The loss of each phase of the generator's training, as a function of the step."""
 
     generator: Generator
     tokenizer: PreTrainedTokenizerFast
@@ -210,7 +210,7 @@ class _Losses:
     forbidden: frozenset[str]
 
     def reading(self, reader: Reader, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """Cross-entropy of the attributes that are read out of the text encoder's states."""
+        """Cross-entropy of the attributes, predicted from the text encoder's states."""
         rng = np.random.default_rng((self.seed, 3, step))
         prompts = [self._draw_prompt(world.sample_attributes(rng), rng) for _ in range(self.config.words.batch)]
         states = encode_prompts(reader.text_encoder, self.tokenizer, prompts, self.config.max_sequence_length)
@@ -229,7 +229,7 @@ class _Losses:
         return self._flow(self.config.clips.batch, self.latents.shape[2], (2, step))
 
     def _flow(self, batch: int, frames: int, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, float]]:
-        """Squared error of the velocity, at times that are spread evenly over the batch."""
+        """Squared error of the velocity, at times spread evenly over the batch."""
         rng = np.random.default_rng((self.seed, *key))
         noise_rng = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = rng.integers(len(self.latents), size=batch)

@@ -27,7 +27,7 @@ class Measurement(NamedTuple):
 
 
 def _margin(distances: np.ndarray) -> np.ndarray:
-    """Confidence (B) from distances to the candidates (B, n): 0 when the two nearest are equally far, 1 on the spot."""
+    """Confidence (B) from distances to the candidates (B, n): 0 if the two nearest are equally far, 1 at distance 0."""
     nearest = np.sort(distances, axis=1)[:, :2]
     return 1 - nearest[:, 0] / np.maximum(nearest[:, 1], 1e-6)
 

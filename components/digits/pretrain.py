@@ -1,7 +1,7 @@
 """Train the bundled base, a tiny Wan in diffusers' layout, from scratch: the code behind `univigu pretrain`.
 
-tokenizer -> autoencoder -> recogniser -> latents -> generator -> bundle. Each phase keeps its state in the work folder
-and goes on from it, so a run that was killed is run again with the same command.
+tokenizer -> autoencoder -> recogniser -> latents -> generator -> bundle. Each phase saves checkpoints in the work
+folder and resumes from them: after a kill, run the same command again.
 """
 
 import json
@@ -73,11 +73,11 @@ def pretrain(
     recogniser_out: Path = recogniser_training.BUNDLED,
     without: Path | None = None,
 ) -> dict[str, float]:
-    """Runs `phases` and returns the scores that it wrote into `out`/README.md (empty without the bundle phase).
+    """Run `phases` and return the scores written to `out`/README.md (empty without the bundle phase).
 
-    `work` holds checkpoints; `out` becomes the WanPipeline folder, replaced as a whole; the recogniser's weights go to
-    `recogniser_out`. Prompts of the held-out items in `without` (`data/heldout.json`) are never trained on.
-    Raises `MissingInputError` when a phase is run before the one it needs.
+    `work` has the checkpoints; `out` becomes the WanPipeline folder, replaced as a whole; the recogniser's weights are
+    written to `recogniser_out`. Prompts of the held-out items in `without` (`data/heldout.json`) are excluded.
+    Raises `MissingInputError` if a phase's own input has not been made yet.
     """
     for phase in phases:
         if phase not in PHASES:
@@ -120,7 +120,7 @@ def pretrain(
 
 
 def _note_settings(work: Path, config: PretrainConfig) -> None:
-    """Record each configuration that this work folder was trained with, and the steps done before it."""
+    """Record each configuration used in this work folder, and how many steps were done before it."""
     path = work / "settings.json"
     history = json.loads(path.read_text()) if path.exists() else []
     if not history or history[-1]["config"] != asdict(config):
@@ -139,7 +139,7 @@ def _flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _changes(work: Path) -> str:
-    """Settings that differed in earlier parts of the run, as lines for the README."""
+    """Settings that changed during the run, as lines for the README."""
     history = json.loads((work / "settings.json").read_text())
     lines = []
     for before, after in pairwise(history):
@@ -166,7 +166,7 @@ def _cache(work: Path, config: PretrainConfig) -> tuple[torch.Tensor, list[dict[
 
 
 def score_generator(pipe: WanPipeline, config: PretrainConfig, count: int, recogniser: Path) -> dict[str, float]:
-    """Share of generated clips in which the recogniser reads what the prompt asked for, per attribute it states."""
+    """For each attribute, the share of generated clips that show what their prompt states."""
     rng = np.random.default_rng(20_000_003)
     network = recogniser_training.load_recogniser(recogniser)
     asked = [world.write_prompt(world.sample_attributes(rng), rng) for _ in range(count)]
@@ -182,7 +182,7 @@ def score_generator(pipe: WanPipeline, config: PretrainConfig, count: int, recog
 
 
 def score_eyes(vae: AutoencoderKLWan, count: int, recogniser: Path) -> dict[str, float]:
-    """On clips from held-out scans: the autoencoder's PSNR, and the recogniser's accuracy before and after it."""
+    """PSNR of the autoencoder on held-out scans, and accuracy of the recogniser with and without it."""
     network = recogniser_training.load_recogniser(recogniser)
     clips, truth = vae_training.draw_clips(count, 13, world.heldout_scans())
     rebuilt = recogniser_training.rebuild(vae, clips)
@@ -207,7 +207,7 @@ def score_eyes(vae: AutoencoderKLWan, count: int, recogniser: Path) -> dict[str,
 def bundle(
     out: Path, work: Path, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, recogniser: Path
 ) -> dict[str, float]:
-    """Write the WanPipeline folder from the latest averaged weights, score it as loaded from there, add a README."""
+    """Write the WanPipeline folder with the latest averaged weights, load and score it, and add a README."""
     newest = [path for name in ("clips", "images") if (path := work / f"generator-{name}.safetensors").exists()]
     if not newest:
         raise MissingInputError(f"{work} holds no generator; run the phase 'generator' first.")
@@ -252,28 +252,28 @@ def _readme(folder: Path, work: Path, config: PretrainConfig, scores: dict[str, 
     settings = yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=100)
     return f"""# tiny-wan
 
-A text-to-video model in the layout of diffusers' `WanPipeline`, small enough to be trained and used on one CPU core.
-It knows one world: a coloured handwritten digit that moves over a plain background, {world.FRAMES} frames of
-{world.SIZE}x{world.SIZE} pixels at {world.FPS} frames a second. It stands to this project's demo as Wan2.1 stands to
-the paper. This page was written by the command that made the folder.
+A text-to-video model in the layout of diffusers' `WanPipeline`, small enough to train and use on one CPU core. It
+generates clips of a coloured handwritten digit that moves over a plain background: {world.FRAMES} frames of
+{world.SIZE}x{world.SIZE} pixels at {world.FPS} frames per second. In this project's demo it has the role that Wan2.1
+has in the paper. The command that made the folder wrote this page.
 
 ## Use
 Guidance {config.generator.guidance}, {config.generator.sample_steps} steps, `negative_prompt=""`,
 `max_sequence_length={config.generator.max_sequence_length}`, height and width {world.SIZE}, {world.FRAMES} frames.
 
-## How it was made
-`univigu pretrain --out model/tiny-wan` makes it again, and a run that was stopped goes on where it was.
-Everything is learned from scikit-learn's bundled scans of handwritten digits (BSD licence), of which every
-{world.HOLDOUT_EVERY}th is held out: no network here has seen those.
+## Training
+`univigu pretrain --out model/tiny-wan` makes it again, and resumes if it was stopped. All training data are rendered
+from scikit-learn's scans of handwritten digits (BSD licence). Every {world.HOLDOUT_EVERY}th scan is held out; no
+network was trained on those.
 
 | network | steps | minutes |
 |---|---|---|
 {times}
 
-## How good it is
-On {config.score_clips} clips of held-out scans, and on {config.score_clips} generated clips. `autoencoder.digit` is the
-share of digits that the recogniser still reads behind the autoencoder; `generator.*` is the share of generated clips in
-which it reads what the prompt asked for.
+## Scores
+Measured on {config.score_clips} clips of held-out scans and {config.score_clips} generated clips. `autoencoder.digit`
+is the share of digits that the recogniser still reads after encoding and decoding. `generator.*` is the share of
+generated clips that show what their prompt states, as the recogniser reads them.
 
 | score | value |
 |---|---|
@@ -287,7 +287,7 @@ which it reads what the prompt asked for.
 ## Settings
 ```yaml
 {settings}```
-Settings that were changed while it was made:
+Settings that were changed during training:
 
 {_changes(work)}
 """

@@ -1,4 +1,4 @@
-"""An independent judge for evaluation: a small convolutional network that reads all seven attributes from a clip.
+"""The recogniser, an independent judge for evaluation: a small convolutional network that reads a clip's attributes.
 
 It shares nothing with the measuring captioner (`measure.py`), so a caption can't be scored by what wrote it.
 """
@@ -37,7 +37,7 @@ class RecogniserConfig:
 
 
 class Recogniser(nn.Module):
-    """Clip (B, 3, 9, 32, 32) in -1..1 -> logits per attribute. What is drawn is read wherever it is (pooled maps)."""
+    """Clip (B, 3, 9, 32, 32) in -1..1 -> logits per attribute. Maps are pooled, so the digit may be anywhere."""
 
     def __init__(self, widths: list[int], place_width: int, hidden: int) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ def _bend(scans: np.ndarray, seed: int) -> np.ndarray:
 
 
 def rebuild(vae: AutoencoderKLWan, frames: np.ndarray, batch: int = 64) -> np.ndarray:
-    """Frames through the autoencoder and back, uint8 to uint8."""
+    """Frames encoded and decoded by the autoencoder, uint8 to uint8."""
     with torch.no_grad():
         parts = [to_tensor(frames[i : i + batch]) for i in range(0, len(frames), batch)]
         return np.concatenate([to_frames(decode(vae, encode(vae, part).mode())) for part in parts])
 
 
 def fit_recogniser(vae: AutoencoderKLWan, config: RecogniserConfig, work: Path, seed: int) -> tuple[Recogniser, dict]:
-    """Trains on rendered clips of (bent) training scans, a quarter of them sent through the autoencoder first."""
+    """Train on clips of augmented training scans, a quarter of them encoded and decoded by the autoencoder first."""
     torch.manual_seed(seed)
     network = Recogniser(config.widths, config.place_width, config.hidden)
     held_out, truth = draw_clips(512, 11, world.heldout_scans())
@@ -133,7 +133,7 @@ def save_recogniser(network: Recogniser, config: RecogniserConfig, folder: Path)
 
 @cache
 def load_recogniser(folder: Path = BUNDLED) -> Recogniser:
-    """The bundled network, ready to read; raises `MissingInputError` if it is missing."""
+    """Load a recogniser, by default the bundled one; raises `MissingInputError` if it is missing."""
     if not (folder / "model.safetensors").exists():
         raise MissingInputError(f"The recogniser is not in {folder}; run `univigu pretrain` to make it.")
     network = Recogniser(**json.loads((folder / "config.json").read_text()))

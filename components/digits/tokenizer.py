@@ -35,7 +35,7 @@ def corpus(lines: int, seed: int) -> list[str]:
 
 
 def build_tokenizer(texts: list[str], max_length: int) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer over the words of `texts`, with single ASCII characters behind them.
+    """A Unigram tokenizer over the words of `texts`, with all single ASCII characters as a fallback.
 
     Ids: pad 0, eos 1 (appended to every text), unknown 2 (characters outside ASCII that have no ASCII form). ASCII text
     decodes to itself, but for blanks at its start. A word's score is its log frequency, and a character's is so low

@@ -51,7 +51,7 @@ def learning_rate(fit: Fit, step: int) -> float:
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path, note: dict) -> None:
-    """One safetensors file, `note` as JSON in its metadata; readers find the old file or the new one, never a part."""
+    """One safetensors file, `note` as JSON in its metadata; readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"note": json.dumps(note)})
@@ -105,7 +105,7 @@ def train(
 
 
 class _Averaged:
-    """A network in training: its weights, their moving average, and AdamW's moments; `path` keeps them all."""
+    """A network in training: its weights, their moving average, and AdamW's moments, all saved in `path`."""
 
     def __init__(self, module: nn.Module, fit: Fit, path: Path) -> None:
         self.module, self.fit, self.path = module, fit, path
@@ -157,7 +157,7 @@ class _Averaged:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the averaged weights into the module for a while, in evaluation mode."""
+        """Use the averaged weights, in evaluation mode, until the context ends."""
         kept = {n: p.detach().clone() for n, p in self.named.items()}
         self.module.eval()
         with torch.no_grad():

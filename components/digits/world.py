@@ -57,7 +57,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 
 def end_place(start: str, direction: str, speed: str) -> str | None:
-    """The place where a digit ends, or None if it would leave the grid."""
+    """The cell where a digit ends, or None if it would leave the grid."""
     row, column = divmod(PLACES.index(start), 3)
     dx, dy = STEPS[direction]
     row, column = row + dy * CELLS[speed], column + dx * CELLS[speed]
@@ -77,7 +77,7 @@ def motions() -> tuple[dict[str, str], ...]:
 
 
 def sample_attributes(rng: np.random.Generator, **fixed: str) -> dict[str, str]:
-    """Draws the attributes that `fixed` leaves open; direction, then speed, then start are uniform over what is left.
+    """Draw the attributes that `fixed` leaves open: direction, speed and start, each uniform over the remaining values.
 
     Raises `BadInputError` for an unknown attribute or value, or for a motion that leaves the grid.
     """
@@ -134,7 +134,7 @@ def place_centre(place: str) -> tuple[float, float]:
 
 
 def render(attributes: list[dict[str, str]], scans: np.ndarray, seed: int, frames: slice = slice(None)) -> np.ndarray:
-    """Draws clips: attributes (B), scans (B, 8, 8) with values 0..16 -> uint8 (B, F, H, W, 3).
+    """Render clips: attributes (B), scans (B, 8, 8) with values 0..16 -> uint8 (B, F, H, W, 3).
 
     The digit moves at constant speed with sub-pixel placement; each clip is shifted by up to one pixel (from `seed`).
     `frames` draws only some of the frames, which are the same pixels as in the whole clip.
@@ -231,7 +231,7 @@ def _fill(text: str, attributes: dict[str, str], rng: np.random.Generator) -> st
 
 
 def write_prompt(attributes: dict[str, str], rng: np.random.Generator) -> str:
-    """A brief prompt: nearly always digit and colour, and some of the other attributes, in varied wording.
+    """A short prompt: nearly always digit and colour, and some of the other attributes, in varied wording.
 
     It has at most 31 tokens of the bundled tokenizer, EOS included.
     """
@@ -264,7 +264,7 @@ def _draft_prompt(attributes: dict[str, str], rng: np.random.Generator) -> str:
 
 
 def write_plain_caption(attributes: dict[str, str]) -> str:
-    """A detailed caption that states all seven attributes, always in the same 38 tokens' places, EOS included."""
+    """A detailed caption that states all seven attributes in 38 tokens, EOS included."""
     return _PLAIN_CAPTION.format(**attributes, pace=_PLAIN_PACES[attributes["speed"]])
 
 
@@ -316,7 +316,7 @@ _END_CUES |= {"until", "reaches", "reaching", "towards", "toward", "arrives", "a
 
 
 def read_text(text: str) -> dict[str, set[str]]:
-    """The values that a free text gives to each attribute: an empty set where it is silent.
+    """The values that a text gives to each attribute; an empty set for an attribute that it doesn't mention.
 
     Reads prompts, captions and model output alike. A place counts as start or end by the cue before it ("starts at",
     "from", "to", "ends at"), and as neither without one.
