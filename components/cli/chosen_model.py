@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.cli.lean_imports import lean_imports
+from components.cli.lean_imports import without
 from components.cli.messages import is_quiet, say
 from univigu.errors import MissingInputError
 
@@ -67,7 +67,7 @@ def _has_champion(name: str, root: Path) -> bool:
 
 def load(folder: Path) -> "UniViGUPipeline":
     """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
-    with lean_imports():
+    with without("scipy", "peft"):
         import torch
 
         from univigu.pipeline import UniViGUPipeline

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from components.cli import data, generate, messages, models, pipeline, plan, profile, train_job
+from components.cli.lean_imports import start_command, without
 from components.cli.options import Profile, Settings, profile_in_use
 from univigu import __version__
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
@@ -144,9 +145,14 @@ def run(
     processes = processes or count_processes(stage)
     if processes > 1:
         make_parts(step, profile, root, processes)
-    manifest = run_stage(step, values, root)
+    with without(*([] if _uses_adapters(values) else ["peft"])):
+        manifest = run_stage(step, values, root)
     if _is_main_rank():
         _print_result(step, manifest)
+
+
+def _uses_adapters(profile: Mapping[str, Any]) -> bool:
+    return any(profile[section].get("lora") for section in ("train_stage_1", "train_stage_2"))
 
 
 def _print_result(step: str, manifest: Mapping[str, Any]) -> None:
@@ -317,6 +323,12 @@ def _end(error: UniViGUError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def console() -> None:
+    """The console script: `main` in a process of its own."""
+    start_command()
+    main()
+
+
 def main() -> None:
     """Run the command; an expected failure prints one message on standard error and sets its own exit code."""
     keep_libraries_quiet()
@@ -340,4 +352,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console()
