@@ -36,6 +36,10 @@ GpuResource = Annotated[str, _option("The cluster's resource name of a GPU.", "U
 Cpu = Annotated[str | None, _option("CPUs per node. (default: 32)", "UNIVIGU_CPU")]
 Memory = Annotated[str | None, _option("Memory per node. (default: 256Gi)", "UNIVIGU_MEMORY")]
 Queue = Annotated[str | None, _option("Kueue's LocalQueue, if the cluster has one.", "UNIVIGU_QUEUE")]
+Priority = Annotated[
+    str | None,
+    _option("Kueue's WorkloadPriorityClass, for a job in a queue. (default: none)", "UNIVIGU_PRIORITY"),
+]
 RunId = Annotated[str | None, _option("The pipeline run that this belongs to, for a label.", "UNIVIGU_RUN_ID")]
 Env = Annotated[
     list[str] | None,
@@ -67,6 +71,7 @@ def train_job(
     cpu: Cpu = None,
     memory: Memory = None,
     queue: Queue = None,
+    priority: Priority = None,
     run_id: RunId = None,
     env: Env = None,
     grace: Grace = Settings.grace,
@@ -94,6 +99,7 @@ def train_job(
         cpu=cpu,
         memory=memory,
         queue=queue,
+        priority=priority,
         run_id=run_id,
         env=_parse_env(env or []),
         grace=grace,

@@ -23,7 +23,7 @@ from univigu.errors import ConfigError, PreemptedError, UniViGUError
 
 CLUSTER_ONLY = (
     *("root", "image", "gpu_image", "work_pvc", "train_backend"),
-    *("training_nodes", "training_runtime", "training_queue"),
+    *("training_nodes", "training_runtime", "training_queue", "training_priority"),
 )
 LOG = "kfp.log"
 

@@ -54,6 +54,7 @@ def check_prerequisites(
     nodes: int,
     runtime: str,
     queue: str,
+    priority: str,
     pool_gpus: str,
     pool_cpu: str,
     pool_memory: str,
@@ -64,6 +65,7 @@ def check_prerequisites(
     resources |= {"training_gpus": gpus, "training_cpu": cpu, "training_memory": memory}
     options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
     options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
+    options |= {"priority": priority}
     trainjob = options if train_backend == "trainjob" else None
     return kfp_tasks.check_prerequisites(
         profile, root, parts, train_backend, required_env, free_gib, resources, trainjob
@@ -114,12 +116,14 @@ def run_trainjob(
     nodes: int,
     runtime: str,
     queue: str,
+    priority: str,
     train_stage_1: str = "",
 ) -> str:
     from components.orchestration import kfp_tasks
 
     options = {"image": image, "claim": claim, "mount-path": mount_path, "gpu-resource": gpu_resource, "gpus": gpus}
     options |= {"cpu": cpu, "memory": memory, "nodes": str(nodes), "runtime": runtime, "queue": queue}
+    options |= {"priority": priority}
     inputs += f" train-stage-1={train_stage_1}"
     return kfp_tasks.run_step(step, profile, root, cache_key, declared, inputs, trainjob=options)
 
@@ -180,6 +184,7 @@ def make_pipeline(retries: int = RETRIES) -> Any:
         training_nodes: int = 1,
         training_runtime: str = Settings.runtime,
         training_queue: str = "",
+        training_priority: str = "",
     ):
         def gpu_pool(cpu: Any, memory: Any, gpus: Any, node_selector: Any) -> Pool:
             return Pool(gpu_image, cpu, memory, accelerator, gpus, node_selector, tolerations)
@@ -189,7 +194,9 @@ def make_pipeline(retries: int = RETRIES) -> Any:
             "gpu": gpu_pool(gpu_cpu, gpu_memory, gpus, gpu_node_selector),
             "training": gpu_pool(training_cpu, training_memory, training_gpus, training_node_selector),
         }
-        trainjob = pools["training"].trainjob_options(work_pvc, training_nodes, training_runtime, training_queue)
+        trainjob = pools["training"].trainjob_options(
+            work_pvc, training_nodes, training_runtime, training_queue, training_priority
+        )
         graph = _Graph(_make_components(), pools, work_pvc, retries, profile, root, train_backend, trainjob, promotion)
         with dsl.ExitHandler(graph.add_notification(), name=NAME):
             checked = graph.add_check(parts, required_env, free_gib)
@@ -213,7 +220,7 @@ class Pool(NamedTuple):
     node_selector: Any = None
     tolerations: Any = None
 
-    def trainjob_options(self, claim: Any, nodes: Any, runtime: Any, queue: Any) -> dict[str, Any]:
+    def trainjob_options(self, claim: Any, nodes: Any, runtime: Any, queue: Any, priority: Any) -> dict[str, Any]:
         """The arguments of `run_trainjob` for training on this pool."""
         return {
             "image": self.image,
@@ -226,6 +233,7 @@ class Pool(NamedTuple):
             "nodes": nodes,
             "runtime": runtime,
             "queue": queue,
+            "priority": priority,
         }
 
     def place(self, task: dsl.PipelineTask) -> None:

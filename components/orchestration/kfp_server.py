@@ -2,9 +2,11 @@
 
 Uses the v2beta1 API. `kfp.Client` is not used: its calls have no timeout, it prints to standard output, and its wait
 for a run never returns if the run is cancelled. The token is read again for each call, from the file in
-KF_PIPELINES_SA_TOKEN_PATH or from the variable KFP_TOKEN; no message and no command line contains it.
+KF_PIPELINES_SA_TOKEN_PATH or from the variable KFP_TOKEN; no message and no command line contains it, and over plain
+http it is sent to this machine only.
 """
 
+import ipaddress
 import json
 import os
 import time
@@ -262,6 +264,11 @@ class KfpServer:
             if os.environ.get(TOKEN_FILE):
                 raise ConfigError(f"The file that {TOKEN_FILE} names can't be read ({error.strerror}).") from error
             token = os.environ.get(TOKEN, "")
+        if token and urlsplit(self.host).scheme == "http" and not _is_this_machine(urlsplit(self.host).hostname or ""):
+            raise ConfigError(
+                f"A token would be readable on its way to {self.host}; give an address with https, or reach the server "
+                "by `kubectl port-forward`."
+            )
         if token:
             self._config.api_key["authorization"] = token
             self._config.api_key_prefix["authorization"] = "Bearer"
@@ -281,6 +288,13 @@ class KfpServer:
                 f"The server at {self.host} failed (status {error.status}: {reason}); run the same command again later."
             )
         return BadInputError(f"The server at {self.host} rejects the request: {reason}.")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_package(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:

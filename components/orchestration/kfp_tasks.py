@@ -143,6 +143,8 @@ def run_step(
         if not find_stage(step).external and (manifest := finished(step, load_profile(profile), Path(root))):
             _log(step, "finished before, with the same inputs, parameters and code")
         else:
+            if trainjob is None and find_stage(step).resources.gpus:
+                _check_driver()
             whole = not part or Part.parse(part).of == 1  # a single part commits the output itself
             arguments = command(step, profile, root, "" if whole else part, gpus, trainjob)
             _run_command(step, root, arguments, part, {PROMOTION: promotion} if promotion else {})
@@ -277,6 +279,15 @@ def _check_train_jobs(profile: str, root: str, options: Mapping[str, str]) -> No
         if stage.resources.pool == "training":
             arguments = command(stage.name, profile, root, trainjob=options)
             _run_command("check-prerequisites", root, [*arguments, "--dry-run"])
+
+
+def _check_driver() -> None:
+    """Refuse a GPU node whose driver is too old for the image, on which the step would run on the CPU."""
+    import torch
+
+    from univigu.training.driver import check_driver
+
+    check_driver(torch.version.cuda)
 
 
 # --- running a command, and reporting failures -----------------------------------------------------------------------

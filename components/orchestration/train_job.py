@@ -30,6 +30,7 @@ from components.pipeline.stages import Stage
 from univigu.extras import import_extra
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 RUN_LABEL = "univigu/run-id"
 
 
@@ -48,6 +49,7 @@ class Settings:
     cpu: str | None = None
     memory: str | None = None
     queue: str | None = None  # Kueue's LocalQueue
+    priority: str | None = None  # Kueue's WorkloadPriorityClass, for a TrainJob in a queue
     run_id: str | None = None  # of the pipeline run that this is part of
     env: Mapping[str, str] = field(default_factory=dict)  # no secrets: the runtime references Secrets
     grace: int = 600  # seconds that a pod has to save its state after SIGTERM
@@ -84,6 +86,8 @@ def build(stage: Stage, key: str, profile: str, root: Path, settings: Settings) 
     }
     if settings.queue:
         labels[QUEUE_LABEL] = settings.queue
+    if settings.priority:
+        labels[PRIORITY_LABEL] = settings.priority
     if settings.run_id:
         labels[RUN_LABEL] = settings.run_id
     node = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}

@@ -61,6 +61,11 @@ def _check(name: str, profile: str, root: Path, settings: Settings) -> tuple[Sta
     stage, root = find_stage(name), root.resolve()
     if stage.module != TRAINING_MODULE:
         raise ConfigError(f"'{name}' is not a training step and needs no TrainJob; use `univigu run {name}`.")
+    if settings.priority and not settings.queue:
+        raise ConfigError(
+            f"The priority '{settings.priority}' has no effect without a queue; add --queue (`training_queue` in the "
+            "pipeline), or leave it out."
+        )
     mount_path = (settings.mount_path or root).resolve()
     if not root.is_relative_to(mount_path):
         raise BadInputError(f"The work root {root} is not on the volume at {mount_path}; give another --mount-path.")

@@ -1,5 +1,6 @@
 """The queue for TrainJobs is what Kueue 0.19.2 accepts, and one of our TrainJobs can be admitted to it."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -81,17 +82,30 @@ def test_the_queues_refer_to_what_is_there(queues, render):
 
 
 @pytest.mark.parametrize("step", ["train-stage-1", "train-stage-2"])
-def test_a_trainjob_of_two_nodes_can_be_admitted_and_one_of_three_waits(queues, step):
+def test_a_trainjob_of_two_nodes_can_be_admitted_and_one_of_three_waits(queues, step, render):
     (local,) = of_kind(queues, "LocalQueue")
     (cluster,) = of_kind(queues, "ClusterQueue").values()
     (group,) = cluster["spec"]["resourceGroups"]
     quota = {one["name"]: one["nominalQuota"] for one in group["flavors"][0]["resources"]}
     job = build(find_stage(step), "0" * 64, "wan-1.3b", Path("/work"), Settings(queue=local, nodes=2))
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local
-    requests = job["spec"]["trainer"]["resourcesPerNode"]["requests"]
+    (limits,) = [one for one in render("gke") if one["kind"] == "LimitRange"]
+    (default,) = [one["defaultRequest"] for one in limits["spec"]["limits"]]  # Kueue counts it like a request
+    requests = {**default, **job["spec"]["trainer"]["resourcesPerNode"]["requests"]}
     assert set(requests) == set(quota) == set(group["coveredResources"])  # it admits no other resource
     for name, asked in requests.items():
         assert 2 * number(asked) <= number(quota[name]) < 3 * number(asked), name
+
+
+def test_the_priorities_that_the_pages_name_exist_and_a_trainjob_names_one(queues):
+    page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
+    classes = of_kind(queues, "WorkloadPriorityClass")
+    assert set(re.findall(r"`(?:training_priority=)?(univigu-(?:urgent|background))`", page)) == set(classes)
+    for name in classes:
+        job = build(
+            find_stage("train-stage-1"), "0" * 64, "tiny", Path("/work"), Settings(queue="univigu", priority=name)
+        )
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == name
 
 
 def number(quantity):

@@ -177,8 +177,8 @@ def test_the_pods_of_a_run_may_write_where_the_seeding_job_has_written(server, r
 def test_one_version_of_kubeflow_pipelines_is_installed_and_its_runs_may_start_trainjobs(server, render):
     (base,) = yaml.safe_load((FOLDER / "kustomization.yaml").read_text(encoding="utf-8"))["resources"]
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
-    assert re.search(r"\bKFP=([\d.]+)", page)[1] == base.rpartition("?ref=")[2]
-    assert "kubectl apply -k infra/kustomize/kubeflow-pipelines" in page
+    assert f"Kubeflow Pipelines {base.rpartition('?ref=')[2]}" in page
+    assert "kubectl apply -k infra/kustomize/kubeflow-pipelines\n" in page
     account = server["DEFAULTPIPELINERUNNERSERVICEACCOUNT"]
     bindings = [one for one in render("dev") if one["kind"] == "RoleBinding"]
     bound = {one["roleRef"]["name"] for one in bindings for subject in one["subjects"] if subject["name"] == account}

@@ -26,17 +26,36 @@ def reserved(capacity, brackets):
 
 
 def free(shape, table):
-    """(cores, MiB, GPUs) of a node that pods can request, less the daemonsets' share."""
+    """(cores, MiB, GiB of disk, GPUs) of a node that pods can request, less the share of daemonsets and images."""
     kernel, whole = table["kernel"], shape["memory_gib"] * 1024
     memory = whole - whole * kernel["share"] - kernel["mib"] - table["eviction_mib"]
     memory -= reserved(whole, table["reservations"]["memory"])
     cpu = shape["vcpu"] - reserved(shape["vcpu"], table["reservations"]["cpu"])
-    return cpu - table["daemonsets"]["cpu"], memory - table["daemonsets"]["memory_mib"], shape["gpus"]
+    disk, whole = table["disk"], shape["disk_gib"]
+    taken = min(one["gib"] + one["share"] * whole for one in disk["reserved"]) + disk["eviction_share"] * whole
+    return (
+        cpu - table["daemonsets"]["cpu"],
+        memory - table["daemonsets"]["memory_mib"],
+        whole - taken - disk["images_gib"],
+        shape["gpus"],
+    )
+
+
+CONTAINERS = 2  # of a task's pod: the task, and Argo's `wait`; its init containers end before these start
 
 
 @pytest.fixture(scope="session")
-def requests():
-    """(cores, MiB, GPUs) that each compiled task requests with the pipeline's defaults, by pool: cpu, gpu, training."""
+def disk(render):
+    """(request, limit) in GiB of the node's disk, for each container."""
+    (limits,) = [one for one in render("gke") if one["kind"] == "LimitRange"]
+    (limit,) = limits["spec"]["limits"]
+    assert limit["type"] == "Container"
+    return tuple(int(limit[name]["ephemeral-storage"].removesuffix("Gi")) for name in ("defaultRequest", "default"))
+
+
+@pytest.fixture(scope="session")
+def requests(disk):
+    """(cores, MiB, GiB of disk, GPUs) that each compiled task requests by default, by pool: cpu, gpu, training."""
     pipeline, _ = yaml.safe_load_all((ROOT / kfp_pipeline.PACKAGE).read_text(encoding="utf-8"))
     defaults = {k: v.get("defaultValue") for k, v in pipeline["root"]["inputDefinitions"]["parameters"].items()}
 
@@ -52,7 +71,9 @@ def requests():
         memory = value(asked["resourceMemoryRequest"])
         assert memory == value(asked["resourceMemoryLimit"])
         mib = int(memory[:-2]) * UNITS[memory[-2:]] / 2**20
-        found.setdefault(pool, set()).add((float(value(asked["resourceCpuRequest"])), mib, int(value(gpus))))
+        found.setdefault(pool, set()).add(
+            (float(value(asked["resourceCpuRequest"])), mib, CONTAINERS * disk[0], int(value(gpus)))
+        )
     return found
 
 
@@ -62,21 +83,23 @@ def fits(requests, pool, shape, table):
 
 
 def documented_pools():
-    """(machine type, accelerator, GPUs) of each node pool that the operator's page creates, by the pool's name."""
+    """(machine type, accelerator, GPUs, GiB of disk) of the node pools of the operator's page, by name."""
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(
-        r"node-pools create (\w+) .*?--machine-type=([\w-]+).*?--accelerator=type=([\w-]+),count=(\d)", page
-    )
-    return {name: (machine, accelerator, int(gpus)) for name, machine, accelerator, gpus in commands}
+    node, accelerator = r"create (\w+) .*?--machine-type=([\w-]+)", r"--accelerator=type=([\w-]+),count=(\d)"
+    pattern = rf"node-pools {node}.*?{accelerator}.*?--disk-size=(\d+)"
+    return {
+        name: (machine, accelerator, int(gpus), int(disk))
+        for name, machine, accelerator, gpus, disk in re.findall(pattern, page)
+    }
 
 
 def test_each_step_fits_on_the_node_pool_that_the_operators_page_creates_for_it(requests, table):
     assert set(requests) == {"cpu", "gpu", "training"}
     pools = documented_pools()
     assert set(pools) == {"gpu", "training"}
-    for pool, (machine, accelerator, gpus) in pools.items():
+    for pool, (machine, accelerator, gpus, disk) in pools.items():
         shape = table["shapes"][machine]
-        assert (shape["accelerator"], shape["gpus"]) == (accelerator, gpus)
+        assert (shape["accelerator"], shape["gpus"], shape["disk_gib"]) == (accelerator, gpus, disk)
         assert fits(requests, pool, shape, table), (pool, machine)
         assert fits(requests, "cpu", shape, table)
 
@@ -89,10 +112,18 @@ def test_a_64_gib_step_does_not_fit_on_a_machine_of_48_or_64_gb(requests, table)
 def test_the_page_lists_for_each_shape_what_is_free_and_which_steps_fit(requests, table):
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
     for name, shape in table["shapes"].items():
-        cpu, mib, gpus = free(shape, table)
+        cpu, mib, disk, gpus = free(shape, table)
         pools = [pool for pool in ("gpu", "training") if fits(requests, pool, shape, table)]
-        row = f"| `{name}` | {cpu:.1f} | {mib / 1024:.1f} GiB | {gpus} | {', '.join(pools) or 'neither'} |"
+        room = f"{cpu:.1f} | {mib / 1024:.1f} GiB | {disk:.0f} GiB | {gpus}"
+        row = f"| `{name}` | {room} | {', '.join(pools) or 'neither'} |"
         assert row in page, row
+
+
+def test_a_step_that_fills_its_share_of_the_disk_leaves_the_node_and_its_images_alone(disk, table):
+    for name, shape in table["shapes"].items():
+        assert disk[1] * CONTAINERS <= free(shape, table)[2], name
+    small = {**table["shapes"]["g2-standard-32"], "disk_gib": 100}  # GKE's default
+    assert disk[1] * CONTAINERS > free(small, table)[2]
 
 
 def test_the_accelerator_of_the_overlay_is_that_of_the_training_pool(render):

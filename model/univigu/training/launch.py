@@ -6,6 +6,7 @@ It takes torchrun's own options and environment (PET_NNODES and so on), and diff
   81. torchrun would kill them after 30 seconds. The sender of the signal decides how long they may take.
 * The exit code is the workers' own, not 1 for every failure: a scheduler can tell 81 (run again to resume) from errors
   that a retry does not fix.
+* A driver that is too old for the build of torch ends it in one sentence, before a worker starts.
 * A worker that has finished is not aborted by gloo's threads during its exit (`univigu.training.worker`).
 """
 
@@ -14,8 +15,9 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 
-from univigu.errors import PreemptedError
+from univigu.errors import PreemptedError, UniViGUError
 from univigu.threads import bound_spinning
+from univigu.training.driver import check_driver
 
 STOPPED = PreemptedError.exit_code
 WORKER = "univigu.training.worker"
@@ -27,8 +29,15 @@ def launch(arguments: Sequence[str]) -> int:
     import tempfile
 
     import psutil
+    import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        check_driver(torch.version.cuda)
+    except UniViGUError as error:
+        print(f"univigu: {error}", file=sys.stderr)
+        return error.exit_code
 
     received: list[int] = []
 

@@ -199,6 +199,14 @@ def test_tokens_are_read_for_each_call_and_never_printed(kfp, client, tmp_path, 
         client.state(run_id)
 
 
+@pytest.mark.parametrize("host", ["http://kfp.example.com", "http://10.0.0.1:8888", "http://127.0.0.1.example.com"])
+def test_a_token_is_sent_over_plain_http_to_this_machine_only(host, monkeypatch):
+    monkeypatch.setenv("KFP_TOKEN", "secret-token")
+    with pytest.raises(ConfigError, match="A token would be readable on its way") as refused:
+        KfpServer(host).state("run-1")
+    assert "secret-token" not in str(refused.value)
+
+
 def test_cancelling_ends_a_run_and_leaves_an_ended_one_alone(kfp, client):
     kfp.states = ["RUNNING"]
     run_id = client.submit(PACKAGE, "a", {})

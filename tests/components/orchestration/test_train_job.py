@@ -122,6 +122,7 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
             "mount_path": Path("/work"),
             "nodes": 4,
             "queue": "gpus",
+            "priority": "univigu-urgent",
             "env": {"NCCL_DEBUG": "INFO"},
         },
     ],
@@ -132,11 +133,12 @@ def test_the_api_knows_every_field_of_a_train_job(settings):
 
 
 def test_a_train_job_sets_command_resources_and_volume():
-    asked = {"nodes": 2, "gpus": 4, "queue": "gpus", "image": "i", "grace": 120, "run_id": "run-1"}
+    asked = {"nodes": 2, "gpus": 4, "queue": "gpus", "priority": "high", "image": "i", "grace": 120, "run_id": "run-1"}
     job = make_job(claim="work", mount_path=Path("/work"), **asked)
     trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
     assert job["metadata"]["name"] == "train-stage-1-0123456789"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
     assert job["metadata"]["labels"]["univigu/run-id"] == "run-1"
     assert job["spec"]["runtimeRef"] == {
         "apiGroup": "trainer.kubeflow.org",
@@ -195,6 +197,11 @@ def test_a_dry_run_validates_the_job_and_creates_nothing(cluster, tmp_path, capf
     cluster.failures = [(403, "admission webhook denied the request: TrainingRuntime univigu-torchrun not found")]
     with pytest.raises(ConfigError, match="TrainingRuntime univigu-torchrun not found"):
         dry_run_train_job("train-stage-1", "tiny", tmp_path, settings)
+
+
+def test_a_priority_without_a_queue_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'high' has no effect without a queue; add --queue"):
+        dry_run_train_job("train-stage-1", "tiny", tmp_path, Settings(priority="high"))
 
 
 @pytest.mark.slow
