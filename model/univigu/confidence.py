@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import text_space, wan
 from .confidence_reference import DECIMALS, Reference
-from .sampling import batch_tau, seeded_noise
+from .sampling import batch_tau, seeded_noise, token_table
 from .video import fit_frames
 
 if TYPE_CHECKING:
@@ -76,13 +76,15 @@ def _confidence(pipeline: "UniViGUPipeline", latents: Tensor, caption: str, seed
     """The geometric mean of the probabilities of the caption's tokens, EOS included, beside clean latents (eq 16)."""
     model: Any = pipeline.transformer
     shape = model.config.text_length, model.config.text_latent_dim
-    latents = latents.to(model.device)
+    latents = latents.to(pipeline._execution_device)
     ids = text_space.tokenize(pipeline.tokenizer, [caption], shape[0]).to(latents.device)
     empty = wan.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [""], pipeline.config.max_sequence_length)
-    seen = model.prefill_video(latents, batch_tau(1.0, latents), empty.to(latents.device))
+    # hooks that offload weights act on calls alone
+    seen = model(latents, batch_tau(1.0, latents), empty.to(latents.device), attention="kv_only").cache
     z = seeded_noise([seed], "text", shape, latents.device)
     tau = batch_tau(0.0, z)
-    logits = model.read_text(model.denoise_text(z, tau, seen, None), z, tau, model.text_space()).logits
+    hidden = model(seen, text=z, text_tau=tau).text
+    logits = model.read_text(hidden, z, tau, token_table(model, z.device)).logits
     if logits is None:
         return None
     likelihood = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]

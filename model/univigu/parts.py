@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import get_device, randn_tensor
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -23,6 +23,8 @@ from .schedules import EulerSteps, Steps, check_scheduler, video_steps
 from .stepping import CALLBACK_TENSORS
 from .transformer import UniViGUTransformer3DModel
 from .video import fit_frames
+
+Device = torch.device | str | None
 
 
 class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
@@ -166,6 +168,39 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
             self.save_pretrained(folder, **kwargs)
             return loading.upload(Path(folder), repo_id, **hub)
 
+    # --- offloading ---------------------------------------------------------------------------------------------------
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
+        """Keep each part in CPU memory until it is called, as in diffusers.
+
+        Without an accelerator the parts stay on the CPU, so the same script runs there, where diffusers raises. Without
+        a ``device``, that of the previous call is used: ``load_lora_weights`` calls this again, without one.
+        """
+        super().enable_model_cpu_offload(gpu_id, self._offload_target(gpu_id, device))
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep each layer's weights in CPU memory until the layer is called, as in diffusers.
+
+        Raises BadInputError without an accelerator. diffusers asks for the device ``cpu:0`` then, and accelerate
+        (1.15, utils/modeling.py) fails with it: moved from ``cpu`` to ``cpu:0``, a parameter becomes a plain tensor.
+        """
+        target = self._offload_target(gpu_id, device)
+        if torch.device(target).type == "cpu":
+            raise BadInputError(
+                "Sequential offloading needs an accelerator, and there is none: use `enable_model_cpu_offload()`,"
+                " or call the pipeline as it is."
+            )
+        super().enable_sequential_cpu_offload(gpu_id, target)
+
+    def _offload_target(self, gpu_id: int | None, device: Device) -> torch.device | str:
+        """Where offloaded parts run: the given device, that of the previous call, the accelerator, or the CPU."""
+        if device is not None:
+            return device
+        before = getattr(self, "_offload_device", None)
+        return get_device() if before is None or gpu_id is not None else before
+
     # --- what diffusers' callbacks and tools read ---------------------------------------------------------------------
 
     @property
@@ -231,12 +266,14 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         return self.transformer.config.text_length, self.transformer.config.text_latent_dim
 
     def _is_text_side_trained(self) -> bool:
-        """Whether the text head has left the zeros that it starts from (see `UniViGUTransformer3DModel.from_wan`)."""
-        from accelerate.utils import align_module_device
+        """Whether the text head has left the zeros that it starts from (see `UniViGUTransformer3DModel.from_wan`).
 
-        head = self.transformer.text_head.proj_out
-        with align_module_device(head):  # its weights may be offloaded
-            return bool(head.weight.any())
+        The head is asked by a call, because its weights may be offloaded.
+        """
+        model = self.transformer
+        width = model.config.num_attention_heads * model.config.attention_head_dim
+        hidden = torch.linspace(-1, 1, width, device=wan.runs_on(model.text_head)).to(model.dtype)
+        return bool(model.text_head(hidden[None, None], hidden[None]).any())
 
     def _begin(self, num_inference_steps: int | None, shift: float | None, guidance_scale: float | None) -> Steps:
         """The steps of one batch of videos, and the state that callbacks read."""

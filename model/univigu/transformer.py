@@ -71,6 +71,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
     _no_split_modules = ("UniViGUBlock",)
     _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "text_space"]  # noqa: RUF012
     _repeated_blocks = ("UniViGUBlock",)
+    _group_offload_block_modules = ("text_space", "text_head")  # called on their own, so they get hooks of their own
 
     @register_to_config
     def __init__(
