@@ -34,7 +34,7 @@ def pages(root: Path) -> list[Path]:
 def render(name: str, folder: Path) -> str:
     """The text of a marked place; folder: docs/figures.
 
-    Raises `NotMeasuredError` if a JSON file is missing, and jinja2's `UndefinedError` for a key that the file doesn't have.
+    Raises `NotMeasuredError` if a JSON file is missing, and jinja2's `UndefinedError` for a key that it doesn't have.
     """
 
     def data(file: str) -> Mapping[str, Any]:
