@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators architecture cluster-claims profiles docs test test-fast coverage chaos lint format clean
+.PHONY: help install demo smoke airflow measure-orchestrators architecture cluster-claims figures profiles docs test test-fast coverage chaos lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -67,6 +67,10 @@ cluster-claims: install ## What the operators' pages promise, with tests and sou
 
 docs: install ## Build the documentation site in site/; `mkdocs serve` previews it
 	mkdocs build --strict
+
+# FILES="reports/scores.json reports/run.json" takes these results into docs/figures first.
+figures: install ## Write the figures in README.md and docs/ from the JSON files in docs/figures
+	@python docs/figures.py $(FILES)
 
 profiles: install ## Write the reference of all settings and their schema: docs/profiles.md, components/profiles/schema.json
 	@univigu profile reference > docs/.profiles.md && mv docs/.profiles.md docs/profiles.md

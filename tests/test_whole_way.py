@@ -140,11 +140,8 @@ def test_the_metrics_for_machines_have_their_keys(clone):
         assert set(score) == {"value", "low", "high", "n"}, (group, name)
         assert score["n"] == 0 or 0 <= score["low"] <= score["value"] <= score["high"] <= 1
     shown = json.loads((clone / "reports/metrics.json").read_text())
-    assert {(group, name) for group in shown for name in shown[group]} >= {("captions", "mean"), ("joint", "agreement")}
-    for group, by_name in shown.items():
-        for name, value in by_name.items():
-            known = metrics[group][name]
-            assert value == pytest.approx(known["value"] if isinstance(known, dict) else known, abs=1e-4)
+    assert shown["captions"] == pytest.approx(metrics["captions"]["mean"]["value"], abs=1e-3)
+    assert shown["joint"] == pytest.approx(metrics["joint"]["agreement"]["value"], abs=1e-3)
     items = pd.read_parquet(clone / "reports/items.parquet")
     assert set(items["task"]) >= {"captions", "generation", "joint"}
 
@@ -248,4 +245,4 @@ def test_an_experiment_runs_what_its_change_decides_and_is_shown_with_its_scores
     profile = data["params"]["components/profiles/smoke.yaml"]["data"]
     assert profile["register_model"]["promotion"] == "manual"
     scores = data["metrics"]["reports/metrics.json"]["data"]
-    assert 0 <= scores["captions"]["mean"] <= 1
+    assert 0 <= scores["captions"] <= 1

@@ -5,7 +5,6 @@ of a step must not have.
 """
 
 import os
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ def summarise(root: Path) -> dict[str, Any]:
     """Gather the records of each step's last run, and write them to ``reports/run.json``.
 
     `total_seconds` is the sum of the steps' own times, without the overhead of an orchestrator. A step's time is
-    null if its output was restored from a cache.
+    null if its output was restored from a cache. `machine` is the one that this command runs on.
     """
+    from components.bench import machine
+
     records = [record for stage in STAGES if (record := _record(root, stage))]
     if not records:
         raise MissingInputError(f"No step has run under {root.resolve()} yet; run `make demo` first.")
@@ -41,6 +42,7 @@ def summarise(root: Path) -> dict[str, Any]:
         "model_version": _read(root, "register-model", registration.name)["version"]
         if registration.is_file()
         else None,
+        "machine": dict(machine()),
     }
     (root / "reports").mkdir(exist_ok=True)
     write_json(root / "reports" / "run.json", run)
@@ -120,16 +122,8 @@ def _run_facts(root: Path, run: dict[str, Any]) -> dict[str, str]:
         "Profile": profile,
         "Version": _registration_line(root) if run["model_version"] else "not registered",
         "Commit": git_commit(root) or "not in git",
-        "Machine": f"{_processor()}, {os.cpu_count()} cores; {run['total_seconds']:.0f} s",
+        "Machine": f"{run['machine']['processor']}, {run['machine']['cores']} cores; {run['total_seconds']:.0f} s",
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _links(root: Path, run: dict[str, Any]) -> dict[str, str]:

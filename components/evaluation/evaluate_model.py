@@ -29,10 +29,13 @@ BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.eval
 KINDS = ("captions", "generations", "joint")  # of held-out items; also the profile's keys for their numbers
 SHEET_COLUMNS = 5
 WORST = 6  # captions with the most mistakes on the page
-HEADLINES = (
-    *(("captions", "mean"), ("captions_without_video", "mean"), ("generation", "mean"), ("generation_base", "mean")),
-    *(("joint", "agreement"), ("joint_video", "mean"), ("joint_text", "mean"), ("stage2", "video_gain")),
-)
+HEADLINES = {  # names in metrics.json, short because each is the head of a column of `dvc exp show`
+    "captions": ("captions", "mean"),
+    "blind": ("captions_without_video", "mean"),
+    "videos": ("generation", "mean"),
+    "joint": ("joint", "agreement"),
+    "gain": ("stage2", "video_gain"),
+}
 STEPS_TASK = re.compile(r"captions_in_(\d+)_steps")
 
 Row = dict[str, Any]
@@ -163,14 +166,19 @@ def summarise_rows(rows: Sequence[Row], seed: int) -> Metrics:
     return metrics
 
 
-def headlines(metrics: Metrics, attribute: str) -> dict[str, dict[str, float]]:
-    """The values of about ten scores, without their intervals: the means, and the scores of one `attribute`."""
-    found: dict[str, dict[str, float]] = {}
-    for task, key in (*HEADLINES, ("captions", attribute), ("generation", attribute)):
+def headlines(metrics: Metrics, attribute: str) -> dict[str, float]:
+    """The values of `HEADLINES`, and of one attribute of captions under its name, rounded to three digits.
+
+    ``dvc exp show`` needs three characters beside each column: these six are what fits 100 characters with an
+    experiment's name and its date, and none is also a name in ``params.yaml``, which would add the path of the file
+    (DVC 3.67, dvc/commands/experiments/show.py, dvc/repo/experiments/show.py).
+    """
+    found: dict[str, float] = {}
+    for name, (task, key) in {**HEADLINES, attribute: ("captions", attribute)}.items():
         score = metrics.get(task, {}).get(key)
-        if score is not None:
-            value = score["value"] if isinstance(score, dict) else score
-            found.setdefault(task, {})[key] = round(value, 4)
+        value = score["value"] if isinstance(score, dict) else score
+        if value is not None:
+            found[name] = round(value, 3)
     return found
 
 

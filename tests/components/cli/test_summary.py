@@ -30,6 +30,8 @@ def test_a_step_that_ran_has_its_time_and_a_restored_one_has_none(tmp_path):
     run = summarise(tmp_path)
     assert [(step["seconds"], step["rows_in"]) for step in run["steps"]] == [(2.5, 7), (None, 5), (None, 5)]
     assert (run["total_seconds"], run["peak_rss_mb"], run["model_version"]) == (2.5, 100.0, None)
+    assert run["machine"]["cores"] >= 1
+    assert run["machine"]["processor"]
     assert json.loads((tmp_path / "reports/run.json").read_text()) == run
 
 
