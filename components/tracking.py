@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from components.pipeline.notes import TRAINING, MetricsNote, note_path
 from univigu.errors import ConfigError, MissingInputError, PreemptedError
 from univigu.files import read_json_object, write_json
 from univigu.mlflow_store import (
@@ -167,6 +168,7 @@ def start_run(
     import mlflow
 
     store, status = tracking_uri(root), "FAILED"
+    metrics = MetricsNote(note_path(root, TRAINING, name), flatten(parameters))
     try:
         with explained(store):
             run = _resume_or_start(mlflow, experiment, name, note)
@@ -175,7 +177,7 @@ def start_run(
                 for dataset, (source, digest) in datasets.items():
                     mlflow.log_input(_dataset(dataset, source, digest), context="training")
             mlflow.set_tags({**tags, **({NOTE: description} if description else {})})
-            tracked = TrackedRun(mlflow.MlflowClient(), run.info.run_id, store)
+            tracked = TrackedRun(mlflow.MlflowClient(), run.info.run_id, store, metrics)
         yield tracked
         tracked.flush(wait=True)
         status = "FINISHED"
@@ -185,6 +187,7 @@ def start_run(
             tracked.flush(wait=True)
         raise
     finally:
+        metrics.end(status)
         try:
             with nullcontext() if status == "FINISHED" else short_timeouts():
                 mlflow.end_run(status)
@@ -193,10 +196,13 @@ def start_run(
 
 
 class TrackedRun:
-    """Sends metrics to MLflow in batches, every few seconds and asynchronously, so that logging does not block."""
+    """Sends metrics to MLflow in batches, every few seconds and asynchronously, so that logging does not block.
 
-    def __init__(self, client: Any, run_id: str, store: str) -> None:
-        self.client, self.run_id, self.store = client, run_id, store
+    The newest are in `note` too, which doesn't depend on MLflow.
+    """
+
+    def __init__(self, client: Any, run_id: str, store: str, note: MetricsNote) -> None:
+        self.client, self.run_id, self.store, self._note = client, run_id, store, note
         self._buffer: list[Any] = []
         self._pending: list[Any] = []
         self._flushed = time.monotonic()
@@ -207,6 +213,7 @@ class TrackedRun:
         """Log the metrics of a step, unless the run logged this step before it was interrupted."""
         from mlflow.entities import Metric
 
+        self._note.add(step, metrics)
         if step <= self._logged:
             return
         now = int(time.time() * 1000)

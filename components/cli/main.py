@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from components.cli import data, generate, messages, models, pipeline, plan, profile, train_job
+from components.cli import data, generate, logs, messages, metrics, models, pipeline, plan, profile, train_job
 from components.cli.lean_imports import start_command, without
 from components.cli.options import Profile, Settings, profile_in_use
 from univigu import __version__
@@ -34,6 +34,7 @@ app = typer.Typer(
 generate.add_to(app)
 train_job.add_to(app)
 plan.add_to(app)
+metrics.add_to(app)
 app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")
 app.add_typer(data.app, name="data")
@@ -337,6 +338,7 @@ def main() -> None:
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)
     try:
+        logs.choose_format()
         app()
     except UniViGUError as error:
         _end(error)

@@ -21,6 +21,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from components.orchestration.kfp_server import KfpServer, RunCanceledError, RunFailedError, typed_arguments
 from components.orchestration.kfp_tasks import STOP_S, command
+from components.pipeline.notes import DEFERRED, note_path, remove_note, write_note
 from components.pipeline.processes import read_lines, start_child
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import find_stage
@@ -222,15 +223,20 @@ class KfpRunOperator(BaseOperator):
             now = server.state(self._run_id)
         if now.is_terminal:
             return self.finish(context, {"run_id": self._run_id, "state": now.state, "message": now.message})
-        end = time.time() + self.limit_s
+        end, note = time.time() + self.limit_s, self._note()
+        if note:
+            write_note(Path(note), {"run": self.run_name, "since": time.time(), "end": end})
         self.defer(
-            trigger=KfpRunTrigger(self._run_id, self.namespace, end, self.poll_s, self.patience_s), method_name="finish"
+            trigger=KfpRunTrigger(self._run_id, self.namespace, end, self.poll_s, self.patience_s, note),
+            method_name="finish",
         )
         raise AssertionError("unreachable")
 
     def finish(self, context: Mapping[str, Any], event: Mapping[str, str]) -> str:
         """Called with the run's final state: returns its id if it succeeded, and fails the task otherwise."""
         run_id, state, message = event["run_id"], event["state"], event["message"]
+        if note := self._note():
+            remove_note(Path(note))
         with report_failures(context):
             if state == UNREACHABLE:
                 raise TransientError(message)
@@ -256,6 +262,13 @@ class KfpRunOperator(BaseOperator):
                 )
         return run_id
 
+    def _note(self) -> str:
+        """The file that tells monitoring of the deferred run; "" if Airflow knows no work root."""
+        try:
+            return str(note_path(work_root(), DEFERRED, self.run_name))
+        except UniViGUError:
+            return ""
+
     def on_kill(self) -> None:
         """Cancel the run of a task that is stopped before it is deferred."""
         if self._run_id:
@@ -266,16 +279,21 @@ class KfpRunTrigger(BaseTrigger):
     """Polls a run every `poll_s` seconds until it has ended; cancels it at the Unix time `end`.
 
     A server that fails or denies access is polled for another `patience_s` seconds, as the run continues without it.
+    note: the file that tells monitoring of the run.
     """
 
-    def __init__(self, run_id: str, namespace: str, end: float, poll_s: float, patience_s: float) -> None:
+    def __init__(
+        self, run_id: str, namespace: str, end: float, poll_s: float, patience_s: float, note: str = ""
+    ) -> None:
         super().__init__()
         self.run_id, self.namespace, self.end, self.poll_s, self.patience_s = run_id, namespace, end, poll_s, patience_s
+        self.note = note
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """The trigger's state in Airflow's database; it contains no address and no token."""
         path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return path, {name: getattr(self, name) for name in ("run_id", "namespace", "end", "poll_s", "patience_s")}
+        names = ("run_id", "namespace", "end", "poll_s", "patience_s", "note")
+        return path, {name: getattr(self, name) for name in names}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         answered = time.monotonic()
@@ -302,6 +320,8 @@ class KfpRunTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Cancel the run: the user stopped or marked the task. Airflow does not call this when a triggerer restarts."""
+        if self.note:
+            remove_note(Path(self.note))
         await asyncio.to_thread(self._server().cancel, self.run_id)
 
     def _final_state(self) -> tuple[str, str]:

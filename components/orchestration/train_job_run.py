@@ -11,6 +11,7 @@ from typing import Any
 from components.orchestration.kubernetes_api import NODE, Cluster, one_line
 from components.orchestration.train_job import Settings, build, processes, work_key
 from components.pipeline.manifests import Recipe, verify
+from components.pipeline.notes import QUEUE, QueueNote, note_path
 from components.pipeline.processes import sentence
 from components.pipeline.profiles import absolute_profile, load_profile, profile_files
 from components.pipeline.stages import Stage, find_stage
@@ -41,7 +42,8 @@ def run_train_job(name: str, profile: str, root: Path, settings: Settings) -> di
     stage, profile, root = _check(name, profile, root, settings)
     step = make_step(stage, load_profile(profile), root)
     job = build(stage, work_key(step.key, root, settings), profile, root, settings)
-    return follow(job, settings, lambda: _output_of(step))
+    wait = QueueNote(note_path(root, QUEUE, stage.name), job["metadata"]["name"], stage.name)
+    return follow(job, settings, lambda: _output_of(step), wait)
 
 
 def dry_run_train_job(name: str, profile: str, root: Path, settings: Settings) -> None:
@@ -90,10 +92,22 @@ def _output_of(step: Any) -> dict[str, Any] | None:
     return manifest if Recipe.of(manifest).key() == step.key else None
 
 
-def follow(job: dict[str, Any], settings: Settings, output: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """Follow a TrainJob to its end, and submit it first if necessary; returns the result of `output`."""
+def follow(
+    job: dict[str, Any],
+    settings: Settings,
+    output: Callable[[], dict[str, Any] | None],
+    wait: QueueNote | None = None,
+) -> dict[str, Any]:
+    """Follow a TrainJob to its end, and submit it first if necessary; returns the result of `output`.
+
+    wait: the note of how long the TrainJob waits for its nodes.
+    """
     with Cluster.connect(settings.namespace, settings.api_timeout) as cluster:
-        return _Follower(cluster, job, settings, output).run()
+        try:
+            return _Follower(cluster, job, settings, output, wait).run()
+        finally:
+            if wait is not None:
+                wait.update(False)
 
 
 class _Follower:
@@ -105,8 +119,9 @@ class _Follower:
         job: dict[str, Any],
         settings: Settings,
         output: Callable[[], dict[str, Any] | None],
+        wait: QueueNote | None,
     ) -> None:
-        self.cluster, self.job, self.settings, self.output = cluster, job, settings, output
+        self.cluster, self.job, self.settings, self.output, self.wait = cluster, job, settings, output, wait
         self.name = job["metadata"]["name"]
         self.label = f"TrainJob {cluster.namespace}/{self.name}"
         self.logs = _Logs(cluster)
@@ -178,6 +193,8 @@ class _Follower:
                 return job
             running = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded")]  # replaced pods are Failed
             queued = job["spec"].get("suspend") or _condition(job, "Suspended")
+            if self.wait is not None:
+                self.wait.update(bool(queued) or len(running) < self.settings.nodes)
             if len(running) >= self.settings.nodes or queued:
                 last_active = time.monotonic()
             if time.monotonic() - last_active > self.settings.start_timeout:

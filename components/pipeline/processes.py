@@ -4,12 +4,14 @@ Each process that makes shards is `univigu run STEP --part K/N` on this machine,
 output is printed with the part as a prefix. The run that follows keeps and commits the shards.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -19,7 +21,7 @@ from univigu.errors import ConfigError, PreemptedError, UniViGUError
 GPUS = "CUDA_VISIBLE_DEVICES"
 PARENTS = "UNIVIGU_PARENTS"  # ids of processes: when one of them ends, this process must end too
 _POLL_S = 0.5
-_PREFIX = "univigu: "  # of messages to the user
+PREFIX = "univigu: "  # of messages to the user
 
 
 def visible_gpus() -> list[str]:
@@ -72,14 +74,26 @@ def read_lines(process: "subprocess.Popen[str]", show: Callable[[str], object]) 
     """Pass each line that a child prints to `show` until it ends; returns the last `sentence` among them."""
     last = ""
     for line in process.stdout or ():
-        show(line.rstrip())
+        show(plain_line(line))
         last = sentence(line) or last
     return last
 
 
+def plain_line(line: str) -> str:
+    """A line of a command's output without its end; the message, if it is an object of `components.cli.logs`."""
+    line = line.rstrip()
+    if line.startswith("{") and '"message"' in line:
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            record = json.loads(line)
+            if record.keys() >= {"level", "message", "process", "time"}:
+                return str(record.get("traceback") or record["message"]).rstrip()
+    return line
+
+
 def sentence(line: str) -> str:
     """The message to the user in a line of a univigu command's output; "" for any other line."""
-    return line.removeprefix(_PREFIX).strip() if line.startswith(_PREFIX) else ""
+    line = plain_line(line)
+    return line.removeprefix(PREFIX).strip() if line.startswith(PREFIX) else ""
 
 
 def shell_code(code: int) -> int:

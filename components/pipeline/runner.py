@@ -29,6 +29,7 @@ from components.pipeline import aside, commit
 from components.pipeline.digests import source_digest
 from components.pipeline.fingerprint import stage_code
 from components.pipeline.manifests import inside, read_manifest, stamps, verify
+from components.pipeline.notes import FAILURE, note_path, remove_note, write_note
 from components.pipeline.stages import Stage, find_stage
 from components.pipeline.state import STATE, Lock, lock
 from components.pipeline.step import Step
@@ -36,9 +37,11 @@ from components.pipeline.weights import how_to_fetch
 from components.pipeline.workspace import Part, PartEnded
 from univigu.errors import (
     BadInputError,
+    BusyError,
     ConfigError,
     GateFailedError,
     MissingInputError,
+    PreemptedError,
     TransientError,
     UniViGUError,
     first_line,
@@ -82,7 +85,7 @@ def run_adhoc_stage(stage: Stage, profile: Mapping[str, Any], root: Path, paths:
     paths: more inputs by name. They may be outside the work root and have no manifest; the step records what it read
     from them in the rows of its shards.
     """
-    with _working(stage, root, fcntl.LOCK_EX) as held:
+    with _noting_failure(stage, root.resolve()), _working(stage, root, fcntl.LOCK_EX) as held:
         commit.require_no_reader(stage, root.resolve())
         return _run_locked(stage, profile, root.resolve(), paths, held)
 
@@ -130,6 +133,20 @@ def resume(name: str, profile: Mapping[str, Any], root: Path, folder: Path) -> N
     with _working(stage, root, fcntl.LOCK_EX):
         for place in aside.resume_work(make_step(stage, profile, root.resolve()), folder):
             print(f"{name}: the earlier finished work is kept in {place}", file=sys.stderr)
+
+
+@contextmanager
+def _noting_failure(stage: Stage, root: Path) -> Iterator[None]:
+    """Leave a note for monitoring of the error that ends the step. Being stopped, or busy, is not a failure."""
+    note = note_path(root, FAILURE, stage.name)
+    try:
+        yield
+        remove_note(note)
+    except (BusyError, PreemptedError):
+        raise
+    except Exception as error:
+        write_note(note, {"error": type(error).__name__, "message": first_line(error), "time": time.time()})
+        raise
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from airflow.triggers.base import TriggerEvent
 
 from components.orchestration import airflow_operator
 from components.orchestration.airflow_operator import FAILURE, KfpRunOperator, KfpRunTrigger, StepOperator
+from components.pipeline.notes import DEFERRED, read_notes
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = str(ROOT / "infra/pipeline.yaml")
@@ -183,6 +184,21 @@ def test_a_run_over_its_time_limit_is_cancelled_and_reported(endpoint):
     with pytest.raises(AirflowFailException, match="run-1 had not ended after 1 hours, and was cancelled"):
         operator().finish(new_context(), event.payload)
     assert endpoint.runs["run-1"]["state"] == "CANCELED"
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["ends", "is stopped"])
+def test_monitoring_is_told_of_a_run_and_its_time_limit_until_it(endpoint, monkeypatch, tmp_path, stop):
+    endpoint.states = ["RUNNING"]
+    monkeypatch.setattr(airflow_operator, "work_root", lambda: tmp_path)
+    trigger = restored(defer(new_context(), poll_s=0.01, run_name="retrain-manual__2026-11-29T10:00:00+00:00").trigger)
+    ((path, note),) = read_notes(tmp_path, DEFERRED)
+    assert (note["run"], note["end"]) == ("retrain-manual__2026-11-29T10:00:00+00:00", trigger.end)
+    if stop:
+        asyncio.run(trigger.on_kill())
+    else:
+        endpoint.states = ["SUCCEEDED"]
+        operator(run_name=note["run"]).finish(new_context(), follow(trigger).payload)
+    assert not path.exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A launcher follows its TrainJob, through the real Kubernetes client and the fake server of conftest.py."""
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 from components.orchestration.train_job import Settings, build
 from components.orchestration.train_job_run import follow
+from components.pipeline.notes import QueueNote
 from components.pipeline.stages import find_stage
 from univigu.errors import (
     BadInputError,
@@ -64,6 +66,28 @@ def test_a_running_job_is_followed_and_not_submitted_again(cluster, capsys):
     assert launch() == MANIFEST
     assert "already submitted; following it" in capsys.readouterr().err
     assert len(cluster.jobs) == 1
+
+
+def test_monitoring_is_told_how_long_a_job_waits_for_all_of_its_nodes(cluster, tmp_path):
+    seen, path = [], tmp_path / "note.json"
+
+    def look():
+        seen.append(json.loads(path.read_text())["until"])
+
+    cluster.looks = [
+        lambda: None,
+        lambda: (look(), cluster.pod(0)),
+        lambda: (look(), cluster.pod(1)),
+        lambda: None,
+        lambda: (look(), cluster.condition("Complete")),
+    ]
+    settings = QUICK | {"nodes": 2}
+    wait = QueueNote(path, cluster.job_name, "train-stage-1")
+    follow(make_job(**settings), Settings(**settings), lambda: MANIFEST, wait)
+    note = json.loads(path.read_text())
+    assert seen == [None, None, note["until"]]
+    assert note["since"] < note["until"]
+    assert (note["job"], note["step"]) == (cluster.job_name, "train-stage-1")
 
 
 def test_a_lost_response_to_the_submission_submits_nothing_twice(cluster):
