@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from components.pipeline.step import Step
 
 BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
+DATA = ("prompts", "checked_prompts", "clips", "checked_clips", "captions", "pairs")  # inputs, in the data's order
 KINDS = ("captions", "generations", "joint")  # of held-out items; also the profile's keys for their numbers
 SHEET_COLUMNS = 5
 WORST = 6  # captions with the most mistakes on the page
@@ -64,7 +65,8 @@ def evaluate_model(step: "Step") -> None:
     for name, content in (("scores.json", metrics), ("metrics.json", headlines(metrics, benchmark.ATTRIBUTES[0]))):
         text = json.dumps(content, indent=1, sort_keys=True)
         (step.out / name).write_text(text + "\n", encoding="utf-8")
-    write_plots(step.out / "plots", metrics, training, stated_values(rows, benchmark.ATTRIBUTES[0]))
+    funnel = report.funnel_steps([read_record(step.inputs[name]) for name in DATA])
+    write_plots(step.out / "plots", metrics, training, stated_values(rows, benchmark.ATTRIBUTES[0]), funnel)
     notes = page_notes(step, benchmark, sampling, metrics)
     write_page(step, benchmark, heldout, metrics, rows, made, training, notes)
     write_gallery(step, rows, made)
@@ -190,9 +192,14 @@ def write_plots(
     metrics: Metrics,
     training: Mapping[str, Mapping[str, Any]],
     stated: Sequence[tuple[str, str]],
+    funnel: Sequence[Mapping[str, Any]],
 ) -> None:
-    """CSV files for ``dvc plots``: scores by attribute, loss curves, held-out losses by bin of tau, and confusions."""
+    """CSV files for ``dvc plots``: scores by attribute, loss curves, held-out losses by bin of tau, and confusions.
+
+    ``funnel.csv`` has the rows in and out of each step of the data, for people who look in MLflow.
+    """
     folder.mkdir()
+    _write_csv(folder / "funnel.csv", [funnel_row(step) for step in funnel])
     if stated:
         _write_csv(folder / "confusion.csv", [{"true": truth, "stated": said} for truth, said in stated])
     scores = [
@@ -208,6 +215,17 @@ def write_plots(
         columns = {name: values for name, values in figures["heldout"].items() if isinstance(values, list)}
         if columns:
             _write_csv(folder / f"{stage}_heldout.csv", _by_row(columns))
+
+
+def funnel_row(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of ``funnel.csv`` from a step of `report.funnel_steps`."""
+    reasons = "; ".join(f"{reason} {count}" for reason, count in step["reasons"])
+    return {key: step[key] for key in ("name", "rows_in", "rows_out", "quarantined")} | {"reasons": reasons}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The manifest of an earlier step's output."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -247,8 +265,7 @@ def write_page(
             for index, row in enumerate(_rows_of(task, rows)[: PAGE_SAMPLES[task]])
         ]
 
-    inputs = ("prompts", "checked_prompts", "clips", "checked_clips", "captions", "pairs")
-    manifests = {name: json.loads((step.inputs[name] / MANIFEST).read_text(encoding="utf-8")) for name in inputs}
+    manifests = {name: read_record(step.inputs[name]) for name in DATA}
     page = report.render_report(
         about={
             "Model": digests["stage2"][:12],

@@ -42,15 +42,14 @@ def _cell(score: Mapping[str, Any] | None) -> str:
 
 
 def _samples(comparison: "Comparison", root: Path, runs: Mapping[str, str]) -> list[str]:
-    """Samples and links from MLflow's server; without one, the path of the report."""
+    """Links and samples from MLflow's server, a column for each version; without a server, the path of the report."""
     server = without_login(os.environ.get("MLFLOW_TRACKING_URI", "")).rstrip("/")
     if not server.startswith("http"):
         page = (root / "reports" / "report.html").resolve()
         return [f"Samples, worst cases and curves of the new version: `{page}`, and in `mlflow ui`."]
-    lines = []
+    pages, pictures = [], []
     for side, run in runs.items():
         number = getattr(comparison, side)
-        picture = f"{server}/get-artifact?path={GALLERY}&run_uuid={run}"
-        page = f"{server}/#/models/{comparison.name}/versions/{number}"
-        lines += [f"[Version {number}]({page}):", "", f"![Samples of version {number}]({picture})", ""]
-    return lines
+        pages.append(f"[Version {number}]({server}/#/models/{comparison.name}/versions/{number})")
+        pictures.append(f"![Samples of version {number}]({server}/get-artifact?path={GALLERY}&run_uuid={run})")
+    return [f"| {' | '.join(cells)} |" for cells in (pages, ["---"] * len(pages), pictures)]

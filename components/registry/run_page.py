@@ -28,8 +28,8 @@ def describe_run(name: str, evaluation: Evaluation) -> str:
     return (
         f"A version of `{name}`, with its scores and 95 % intervals: {scores}.\n\nUnder *Artifacts*: "
         f"`{REPORT}/report.html` (samples, worst cases, curves, the data's funnel), `{REPORT}/gallery.gif`, "
-        f"`{REPORT}/confusion.csv` and `{REPORT}/scores.json`. The version's own files have its lineage, in "
-        f"`artifacts/lineage/lineage.json`."
+        f"`{REPORT}/confusion.csv`, `{REPORT}/funnel.csv` and `{REPORT}/scores.json`. The version's own files "
+        f"have its lineage, in `artifacts/lineage/lineage.json`."
     )
 
 

@@ -121,6 +121,15 @@ def test_the_figures_of_training_are_in_metrics_plots_and_page(reports):
     assert "Stage 1: +12.5 points" in page
 
 
+def test_the_funnel_of_the_data_is_a_table_with_the_reasons_of_each_step(reports):
+    rows = pd.read_csv(reports / "plots/funnel.csv").fillna("").to_dict("records")
+    assert [row["name"] for row in rows] == [
+        *("curate-prompts", "validate-prompts", "synthesize-videos", "validate-clips"),
+        *("caption-videos", "validate-pairs"),
+    ]
+    assert rows[0] == {"name": "curate-prompts", "rows_in": 9, "rows_out": 8, "quarantined": 1, "reasons": "script 1"}
+
+
 def test_the_page_is_small_complete_and_safe(reports):
     page = (reports / "report.html").read_text()
     assert len(page) < 8_000_000

@@ -104,10 +104,12 @@ def test_with_a_server_the_request_for_an_approval_shows_the_samples_of_both_ver
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@mlflow:5000/")
     comparison = promotion.Comparison("uni-vigu", 3, 1, "captions.mean", True, "better")
     body = approval.describe(comparison, {}, Path(), {"challenger": "aa", "champion": "bb"})
-    assert "[Version 3](http://mlflow:5000/#/models/uni-vigu/versions/3)" in body
-    for version, run in (("3", "aa"), ("1", "bb")):
-        picture = f"http://mlflow:5000/get-artifact?path=report/gallery.gif&run_uuid={run}"
-        assert f"![Samples of version {version}]({picture})" in body
+    pages = [f"[Version {number}](http://mlflow:5000/#/models/uni-vigu/versions/{number})" for number in (3, 1)]
+    pictures = [
+        f"![Samples of version {number}](http://mlflow:5000/get-artifact?path=report/gallery.gif&run_uuid={run})"
+        for number, run in ((3, "aa"), (1, "bb"))
+    ]
+    assert body.splitlines()[-3:] == [f"| {' | '.join(cells)} |" for cells in (pages, ["---", "---"], pictures)]
     assert "s3cret" not in body
 
 

@@ -69,12 +69,13 @@ def test_the_run_of_a_version_shows_the_report_the_samples_and_the_scores(world)
     Image.new("RGB", (40, 30)).save(world.root / "reports/gallery.webp", save_all=True, append_images=[])
     (world.root / "reports/report.html").write_text(f"<h1>Page</h1>{RUN}")
     (world.root / "reports/plots").mkdir()
-    (world.root / "reports/plots/confusion.csv").write_text("true,stated\n1,7\n")
+    for name in ("confusion.csv", "funnel.csv"):
+        (world.root / "reports/plots" / name).write_text("true,stated\n1,7\n")
     facts = world.register("shown")
     run = registry.find_version("shown", 1, tracking_uri(world.root)).run_id
     client = mlflow.MlflowClient()
     shown = {Path(file.path).name for file in client.list_artifacts(run, "report")}
-    assert shown == {"report.html", "gallery.gif", "scores.json", "confusion.csv"}
+    assert shown == {"report.html", "gallery.gif", "scores.json", "confusion.csv", "funnel.csv"}
     page = Path(client.download_artifacts(run, "report/report.html")).read_text()
     assert f"<dd>{facts['decision']}</dd>" in page
     assert "<dd>shown 1</dd>" in page
