@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -34,17 +35,14 @@ def tools():
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
+def postgresql():
     """The address of an empty database of a real PostgreSQL server."""
     if tools() is None:
         pytest.skip("restoring a database takes Debian's postgresql: apt-get install postgresql")
-    home, port = tmp_path_factory.mktemp("postgresql"), free_port()
+    home, port = Path(tempfile.mkdtemp()), free_port()  # pytest's own folders are closed to other users
     user = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
     if user:
         shutil.chown(home, user)
-        for parent in list(home.parents)[:3]:
-            if parent != Path("/tmp"):
-                parent.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
     (home / "password").write_text("a p@ss/word")
     (home / "password").chmod(0o644)
@@ -60,12 +58,13 @@ def postgresql(tmp_path_factory):
     address = f"postgresql+psycopg2://%s:%s@127.0.0.1:{port}/%s"
     admin = address % ("admin", "a%20p%40ss%2Fword", "postgres")
     _until_ready(admin)
-    # as the image of PostgreSQL leaves it: the user owns the database, and may do nothing else
+    # a user who owns the database and may do nothing else: PostgreSQL's image gives more, a managed database no more
     for command in ("CREATE ROLE mlflow LOGIN PASSWORD 'a p@ss/word'", "CREATE DATABASE mlflow OWNER mlflow"):
         execute(admin, command)
     yield address % ("mlflow", "a%20p%40ss%2Fword", "mlflow")
     server.send_signal(signal.SIGINT)  # doesn't wait for clients to leave
     server.wait()
+    shutil.rmtree(home)
 
 
 def execute(address, command):
