@@ -8,7 +8,8 @@ from components.pipeline import stages
 from components.pipeline.commit import remove
 from components.pipeline.state import STATE, lock
 
-LEFT = ("staging", "scratch", "shards", "runs", "kept", "docs")  # under STATE; locks, answers and aside stay
+# under STATE; locks, answers and aside stay
+LEFT = ("staging", "scratch", "shards", "runs", "kept", "docs", "monitor/training", "monitor/failure")
 
 
 def clean(root: Path) -> None:
