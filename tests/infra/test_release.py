@@ -185,8 +185,9 @@ def test_a_decode_pod_has_no_network_no_token_no_secret_and_bounds(decode, rende
 def test_the_command_of_the_decode_pod_is_one_of_ours(decode, tmp_path):
     (job,) = [one for one in decode if one["kind"] == "Job"]
     (container,) = job["spec"]["template"]["spec"]["containers"]
+    shutil.copytree(ROOT / "model/tiny-wan", tmp_path / "model/tiny-wan")
     arguments = [one.replace("/mnt/univigu", str(tmp_path)) for one in container["args"]]
     command = [sys.executable, "-m", "components.cli.main", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 66, done.stderr  # understood, and the folder is missing
-    assert "incoming" in done.stderr
+    assert done.returncode == 66, done.stderr
+    assert "There is no folder" in done.stderr  # all else was understood
