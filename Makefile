@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators architecture cluster-claims figures profiles docs test test-fast coverage chaos lint format clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -64,6 +64,10 @@ architecture: install ## Which folder imports which: reports/architecture.json
 
 cluster-claims: install ## What the operators' pages promise, with tests and sources: reports/cluster-claims.json
 	@python -m tests.cluster_claims
+
+sbom: install ## The packages of the environment, as CycloneDX: reports/sbom.json
+	@uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment --output-reproducible --of JSON \
+		--output-file reports/sbom.json $(BIN)/python
 
 docs: install ## Build the documentation site in site/; `mkdocs serve` previews it
 	mkdocs build --strict

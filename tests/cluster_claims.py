@@ -16,7 +16,7 @@ def declared():
     return yaml.safe_load((REPO / "infra/claims.yaml").read_text(encoding="utf-8"))
 
 
-def tests_by_name():
+def find_tests():
     """The file of each test function, relative to the repository, by the function's name."""
     found = {}
     for path in sorted((REPO / "tests").rglob("test_*.py")):
@@ -89,7 +89,7 @@ def report(declaration, tests):
 
 
 if __name__ == "__main__":
-    known, all_tests = declared(), tests_by_name()
+    known, all_tests = declared(), find_tests()
     if found := problems(known, all_tests):
         raise SystemExit("\n".join(found))
     REPORT.write_text(json.dumps(report(known, all_tests), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

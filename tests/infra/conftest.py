@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from network_policies import KFP
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,12 +35,33 @@ def airflow_values():
     return yaml.safe_load((ROOT / "infra/airflow/values.yaml").read_text(encoding="utf-8"))
 
 
-@cache
-def _render(overlay: str) -> list[dict]:
-    command = ["kubectl", "kustomize", ROOT / "infra/kustomize/overlays" / overlay]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="session")
+def kubeflow_pipelines(tmp_path_factory):
+    """Our two folders of Kubeflow Pipelines, built on what we rely on of its own manifests."""
+    built = []
+    for name, of_the_cluster in (("cluster-scoped", True), (".", False)):
+        folder = tmp_path_factory.mktemp("kfp")
+        source = ROOT / "infra/kustomize/kubeflow-pipelines" / name
+        settings = yaml.safe_load((source / "kustomization.yaml").read_text(encoding="utf-8"))
+        upstream = [one for one in KFP if (one["kind"] == "Namespace") == of_the_cluster]
+        (folder / "upstream.yaml").write_text(yaml.safe_dump_all(upstream))
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump({**settings, "resources": ["upstream.yaml"]}))
+        for patch in settings["patches"]:
+            if "path" in patch:
+                (folder / patch["path"]).write_text((source / patch["path"]).read_text(encoding="utf-8"))
+        built += _build(folder)
+    return built
+
+
+def _build(folder: Path) -> list[dict]:
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [*yaml.safe_load_all(done.stdout)]
+
+
+@cache
+def _render(overlay: str) -> list[dict]:
+    return _build(ROOT / "infra/kustomize/overlays" / overlay)
 
 
 def _pod_templates(objects: list[dict]) -> dict[str, dict]:

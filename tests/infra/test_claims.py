@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from tests.cluster_claims import KINDS, REPORT, declared, problems, report, tests_by_name
+from tests.cluster_claims import KINDS, REPORT, declared, find_tests, problems, report
 
 
 @pytest.fixture(scope="module")
 def known():
-    return tests_by_name()
+    return find_tests()
 
 
 def test_each_promise_has_a_test_and_a_source(known):

@@ -16,30 +16,6 @@ from network_policies import KFP, Cluster
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra/kustomize/kubeflow-pipelines"
-CLUSTER_WIDE = ("Namespace",)
-
-
-def build(folder):
-    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [*yaml.safe_load_all(done.stdout)]
-
-
-@pytest.fixture(scope="session")
-def kubeflow_pipelines(tmp_path_factory):
-    """Our two folders of Kubeflow Pipelines, built on what we rely on of its own manifests."""
-    built = []
-    for name, kinds in (("cluster-scoped", True), (".", False)):
-        folder = tmp_path_factory.mktemp("kfp")
-        settings = yaml.safe_load((FOLDER / name / "kustomization.yaml").read_text(encoding="utf-8"))
-        upstream = [one for one in KFP if (one["kind"] in CLUSTER_WIDE) == kinds]
-        (folder / "upstream.yaml").write_text(yaml.safe_dump_all(upstream))
-        (folder / "kustomization.yaml").write_text(yaml.safe_dump({**settings, "resources": ["upstream.yaml"]}))
-        for patch in settings["patches"]:
-            if "path" in patch:
-                (folder / patch["path"]).write_text((FOLDER / name / patch["path"]).read_text(encoding="utf-8"))
-        built += build(folder)
-    return built
 
 
 # --- applying manifests one after the other ---------------------------------------------------------------------------
