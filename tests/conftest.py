@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from components.bench.orchestrators import call, copy_repository
 from components.cli.messages import QUIET, VERBOSE
+from hub_server import Hub
 
 
 def pytest_collection_modifyitems(items):
@@ -287,6 +288,16 @@ def kfp(monkeypatch):
     server = FakeKfp()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub():
+    """A hub of one repository in memory (see `hub_server`)."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -1,5 +1,7 @@
 """Which model `univigu caption`, `generate` and `joint` use: a given one, the champion, or the bundled one."""
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +21,13 @@ CLONE = Path(__file__).resolve().parents[2]
 def find_model(model: str, name: str, root: Path) -> Path:
     """The folder of the model to use.
 
-    model: a folder, a ``models:/`` address, or "" for the champion of `name`. Where `name` is the default one and has
-    no champion, the bundled model is used, and the command says so. Raises `MissingInputError` where there is none.
+    model: a folder or a link to one, a hub repository's ``owner/name``, a ``models:/`` address, or "" for the champion
+    of `name`. A hub repository is fetched only with HF_HUB_OFFLINE=0; otherwise its download must be there. Where
+    `name` is the default one and has no champion, the bundled model is used, and the command says so. Raises
+    `MissingInputError` where there is none.
     """
     if model and not model.startswith("models:/"):
-        if not Path(model).is_dir():
-            raise MissingInputError(f"There is no model folder '{model}'; check the path, or omit --model.")
-        return Path(model)
+        return Path(model) if Path(model).is_dir() else _from_hub(model)
     if model:
         return _registered(model, root)
     try:
@@ -42,6 +44,26 @@ def find_bundled(root: Path) -> Path | None:
     """The folder of the bundled model, in the work root or else in the clone of this command; None without one."""
     places = (root / BUNDLED, CLONE / BUNDLED)
     return next((place for place in places if (place / "model_index.json").is_file()), None)
+
+
+def _from_hub(model: str) -> Path:
+    """The download of a hub repository, fetched first if the environment allows it."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise MissingInputError(f"There is no model folder '{model}'; check the path, or omit --model.")
+    fetched = os.environ.get("HF_HUB_OFFLINE") == "0"
+    if fetched:
+        say(f"Fetching what is missing of {model} from the hub.")
+    from univigu.wan import local_folder
+
+    try:
+        return local_folder(model, local_files_only=not fetched)
+    except MissingInputError as error:
+        if fetched:
+            raise
+        raise MissingInputError(
+            f"There is no model folder '{model}', and no download of a hub repository of that name; check the path, or "
+            "set HF_HUB_OFFLINE=0 to fetch it from the hub."
+        ) from error
 
 
 def _registered(address: str, root: Path) -> Path:

@@ -34,7 +34,8 @@ Model = Annotated[
     str,
     typer.Option(
         metavar="FOLDER",
-        help="A trained model's folder. (default: the registered champion, or the bundled model where there is none)",
+        help="A trained model's folder, or a hub repository OWNER/NAME, which HF_HUB_OFFLINE=0 lets it fetch. "
+        "(default: the registered champion, or the bundled model where there is none)",
     ),
 ]
 Name = Annotated[str, typer.Option(help="The registered model whose champion is used.")]

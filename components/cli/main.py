@@ -284,6 +284,7 @@ def bench(
     if not name:
         print("\n".join(bench.benchmarks()))
         return
+    messages.say(f"Measuring {name}; this takes seconds to minutes.")
     print(json.dumps(bench.run(name, root), indent=1, ensure_ascii=False))
 
 

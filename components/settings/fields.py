@@ -12,7 +12,10 @@ RULES = "rules"  # the type of `Section`'s errors, with the broken rules as cont
 
 
 class Section(BaseModel):
-    """A table of settings: all keys are required, others are forbidden, and none is converted ("3" is no number)."""
+    """A table of settings: keys are required unless they have a default, unknown ones are forbidden, none is converted.
+
+    ("3" is no number.)
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -28,7 +31,7 @@ class Section(BaseModel):
 
 
 def setting(description: str, unit: str = "", **more: Any) -> Any:
-    """A required key of a section. `more` goes to pydantic's `Field`: bounds such as ``ge=0``."""
+    """A key of a section, required without a ``default``. `more` goes to pydantic's `Field`: bounds (``ge=0``)."""
     extra: dict[str, Any] | None = {UNIT: unit} if unit else None
     return Field(description=description, json_schema_extra=extra, **more)
 

@@ -50,6 +50,7 @@ class Lora(Section):
     rank: Size = setting("Rank of the adapters")
     alpha: Positive = setting("The adapters count alpha / rank times")
     targets: list[Name] = setting("The linear layers that get one, by the end of their names", min_length=1)
+    merge: bool = setting("Merge them into the weights at the end; false: save them beside the model", default=True)
 
 
 class PromptDropout(Section):

@@ -276,7 +276,11 @@ def load_pipeline(step: "Step", number: int) -> "UniViGUPipeline":
     from univigu import UniViGUPipeline
 
     if number == 2:
-        return UniViGUPipeline.from_pretrained(step.inputs["model"] / MODEL)
+        from univigu.training.adapters import merge_lora
+
+        pipeline = UniViGUPipeline.from_pretrained(step.inputs["model"] / MODEL)
+        merge_lora(pipeline.transformer)  # adapters that stage 1 left unmerged
+        return pipeline
     tokenizer, sampling = sampler(step, number)
     return UniViGUPipeline.from_wan(step.inputs["base"], **text_side(step, len(tokenizer)), **sampling)
 

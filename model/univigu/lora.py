@@ -2,6 +2,9 @@
 
 The video side has Wan's weights under Wan's names, so diffusers' own loader of Wan's adapters applies: it reads the
 layouts of diffusers and of the original code (``diffusion_model.``).
+
+A model may come with one adapter, which it was trained with: ``pytorch_lora_weights.safetensors`` beside its parts, in
+diffusers' layout. Such an adapter also loads in ``WanPipeline``.
 """
 
 from pathlib import Path
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from .errors import BadInputError, UniViGUError, first_line
 from .extras import import_extra
 
+TRAINED = "trained"  # the name of the adapter that a model was trained with
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file of an adapter
 _UP, _DOWN = ".lora_B.weight", ".lora_A.weight"
 
 
@@ -47,6 +52,28 @@ class UniViGULoraLoaderMixin(WanLoraLoaderMixin):
                 f"{name} can't be loaded ({first_line(error)}): give a LoRA for Wan2.1 text-to-video, in safetensors."
             ) from error
 
+    def _load_trained(self, folder: Path) -> None:
+        """Load the adapter that the model in a folder was trained with, if there is one."""
+        if (folder / FILE).is_file():
+            self.load_lora_weights(folder, weight_name=FILE, adapter_name=TRAINED)
+
+    def _take_trained(self) -> dict[str, Tensor] | None:
+        """The layers of the adapter that the model was trained with, which is unloaded; None if there is none.
+
+        Raises BadInputError where other adapters are loaded, because their layers would not load again.
+        """
+        adapters = set(getattr(self.transformer, "peft_config", None) or ())
+        if adapters - {TRAINED}:
+            raise BadInputError(
+                "The pipeline has LoRA adapters, which are not saved with it: call `fuse_lora()` and"
+                " `unload_lora_weights()` to save it with them, or `unload_lora_weights()` to save it without."
+            )
+        if not adapters:
+            return None
+        layers = adapter_layers(self.transformer, TRAINED)
+        self.unload_lora_weights()
+        return layers
+
     @classmethod
     def _maybe_expand_t2v_lora_for_i2v(cls, transformer: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         # diffusers asks here for a config key of Wan's image-to-video models, which this model never is
@@ -59,6 +86,16 @@ class UniViGULoraLoaderMixin(WanLoraLoaderMixin):
         if weight_name and not weight_name.endswith(".safetensors"):  # diffusers would unpickle it
             raise BadInputError(f"{weight_name} is no safetensors file: give a LoRA for Wan2.1 in safetensors.")
         return super().lora_state_dict(*args, **(kwargs | {"use_safetensors": True}))
+
+
+def adapter_layers(transformer: Any, name: str) -> dict[str, Tensor]:
+    """The weights of an adapter under diffusers' names, with its scale alpha / rank in them."""
+    from peft.utils import get_peft_model_state_dict
+
+    config = transformer.peft_config[name]
+    state = get_peft_model_state_dict(transformer, adapter_name=name)
+    scale = config.lora_alpha / config.r
+    return {key: (value * scale if key.endswith(_UP) else value).detach().clone() for key, value in state.items()}
 
 
 def _check_base(transformer: Any, state: dict[str, Tensor], name: str) -> None:

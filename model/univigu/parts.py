@@ -116,7 +116,7 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
 
         ``kwargs`` are those of diffusers: ``dtype`` (or ``torch_dtype``; by default float32), ``device_map``,
         ``quantization_config``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``, and components such as
-        ``scheduler`` or ``text_encoder=None``.
+        ``scheduler`` or ``text_encoder=None``. An adapter that the model was trained with is loaded as ``trained``.
         Raises a BadInputError (or a subclass of it) for other folders.
         """
         source = pretrained_model_name_or_path
@@ -131,19 +131,17 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
             precision = {} if "torch_dtype" in kwargs else {"dtype": torch.float32}
             pipeline = super().from_pretrained(folder, **({"use_safetensors": True} | precision | kwargs))
         loading.check_token_table(pipeline.text_encoder)
+        pipeline._load_trained(folder)
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the whole pipeline and its model card; with ``push_to_hub``, upload the folder too.
 
         The files don't name the source of its parts: equal models give equal bytes. A README.md that is there already
-        is kept. Raises BadInputError while LoRA adapters are loaded, because their layers would not load again.
+        is kept. The adapter that the model was trained with is saved beside it. Raises BadInputError while other LoRA
+        adapters are loaded, because their layers would not load again.
         """
-        if getattr(self.transformer, "peft_config", None):
-            raise BadInputError(
-                "The pipeline has LoRA adapters, which are not saved with it: call `fuse_lora()` and"
-                " `unload_lora_weights()` to save it with them, or `unload_lora_weights()` to save it without."
-            )
+        trained = self._take_trained()
         for part in (self, self.vae, self.transformer):
             part.register_to_config(_name_or_path="")
         # A tokenizer keeps the length of its last call, and would save it.
@@ -152,6 +150,9 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
             backend.no_padding()
         hub = {name: kwargs.pop(name) for name in loading.PUSH_OPTIONS if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
+        if trained:
+            self.save_lora_weights(save_directory, transformer_lora_layers=trained)
+            self._load_trained(Path(save_directory))
         card = Path(save_directory) / "README.md"
         if not card.exists():
             card.write_text(write_card(self), encoding="utf-8")

@@ -44,6 +44,7 @@ REQUIREMENTS = (
     "numpy",
     "pandas",
 )
+ADAPTER = "pytorch_lora_weights.safetensors"  # beside the parts of a model with an adapter (`lora.FILE`)
 LONGEST_DESCRIPTION = 5000  # characters, a limit of the databases that MLflow supports
 _NAME_TAG, _PROCESS_TAG = "univigu.registers", "univigu.process"  # tags of an upload's run: model name and process
 _ABANDONED_S = 24 * 3600.0  # after this time, an upload from a machine that can't be checked counts as abandoned
@@ -192,14 +193,15 @@ def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], **where:
             python_model=str(Path(__file__).with_name("mlflow_model.py")),
             code_paths=[str(Path(__file__).parent)],
             artifacts={title: str(path) for title, path in contents.items()},
-            pip_requirements=requirements(),
+            pip_requirements=requirements(pipeline),
             signature=signature(),
         ).model_uri
 
 
-def requirements() -> list[str]:
-    """The packages that inference imports, pinned to the versions installed here."""
-    return [f"{package}=={installed_version(package).partition('+')[0]}" for package in REQUIREMENTS]
+def requirements(pipeline: Path) -> list[str]:
+    """The packages that inference with a pipeline's folder imports, pinned to the versions installed here."""
+    packages = [*REQUIREMENTS, "peft"] if (pipeline / ADAPTER).is_file() else REQUIREMENTS
+    return [f"{package}=={installed_version(package).partition('+')[0]}" for package in packages]
 
 
 def signature() -> "ModelSignature":

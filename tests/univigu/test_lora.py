@@ -6,10 +6,11 @@ import torch
 from diffusers import WanPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError
+from univigu.training.adapters import finish_lora
 
 CALL = {"num_frames": 9, "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0}
 LAYERS = {"self_attn": "attn1", "cross_attn": "attn2"}  # the names of the original code, and diffusers'
@@ -93,6 +94,34 @@ def test_a_saved_adapter_loads_in_wan_pipeline(tiny_wan_folder, wan, tmp_path):
     wan.unload_lora_weights()
     assert loaded.keys() == layers.keys()
     assert all(torch.equal(loaded[key], layers[key]) for key in layers)
+
+
+def test_the_adapter_that_a_model_was_trained_with_is_saved_and_loaded_with_it(tiny_wan_folder, wan, tmp_path):
+    pipeline = load(tiny_wan_folder)
+    plain = pipeline("a red five", seed=1, **CALL).frames
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["to_q", "to_v"], "init_lora_weights": False}
+    pipeline.transformer.add_adapter(LoraConfig(**config))
+    adapted = pipeline("a red five", seed=1, **CALL).frames
+    assert np.abs(adapted - plain).max() > 1e-3
+    finish_lora(pipeline.transformer, {"merge": False})
+    for folder in (tmp_path / "first", tmp_path / "second"):  # what was loaded can be saved again
+        pipeline.save_pretrained(folder)
+        np.testing.assert_allclose(pipeline("a red five", seed=1, **CALL).frames, adapted, atol=1e-4)
+        pipeline = UniViGUPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        np.testing.assert_allclose(pipeline("a red five", seed=1, **CALL).frames, adapted, atol=1e-4)
+    saved = load_file(tmp_path / "second/transformer/diffusion_pytorch_model.safetensors")
+    base = load_file(tiny_wan_folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in base.items())
+    wan.load_lora_weights(tmp_path / "second")
+    given = {"latents": torch.randn(1, 4, 3, 8, 8), "max_sequence_length": 32}
+    theirs = wan("a red five", **CALL, **given).frames
+    wan.unload_lora_weights()
+    pipeline.scheduler = wan.scheduler
+    np.testing.assert_allclose(pipeline("a red five", **CALL, **given).frames, theirs, atol=1e-4)
+    pipeline.unload_lora_weights()
+    plain = wan("a red five", **CALL, **given).frames
+    np.testing.assert_allclose(pipeline("a red five", **CALL, **given).frames, plain, atol=1e-4)
 
 
 def test_what_is_no_adapter_of_this_base_is_refused_in_one_sentence(tiny_wan_folder, adapter, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 from univigu import wan
 from univigu.errors import ConfigError
 from univigu.extras import import_extra
+from univigu.lora import TRAINED, adapter_layers
 from univigu.transformer import UniViGUTransformer3DModel
 
 # Names for `freeze`; anything else is a pattern of parameter names, such as `blocks.0.*`.
@@ -22,7 +23,7 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "text_feed_forward": lambda name: ".ffn_text." in name,
     "token_table": lambda name: name.startswith("text_space."),
 }
-LORA: dict[str, Any] = {"rank": 32, "alpha": 32.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+LORA: dict[str, Any] = {"rank": 32, "alpha": 32.0, "targets": ("to_q", "to_k", "to_v", "to_out.0"), "merge": True}
 
 
 def choose_trainable(
@@ -30,9 +31,9 @@ def choose_trainable(
 ) -> None:
     """Freeze the named parts; with `lora`, the video side is trained through adapters alone.
 
-    lora: ``rank``, ``alpha`` (adapters are scaled by alpha / rank) and ``targets``, the linear layers that get an
-    adapter, by the end of their names. Adapters start at zero, so the model's output does not change. Raises
-    `ConfigError` where a name matches nothing, and where nothing is left to train.
+    lora: ``rank``, ``alpha`` (adapters are scaled by alpha / rank), ``targets``, the linear layers that get an
+    adapter, by the end of their names, and ``merge``, for `finish_lora`. Adapters start at zero, so the model's output
+    does not change. Raises `ConfigError` where a name matches nothing, and where nothing is left to train.
     """
     if lora is not None:
         _add_lora(transformer, lora, seed)
@@ -50,6 +51,16 @@ def choose_trainable(
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in transformer.parameters()):
         raise ConfigError("All weights are frozen, so there is nothing to train; remove an entry from `freeze`.")
+
+
+def finish_lora(transformer: UniViGUTransformer3DModel, lora: Mapping[str, Any] | None) -> None:
+    """Merge the trained adapters, or leave them as the one adapter that is saved with the model (`lora.TRAINED`)."""
+    if lora is None or lora.get("merge", True):
+        merge_lora(transformer)
+        return
+    layers = adapter_layers(transformer, next(iter(transformer.peft_config)))
+    transformer.unload_lora()
+    transformer.load_lora_adapter(layers, adapter_name=TRAINED, prefix=None)
 
 
 def merge_lora(transformer: UniViGUTransformer3DModel) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
 from univigu.objective import TrainingObjective
 from univigu.threads import settle_threads
-from univigu.training.adapters import choose_trainable, merge_lora
+from univigu.training.adapters import choose_trainable, finish_lora
 from univigu.training.checkpoints import load_checkpoint, save_checkpoint
 from univigu.training.data import LatentDataset
 from univigu.training.engine import (
@@ -109,7 +109,7 @@ def train(
         gather_weights(engine, objective, frozen)
         dist.barrier()  # a rank that leaves now may close connections that another one still reads from
         if dist.get_rank() == 0:
-            merge_lora(objective.transformer)
+            finish_lora(objective.transformer, config.lora)
         return order
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 
@@ -269,6 +270,25 @@ def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_mo
     assert_refused(univigu(*arguments), TransientError.exit_code, "http://127.0.0.1:9 does not answer")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'empty.db'}")
     assert_refused(univigu(*arguments), 66, "no model at models:/uni-vigu@champion")
+
+
+def test_a_model_may_be_a_link_or_a_hub_repository_that_is_fetched_only_when_asked_for(
+    univigu, clips, tmp_path, speaking_model, hub
+):
+    (tmp_path / "link").symlink_to(speaking_model)
+    code, out, _ = univigu("caption", clips / "clip.mp4", "--model", tmp_path / "link")
+    assert code == 0
+    hub.files = {str(path.relative_to(speaking_model)): path.read_bytes() for path in speaking_model.rglob("*.*")}
+    command = [sys.executable, "-m", "components.cli.main", "caption", clips / "clip.mp4", "--model", "me/model"]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    results = [
+        subprocess.run(command, env=environment | more, capture_output=True, text=True, check=False)
+        for more in ({}, {"HF_HUB_OFFLINE": "0"}, {})
+    ]
+    assert_refused((results[0].returncode, results[0].stdout, results[0].stderr), 66, "set HF_HUB_OFFLINE=0 to fetch")
+    assert [one.stdout for one in results[1:]] == [out, out]
+    assert results[1].stderr == "Fetching what is missing of me/model from the hub.\n"
 
 
 def test_a_folder_that_holds_no_model_or_a_damaged_one_is_refused(univigu, clips, tmp_path, speaking_model):

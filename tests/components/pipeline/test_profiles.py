@@ -69,7 +69,7 @@ def test_a_profile_written_out_in_full_is_the_same_profile(name, write):
         ("train_stage_1", "zero_stage", 4, "is 4; give a whole number from 0 to 3."),
         ("train_stage_1", "schedule", "linear", 'is "linear"; give one of cosine, constant.'),
         ("train_stage_1", "loss_weights", 3, "is 3; give a table with video, text, cross_entropy."),
-        ("train_stage_1", "lora", "yes", 'is "yes"; give a table with rank, alpha, targets or null.'),
+        ("train_stage_1", "lora", "yes", 'is "yes"; give a table with rank, alpha, targets, merge or null.'),
         ("train_stage_1", "ema_decay", float("nan"), "is NaN; give a number of at least 0 and below 1."),
         ("synthesize_videos", "shard_size", 3.5, "is 3.5; give a whole number"),
         ("encode_latents", "batch_size", 0, "is 0; give a whole number of at least 1."),

@@ -124,6 +124,21 @@ def test_samples_are_logged_to_the_run_during_training(latents_root, profile):
     assert all(isinstance(row["said"], str) and row["target"] for row in rows)
 
 
+def test_unmerged_adapters_are_saved_beside_the_model_and_the_next_stage_merges_them(latents_root, profile):
+    for number in (1, 2):
+        lora = {"rank": 2, "alpha": 2.0, "targets": ["to_q"], "merge": number == 2}
+        profile[f"train_stage_{number}"].update(lora=lora, steps=2)
+        run_stage(f"train-stage-{number}", profile, latents_root)
+    first, second = (latents_root / "data" / home / "model" for home in ("stage1", "stage2"))
+    adapter = load_file(first / "pytorch_lora_weights.safetensors")
+    assert len(adapter) == 2 * 4
+    assert all(name.startswith("transformer.blocks.") for name in adapter)
+    assert not (second / "pytorch_lora_weights.safetensors").exists()
+    assert UniViGUPipeline.from_pretrained(first).get_active_adapters() == ["trained"]
+    before, after = (load_file(one / "transformer/diffusion_pytorch_model.safetensors") for one in (first, second))
+    assert not torch.equal(before["blocks.0.attn1.to_q.weight"], after["blocks.0.attn1.to_q.weight"])
+
+
 @pytest.mark.slow
 def test_latents_in_an_object_store_train_the_same_model(latents_root, profile, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote_shards.time, "sleep", lambda _: None)

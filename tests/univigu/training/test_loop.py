@@ -263,6 +263,20 @@ def test_adapters_train_the_video_side_and_are_merged_at_the_end(tmp_path, whole
     assert "text_space.weight" not in changed
 
 
+def test_unmerged_adapters_add_up_to_the_merged_weights(tmp_path):
+    lora = {"rank": 4, "alpha": 8, "targets": ["to_q"]}
+    merged = tiny_run.run(tmp_path / "merged", lora=lora, steps=2)
+    apart = tiny_run.run(tmp_path / "apart", lora={**lora, "merge": False}, steps=2)
+    start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
+    adapted = {name.removesuffix(".base_layer.weight") for name in apart if name.endswith(".base_layer.weight")}
+    assert len(adapted) == 4
+    for name in adapted:
+        up, down = (apart[f"{name}.lora_{letter}.trained.weight"] for letter in "BA")
+        assert torch.equal(apart[f"{name}.base_layer.weight"], start[f"{name}.weight"])
+        torch.testing.assert_close(start[f"{name}.weight"] + up @ down, merged[f"{name}.weight"])
+        assert up.any()
+
+
 def test_in_bf16_frozen_weights_keep_their_bits(tmp_path):
     start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
     weights = tiny_run.run(tmp_path, steps=2, precision="bf16", zero_stage=1, freeze=["video"])
