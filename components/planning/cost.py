@@ -278,10 +278,15 @@ def plan_storage(profile: Profile, models: MetaModels) -> Plan:
         "clips": clips * planning.clip_bytes(video["frames"], video["height"], video["width"]),
         "latents": clips * latents,
         "text_states": clips * text["prompt_tokens"][1] * models.transformer.config.text_dim * states,
-        "checkpoints": 2 * (KEPT_CHECKPOINTS + 1) * planning.STATE_BYTES * trained,
+        "checkpoints": (KEPT_CHECKPOINTS + 1) * trained * sum(state_bytes(profile, number) for number in (1, 2)),
         "models": 2 * 4 * (trained + encoders),
     }
     return {"latents_per_clip": latents, **parts, "total": sum(parts.values())}
+
+
+def state_bytes(profile: Profile, number: int) -> int:
+    """Bytes of a checkpoint of a stage per trained parameter; an average of the weights is fp32, too."""
+    return planning.STATE_BYTES + (BYTES["fp32"] if profile[f"train_stage_{number}"]["ema_decay"] else 0)
 
 
 def assumptions(profile: Profile, mfu: Span) -> list[str]:
@@ -300,7 +305,8 @@ def assumptions(profile: Profile, mfu: Span) -> list[str]:
         "Operations of the autoencoder and the transformer are counted; those of the text encoder, the norms and the "
         "token table, under 1 % of a step, are not.",
         f"A clip takes {planning.CLIP_BITS_PER_PIXEL:g} bits per pixel; every clip is kept; text states are of "
-        f"{lengths}; a run keeps {KEPT_CHECKPOINTS} checkpoints of {planning.STATE_BYTES} bytes per parameter.",
+        f"{lengths}; a run keeps {KEPT_CHECKPOINTS} checkpoints of {planning.STATE_BYTES} bytes per parameter, and "
+        "4 more with an average of the weights.",
         "Costs are of GPU-hours only, without the evaluation and the fees of a captioning endpoint.",
     ]
 
