@@ -164,7 +164,11 @@ def joint(
     in_step: InStep = False,
     scale: Scale = None,
 ) -> None:
-    """Make a video and its caption together, with or without a prompt; print the caption."""
+    """Make a video and its caption together, with or without a prompt; print the caption.
+
+    The text is written part of the way through the video, and the rest of the video follows it. `--in-step` denoises
+    both in lockstep instead (eq 18 of the paper).
+    """
     check_output(output)
     pipeline = load(find_model(model, name, root))
     prompt = prompt if prompt.strip() else ""

@@ -1,7 +1,8 @@
 """Before you rent GPUs: `univigu plan` computes what a profile costs, `univigu rehearse` checks it end to end."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,15 @@ import typer
 from components.cli.options import Profile, Settings, profile_in_use
 
 PANEL = "Plan the real thing"
+
+
+class Task(StrEnum):
+    """What the trained model makes."""
+
+    caption = "caption"
+    generate = "generate"
+    joint = "joint"
+
 
 Root = Annotated[Path, typer.Option(help="The work root, which may contain the base.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes, seconds and FLOPs.")]
@@ -21,19 +31,31 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that train together.")] = 16,
     gpu: Annotated[str, typer.Option(help="The GPU's name, such as h100; an unknown one lists all names.")] = "h800",
     mfu: Annotated[
-        float | None, typer.Option(help="Model FLOPs utilisation, 0 to 1. (default: that of NeMo's Wan)")
+        float | None, typer.Option(help="Model FLOPs utilisation, 0 to 1. (default: a range that others have measured)")
     ] = None,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage. (default: the profile's)")] = None,
     price: Annotated[float, typer.Option(min=0, help="Price of one GPU-hour, in any currency.")] = 0.0,
+    task: Annotated[
+        Task | None,
+        typer.Option(help="Compute what one sample of the trained model needs on one GPU, instead of the training."),
+    ] = None,
     root: Root = Path("."),
     as_json: AsJson = False,
 ) -> None:
-    """Compute what a profile needs on given GPUs: memory, operations, days, storage, requests, cost."""
+    """Compute what a profile needs on given GPUs: memory, operations, days, storage, requests, cost.
+
+    The same question is computed once: a later call prints the answer from `.univigu/plans`.
+    """
     from components.pipeline.profiles import load_profile, with_settings
-    from components.planning.cost import make_plan
+    from components.planning.answers import remembered
 
     profile = with_settings(profile_in_use(profile, root), settings or [])
-    found = make_plan(load_profile(profile), root, gpus, gpu, mfu, zero, price)
+    values = load_profile(profile)
+    if task:
+        found = remembered("inference", values, root, task=task.value, gpu=gpu, mfu=mfu)
+        print(json.dumps(found, indent=1) if as_json else inference_as_text(profile, found))
+        return
+    found = remembered("training", values, root, gpus=gpus, gpu=gpu, mfu=mfu, zero=zero, price=price)
     print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
 
 
@@ -98,29 +120,31 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
     for task, cost in training["stage_1"]["tasks"].items():
         figures = (cost[key] / 1e15 for key in ("forward", "backward", "recomputation", "first_guess"))
         lines.append(f"  {task:<30} {cost['share']:>5.2f}" + "".join(f"{figure:>10.3f}" for figure in figures))
-    lines += ["", f"Time, at an MFU of {gpu['mfu']:g}"]
+    lines += ["", f"Time, at an MFU of {_range(gpu['mfu'], 'g')}"]
     for name, stage in training.items():
-        balanced = f"{stage['balanced_step_seconds']:.3g} if all GPUs had equal work"
-        step = f"{stage['step_seconds']:.3g} s per step ({balanced})"
-        lines.append(f"  {name.replace('_', ' ')}     {step}, {stage['steps']:,} steps: {stage['days']:.3g} days")
+        balanced = f"{_range(stage['balanced_step_seconds'])} if all GPUs had equal work"
+        step = f"{_range(stage['step_seconds'])} s per step ({balanced})"
+        lines.append(f"  {name.replace('_', ' ')}     {step}, {stage['steps']:,} steps: {_range(stage['days'])} days")
         if (draws := stage["text_draws"]["draws"]) > 1:
             more = f"{stage['text_draws']['more_flops']:.1%} more operations than 1"
             lines.append(f"              text_draws {draws}: {more}, {draws} times the text in understand")
     synthesis, captioning, storage = plan["synthesis"], plan["captioning"], plan["storage"]
     lines += [
-        f"  training    {plan['days']:.3g} days",
-        f"  synthesis   {synthesis['clips']:,} clips at {synthesis['gpu_seconds_per_clip']:.3g} GPU-seconds each: "
-        f"{synthesis['gpu_days']:.3g} GPU-days; encoding {synthesis['encoding_gpu_days']:.3g}",
+        f"  training    {_range(plan['days'])} days",
+        f"  synthesis   {synthesis['clips']:,} clips at {_range(synthesis['gpu_seconds_per_clip'])} GPU-seconds each: "
+        f"{_range(synthesis['gpu_days'])} GPU-days; encoding {_range(synthesis['encoding_gpu_days'])}",
         f"  captions    {captioning['requests_at_least']:,} to {captioning['requests_at_most']:,} requests to "
         f"'{captioning['captioner']}', {captioning['answer_tokens']:,} answer tokens",
         "",
         f"Storage (GB)  total {storage['total'] / 1e9:.4g}: "
         + ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.3g}" for name, size in _storage_parts(storage)),
-        f"GPU-hours     total {sum(plan['gpu_hours'].values()):,.0f}: "
-        + ", ".join(f"{name.replace('_', ' ')} {hours:,.3g}" for name, hours in plan["gpu_hours"].items()),
+        "GPU-hours     "
+        + ", ".join(f"{name.replace('_', ' ')} {_range(hours, ',.0f')}" for name, hours in plan["gpu_hours"].items()),
     ]
     if plan["cost"]["per_gpu_hour"]:
-        lines.append(f"Cost          {plan['cost']['total']:,.0f}, at {plan['cost']['per_gpu_hour']:g} per GPU-hour")
+        lines.append(
+            f"Cost          {_range(plan['cost']['total'], ',.0f')}, at {plan['cost']['per_gpu_hour']:g} per GPU-hour"
+        )
     lines += ["", "Compared with published figures (1.3B at 81 frames of 480x832)"]
     for check in plan["checks"]:
         verdict = "agrees" if check["agrees"] else "DISAGREES"
@@ -146,7 +170,33 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
         lines.append(f"  The profile's choice doesn't fit; {remedy}.")
     else:
         lines.append("  The encoders use no GPU memory here: latents and text states are precomputed.")
+    tasks = ", ".join(f"{task} {size / 2**30:.1f}" for task, size in memory["by_task"].items())
+    lines.append(f"  By task: {tasks}. The totals are of the task that needs the most.")
     return lines
+
+
+def inference_as_text(profile: str, plan: Mapping[str, Any]) -> str:
+    """Format what one sample needs, for people."""
+    gpu, memory = plan["gpu"], plan["memory"]
+    lines = [
+        f"One sample of {plan['task']} with {profile} on one {gpu['name']}: {plan['description']}",
+        "",
+        "Memory (GiB)",
+    ]
+    lines += [f"  {name:<40}{size / 2**30:>8.1f}" for name, size in memory["weights"].items()]
+    lines += [f"  while {name:<34}{size / 2**30:>8.1f}" for name, size in memory["phases"].items()]
+    for way, total in memory["totals"].items():
+        verdict = "fits" if total <= memory["usable"] else "doesn't fit"
+        lines.append(f"  {way:<40}{total / 2**30:>8.1f}   {verdict} ({_gib(memory['usable'])} usable)")
+    lines += ["", f"Time (seconds), at an MFU of {_range(gpu['mfu'], 'g')}"]
+    lines += [f"  {name:<40}{_range(span):>18}" for name, span in plan["seconds"].items()]
+    return "\n".join([*lines, "", "Assumptions", *(f"  - {each}" for each in plan["assumptions"])])
+
+
+def _range(span: Sequence[float], form: str = ".3g") -> str:
+    """A range in words: ``4.2 to 5.4``, or one number where both ends read the same."""
+    first, last = (format(end, form) for end in span)
+    return first if first == last else f"{first} to {last}"
 
 
 def _storage_parts(storage: Mapping[str, int]) -> list[tuple[str, int]]:

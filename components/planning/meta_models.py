@@ -65,6 +65,7 @@ def build_transformer(profile: Profile, base: Mapping[str, Any], vocab_size: int
         vocab_size=vocab_size,
         tokenizer_length=vocab_size,
         text_latent_dim=model["text_dim"],
+        text_output_dim=model["output_dim"],
         text_length=profile["text"]["caption_tokens"][1],
         row_norm=row_norm_for(vocab_size, model["tau_star"]),
         prediction=model["prediction"],

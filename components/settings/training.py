@@ -37,6 +37,10 @@ class Model(Section):
     """The text side that is added to the base."""
 
     text_dim: Size = setting("d of the token table E", "dimensions")
+    output_dim: Count = setting(
+        "Numbers that the text head reads beside d, for an output table of their own with a bias per token; 0: none",
+        "dimensions",
+    )
     prediction: Literal["categorical", "x1", "velocity"] = setting("What the text side predicts")
     ffn_init: Literal["new", "copy"] = setting("Initialise its feed-forward layers anew, or copy the video side's")
     tau_star: Annotated[float, Field(gt=0, lt=1)] = setting("The time at which tokens become readable, 0 noise, 1 data")
@@ -125,8 +129,8 @@ class TrainStage(Section):
     )
     objective: Literal["weighted", "literal"] = setting("Literal: eq 11 as printed")
     loss_weights: LossWeights = setting("Weights of the losses")
-    token_weighting: Literal["rarity", "inverse_document_frequency", "uniform"] = setting(
-        "How much each token counts in the cross-entropy"
+    token_weighting: Literal["rarity", "inverse_document_frequency", "root_inverse_document_frequency", "uniform"] = (
+        setting("How much each token counts in the cross-entropy")
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = setting("DeepSpeed's ZeRO stage")
     precision: Precision = setting("Precision of weights and activations; the optimizer keeps fp32")

@@ -67,8 +67,16 @@ def _train(step: "Step", number: int, source: str) -> None:
         pipeline = load_pipeline(step, number) if tracked else None
         transformer = pipeline.transformer if pipeline else empty_transformer(shape)
         weights = token_weights(
-            dataset.target_ids, shape["vocab_size"], shape["pad_token_id"], settings.token_weighting
+            dataset.target_ids,
+            shape["vocab_size"],
+            shape["pad_token_id"],
+            settings.token_weighting,
+            shape["eos_token_id"],
         )
+        if number == 1 and transformer.text_output is not None:
+            # as the loss counts them; every process has them, although only rank 0's weights are used
+            counts = torch.bincount(dataset.target_ids.flatten(), minlength=shape["vocab_size"])
+            transformer.text_output.init_bias(counts * weights)
         objective = TrainingObjective(transformer, objective_config, weights)
 
         def sample(at: int) -> None:
@@ -192,6 +200,7 @@ def text_side(step: "Step", vocabulary: int) -> dict[str, Any]:
     return {
         "text_length": step.settings.text.caption_tokens[1],
         "text_latent_dim": model.text_dim,
+        "text_output_dim": model.output_dim,
         "row_norm": row_norm_for(vocabulary, model.tau_star),
         "prediction": model.prediction,
         "ffn_init": model.ffn_init,

@@ -210,9 +210,12 @@ class TextEmbedder(nn.Module):
 
 
 class TextHead(nn.Module):
-    """Out of the text stream: adaLN, then a zero-initialised projection to d, scaled by a learned positive number."""
+    """Out of the text stream: adaLN, then a zero-initialised projection to d, scaled by a learned positive number.
 
-    def __init__(self, dim: int, latent_dim: int, eps: float):
+    With an ``output_dim`` w, w more numbers for a `TextOutput` follow, from a zero-initialised projection of their own.
+    """
+
+    def __init__(self, dim: int, latent_dim: int, eps: float, output_dim: int = 0):
         super().__init__()
         self.norm = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -220,9 +223,13 @@ class TextHead(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed does not broadcast zero-dimensional parameters
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        self.proj_output = nn.Linear(dim, output_dim, bias=False) if output_dim else None
+        if self.proj_output is not None:
+            nn.init.zeros_(self.proj_output.weight)
 
     def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
-        """Hidden states (B, N, width) and time (B, width) to h (B, N, d), float32."""
+        """Hidden states (B, N, width) and time (B, width) to h (B, N, d) or [h, g] (B, N, d + w), float32."""
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         hidden = (self.norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        return self.log_scale.float().exp() * self.proj_out(hidden).float()
+        out = self.log_scale.float().exp() * self.proj_out(hidden).float()
+        return out if self.proj_output is None else torch.cat([out, self.proj_output(hidden).float()], dim=-1)

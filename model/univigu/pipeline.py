@@ -217,12 +217,13 @@ class UniViGUPipeline(PipelineParts):
         max_sequence_length: int | None = None,
         batch_size: int = 1,
     ) -> UniViGUPipelineOutput | tuple[Any, list[str]]:
-        """A video and its caption, both from noise, for each prompt, which may be empty (eq 18).
+        """A video and its caption for each prompt, which may be empty: the text is written on the way to the video.
 
-        Returns ``frames`` and ``captions``. The two times move one after the other. First the video is denoised to
-        tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside the clean
-        video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed with that
-        text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it is written before any video.
+        Returns ``frames`` and ``captions``. Both start from noise, and one time moves at a time. First the video is
+        denoised to tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside
+        the clean video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed
+        with that text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it is written before any
+        video.
 
         With ``in_step``, video and text are denoised in lockstep, as eq 18 is printed, in the larger of the two numbers
         of steps. Video guidance moves away from the negative prompt (the empty string) without text, text guidance away

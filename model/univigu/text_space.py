@@ -38,33 +38,68 @@ class TextSpace(nn.Module):
 
     @torch.no_grad()
     def init_from(self, rows: Tensor, fit_rows: int = 16384, seed: int = 0) -> None:
-        """Set E to a projection of another table's rows (V, D), such as umT5's: its principal directions, whitened.
-
-        Directions are fitted on at most ``fit_rows`` evenly spaced rows. With D < d the rows are embedded in a random
-        orthogonal frame instead. A little noise separates rows that are equal, or zero, in the source. Raises
-        ConfigError where the source has another number of rows.
-        """
+        """Set E to a projection of another table's rows (V, D), such as umT5's: see `project_rows`."""
         vocab_size, dim = self.weight.shape
-        if len(rows) != vocab_size:
-            raise ConfigError(
-                f"The token table has {len(rows)} rows and the model expects {vocab_size}: set vocab_size to match."
-            )
-        sample = rows[:: max(1, len(rows) // fit_rows)].float()
-        mean = sample.mean(0)
-        generator = torch.Generator().manual_seed(seed)
-        if min(sample.shape) > dim:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                _, singular, directions = torch.svd_lowrank(sample - mean, q=dim, niter=4)
-            basis = directions * (math.sqrt(len(sample)) / singular.clamp_min(1e-6))
-        else:
-            width = rows.shape[1]
-            frame, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
-            basis = frame[:width, :dim] / (sample - mean).std().clamp_min(1e-6)
-        projected = torch.cat([(chunk.float() - mean) @ basis for chunk in rows.split(65536)])
-        scale = projected.std().clamp_min(1e-6)
-        projected = projected / scale + 0.02 * torch.randn(projected.shape, generator=generator)
-        self.weight.copy_(projected)
+        self.weight.copy_(project_rows(rows, vocab_size, dim, fit_rows, seed))
+
+
+class TextOutput(nn.Module):
+    """An output table (V, w) with a bias per token: what the head can say beyond the d numbers of the flow's space.
+
+    A softmax over h E^T has the rank d, so with d = 64 the head can't tell many likely words at a place apart. The
+    table adds g W^T + b to the logits, for w more numbers g that the head reads from the full width. Tokens stay points
+    of E: noise, guesses and eq 8 don't know about it. The bias starts from the tokens' frequencies; then an untrained
+    head gives the posterior of a token given its noisy embedding with those frequencies as the prior.
+    """
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, dim) / math.sqrt(dim))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """g (B, N, w) to logits (B, N, V), float32, to be added to those of E."""
+        return F.linear(hidden.type_as(self.weight), self.weight, self.bias).float()
+
+    @torch.no_grad()
+    def init_from(self, rows: Tensor) -> None:
+        """Set the table to a projection of another table's rows (V, D), such as umT5's: see `project_rows`."""
+        vocab_size, dim = self.weight.shape
+        self.weight.copy_(project_rows(rows, vocab_size, dim) / math.sqrt(dim))
+
+    @torch.no_grad()
+    def init_bias(self, counts: Tensor) -> None:
+        """Set the bias to the log of the tokens' shares, from their counts (V,), with one more for each."""
+        shares = counts.double() + 1
+        self.bias.copy_((shares / shares.sum()).log())
+
+
+def project_rows(rows: Tensor, vocab_size: int, dim: int, fit_rows: int = 16384, seed: int = 0) -> Tensor:
+    """A table's rows (V, D) in ``dim`` numbers of unit variance, (V, dim): its principal directions, whitened.
+
+    Directions are fitted on at most ``fit_rows`` evenly spaced rows. With D < dim the rows are embedded in a random
+    orthogonal frame instead. A little noise separates rows that are equal, or zero, in the source. Raises ConfigError
+    where the source hasn't ``vocab_size`` rows.
+    """
+    if len(rows) != vocab_size:
+        raise ConfigError(
+            f"The token table has {len(rows)} rows and the model expects {vocab_size}: set vocab_size to match."
+        )
+    sample = rows[:: max(1, len(rows) // fit_rows)].float()
+    mean = sample.mean(0)
+    generator = torch.Generator().manual_seed(seed)
+    if min(sample.shape) > dim:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _, singular, directions = torch.svd_lowrank(sample - mean, q=dim, niter=4)
+        basis = directions * (math.sqrt(len(sample)) / singular.clamp_min(1e-6))
+    else:
+        width = rows.shape[1]
+        frame, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
+        basis = frame[:width, :dim] / (sample - mean).std().clamp_min(1e-6)
+    projected = torch.cat([(chunk.float() - mean) @ basis for chunk in rows.split(65536)])
+    scale = projected.std().clamp_min(1e-6)
+    return projected / scale + 0.02 * torch.randn(projected.shape, generator=generator)
 
 
 class TextPrediction(NamedTuple):
@@ -106,6 +141,7 @@ def read_out(
     prediction: str,
     floor: float = 0.0,
     temperature: float = 1.0,
+    more_logits: Tensor | None = None,
 ) -> TextPrediction:
     """From the text head's output h (B, N, d), the state z_tau (B, N, d) and tau (B,) to logits, z_1 and velocity.
 
@@ -113,6 +149,7 @@ def read_out(
     already gives the posterior of a token given its noisy embedding. ``x1``: h is z_1. ``velocity``: h is the velocity,
     the paper's literal head. Where a velocity is divided by 1 - tau, this is at least ``floor``. ``temperature``
     divides categorical logits: 1 samples from the likely texts, 0 takes the most likely token at each position.
+    ``more_logits`` (B, N, V), a `TextOutput`'s, are added to them before.
     Raises ConfigError for an unknown ``prediction``.
     """
     hidden, z = hidden.float(), z.float()
@@ -123,6 +160,8 @@ def read_out(
     if prediction != "categorical":
         raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     logits = similarity(hidden + confidence(flow.expand_tau(tau, z)) * z, table, tokenizer_length)
+    if more_logits is not None:
+        logits = logits + more_logits
     data = (logits / temperature).softmax(-1) @ table if temperature else embed(logits.argmax(-1), table)
     return TextPrediction(logits, data, flow.data_to_velocity(data, z, tau, floor))
 

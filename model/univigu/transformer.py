@@ -33,7 +33,7 @@ from torch import Tensor
 from . import wan
 from .errors import ConfigError
 from .layers import KVCache, RotaryTables, TextEmbedder, TextHead, UniViGUBlock
-from .text_space import PREDICTIONS, TextPrediction, TextSpace, read_out, row_norm_for
+from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
 
 ATTENTION = ("joint", "prefix", "kv_only")
 
@@ -63,11 +63,11 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
 
     ``text_latent_dim`` d, ``vocab_size`` V (rows of E), ``tokenizer_length`` (ids from there on are never predicted),
     ``row_norm`` r (None: from V), ``text_length`` N, ``prediction`` (categorical | x1 | velocity), ``ffn_init`` (new |
-    copy), ``pad_token_id``, ``eos_token_id``.
+    copy), ``pad_token_id``, ``eos_token_id``, ``text_output_dim`` w (numbers per token for a `TextOutput`; 0: none).
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ("patch_embedding", "condition_embedder", "norm", "text_space")
+    _skip_layerwise_casting_patterns = ("patch_embedding", "condition_embedder", "norm", "text_space", "text_output")
     _no_split_modules = ("UniViGUBlock",)
     _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "text_space"]  # noqa: RUF012
     _repeated_blocks = ("UniViGUBlock",)
@@ -98,12 +98,15 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         ffn_init: str = "new",
         pad_token_id: int = 0,
         eos_token_id: int = 1,
+        text_output_dim: int = 0,
     ):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
         if ffn_init not in ("new", "copy"):
             raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new or copy.")
+        if text_output_dim and prediction != "categorical":
+            raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
         if row_norm is None:
             row_norm = row_norm_for(tokenizer_length)
             self.register_to_config(row_norm=row_norm)
@@ -121,7 +124,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         # the text side
         self.text_space = TextSpace(vocab_size, text_latent_dim, row_norm)
         self.text_embedder = TextEmbedder(text_latent_dim, dim, freq_dim)
-        self.text_head = TextHead(dim, text_latent_dim, eps)
+        self.text_head = TextHead(dim, text_latent_dim, eps, text_output_dim)
+        self.text_output = TextOutput(vocab_size, text_output_dim) if text_output_dim else None
         self.gradient_checkpointing = False
 
     def forward(
@@ -163,7 +167,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             video, text_hidden, _ = self._run(block, (video, time, rotary), text_stream, context, None, attention)
         # pyrefly: ignore[bad-argument-type]
         velocity = self._video_head(video, temb, grid)
-        return UniViGUOutput(velocity, None if text is None else self.text_head(text_hidden, text_temb))
+        # pyrefly: ignore[bad-argument-type]
+        return UniViGUOutput(velocity, None if text is None else self._text_out(text_hidden, text_temb))
 
     def prefill_video(self, hidden_states: Tensor, tau: Tensor, encoder_hidden_states: Tensor) -> VideoCache:
         """Compute once what text under ``prefix`` attention needs from a video. Shapes as in :meth:`forward`."""
@@ -185,7 +190,16 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         rotary = self.rope.text(cache.grid, text.shape[1])
         for block, kv_cache in zip(self.blocks, cache.kv_cache, strict=True):
             _, hidden, _ = self._run(block, None, (hidden, time, rotary), None, kv_cache, "prefix")
-        return self.text_head(hidden, temb)
+        # pyrefly: ignore[bad-argument-type]
+        return self._text_out(hidden, temb)
+
+    def _text_out(self, hidden: Tensor, temb: Tensor) -> Tensor:
+        """The head's h (B, N, d), or [h, g] (B, N, d + w) with a `TextOutput`."""
+        out = self.text_head(hidden, temb)
+        if self.text_output is not None and torch.is_grad_enabled():
+            # A step without a loss of text must use the output table too: see `objective.training_loss`.
+            out = out + 0 * self.text_output(out[:, :1, self.config.text_latent_dim :]).sum()
+        return out
 
     def read_text(
         self, hidden: Tensor, z: Tensor, tau: Tensor, table: Tensor, floor: float = 0.0, temperature: float = 1.0
@@ -195,7 +209,11 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         ``table`` (V, d) is ``text_space()``: the caller computes it once per step or per sampling run.
         """
         config = self.config
-        return read_out(hidden, z, tau, table, config.tokenizer_length, config.prediction, floor, temperature)
+        settings = config.tokenizer_length, config.prediction, floor, temperature
+        if self.text_output is None:
+            return read_out(hidden, z, tau, table, *settings)
+        flow, more = hidden.split([config.text_latent_dim, config.text_output_dim], dim=-1)
+        return read_out(flow, z, tau, table, *settings, self.text_output(more))
 
     def grid(self, size: Sequence[int]) -> tuple[int, int, int]:
         """The number of patches along each axis of latents of size (T, H, W)."""
@@ -269,6 +287,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         model.init_text_side()
         if rows is not None:
             model.text_space.init_from(rows)
+            if model.text_output is not None:
+                model.text_output.init_from(rows)
         return model.eval()
 
     def estimate_flops(self, video_tokens: int, text_tokens: int, context_tokens: int, attention: str = "joint") -> int:
@@ -282,5 +302,6 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         per_token = 6 * dim * dim + 2 * dim * self.config.ffn_dim + 2 * dim * context_tokens
         per_block = tokens * per_token + 2 * dim * pairs + 2 * dim * dim * context_tokens
         patch = math.prod(self.config.patch_size) * (self.config.in_channels + self.config.out_channels)
-        ends = video_tokens * dim * patch + 2 * text_tokens * dim * self.config.text_latent_dim
+        text = 2 * self.config.text_latent_dim + self.config.text_output_dim  # into the stream, and out of it
+        ends = video_tokens * dim * patch + text_tokens * dim * text
         return 2 * (self.config.num_layers * per_block + ends)

@@ -24,7 +24,9 @@ WAN_1_3B = {**_SHARED, "num_attention_heads": 12, "attention_head_dim": 128, "ff
 WAN_14B = {**_SHARED, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "README.md"]  # what is fetched from the hub
-_TEXT_SIDE = re.compile(r"(text_space|text_embedder|text_head)\.|blocks\.\d+\.(ffn_text\.|text_scale_shift_table$)")
+_TEXT_SIDE = re.compile(
+    r"(text_space|text_embedder|text_head|text_output)\.|blocks\.\d+\.(ffn_text\.|text_scale_shift_table$)"
+)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -244,8 +246,7 @@ def transformer_folder(source: str | Path) -> Path:
     Raises MissingInputError where there is none, BadInputError for another architecture or another kind of Wan.
     """
     folder = local_folder(source)
-    if (folder / "transformer_2").is_dir():
-        raise BadInputError(f"{source} has two transformers (Wan2.2): give a checkpoint with one, such as Wan2.1 T2V.")
+    _refuse_experts(source, folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
@@ -257,6 +258,20 @@ def transformer_folder(source: str | Path) -> Path:
     if config.get("image_dim") or config.get("added_kv_proj_dim") or config["in_channels"] != config["out_channels"]:
         raise BadInputError(f"{source} is conditioned on images: give a Wan text-to-video checkpoint.")
     return folder
+
+
+def _refuse_experts(source: str | Path, folder: Path) -> None:
+    """Raise BadInputError for Wan2.2 A14B, given as a whole or as one of its two transformers."""
+    places = (folder, folder.parent)
+    index = next(
+        (read_json(place / "model_index.json") for place in places if (place / "model_index.json").is_file()), {}
+    )
+    if any((place / "transformer_2").is_dir() for place in places) or index.get("boundary_ratio") is not None:
+        raise BadInputError(
+            f"{source} is a Wan2.2 with two transformers, one for the high noise levels and one for the low ones, and"
+            " the text side shares its layers with a single transformer, which must know all noise levels: give a"
+            " checkpoint with one, such as Wan2.1 T2V 1.3B or 14B."
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -158,3 +158,39 @@ def test_text_ends_at_the_first_eos(tiny_wan_folder):
 def test_tau_star_follows_from_the_row_norm():
     a, r = math.sqrt(2 * math.log(1000)), text_space.row_norm_for(1000, 0.3)
     assert a / (a + r) == pytest.approx(0.3)
+
+
+def test_an_output_table_says_more_than_the_tokens_space_can():
+    """A softmax of rank 1 can't make two of three tokens on one line likely; with a table of its own it can."""
+    table = torch.tensor([[-1.0], [0.1], [1.0]])
+    outer = torch.tensor([[[0.5, 0.0, 0.5]]])
+    output = text_space.TextOutput(3, 2)
+    more = torch.zeros(1, 1, 2, requires_grad=True)
+    optimizer = torch.optim.Adam([more, *output.parameters()], lr=0.1)
+
+    def divergence(hidden, wide):
+        z, tau = torch.zeros(1, 1, 1), torch.zeros(1)
+        logits = text_space.read_out(hidden, z, tau, table, 3, "categorical", more_logits=wide).logits
+        return (outer * (outer.clamp_min(1e-9).log() - logits.log_softmax(-1))).sum()
+
+    least = min(float(divergence(h, None)) for h in torch.linspace(-9, 9, 181).reshape(-1, 1, 1, 1))
+    assert least > 0.3
+    for _ in range(200):
+        optimizer.zero_grad()
+        divergence(torch.zeros(1, 1, 1), output(more)).backward()
+        optimizer.step()
+    assert divergence(torch.zeros(1, 1, 1), output(more)).item() < 0.01
+
+
+def test_an_untrained_output_gives_the_posterior_under_the_tokens_frequencies():
+    table = make_space(5, 4)()
+    output = text_space.TextOutput(5, 3)
+    output.init_bias(torch.tensor([6.0, 0, 2, 0, 0]))
+    z, tau = torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3])
+    more = output(torch.zeros(1, 1, 3))
+    read = text_space.read_out(torch.zeros(1, 1, 4), z, tau, table, 5, "categorical", more_logits=more)
+    # p(z | k) is normal around tau E_k with deviation 1 - tau; all rows have the same norm
+    likelihood = (-(z - 0.3 * table).square().sum(-1) / (2 * 0.7**2)).exp()
+    prior = torch.tensor([7.0, 1, 3, 1, 1]) / 13
+    posterior = likelihood * prior / (likelihood * prior).sum()
+    torch.testing.assert_close(read.logits.softmax(-1)[0], posterior)

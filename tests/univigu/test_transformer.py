@@ -313,3 +313,28 @@ def test_unknown_choices_are_refused(base, wrong):
 def test_an_unknown_attention_is_refused(model, inputs):
     with pytest.raises(ConfigError, match="joint, prefix"):
         model(inputs[0], TAU, inputs[1], attention="causal")
+
+
+def test_an_output_table_changes_the_words_and_nothing_else_and_every_pass_reaches_it(base, model, inputs):
+    video, condition, text, guess = inputs
+    wide = build(base, text_output_dim=20)
+    torch.nn.init.normal_(wide.text_head.proj_output.weight)
+    out = wide(video, TAU, condition, text, TEXT_TAU, guess)
+    assert out.text.shape == (2, 12, 16 + 20)
+    table = wide.text_space()
+    read = wide.read_text(out.text, text, TEXT_TAU, table)
+    plain = model.read_text(out.text[..., :16], text, TEXT_TAU, table)
+    more = out.text[..., 16:] @ wide.text_output.weight.T + wide.text_output.bias
+    torch.testing.assert_close(read.logits[..., :58], (plain.logits + more)[..., :58])
+    assert (read.logits[..., 58:] == -torch.inf).all()
+    torch.testing.assert_close(read.data, read.logits.softmax(-1) @ table)
+    with torch.enable_grad():  # without a loss of text
+        beside = wide(video, TAU, condition, text, TEXT_TAU, guess)
+        (beside.video.square().sum() + 0 * beside.text.sum()).backward()
+    assert all(parameter.grad is not None for parameter in wide.text_output.parameters())
+    assert all(not parameter.grad.any() for parameter in wide.text_output.parameters())
+
+
+def test_an_output_table_needs_logits(base):
+    with pytest.raises(ConfigError, match="has no logits"):
+        build(base, text_output_dim=20, prediction="velocity")

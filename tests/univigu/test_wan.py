@@ -150,6 +150,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_a_model_of_two_experts_is_refused(tiny_wan_folder, tmp_path):
     folder = shutil.copytree(tiny_wan_folder, tmp_path / "two")
     shutil.copytree(folder / "transformer", folder / "transformer_2")
+    for part in ("", "transformer", "transformer_2"):
+        with pytest.raises(BadInputError, match="two transformers, one for the high noise levels"):
+            wan.transformer_folder(folder / part)
     with pytest.raises(BadInputError, match="two transformers"):
         wan.transformer_folder(folder)
 

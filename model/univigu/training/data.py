@@ -172,16 +172,21 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": torch.ones_like,
     "inverse_document_frequency": lambda share: -share.log(),
     "rarity": lambda share: 4 * (1 - share),
+    "root_inverse_document_frequency": lambda share: (-share.log()).sqrt().clamp_min(0.5),
 }
 
 
-def token_weights(target_ids: Tensor, vocabulary: int, pad_id: int, weighting: str) -> Tensor:
+def token_weights(
+    target_ids: Tensor, vocabulary: int, pad_id: int, weighting: str, eos_id: int | None = None
+) -> Tensor:
     """The weight of each token in the cross-entropy, (vocabulary,) fp32.
 
     The weight depends on the share of targets (target_ids, (samples, text_length)) that contain the token, clamped to
     0.1-4: a word that distinguishes texts counts more than one that is in all of them. PAD gets 0.05. ``rarity`` is
     linear in the share, so that words with two alternatives (slow, fast) are not neglected beside words with ten.
-    ``uniform`` is 1 for all tokens. Raises `ConfigError` for any other `weighting`.
+    ``root_inverse_document_frequency`` is for real wordings, most of whose tokens are common words: at least 0.5, and 1
+    for EOS (``eos_id``), which is in every text and decides its length. ``uniform`` is 1 for all tokens. Raises
+    `ConfigError` for any other `weighting`.
     """
     if weighting not in WEIGHTINGS:
         raise ConfigError(f"Unknown token weighting '{weighting}'; use {', '.join(WEIGHTINGS)}.")
@@ -192,6 +197,8 @@ def token_weights(target_ids: Tensor, vocabulary: int, pad_id: int, weighting: s
     if weighting != "uniform":
         weights = weights.clamp(0.1, 4.0)
         weights[pad_id] = 0.05
+    if eos_id is not None and weighting == "root_inverse_document_frequency":
+        weights[eos_id] = 1.0
     return weights
 
 

@@ -107,6 +107,7 @@ def parameter_groups(objective: nn.Module, config: TrainingConfig) -> list[dict[
             len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             and "scale_shift_table" not in key
             and "text_space" not in key
+            and "text_output" not in key
         )
         factor = 1.0 if wan.is_text_side(key) else config.video_lr_factor
         groups.setdefault((config.weight_decay if decays else 0.0, factor), []).append(parameter)

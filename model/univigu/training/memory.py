@@ -61,8 +61,18 @@ def memory_needed(
     if zero_stage not in (0, 1, 2, 3) or precision not in BYTES:
         raise ConfigError(f"Unknown ZeRO stage {zero_stage} or precision {precision}; use 0 to 3, and fp32 or bf16.")
     size = BYTES[precision]
-    states, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
-    offloaded = _offloaded(zero_stage, offload_optimizer, offload_parameters)
+    _, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
+    states = state_memory(
+        config,
+        world_size=world_size,
+        zero_stage=zero_stage,
+        precision=precision,
+        offload_optimizer=offload_optimizer,
+        offload_parameters=offload_parameters,
+        trainable_parameters=trainable_parameters,
+        ema=ema,
+    )
+    gathered = states.pop("workspace")
     activations, backward = _measured(
         _key(config),
         video_tokens,
@@ -73,16 +83,36 @@ def memory_needed(
         gradient_checkpointing,
         text_draws,
     )
-    gathered = min(parameter_count(config), MAX_LIVE + PREFETCH) * size if zero_stage == 3 else 0
     bucket = REDUCE_BUCKET * size if world_size > 1 or zero_stage else 0
     upcast = 0 if offload_optimizer else upcast
     parts = {
-        **{part: 0 if part in offloaded else states[part] for part in states},
+        **states,
         "activations": activations,
         # two peaks: the backward pass, and AdamW's step, by which time the activations are freed
         "workspace": max(backward + bucket + gathered, upcast + bucket - activations),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def state_memory(
+    config: Mapping[str, Any],
+    *,
+    world_size: int,
+    zero_stage: int,
+    precision: str,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+    trainable_parameters: int | None = None,
+    ema: bool = False,
+) -> dict[str, int]:
+    """Bytes on one GPU of what a run holds at any time: three parts of `memory_needed`, and ``workspace``.
+
+    ``workspace`` is what a forward pass gathers of partitioned weights (ZeRO 3).
+    """
+    states, _ = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
+    offloaded = _offloaded(zero_stage, offload_optimizer, offload_parameters)
+    gathered = min(parameter_count(config), MAX_LIVE + PREFETCH) * BYTES[precision] if zero_stage == 3 else 0
+    return {**{part: 0 if part in offloaded else states[part] for part in states}, "workspace": gathered}
 
 
 def offloaded_memory(

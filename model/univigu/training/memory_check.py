@@ -20,30 +20,57 @@ def needed_memory(
     trainable: int | None = None,
     text_draws: int = 1,
 ) -> dict[str, int]:
-    """`memory_needed` of a training configuration: bytes on one GPU, by part.
+    """Bytes on one GPU, by part, of what needs the most in a run: a training step, or what runs between two of them.
 
     transformer: the model's config. trainable: the number of parameters that are trained; None: all. text_draws: the
-    objective's.
+    objective's. `needed_by_task` has all of them.
     """
-    from univigu.training.memory import memory_needed
+    sizes = {"video_tokens": video_tokens, "context_tokens": context_tokens, "world_size": world_size}
+    found = needed_by_task(transformer, config, **sizes, trainable=trainable, text_draws=text_draws)
+    return max(found.values(), key=lambda parts: parts["total"])
+
+
+def needed_by_task(
+    transformer: Mapping[str, Any],
+    config: TrainingConfig,
+    *,
+    video_tokens: int,
+    context_tokens: int,
+    world_size: int,
+    trainable: int | None = None,
+    text_draws: int = 1,
+) -> dict[str, dict[str, int]]:
+    """Bytes on one GPU by part (see `memory_needed`) of each task of a run.
+
+    The tasks: ``training step``; ``evaluation``, the held-out losses, where the run has any; ``caption`` and
+    ``generate``, the samples that it shows, where it shows any. The latter have the whole training's state beside them.
+    """
+    from univigu.training.memory import memory_needed, state_memory
+    from univigu.training.memory_looks import Look, peak_bytes
+
+    samples = micro_batches(config, world_size)[1]
+    sizes = {"video_tokens": video_tokens, "context_tokens": context_tokens, "text_tokens": transformer["text_length"]}
+    shares = _shares(config, world_size, trainable)
 
     def needed(recompute: bool) -> dict[str, int]:
-        return memory_needed(
-            transformer,
-            video_tokens=video_tokens,
-            text_tokens=transformer["text_length"],
-            context_tokens=context_tokens,
-            micro_batch_size=micro_batches(config, world_size)[1],
-            gradient_checkpointing=recompute,
-            text_draws=text_draws,
-            **_shares(config, world_size, trainable),
-        )
+        batch = {"micro_batch_size": samples, "gradient_checkpointing": recompute, "text_draws": text_draws}
+        return memory_needed(transformer, **sizes, **batch, **shares)
 
     every = int(config.gradient_checkpointing)
-    if every <= 1:
-        return needed(bool(every))
-    least, most = needed(True), needed(False)  # every k-th block recomputes its activations, the others keep theirs
-    return {part: least[part] + (most[part] - least[part]) * (every - 1) // every for part in least}
+    step = needed(every == 1)
+    if every > 1:  # every k-th block recomputes its activations, the others keep theirs
+        least = needed(True)
+        step = {part: least[part] + (step[part] - least[part]) * (every - 1) // every for part in least}
+    found = {"training step": step}
+    looks = [(Look("evaluation"), samples)] if config.heldout_every else []
+    if config.samples_every:
+        looks += [(Look("caption"), 1), (Look("generate", guided=True), 1)]
+    states = state_memory(transformer, **shares)
+    for look, batch_size in looks:
+        peak = peak_bytes(look, transformer, **sizes, batch_size=batch_size, precision=config.precision)
+        parts = {**states, "activations": peak}
+        found[look.kind] = {**parts, "total": sum(parts.values())}
+    return found
 
 
 def count_trainable(transformer: Mapping[str, Any], config: TrainingConfig) -> int:

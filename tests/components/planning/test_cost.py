@@ -27,9 +27,10 @@ def plan():
 
 
 @pytest.mark.slow
-def test_the_papers_run_takes_under_a_week_and_every_known_figure_is_met(plan):
-    assert plan["days"] < 7
-    assert all(stage["step_seconds"] <= 6.05 for stage in plan["training"].values())
+def test_the_papers_run_takes_about_a_week_and_every_known_figure_is_met(plan):
+    shortest, longest = plan["days"]
+    assert shortest < 7 < longest < 9
+    assert all(stage["step_seconds"][0] <= 6.05 for stage in plan["training"].values())
     assert [check["figure"] for check in plan["checks"] if not check["agrees"]] == []
     assert plan["storage"]["latents_per_clip"] == 16 * 21 * 60 * 104 * 2
     joint = plan["training"]["stage_1"]["tasks"]["joint"]
@@ -38,9 +39,9 @@ def test_the_papers_run_takes_under_a_week_and_every_known_figure_is_met(plan):
 
 
 def test_an_mfu_above_what_is_known_is_said_to_disagree(plan):
-    figures = {check["figure"]: check["agrees"] for check in planning.known_figures(0.6)}
+    figures = {check["figure"]: check["agrees"] for check in planning.known_figures([0.6, 0.6])}
     assert [figure[:11] for figure, agrees in figures.items() if not agrees] == ["MFU of NeMo"]
-    too_slow = planning.known_figures(0.1)
+    too_slow = planning.known_figures([0.1, 0.1])
     assert [figure["agrees"] for figure in too_slow] == [False, True, True, True, True]
 
 
@@ -62,20 +63,38 @@ def test_a_plan_counts_memory_as_training_does(plan):
     assert half["activations"] == pytest.approx((every["activations"] + none["activations"]) / 2, rel=1e-6)
     assert 0 < found["learning"] < plan["memory"]["stage_1"]["learning"] / 2
     sizes = {"video_tokens": 32_760, "context_tokens": 512, "world_size": 16, "trainable": found["learning"]}
-    assert needed_memory(models.transformer.config, config, **sizes).items() <= half.items()
+    needed = needed_memory(models.transformer.config, config, **sizes)
+    assert needed.items() <= half.items()
+    assert needed["total"] == max(found["by_task"].values())
+
+
+def test_what_runs_between_training_steps_is_counted_too(plan):
+    memory = plan["memory"]["stage_1"]
+    assert list(memory["by_task"]) == ["training step", "evaluation", "caption", "generate"]
+    assert memory["by_stage"][memory["chosen"]]["total"] == max(memory["by_task"].values())
+
+
+def test_an_mfu_of_your_own_gives_one_time_within_the_default_range(plan):
+    one = planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "h800", mfu=0.2)
+    first, last = one["days"]
+    assert plan["days"][0] < first == last < plan["days"][1]
+    assert plan["gpu"]["mfu"] == [0.18, 0.23]
 
 
 def test_the_cost_is_every_gpu_hour_times_its_price(plan):
     stages = [plan["training"][f"stage_{n}"]["gpu_days"] for n in (1, 2)]
-    synthesis = plan["synthesis"]["gpu_days"] + plan["synthesis"]["encoding_gpu_days"]
-    assert plan["cost"]["total"] == pytest.approx(2.0 * 24 * (sum(stages) + synthesis))
+    synthesis = [plan["synthesis"][name] for name in ("gpu_days", "encoding_gpu_days")]
+    for end, total in enumerate(plan["cost"]["total"]):
+        days = [span[end] for span in (*stages, *synthesis)]
+        assert total == pytest.approx(2.0 * 24 * sum(days))
     assert plan["captioning"]["requests_at_least"] == 10_000
 
 
 def test_people_read_what_machines_read(plan):
     text = as_text("wan-1.3b", plan)
     assert json.loads(json.dumps(plan)) == plan
-    assert f"{plan['days']:.3g} days" in text
+    shortest, longest = plan["days"]
+    assert f"training    {shortest:.3g} to {longest:.3g} days" in text
     assert "-> ZeRO 2, recomputed" in text
     assert text.count("agrees") == len(plan["checks"])
     assert all(each in text for each in plan["assumptions"])

@@ -71,6 +71,10 @@ def test_rare_tokens_have_higher_weights_and_pad_a_very_low_one():
     rarity = token_weights(targets, 8, 0, "rarity")
     torch.testing.assert_close(rarity[:5], torch.tensor([0.05, 0.1, 2.0, 3.0, 3.0]))
     assert token_weights(targets, 8, 0, "uniform").unique().tolist() == [1.0]
+    gentle = token_weights(targets, 8, 0, "root_inverse_document_frequency", eos_id=1)
+    root = -torch.tensor([0.5, 0.25]).log()
+    torch.testing.assert_close(gentle[:4], torch.cat([torch.tensor([0.05, 1.0]), root.sqrt()]))
+    assert token_weights(targets, 8, 0, "root_inverse_document_frequency")[1].item() == 0.5
     with pytest.raises(ConfigError, match="rarity"):
         token_weights(targets, 8, 0, "tf-idf")
 

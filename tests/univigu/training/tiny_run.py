@@ -63,7 +63,7 @@ def open_data(folder: Path, train=slice(0, 20), heldout=slice(20, 24), sizes=1) 
     return tuple(LatentDataset(part, folder / EMPTY_PROMPT, prompt_length=4) for part in (refs[train], refs[heldout]))
 
 
-def make_objective(dataset: LatentDataset, **settings) -> TrainingObjective:
+def make_objective(dataset: LatentDataset, output_dim=0, **settings) -> TrainingObjective:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = UniViGUTransformer3DModel(
@@ -80,6 +80,7 @@ def make_objective(dataset: LatentDataset, **settings) -> TrainingObjective:
             vocab_size=VOCABULARY,
             tokenizer_length=VOCABULARY,
             text_length=LENGTH,
+            text_output_dim=output_dim,
         )
     weights = token_weights(dataset.target_ids, VOCABULARY, 0, "rarity")
     return TrainingObjective(model, ObjectiveConfig(**settings), weights)
@@ -89,12 +90,12 @@ def nothing(*_) -> None: ...
 
 
 def run(
-    folder: Path, report=nothing, before_forward=nothing, parts=(), sizes=1, text_draws=1, **settings
+    folder: Path, report=nothing, before_forward=nothing, parts=(), sizes=1, text_draws=1, output_dim=0, **settings
 ) -> dict[str, torch.Tensor]:
     """Train in `folder`, resuming a run that stopped there; returns the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset, heldout = open_data(folder, *parts, sizes=sizes)
-    objective = make_objective(dataset, text_draws=text_draws)
+    objective = make_objective(dataset, output_dim, text_draws=text_draws)
     objective.register_forward_pre_hook(before_forward)
     train(objective, dataset, heldout, TrainingConfig(**{**SETTINGS, **settings}), folder, report)
     return {name: tensor.clone() for name, tensor in objective.transformer.state_dict().items()}

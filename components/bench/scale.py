@@ -1,0 +1,99 @@
+"""Does Wan at its real size fit? Peak memory of one GPU, counted on fake tensors at real shapes; nothing is timed.
+
+Each cell is a profile of Wan2.1 at a size of clip, on a number of GPUs that train together. It has the GiB of a
+training step, of the held-out losses (``evaluation``), and of the captions and videos that a run shows (``caption``,
+``generate``), all with the run's weights and optimizer state beside them, as `univigu plan` and the check before each
+training count them. A cell ``fits`` if the largest leaves `SPARE` of `BUDGET_GIB` free, which is what 80 GB GPUs have
+for tensors. The batch has at least one sample per GPU: `batch_size` is raised where the profile's has fewer.
+
+``alone`` is one sample of the trained model on one GPU: all models resident, and with each in CPU memory while another
+runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits.
+`ratio` is the largest peak of a shipped profile, on the most GPUs, over what it may need. There is no sequence
+parallelism: a GPU holds a whole clip, and sizes for which that is too much don't fit, however many GPUs there are.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BUDGET_GIB, SPARE = 74.0, 0.1
+GPUS = (8, 16, 64)
+MODELS = ("wan-1.3b", "wan-14b")
+SIZES = {"480p": (480, 832), "720p": (720, 1280)}  # height, width
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measure() -> dict[str, Any]:
+    from components.pipeline.profiles import load_profile, profile_names
+
+    cells, alone = [], []
+    for model in MODELS:
+        for size, (height, width) in SIZES.items():
+            profile = load_profile(model)
+            profile["video"] = {**profile["video"], "height": height, "width": width}
+            cells += [{"model": model, "size": size, **count(profile, gpus)} for gpus in GPUS]
+            alone += [{"model": model, "size": size, **count_alone(profile, task)} for task in ("caption", "generate")]
+    shipped = {name: {gpus: count(load_profile(name), gpus) for gpus in GPUS} for name in profile_names()}
+    profiles = {
+        name: {"fits_on": [gpus for gpus, cell in found.items() if cell["fits"]], "peak_gib": found[GPUS[-1]]["peak"]}
+        for name, found in shipped.items()
+    }
+    return {
+        "ratio": round(max(found["peak_gib"] for found in profiles.values()) / (BUDGET_GIB * (1 - SPARE)), 4),
+        "budget_gib": BUDGET_GIB,
+        "spare": SPARE,
+        "profiles": profiles,
+        "cells": cells,
+        "alone": alone,
+    }
+
+
+def count(profile: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+    """The GiB of each task on one of so many GPUs, in the costlier of the two stages, and whether the most fits."""
+    from components.planning.meta_models import build_models
+    from univigu import wan
+    from univigu.training.engine import TrainingConfig
+    from univigu.training.memory_check import count_trainable, needed_by_task
+
+    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
+    found: dict[str, float] = {}
+    for number in (1, 2):
+        section = dict(profile[f"train_stage_{number}"])
+        section["batch_size"] = -(-max(section["batch_size"], gpus) // gpus) * gpus
+        config, shape = TrainingConfig.from_section(section, profile["seed"]), models.transformer.config
+        tasks = needed_by_task(
+            shape,
+            config,
+            video_tokens=models.video_tokens,
+            context_tokens=profile["text"]["prompt_length"],
+            world_size=gpus,
+            trainable=count_trainable(shape, config),
+            text_draws=section["text_draws"],
+        )
+        for task, parts in tasks.items():
+            found[task] = max(found.get(task, 0.0), round(parts["total"] / 2**30, 2))
+    peak = max(found.values())
+    return {
+        "gpus": gpus,
+        "video_tokens": models.video_tokens,
+        "zero_stage": profile["train_stage_1"]["zero_stage"],
+        "gib": found,
+        "peak": peak,
+        "fits": fits(peak),
+    }
+
+
+def count_alone(profile: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The GiB of one sample of the trained model on one GPU, and whether each way to hold the models fits."""
+    from components.planning.inference import inference_memory
+    from components.planning.meta_models import build_models
+    from univigu import wan
+
+    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
+    totals = inference_memory(profile, models, task)["totals"]
+    gib = {way: round(size / 2**30, 2) for way, size in totals.items()}
+    return {"task": task, "gib": gib, "fits": {way: fits(size) for way, size in gib.items()}}
+
+
+def fits(gib: float) -> bool:
+    return gib <= BUDGET_GIB * (1 - SPARE)

@@ -1,0 +1,56 @@
+"""What one sample needs on one GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from components.pipeline.profiles import load_profile
+from components.planning.inference import make_inference_plan
+from univigu.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def plans():
+    profile = load_profile("tiny")
+    return {task: make_inference_plan(profile, ROOT, task, "h100") for task in ("caption", "generate", "joint")}
+
+
+def test_a_joint_sample_is_a_video_and_a_text_and_needs_the_most_of_both(plans):
+    caption, video, joint = (plans[task] for task in ("caption", "generate", "joint"))
+    assert joint["memory"]["phases"] == caption["memory"]["phases"] | video["memory"]["phases"]
+    totals = [plan["memory"]["totals"]["all models on the GPU"] for plan in (caption, video, joint)]
+    assert totals[2] == max(totals[:2])
+    assert joint["seconds"]["total"][0] > caption["seconds"]["total"][0] + video["seconds"]["total"][0]
+
+
+def test_the_time_of_each_part_is_a_range_that_an_mfu_of_your_own_closes(plans):
+    for span in plans["joint"]["seconds"].values():
+        assert span[0] <= span[1]
+    assert plans["joint"]["seconds"]["denoising the video"][0] < plans["joint"]["seconds"]["denoising the video"][1]
+    one = make_inference_plan(load_profile("tiny"), ROOT, "caption", "h100", mfu=0.2)
+    assert all(first == last for first, last in one["seconds"].values())
+
+
+def test_offloading_leaves_the_text_encoder_out_of_the_peak(plans):
+    memory = plans["caption"]["memory"]
+    resident, offloaded = memory["totals"].values()
+    assert offloaded < resident
+    assert offloaded >= memory["weights"]["text encoder"]
+
+
+def test_guidance_of_captions_keeps_a_second_cache():
+    profile = load_profile("tiny")
+    sampling = {**profile["model"]["sampling"], "caption_guidance_scale": 2.0}
+    guided = {**profile, "model": {**profile["model"], "sampling": sampling}}
+    plain, more = (
+        make_inference_plan(each, ROOT, "caption", "h100")["memory"]["phases"]["the text is written"]
+        for each in (profile, guided)
+    )
+    assert more > plain
+
+
+def test_a_task_that_there_is_not_is_refused_by_name():
+    with pytest.raises(ConfigError, match="no task 'dub'; use one of caption, generate, joint"):
+        make_inference_plan(load_profile("tiny"), ROOT, "dub", "h100")
