@@ -22,7 +22,7 @@ TORCH_SOURCE := $(if $(and $(LOCAL_TORCH),$(filter cpu,$(TORCH))),--find-links $
 TORCH_AGAIN := $(if $(filter-out %/.installed-$(TORCH),$(wildcard $(VENV)/.installed-*)),--reinstall-package torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke airflow measure-orchestrators architecture profiles docs test test-fast coverage chaos lint format clean
+.PHONY: help install demo smoke reproduce reproduce-full airflow measure-orchestrators architecture profiles docs test test-fast coverage chaos lint format clean
 
 help: ## Show this help
 	@echo "Uni-ViGU: generate video, describe video, or both jointly - and train the model that does."
@@ -52,6 +52,12 @@ demo: install ## From prompts to a trained and registered model (14 minutes on t
 
 smoke: ## The same steps with very little data (two minutes)
 	@$(MAKE) --no-print-directory demo PROFILE=smoke
+
+reproduce: install ## The study with short arms and one seed: reports/study.html; run it again to resume
+	@univigu study run --budget short
+
+reproduce-full: install ## The study with three seeds and the profile's steps: many hours; run it again to resume
+	@univigu study run --budget full
 
 airflow: install ## Run Airflow here, with the DAGs that retrain and promote; Ctrl-C stops it
 	@python -m components.orchestration.airflow_server --port $(PORT)
