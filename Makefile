@@ -53,6 +53,12 @@ demo: install ## From prompts to a trained and registered model (14 minutes on t
 smoke: ## The same steps with very little data (two minutes)
 	@$(MAKE) --no-print-directory demo PROFILE=smoke
 
+reproduce: install ## The study with short arms and one seed: reports/study.html; run it again to resume
+	@univigu study run --budget short
+
+reproduce-full: install ## The study with three seeds and the profile's steps: many hours; run it again to resume
+	@univigu study run --budget full
+
 airflow: install ## Run Airflow here, with the DAGs that retrain and promote; Ctrl-C stops it
 	@python -m components.orchestration.airflow_server --port $(PORT)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from components.cli import data, generate, logs, messages, metrics, models, pipeline, plan, profile, train_job
+from components.cli import data, generate, logs, messages, metrics, models, pipeline, plan, profile, study, train_job
 from components.cli.lean_imports import start_command, without
 from components.cli.options import Profile, Settings, profile_in_use
 from univigu import __version__
@@ -39,6 +39,7 @@ app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")
 app.add_typer(data.app, name="data")
 app.add_typer(profile.app, name="profile")
+app.add_typer(study.app, name="study")
 
 
 def _print_version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from univigu.errors import BadInputError
 from univigu.evaluation.claims import majority_values, score_item, single_values, summarise
-from univigu.evaluation.intervals import clustered_mean, paired_difference, share
+from univigu.evaluation.intervals import clustered_mean, paired_difference, seeded_difference, seeded_mean, share
 
 
 def test_share_gives_the_published_wilson_interval():
@@ -116,3 +116,42 @@ def test_only_the_same_claims_are_paired():
         paired_difference([{"a": True}], [{"a": True, "b": False}])
     with pytest.raises(BadInputError, match="same items"):
         paired_difference([{"a": True}], [{"a": True}, {"a": True}])
+
+
+def training(right, items=6):
+    """A training that is right on all of its items, or on none."""
+    return [{"colour": right} for _ in range(items)]
+
+
+def test_the_interval_over_seeds_is_the_one_computed_by_hand():
+    # All variation is between trainings: a resample's mean is Binomial(8, 1/2) / 8. P(0 of 8) = 0.4 % and P(at most 1)
+    # = 3.5 %, so the 2.5 % quantile is 1/8, and by symmetry the 97.5 % quantile 7/8.
+    score = seeded_mean([training(number < 4) for number in range(8)])
+    assert score == {"value": 0.5, "low": 0.125, "high": 0.875, "n": 6, "seeds": 8}
+
+
+def test_the_interval_over_clips_is_the_one_computed_by_hand():
+    # The same where all variation is between clips, in one training or in three equal ones.
+    items = [{"colour": number < 4} for number in range(8)]
+    for count in (1, 3):
+        assert seeded_mean([items] * count) == {"value": 0.5, "low": 0.125, "high": 0.875, "n": 8, "seeds": count}
+
+
+def test_a_difference_between_seeds_that_is_the_same_in_each_is_certain():
+    better, worse = [training(True), training(True)], [training(False), training(False)]
+    assert seeded_difference(better, worse) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 6, "seeds": 2}
+    mixed = [training(True), training(False)]  # resamples draw 0, 1 or 2 times the first: P(0) = P(2) = 25 %
+    assert seeded_difference(mixed, worse) == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 6, "seeds": 2}
+
+
+def test_seeds_that_are_all_right_are_still_uncertain():
+    assert seeded_mean([training(True, 20)] * 3) == {**share([True] * 20), "seeds": 3}
+
+
+def test_trainings_on_other_items_or_seeds_are_not_compared():
+    with pytest.raises(BadInputError, match="same items"):
+        seeded_mean([training(True, 5), training(True, 6)])
+    with pytest.raises(BadInputError, match="same items"):
+        seeded_mean([])
+    with pytest.raises(BadInputError, match="different seeds"):
+        seeded_difference([training(True)], [training(True), training(True)])

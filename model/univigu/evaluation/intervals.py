@@ -2,7 +2,8 @@
 
 A share over independent items gets a Wilson interval (Wilson 1927), which stays within [0, 1] and keeps its coverage
 near the ends. A mean over several claims per clip gets a bootstrap over clips, because the claims about one clip are
-not independent.
+not independent. Several trainings that differ in their seed get a bootstrap over clips and seeds, and the number of
+``"seeds"`` beside ``"n"``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,72 @@ def paired_difference(ours: Sequence[Mapping[str, bool]], theirs: Sequence[Mappi
     gain = right - _claims(theirs)[1]
     value = float((gain.sum(0) / scored.sum(0)).mean())
     return _score(value, *_bootstrap(gain, scored, seed), len(ours))
+
+
+def seeded_mean(runs: Sequence[Sequence[Mapping[str, bool]]], seed: int = 0) -> Score:
+    """The `clustered_mean` over several trainings that differ only in their seed; `seeds` is their number.
+
+    runs: for each training, its items, the same ones in the same order. Each resample draws trainings and,
+    independently, items, both with replacement, so the interval covers another seed and other items (Owen 2007, "The
+    pigeonhole bootstrap"). With one training it covers other items only. Where all claims are correct (or all wrong),
+    the wider Wilson interval over items is used. Raises `BadInputError` for no training, no claims, or trainings with
+    different numbers of items.
+    """
+    scored, right = _claims_by_run(runs)
+    value, items = _crossed_mean(right, scored), right.shape[1]
+    if right.sum() in (0, scored.sum()):
+        score = {**share(np.full(items, right.sum() > 0)), "value": round(value, DIGITS)}
+    else:
+        score = _score(value, *_crossed_bootstrap(right, scored, seed), items)
+    return {**score, "seeds": len(runs)}
+
+
+def seeded_difference(
+    ours: Sequence[Sequence[Mapping[str, bool]]], theirs: Sequence[Sequence[Mapping[str, bool]]], seed: int = 0
+) -> Score:
+    """The `seeded_mean` of `ours` minus that of `theirs`: trainings of the same seeds, on the same items.
+
+    Each resample uses both sides' claims about the drawn items of the drawn seeds (see `paired_difference`). Raises
+    `BadInputError` where the two don't have the same trainings, items and claims.
+    """
+    if [[item.keys() for item in run] for run in ours] != [[item.keys() for item in run] for run in theirs]:
+        raise BadInputError(
+            "The two sides have different seeds, items or claims; compare evaluations of the same items and seeds."
+        )
+    scored, right = _claims_by_run(ours)
+    gain = right - _claims_by_run(theirs)[1]
+    score = _score(_crossed_mean(gain, scored), *_crossed_bootstrap(gain, scored, seed), gain.shape[1])
+    return {**score, "seeds": len(ours)}
+
+
+def _claims_by_run(runs: Sequence[Sequence[Mapping[str, bool]]]) -> tuple[np.ndarray, np.ndarray]:
+    """`_claims` of each training, each (trainings, items, attributes)."""
+    if not runs or len({len(run) for run in runs}) > 1:
+        raise BadInputError("Trainings can be averaged only over the same items; evaluate each of them on all items.")
+    scored, right = _claims([item for run in runs for item in run])
+    shape = (len(runs), len(runs[0]), scored.shape[1])
+    return scored.reshape(shape), right.reshape(shape)
+
+
+def _crossed_mean(points: np.ndarray, scored: np.ndarray) -> float:
+    return float((points.sum((0, 1)) / scored.sum((0, 1))).mean())
+
+
+def _crossed_bootstrap(points: np.ndarray, scored: np.ndarray, seed: int) -> tuple[float, float]:
+    """The percentile interval of the mean over attributes, over resampled trainings and resampled items."""
+    runs, items, attributes = points.shape
+    generator = np.random.default_rng(seed)
+    drawn_items = generator.multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
+    drawn_runs = generator.multinomial(runs, np.full(runs, 1 / runs), size=RESAMPLES)
+    sums = np.zeros((2, RESAMPLES, attributes))
+    for run in range(runs):
+        weight = drawn_runs[:, run, None]
+        sums += np.stack([weight * (drawn_items @ points[run]), weight * (drawn_items @ scored[run])])
+    with np.errstate(invalid="ignore"):  # an attribute without any item in a resample is nan there
+        means = np.nanmean(sums[0] / sums[1], axis=1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(means, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def _claims(correct: Sequence[Mapping[str, bool]]) -> tuple[np.ndarray, np.ndarray]:

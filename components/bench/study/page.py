@@ -1,0 +1,135 @@
+"""The study as one HTML file, ``reports/study.html``: the answer, all arms with their intervals, learning curves.
+
+It is self-contained, makes no request, and escapes every text from data.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.bench.study.arms import FAMILIES
+from components.bench.study.results import COMPARED, Evaluated, Report
+from components.evaluation.report import line_chart, visible
+
+PAGE = Path("reports/study.html")
+TEMPLATE = "study.html.j2"
+TITLES = {
+    "headline": "The recipe",
+    "prior": "What the generator's knowledge brings",
+    "stages": "Stages and prompt dropout",
+    "literal": "The paper's literal recipe",
+    "attention": "Attention",
+    "ffn_t": "The text's feed-forward layers",
+    "text_draws": "Text draws per pass over the video",
+    "video_tokens": "Video tokens",
+    "joint": "Joint sampling",
+    "retention": "What is kept of generation",
+    "cost": "Accuracy and cost",
+    "generalisation": "Generalisation",
+    "stories": "Stories",
+}
+
+
+def write_page(report: Report, evaluated: Sequence[Evaluated], root: Path) -> Path:
+    """Write the page of a report; returns its path."""
+    path = root / PAGE
+    path.write_text(render_page(report, evaluated), encoding="utf-8")
+    return path
+
+
+def render_page(report: Report, evaluated: Sequence[Evaluated]) -> str:
+    """The page as HTML; `evaluated` are the arms whose learning curves it shows."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    arms = report["about"]["arms"]
+    return environment.get_template(TEMPLATE).render(
+        about=report["about"],
+        answer=answer(report),
+        sections=[
+            {
+                "title": TITLES[family],
+                "arms": [(name, arms[name], report[family][name]) for name in report[family]],
+                "chart": learning_curves(family, report["about"]["reference"], evaluated),
+                "steps": [(name, *one) for name, figures in report[family].items() if (one := _by_steps(figures))],
+            }
+            for family in FAMILIES
+            if family in report
+        ],
+        compared=COMPARED,
+        failures=[(name, seed, why) for name, arm in arms.items() for seed, why in sorted(arm["failures"].items())],
+        missing=[name for name, arm in arms.items() if not arm["seeds"] and not arm["failures"]],
+    )
+
+
+def answer(report: Report) -> list[str]:
+    """Sentences that say what the prior changes, with its interval, whichever way it falls."""
+    reference = report["about"]["reference"]
+    ours = next((arms[reference] for arms in _families(report) if reference in arms), None)
+    arms = report["about"]["arms"]
+    sentences = []
+    for name, figures in report.get("prior", {}).items():
+        if arms[name]["weights"] != "random" or "captions.difference" not in figures or not ours:
+            continue
+        gap = figures["captions.difference"]
+        sentences.append(
+            f"Captions are right in {_percent(ours['captions'])} of the attributes if training starts from the "
+            f"pretrained generator, and in {_percent(figures['captions'])} if it starts from random weights ({name}): "
+            + judge({"value": -gap["value"], "low": -gap["high"], "high": -gap["low"]}, "the generator's knowledge")
+        )
+    return sentences or ["This study has not compared a pretrained generator with random weights."]
+
+
+def judge(gain: Mapping[str, float], what: str) -> str:
+    """Whether a difference of shares is shown by its interval, in words."""
+    if gain["low"] <= 0 <= gain["high"]:
+        return f"no effect of {what} is shown, because the interval of the difference, {_points(gain)}, includes 0."
+    return f"{what} {'adds' if gain['low'] > 0 else 'costs'} {_points(gain)}."
+
+
+def learning_curves(family: str, reference: str, evaluated: Sequence[Evaluated]) -> Mapping[str, Any] | None:
+    """The token accuracy on held-out pairs by step, of the family's arms and the reference; None without an arm.
+
+    A line is the mean over seeds; if there are several, its band is from the lowest to the highest.
+    """
+    lines, bands = {}, {}
+    for one in evaluated:
+        if one.arm.family != family and one.arm.name != reference:
+            continue
+        by_step: dict[int, list[float]] = {}
+        for curve in one.curves.values():
+            for step, value in curve:
+                by_step.setdefault(step, []).append(value)
+        if by_step:
+            lines[one.arm.name] = [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
+        if by_step and len(one.curves) > 1:
+            bands[one.arm.name] = [(step, min(values), max(values)) for step, values in sorted(by_step.items())]
+    title = "Share of held-out tokens right, during stage 2"
+    return line_chart(title, "step", lines, bands) if lines else None
+
+
+def _families(report: Report) -> list[Mapping[str, Any]]:
+    return [report[family] for family in FAMILIES if family in report]
+
+
+def _by_steps(figures: Mapping[str, Any]) -> list[list[tuple[int, Any]]]:
+    """The captions' scores by the number of Euler steps, if an arm compares several."""
+    prefix, suffix = "captions_in_", "_steps"
+    found = {int(name[len(prefix) : -len(suffix)]): score for name, score in figures.items() if name.startswith(prefix)}
+    return [sorted(found.items())] if found else []
+
+
+def _percent(score: Mapping[str, float]) -> str:
+    return f"{100 * score['value']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+
+
+def _points(gain: Mapping[str, float]) -> str:
+    value, low, high = (abs(gain[key]) if gain["high"] < 0 else gain[key] for key in ("value", "low", "high"))
+    return f"{100 * value:.1f} points ({100 * min(low, high):.1f} to {100 * max(low, high):.1f})"
