@@ -49,14 +49,13 @@ MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # register-model does not promote: thi
 def begin(**context):
     """Choose the backend and the profile; end the run if the event's dataset was already used for training."""
     from components.orchestration import retraining
-    from components.tracking import open_tracking
 
     params, events = context["params"], context["triggering_asset_events"]
     profile = params["profile"]
     with report_failures(context):
         require_known_fields(context)
         root = work_root()
-        open_tracking(root)  # fail now if the registry does not answer, not after hours of training
+        retraining.require_registry(root)
         for event in events[DATASET][-1:] if DATASET in events else ():
             profile = retraining.announced_profile(event.extra, profile)
             digest = str(event.extra.get("digest"))

@@ -89,7 +89,8 @@ def _has_champion(name: str, root: Path) -> bool:
 
 def load(folder: Path) -> "UniViGUPipeline":
     """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
-    with without("scipy", "peft"):
+    adapters = any(folder.glob("*lora*"))
+    with without("scipy", *([] if adapters else ["peft"])):
         import torch
 
         from univigu.pipeline import UniViGUPipeline

@@ -30,6 +30,11 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 PROFILE_TAG = "univigu.profile"
 
 
+def require_registry(root: Path) -> None:
+    """Fail now if the registry does not answer, rather than after hours of training."""
+    open_tracking(root)
+
+
 def dataset(root: Path, profile: str) -> dict[str, Any]:
     """The digest and the number of rows of the validated prompts in `root`, made with `profile`.
 
