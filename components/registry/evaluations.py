@@ -16,7 +16,7 @@ from univigu.evaluation.intervals import Score
 from univigu.files import read_json_object
 
 AGGREGATES = ("mean", "agreement")  # scores over all attributes of a task
-HEADLINES = tuple(".".join(name) for name in evaluate_model.HEADLINES)  # by their dotted names
+HEADLINES = tuple(".".join(name) for name in evaluate_model.HEADLINES.values())  # by their dotted names
 _FIGURES = ("value", "low", "high", "n")
 _READ_ERRORS = (
     *(BadInputError, OSError, ValueError, LookupError, TypeError, AttributeError),

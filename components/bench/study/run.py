@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -35,6 +34,7 @@ from components.pipeline.stages import find_stage
 from components.pipeline.state import STATE, lock
 from univigu.errors import BusyError, PreemptedError, UniViGUError, first_line
 from univigu.files import link_or_copy, read_json_object, write_json
+from univigu.threads import side_threads
 
 PROFILE, FAILED = "profile.yaml", "failed.json"  # in the work root of an arm
 SOURCES = ("raw_prompts", "base", "generator", "heldout")
@@ -82,7 +82,7 @@ def run_study(study: Study, budget: str, arms: Sequence[Arm], root: Path, jobs: 
         runner = _Runner(study, budget, root, processes)
         runner.make_data()
         work = [(arm, seed) for seed in study.plan(budget).seeds for arm in arms]
-        with ThreadPoolExecutor(jobs) as pool:
+        with side_threads(jobs, "arms") as pool:
             try:
                 waiting = [pool.submit(runner.run_arm, arm, seed) for arm, seed in work]
                 return [one.result() for one in waiting]

@@ -193,7 +193,7 @@ def test_a_step_of_each_way_to_sample_is_taken(tiny_wan_folder, sampling):
 def test_a_step_that_a_cluster_would_stop_half_way_is_named():
     profile = load_profile("wan-14b")
     models = build_models(profile, wan.config_folder(profile["base"]))
-    with pytest.raises(ToDo, match=r"synthesize-videos takes \d+ hours on 4 and is stopped after 336"):
+    with pytest.raises(ToDo, match=r"synthesize-videos takes [\d,]+ hours on 4 and is stopped after 336"):
         environment.check_hours(scene("wan-14b", gpus=4), models)
 
 
