@@ -154,7 +154,7 @@ def run(
 
 
 def _uses_adapters(profile: Mapping[str, Any]) -> bool:
-    return any(profile[section].get("lora") for section in ("train_stage_1", "train_stage_2"))
+    return any(profile.get(section, {}).get("lora") for section in ("train_stage_1", "train_stage_2"))
 
 
 def _print_result(step: str, manifest: Mapping[str, Any]) -> None:

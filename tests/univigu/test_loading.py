@@ -158,7 +158,12 @@ for load in (UniViGUPipeline.from_pretrained, UniViGUPipeline.from_wan):
 
 def test_a_pipeline_is_pushed_to_a_hub_and_loaded_with_its_options(hub, speaking_model, tiny_wan_folder, tmp_path):
     cache = tmp_path / "cache"
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     done = python(PUSH_AND_LOAD, speaking_model, tiny_wan_folder, cache, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     frames = UniViGUPipeline.from_pretrained(speaking_model).generate("a red five", num_inference_steps=1)
