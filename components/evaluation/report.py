@@ -48,7 +48,7 @@ def render_report(
     `components.evaluation.confusion.count_confusions`. The page says so if one of them is empty.
     """
     return (
-        _environment()
+        page_templates(Path(__file__).parent)
         .get_template(TEMPLATE)
         .render(
             run=RUN,
@@ -65,11 +65,12 @@ def render_report(
     )
 
 
-def _environment() -> Any:
+def page_templates(folder: Path) -> Any:
+    """The Jinja environment of pages whose templates are in a folder: escaped, and strict about missing values."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -90,7 +91,9 @@ def stamp(page: str, facts: Mapping[str, str], links: Mapping[str, str]) -> str:
         '<p class="links">{% for label, address in links.items() %}'
         '<a href="{{ address }}">{{ label }}</a>{% endfor %}</p>'
     )
-    return page.replace(RUN, _environment().from_string(text).render(facts=facts, links=links), 1)
+    return page.replace(
+        RUN, page_templates(Path(__file__).parent).from_string(text).render(facts=facts, links=links), 1
+    )
 
 
 def visible(text: object) -> str:

@@ -1,7 +1,7 @@
 """Answers to questions about a profile, computed once: a plan takes half a minute, most of it imports and counting.
 
 An answer is in ``.univigu/plans`` under a digest of all that it depends on: the question, the profile, the base's
-configs, the code that counts, and the versions of the libraries that are counted. Nothing heavy is imported for an
+configs, all code of the project, and the versions of the libraries that are counted. Nothing heavy is imported for an
 answer that is there.
 """
 
@@ -59,10 +59,7 @@ def _digest(asked: str, profile: Mapping[str, Any], root: Path) -> str:
 
 
 def _files(base: Path) -> Iterator[Path]:
-    """The code that counts, and the base's configs; without the base, the published ones are beside the code."""
-    library = Path(str(univigu.__file__)).parent
-    components = Path(__file__).parents[1]
-    for folder, pattern in ((library, "**/*.py"), (library / "published", "**/*.json"), (base, "*/config.json")):
-        yield from sorted(folder.glob(pattern))
-    for folder in ("planning", "training", "profiles", "settings"):
-        yield from sorted(path for path in (components / folder).rglob("*") if path.suffix in (".py", ".yaml"))
+    """All code and its data, and the base's configs; without the base, the published ones are beside the code."""
+    for package in (Path(str(univigu.__file__)).parent, Path(__file__).parents[1]):
+        yield from sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml", ".json"))
+    yield from sorted(base.glob("*/config.json"))

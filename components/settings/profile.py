@@ -1,7 +1,7 @@
 """The model of a whole profile, and the validation of a mapping of settings."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -44,6 +44,16 @@ class Profile(Section):
     train_stage_2: TrainStage = setting("Training on captions")
     evaluate_model: EvaluateModel = setting("What the trained model is measured on")
     register_model: RegisterModel = setting("What the model is called in the registry, and when it becomes champion")
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        for name in ("train_stage_1", "train_stage_2"):
+            if self.model.output_dim and getattr(self, name).zero_stage == 3:
+                # seen on two processes: a rank whose micro-batch has no text gathers the table once less
+                yield (
+                    "model.output_dim",
+                    f"is {self.model.output_dim}, and the output table can't be partitioned by ZeRO 3; set it to 0, "
+                    f"or {name}.zero_stage to 2",
+                )
 
 
 def read_sections(values: Mapping[str, Any]) -> Profile:

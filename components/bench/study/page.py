@@ -9,7 +9,7 @@ from typing import Any
 
 from components.bench.study.arms import FAMILIES
 from components.bench.study.results import COMPARED, Evaluated, Report
-from components.evaluation.report import line_chart, visible
+from components.evaluation.report import line_chart, page_templates
 
 PAGE = Path("reports/study.html")
 TEMPLATE = "study.html.j2"
@@ -39,33 +39,27 @@ def write_page(report: Report, evaluated: Sequence[Evaluated], root: Path) -> Pa
 
 def render_page(report: Report, evaluated: Sequence[Evaluated]) -> str:
     """The page as HTML; `evaluated` are the arms whose learning curves it shows."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
     arms = report["about"]["arms"]
-    return environment.get_template(TEMPLATE).render(
-        about=report["about"],
-        answer=answer(report),
-        sections=[
-            {
-                "title": TITLES[family],
-                "arms": [(name, arms[name], report[family][name]) for name in report[family]],
-                "chart": learning_curves(family, report["about"]["reference"], evaluated),
-                "steps": [(name, *one) for name, figures in report[family].items() if (one := _by_steps(figures))],
-            }
-            for family in FAMILIES
-            if family in report
-        ],
-        compared=COMPARED,
-        failures=[(name, seed, why) for name, arm in arms.items() for seed, why in sorted(arm["failures"].items())],
-        missing=[name for name, arm in arms.items() if not arm["seeds"] and not arm["failures"]],
+    return (
+        page_templates(Path(__file__).parent)
+        .get_template(TEMPLATE)
+        .render(
+            about=report["about"],
+            answer=answer(report),
+            sections=[
+                {
+                    "title": TITLES[family],
+                    "arms": [(name, arms[name], report[family][name]) for name in report[family]],
+                    "chart": learning_curves(family, report["about"]["reference"], evaluated),
+                    "steps": [(name, *one) for name, figures in report[family].items() if (one := _by_steps(figures))],
+                }
+                for family in FAMILIES
+                if family in report
+            ],
+            compared=COMPARED,
+            failures=[(name, seed, why) for name, arm in arms.items() for seed, why in sorted(arm["failures"].items())],
+            missing=[name for name, arm in arms.items() if not arm["seeds"] and not arm["failures"]],
+        )
     )
 
 

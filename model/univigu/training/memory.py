@@ -74,7 +74,7 @@ def memory_needed(
     )
     gathered = states.pop("workspace")
     activations, backward = _measured(
-        _key(config),
+        config_key(config),
         video_tokens,
         text_tokens,
         context_tokens,
@@ -166,7 +166,7 @@ def _offloaded(zero_stage: int, offload_optimizer: bool, offload_parameters: boo
 def parameter_count(config: Mapping[str, Any]) -> int:
     """The number of parameters of a transformer with this ``config``."""
     # pyrefly: ignore[bad-argument-count]
-    return _extrapolate(*(_parameters(_key(config), depth) for depth in (1, 2)), 1, config["num_layers"])
+    return extrapolate(*(_parameters(config_key(config), depth) for depth in (1, 2)), 1, config["num_layers"])
 
 
 def training_loss_on_fakes(
@@ -297,7 +297,7 @@ def _measured(
         (kept, peak), (deeper, _) = (
             _on_fakes(config, depth, task, latents, text, context, precision, checkpointing, draws) for depth in (2, 3)
         )
-        found.append((_extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
+        found.append((extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
     return max(found, key=sum)
 
 
@@ -317,13 +317,13 @@ def _on_fakes(
     # Fake CPU tensors, not meta tensors: on `meta`, attention falls back to a form that keeps the matrix of scores,
     # which neither a CPU nor a GPU does.
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        model = _build(config, depth, DTYPES[precision])
+        model = build_model(config, depth, DTYPES[precision])
         if checkpointing:
             model.enable_gradient_checkpointing()
         return tracked_step(model, task, latents, text, context, draws)
 
 
-def _build(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGUTransformer3DModel:
+def build_model(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGUTransformer3DModel:
     """The model cut to ``depth`` blocks, all of it in ``dtype``, as DeepSpeed casts it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # fake parameters can't be cast afterwards
@@ -336,16 +336,16 @@ def _build(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGU
 @cache
 def _parameters(key: str, depth: int) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in _build(json.loads(key), depth, torch.float32).parameters())
+        return sum(parameter.numel() for parameter in build_model(json.loads(key), depth, torch.float32).parameters())
 
 
-def _key(config: Mapping[str, Any]) -> str:
+def config_key(config: Mapping[str, Any]) -> str:
     """The transformer's arguments in a config as a hashable key for `cache`."""
     known = UniViGUTransformer3DModel._get_init_keys(UniViGUTransformer3DModel) - {"self"}
     return json.dumps({name: config[name] for name in sorted(known & set(config))})
 
 
-def _extrapolate(first: int, second: int, depth: int, wanted: int) -> int:
+def extrapolate(first: int, second: int, depth: int, wanted: int) -> int:
     """Linear extrapolation to ``wanted`` blocks from ``first`` at ``depth`` blocks and ``second`` at one more."""
     return first + (wanted - depth) * (second - first)
 

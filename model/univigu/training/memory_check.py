@@ -10,24 +10,9 @@ from univigu.errors import ConfigError
 from univigu.training.engine import TrainingConfig, micro_batches
 
 
-def needed_memory(
-    transformer: Mapping[str, Any],
-    config: TrainingConfig,
-    *,
-    video_tokens: int,
-    context_tokens: int,
-    world_size: int,
-    trainable: int | None = None,
-    text_draws: int = 1,
-) -> dict[str, int]:
-    """Bytes on one GPU, by part, of what needs the most in a run: a training step, or what runs between two of them.
-
-    transformer: the model's config. trainable: the number of parameters that are trained; None: all. text_draws: the
-    objective's. `needed_by_task` has all of them.
-    """
-    sizes = {"video_tokens": video_tokens, "context_tokens": context_tokens, "world_size": world_size}
-    found = needed_by_task(transformer, config, **sizes, trainable=trainable, text_draws=text_draws)
-    return max(found.values(), key=lambda parts: parts["total"])
+def needed_memory(transformer: Mapping[str, Any], config: TrainingConfig, **sizes: Any) -> dict[str, int]:
+    """Bytes on one GPU, by part, of the task of a run that needs the most; the arguments are `needed_by_task`'s."""
+    return max(needed_by_task(transformer, config, **sizes).values(), key=lambda parts: parts["total"])
 
 
 def needed_by_task(
@@ -41,6 +26,9 @@ def needed_by_task(
     text_draws: int = 1,
 ) -> dict[str, dict[str, int]]:
     """Bytes on one GPU by part (see `memory_needed`) of each task of a run.
+
+    transformer: the model's config. trainable: the number of parameters that are trained; None: all. text_draws: the
+    objective's.
 
     The tasks: ``training step``; ``evaluation``, the held-out losses, where the run has any; ``caption`` and
     ``generate``, the samples that it shows, where it shows any. The latter have the whole training's state beside them.

@@ -43,7 +43,7 @@ def peak_bytes(
     """
     if look.kind not in KINDS:
         raise ConfigError(f"Unknown kind of look {look.kind!r}; use one of {', '.join(KINDS)}.")
-    sizes = memory._key(config), video_tokens, text_tokens, context_tokens, batch_size, precision
+    sizes = memory.config_key(config), video_tokens, text_tokens, context_tokens, batch_size, precision
     found = _counted(look, *sizes)
     # In few blocks the keys and values that an evaluation keeps are smaller than what its pass over video and text
     # needs, and in many they are larger: that part of it is like a caption's.
@@ -59,12 +59,12 @@ def _counted(look: Look, key: str, video: int, text: int, context: int, batch: i
     found = []
     for depth in (2, 3):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = memory._build(config, depth, memory.DTYPES[precision])
+            model = memory.build_model(config, depth, memory.DTYPES[precision])
             with Answering() as counted:
                 counted.ignore([*model.parameters(), *model.buffers()])
                 KINDS[look.kind](model, latents, text, context, look.guided)
             found.append(counted.peak)
-    return memory._extrapolate(found[0], found[1], 2, config["num_layers"])
+    return memory.extrapolate(found[0], found[1], 2, config["num_layers"])
 
 
 class Answering(memory.LiveBytes):

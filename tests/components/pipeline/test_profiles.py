@@ -299,6 +299,14 @@ def test_profiles_that_extend_each_other_are_refused(write):
     assert "in a circle" in refusal(write({"extends": "mine.yaml"}))
 
 
+def test_an_output_table_under_zero_3_is_refused(write):
+    stage = {"zero_stage": 3}
+    said = refusal(write({"extends": "tiny", "model": {"output_dim": 64}, "train_stage_1": stage}))
+    assert "model.output_dim is 64, and the output table can't be partitioned by ZeRO 3; set it to 0" in said
+    assert "train_stage_1.zero_stage to 2" in said
+    assert load_profile(write({"extends": "tiny", "train_stage_1": stage}))["model"]["output_dim"] == 0
+
+
 def count(own):
     return sum(count(value) if isinstance(value, dict) else 1 for value in own.values())
 
