@@ -2,8 +2,8 @@
 
 Steps are the training loop's own, with a transformer and batches of the demo's size. The other programs are Python
 processes in an endless loop; they start and stop during a run, so the run keeps the number of threads that it chose
-when it was alone. A second run, alternating with the first, uses the defaults of processes: all cores, unbounded
-spinning, and a loading thread with its own team of threads.
+when it was alone, and as many processes as the training step starts. A second run, alternating with the first, uses the
+defaults: one process, all cores, unbounded spinning, and a loading thread with its own team of threads.
 
 `ratio` is the median step beside one busy program over the median step alone, `beside_three` beside three of them, and
 `alone_against_default` our step over the default's, both alone.
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.pipeline.processes import MOST_ON_CPU, usable_cores
 from univigu.errors import UniViGUError
 from univigu.threads import bound_spinning
 
@@ -39,7 +40,7 @@ def measure() -> dict[str, Any]:
     for _ in range(RUNS):
         for name, times in seconds.items():
             run = start_run(name)
-            threads += [run["threads"]] * (name == "ours")
+            threads += [run["threads"] * run["processes"]] * (name == "ours")
             for count, values in run["seconds"].items():
                 times.setdefault(int(count), []).extend(values)
     medians = {name: {count: round(statistics.median(of[count]), 4) for count in of} for name, of in seconds.items()}
@@ -56,18 +57,26 @@ def measure() -> dict[str, Any]:
 
 
 def start_run(name: str) -> dict[str, Any]:
-    """The result of `train` in a separate process, with our settings or the defaults."""
+    """The result of `train` in separate processes, with our settings or the defaults."""
     ours = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     environment = {key: value for key, value in os.environ.items() if key not in ours}
-    command = [sys.executable, "-m", __name__, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    launcher, count = [], min(usable_cores(), MOST_ON_CPU)
+    if name == "ours" and count > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
+        launcher = ["-m", "univigu.training.launch", "--standalone", f"--nproc-per-node={count}"]
+    with tempfile.TemporaryDirectory() as home:
+        command = [sys.executable, *launcher, "-m", __name__, name, home]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UniViGUError(f"The run to be timed ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train(name: str) -> dict[str, Any]:
-    """Train in this process; the seconds of each timed step by the number of busy programs, and the threads used."""
+def train(name: str, home: Path) -> dict[str, Any]:
+    """Train in this process, one of those that share `home`.
+
+    Returns the seconds of each timed step by the number of busy programs, and the numbers of threads and processes.
+    """
     if name == "ours":
         bound_spinning()
     import torch
@@ -79,8 +88,9 @@ def train(name: str) -> dict[str, Any]:
         loader.side_threads = ThreadPoolExecutor
         # pyrefly: ignore[bad-assignment]
         loop.settle_threads = lambda *_: None
-    with tempfile.TemporaryDirectory() as home:
-        return {"seconds": time_steps(Path(home)), "threads": torch.get_num_threads()}
+    seconds = time_steps(home)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return {"seconds": seconds, "threads": torch.get_num_threads(), "processes": processes}
 
 
 def time_steps(home: Path) -> dict[int, list[float]]:
@@ -89,7 +99,7 @@ def time_steps(home: Path) -> dict[int, list[float]]:
 
     situations = NEIGHBOURS * TURNS
     seconds: dict[int, list[float]] = {count: [] for count in NEIGHBOURS}
-    dataset, heldout = write_datasets(home)
+    dataset, heldout = write_datasets(home / f"data-{os.environ.get('RANK', '0')}")
     turn = STEPS + 1  # the first of a turn isn't timed
     config = TrainingConfig(len(situations) * turn, BATCH, 1e-4, checkpoint_every=1 << 30, heldout_every=1 << 30)
     with neighbours() as ask_for:
@@ -103,7 +113,7 @@ def time_steps(home: Path) -> dict[int, list[float]]:
                 ask_for(situations[at + 1])
             last[0] = time.perf_counter()
 
-        train_loop(objective(), dataset, heldout, config, home, report)
+        train_loop(objective(), dataset, heldout, config, home / "run", report)
     return seconds
 
 
@@ -131,6 +141,7 @@ def write_datasets(folder: Path) -> list[Any]:
 
     from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef, write_empty_prompt, write_latents
 
+    folder.mkdir(parents=True)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(2, VOCABULARY, (SAMPLES, TEXT), generator=random)
     states = [torch.randn(PROMPT // 2, 64, generator=random) for _ in range(SAMPLES)]
@@ -166,4 +177,6 @@ def objective() -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(sys.argv[1])))
+    found = train(sys.argv[1], Path(sys.argv[2]))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))

@@ -82,8 +82,8 @@ Processes = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Number of processes that make the step's shards, which are then committed. (default: one per visible "
-        "GPU for a step that needs GPUs, otherwise one)",
+        help="Number of processes that make the step's shards, or train together. (default: one per visible GPU for a "
+        "step that needs GPUs; without a GPU, training takes one per core, up to four)",
         show_default=False,
     ),
 ]
@@ -117,7 +117,7 @@ def run(
     killed run is reused if nothing has changed; otherwise it is set aside, and the command prints where.
     """
     from components.pipeline.freshness import finished
-    from components.pipeline.processes import count_processes, end_with_parent, make_parts
+    from components.pipeline.processes import count_processes, end_with_parent, make_parts, train_together
     from components.pipeline.profiles import check_watched, load_profile, with_settings
     from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
@@ -144,7 +144,10 @@ def run(
         restart(step, values, root)
     if resume_from and _is_main_rank():
         resume(step, values, root, resume_from)
-    processes = processes or count_processes(stage)
+    processes = processes or count_processes(stage, values.get(step.replace("-", "_")))
+    if processes > 1 and not stage.sharded:
+        train_together(step, profile, root, processes)
+        return
     if processes > 1:
         make_parts(step, profile, root, processes)
     with without(*([] if _uses_adapters(values) else ["peft"])):

@@ -1,5 +1,6 @@
 """The generator of clips: any text-to-video pipeline in diffusers' layout, called with the arguments it accepts."""
 
+import copy
 import inspect
 import math
 import sys
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
 from univigu.errors import ConfigError, MissingInputError, first_line
+from univigu.threads import map_on_cores
 
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import DiffusionPipeline
+
+
+PART = 16  # clips that a thread makes at a time on a CPU
 
 
 class Sampling(NamedTuple):
@@ -144,12 +149,40 @@ def generate(
     """Clips float (B, F, H, W, 3) in [0, 1], one per row; each has its own noise, so the batch doesn't change it.
 
     rows: with `prompt` and `seed`. Raises `ConfigError` for a size that this pipeline can't make, and for arguments
-    that it doesn't accept.
+    that it doesn't accept. On a CPU, several parts of the batch are made at a time.
     """
     import numpy as np
     import torch
 
     check_size(pipeline, video)
+    parts = [rows] if torch.cuda.is_available() else split(rows)
+    return np.concatenate(map_on_cores(lambda part: _generate(for_a_thread(pipeline), part, video, sampling), parts))
+
+
+def split(rows: Sequence[Any]) -> list[Sequence[Any]]:
+    """A batch in parts for `map_on_cores`."""
+    return [rows[start : start + PART] for start in range(0, len(rows), PART)]
+
+
+def for_a_thread(pipeline: Any) -> Any:
+    """A pipeline with the same weights that can run beside the given one: what a call changes is its own.
+
+    These are the pipeline's attributes, the scheduler's steps, and the frames that Wan's autoencoder keeps
+    (diffusers 0.39, AutoencoderKLWan.clear_cache).
+    """
+    other = copy.copy(pipeline)
+    for name, own in (("scheduler", copy.deepcopy), ("vae", copy.copy)):
+        if getattr(pipeline, name, None) is not None:
+            setattr(other, name, own(getattr(pipeline, name)))
+    return other
+
+
+def _generate(
+    pipeline: "DiffusionPipeline", rows: Sequence[Mapping[str, Any]], video: Video, sampling: Sampling
+) -> "np.ndarray":
+    import numpy as np
+    import torch
+
     arguments = call_arguments(pipeline, rows, video, sampling)
     name = type(pipeline).__name__
     try:

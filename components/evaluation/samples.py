@@ -6,14 +6,14 @@ the page change, nothing is sampled again.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from components.clips.generator import Sampling, generate, load_generator
+from components.clips.generator import Sampling, for_a_thread, generate, load_generator, split
 from components.evaluation import scorers as scorer_modules
 from components.evaluation.report import Preview, preview
 from components.pipeline.digests import tree_digest
@@ -21,6 +21,7 @@ from components.pipeline.manifests import inside
 from components.pipeline.shard_records import read_record, write_record
 from univigu.errors import ConfigError
 from univigu.files import file_sha256, sync
+from univigu.threads import map_on_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,23 +120,21 @@ class Sampler:
 
         video = self.step.settings.video
         size = (video.frames, video.height, video.width)
-        if task == "captions":
-            clips = self.benchmark.render(items, self.step.inputs["clips"])
-            made = caption_clips(self.pipeline, clips, items, self.settings.compared_caption_steps)
-        elif task == "generation":
-            made = generate_clips(self.pipeline, items, size)
-        elif task == "joint":
-            made = sample_jointly(self.pipeline, items, size)
+        compared, clips = self.settings.compared_caption_steps, self.step.inputs["clips"]
+        ways = {
+            "captions": lambda pipe, part: caption_clips(pipe, self.benchmark.render(part, clips), part, compared),
+            "generation": lambda pipe, part: generate_clips(pipe, part, size),
+            "joint": lambda pipe, part: sample_jointly(pipe, part, size),
+        }
+        if task in ways:
+            made = sample_in_parts(self.pipeline, ways[task], items)
         else:
-            drawn = load_batch(self.kept / f"{UNREAD}{number}") or {}
-            made = {"frames": np.stack(drawn["frames"])}
-        frames = made.pop("frames")
+            made = load_batch(self.kept / f"{UNREAD}{number}") or {}
+        frames = np.stack(made.pop("frames"))
         made["seen"] = self.benchmark.reader(self.pipeline)(frames, made["texts"] if task == "captions" else None)
-        # pyrefly: ignore[unsupported-operation]
         made["previews"] = [preview(clip, video.fps) for clip in frames[:previews]]
         if task in SCORED_BY_MODELS:
             made |= {f"scored by {name}": list(scorer.videos(frames)) for name, scorer in self.scorers.items()}
-        # pyrefly: ignore[bad-return]
         return made
 
 
@@ -207,6 +206,18 @@ def load_scorers(folders: Mapping[str, str], step: "Step") -> dict[str, Any]:
         scorers[name] = import_module(f"{scorer_modules.__name__}.{name}").load(path)
         step.facts.setdefault("scorers", {})[name] = tree_digest([path], relative_to=path)
     return scorers
+
+
+def sample_in_parts(
+    pipeline: "UniViGUPipeline", sample: Callable[["UniViGUPipeline", Sequence[Item]], Batch], items: Sequence[Item]
+) -> Batch:
+    """The samples of some items; on a CPU, of several parts of them at a time."""
+    parts = [items] if pipeline.device.type == "cuda" else split(items)
+    made: Batch = {}
+    for part in map_on_cores(lambda part: sample(for_a_thread(pipeline), part), parts):
+        for name, values in part.items():
+            made.setdefault(name, []).extend(values)
+    return made
 
 
 def caption_clips(

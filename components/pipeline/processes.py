@@ -1,7 +1,8 @@
-"""Child processes that end with this one, and a step's shards made by several of them.
+"""Child processes that end with this one, and steps that several of them work on.
 
 Each process that makes shards is `univigu run STEP --part K/N` on this machine, with its own GPU if there are GPUs. Its
-output is printed with the part as a prefix. The run that follows keeps and commits the shards.
+output is printed with the part as a prefix. The run that follows keeps and commits the shards. The processes of a
+training step work on the same batches, under torchrun, and one of them commits.
 """
 
 import json
@@ -12,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from components.pipeline.stages import Stage, find_stage
 from univigu.errors import ConfigError, PreemptedError, UniViGUError
@@ -21,11 +24,14 @@ from univigu.errors import ConfigError, PreemptedError, UniViGUError
 GPUS = "CUDA_VISIBLE_DEVICES"
 PARENTS = "UNIVIGU_PARENTS"  # ids of processes: when one of them ends, this process must end too
 _POLL_S = 0.5
+MOST_ON_CPU = 4  # processes that train together on the cores of one machine: more gain little, and each needs memory
 PREFIX = "univigu: "  # of messages to the user
 
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "torch" not in sys.modules and version("torch").endswith("+cpu"):
+        return []  # the import would take seconds
     import torch
 
     count = torch.cuda.device_count()
@@ -33,11 +39,46 @@ def visible_gpus() -> list[str]:
     return named[:count] if named else [str(number) for number in range(count)]
 
 
-def count_processes(stage: Stage) -> int:
-    """The default number of processes: one per visible GPU for a sharded step that needs GPUs, otherwise one."""
-    if not (stage.sharded and stage.resources.gpus) or "RANK" in os.environ:
+def count_processes(stage: Stage, settings: Mapping[str, Any] | None = None) -> int:
+    """The default number of processes of a step with these `settings`, its section of the profile.
+
+    One per visible GPU for a step that needs GPUs and can use several, and one for any other step. Training without a
+    GPU takes one process per core: a process with two threads takes 1.6 times as long as two with one thread each,
+    because most operations of a small model are too short to share.
+    """
+    if not stage.resources.gpus or "RANK" in os.environ:
         return 1
-    return max(1, len(visible_gpus()))
+    gpus = len(visible_gpus())
+    if stage.sharded:
+        return max(1, gpus)
+    return _count_together(gpus or _count_on_cpu(settings), settings) if stage.together and settings else 1
+
+
+def _count_together(most: int, settings: Mapping[str, Any]) -> int:
+    """The largest number of processes up to `most` that can share a training step's batch."""
+    micro = settings["micro_batch_size"]
+    shares = {count: settings["batch_size"] // count for count in range(1, most + 1)}
+    return max(
+        count
+        for count, share in shares.items()
+        if count == 1 or (settings["batch_size"] % count == 0 and share % min(micro or share, share) == 0)
+    )
+
+
+def _count_on_cpu(settings: Mapping[str, Any]) -> int:
+    """The most processes that train on this machine's cores; one where the user has set the number of threads."""
+    if "OMP_NUM_THREADS" in os.environ or settings["zero_stage"] or settings["precision"] != "fp32":
+        return 1  # ZeRO and bf16 are for models that fill a machine's memory
+    return min(usable_cores(), MOST_ON_CPU)
+
+
+def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use: those of its affinity, within a container's `limit` (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no such file, or "max" for no limit
+        quota, period = map(int, limit.read_text(encoding="ascii").split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def end_with_parent() -> None:
@@ -57,13 +98,18 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, PARENTS: f"{os.environ.get(PARENTS, '')},{os.getpid()}"}
 
 
-def start_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
-    """Start a process that ends with this one; its `stdout` also carries its standard error."""
+def start_child(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, only_errors: bool = False
+) -> "subprocess.Popen[str]":
+    """Start a process that ends with this one; its `stdout` also carries its standard error.
+
+    With `only_errors`, its standard output is this process's own, and `stderr` carries its standard error.
+    """
     return subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=None if only_errors else subprocess.PIPE,
+        stderr=subprocess.PIPE if only_errors else subprocess.STDOUT,
         text=True,
         errors="replace",
         env={**child_environment(), **(environment or {})},
@@ -73,7 +119,7 @@ def start_child(arguments: Sequence[str], environment: Mapping[str, str] | None 
 def read_lines(process: "subprocess.Popen[str]", show: Callable[[str], object]) -> str:
     """Pass each line that a child prints to `show` until it ends; returns the last `sentence` among them."""
     last = ""
-    for line in process.stdout or ():
+    for line in process.stdout or process.stderr or ():
         show(plain_line(line))
         last = sentence(line) or last
     return last
@@ -149,7 +195,8 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
             command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile]
             process = start_child([*command, "--root", str(root), "--part", f"{number}/{count}"], where)
             processes.append(process)
-            readers.append(Thread(target=_pass_on, args=(process, step, number, count, messages), daemon=True))
+            prefix = f"{step} {number}/{count} | "
+            readers.append(Thread(target=_pass_on, args=(process, prefix, number, messages), daemon=True))
             readers[-1].start()
         _wait(processes)
     finally:
@@ -164,16 +211,46 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     _raise_failure(step, processes, messages)
 
 
+def train_together(step: str, profile: str, root: Path, count: int) -> None:
+    """Run a training step in `count` processes of torchrun, one of which commits its output.
+
+    Without GPUs they share the cores. Raises like `make_parts`, and `ConfigError` for a step that trains nothing.
+    """
+    if not find_stage(step).together:
+        raise ConfigError(
+            f"'{step}' has no shards and trains nothing, so only one process can run it; omit --processes."
+        )
+    launcher = ["-m", "univigu.training.launch", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *launcher, "-m", "components.cli.main", "run", step, "--profile", profile]
+    environment = {"LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL")}  # torchrun repeats what the processes say
+    if not visible_gpus():
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
+    messages: dict[int, str] = {}
+    before = signal.signal(signal.SIGTERM, _stop)
+    process = start_child([*command, "--root", str(root)], environment, only_errors=True)
+    reader = Thread(target=_pass_on, args=(process, "", 1, messages), daemon=True)
+    reader.start()
+    try:
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+        reader.join()
+        signal.signal(signal.SIGTERM, before)
+    _raise_failure(step, [process], messages)
+
+
 def _stop(*_: object) -> None:
-    raise PreemptedError("The step received SIGTERM; run it again to resume from the finished shards.")
+    raise PreemptedError("The step received SIGTERM; run it again to resume from what it has finished.")
 
 
-def _pass_on(process: "subprocess.Popen[str]", step: str, number: int, count: int, messages: dict[int, str]) -> None:
-    """Print a process's output with its part; its last message goes to `messages` for `_raise_failure`."""
+def _pass_on(process: "subprocess.Popen[str]", prefix: str, number: int, messages: dict[int, str]) -> None:
+    """Print a process's output after `prefix`; its last message goes to `messages` for `_raise_failure`."""
 
     def show(line: str) -> None:
         if not sentence(line):
-            print(f"{step} {number}/{count} | {line}", file=sys.stderr, flush=True)
+            print(f"{prefix}{line}", file=sys.stderr, flush=True)
 
     if last := read_lines(process, show):
         messages[number] = last
@@ -199,7 +276,8 @@ def _raise_failure(step: str, processes: "Sequence[subprocess.Popen[str]]", mess
         return
     number = min(messages, default=min(codes, key=lambda each: codes[each] < 0))  # the others were ended by our signal
     code = codes.get(number, 1)
-    message = messages.get(number) or f"Part {number} of '{step}' ended with exit code {code}; its output says why."
+    part = f"Part {number} of '{step}'" if len(processes) > 1 else f"'{step}'"
+    message = messages.get(number) or f"{part} ended with exit code {code}; its output says why."
     failure = UniViGUError(message)
     failure.exit_code = shell_code(code)
     raise failure

@@ -38,6 +38,7 @@ class Stage:
     secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     external: bool = False  # whether it also changes something outside its output, such as a registry
     sharded: bool = False  # whether several processes can each make a part of its shards
+    together: bool = False  # whether several processes of torchrun can run it together
     resources: Resources = Resources()
 
     @property
@@ -124,6 +125,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"latents": "encode-latents"},
         sources={"base": "base"},
         parameters=("seed", "text", "video", "model", "train_stage_1"),
+        together=True,
         resources=_TRAINING,
     ),
     Stage(
@@ -132,6 +134,7 @@ STAGES: tuple[Stage, ...] = (
         home="data/stage2",
         inputs={"latents": "encode-latents", "model": "train-stage-1"},
         parameters=("seed", "text", "model", "train_stage_2"),
+        together=True,
         resources=_TRAINING,
     ),
     Stage(

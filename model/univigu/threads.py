@@ -13,9 +13,10 @@ Three settings matter; `univigu bench busy` measures them together against the d
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from univigu.errors import CorruptDataError
 from univigu.files import read_json_object, write_json
@@ -25,6 +26,9 @@ SPINS = "300"
 WORTHWHILE = 0.95  # more threads are used only if they take at most this share of the time
 _TRIES, _MOST_TRIES, _TRIED_S = 3, 30, 5.0  # several seconds, so that a short load on the machine has no effect
 _MOST_THREADS = 4096
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 def bound_spinning() -> None:
@@ -46,6 +50,21 @@ def side_threads(count: int, name: str) -> ThreadPoolExecutor:
 def _work_alone() -> None:
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)  # for this thread
+
+
+def map_on_cores(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """`function` of each part, several at a time on a CPU: one per core, each in a thread without a team.
+
+    A team divides each operation, and waits after each; parts wait once. The results don't depend on the number of
+    cores, because the parts are given. With a GPU, or with one thread (OMP_NUM_THREADS), one part follows another.
+    """
+    import torch
+
+    cores = min(torch.get_num_threads(), len(parts))
+    if torch.cuda.is_available() or cores == 1:
+        return [function(part) for part in parts]
+    with side_threads(cores, "parts") as pool:
+        return list(pool.map(function, parts))
 
 
 def settle_threads(step: Callable[[], object], note: Path) -> int:

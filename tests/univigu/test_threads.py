@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from univigu.errors import CorruptDataError
-from univigu.threads import fewest_worthwhile, measure_threads, settle_threads, side_threads
+from univigu.threads import fewest_worthwhile, map_on_cores, measure_threads, settle_threads, side_threads
 
 ROOT = Path(__file__).parents[2]
 CHOSEN_BY_USERS = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -155,9 +156,32 @@ def test_side_threads_work_without_torch():
     ) == ["1", "2", "False"]
 
 
-def test_a_pool_names_its_threads():
-    import threading
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
+
+def test_parts_run_beside_each_other_without_teams_and_in_order(two_threads):
+    meet = threading.Barrier(2, timeout=60)  # a part alone would wait in vain
+
+    def part(number):
+        meet.wait()
+        return number, torch.get_num_threads()
+
+    assert map_on_cores(part, [0, 1, 2, 3]) == [(number, 1) for number in range(4)]
+    assert torch.get_num_threads() == 2
+
+
+def test_with_one_thread_one_part_follows_another():
+    torch.set_num_threads(1)
+    here = threading.get_ident()
+    assert map_on_cores(lambda part: (part, threading.get_ident()), "abc") == [(part, here) for part in "abc"]
+
+
+def test_a_pool_names_its_threads():
     with side_threads(1, "beside") as pool:
         assert pool.submit(lambda: threading.current_thread().name).result().startswith("beside")
 

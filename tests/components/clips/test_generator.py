@@ -97,7 +97,7 @@ def folders(tiny_wan_folder, tmp_path_factory):
     return {"wan": tiny_wan_folder, "ltx": home / "ltx", "cogvideox": home / "cogvideox"}
 
 
-@pytest.mark.parametrize(
+any_pipeline = pytest.mark.parametrize(
     ("name", "arguments"),
     [
         ("wan", {"max_sequence_length": 32}),
@@ -105,6 +105,22 @@ def folders(tiny_wan_folder, tmp_path_factory):
         ("cogvideox", {"max_sequence_length": 16, "use_dynamic_cfg": False}),
     ],
 )
+
+
+@pytest.mark.slow
+@any_pipeline
+def test_clips_are_the_same_on_any_number_of_cores(folders, name, arguments):
+    pipeline, sampling = generator.load_generator(folders[name], "fp32"), SAMPLING._replace(arguments=arguments)
+    rows = [{"prompt": f"a red digit {seed}", "seed": seed} for seed in range(2 * generator.PART + 1)]
+    before, found = torch.get_num_threads(), []
+    for cores in (1, 2):
+        torch.set_num_threads(cores)
+        found.append(generator.generate(pipeline, rows, VIDEO, sampling))
+    torch.set_num_threads(before)
+    np.testing.assert_array_equal(*found)
+
+
+@any_pipeline
 def test_a_clip_does_not_depend_on_its_batch_with_any_pipeline(folders, name, arguments):
     pipeline = generator.load_generator(folders[name], "fp32")
     sampling = SAMPLING._replace(arguments=arguments)

@@ -40,6 +40,44 @@ def test_a_step_gets_a_process_a_gpu_only_if_it_asks_for_gpus_and_works_in_shard
     assert processes.count_processes(stage) == 1
 
 
+SMALL = {"batch_size": 24, "micro_batch_size": None, "zero_stage": 0, "precision": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"), [({}, 4), ({"batch_size": 6}, 3), ({"micro_batch_size": 4}, 3), ({"batch_size": 1}, 1)]
+)
+def test_training_takes_as_many_gpus_as_share_its_batch(four_gpus, settings, count):
+    assert processes.count_processes(find_stage("train-stage-1"), SMALL | settings) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "count"),
+    [({}, 2, 2), ({}, 64, 4), ({"batch_size": 9}, 4, 3), ({"zero_stage": 2}, 8, 1), ({"precision": "bf16"}, 8, 1)],
+)
+def test_training_without_a_gpu_takes_a_process_a_core(monkeypatch, settings, cores, count):
+    for name in ("OMP_NUM_THREADS", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    stage = find_stage("train-stage-1")
+    assert processes.count_processes(stage, SMALL | settings) == count
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user has decided
+    assert processes.count_processes(stage, SMALL | settings) == 1
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("150000 100000", 1), ("max 100000", 64), ("50000 100000", 1)])
+def test_a_containers_limit_counts_as_its_cores(monkeypatch, tmp_path, limit, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert processes.usable_cores(tmp_path / "cpu.max") == cores
+    assert processes.usable_cores(tmp_path / "no-such-file") == 64
+
+
+def test_a_step_that_trains_nothing_takes_one_process():
+    with pytest.raises(ConfigError, match="'validate-clips' has no shards and trains nothing"):
+        processes.train_together("validate-clips", "smoke", Path("."), 2)
+
+
 def test_a_step_without_shards_takes_one_process(four_gpus):
     with pytest.raises(ConfigError, match="'validate-clips' has no shards"):
         processes.make_parts("validate-clips", "smoke", Path("."), 2)

@@ -1,5 +1,6 @@
 """The training steps: they write a usable pipeline, log to MLflow, and resume after being stopped."""
 
+import csv
 import json
 import os
 import shutil
@@ -102,6 +103,44 @@ def test_a_stage_resumes_after_sigterm_in_the_same_mlflow_run(latents_root, prof
     assert (same.info.run_id, same.info.status) == (run.info.run_id, "FINISHED")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(1, 61))
+
+
+def start_together(root, profile):
+    (root / "two.yaml").write_text(yaml.safe_dump(profile))
+    where = ["--profile", str(root / "two.yaml"), "--root", str(root), "--processes", "2"]
+    command = [sys.executable, "-m", "components.cli.main", "run", "train-stage-1", *where]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def losses(curves):
+    return [float(row["loss"]) for row in csv.DictReader(curves.read_text().splitlines())]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_resume_after_sigterm(latents_root, profile):
+    root = latents_root
+    profile["train_stage_1"].update(steps=40, checkpoint_every=1000)
+    run_stage("train-stage-1", profile, root)
+    alone = losses(root / "data/stage1/curves.csv")
+
+    process = start_together(root, profile)
+    curves = root / STATE / "scratch/train-stage-1/curves.csv"
+    while not curves.is_file() or len(curves.read_text().splitlines()) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 81, said
+    assert [line for line in said.splitlines() if line.startswith("univigu: ")] == [
+        "univigu: The step received SIGTERM; run it again to resume from what it has finished."
+    ]
+
+    process = start_together(root, profile)
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    assert out == "train-stage-1: 6 rows in, 6 out, 0 quarantined\n"
+    assert "Resuming after step" in said
+    assert losses(root / "data/stage1/curves.csv") == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.slow
