@@ -122,8 +122,9 @@ def as_text(profile: str, plan: Mapping[str, Any]) -> str:
         lines.append(f"  {task:<30} {cost['share']:>5.2f}" + "".join(f"{figure:>10.3f}" for figure in figures))
     lines += ["", f"Time, at an MFU of {_range(gpu['mfu'], 'g')}"]
     for name, stage in training.items():
-        balanced = f"{_range(stage['balanced_step_seconds'])} if all GPUs had equal work"
-        step = f"{_range(stage['step_seconds'])} s per step ({balanced})"
+        draw = stage["task_draw"]
+        saved = f"a task per step {'saves' if draw['draw'] == 'step' else 'would save'} {draw['saved_by_step']:.1%}"
+        step = f"{_range(stage['step_seconds'])} s per step ({saved})"
         lines.append(f"  {name.replace('_', ' ')}     {step}, {stage['steps']:,} steps: {_range(stage['days'])} days")
         if (draws := stage["text_draws"]["draws"]) > 1:
             more = f"{stage['text_draws']['more_flops']:.1%} more operations than 1"

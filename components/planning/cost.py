@@ -145,7 +145,8 @@ def plan_stage(
     guess, share = objective.self_conditioning, config.batch_size // gpus
     once = planning.task_costs(models.transformer, tokens, replace(objective, text_draws=1))
     mean, single = (planning.mean_step(each, guess, recomputed) for each in (costs, once))
-    slowest = planning.slowest_step(costs, guess, recomputed, share, gpus)
+    waiting = planning.slowest_step(costs, guess, recomputed, share, gpus)  # if each sample has its own task
+    slowest = waiting if objective.task_draw == "sample" else share * mean
     seconds = durations(slowest, rates)
     days = [config.steps * each / DAY for each in seconds]
     return {
@@ -163,8 +164,8 @@ def plan_stage(
         "text_draws": {"draws": objective.text_draws, "more_flops": mean / single - 1},
         "flops_per_sample": mean,
         "flops_slowest_gpu": slowest,
+        "task_draw": {"draw": objective.task_draw, "saved_by_step": 1 - share * mean / waiting},
         "step_seconds": seconds,
-        "balanced_step_seconds": durations(share * mean, rates),
         "steps": config.steps,
         "days": days,
         "gpu_days": [each * gpus for each in days],

@@ -47,12 +47,13 @@ class Profile(Section):
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         for name in ("train_stage_1", "train_stage_2"):
-            if self.model.output_dim and getattr(self, name).zero_stage == 3:
+            training = getattr(self, name)
+            if self.model.output_dim and training.zero_stage == 3 and training.task_draw == "sample":
                 # seen on two processes: a rank whose micro-batch has no text gathers the table once less
                 yield (
-                    "model.output_dim",
-                    f"is {self.model.output_dim}, and the output table can't be partitioned by ZeRO 3; set it to 0, "
-                    f"or {name}.zero_stage to 2",
+                    f"{name}.task_draw",
+                    f"is sample, and with ZeRO 3 the output table (model.output_dim {self.model.output_dim}) needs "
+                    "steps of one task; set it to step, or zero_stage to 2",
                 )
 
 

@@ -127,6 +127,9 @@ class TrainStage(Section):
     text_draws: Size = setting(
         "Of understand: noises and times of the text for each pass over the video; the loss is their mean", "draws"
     )
+    task_draw: Literal["sample", "step"] = setting(
+        "Draw a task for each sample, or one for all samples of a step: with several GPUs none waits for another"
+    )
     objective: Literal["weighted", "literal"] = setting("Literal: eq 11 as printed")
     loss_weights: LossWeights = setting("Weights of the losses")
     token_weighting: Literal["rarity", "inverse_document_frequency", "root_inverse_document_frequency", "uniform"] = (

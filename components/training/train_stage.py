@@ -275,6 +275,7 @@ def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], see
         ce_weight=weights["cross_entropy"],
         self_conditioning=model["self_conditioning"],
         text_draws=section["text_draws"],
+        task_draw=section["task_draw"],
         form=section["objective"],
         seed=seed,
     )

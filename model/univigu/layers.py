@@ -115,23 +115,30 @@ class UniViGUBlock(WanTransformerBlock):
     ) -> tuple[Tensor | None, Tensor | None, KVCache]:
         """One block over the given streams; without a video stream, text attends to ``kv_cache``.
 
-        ``attention`` is ``joint``, ``prefix``, or ``kv_only``, which computes nothing but the cache: for a last block
-        whose video output is not needed. ``context`` (B or 1, L, width) is the condition; a cache replaces it. Returns
-        the hidden states (B, S, width) of video and of text (None for a stream that was not given), and the cache.
+        ``attention`` is ``joint``, ``prefix``, ``text_only``, which computes of the video no more than its keys and
+        values, or ``kv_only``, which computes nothing else. ``context`` (B or 1, L, width) is the condition; a cache
+        replaces it. Returns the hidden states (B, S, width) of video and of text (None for those not computed), and
+        the cache.
         """
         video_out = text_out = None
         if video is not None:
             video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=1)
-            video_q, video_k, video_v = self._project(video, video_mod)
+            normed = self._normed(video, video_mod)
+            video_k, video_v = self._keys_values(normed, video[2])
             # pyrefly: ignore[bad-argument-type]
             kv_cache = (video_k, video_v, *self._project_context(context))
             if attention == "kv_only":
                 return None, None, kv_cache
+            if attention == "text_only":
+                video = None
+            else:
+                video_q = self._queries(normed, video[2])
         # pyrefly: ignore[not-iterable]
         video_k, video_v, *context_kv = kv_cache
         if text is not None:
             text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
-            text_q, text_k, text_v = self._project(text, text_mod)
+            normed = self._normed(text, text_mod)
+            text_q, (text_k, text_v) = self._queries(normed, text[2]), self._keys_values(normed, text[2])
             keys = torch.cat([repeat_rows(video_k, text_k.shape[0]), text_k], dim=1)
             values = torch.cat([repeat_rows(video_v, text_k.shape[0]), text_v], dim=1)
         if video is not None and text is not None and attention == "joint":
@@ -152,15 +159,22 @@ class UniViGUBlock(WanTransformerBlock):
         # pyrefly: ignore[bad-return]
         return video_out, text_out, kv_cache
 
-    def _project(self, stream: Stream, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V of a stream for self-attention, (B, S, heads, head_dim) each; both streams share the weights."""
-        hidden, _, rotary = stream
+    # Both streams share the weights of self-attention: Q, K and V have (B, S, heads, head_dim).
+
+    def _normed(self, stream: Stream, modulation: tuple[Tensor, ...]) -> Tensor:
+        """The hidden states (B, S, width) of a stream as self-attention reads them."""
         shift, scale, *_ = modulation
-        normed = (self.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        return (self.norm1(stream[0].float()) * (1 + scale) + shift).type_as(stream[0])
+
+    def _queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
+        query = self.attn1.norm_q(self.attn1.to_q(normed))
+        return rotate(query.unflatten(2, (self.attn1.heads, -1)), rotary)
+
+    def _keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         attn = self.attn1
-        query, key, value = attn.norm_q(attn.to_q(normed)), attn.norm_k(attn.to_k(normed)), attn.to_v(normed)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        return rotate(query, rotary), rotate(key, rotary), value
+        key, value = attn.norm_k(attn.to_k(normed)), attn.to_v(normed)
+        key, value = (x.unflatten(2, (attn.heads, -1)) for x in (key, value))
+        return rotate(key, rotary), value
 
     def _project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of the condition for cross-attention, (B or 1, L, heads, head_dim) each."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import flow, text_space
-from .tasks import Batch, ObjectiveConfig, Samples, prepare, redraw_texts, sample_keys
+from .tasks import TASKS, Batch, ObjectiveConfig, Samples, draw_step, prepare, redraw_texts, sample_keys
 from .text_space import TextPrediction
 from .transformer import UniViGUTransformer3DModel
 
@@ -33,14 +33,16 @@ def predict_prefix(model: UniViGUTransformer3DModel, draws: Sequence[Samples], t
     s = draws[0]
     z, tau = torch.cat([drawn.z_text for drawn in draws]), torch.cat([drawn.text_tau for drawn in draws])
     # under `prefix` every sample has the empty condition, so one row of it is enough
-    cache = model.prefill_video(s.z_video, s.video_tau, s.condition[:1])
-    # zeros, not None: a weight that a step does not use keeps the last step's gradient under ZeRO 3
-    guess = torch.zeros_like(z)
-    if guessing:
-        with torch.no_grad():
-            first = model.denoise_text(z, tau, cache).chunk(len(draws))  # logits of all draws at once would be large
-            read = [model.read_text(h, d.z_text, d.text_tau, table) for h, d in zip(first, draws, strict=True)]
-            guess = torch.cat([prediction.data for prediction in read])
+    video = s.z_video, s.video_tau, s.condition[:1]
+    if not guessing:  # video and text go through each block together, and no keys or values are kept
+        # zeros, not None: all steps use the same weights of the text side
+        # pyrefly: ignore[bad-return]
+        return model(*video, z, tau, torch.zeros_like(z), attention="text_only").text
+    cache = model.prefill_video(*video)
+    with torch.no_grad():
+        first = model.denoise_text(z, tau, cache).chunk(len(draws))  # logits of all draws at once would be large
+        read = [model.read_text(h, d.z_text, d.text_tau, table) for h, d in zip(first, draws, strict=True)]
+        guess = torch.cat([prediction.data for prediction in read])
     return model.denoise_text(z, tau, cache, guess)
 
 
@@ -50,7 +52,7 @@ def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, g
     if guessing:
         # a text at tau = 1 is given, not denoised: inference has no estimate for it, so training has none either
         rows = s.has_text_loss.nonzero()[:, 0]
-        # without such a text the extra pass runs all the same, on one patch: see `training_loss`
+        # where ranks differ, the extra pass runs on one patch without such a text: see `training_loss`
         t = s[rows] if len(rows) else s.smallest(model.config.patch_size)
         with torch.no_grad():
             first = model(t.z_video, t.video_tau, t.condition, t.z_text, t.text_tau).text
@@ -165,23 +167,25 @@ def training_loss(
 ) -> dict[str, Tensor]:
     """One batch's ``loss`` (eq 11, or its weighted form) with gradient, and its parts as detached scalars.
 
-    ``step`` decides, identically on all ranks, whether this step is self-conditioned. ``token_weights`` (V,) weight the
-    cross-entropy; without them all tokens weigh the same. ``loss`` is the mean over all B samples; a modality without
-    loss counts as zero. ``video_mse``, ``text_mse``, ``text_ce`` (unweighted) and ``token_accuracy`` are means over the
-    ``video_samples`` and ``text_samples`` of this batch, or zero where there are none. Samples are grouped by attention
-    policy, with one forward pass per group. Under ``prefix`` each text has ``config.text_draws`` draws, and its loss
-    and its figures are their mean, so that a learning rate keeps its meaning.
+    ``step`` decides, identically on all ranks, whether this step is self-conditioned and, with ``task_draw: step``,
+    which task it has (`draw_step`). ``token_weights`` (V,) weight the cross-entropy; without them all tokens weigh the
+    same. ``loss`` is the mean over all B samples; a modality without loss counts as zero. ``video_mse``, ``text_mse``,
+    ``text_ce`` (unweighted) and ``token_accuracy`` are means over the ``video_samples`` and ``text_samples`` of this
+    batch, or zero where there are none. Samples are grouped by attention policy, with one forward pass per group. Under
+    ``prefix`` each text has ``config.text_draws`` draws, and its loss and its figures are their mean, so that a
+    learning rate keeps its meaning.
 
-    Every batch runs both passes through all weights, and every output enters ``loss``, even if multiplied by zero.
-    Ranks that partition weights or gradients (ZeRO) would deadlock where one uses a weight and another does not. For a
-    policy without samples the pass has a single patch and token, which costs next to nothing.
+    All ranks run the same passes, and every output enters ``loss``, even if multiplied by zero: ranks that partition
+    weights or gradients (ZeRO) would deadlock where one uses a weight and another does not. A step of one task has one
+    pass. Where each sample has its own task there are always two: for a policy without samples the pass has a single
+    patch and token.
     """
-    table = model.text_space()
-    keys, samples = sample_keys(batch, config), prepare(batch, table, config)
-    draw = torch.rand((), generator=flow.keyed_generator(config.seed, step, "guess"))
-    guessing = bool(draw < config.self_conditioning)
+    table, drawn = model.text_space(), draw_step(step, config)
+    keys, samples = sample_keys(batch, config), prepare(batch, table, config, drawn.task)
+    # a text that is given has no estimate, so a step of `generate` is not self-conditioned
+    guessing = drawn.self_conditioned and (drawn.task is None or "text" in TASKS[drawn.task].loss)
     loss, parts = table.new_zeros(()), {}
-    for policy in (True, False):
+    for policy in (True, False) if drawn.task is None else (TASKS[drawn.task].attention == "prefix",):
         rows = (samples.is_prefix == policy).nonzero()[:, 0]
         group = samples[rows] if len(rows) else samples.smallest(model.config.patch_size)
         draws = [group]

@@ -20,6 +20,7 @@ A batch is a dict of tensors on one device (B samples, N text tokens, L conditio
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class ObjectiveConfig:
     ce_weight: float = 1.0
     self_conditioning: float = 0.5  # share of steps in which the text is given its own first estimate of z_1
     text_draws: int = 1  # of the understand task: noises and times of the text for one pass over the video
+    task_draw: str = "sample"  # draw a task for each sample, or for each step: all of its samples have the same one
     form: str = "weighted"  # weighted | literal
     seed: int = 0
 
@@ -93,12 +95,45 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"text_draws is {self.text_draws}: give 1 or more, and above 1 also a share to the task understand."
             )
+        if self.task_draw not in ("sample", "step"):
+            raise ConfigError(f"Unknown task_draw {self.task_draw!r}: use sample or step.")
         if self.form not in ("weighted", "literal"):
             raise ConfigError(f"Unknown form {self.form!r}: use weighted or literal.")
         if self.form == "literal" and any(self.shares.get(name) for name in TASKS if name != "joint"):
             raise ConfigError("The literal objective has the joint task alone: set shares to {joint: 1}.")
         if self.form == "literal" and not self.video_shift == self.text_shift == 1:
             raise ConfigError("The literal objective draws its times uniformly: set both timestep shifts to 1.")
+
+
+class StepDraw(NamedTuple):
+    """What is drawn once for a step: it is the same for all samples, micro-batches and ranks."""
+
+    task: str | None  # None: each sample has its own, see `draw_plan`
+    self_conditioned: bool
+
+
+BLOCK = 20  # steps in which the drawn tasks have their shares, up to one step each
+
+
+def draw_step(step: int, config: ObjectiveConfig) -> StepDraw:
+    """What step 1, 2, ... of a run draws; it depends on the seed and the step alone.
+
+    With ``task_draw: step`` a block of 20 steps is a systematic sample of all pairs of a task and of whether the step
+    is self-conditioned, in random order: a pair of share p has 20 p steps, rounded up or down, and 20 p on average. One
+    task a step keeps ranks alike: they wait for no slower one, and run the weights in the same order.
+    """
+    if config.task_draw == "sample":
+        draw = torch.rand((), generator=flow.keyed_generator(config.seed, step, "guess"))
+        return StepDraw(None, bool(draw < config.self_conditioning))
+    block, place = divmod(step - 1, BLOCK)
+    generator = flow.keyed_generator(config.seed, block, "steps")
+    pairs = [StepDraw(name, guessing) for name in TASKS for guessing in (True, False)]
+    guess = config.self_conditioning
+    shares = [config.shares.get(task, 0) * (guess if guessing else 1 - guess) for task, guessing in pairs]
+    borders = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    points = (torch.arange(BLOCK) + torch.rand((), generator=generator)) / BLOCK
+    drawn = torch.searchsorted(borders / borders[-1], points.double(), right=True)
+    return pairs[int(drawn[torch.randperm(BLOCK, generator=generator)[place]])]
 
 
 @dataclass(frozen=True)
@@ -112,12 +147,17 @@ class Plan:
     text_is_prompt: Tensor  # bool: the text stream holds prompt_ids, otherwise target_ids
 
 
-def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig) -> Plan:
-    """Task, times and dropouts of the samples with these keys, on the CPU; a sample depends on its own key alone."""
+def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig, step_task: str | None = None) -> Plan:
+    """Task, times and dropouts of the samples with these keys, on the CPU; a sample depends on its own key alone.
+
+    ``step_task`` is the task of all of them, where the step has drawn one (`draw_step`).
+    """
     draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
     names, tasks = list(TASKS), list(TASKS.values())
     shares = torch.tensor([float(config.shares.get(name, 0)) for name in names])
     task = torch.searchsorted(shares.cumsum(0) / shares.sum(), draws[:, 0].contiguous(), right=True)
+    if step_task is not None:
+        task = torch.full_like(task, names.index(step_task))
 
     def column(values: Iterable[float | None]) -> Tensor:
         return torch.tensor([float("nan") if v is None else v for v in values])[task]
@@ -179,10 +219,13 @@ def sample_keys(batch: Batch, config: ObjectiveConfig) -> list[tuple[int, int, i
     return [(config.seed, epoch, sample) for sample, epoch in zip(ids, epochs, strict=True)]
 
 
-def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig) -> Samples:
-    """Draw each sample's task, noise and times, and place it on its paths (eq 6, 7, 9); ``table`` is E, (V, d)."""
+def prepare(batch: Batch, table: Tensor, config: ObjectiveConfig, step_task: str | None = None) -> Samples:
+    """Draw each sample's task, noise and times, and place it on its paths (eq 6, 7, 9); ``table`` is E, (V, d).
+
+    ``step_task`` is the task of all samples, where the step has drawn one (`draw_step`).
+    """
     device, latents, keys = batch["latents"].device, batch["latents"].float(), sample_keys(batch, config)
-    plan = draw_plan(keys, config)
+    plan = draw_plan(keys, config, step_task)
     video_tau, text_tau = plan.video_tau.to(device), plan.text_tau.to(device)
     token_ids = torch.where(plan.text_is_prompt.to(device)[:, None], batch["prompt_ids"], batch["target_ids"])
     text_data = text_space.embed(token_ids, table)

@@ -15,7 +15,7 @@ What is unusual here:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,24 @@ from torch import Tensor
 
 from . import wan
 from .errors import ConfigError
-from .layers import KVCache, RotaryTables, TextEmbedder, TextHead, UniViGUBlock
+from .layers import KVCache, RotaryTables, Stream, TextEmbedder, TextHead, UniViGUBlock
 from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
 
-ATTENTION = ("joint", "prefix", "kv_only")
+ATTENTION = ("joint", "prefix", "text_only", "kv_only")
 
 
 @dataclass
 class VideoCache:
-    """What text needs from a video: each block's keys and values, and the grid after which text positions start."""
+    """What text needs from a video: each block's keys and values, and the grid after which text positions start.
 
-    kv_cache: list[KVCache]  # one per block
+    Where activations are recomputed, the keys and values are too: ``streams`` has what each block computes them from,
+    the video stream at its input. These are kept for the backward pass anyway, and have half the size.
+    """
+
+    kv_cache: list[KVCache]  # one per block, or none
     grid: tuple[int, int, int]  # patches along T, H, W
+    streams: list[Stream] = field(default_factory=list)  # one per block, or none
+    context: Tensor | None = None  # the projected condition, for the streams
 
 
 @dataclass
@@ -143,6 +149,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         Shapes: z_v ``hidden_states`` (B, C, T, H, W), ``tau`` (B,), c ``encoder_hidden_states`` (B or 1, L, text_dim);
         optional z_t ``text`` (B, N, d) with its ``text_tau`` (B,) and ``guess`` (B, N, d), the previous estimate of
         z_t1 (self-conditioning). ``attention`` is ``joint`` or ``prefix``; raises ConfigError for anything else.
+        ``text_only`` is ``prefix`` without what only the video's velocity needs, for a multiple of B texts: row i of
+        them sees video i modulo B.
 
         Hooks that offload weights act on this call alone, so :meth:`prefill_video` and :meth:`denoise_text` can be
         reached through it too: ``kv_only`` returns the ``cache`` of the video, and a cache in the place of the video
@@ -162,17 +170,25 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         if text is not None:
             text_hidden, text_temb, text_time = self.text_embedder(text, text_tau, guess)
             text_rotary = self.rope.text(grid, text.shape[1])
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             text_stream = None if text is None else (text_hidden, text_time, text_rotary)
-            video, text_hidden, _ = self._run(block, (video, time, rotary), text_stream, context, None, attention)
+            # of the last block's video, text needs the keys and values alone
+            policy = "prefix" if attention == "text_only" and i + 1 < len(self.blocks) else attention
+            video, text_hidden, _ = self._run(block, (video, time, rotary), text_stream, context, None, policy)
         # pyrefly: ignore[bad-argument-type]
-        velocity = self._video_head(video, temb, grid)
+        velocity = None if attention == "text_only" else self._video_head(video, temb, grid)
         # pyrefly: ignore[bad-argument-type]
         return UniViGUOutput(velocity, None if text is None else self._text_out(text_hidden, text_temb))
 
     def prefill_video(self, hidden_states: Tensor, tau: Tensor, encoder_hidden_states: Tensor) -> VideoCache:
         """Compute once what text under ``prefix`` attention needs from a video. Shapes as in :meth:`forward`."""
         (video, time, rotary), _, context, grid = self._embed_video(hidden_states, tau, encoder_hidden_states)
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            streams = [(video, time, rotary)]
+            for block in self.blocks[:-1]:
+                video, _, _ = self._run(block, streams[-1], None, context, None, "prefix")
+                streams.append((video, time, rotary))
+            return VideoCache([], grid, streams, context)
         kv_caches = []
         for i, block in enumerate(self.blocks):
             # Text attends to the last block's keys and values, but nothing reads the video that it would return.
@@ -188,8 +204,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         """
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
         rotary = self.rope.text(cache.grid, text.shape[1])
-        for block, kv_cache in zip(self.blocks, cache.kv_cache, strict=True):
-            _, hidden, _ = self._run(block, None, (hidden, time, rotary), None, kv_cache, "prefix")
+        for i, block in enumerate(self.blocks):
+            text = hidden, time, rotary
+            if cache.streams:
+                _, hidden, _ = self._run(block, cache.streams[i], text, cache.context, None, "text_only")
+            else:
+                _, hidden, _ = self._run(block, None, text, None, cache.kv_cache[i], "prefix")
         # pyrefly: ignore[bad-argument-type]
         return self._text_out(hidden, temb)
 

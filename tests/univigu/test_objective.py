@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from univigu import flow, objective, tasks, text_space
 from univigu.errors import ConfigError
 from univigu.objective import TrainingObjective, training_loss
-from univigu.tasks import TASKS, ObjectiveConfig, draw_plan
+from univigu.tasks import TASKS, ObjectiveConfig, draw_plan, draw_step
 from univigu.training.heldout import evaluate_heldout
 from univigu.transformer import UniViGUTransformer3DModel
 
@@ -287,6 +287,73 @@ def test_every_batch_uses_all_weights_whatever_its_tasks(self_conditioning):
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
         ways.append(way)
     assert all(way == ways[0] for way in ways)
+
+
+STEP = replace(DEFAULT, task_draw="step")
+
+
+def step_of(task, guessing):
+    return next(step for step in range(1, 200) if draw_step(step, STEP) == (task, guessing))
+
+
+@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_of_one_task_has_the_loss_and_gradients_of_samples_that_all_drew_it(task, guessing):
+    model, batch = build(), make_batch(6)
+    torch.nn.init.normal_(model.text_embedder.proj_guess.weight)
+    found = []
+    for config in (STEP, replace(alone(task), self_conditioning=float(guessing))):
+        out = training_loss(model, batch, config, step_of(task, guessing))
+        out["loss"].backward()
+        found.append((out["loss"], {name: p.grad for name, p in model.named_parameters()}))
+        model.zero_grad()
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for name, gradient in found[1][1].items():  # the dummy pass of the other policy gives weights a gradient of zeros
+        ours = found[0][1][name]
+        torch.testing.assert_close(torch.zeros_like(gradient) if ours is None else ours, gradient, atol=1e-6, rtol=1e-4)
+
+
+def count_calls(model, names):
+    calls = {}
+    for name in names:
+        hook = lambda module, inputs, output, name=name: calls.update({name: calls.get(name, 0) + 1})  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("task", "guessing", "blocks", "heads"),
+    [
+        ("understand", False, 1, 1),
+        ("understand", True, 3, 2),  # the video, the guess, the text
+        ("joint", False, 1, 1),
+        ("joint", True, 2, 2),
+        ("generate", False, 1, 1),
+        ("generate", True, 1, 1),
+    ],
+)
+def test_a_step_of_one_task_passes_the_weights_as_often_as_the_task_needs(task, guessing, blocks, heads):
+    model = build()
+    calls = count_calls(model, ["blocks.0", "text_head", "proj_out"])
+    training_loss(model, make_batch(), STEP, step_of(task, guessing))
+    assert calls == {"blocks.0": blocks, "text_head": heads} | ({"proj_out": blocks} if task != "understand" else {})
+
+
+@pytest.mark.parametrize("text_draws", [1, 3])
+def test_recomputed_keys_and_values_give_the_loss_and_gradients_of_kept_ones(text_draws):
+    batch, found = make_batch(6), []
+    config = replace(alone("understand"), self_conditioning=1.0, text_draws=text_draws)
+    for recomputed in (False, True):
+        model = build()
+        torch.nn.init.constant_(model.text_embedder.proj_guess.weight, 0.1)
+        if recomputed:
+            model.enable_gradient_checkpointing()
+        out = training_loss(model, batch, config, 0)
+        out["loss"].backward()
+        found.append((out["loss"].detach(), {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def objective_keys(batch):

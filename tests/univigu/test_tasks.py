@@ -5,7 +5,7 @@ import torch
 
 from univigu import flow
 from univigu.errors import ConfigError
-from univigu.tasks import TASKS, ObjectiveConfig, draw_plan
+from univigu.tasks import TASKS, ObjectiveConfig, draw_plan, draw_step
 
 
 def test_tasks_are_drawn_by_their_shares_with_their_corners():
@@ -61,3 +61,40 @@ def test_a_shift_moves_times_towards_noise_and_keeps_the_corners():
 def test_invalid_choices_are_refused(wrong):
     with pytest.raises(ConfigError):
         ObjectiveConfig(**wrong)
+
+
+def draws(count, **settings):
+    config = ObjectiveConfig(task_draw="step", shares={"understand": 0.5, "joint": 0.3, "generate": 0.2}, **settings)
+    return [draw_step(step, config) for step in range(1, count + 1)]
+
+
+def test_a_block_of_steps_has_the_tasks_shares_and_their_guesses():
+    found = draws(400, self_conditioning=0.5)
+    for start in range(0, 400, 20):
+        block = found[start : start + 20]
+        for task, share in (("understand", 10), ("joint", 6), ("generate", 4)):
+            drawn = [draw for draw in block if draw.task == task]
+            assert abs(len(drawn) - share) <= 1
+            assert abs(sum(draw.self_conditioned for draw in drawn) - share / 2) <= 1
+    assert sum(draw.task == "understand" for draw in found) == pytest.approx(200, abs=2)
+    assert found[:20] != found[20:40]  # in another order
+
+
+def test_the_draw_of_a_step_depends_on_the_seed_and_the_step_alone():
+    assert draws(40) == draws(60)[:40]
+    assert draws(40) != draws(40, seed=1)
+    assert {draw.self_conditioned for draw in draws(40, self_conditioning=0.0)} == {False}
+    assert {draw.self_conditioned for draw in draws(40, self_conditioning=1.0)} == {True}
+
+
+def test_a_task_without_a_share_is_never_drawn():
+    config = ObjectiveConfig(task_draw="step", shares={"understand": 1.0, "generate": 1.0, "joint": 0.0})
+    assert {draw_step(step, config).task for step in range(200)} == {"understand", "generate"}
+
+
+def test_all_samples_of_a_step_have_its_task_and_their_own_times():
+    keys = [(0, 0, i) for i in range(64)]
+    plan = draw_plan(keys, ObjectiveConfig(), "generate")
+    assert set(plan.task.tolist()) == {list(TASKS).index("generate")}
+    assert plan.video_tau.unique().numel() == 64
+    assert 10 < plan.text_is_prompt.sum() < 54

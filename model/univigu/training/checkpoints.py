@@ -67,19 +67,13 @@ def save_checkpoint(
 def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> dict[str, Any] | None:
     """Load the newest valid checkpoint into the engine; returns the loop's state, or None if there is no checkpoint.
 
-    `records` are restored, where the checkpoint has them. All ranks must call this; rank 0 verifies and decides for
-    all. Where a different number of processes saved it, a rank without a saved generator state keeps its own: noise is
-    keyed by sample, so no result depends on it. Raises `ConfigError` for the checkpoint of another model.
+    `records` are restored, where the checkpoint has them. All ranks must call this: each verifies its share of the
+    files. Where a different number of processes saved it, a rank without a saved generator state keeps its own: noise
+    is keyed by sample, so no result depends on it. Raises `ConfigError` for the checkpoint of another model.
     """
-    choice: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        valid = newest_valid(folder)
-        _set_damaged_aside(folder, valid)
-        choice = [valid.name if valid else None]
-    dist.broadcast_object_list(choice)
-    if choice[0] is None:
+    home = _choose(folder)
+    if home is None:
         return None
-    home = folder / choice[0]
     state = read_json_object(home / LOOP)
     if dist.get_rank() == 0:
         for record in records:
@@ -106,32 +100,63 @@ def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> 
 
 def newest_valid(folder: Path) -> Path | None:
     """The newest checkpoint whose files are complete and unchanged, the one that `latest` names being tried first."""
-    found = sorted(folder.glob("step-*"), reverse=True)
-    try:
-        named = folder / read_json_object(folder / LATEST)["checkpoint"]
-        found.sort(key=lambda path: path != named)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # without a readable pointer, take the newest checkpoint that verifies
-    for checkpoint in found:
-        fault = _fault(checkpoint)
+    for name in _candidates(folder):
+        fault = _fault_in_share(folder / name, 0, 1)
         if fault is None:
-            return checkpoint
-        print(f"The checkpoint {checkpoint} is skipped: {fault}.", file=sys.stderr)
+            return folder / name
+        _say_skipped(folder / name, fault)
     return None
 
 
-def _set_damaged_aside(folder: Path, valid: Path | None) -> None:
-    """Rename damaged checkpoints that were skipped, so that the user can examine them: they are not overwritten."""
-    for checkpoint in folder.glob("step-*"):
-        newer = valid is None or checkpoint.name > valid.name
-        if newer and (checkpoint / MANIFEST).exists() and _fault(checkpoint):
-            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+def _choose(folder: Path) -> Path | None:
+    """`newest_valid` with the help of all ranks, which must call this: each reads its share of the files.
+
+    Damaged checkpoints that are newer are renamed, so that they are not overwritten and the user can examine them.
+    """
+    candidates: list[Any] = [_candidates(folder) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(candidates)
+    skipped, chosen = [], None
+    for name in candidates[0]:
+        fault = _fault(folder / name)
+        if fault is None:
+            chosen = name
+            break
+        skipped.append(name)
+        if dist.get_rank() == 0:
+            _say_skipped(folder / name, fault)
+    if dist.get_rank() == 0:
+        for name in skipped:
+            if (chosen is None or name > chosen) and (folder / name / MANIFEST).exists():
+                aside = folder / f"damaged-{name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (folder / name).rename(aside)
+    dist.barrier()
+    return folder / chosen if chosen else None
+
+
+def _say_skipped(checkpoint: Path, fault: str) -> None:
+    print(f"The checkpoint {checkpoint} is skipped: {fault}.", file=sys.stderr)
+
+
+def _candidates(folder: Path) -> list[str]:
+    """The names of the checkpoints in the order in which they are tried."""
+    found = sorted((path.name for path in folder.glob("step-*")), reverse=True)
+    try:
+        named = read_json_object(folder / LATEST)["checkpoint"]
+        found.sort(key=lambda name: name != named)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # without a readable pointer, the newest first
+    return found
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint can't be used, or None for a valid one."""
+    """Why a checkpoint can't be used, or None for a valid one; each rank reads its share of the files."""
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, _fault_in_share(checkpoint, dist.get_rank(), dist.get_world_size()))
+    return next((fault for fault in faults if fault), None)
+
+
+def _fault_in_share(checkpoint: Path, rank: int, world_size: int) -> str | None:
     try:
         files = dict(read_json_object(checkpoint / MANIFEST)["files"])
         described = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}
@@ -141,8 +166,8 @@ def _fault(checkpoint: Path) -> str | None:
         return "its manifest is damaged"
     if LOOP not in described:
         return "its manifest is damaged"
-    for name, (size, sha256) in described.items():
-        path = checkpoint / name
+    for name in sorted(described)[rank::world_size]:
+        path, (size, sha256) = checkpoint / name, described[name]
         if not path.is_file() or path.stat().st_size != size or file_sha256(path) != sha256:
             return f"{name} is missing or damaged"
     return None

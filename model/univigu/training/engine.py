@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from univigu import wan
 from univigu.errors import ConfigError
 from univigu.extras import import_extra
-from univigu.training.optimizer_state import make_moments
+from univigu.training.optimizer_state import count_skipped_step, make_moments
 from univigu.training.sampler import rank_slice
 
+# Of a collective: saving and verifying a checkpoint at 100 MB/s takes a rank half an hour, while the others wait.
+TIMEOUT = timedelta(hours=2)
 OFFLOAD = {"optimizer": 1, "parameters": 3}  # what can be offloaded, and the lowest ZeRO stage that can
 
 
@@ -139,7 +142,7 @@ def init_distributed() -> torch.device:
         if os.environ["WORLD_SIZE"] == "1":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # opens no port
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=TIMEOUT)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
 
@@ -225,6 +228,20 @@ def partition_weights(objective: nn.Module, config: TrainingConfig, settings: Ma
             setattr(module, name, buffer.to(zero.local_device))
 
 
+def keep_attention_gathered(objective: Any) -> None:
+    """Gather the weights that a block uses for both of its streams once per pass, and not once per stream (ZeRO 3).
+
+    DeepSpeed frees a layer's weights when the layer has run, unless it has seen the same sequence of layers in the step
+    before; but tasks change. As weights of the block itself they stay until the block has run.
+    """
+    import deepspeed
+
+    for block in objective.transformer.blocks:
+        for part in (block.attn1, block.attn2, block.norm2):
+            for parameter in part.parameters():
+                deepspeed.zero.register_external_parameter(block, parameter)
+
+
 def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -> Any:
     """A DeepSpeed engine that trains `objective` from rank 0's weights; other ranks' may be on the meta device."""
     import deepspeed
@@ -232,6 +249,7 @@ def make_engine(objective: nn.Module, config: TrainingConfig, world_size: int) -
     settings = engine_settings(config, world_size)
     if config.zero_stage == 3:
         partition_weights(objective, config, settings)
+        keep_attention_gathered(objective)
     else:
         for module in objective.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -251,14 +269,48 @@ def _clips_itself(config: TrainingConfig) -> bool:
     return config.zero_stage == 0 and config.precision == "fp32"
 
 
-def clip_gradients(engine: Any, config: TrainingConfig) -> float | None:
-    """Clip the gradients of a whole step and return their norm; None where the engine clips in its own `step`.
+def clear_gradients(engine: Any) -> None:
+    """Set to zero what ZeRO keeps of the last step's gradients; call it before a step's first micro-batch.
+
+    ZeRO 3 and offloading replace only the gradients of weights that a step uses, and a step of one task leaves the
+    other tasks' weights out.
+    """
+    optimizer = engine.optimizer
+    offloaded = [
+        *getattr(optimizer, "fp32_partitioned_groups_flat", []),  # ZeRO 3
+        *getattr(optimizer, "single_partition_of_fp32_groups", []),  # ZeRO 1 and 2
+    ]
+    for kept in (getattr(optimizer, "grad_partitions_flat_buffer", None), *(weights.grad for weights in offloaded)):
+        if kept is not None:
+            kept.zero_()
+
+
+def finish_step(engine: Any, config: TrainingConfig) -> float:
+    """Clip the gradients of a whole batch and update the weights; returns the norm of the gradients before clipping.
+
+    Where that is not finite, the weights and their moments stay as they are.
+    """
+    norm = _clip_gradients(engine, config) if _clips_itself(config) else None
+    # ZeRO 1 and 2 skip such a step by themselves
+    overflow = config.zero_stage == 3 and bool(engine.optimizer.has_overflow())
+    if overflow or not math.isfinite(norm or 0.0):
+        engine.optimizer.zero_grad()
+        engine.micro_steps += 1  # as `engine.step` would
+        norm = math.inf
+    else:
+        engine.step()
+        norm = float(engine.get_global_grad_norm()) if norm is None else norm
+    if not math.isfinite(norm):
+        count_skipped_step(engine)
+    return norm
+
+
+def _clip_gradients(engine: Any, config: TrainingConfig) -> float:
+    """Clip the gradients of a whole batch and return their norm.
 
     A parameter that no sample of the step used gets a zero gradient, as it does with several processes. AdamW would
     otherwise skip it on one process and update it on two.
     """
-    if not _clips_itself(config):
-        return None
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:

@@ -28,7 +28,8 @@ from univigu.training.checkpoints import load_checkpoint, save_checkpoint
 from univigu.training.data import LatentDataset
 from univigu.training.engine import (
     TrainingConfig,
-    clip_gradients,
+    clear_gradients,
+    finish_step,
     init_distributed,
     learning_rate,
     make_engine,
@@ -48,6 +49,7 @@ from univigu.training.optimizer_state import (
 from univigu.training.sampler import SampleOrder, rank_slice
 from univigu.training.throughput import Throughput
 
+SKIPPED_AT_MOST = 5  # steps in a row whose loss or gradient is not finite: the last of them ends the run
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -78,6 +80,7 @@ def train(
         order = sample_order(dataset, config)
         run = _Run(engine, objective, dataset, heldout, config, folder, device, throughput, report, sample)
         steps = range(run.resume() + 1, config.steps + 1)
+        run.evaluate_missing()
         if device.type == "cpu" and dist.get_world_size() == 1 and steps:
             settle_threads(_trial_pass(objective, dataset, order, run.micro_size), folder / "threads.json")
         # pyrefly: ignore[bad-specialization]
@@ -94,15 +97,15 @@ def train(
                     update_average(engine, step, config.ema_decay)
                 run.record(step, row, micro, time.monotonic() - started, waited)
 
-                # --- every `heldout_every` and `samples_every` steps: evaluate
-                run.evaluate(step)
-
                 # --- every `checkpoint_every` steps, at the end, and on SIGTERM: save
                 stop = _any_rank(stop_requested(), device)
                 if stop or run.is_due(step, config.checkpoint_every):
                     run.save(step)
                 if stop and step < config.steps:
                     raise _preempted(step, config)
+
+                # --- every `heldout_every` and `samples_every` steps: evaluate, with the step saved if it is due
+                run.evaluate(step)
 
         # --- the trained weights, whole, on rank 0
         swap_average(engine)
@@ -134,7 +137,7 @@ class _Run:
         self.share = rank_slice(self.config.batch_size, dist.get_rank(), world_size)
         self.micro_size = micro_batches(self.config, world_size)[1]
         self.records = [self.folder / name for name in RECORDS]
-        self.first = 0
+        self.first = self.skipped_in_a_row = 0
 
     def resume(self) -> int:
         """Load the newest valid checkpoint, if there is one, and its records; returns its step, or 0."""
@@ -159,16 +162,40 @@ class _Run:
 
     def record(self, step: int, row: Mapping[str, float], micro: MicroBatches, seconds: float, waited: float) -> None:
         """Write and report a step's metrics; `seconds` is its duration, of which it `waited` for its batch."""
-        if not math.isfinite(row["loss"]):
-            raise CorruptDataError(
-                f"The loss is {row['loss']} at step {step}; lower the learning rate, or check the latents."
-            )
+        row = self._without_skipped(step, row)
         shape, context = micro[0]["latents"].shape[2:], micro[0]["prompt_embeds"].shape[1]
         self.throughput.add(seconds, waited, shape, context)
         if self.is_main:
             self.curves.add(step, row)
             self.report(step, {**row, **self.throughput.figures()})
             self.line.show(step, row, self.throughput.figures())
+
+    def _without_skipped(self, step: int, row: Mapping[str, float]) -> dict[str, float]:
+        """The row's finite values. A step with others was skipped: it is counted, and some in a row end the run."""
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        if len(finite) == len(row):
+            self.skipped_in_a_row = 0
+            return finite
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == SKIPPED_AT_MOST:
+            raise CorruptDataError(
+                f"The loss is {row['loss']} and the norm of its gradient {row['grad_norm']} at step {step}, and the "
+                f"{SKIPPED_AT_MOST - 1} steps before it were skipped for the same reason; lower the learning rate, or "
+                "check the latents. The last checkpoint is kept."
+            )
+        if self.is_main:
+            print(
+                f"Step {step} is skipped: its loss is {row['loss']:.4g}, the norm of its gradient "
+                f"{row['grad_norm']:.4g}. Training stops after {SKIPPED_AT_MOST} such steps in a row.",
+                file=sys.stderr,
+            )
+        return finite
+
+    def evaluate_missing(self) -> None:
+        """The evaluations of the step that the run resumes from: a checkpoint is saved before its evaluations."""
+        done = any(scores["step"] == self.first for scores in self.evaluations.all)
+        if self.first and not done:
+            self.evaluate(self.first)
 
     def evaluate(self, step: int) -> None:
         """Evaluate on held-out samples and draw samples, where either is due, with the weights that would be saved."""
@@ -243,20 +270,19 @@ def run_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
     engine.module.train()
-    sums = StepSums()
+    sums, grad_norm = StepSums(), math.nan
+    clear_gradients(engine)
     for number, batch in enumerate(micro, 1):
         out = engine({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, step)
         engine.backward(out["loss"])
         sums.add(out, len(batch["latents"]))
         if number == len(micro):
-            grad_norm = clip_gradients(engine, config)
+            grad_norm = finish_step(engine, config)
+            break
         engine.step()
-        if _any_rank(stop_requested(), device) and number < len(micro):
+        if _any_rank(stop_requested(), device):
             return None
-    row = sums.means(device)
-    row["grad_norm"] = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
-    row["learning_rate"] = rate
-    return row
+    return {**sums.means(device), "grad_norm": grad_norm, "learning_rate": rate}
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -176,10 +176,11 @@ def training_loss_on_fakes(
     text_tokens: int,
     context_tokens: int,
     text_draws: int = 1,
+    guessing: bool = False,
 ) -> torch.Tensor:
     """The loss of one of `TASKS` on tensors without data; ``latents`` is their shape (B, C, T, H, W).
 
-    ``text_draws``: of the texts under ``prefix`` attention, as in `ObjectiveConfig`.
+    ``text_draws``: of the texts under ``prefix`` attention, as in `ObjectiveConfig`. ``guessing``: self-conditioned.
     Call it where ``torch.zeros`` makes fake or meta tensors.
     """
     config = model.config
@@ -202,9 +203,9 @@ def training_loss_on_fakes(
     objective, loss, draws = ObjectiveConfig(), table.new_zeros(()), [samples]
     if TASKS[task].attention == "prefix":
         draws = [samples] * text_draws
-        hidden = predict_prefix(model, draws, table, guessing=False)
+        hidden = predict_prefix(model, draws, table, guessing)
     else:
-        video, hidden = predict_joint(model, samples, table, guessing=False)
+        video, hidden = predict_joint(model, samples, table, guessing)
         loss = loss + video_losses(video, samples, objective)[0].sum()
     if "text" in TASKS[task].loss:
         loss = loss + mean_text_losses(hidden, draws, table, model, objective, None)[0].sum()
@@ -253,12 +254,15 @@ def tracked_step(
     context_tokens: int,
     text_draws: int = 1,
 ) -> tuple[int, int]:
-    """Bytes that one training step keeps after its forward pass, and its peak; both without weights and gradients."""
+    """Bytes that one training step keeps after its forward pass, and its peak; both without weights and gradients.
+
+    The step is self-conditioned, which needs the most.
+    """
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with LiveBytes() as memory:
         memory.ignore([*model.parameters(), *model.buffers()])
-        loss = training_loss_on_fakes(model, task, latents, text_tokens, context_tokens, text_draws)
+        loss = training_loss_on_fakes(model, task, latents, text_tokens, context_tokens, text_draws, guessing=True)
         kept = memory.now
         loss.backward()
     return kept, memory.peak

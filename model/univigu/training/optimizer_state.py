@@ -145,6 +145,12 @@ def make_moments(engine: Any, averaged: bool) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def count_skipped_step(engine: Any) -> None:
+    """Count a step that was skipped among AdamW's steps, as a run that resumes after it does."""
+    for _, state in _fp32_weights(engine):
+        state["step"] += 1
+
+
 @torch.no_grad()
 def update_average(engine: Any, step: int, decay: float) -> None:
     """Move the average towards the weights after `step`; the decay is smaller early on, when weights move fast."""

@@ -299,12 +299,13 @@ def test_profiles_that_extend_each_other_are_refused(write):
     assert "in a circle" in refusal(write({"extends": "mine.yaml"}))
 
 
-def test_an_output_table_under_zero_3_is_refused(write):
-    stage = {"zero_stage": 3}
-    said = refusal(write({"extends": "tiny", "model": {"output_dim": 64}, "train_stage_1": stage}))
-    assert "model.output_dim is 64, and the output table can't be partitioned by ZeRO 3; set it to 0" in said
-    assert "train_stage_1.zero_stage to 2" in said
-    assert load_profile(write({"extends": "tiny", "train_stage_1": stage}))["model"]["output_dim"] == 0
+def test_an_output_table_under_zero_3_needs_steps_of_one_task(write):
+    stage, model = {"zero_stage": 3}, {"output_dim": 64}
+    said = refusal(write({"extends": "tiny", "model": model, "train_stage_1": stage}))
+    assert "train_stage_1.task_draw is sample, and with ZeRO 3 the output table (model.output_dim 64) needs" in said
+    assert "set it to step, or zero_stage to 2" in said
+    for fitting in ({"train_stage_1": stage}, {"model": model, "train_stage_1": stage | {"task_draw": "step"}}):
+        assert load_profile(write({"extends": "tiny", **fitting}))["train_stage_1"]["zero_stage"] == 3
 
 
 def count(own):

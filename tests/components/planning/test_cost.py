@@ -38,6 +38,24 @@ def test_the_papers_run_takes_about_a_week_and_every_known_figure_is_met(plan):
     assert (joint["forward"] + joint["backward"] + joint["recomputation"]) / 1e15 == pytest.approx(1.15, abs=0.005)
 
 
+@pytest.mark.slow
+def test_with_a_task_per_step_no_gpu_waits_and_the_plan_says_what_that_saves(plan):
+    profile = load_profile("wan-1.3b")
+    sampled = {
+        **profile,
+        **{name: {**profile[name], "task_draw": "sample"} for name in ("train_stage_1", "train_stage_2")},
+    }
+    other = planning.make_plan(sampled, ROOT, 16, "h800")
+    for stage in ("stage_1", "stage_2"):
+        ours, theirs = plan["training"][stage], other["training"][stage]
+        assert ours["task_draw"]["draw"] == "step"
+        saved = 1 - ours["step_seconds"][0] / theirs["step_seconds"][0]
+        assert saved == pytest.approx(ours["task_draw"]["saved_by_step"]) == theirs["task_draw"]["saved_by_step"]
+        assert 0.02 < saved < 0.4
+    assert "a task per step saves" in as_text(plan)
+    assert "a task per step would save" in as_text(other)
+
+
 def test_an_mfu_above_what_is_known_is_said_to_disagree(plan):
     figures = {check["figure"]: check["agrees"] for check in planning.known_figures([0.6, 0.6])}
     assert [figure[:11] for figure, agrees in figures.items() if not agrees] == ["MFU of NeMo"]

@@ -80,15 +80,63 @@ def test_two_processes_follow_the_curve_of_one(one, two):
     assert all(torch.allclose(two[1][name], tensor, atol=1e-3) for name, tensor in one[1].items())
 
 
-@slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ranks_whose_micro_batches_need_other_weights_follow_the_curve_too(tmp_path, stage):
+SETTINGS = {
     # two samples at a time: now and then one rank's attend jointly, and the other's have a prefix
-    settings = {"micro_batch_size": 2, "steps": 3, "output_dim": 6 if stage < 3 else 0}
-    alone = tiny_run.run(tmp_path / "one", **settings)
-    folder, weights = train_on_two(tmp_path / "two", zero_stage=stage, **settings)
-    assert read_losses(folder) == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    "sample": {"micro_batch_size": 2, "steps": 3},
+    "step": {"micro_batch_size": 2, "task_draw": "step"},
+}
+ZERO_STAGES = range(4)
+
+
+def in_stage(name, stage):
+    # an output table under ZeRO 3 needs steps of one task
+    return SETTINGS[name] | {"output_dim": 0 if (name, stage) == ("sample", 3) else 6, "zero_stage": stage}
+
+
+@pytest.fixture(scope="module")
+def in_all_stages(tmp_path_factory):
+    """The folders of runs of two processes, by settings and ZeRO stage; all in the same two processes."""
+    home = tmp_path_factory.mktemp("stages")
+    runs = {(name, stage): in_stage(name, stage) for name in SETTINGS for stage in ZERO_STAGES}
+    folders = {(name, stage): home / f"{name}-{stage}" for name, stage in runs}
+    for folder in folders.values():
+        tiny_run.open_data(folder)
+    done = launch(SCRIPT, home, json.dumps({folders[key].name: settings for key, settings in runs.items()}), "ALL")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folders
+
+
+@slow
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ranks_follow_the_curve_of_one_whichever_weights_their_samples_need(tmp_path, in_all_stages, name, stage):
+    alone = tiny_run.run(tmp_path / "one", **in_stage(name, stage) | {"zero_stage": 0})
+    weights = load_file(in_all_stages[name, stage] / "weights.safetensors")
+    assert read_losses(in_all_stages[name, stage]) == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in alone.items())
+
+
+PASSES = {  # through the weights: forward, for a guess, and backward
+    ("understand", False): 2,
+    ("understand", True): 3.75,  # five through one stream's part: the video, the guess, the text, and two backward
+    ("joint", False): 2,
+    ("joint", True): 3,
+    ("generate", False): 2,
+    ("generate", True): 2,
+}
+
+
+@slow
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_step_of_one_task_gathers_the_weights_once_per_pass(tmp_path, recompute):
+    tiny_run.open_data(tmp_path)
+    choices = json.dumps({"task_draw": "step"}), json.dumps({"gradient_checkpointing": recompute})
+    done = launch(SCRIPT.with_name("count_gathers.py"), tmp_path, *choices)
+    assert done.returncode == 0, done.stderr[-4000:]
+    gathers = json.loads((tmp_path / "gathers.json").read_text())
+    assert {(task, guessing) for task, guessing, _ in gathers} == PASSES.keys()
+    for task, guessing, count in gathers:
+        assert count <= 1.1 * PASSES[task, guessing], (task, guessing)
 
 
 @slow

@@ -1,6 +1,7 @@
 """A training run of seconds on random latents: imported by tests, and started by them as a separate process.
 
     python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP KILL|TERM]
+    python tiny_run.py FOLDER '{"one": {"zero_stage": 1}, "other": {}}' ALL    # in FOLDER/one and FOLDER/other
 
 After STEP, the process kills itself (KILL), or sends SIGTERM to its parent (TERM), as a cluster does with a pod, and
 slows down from there. At the end the weights are in FOLDER/weights.safetensors.
@@ -63,7 +64,7 @@ def open_data(folder: Path, train=slice(0, 20), heldout=slice(20, 24), sizes=1) 
     return tuple(LatentDataset(part, folder / EMPTY_PROMPT, prompt_length=4) for part in (refs[train], refs[heldout]))
 
 
-def make_objective(dataset: LatentDataset, output_dim=0, **settings) -> TrainingObjective:
+def make_objective(dataset: LatentDataset, output_dim=0, layers=2, **settings) -> TrainingObjective:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = UniViGUTransformer3DModel(
@@ -74,7 +75,7 @@ def make_objective(dataset: LatentDataset, output_dim=0, **settings) -> Training
             text_dim=16,
             freq_dim=16,
             ffn_dim=32,
-            num_layers=2,
+            num_layers=layers,
             rope_max_seq_len=64,
             text_latent_dim=8,
             vocab_size=VOCABULARY,
@@ -90,19 +91,39 @@ def nothing(*_) -> None: ...
 
 
 def run(
-    folder: Path, report=nothing, before_forward=nothing, parts=(), sizes=1, text_draws=1, output_dim=0, **settings
+    folder: Path,
+    report=nothing,
+    before_forward=nothing,
+    parts=(),
+    sizes=1,
+    text_draws=1,
+    task_draw="sample",
+    output_dim=0,
+    layers=2,
+    objective=None,
+    **settings,
 ) -> dict[str, torch.Tensor]:
-    """Train in `folder`, resuming a run that stopped there; returns the weights."""
+    """Train in `folder`, resuming a run that stopped there; returns the weights. `objective`: its further settings."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset, heldout = open_data(folder, *parts, sizes=sizes)
-    objective = make_objective(dataset, output_dim, text_draws=text_draws)
+    given = {"text_draws": text_draws, "task_draw": task_draw} | (objective or {})
+    objective = make_objective(dataset, output_dim, layers, **given)
     objective.register_forward_pre_hook(before_forward)
     train(objective, dataset, heldout, TrainingConfig(**{**SETTINGS, **settings}), folder, report)
     return {name: tensor.clone() for name, tensor in objective.transformer.state_dict().items()}
 
 
+def save(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    if os.environ["RANK"] == "0":
+        save_file(weights, folder / "weights.safetensors")
+
+
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
+    where, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if sys.argv[3:] == ["ALL"]:
+        for name, each in settings.items():
+            save(run(where / name, **each), where / name)
+        sys.exit()
     last, how = (int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 3 else (None, "")
 
     def stop_after_step(step, metrics):
@@ -112,9 +133,7 @@ if __name__ == "__main__":
             time.sleep(2)
 
     try:
-        weights = run(where, stop_after_step, **json.loads(sys.argv[2]))
+        save(run(where, stop_after_step, **settings), where)
     except UniViGUError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    if os.environ["RANK"] == "0":
-        save_file(weights, where / "weights.safetensors")
