@@ -36,7 +36,6 @@ def predict_prefix(model: UniViGUTransformer3DModel, draws: Sequence[Samples], t
     video = s.z_video, s.video_tau, s.condition[:1]
     if not guessing:  # video and text go through each block together, and no keys or values are kept
         # zeros, not None: all steps use the same weights of the text side
-        # pyrefly: ignore[bad-return]
         return model(*video, z, tau, torch.zeros_like(z), attention="text_only").text
     cache = model.prefill_video(*video)
     with torch.no_grad():

@@ -127,13 +127,16 @@ def draw_step(step: int, config: ObjectiveConfig) -> StepDraw:
         return StepDraw(None, bool(draw < config.self_conditioning))
     block, place = divmod(step - 1, BLOCK)
     generator = flow.keyed_generator(config.seed, block, "steps")
-    pairs = [StepDraw(name, guessing) for name in TASKS for guessing in (True, False)]
     guess = config.self_conditioning
-    shares = [config.shares.get(task, 0) * (guess if guessing else 1 - guess) for task, guessing in pairs]
-    borders = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    pairs = {
+        StepDraw(name, guessing): config.shares.get(name, 0) * (guess if guessing else 1 - guess)
+        for name in TASKS
+        for guessing in (True, False)
+    }
+    borders = torch.tensor(list(pairs.values()), dtype=torch.float64).cumsum(0)
     points = (torch.arange(BLOCK) + torch.rand((), generator=generator)) / BLOCK
     drawn = torch.searchsorted(borders / borders[-1], points.double(), right=True)
-    return pairs[int(drawn[torch.randperm(BLOCK, generator=generator)[place]])]
+    return list(pairs)[int(drawn[torch.randperm(BLOCK, generator=generator)[place]])]
 
 
 @dataclass(frozen=True)

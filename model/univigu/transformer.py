@@ -15,7 +15,7 @@ What is unusual here:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,12 @@ ATTENTION = ("joint", "prefix", "text_only", "kv_only")
 class VideoCache:
     """What text needs from a video: each block's keys and values, and the grid after which text positions start.
 
-    Where activations are recomputed, the keys and values are too: ``streams`` has what each block computes them from,
-    the video stream at its input. These are kept for the backward pass anyway, and have half the size.
+    A block whose activations are recomputed has the video stream at its input in their place, from which it computes
+    them again: that is kept for the backward pass anyway, and has half the size.
     """
 
-    kv_cache: list[KVCache]  # one per block, or none
+    blocks: list[KVCache | Stream]
     grid: tuple[int, int, int]  # patches along T, H, W
-    streams: list[Stream] = field(default_factory=list)  # one per block, or none
     context: Tensor | None = None  # the projected condition, for the streams
 
 
@@ -133,6 +132,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.text_head = TextHead(dim, text_latent_dim, eps, text_output_dim)
         self.text_output = TextOutput(vocab_size, text_output_dim) if text_output_dim else None
         self.gradient_checkpointing = False
+        self.recomputed_blocks: set[nn.Module] | None = None  # with gradient checkpointing; None: all
 
     def forward(
         self,
@@ -183,19 +183,16 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
     def prefill_video(self, hidden_states: Tensor, tau: Tensor, encoder_hidden_states: Tensor) -> VideoCache:
         """Compute once what text under ``prefix`` attention needs from a video. Shapes as in :meth:`forward`."""
         (video, time, rotary), _, context, grid = self._embed_video(hidden_states, tau, encoder_hidden_states)
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            streams = [(video, time, rotary)]
-            for block in self.blocks[:-1]:
-                video, _, _ = self._run(block, streams[-1], None, context, None, "prefix")
-                streams.append((video, time, rotary))
-            return VideoCache([], grid, streams, context)
-        kv_caches = []
+        kept: list[KVCache | Stream] = []
         for i, block in enumerate(self.blocks):
+            stream = video, time, rotary
             # Text attends to the last block's keys and values, but nothing reads the video that it would return.
             attention = "prefix" if i + 1 < len(self.blocks) else "kv_only"
-            video, _, kv_cache = self._run(block, (video, time, rotary), None, context, None, attention)
-            kv_caches.append(kv_cache)
-        return VideoCache(kv_caches, grid)
+            recomputed = self._recomputes(block)
+            if not (recomputed and attention == "kv_only"):
+                video, _, kv_cache = self._run(block, stream, None, context, None, attention)
+            kept.append(stream if recomputed else kv_cache)
+        return VideoCache(kept, grid, context)
 
     def denoise_text(self, text: Tensor, text_tau: Tensor, cache: VideoCache, guess: Tensor | None = None) -> Tensor:
         """h (B, N, d) of text beside a cached video: forward's under ``prefix``, at the cost of the text alone.
@@ -204,12 +201,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         """
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
         rotary = self.rope.text(cache.grid, text.shape[1])
-        for i, block in enumerate(self.blocks):
-            text = hidden, time, rotary
-            if cache.streams:
-                _, hidden, _ = self._run(block, cache.streams[i], text, cache.context, None, "text_only")
+        for block, kept in zip(self.blocks, cache.blocks, strict=True):
+            stream = hidden, time, rotary
+            if len(kept) == 3:
+                _, hidden, _ = self._run(block, kept, stream, cache.context, None, "text_only")
             else:
-                _, hidden, _ = self._run(block, None, text, None, cache.kv_cache[i], "prefix")
+                _, hidden, _ = self._run(block, None, stream, None, kept, "prefix")
         # pyrefly: ignore[bad-argument-type]
         return self._text_out(hidden, temb)
 
@@ -239,8 +236,13 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         """The number of patches along each axis of latents of size (T, H, W)."""
         return tuple(length // patch for length, patch in zip(size, self.config.patch_size, strict=True))
 
+    def _recomputes(self, block: UniViGUBlock) -> bool:
+        """Whether a block's activations of this forward pass are recomputed in the backward pass."""
+        chosen = self.recomputed_blocks is None or block in self.recomputed_blocks
+        return torch.is_grad_enabled() and self.gradient_checkpointing and chosen
+
     def _run(self, block: UniViGUBlock, *args: Any) -> tuple[Tensor | None, Tensor | None, KVCache]:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
+        if self._recomputes(block):
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 

@@ -287,7 +287,7 @@ def test_at_full_size_a_cached_caption_costs_thirty_times_less():
     whole, out = count(lambda: model(video, tau, condition, text, tau, text, "prefix"))
     assert out.text.shape == (1, 256, 64)
     once, cache = count(lambda: model.prefill_video(video, tau, condition))
-    assert cache.kv_cache[0][0].shape[1] == 32760
+    assert cache.blocks[0][0].shape[1] == 32760
     step, _ = count(lambda: model.denoise_text(text, tau, cache, text))
     assert 50 * whole / (once + 50 * step) >= 30
     assert 50 * whole == pytest.approx(14.34e15, rel=0.01)

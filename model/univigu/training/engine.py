@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,12 +172,8 @@ def recompute_activations(transformer: Any, every: int) -> None:
     """
     if not every:
         return
-    chosen = set(transformer.blocks[::every])
-
-    def run(block: nn.Module, *args: Any) -> Any:
-        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
-
-    transformer.enable_gradient_checkpointing(run)
+    transformer.recomputed_blocks = set(transformer.blocks[::every])
+    transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
 
 
 def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:

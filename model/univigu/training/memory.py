@@ -180,7 +180,8 @@ def training_loss_on_fakes(
 ) -> torch.Tensor:
     """The loss of one of `TASKS` on tensors without data; ``latents`` is their shape (B, C, T, H, W).
 
-    ``text_draws``: of the texts under ``prefix`` attention, as in `ObjectiveConfig`. ``guessing``: self-conditioned.
+    ``text_draws``: of the texts under ``prefix`` attention, as in `ObjectiveConfig`. ``guessing``: self-conditioned,
+    where that keeps anything for the backward pass (under ``prefix``).
     Call it where ``torch.zeros`` makes fake or meta tensors.
     """
     config = model.config
@@ -205,7 +206,7 @@ def training_loss_on_fakes(
         draws = [samples] * text_draws
         hidden = predict_prefix(model, draws, table, guessing)
     else:
-        video, hidden = predict_joint(model, samples, table, guessing)
+        video, hidden = predict_joint(model, samples, table, guessing=False)
         loss = loss + video_losses(video, samples, objective)[0].sum()
     if "text" in TASKS[task].loss:
         loss = loss + mean_text_losses(hidden, draws, table, model, objective, None)[0].sum()

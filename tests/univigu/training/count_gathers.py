@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-import tiny_run
+import tiny_run  # pyrefly: ignore[missing-import]
 from deepspeed.runtime.zero import partition_parameters
 
 from univigu.tasks import ObjectiveConfig, draw_step
