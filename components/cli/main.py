@@ -14,7 +14,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from components.cli import data, generate, logs, messages, metrics, models, pipeline, plan, profile, study, train_job
+from components.cli import (
+    data,
+    fetch,
+    generate,
+    logs,
+    messages,
+    metrics,
+    models,
+    pipeline,
+    plan,
+    profile,
+    study,
+    train_job,
+)
 from components.cli.lean_imports import start_command, without
 from components.cli.options import Profile, Settings, profile_in_use
 from univigu import __version__
@@ -34,6 +47,7 @@ app = typer.Typer(
 generate.add_to(app)
 train_job.add_to(app)
 plan.add_to(app)
+fetch.add_to(app)
 metrics.add_to(app)
 app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
+from .errors import BadInputError, ConfigError, CorruptDataError, MissingInputError, storage_fault
 from .files import read_json_object
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -209,29 +209,41 @@ def local_folder(source: str | Path, **hub: Any) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise MissingInputError(f"There is no model folder at {source}: give a folder in diffusers' layout.")
+    return download(str(source), **hub)
+
+
+def download(repository: str, **hub: Any) -> Path:
+    """The download of the hub repository ``owner/name``, of which what is missing is fetched: weights in safetensors,
+    configurations and tokenizers.
+
+    ``hub`` are options of the download, see :func:`local_folder`, and ``local_dir``, a folder for it in place of the
+    cache. Raises MissingInputError as that does.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=_FILES, **hub))
+        return Path(snapshot_download(repository, allow_patterns=_FILES, **hub))
     except RevisionNotFoundError as error:
         raise MissingInputError(
-            f"The hub repository {source} has no revision '{hub.get('revision')}': give a branch, a tag or a commit of"
-            " it, or leave `revision` out."
+            f"The hub repository {repository} has no revision '{hub.get('revision')}': give a branch, a tag or a commit"
+            " of it, or leave `revision` out."
         ) from error
     except LocalEntryNotFoundError as error:
         raise MissingInputError(
-            f"{source} is not in the cache of downloads{_at(hub)} and can't be fetched now: download it once without"
-            " `local_files_only`, or check the network."
+            f"{repository} is not in the cache of downloads{_at(hub)} and can't be fetched now: download it once"
+            " without `local_files_only`, or check the network."
         ) from error
     except GatedRepoError as error:
         raise MissingInputError(
-            f"The weights of {source} are gated: accept their licence at https://huggingface.co/{source}, then set"
-            " HF_TOKEN to a token of that account."
+            f"The weights of {repository} are gated: accept their licence at https://huggingface.co/{repository}, then"
+            " set HF_TOKEN to a token of that account."
         ) from error
     except Exception as error:
+        if fault := storage_fault(error, Path(hub.get("local_dir") or ".")):
+            raise fault from error
         raise MissingInputError(
-            f"There is no model folder at {source}, and no hub repository of that name could be fetched"
+            f"There is no model folder at {repository}, and no hub repository of that name could be fetched"
             f" ({type(error).__name__}): give a folder in diffusers' layout."
         ) from error
 

@@ -216,7 +216,7 @@ def wan_copy(tiny_wan_folder, tmp_path):
     return shutil.copytree(tiny_wan_folder, tmp_path / "Wan2.1-T2V-1.3B-Diffusers")
 
 
-FETCH = r"`hf download Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers --local-dir .*/Wan2\.1-T2V-1\.3B-Diffusers`"
+FETCH = r"`univigu fetch Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers --to .*/Wan2\.1-T2V-1\.3B-Diffusers`"
 
 
 def test_the_error_for_missing_weights_has_the_command_that_fetches_them(wan_copy):

@@ -204,5 +204,5 @@ def test_scores_are_kept_of_clips_that_pass(new_root, profile):
 
 def test_the_error_for_a_missing_base_has_the_command_that_fetches_it(new_root, profile):
     profile["generator"] = "model/Wan2.1-T2V-14B-Diffusers"
-    with pytest.raises(MissingInputError, match=r"`hf download Wan-AI/Wan2\.1-T2V-14B-Diffusers --local-dir "):
+    with pytest.raises(MissingInputError, match=r"`univigu fetch Wan-AI/Wan2\.1-T2V-14B-Diffusers --to "):
         run_stage(STEP, profile, new_root("unfetched"))

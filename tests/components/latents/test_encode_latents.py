@@ -346,7 +346,7 @@ def test_the_error_for_missing_or_incomplete_weights_has_the_command_that_fetche
     base = shutil.copytree(tiny_wan_folder, tmp_path / "Wan2.1-T2V-1.3B-Diffusers")
     for part in ("vae", "text_encoder"):
         spoil(next((base / part).glob("*.safetensors")))
-    with pytest.raises(error, match=rf"{message}.*hf download Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers"):
+    with pytest.raises(error, match=rf"{message}.*univigu fetch Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers"):
         load(base)
 
 
