@@ -4,12 +4,13 @@ Each cell is a profile of Wan2.1 at a size of clip, on a number of GPUs that tra
 training step, of the held-out losses (``evaluation``), and of the captions and videos that a run shows (``caption``,
 ``generate``), all with the run's weights and optimizer state beside them, as `univigu plan` and the check before each
 training count them. A cell ``fits`` if the largest leaves `SPARE` of `BUDGET_GIB` free, which is what 80 GB GPUs have
-for tensors. The batch has at least one sample per GPU: `batch_size` is raised where the profile's has fewer.
+for tensors. Where a clip is too large for that, more and more GPUs share its tokens (`sequence_parallel`, one of
+`SHARING`), until it fits. The batch has at least one sample per GPU, or per group of GPUs that share: `batch_size` is
+raised where the profile's has fewer.
 
 ``alone`` is one sample of the trained model on one GPU: all models resident, and with each in CPU memory while another
 runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits.
-`ratio` is the largest peak of a shipped profile, on the most GPUs, over what it may need. There is no sequence
-parallelism: a GPU holds a whole clip, and sizes for which that is too much don't fit, however many GPUs there are.
+`ratio` is the largest peak of a shipped profile, on the most GPUs, over what it may need.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 BUDGET_GIB, SPARE = 74.0, 0.1
 GPUS = (8, 16, 64)
+SHARING = (1, 2, 4, 8)
 MODELS = ("wan-1.3b", "wan-14b")
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}  # height, width
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,17 +51,29 @@ def measure() -> dict[str, Any]:
 
 
 def count(profile: Mapping[str, Any], gpus: int) -> dict[str, Any]:
-    """The GiB of each task on one of so many GPUs, in the costlier of the two stages, and whether the most fits."""
+    """The first of `SHARING` with which a run on so many GPUs fits, or the last that divides the model's heads."""
     from components.planning.meta_models import build_models
     from univigu import wan
+
+    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
+    heads = models.transformer.config.num_attention_heads
+    found: dict[str, Any] = {}
+    for sharing in SHARING:
+        if heads % sharing == 0 and not found.get("fits"):
+            found = count_shared(profile, models, gpus, sharing)
+    return found
+
+
+def count_shared(profile: Mapping[str, Any], models: Any, gpus: int, sharing: int) -> dict[str, Any]:
+    """The GiB of each task on one of so many GPUs, in the costlier of the two stages, and whether the most fits."""
     from univigu.training.engine import TrainingConfig
     from univigu.training.memory_check import count_trainable, needed_by_task
 
-    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
     found: dict[str, float] = {}
     for number in (1, 2):
-        section = dict(profile[f"train_stage_{number}"])
-        section["batch_size"] = -(-max(section["batch_size"], gpus) // gpus) * gpus
+        section = {**profile[f"train_stage_{number}"], "sequence_parallel": sharing}
+        groups = gpus // sharing
+        section["batch_size"] = -(-max(section["batch_size"], groups) // groups) * groups
         config, shape = TrainingConfig.from_section(section, profile["seed"]), models.transformer.config
         tasks = needed_by_task(
             shape,
@@ -75,6 +89,7 @@ def count(profile: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     peak = max(found.values())
     return {
         "gpus": gpus,
+        "sequence_parallel": sharing,
         "video_tokens": models.video_tokens,
         "zero_stage": profile["train_stage_1"]["zero_stage"],
         "gib": found,

@@ -56,13 +56,13 @@ def count_processes(stage: Stage, settings: Mapping[str, Any] | None = None) -> 
 
 def _count_together(most: int, settings: Mapping[str, Any]) -> int:
     """The largest number of processes up to `most` that can share a training step's batch."""
-    micro = settings["micro_batch_size"]
-    shares = {count: settings["batch_size"] // count for count in range(1, most + 1)}
-    return max(
-        count
-        for count, share in shares.items()
-        if count == 1 or (settings["batch_size"] % count == 0 and share % min(micro or share, share) == 0)
-    )
+    batch, micro, sharing = (settings[key] for key in ("batch_size", "micro_batch_size", "sequence_parallel"))
+
+    def fits(groups: int) -> bool:  # each has samples of its own
+        share = batch // groups
+        return batch % groups == 0 and share % min(micro or share, share) == 0
+
+    return max((sharing * groups for groups in range(1, most // sharing + 1) if fits(groups)), default=1)
 
 
 def _count_on_cpu(settings: Mapping[str, Any]) -> int:

@@ -142,11 +142,13 @@ def plan_stage(
     """Operations, and the time of a step that waits for its slowest GPU; `rates` are of one GPU, in FLOP/s."""
     costs = planning.task_costs(models.transformer, tokens, objective)
     recomputed = 1 / int(config.gradient_checkpointing) if config.gradient_checkpointing else 0.0
-    guess, share = objective.self_conditioning, config.batch_size // gpus
+    sharing = config.sequence_parallel  # GPUs, which have the same samples
+    guess, groups = objective.self_conditioning, max(1, gpus // sharing)
+    share = config.batch_size // groups
     once = planning.task_costs(models.transformer, tokens, replace(objective, text_draws=1))
     mean, single = (planning.mean_step(each, guess, recomputed) for each in (costs, once))
-    waiting = planning.slowest_step(costs, guess, recomputed, share, gpus)  # if each sample has its own task
-    slowest = waiting if objective.task_draw == "sample" else share * mean
+    waiting = planning.slowest_step(costs, guess, recomputed, share, groups)  # if each sample has its own task
+    slowest = (waiting if objective.task_draw == "sample" else share * mean) / sharing
     seconds = durations(slowest, rates)
     days = [config.steps * each / DAY for each in seconds]
     return {

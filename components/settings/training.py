@@ -136,6 +136,7 @@ class TrainStage(Section):
         setting("How much each token counts in the cross-entropy")
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = setting("DeepSpeed's ZeRO stage")
+    sequence_parallel: Size = setting("GPUs that share the tokens of a video; 1: none", "GPUs")
     precision: Precision = setting("Precision of weights and activations; the optimizer keeps fp32")
     checkpoint_every: Size = setting("Save a checkpoint every so many steps", "steps")
     heldout_every: Size = setting("Measure held-out losses every so many steps, and at the end", "steps")

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from . import wan
 from .errors import BadInputError
+from .sequence_parallel import SequenceGroup
 
 Rotary = Tensor  # complex64 (1, S, 1, head_dim / 2): the rotation of each pair of channels
-Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table
+Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table of all S
 KVCache = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
 
 
@@ -86,15 +87,15 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def attend(attention: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Maskless attention (eq 12): (B, S, heads, head_dim) to (B, S, width); keys, values: see `repeat_rows`."""
+    """Maskless attention (eq 12): (B, S, heads, head_dim) to the same; keys, values: see `repeat_rows`."""
     key, value = (repeat_rows(x, query.shape[0]) for x in (key, value))
     out = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
-    return out.flatten(2, 3).type_as(query)
+    return out.type_as(query)
 
 
 def project_out(attention: WanAttention, x: Tensor) -> Tensor:
-    """The output projection O of an attention layer: (B, S, width) to (B, S, width)."""
-    return attention.to_out[1](attention.to_out[0](x))
+    """The output projection O of an attention layer: (B, S, heads, head_dim) to (B, S, width)."""
+    return attention.to_out[1](attention.to_out[0](x.flatten(2, 3)))
 
 
 class UniViGUBlock(WanTransformerBlock):
@@ -104,6 +105,7 @@ class UniViGUBlock(WanTransformerBlock):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.ffn_text = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.sequence: SequenceGroup | None = None  # the processes that share a video's tokens
 
     def forward(
         self,
@@ -124,7 +126,8 @@ class UniViGUBlock(WanTransformerBlock):
         if video is not None:
             video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=1)
             normed = self._normed(video, video_mod)
-            video_k, video_v = self._keys_values(normed, video[2])
+            length, rotary = video[2].shape[1], self._own_tokens(video[2])
+            video_k, video_v = (self._to_heads(x, length) for x in self._keys_values(normed, rotary))
             # pyrefly: ignore[bad-argument-type]
             kv_cache = (video_k, video_v, *self._project_context(context))
             if attention == "kv_only":
@@ -132,13 +135,14 @@ class UniViGUBlock(WanTransformerBlock):
             if attention == "text_only":
                 video = None
             else:
-                video_q = self._queries(normed, video[2])
+                video_q = self._to_heads(self._queries(normed, rotary), length)
         # pyrefly: ignore[not-iterable]
         video_k, video_v, *context_kv = kv_cache
         if text is not None:
             text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
             normed = self._normed(text, text_mod)
-            text_q, (text_k, text_v) = self._queries(normed, text[2]), self._keys_values(normed, text[2])
+            text_qkv = self._queries(normed, text[2]), *self._keys_values(normed, text[2])
+            text_q, text_k, text_v = (self._own_heads(x) for x in text_qkv)
             keys = torch.cat([repeat_rows(video_k, text_k.shape[0]), text_k], dim=1)
             values = torch.cat([repeat_rows(video_v, text_k.shape[0]), text_v], dim=1)
         if video is not None and text is not None and attention == "joint":
@@ -152,12 +156,29 @@ class UniViGUBlock(WanTransformerBlock):
                 text_out = attend(self.attn1, text_q, keys, values)
         if video is not None:
             # pyrefly: ignore[bad-argument-type]
-            video_out = self._finish(video[0], video_out, video_mod, context_kv, self.ffn)
+            video_out = self._finish(video[0], self._to_tokens(video_out), video_mod, context_kv, self.ffn)
         if text is not None:
             # pyrefly: ignore[bad-argument-type]
-            text_out = self._finish(text[0], text_out, text_mod, context_kv, self.ffn_text)
+            text_out = self._finish(text[0], self._all_heads(text_out), text_mod, context_kv, self.ffn_text)
         # pyrefly: ignore[bad-return]
         return video_out, text_out, kv_cache
+
+    # What processes that share a video's tokens exchange (see `sequence_parallel`); alone, a tensor stays as it is.
+
+    def _own_tokens(self, x: Tensor) -> Tensor:
+        return x if self.sequence is None else self.sequence.own_tokens(x)
+
+    def _to_heads(self, x: Tensor, length: int) -> Tensor:
+        return x if self.sequence is None else self.sequence.to_heads(x, length)
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        return x if self.sequence is None else self.sequence.to_tokens(x)
+
+    def _own_heads(self, x: Tensor) -> Tensor:
+        return x if self.sequence is None else self.sequence.own_heads(x)
+
+    def _all_heads(self, x: Tensor) -> Tensor:
+        return x if self.sequence is None else self.sequence.all_heads(x)
 
     # Both streams share the weights of self-attention: Q, K and V have (B, S, heads, head_dim).
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from . import wan
 from .errors import ConfigError
 from .layers import KVCache, RotaryTables, Stream, TextEmbedder, TextHead, UniViGUBlock
+from .sequence_parallel import SequenceGroup, require_divisible
 from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
 
 ATTENTION = ("joint", "prefix", "text_only", "kv_only")
@@ -133,6 +134,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.text_output = TextOutput(vocab_size, text_output_dim) if text_output_dim else None
         self.gradient_checkpointing = False
         self.recomputed_blocks: set[nn.Module] | None = None  # with gradient checkpointing; None: all
+        self.sequence: SequenceGroup | None = None
 
     def forward(
         self,
@@ -179,6 +181,18 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         velocity = None if attention == "text_only" else self._video_head(video, temb, grid)
         # pyrefly: ignore[bad-argument-type]
         return UniViGUOutput(velocity, None if text is None else self._text_out(text_hidden, text_temb))
+
+    def share_sequence(self, group: SequenceGroup | None) -> None:
+        """Share each video's tokens with the other processes of a group (`sequence_parallel`), or, with None, stop.
+
+        All of them must then call the model with the same inputs. Raises ConfigError where the heads can't be divided.
+        """
+        if group is not None:
+            require_divisible(group.size, self.config.num_attention_heads, group.size)
+        self.sequence = group
+        for block in self.blocks:
+            # pyrefly: ignore[bad-argument-type]
+            block.sequence = group
 
     def prefill_video(self, hidden_states: Tensor, tau: Tensor, encoder_hidden_states: Tensor) -> VideoCache:
         """Compute once what text under ``prefix`` attention needs from a video. Shapes as in :meth:`forward`."""
@@ -252,6 +266,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         dtype = self.patch_embedding.weight.dtype
         rotary = self.rope.video(latents)
         hidden = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        if self.sequence is not None:
+            hidden = self.sequence.own_tokens(hidden)
         temb, time, context, _ = self.condition_embedder(wan.wan_timestep(tau), encoder_hidden_states.to(dtype))
         return (hidden, time.unflatten(1, (6, -1)), rotary), temb, context, grid
 
@@ -259,7 +275,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         """Hidden states (B, S, width) to the velocity (B, C, T, H, W), in the paper's sign."""
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         hidden = (self.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        patches = self.proj_out(hidden).unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        patches = self.proj_out(hidden)
+        if self.sequence is not None:
+            patches = self.sequence.all_tokens(patches, math.prod(grid))
+        patches = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
         patches = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return wan.wan_output_to_velocity(patches)
 

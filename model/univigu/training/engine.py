@@ -45,6 +45,7 @@ class TrainingConfig:
     gradient_checkpointing: int = 0  # every k-th block recomputes its activations in the backward pass; 0: none
     freeze: tuple[str, ...] = ()  # parts that are not trained, see `adapters`
     lora: Mapping[str, Any] | None = None  # the video side is trained through adapters, see `adapters`
+    sequence_parallel: int = 1  # processes that share the tokens of a video, and train on the same samples
     ema_decay: float = 0.0  # above 0: evaluate and save a running average of the weights
     shuffle_shards: int = 0  # shuffle within this number of shards at a time; 0: over all samples
     checkpoint_every: int = 100  # steps
@@ -73,6 +74,8 @@ class TrainingConfig:
         for name in ("gradient_checkpointing", "shuffle_shards", "samples_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}; use 0 for none, or a positive number.")
+        if self.sequence_parallel < 1:
+            raise ConfigError(f"`sequence_parallel` is {self.sequence_parallel}; use 1 for none, or more.")
         for name in ("steps", "batch_size", "learning_rate", "checkpoint_every", "heldout_every"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}` is {getattr(self, name)} and must be above zero; correct the profile.")
@@ -153,12 +156,18 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def data_rank(sequence_parallel: int) -> tuple[int, int]:
+    """This process's rank among those with samples of their own, and their number; see `sequence_parallel`."""
+    return dist.get_rank() // sequence_parallel, dist.get_world_size() // sequence_parallel
+
+
 def micro_batches(config: TrainingConfig, world_size: int) -> tuple[int, int]:
     """The number of micro-batches per process and step, and the number of samples in each.
 
-    Raises `BadInputError` or `ConfigError` where a batch can't be divided evenly.
+    Processes that share a sequence have the same samples. Raises `BadInputError` or `ConfigError` where a batch can't
+    be divided evenly.
     """
-    share = rank_slice(config.batch_size, 0, world_size).stop
+    share = rank_slice(config.batch_size, 0, max(1, world_size // config.sequence_parallel)).stop
     size = min(config.micro_batch_size or share, share)
     if share % size:
         raise ConfigError(f"{share} samples per process can't be divided into micro-batches of {size}; use a divisor.")
@@ -182,7 +191,8 @@ def engine_settings(config: TrainingConfig, world_size: int) -> dict[str, Any]:
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offload = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
     settings: dict[str, Any] = {
-        "train_batch_size": config.batch_size,
+        # as DeepSpeed counts, for which every process has samples of its own
+        "train_batch_size": count * size * world_size,
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": count,
         "gradient_clipping": 0.0 if _clips_itself(config) else config.grad_clip,

@@ -13,6 +13,7 @@ from univigu.errors import ConfigError
 from univigu.objective import TrainingObjective, cross_entropy, token_accuracy
 from univigu.tasks import Batch
 from univigu.training.data import LatentDataset
+from univigu.training.engine import data_rank
 from univigu.transformer import UniViGUTransformer3DModel
 
 
@@ -95,7 +96,8 @@ def _bucket_scores(
     device: torch.device,
 ) -> list[Any]:
     """Each process's scores on its part of the samples of one size; fewer samples than processes are scored by all."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sequence = objective.transformer.sequence
+    rank, world_size = data_rank(sequence.size if sequence else 1)
     mine = torch.tensor(indices)
     if len(indices) >= world_size:
         mine = mine[rank::world_size]
@@ -111,7 +113,7 @@ def _bucket_scores(
     scores = evaluate(parts)
     if count > len(parts):
         evaluate([indices[:1]] * (count - len(parts)))
-    gathered: list[Any] = [None] * world_size
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, scores)
     return gathered
 

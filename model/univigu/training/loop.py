@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
 from univigu.objective import TrainingObjective
+from univigu.sequence_parallel import make_groups
 from univigu.threads import settle_threads
 from univigu.training.adapters import choose_trainable, finish_lora
 from univigu.training.checkpoints import load_checkpoint, save_checkpoint
@@ -29,6 +30,7 @@ from univigu.training.data import LatentDataset
 from univigu.training.engine import (
     TrainingConfig,
     clear_gradients,
+    data_rank,
     finish_step,
     init_distributed,
     learning_rate,
@@ -74,6 +76,8 @@ def train(
         device = init_distributed()
         choose_trainable(objective.transformer, config.freeze, config.lora, config.seed)
         recompute_activations(objective.transformer, config.gradient_checkpointing)
+        heads = objective.transformer.config.num_attention_heads
+        objective.transformer.share_sequence(make_groups(config.sequence_parallel, heads))
         throughput = Throughput(objective, config, device)  # counts weights, which ZeRO 3 partitions in `make_engine`
         frozen = frozen_weights(objective, config.precision)
         engine = make_engine(objective, config, dist.get_world_size())
@@ -110,6 +114,7 @@ def train(
         # --- the trained weights, whole, on rank 0
         swap_average(engine)
         gather_weights(engine, objective, frozen)
+        objective.transformer.share_sequence(None)
         dist.barrier()  # a rank that leaves now may close connections that another one still reads from
         if dist.get_rank() == 0:
             finish_lora(objective.transformer, config.lora)
@@ -134,7 +139,7 @@ class _Run:
     def __post_init__(self) -> None:
         world_size = dist.get_world_size()
         self.is_main = dist.get_rank() == 0
-        self.share = rank_slice(self.config.batch_size, dist.get_rank(), world_size)
+        self.share = rank_slice(self.config.batch_size, *data_rank(self.config.sequence_parallel))
         self.micro_size = micro_batches(self.config, world_size)[1]
         self.records = [self.folder / name for name in RECORDS]
         self.first = self.skipped_in_a_row = 0

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from univigu.errors import BadInputError, ConfigError
 from univigu.objective import mean_text_losses, predict_joint, predict_prefix, video_losses
+from univigu.sequence_parallel import SequenceGroup
 from univigu.tasks import TASKS, ObjectiveConfig, Samples
 from univigu.transformer import UniViGUTransformer3DModel
 
@@ -47,6 +48,7 @@ def memory_needed(
     trainable_parameters: int | None = None,
     ema: bool = False,
     text_draws: int = 1,
+    sequence_parallel: int = 1,
 ) -> dict[str, int]:
     """Bytes on one GPU at the peak of a step, by part; ``config`` is the transformer's, token counts are per sample.
 
@@ -54,9 +56,9 @@ def memory_needed(
     all partitioned alike; nothing if offloaded); ``activations`` (kept by the forward pass for the backward pass, under
     the costlier attention policy); ``workspace`` (what the backward pass, DeepSpeed's buckets and gathered weights need
     in addition at the worst moment); ``total``. ``trainable_parameters`` is their number, by default all; activations
-    are counted as if all were trained. ``text_draws`` is the objective's. Not included: the CUDA context
-    (``torch.cuda.mem_get_info`` doesn't count it as free) and fragmentation of the allocator. Raises ConfigError for an
-    unknown ZeRO stage or precision.
+    are counted as if all were trained. ``text_draws`` is the objective's, ``sequence_parallel`` the run's. Not
+    included: the CUDA context (``torch.cuda.mem_get_info`` doesn't count it as free) and fragmentation of the
+    allocator. Raises ConfigError for an unknown ZeRO stage or precision.
     """
     if zero_stage not in (0, 1, 2, 3) or precision not in BYTES:
         raise ConfigError(f"Unknown ZeRO stage {zero_stage} or precision {precision}; use 0 to 3, and fp32 or bf16.")
@@ -82,6 +84,7 @@ def memory_needed(
         precision,
         gradient_checkpointing,
         text_draws,
+        sequence_parallel,
     )
     bucket = REDUCE_BUCKET * size if world_size > 1 or zero_stage else 0
     upcast = 0 if offload_optimizer else upcast
@@ -291,7 +294,15 @@ def latent_size(config: Mapping[str, Any], video_tokens: int, text_tokens: int) 
 
 @cache
 def _measured(
-    key: str, video: int, text: int, context: int, batch: int, precision: str, checkpointing: bool, draws: int
+    key: str,
+    video: int,
+    text: int,
+    context: int,
+    batch: int,
+    precision: str,
+    checkpointing: bool,
+    draws: int,
+    sharing: int,
 ) -> tuple[int, int]:
     """Bytes of kept activations, and of what the backward pass needs in addition, under the costlier policy."""
     config = json.loads(key)
@@ -300,7 +311,8 @@ def _measured(
     for task in COSTLIEST:
         # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)
         (kept, peak), (deeper, _) = (
-            _on_fakes(config, depth, task, latents, text, context, precision, checkpointing, draws) for depth in (2, 3)
+            _on_fakes(config, depth, task, latents, text, context, precision, checkpointing, draws, sharing)
+            for depth in (2, 3)
         )
         found.append((extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
     return max(found, key=sum)
@@ -316,26 +328,34 @@ def _on_fakes(
     precision: str,
     checkpointing: bool,
     draws: int,
+    sharing: int,
 ) -> tuple[int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Fake CPU tensors, not meta tensors: on `meta`, attention falls back to a form that keeps the matrix of scores,
     # which neither a CPU nor a GPU does.
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        model = build_model(config, depth, DTYPES[precision])
+        model = build_model(config, depth, DTYPES[precision], sharing)
         if checkpointing:
             model.enable_gradient_checkpointing()
         return tracked_step(model, task, latents, text, context, draws)
 
 
-def build_model(config: Mapping[str, Any], depth: int, dtype: torch.dtype) -> UniViGUTransformer3DModel:
-    """The model cut to ``depth`` blocks, all of it in ``dtype``, as DeepSpeed casts it."""
+def build_model(
+    config: Mapping[str, Any], depth: int, dtype: torch.dtype, sharing: int = 1
+) -> UniViGUTransformer3DModel:
+    """The model cut to ``depth`` blocks, all of it in ``dtype``, as DeepSpeed casts it.
+
+    ``sharing``: the number of processes that share a sequence, of which it is one.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # fake parameters can't be cast afterwards
     try:
-        return UniViGUTransformer3DModel.from_config({**config, "num_layers": depth})
+        model = UniViGUTransformer3DModel.from_config({**config, "num_layers": depth})
     finally:
         torch.set_default_dtype(before)
+    model.share_sequence(SequenceGroup(None, 0, sharing) if sharing > 1 else None)
+    return model
 
 
 @cache

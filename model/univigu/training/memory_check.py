@@ -38,11 +38,11 @@ def needed_by_task(
 
     samples = micro_batches(config, world_size)[1]
     sizes = {"video_tokens": video_tokens, "context_tokens": context_tokens, "text_tokens": transformer["text_length"]}
-    shares = _shares(config, world_size, trainable)
+    shares, sharing = _shares(config, world_size, trainable), {"sequence_parallel": config.sequence_parallel}
 
     def needed(recompute: bool) -> dict[str, int]:
         batch = {"micro_batch_size": samples, "gradient_checkpointing": recompute, "text_draws": text_draws}
-        return memory_needed(transformer, **sizes, **batch, **shares)
+        return memory_needed(transformer, **sizes, **batch, **shares, **sharing)
 
     every = int(config.gradient_checkpointing)
     step = needed(every == 1)
@@ -55,7 +55,8 @@ def needed_by_task(
         looks += [(Look("caption"), 1), (Look("generate", guided=True), 1)]
     states = state_memory(transformer, **shares)
     for look, batch_size in looks:
-        peak = peak_bytes(look, transformer, **sizes, batch_size=batch_size, precision=config.precision)
+        batch = {"batch_size": batch_size, "precision": config.precision}
+        peak = peak_bytes(look, transformer, **sizes, **batch, **sharing)
         parts = {**states, "activations": peak}
         found[look.kind] = {**parts, "total": sum(parts.values())}
     return found

@@ -36,6 +36,7 @@ def peak_bytes(
     context_tokens: int,
     batch_size: int,
     precision: str,
+    sequence_parallel: int = 1,
 ) -> int:
     """Bytes of tensors at the peak of a look at ``batch_size`` samples, beyond the model's weights.
 
@@ -43,7 +44,8 @@ def peak_bytes(
     """
     if look.kind not in KINDS:
         raise ConfigError(f"Unknown kind of look {look.kind!r}; use one of {', '.join(KINDS)}.")
-    sizes = memory.config_key(config), video_tokens, text_tokens, context_tokens, batch_size, precision
+    key = memory.config_key(config)
+    sizes = key, video_tokens, text_tokens, context_tokens, batch_size, precision, sequence_parallel
     found = _counted(look, *sizes)
     # In few blocks the keys and values that an evaluation keeps are smaller than what its pass over video and text
     # needs, and in many they are larger: that part of it is like a caption's.
@@ -51,7 +53,9 @@ def peak_bytes(
 
 
 @cache
-def _counted(look: Look, key: str, video: int, text: int, context: int, batch: int, precision: str) -> int:
+def _counted(
+    look: Look, key: str, video: int, text: int, context: int, batch: int, precision: str, sharing: int
+) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = json.loads(key)
@@ -59,7 +63,7 @@ def _counted(look: Look, key: str, video: int, text: int, context: int, batch: i
     found = []
     for depth in (2, 3):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = memory.build_model(config, depth, memory.DTYPES[precision])
+            model = memory.build_model(config, depth, memory.DTYPES[precision], sharing)
             with Answering() as counted:
                 counted.ignore([*model.parameters(), *model.buffers()])
                 KINDS[look.kind](model, latents, text, context, look.guided)

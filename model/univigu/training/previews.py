@@ -18,6 +18,7 @@ from univigu.pipeline import Batch, UniViGUPipeline
 from univigu.sampling import Guide, seeded_noise
 from univigu.stepping import Stepper
 from univigu.training.data import LatentDataset
+from univigu.training.engine import data_rank
 from univigu.transformer import UniViGUTransformer3DModel
 
 
@@ -55,15 +56,17 @@ def draw_samples(
 ) -> list[Sample]:
     """The model's output for the first `count` held-out samples; `sampling` are `UniViGUPipeline`'s settings.
 
-    All processes must call this; all get the whole list. The samples are divided among them. Every process runs the
-    same number of samples, because under ZeRO 3 each forward pass gathers weights from all processes.
+    All processes must call this; all get the whole list. The samples are divided among them, or among the groups that
+    share a sequence. Every process runs the same number of samples, because under ZeRO 3 each forward pass gathers
+    weights from all processes.
     """
-    count, rank, world_size = min(count, len(heldout)), dist.get_rank(), dist.get_world_size()
-    turns = -(-count // world_size)
-    mine = [(turn * world_size + rank) % count for turn in range(turns)]
-    gathered: list[Any] = [None] * world_size
+    size = transformer.sequence.size if transformer.sequence else 1
+    count, (rank, groups) = min(count, len(heldout)), data_rank(size)
+    turns = -(-count // groups)
+    mine = [(turn * groups + rank) % count for turn in range(turns)]
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, [_draw(transformer, tokenizer, heldout, index, sampling) for index in mine])
-    return [gathered[index % world_size][index // world_size] for index in range(count)]
+    return [gathered[index % groups * size][index // groups] for index in range(count)]
 
 
 def _draw(

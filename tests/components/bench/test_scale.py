@@ -1,5 +1,7 @@
 """The memory of one GPU at scale."""
 
+import pytest
+
 from components.bench import scale
 from components.pipeline.profiles import load_profile
 
@@ -12,6 +14,15 @@ def test_more_gpus_need_less_each_and_64_take_a_batch_that_divides():
     assert few["peak"] == max(few["gib"].values())
     assert few["fits"]
     assert many["gib"]["training step"] <= few["gib"]["training step"]
+
+
+@pytest.mark.parametrize(("most", "sharing"), [(1, 1), (2, 2), (99, 4)])
+def test_where_a_clip_is_too_large_gpus_share_its_tokens_until_it_fits(monkeypatch, most, sharing):
+    tried = []
+    monkeypatch.setattr(scale, "fits", lambda gib: tried.append(gib) or len(tried) >= most)
+    found = scale.count(load_profile("tiny"), 8)  # whose model has 4 heads
+    assert found["sequence_parallel"] == sharing
+    assert found["fits"] == (most < 99)
 
 
 def test_a_cell_fits_only_with_a_tenth_to_spare():

@@ -40,11 +40,18 @@ def test_a_step_gets_a_process_a_gpu_only_if_it_asks_for_gpus_and_works_in_shard
     assert processes.count_processes(stage) == 1
 
 
-SMALL = {"batch_size": 24, "micro_batch_size": None, "zero_stage": 0, "precision": "fp32"}
+SMALL = {"batch_size": 24, "micro_batch_size": None, "zero_stage": 0, "precision": "fp32", "sequence_parallel": 1}
 
 
 @pytest.mark.parametrize(
-    ("settings", "count"), [({}, 4), ({"batch_size": 6}, 3), ({"micro_batch_size": 4}, 3), ({"batch_size": 1}, 1)]
+    ("settings", "count"),
+    [
+        ({}, 4),
+        ({"batch_size": 6}, 3),
+        ({"micro_batch_size": 4}, 3),
+        ({"batch_size": 1}, 1),
+        ({"batch_size": 1, "sequence_parallel": 4}, 4),
+    ],
 )
 def test_training_takes_as_many_gpus_as_share_its_batch(four_gpus, settings, count):
     assert processes.count_processes(find_stage("train-stage-1"), SMALL | settings) == count

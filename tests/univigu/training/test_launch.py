@@ -84,6 +84,7 @@ SETTINGS = {
     # two samples at a time: now and then one rank's attend jointly, and the other's have a prefix
     "sample": {"micro_batch_size": 2, "steps": 3},
     "step": {"micro_batch_size": 2, "task_draw": "step"},
+    "sequence": {"sequence_parallel": 2, "micro_batch_size": 4, "gradient_checkpointing": 1, "task_draw": "step"},
 }
 ZERO_STAGES = range(4)
 
@@ -110,7 +111,7 @@ def in_all_stages(tmp_path_factory):
 @pytest.mark.parametrize("stage", ZERO_STAGES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ranks_follow_the_curve_of_one_whichever_weights_their_samples_need(tmp_path, in_all_stages, name, stage):
-    alone = tiny_run.run(tmp_path / "one", **in_stage(name, stage) | {"zero_stage": 0})
+    alone = tiny_run.run(tmp_path / "one", **in_stage(name, stage) | {"zero_stage": 0, "sequence_parallel": 1})
     weights = load_file(in_all_stages[name, stage] / "weights.safetensors")
     assert read_losses(in_all_stages[name, stage]) == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in alone.items())
@@ -184,6 +185,16 @@ def test_a_checkpoint_of_one_process_resumes_on_two(tmp_path, one, stage):
         tiny_run.run(tmp_path, stop)
     folder, weights = train_on_two(tmp_path, zero_stage=stage)
     assert read_losses(folder) == pytest.approx(read_losses(one[0]), rel=1e-4)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
+
+
+@slow
+def test_a_run_that_shares_sequences_resumes_where_they_are_whole(tmp_path, one, capsys):
+    done = on_two(tmp_path, {"sequence_parallel": 2}, 4, "TERM")
+    assert done.returncode == 81, done.stderr[-4000:]
+    weights = tiny_run.run(tmp_path)
+    assert resumed_after(capsys) >= 4
+    assert read_losses(tmp_path) == pytest.approx(read_losses(one[0]), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
 
 

@@ -175,3 +175,12 @@ def test_impossible_sizes_are_refused():
         memory_needed(config, **{**ONE_GPU, "video_tokens": 100_000})
     with pytest.raises(ConfigError, match="ZeRO stage 4"):
         memory_needed(config, **{**ONE_GPU, "zero_stage": 4})
+
+
+@pytest.mark.parametrize("sharing", [2, 4])
+def test_gpus_that_share_a_sequence_keep_a_part_of_its_activations(sharing):
+    sizes = {**ONE_GPU, "video_tokens": 4096, "gradient_checkpointing": True}
+    config = {**TINY, "num_attention_heads": 4, "attention_head_dim": 96}
+    alone, shared = (memory_needed(config, **sizes, sequence_parallel=n)["activations"] for n in (1, sharing))
+    # whole are the text, the latents and the velocity
+    assert alone / sharing < shared < alone * (1 / sharing + 0.15)
