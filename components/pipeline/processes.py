@@ -24,6 +24,7 @@ from univigu.errors import ConfigError, PreemptedError, UniViGUError
 GPUS = "CUDA_VISIBLE_DEVICES"
 PARENTS = "UNIVIGU_PARENTS"  # ids of processes: when one of them ends, this process must end too
 _POLL_S = 0.5
+BYTES_ON_CPU = 2**31  # that a process needs which trains a small model: libraries, its batches, and the model
 MOST_ON_CPU = 4  # processes that train together on the cores of one machine: more gain little, and each needs memory
 PREFIX = "univigu: "  # of messages to the user
 
@@ -69,7 +70,10 @@ def _count_on_cpu(settings: Mapping[str, Any]) -> int:
     """The most processes that train on this machine's cores; one where the user has set the number of threads."""
     if "OMP_NUM_THREADS" in os.environ or settings["zero_stage"] or settings["precision"] != "fp32":
         return 1  # ZeRO and bf16 are for models that fill a machine's memory
-    return min(usable_cores(), MOST_ON_CPU)
+    import psutil
+
+    in_memory = psutil.virtual_memory().available // BYTES_ON_CPU
+    return max(1, min(usable_cores(), MOST_ON_CPU, in_memory))
 
 
 def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -66,8 +67,11 @@ def test_training_without_a_gpu_takes_a_process_a_core(monkeypatch, settings, co
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**40))
     stage = find_stage("train-stage-1")
     assert processes.count_processes(stage, SMALL | settings) == count
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 * 2**30))
+    assert processes.count_processes(stage, SMALL | settings) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user has decided
     assert processes.count_processes(stage, SMALL | settings) == 1
 
