@@ -83,7 +83,7 @@ def our_step(heads: int, head_dim: int, layers: int) -> Side:
 
     torch.manual_seed(0)
     text = {"text_latent_dim": 64, "vocab_size": 512, "tokenizer_length": 512, "text_length": TEXT_TOKENS}
-    model = UniViGUTransformer3DModel(**_size(heads, head_dim, layers), **text, prediction="velocity")
+    model = UniViGUTransformer3DModel(**model_size(heads, head_dim, layers), **text, prediction="velocity")
     latents, condition = torch.randn(1, 16, *OUR_LATENTS), torch.randn(1, CONTEXT_TOKENS, 64)
     words, tau = torch.randn(1, TEXT_TOKENS, 64), torch.tensor([0.5])
 
@@ -99,7 +99,7 @@ def wan_step(heads: int, head_dim: int, layers: int) -> Side:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**_size(heads, head_dim, layers))
+    model = WanTransformer3DModel(**model_size(heads, head_dim, layers))
     latents, condition = torch.randn(1, 16, *WAN_LATENTS), torch.randn(1, CONTEXT_TOKENS, 64)
     timestep = torch.tensor([500.0])
 
@@ -109,7 +109,7 @@ def wan_step(heads: int, head_dim: int, layers: int) -> Side:
     return model, loss
 
 
-def _size(heads: int, head_dim: int, layers: int) -> dict[str, int]:
+def model_size(heads: int, head_dim: int, layers: int) -> dict[str, int]:
     return {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
