@@ -1,8 +1,8 @@
 """Captions beside a cached video against the paper's procedure, and a step of generation against diffusers' own Wan.
 
-All of it is on the CPU with one thread, in fp32, with random weights, 4,096 video tokens, 64 text tokens and 128 condition
-tokens, at two widths. Each comparison is timed in pairs, one of each side in turn, so that other load on the machine
-affects both.
+All of it is on the CPU with one thread, in fp32, with random weights, 4,096 video tokens, 64 text tokens and 128
+condition tokens, at two widths. Each comparison is timed in pairs, one of each side in turn, so that other load on the
+machine affects both.
 
 - ``caption``: 50 Euler steps. The paper's procedure (eq 17) is a joint pass over video and text in each step; ours
   computes the video's keys and values once (``prefix``). ``times_faster`` is the paper's time over ours.

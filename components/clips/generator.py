@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
+from univigu.attention import set_attention_backend
 from univigu.errors import ConfigError, MissingInputError, first_line
 from univigu.threads import map_on_cores
 
@@ -82,8 +83,7 @@ def load_generator(
         pipeline.scheduler = _with_shift(pipeline.scheduler, flow_shift)
     for option in vae_memory:
         _save_memory(pipeline, option)
-    if attention_backend:
-        _set_attention(pipeline, attention_backend)
+    set_attention_backend(getattr(pipeline, "transformer", None) or pipeline.unet, attention_backend)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipeline
 
@@ -125,19 +125,6 @@ def _save_memory(pipeline: "DiffusionPipeline", option: str) -> None:
         getattr(pipeline.vae, f"enable_{option}")()
     except (AttributeError, NotImplementedError) as error:
         raise ConfigError(f"The generator's autoencoder has no {option}; remove it from 'vae_memory'.") from error
-
-
-def _set_attention(pipeline: "DiffusionPipeline", backend: str) -> None:
-    from diffusers.models.attention_dispatch import attention_backend
-
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
-    try:
-        with attention_backend():  # otherwise it would become the backend of every model in this process
-            denoiser.set_attention_backend(backend)
-    except (AttributeError, ValueError, RuntimeError, ImportError, OSError) as error:
-        raise ConfigError(
-            f"The attention backend '{backend}' can't be used here ({first_line(error)}); leave it empty for torch's."
-        ) from error
 
 
 def generate(

@@ -135,6 +135,7 @@ class TrainStage(Section):
     token_weighting: Literal["rarity", "inverse_document_frequency", "root_inverse_document_frequency", "uniform"] = (
         setting("How much each token counts in the cross-entropy")
     )
+    attention_backend: str = setting("Diffusers' name of an implementation: flash, _flash_3 ...; empty: torch's own")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = setting("DeepSpeed's ZeRO stage")
     sequence_parallel: Size = setting("GPUs that share the tokens of a video; 1: none", "GPUs")
     precision: Precision = setting("Precision of weights and activations; the optimizer keeps fp32")

@@ -45,6 +45,7 @@ class TrainingConfig:
     gradient_checkpointing: int = 0  # every k-th block recomputes its activations in the backward pass; 0: none
     freeze: tuple[str, ...] = ()  # parts that are not trained, see `adapters`
     lora: Mapping[str, Any] | None = None  # the video side is trained through adapters, see `adapters`
+    attention_backend: str = ""  # one of diffusers', such as flash or sage; empty: torch's own
     sequence_parallel: int = 1  # processes that share the tokens of a video, and train on the same samples
     ema_decay: float = 0.0  # above 0: evaluate and save a running average of the weights
     shuffle_shards: int = 0  # shuffle within this number of shards at a time; 0: over all samples

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from univigu.attention import set_attention_backend
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
 from univigu.objective import TrainingObjective
 from univigu.sequence_parallel import make_groups
@@ -76,6 +77,7 @@ def train(
         device = init_distributed()
         choose_trainable(objective.transformer, config.freeze, config.lora, config.seed)
         recompute_activations(objective.transformer, config.gradient_checkpointing)
+        set_attention_backend(objective.transformer, config.attention_backend)
         heads = objective.transformer.config.num_attention_heads
         objective.transformer.share_sequence(make_groups(config.sequence_parallel, heads))
         throughput = Throughput(objective, config, device)  # counts weights, which ZeRO 3 partitions in `make_engine`

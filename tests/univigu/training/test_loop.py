@@ -403,3 +403,13 @@ def test_a_checkpoint_of_another_width_is_refused(tmp_path):
 def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
         TrainingConfig(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **wrong})
+
+
+def test_another_implementation_of_attention_gives_the_same_curve(tmp_path, whole_run):
+    tiny_run.run(tmp_path, attention_backend="_native_math")
+    assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
+
+
+def test_an_implementation_of_attention_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"attention backend 'fastest' can't be used here .* leave it empty"):
+        tiny_run.run(tmp_path, attention_backend="fastest")
