@@ -106,9 +106,23 @@ def rollback(why: Why, name: Name = "uni-vigu", root: Root = Path("."), as_json:
     _show_entry(promotion.rollback(name, why, root=root), name, as_json)
 
 
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help="Examine the lines instead: find those that were changed, forged, back-dated or removed."
+    ),
+]
+
+
 @app.command()
-def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
-    """Show all decisions about the champion, newest first: who, when, why, including refusals and rollbacks."""
+def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False, verify: Verify = False) -> None:
+    """Show all decisions about the champion, newest first: who, when, why, including refusals and rollbacks.
+
+    With --verify: UNIVIGU_LEDGER_PUBLIC_KEY names the key that lines are signed with, UNIVIGU_LEDGER_MIRROR their copy.
+    """
+    if verify:
+        _verify_history(name, root, as_json)
+        return
     from components.registry import promotion
     from components.tracking import tracking_uri
     from univigu import registry
@@ -143,6 +157,25 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
         print(
             f"The champion is {f'version {holder}' if holder else 'unset'}, but this history ends with "
             f"{f'version {recorded}' if recorded else 'no champion'}: the alias was moved by other means."
+        )
+
+
+def _verify_history(name: str, root: Path, as_json: bool) -> None:
+    from components.registry.ledger import verify_ledger
+    from univigu.errors import CorruptDataError
+
+    found = verify_ledger(name, root)
+    if as_json:
+        print(json.dumps({**found._asdict(), "faults": [fault._asdict() for fault in found.faults]}, indent=1))
+    else:
+        older = f", and {found.older} older ones without a number" if found.older else ""
+        print(f"{found.lines} lines{older}; {found.signed} signed, {found.mirrored} in the mirror")
+        for fault in found.faults:
+            print(f"  {fault.what}" + (f" (run {fault.run_id})" if fault.run_id else ""))
+    if found.faults:
+        raise CorruptDataError(
+            f"The history of '{name}' is not what was written: {found.faults[0].what}; ask who can write to the "
+            "registry's database, and restore it from a backup."
         )
 
 

@@ -2,7 +2,7 @@
 
 Each line is a run of the experiment ``NAME/promotions``, so it is backed up with the tracking server, appears in its
 UI, and can be read by any MLflow client. A decision is logged as params, which MLflow does not allow to change; this
-module never deletes or edits a line that holds a decision.
+module never deletes or edits a line that holds a decision. Lines form a hash chain (`components.registry.chain`).
 
 A line is also the lease (`components.registry.leases`) of the process that writes it. The decision is written first, in
 one request; then the aliases are set; then the run is ended. A process may therefore be killed at any point: the next
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components.registry import leases
+from components.registry import chain, leases
 from components.tracking import existing_store, open_tracking, tracking_uri
 from univigu import registry
 from univigu.errors import TransientError, UniViGUError
@@ -84,8 +84,9 @@ class Lease:
             self._run_id, metrics=[Metric(key, float(value), now, 0) for key, value in scores.items()]
         )
         self._client.update_run(self._run_id, name=f"{facts['action']} version {facts['version']}")
-        self._write(facts)  # last, in one request: a line with any params has all of them, and its scores
+        self._write(facts, scores)  # last, in one request: a line with any params has all of them, and its scores
         self._line = self._run_id
+        note_line(self._client, self._name, self._client.get_run(self._run_id))
 
     def set_champion(self, to: int, replaced: int | None) -> None:
         """Set the alias `champion` to version `to`, and `previous` to the version that it replaces."""
@@ -99,8 +100,9 @@ class Lease:
 
     def fail(self, facts: Mapping[str, Any]) -> None:
         """Write a line with the request and the outcome `failed`."""
-        self._write(facts)
+        self._write(facts, {})
         self._line = self._run_id
+        note_line(self._client, self._name, self._client.get_run(self._run_id))
         self._client.set_terminated(self._run_id, "FAILED")
 
     def end(self) -> None:
@@ -122,11 +124,13 @@ class Lease:
         assert self._line is not None
         return _entry(self._client.get_run(self._line))
 
-    def _write(self, facts: Mapping[str, Any]) -> None:
+    def _write(self, facts: Mapping[str, Any], scores: Mapping[str, float]) -> None:
         from mlflow.entities import Param
 
         texts = {key: without_secrets(str(facts[key])) for key in _FREE_TEXT & facts.keys()}
-        params = [Param(key, str(value)) for key, value in {**facts, **texts}.items() if value is not None]
+        line = {key: str(value) for key, value in {**facts, **texts}.items() if value is not None}
+        link = chain.next_link(line, scores, _lines(self._client, self._experiment))
+        params = [Param(key, value) for key, value in {**line, **link}.items()]
         self._client.log_batch(self._run_id, params=params)
 
     def _remove_settled_tag(self, run_id: str) -> None:
@@ -170,8 +174,45 @@ def read_ledger(name: str, root: Path) -> list[Entry]:
         experiment = client.get_experiment_by_name(_experiment(name))
         if experiment is None:
             return []
-        runs = leases.search_runs(client, experiment.experiment_id)
-        return [_entry(run) for run in runs if run.data.params]  # runs without params are leases without a decision
+        return [_entry(run) for run in _lines(client, experiment.experiment_id)]
+
+
+def verify_ledger(name: str, root: Path) -> chain.Verified:
+    """Examine all ledger lines of `name`; raises like `chain.verify`."""
+    store = existing_store(root)
+    with first_contact(store):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(store)
+        experiment = client.get_experiment_by_name(_experiment(name))
+        runs = _lines(client, experiment.experiment_id) if experiment else []
+        return chain.verify(runs, _head_tag(client, name))
+
+
+def note_line(client: Any, name: str, run: Any) -> None:
+    """Write a line to the mirror, and its number and digest to the model's tag."""
+    from mlflow.exceptions import MlflowException
+
+    chain.mirror(run)
+    params = run.data.params
+    known = (_head_tag(client, name) or "0").partition(" ")[0]
+    if "digest" in params and int(params["number"]) > (int(known) if known.isdecimal() else 0):
+        with suppress(MlflowException):  # there may be no model of this name, for a request that failed
+            client.set_registered_model_tag(name, chain.HEAD_TAG, f"{params['number']} {params['digest']}")
+
+
+def _head_tag(client: Any, name: str) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name).tags.get(chain.HEAD_TAG)
+    except MlflowException:
+        return None
+
+
+def _lines(client: Any, experiment: str) -> list[Any]:
+    """The runs that are lines, newest first; a run without params is a lease without a decision."""
+    return [run for run in leases.search_runs(client, experiment) if run.data.params]
 
 
 def find_decision(name: str, request: str, root: Path) -> Entry | None:
@@ -204,6 +245,7 @@ def _recover(client: Any, run: Any, name: str) -> None:
         leases.drop(client, run_id)
         return
     client.set_tag(run_id, _SETTLED_TAG, "true")
+    note_line(client, name, run)
     try:
         done = _complete(name, params)
     except ValueError:  # not a ledger line
