@@ -185,10 +185,11 @@ class _Run:
             return finite
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == SKIPPED_AT_MOST:
+            name = "grad_norm" if math.isfinite(row["loss"]) else "loss"
+            what = "The loss" if name == "loss" else "The norm of the gradient"
             raise CorruptDataError(
-                f"The loss is {row['loss']} and the norm of its gradient {row['grad_norm']} at step {step}, and the "
-                f"{SKIPPED_AT_MOST - 1} steps before it were skipped for the same reason; lower the learning rate, or "
-                "check the latents. The last checkpoint is kept."
+                f"{what} is {row[name]} at step {step}, and the {SKIPPED_AT_MOST - 1} steps before it were skipped for "
+                "such a reason; lower the learning rate, or check the latents. The last checkpoint is kept."
             )
         if self.is_main:
             print(

@@ -21,7 +21,7 @@ from components.orchestration.airflow_server import free_port
 from components.orchestration.metrics import EXPORTED, read_samples, registry
 from components.pipeline.notes import DEFERRED, QUEUE, TRAINING, MetricsNote, QueueNote, note_path, write_note
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, PreemptedError
-from univigu.training.loop import _Run
+from univigu.training.loop import SKIPPED_AT_MOST, _Run
 
 PARAMETERS = {"train_stage_1": {"steps": 100, "batch_size": 4, "checkpoint_every": 20}}
 FIGURES = {"samples_per_second": 8.0, "tokens_per_second": 640.0, "loading_share": 0.25, "mfu": 0.4}
@@ -93,7 +93,9 @@ def test_a_loss_that_is_not_finite_is_the_last_loss_until_the_step_succeeds(root
     note_of(root, "first").add(1, {"loss": 2.0, **FIGURES})
     steps_under_test = importlib.import_module("steps_under_test")
     working = steps_under_test.double
-    monkeypatch.setattr(steps_under_test, "double", lambda _: _Run.record(None, 2, {"loss": math.nan}, [], 0, 0))
+    run = _Run.__new__(_Run)
+    run.skipped_in_a_row = SKIPPED_AT_MOST - 1
+    monkeypatch.setattr(steps_under_test, "double", lambda _: run.record(2, {"loss": math.nan}, [], 0, 0))
     with pytest.raises(CorruptDataError, match="nan at step 2"):
         engine.run(root)
     found = values(root)

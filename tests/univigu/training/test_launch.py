@@ -137,7 +137,8 @@ def test_a_step_of_one_task_gathers_the_weights_once_per_pass(tmp_path, recomput
     gathers = json.loads((tmp_path / "gathers.json").read_text())
     assert {(task, guessing) for task, guessing, _ in gathers} == PASSES.keys()
     for task, guessing, count in gathers:
-        assert count <= 1.1 * PASSES[task, guessing], (task, guessing)
+        # recomputation is a pass of its own, whose weights mostly stay for the backward pass
+        assert count <= 1.1 * (PASSES[task, guessing] + recompute), (task, guessing)
 
 
 @slow
@@ -147,8 +148,9 @@ def test_on_sigterm_ranks_agree_on_a_step_save_it_and_exit_with_the_code_to_resu
     latest = json.loads((folder / "checkpoints" / "latest").read_text())
     assert 4 <= latest["step"] < 8
     saved = {path.name for path in (folder / "checkpoints" / latest["checkpoint"]).iterdir()}
-    ranks, records = {"rank-00000.safetensors", "rank-00001.safetensors"}, {"curves.csv", "evaluations.json"}
-    assert saved == {*ranks, *records, "loop.json", "manifest.json"}
+    ranks = {"rank-00000.safetensors", "rank-00001.safetensors"}
+    # the evaluation of step 4 follows its checkpoint
+    assert saved - {"evaluations.json"} == {*ranks, "curves.csv", "loop.json", "manifest.json"}
     assert done.stderr.count(f"Training received SIGTERM and saved step {latest['step']} of 8") == 2
     assert not (folder / "weights.safetensors").exists()
 
