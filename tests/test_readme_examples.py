@@ -27,6 +27,7 @@ def test_the_bundled_model_is_small():
     assert 0 < sum(path.stat().st_size for path in files) <= 12e6
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_caption_is_right():
     notebook = nbformat.read(REPO / "docs/quickstart.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": REPO / "docs"}}).execute()
@@ -63,6 +64,7 @@ def test_the_clip_of_an_example_shows_its_prompt_and_its_caption_says_so(pipe, p
     assert agrees(prompt, benchmark.read_text(caption)), caption
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "seed"), commands("joint"))
 def test_a_joint_example_states_what_is_asked_in_nine_of_ten_seeds(pipe, prompt, seed):
     right = 0

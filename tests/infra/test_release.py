@@ -182,6 +182,7 @@ def test_a_decode_pod_has_no_network_no_token_no_secret_and_bounds(decode, rende
             assert not [one for one in targets if cluster.reaches("decode", one, port)], port
 
 
+@pytest.mark.slow
 def test_the_command_of_the_decode_pod_is_one_of_ours(decode, tmp_path):
     (job,) = [one for one in decode if one["kind"] == "Job"]
     (container,) = job["spec"]["template"]["spec"]["containers"]

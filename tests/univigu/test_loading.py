@@ -128,6 +128,7 @@ def python(code, *arguments, **environment):
     return subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_diffusers_finds_the_class_of_a_folder(speaking_model):
     code = (
         "import sys, univigu.pipeline\nfrom diffusers import DiffusionPipeline\n"
@@ -156,6 +157,7 @@ for load in (UniViGUPipeline.from_pretrained, UniViGUPipeline.from_wan):
 """
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_pushed_to_a_hub_and_loaded_with_its_options(hub, speaking_model, tiny_wan_folder, tmp_path):
     cache = tmp_path / "cache"
     environment = {

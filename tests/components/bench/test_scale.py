@@ -6,6 +6,7 @@ from components.bench import scale
 from components.pipeline.profiles import load_profile
 
 
+@pytest.mark.slow
 def test_more_gpus_need_less_each_and_64_take_a_batch_that_divides():
     profile = load_profile("tiny")
     profile["train_stage_1"]["zero_stage"] = profile["train_stage_2"]["zero_stage"] = 3
@@ -16,6 +17,7 @@ def test_more_gpus_need_less_each_and_64_take_a_batch_that_divides():
     assert many["gib"]["training step"] <= few["gib"]["training step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "sharing"), [(1, 1), (2, 2), (99, 4)])
 def test_where_a_clip_is_too_large_gpus_share_its_tokens_until_it_fits(monkeypatch, most, sharing):
     tried = []

@@ -272,6 +272,7 @@ def test_a_registry_that_cannot_be_read_or_reached_is_told_from_one_without_a_mo
     assert_refused(univigu(*arguments), 66, "no model at models:/uni-vigu@champion")
 
 
+@pytest.mark.slow
 def test_a_model_may_be_a_link_or_a_hub_repository_that_is_fetched_only_when_asked_for(
     univigu, clips, tmp_path, speaking_model, hub
 ):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).parents[3]
 SCRIPT = """
 import sys
@@ -29,9 +31,11 @@ def imported(folder, kind):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_command_loads_a_model_without_packages_that_it_does_not_need(speaking_model):
     assert imported(speaking_model, "command") == []
 
 
+@pytest.mark.slow
 def test_elsewhere_nothing_is_hidden(speaking_model):
     assert imported(speaking_model, "library") == ["scipy", "peft"]

@@ -86,6 +86,7 @@ def test_the_documented_table_of_experiments_fits_the_width_and_has_the_changed_
     assert "…" not in shown
 
 
+@pytest.mark.slow
 def test_what_changed_is_named_by_the_diffs_of_settings_scores_and_plots(root):
     (param,) = json.loads(dvc(root, "params", "diff", "--json")).values()
     assert param == {"seed": {"old": 0, "new": 1, "diff": 1}}

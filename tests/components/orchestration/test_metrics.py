@@ -44,6 +44,7 @@ def note_of(root, name="train-stage-1"):
     return MetricsNote(note_path(root, TRAINING, name), settings)
 
 
+@pytest.mark.slow
 def test_a_training_run_shows_its_speed_what_is_left_and_the_time_between_its_checkpoints(tmp_path):
     began = time.time()
     with suppress(PreemptedError), train(tmp_path) as run:

@@ -122,6 +122,7 @@ def test_a_step_ends_with_the_dvc_that_runs_it(tmp_path):
     wait_until(lambda: not work.is_running(), "the stage outlived dvc")
 
 
+@pytest.mark.slow
 def test_a_child_ends_with_the_process_that_started_it():
     code = "import subprocess, sys; from components.pipeline.processes import child_environment\n"
     code += f"child = subprocess.Popen([sys.executable, '-c', {WORK!r}], env=child_environment())\n"

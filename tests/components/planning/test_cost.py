@@ -92,6 +92,7 @@ def test_what_runs_between_training_steps_is_counted_too(plan):
     assert memory["by_stage"][memory["chosen"]]["total"] == max(memory["by_task"].values())
 
 
+@pytest.mark.slow
 def test_an_mfu_of_your_own_gives_one_time_within_the_default_range(plan):
     one = planning.make_plan(load_profile("wan-1.3b"), ROOT, 16, "h800", mfu=0.2)
     first, last = one["days"]
@@ -145,6 +146,7 @@ def test_a_base_that_is_neither_there_nor_known_is_refused(tmp_path):
         planning.make_plan(profile, tmp_path, 1, "h100")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_same_for_machines(plan):
     result = CliRunner().invoke(app, ["plan", "--profile", "wan-1.3b", "--price", "2", "--root", str(ROOT), "--json"])
     assert result.exit_code == 0

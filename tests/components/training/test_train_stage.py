@@ -163,6 +163,7 @@ def test_samples_are_logged_to_the_run_during_training(latents_root, profile):
     assert all(isinstance(row["said"], str) and row["target"] for row in rows)
 
 
+@pytest.mark.slow
 def test_unmerged_adapters_are_saved_beside_the_model_and_the_next_stage_merges_them(latents_root, profile):
     for number in (1, 2):
         lora = {"rank": 2, "alpha": 2.0, "targets": ["to_q"], "merge": number == 2}

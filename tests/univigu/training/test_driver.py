@@ -57,6 +57,7 @@ def test_a_build_for_a_version_of_cuda_that_is_not_listed_is_refused_without_a_d
         check_driver(f"{later}.0", str(driver(13000)), tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_no_worker_on_a_machine_whose_driver_is_too_old(driver, tmp_path):
     worker = f"open({str(tmp_path / 'started')!r}, 'w')"
     start = "import torch; torch.version.cuda = {!r}; from univigu.training.launch import launch; "

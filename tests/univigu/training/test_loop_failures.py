@@ -39,6 +39,7 @@ def skipping(tmp_path_factory):
     return folder, tiny_run.run(folder, before_forward=spoil(3, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_whose_loss_is_not_finite_is_skipped_alike_in_every_zero_stage(tmp_path, skipping, stage):
     weights = tiny_run.run(tmp_path, before_forward=spoil(3, 5), zero_stage=stage)
@@ -87,6 +88,7 @@ def test_five_such_steps_in_a_row_end_the_run_and_its_checkpoint_is_kept(tmp_pat
     tiny_run.run(tmp_path)  # with better data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, stage):
     settings = {"checkpoint_every": 4, "zero_stage": stage}

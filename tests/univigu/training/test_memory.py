@@ -177,6 +177,7 @@ def test_impossible_sizes_are_refused():
         memory_needed(config, **{**ONE_GPU, "zero_stage": 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", [2, 4])
 def test_gpus_that_share_a_sequence_keep_a_part_of_its_activations(sharing):
     sizes = {**ONE_GPU, "video_tokens": 4096, "gradient_checkpointing": True}
