@@ -14,11 +14,10 @@ AWAITED = {
     "bench-captioning.json",
     "bench-curation.json",
     "bench-first-minutes.json",
+    "bench-inference.json",
     "bench-loading.json",
     "bench-train-step.json",
     "orchestrators.json",
-    "run.json",
-    "scores.json",
 }
 
 

@@ -70,12 +70,13 @@ def compare(heads: int, head_dim: int, layers: int) -> dict[str, dict[str, float
 def timed(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> dict[str, float]:
     """The median seconds of both sides, and the median of the pairs' ratios, ours over theirs."""
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for pair in range(pairs + 1):
+    warm_up = pairs > 1
+    for pair in range(pairs + warm_up):
         order = [("ours", ours), ("theirs", theirs)]
         for name, run in order if pair % 2 else reversed(order):
             started = time.perf_counter()
             run()
-            if pair or pairs == 1:  # otherwise the first is a warm-up
+            if pair or not warm_up:
                 seconds[name].append(time.perf_counter() - started)
     ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
     medians = {f"{name}_seconds": round(statistics.median(values), 4) for name, values in seconds.items()}
