@@ -24,8 +24,8 @@ STEPS = 50  # of a caption
 PAIRS, CAPTION_PAIRS = 7, 1  # a pair of captions takes a minute
 LATENTS, TEXT_TOKENS, CONTEXT_TOKENS = (16, 32, 32), 64, 128  # 16 x 16 x 16 patches of 1 x 2 x 2
 SIZES = {  # heads, width of a head, blocks
-    "width 256, 4 blocks": (4, 64, 4),
-    "width 768, 2 blocks": (6, 128, 2),
+    "width 256, 2 blocks": (4, 64, 2),
+    "width 768, 1 block": (6, 128, 1),
 }
 GUIDANCE = 3.0
 

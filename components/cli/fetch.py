@@ -37,7 +37,7 @@ def fetch(
     settings: Settings = None,
     root: Annotated[Path, typer.Option(help="The work root, which the folder must be in.")] = Path("."),
 ) -> None:
-    """Download pretrained weights from the hub: safetensors, configurations and tokenizers, and nothing else.
+    """Download pretrained weights from the hub: safetensors, configurations, tokenizers and the README; no code.
 
     Run it again to resume a download. HF_TOKEN gives access to gated repositories, and HF_ENDPOINT names a mirror.
     """

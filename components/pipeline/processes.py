@@ -78,7 +78,7 @@ def _count_on_cpu(settings: Mapping[str, Any]) -> int:
 
 def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The cores that this process may use: those of its affinity, within a container's `limit` (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     with suppress(OSError, ValueError):  # no such file, or "max" for no limit
         quota, period = map(int, limit.read_text(encoding="ascii").split())
         cores = min(cores, max(1, quota // period))

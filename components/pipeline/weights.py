@@ -52,8 +52,8 @@ def missing_weights(profile: Mapping[str, Any], root: Path) -> dict[Path, str]:
 def fetch(repository: str, folder: Path, revision: str | None = None) -> Path:
     """Download what is missing of a hub repository's model into `folder`, which may hold a part of it.
 
-    Only weights in safetensors, configurations and tokenizers are downloaded. Raises like `univigu.wan.local_folder`,
-    and `BadInputError` for a name that is no repository's.
+    Only weights in safetensors, configurations, tokenizers and the README are downloaded. Raises like
+    `univigu.wan.local_folder`, and `BadInputError` for a name that is no repository's.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise BadInputError(f"'{repository}' is no hub repository; give OWNER/NAME, such as {_EXAMPLE}.")

@@ -302,7 +302,7 @@ def assumptions(profile: Profile, mfu: Span) -> list[str]:
         f"{EAGER_MFU[0]:g} to {EAGER_MFU[1]:g} was measured elsewhere with code of this kind, which runs diffusers' "
         f"modules one by one; {MEGATRON_MFU:g} needs a rewritten model such as Megatron's.",
         "Backward passes are counted as if every weight were trained; `freeze` and `lora` reduce them.",
-        "A step waits for its slowest GPU; tasks are drawn by the profile's shares.",
+        "Tasks are drawn by the profile's shares; with `task_draw: sample`, a step waits for its slowest GPU.",
         f"The CUDA context and NCCL take {planning.CONTEXT_GIB:g} GiB of a GPU, and fragmentation "
         f"{100 * planning.FRAGMENTATION:g} %; DeepSpeed's buckets have their default sizes.",
         "Operations of the autoencoder and the transformer are counted; those of the text encoder, the norms and the "

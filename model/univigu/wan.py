@@ -214,7 +214,7 @@ def local_folder(source: str | Path, **hub: Any) -> Path:
 
 def download(repository: str, **hub: Any) -> Path:
     """The download of the hub repository ``owner/name``, of which what is missing is fetched: weights in safetensors,
-    configurations and tokenizers.
+    configurations, tokenizers and the README.
 
     ``hub`` are options of the download, see :func:`local_folder`, and ``local_dir``, a folder for it in place of the
     cache. Raises MissingInputError as that does.
