@@ -124,11 +124,11 @@ def inference_seconds(
     if task != "generate":
         parts["encoding the video"] = durations(encode, rates)
         branches = 2 if sampling["caption_guidance_scale"] > 1 else 1
-        both, video = (transformer.estimate_flops(models.video_tokens, n, context, "prefix") for n in (text, 0))
+        video, each_text = transformer.estimate_caption_flops(models.video_tokens, text, context)
         parts["reading the video"] = durations(branches * video, rates)
         read = bytes_of_text_step(profile, models) / (device.bandwidth_tb * 1e12)
         count = branches * sampling["caption_steps"]
-        parts["writing the text"] = [count * max(read, each) for each in durations(both - video, rates)]
+        parts["writing the text"] = [count * max(read, each) for each in durations(each_text, rates)]
     if task != "caption":
         parts["decoding the video"] = durations(decode, rates)
     return {**parts, "total": [sum(ends) for ends in zip(*parts.values(), strict=True)]}

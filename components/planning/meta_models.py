@@ -70,4 +70,5 @@ def build_transformer(profile: Profile, base: Mapping[str, Any], vocab_size: int
         row_norm=row_norm_for(vocab_size, model["tau_star"]),
         prediction=model["prediction"],
         ffn_init=model["ffn_init"],
+        caption_attention=model["caption_attention"],
     )

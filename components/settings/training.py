@@ -42,7 +42,12 @@ class Model(Section):
         "dimensions",
     )
     prediction: Literal["categorical", "x1", "velocity"] = setting("What the text side predicts")
-    ffn_init: Literal["new", "copy"] = setting("Initialise its feed-forward layers anew, or copy the video side's")
+    ffn_init: Literal["new", "copy", "shared"] = setting(
+        "Initialise its feed-forward layers anew, copy the video side's, or use the video side's own"
+    )
+    caption_attention: Literal["prefix", "joint"] = setting(
+        "What a video attends to while a text about it is written: itself (and is computed once), or the text, too"
+    )
     tau_star: Annotated[float, Field(gt=0, lt=1)] = setting("The time at which tokens become readable, 0 noise, 1 data")
     self_conditioning: Share = setting("Share of the steps in which the text sees its own first guess")
     sampling: Sampling = setting("Sampling defaults of the saved model")

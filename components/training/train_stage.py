@@ -204,6 +204,7 @@ def text_side(step: "Step", vocabulary: int) -> dict[str, Any]:
         "row_norm": row_norm_for(vocabulary, model.tau_star),
         "prediction": model.prediction,
         "ffn_init": model.ffn_init,
+        "caption_attention": model.caption_attention,
     }
 
 

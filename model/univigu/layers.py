@@ -99,11 +99,24 @@ def project_out(attention: WanAttention, x: Tensor) -> Tensor:
 
 
 class UniViGUBlock(WanTransformerBlock):
-    """Wan's block with a second feed-forward network and scale/shift table for text (eq 14, 15)."""
+    """Wan's block with a second feed-forward network and scale/shift table for text (eq 14, 15).
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str | None, cross_attn_norm: bool, eps: float):
+    With ``shared_ffn`` text goes through the video's network: what the paper's design is compared with.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        qk_norm: str | None,
+        cross_attn_norm: bool,
+        eps: float,
+        shared_ffn: bool = False,
+    ):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
-        self.ffn_text = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        own = None if shared_ffn else FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ffn_text = own
         self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.sequence: SequenceGroup | None = None  # the processes that share a video's tokens
 
@@ -158,8 +171,9 @@ class UniViGUBlock(WanTransformerBlock):
             # pyrefly: ignore[bad-argument-type]
             video_out = self._finish(video[0], self._to_tokens(video_out), video_mod, context_kv, self.ffn)
         if text is not None:
+            ffn = self.ffn if self.ffn_text is None else self.ffn_text
             # pyrefly: ignore[bad-argument-type]
-            text_out = self._finish(text[0], self._all_heads(text_out), text_mod, context_kv, self.ffn_text)
+            text_out = self._finish(text[0], self._all_heads(text_out), text_mod, context_kv, ffn)
         # pyrefly: ignore[bad-return]
         return video_out, text_out, kv_cache
 

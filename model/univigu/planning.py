@@ -46,10 +46,9 @@ def task_costs(model: UniViGUTransformer3DModel, tokens: Tokens, objective: Obje
     keys and values are cached; so does each of the objective's ``text_draws`` after the first. In the generate task the
     text is given, so there is no extra pass.
     """
-    joint, prefix = (model.estimate_flops(*tokens, policy) for policy in ("joint", "prefix"))
-    text_alone = prefix - model.estimate_flops(tokens.video, 0, tokens.context, "prefix")
-    draws = objective.text_draws
-    understand = (prefix + (draws - 1) * text_alone, draws * text_alone)
+    joint, draws = model.estimate_flops(*tokens), objective.text_draws
+    video, text = model.estimate_caption_flops(*tokens)
+    understand = (video + draws * text, draws * text)
     costs = {"understand": understand, "joint": (joint, joint), "generate": (joint, 0)}
     total = sum(objective.shares.values())
     return {task: TaskCost(share / total, *costs[task]) for task, share in objective.shares.items() if share}

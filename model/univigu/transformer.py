@@ -9,7 +9,8 @@ What is unusual here:
   bit.
 - Two attention policies. ``joint``: all tokens attend to all tokens (eq 14). ``prefix``: video does not attend to text,
   so the keys and values of a fixed video are computed once (:meth:`prefill_video`), and each text step costs only the
-  text tokens (:meth:`denoise_text`). No mask is ever built.
+  text tokens (:meth:`denoise_text`). No mask is ever built. A model whose ``caption_attention`` is ``joint`` computes
+  the video again for each text step, under the same calls: what ``prefix`` is compared with.
 - Text uses Wan's own rotary tables, on the diagonal after the video: token i is at (p, p, p), p = max(T, H, W) + i.
 """
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from . import wan
 from .errors import ConfigError
-from .layers import KVCache, RotaryTables, Stream, TextEmbedder, TextHead, UniViGUBlock
+from .layers import KVCache, RotaryTables, Stream, TextEmbedder, TextHead, UniViGUBlock, repeat_rows
 from .sequence_parallel import SequenceGroup, require_divisible
 from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
 
@@ -44,12 +45,14 @@ class VideoCache:
     """What text needs from a video: each block's keys and values, and the grid after which text positions start.
 
     A block whose activations are recomputed has the video stream at its input in their place, from which it computes
-    them again: that is kept for the backward pass anyway, and has half the size.
+    them again: that is kept for the backward pass anyway, and has half the size. A model whose ``caption_attention`` is
+    ``joint`` keeps the video itself, and no blocks.
     """
 
     blocks: list[KVCache | Stream]
     grid: tuple[int, int, int]  # patches along T, H, W
     context: Tensor | None = None  # the projected condition, for the streams
+    video: tuple[Tensor, Tensor, Tensor] | None = None  # z_v, tau and c, as `forward` takes them
 
 
 @dataclass
@@ -69,7 +72,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
 
     ``text_latent_dim`` d, ``vocab_size`` V (rows of E), ``tokenizer_length`` (ids from there on are never predicted),
     ``row_norm`` r (None: from V), ``text_length`` N, ``prediction`` (categorical | x1 | velocity), ``ffn_init`` (new |
-    copy), ``pad_token_id``, ``eos_token_id``, ``text_output_dim`` w (numbers per token for a `TextOutput`; 0: none).
+    copy | shared, with the video's), ``pad_token_id``, ``eos_token_id``, ``text_output_dim`` w (numbers per token for a
+    `TextOutput`; 0: none), ``caption_attention`` (prefix | joint: a video's, while a text about it is written).
     """
 
     _supports_gradient_checkpointing = True
@@ -105,12 +109,15 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         pad_token_id: int = 0,
         eos_token_id: int = 1,
         text_output_dim: int = 0,
+        caption_attention: str = "prefix",
     ):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
-        if ffn_init not in ("new", "copy"):
-            raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new or copy.")
+        if ffn_init not in ("new", "copy", "shared"):
+            raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
+        if caption_attention not in ("prefix", "joint"):
+            raise ConfigError(f"Unknown caption_attention {caption_attention!r}: use prefix or joint.")
         if text_output_dim and prediction != "categorical":
             raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
         if row_norm is None:
@@ -122,7 +129,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, dim * 6, text_dim)
         self.blocks = nn.ModuleList(
-            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
+            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, ffn_init == "shared")
+            for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
@@ -166,6 +174,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         if attention == "kv_only":
             # pyrefly: ignore[bad-argument-type]
             return UniViGUOutput(None, None, self.prefill_video(hidden_states, tau, encoder_hidden_states))
+        if attention == "text_only" and self.config.caption_attention == "joint":
+            # pyrefly: ignore[bad-argument-type]
+            seen = self.prefill_video(hidden_states, tau, encoder_hidden_states)
+            return self.forward(seen, text=text, text_tau=text_tau, guess=guess)
         # pyrefly: ignore[bad-argument-type]
         (video, time, rotary), temb, context, grid = self._embed_video(hidden_states, tau, encoder_hidden_states)
         text_hidden = None
@@ -196,6 +208,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
 
     def prefill_video(self, hidden_states: Tensor, tau: Tensor, encoder_hidden_states: Tensor) -> VideoCache:
         """Compute once what text under ``prefix`` attention needs from a video. Shapes as in :meth:`forward`."""
+        if self.config.caption_attention == "joint":
+            return VideoCache([], self.grid(hidden_states.shape[2:]), video=(hidden_states, tau, encoder_hidden_states))
         (video, time, rotary), _, context, grid = self._embed_video(hidden_states, tau, encoder_hidden_states)
         kept: list[KVCache | Stream] = []
         for i, block in enumerate(self.blocks):
@@ -213,6 +227,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
 
         Of M videos in the cache, text row i sees video i modulo M: B is a multiple of M.
         """
+        if cache.video is not None:
+            video, tau, condition = (repeat_rows(x, len(text)) for x in cache.video)
+            # pyrefly: ignore[bad-return]
+            return self.forward(video, tau, condition, text, text_tau, guess).text
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
         rotary = self.rope.text(cache.grid, text.shape[1])
         for block, kept in zip(self.blocks, cache.blocks, strict=True):
@@ -346,3 +364,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         text = 2 * self.config.text_latent_dim + self.config.text_output_dim  # into the stream, and out of it
         ends = video_tokens * dim * patch + text_tokens * dim * text
         return 2 * (self.config.num_layers * per_block + ends)
+
+    def estimate_caption_flops(self, video_tokens: int, text_tokens: int, context_tokens: int) -> tuple[int, int]:
+        """Operations of reading a video, once, and of each pass of a text beside it; counted as `estimate_flops`."""
+        if self.config.caption_attention == "joint":
+            return 0, self.estimate_flops(video_tokens, text_tokens, context_tokens)
+        video, both = (self.estimate_flops(video_tokens, n, context_tokens, "prefix") for n in (0, text_tokens))
+        return video, both - video

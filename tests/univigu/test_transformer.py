@@ -162,6 +162,32 @@ def test_the_text_side_starts_as_a_copy_of_the_videos_time(base, inputs):
     assert not torch.equal(fresh.blocks[0].ffn_text.net[2].weight, fresh.blocks[0].ffn.net[2].weight)
 
 
+def test_a_shared_network_serves_both_streams_and_the_video_stays_wans(base, inputs):
+    model, copied = build(base, ffn_init="shared"), build(base, ffn_init="copy")
+    unused = model.load_state_dict(copied.state_dict(), strict=False).unexpected_keys
+    assert unused
+    assert all(".ffn_text." in name for name in unused)
+    video, condition, text, guess = inputs
+    with torch.no_grad():
+        ours, theirs = (each(video, TAU, condition, text, TEXT_TAU, guess) for each in (model, copied))
+    assert torch.equal(ours.video, theirs.video)
+    assert torch.equal(ours.text, theirs.text)
+
+
+@torch.no_grad()
+def test_a_model_that_captions_jointly_gives_the_joint_forward_through_the_same_calls(base, inputs):
+    model = build(base, caption_attention="joint")
+    video, condition, text, guess = inputs
+    joint = model(video, TAU, condition, text, TEXT_TAU, guess, "joint").text
+    seen = model(video, TAU, condition, attention="kv_only").cache
+    assert torch.equal(model(seen, text=text, text_tau=TEXT_TAU, guess=guess).text, joint)
+    assert torch.equal(model(video, TAU, condition, text, TEXT_TAU, guess, "text_only").text, joint)
+    both = model.denoise_text(text.repeat(2, 1, 1), TEXT_TAU.repeat(2), seen, guess.repeat(2, 1, 1))
+    torch.testing.assert_close(both, torch.cat([joint, joint]), atol=1e-5, rtol=1e-5)
+    prefix = model(video, TAU, condition, text, TEXT_TAU, guess, "prefix").text
+    assert not torch.allclose(joint, prefix, atol=1e-3)
+
+
 def test_a_wan_folder_loads_unchanged(tiny_wan_folder):
     theirs = WanTransformer3DModel.from_pretrained(tiny_wan_folder / "transformer")
     model = UniViGUTransformer3DModel.from_wan(tiny_wan_folder, text_latent_dim=16, prediction="x1")
@@ -304,7 +330,7 @@ def test_the_estimated_flops_equal_the_counted_ones(attention):
     assert model.estimate_flops(32760, 256, 512, attention) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-@pytest.mark.parametrize("wrong", [{"prediction": "noise"}, {"ffn_init": "zero"}])
+@pytest.mark.parametrize("wrong", [{"prediction": "noise"}, {"ffn_init": "zero"}, {"caption_attention": "none"}])
 def test_unknown_choices_are_refused(base, wrong):
     with pytest.raises(ConfigError, match="use "):
         UniViGUTransformer3DModel.from_wan(base, **(TEXT | wrong))
