@@ -5,7 +5,6 @@ otherwise) and the times of both sides in seconds. `univigu bench NAME` runs it 
 with the machine.
 """
 
-import os
 import platform
 from collections.abc import Mapping
 from importlib import import_module
@@ -13,6 +12,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+from components.pipeline.processes import usable_cores
 from univigu.errors import ConfigError
 from univigu.files import write_json
 
@@ -41,7 +41,7 @@ def machine() -> Mapping[str, Any]:
 
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

@@ -1,6 +1,5 @@
 """`univigu study`: the arms of the study, run, and shown with their intervals."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -51,11 +50,12 @@ def run(
     """
     from components.bench.study.arms import check_arms, load_study
     from components.bench.study.run import run_study
+    from components.pipeline.processes import usable_cores
 
     study = load_study(*[arms] if arms else [])
     chosen = study.chosen(budget, arm)
     check_arms(study, budget, chosen)
-    outcomes = run_study(study, budget, chosen, root, jobs or min(2, len(os.sched_getaffinity(0))))
+    outcomes = run_study(study, budget, chosen, root, jobs or min(2, usable_cores()))
     failed = [one for one in outcomes if one.failure]
     if len(failed) < len(outcomes):
         show(budget, arms, root)

@@ -8,7 +8,6 @@ range) is used for stage 1, which needs only a prompt.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from components.clips.buckets import Bucket, Misfit, choose_bucket, list_buckets
 from components.clips.import_files import list_videos
 from components.clips.import_texts import Fault, Texts, printable, read_texts
+from components.pipeline.processes import usable_cores
 from components.pipeline.stages import Stage
 from components.settings.sections import Video
 from univigu.errors import ConfigError, MissingInputError, VideoError
@@ -148,7 +148,7 @@ def import_videos(step: "Step") -> None:
         join_tars([batch_folder / TAR for batch_folder, _ in made], folder / TAR)
         return [{**row, "shard": f"shards/{folder.name.removeprefix('.')}/{TAR}"} for _, rows in made for row in rows]
 
-    with side_threads(min(BATCH, len(os.sched_getaffinity(0))), "read-videos") as pool:
+    with side_threads(min(BATCH, usable_cores()), "read-videos") as pool:
         clips = step.map_shards(plans, step.settings.import_videos.shard_size, make_shard, unit="videos")
     kept = {row["id"] for row in clips}
     chosen = [plan for plan in plans if plan["id"] in kept]
@@ -267,7 +267,7 @@ def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple
         except OSError as error:
             return error
 
-    with side_threads(min(BATCH, len(os.sched_getaffinity(0))), "read-videos") as pool:
+    with side_threads(min(BATCH, usable_cores()), "read-videos") as pool:
         yield from zip(names, step.progress(pool.map(digest, names), len(names), unit="files"), strict=True)
 
 

@@ -28,7 +28,7 @@ from components.pipeline.digests import json_digest, source_digest
 from components.pipeline.fingerprint import code_digest, stage_code
 from components.pipeline.freshness import finished
 from components.pipeline.manifests import MANIFEST, inside, read_manifest
-from components.pipeline.processes import read_lines, sentence, shell_code, start_child
+from components.pipeline.processes import read_lines, sentence, shell_code, start_child, usable_cores
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import find_stage
 from components.pipeline.state import STATE, lock
@@ -96,7 +96,7 @@ class _Processes:
     """The steps' processes. When this process ends, in whatever way, they end too, and can be resumed."""
 
     def __init__(self, jobs: int) -> None:
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         self.environment = {} if jobs == 1 or _THREADS in os.environ else {_THREADS: str(max(1, cores // jobs))}
         self._running: set[subprocess.Popen[str]] = set()
         self._guard, self.stopped = Lock(), False
