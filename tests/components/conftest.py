@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import engine
 from components.clips.archive import write_tar
@@ -71,6 +72,18 @@ def small_profile():
     for section in ("synthesize_videos", "caption_videos", "encode_latents"):
         profile[section]["max_rejected_share"] = 1.0
     return profile
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a profile beside the others of the test; returns its path as text."""
+
+    def put(values, name="mine.yaml"):
+        text = values if isinstance(values, str) else yaml.safe_dump(values)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -1,70 +1,16 @@
-"""The loss of training samples, and the held-out evaluation."""
+"""The loss of training samples."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
+from tiny_objective import DEFAULT, LENGTH, VOCABULARY, alone, build, make_batch, take
 from univigu import flow, objective, tasks, text_space
-from univigu.errors import ConfigError
 from univigu.objective import TrainingObjective, training_loss
 from univigu.tasks import TASKS, ObjectiveConfig, draw_plan, draw_step
-from univigu.training.heldout import evaluate_heldout
-from univigu.transformer import UniViGUTransformer3DModel
 
-DEFAULT = ObjectiveConfig()
 LITERAL = ObjectiveConfig(shares={"joint": 1.0}, form="literal", self_conditioning=0.0)
-VOCABULARY, LENGTH = 30, 6
-
-
-def build(prediction="categorical", zero_head=False):
-    torch.manual_seed(0)
-    base = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-        rope_max_seq_len=64,
-    )
-    model = UniViGUTransformer3DModel.from_wan(
-        base,
-        vocab_size=VOCABULARY + 2,
-        tokenizer_length=VOCABULARY,
-        text_latent_dim=8,
-        text_length=LENGTH,
-        prediction=prediction,
-    )
-    if not zero_head:
-        torch.nn.init.normal_(model.text_head.proj_out.weight, std=0.1)
-    return model
-
-
-def make_batch(size=16, epoch=0):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, VOCABULARY, (2, size, LENGTH), generator=generator)
-    ids[:, :, -2], ids[:, :, -1] = 1, 0
-    return {
-        "latents": torch.randn(size, 4, 2, 4, 4, generator=generator),
-        "prompt_embeds": torch.randn(size, 5, 32, generator=generator),
-        "empty_embeds": torch.randn(5, 32, generator=generator),
-        "prompt_ids": ids[0],
-        "target_ids": ids[1],
-        "sample_ids": torch.arange(size) + 100,
-        "epochs": torch.full((size,), epoch),
-    }
-
-
-def take(batch, rows):
-    return {name: tensor if name == "empty_embeds" else tensor[rows] for name, tensor in batch.items()}
-
-
-def alone(task):
-    return replace(DEFAULT, shares={task: 1.0})
 
 
 def test_a_samples_draws_do_not_depend_on_its_batch_but_on_the_epoch():
@@ -383,37 +329,6 @@ def test_a_few_steps_teach_a_few_samples():
         optimiser.step()
         losses.append(out["loss"].item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-
-
-@pytest.mark.slow
-def test_video_gain_shows_whether_the_text_reads_the_video():
-    """A model that is trained to tell two kinds of video apart gains from the video; an untrained one doesn't."""
-    batch = make_batch(16)
-    kind = torch.arange(16) % 2
-    batch["latents"] = (2.0 * kind - 1)[:, None, None, None, None] + 0.1 * batch["latents"]
-    batch["target_ids"] = torch.where(kind.bool()[:, None], 5, 9).repeat(1, LENGTH)
-    model = build(zero_head=True)
-    untrained = evaluate_heldout(model, [batch], bins=4)
-    assert untrained["video_gain"] == 0
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(60):
-        batch["epochs"] = torch.full((16,), step)
-        loss = training_loss(model, batch, alone("understand"), step)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    trained = evaluate_heldout(model, [take(batch, slice(0, 8)), take(batch, slice(8, 16))], bins=4)
-    assert trained["token_accuracy"][0] > 0.9
-    assert trained["video_gain"] > 0.05
-    assert trained["samples"] == 16
-    whole = evaluate_heldout(model, [batch], bins=4)
-    assert whole["text_ce"] == pytest.approx(trained["text_ce"], rel=1e-3, abs=1e-5)
-    assert len(whole["video_mse"]) == len(whole["tau"]) == 4
-
-
-def test_evaluation_without_samples_is_refused():
-    with pytest.raises(ConfigError, match="held-out"):
-        evaluate_heldout(build(), [])
 
 
 def test_text_noise_does_not_depend_on_the_latents_shape():

@@ -8,9 +8,10 @@ from itertools import permutations
 
 import pytest
 
+from components.clips.import_files import list_videos
 from components.clips.import_texts import Texts, read_texts
 from components.prompts.records import LONGEST_LINE, LONGEST_QUOTE
-from univigu.errors import BadInputError, CorruptDataError
+from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
 
 COMPOSED, DECOMPOSED = "caf\u00e9.mp4", "cafe\u0301.mp4"
 
@@ -152,3 +153,76 @@ def test_a_huge_text_file_is_not_read_completely(tmp_path):
     texts, faults = read_texts(tmp_path, ["a.mp4", "b.mp4", "c.mp4"], None)
     assert texts == {"b.mp4": Texts("b", "")}
     assert reasons(faults) == [("a.mp4", "over_long"), ("c.mp4", "not_a_file")]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("一只猫在草地上奔跑。阳光明媚。".encode(), Texts("一只猫在草地上奔跑。阳光明媚。", "")),
+        ("قطة تركض على العشب.".encode(), Texts("قطة تركض على العشب.", "")),
+        ("a cat 🐈 runs\r\nand \x07jumps ".encode(), Texts("a cat 🐈 runs and jumps", "")),
+        ("a café".encode("utf-8-sig"), Texts("a café", "")),
+        ("a café".encode("utf-16"), Texts("a café", "")),
+        ("a caf\u00c3\u00a9 &amp; a cat".encode(), Texts("a café & a cat", "")),
+        (b"a cat \x00 runs", "damaged_text"),
+        (b"a caf\xe9", "damaged_text"),
+        (b" \n", "no_text"),
+    ],
+    ids=["chinese", "arabic", "emoji", "bom", "utf-16", "mojibake", "nul", "latin-1", "blank"],
+)
+def test_texts_in_any_script_are_kept_and_damaged_ones_reported(tmp_path, content, texts):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_bytes(content)
+    found, faults = read_texts(tmp_path, ["a.mp4"], None)
+    assert (found == {"a.mp4": texts}) if isinstance(texts, Texts) else [fault.reason for fault in faults] == [texts]
+
+
+def test_a_jsonl_table_may_have_broken_rows(tmp_path):
+    lines = [
+        {"file_name": "a.mp4", "text": "first"},
+        {"video": "sub\\B.mp4", "caption": "second", "prompt": "brief"},
+        {"file_name": "../outside.mp4", "caption": "x"},
+        {"file_name": "/etc/passwd", "caption": "x"},
+        {"file_name": "a\u0301.mp4", "caption": "composed otherwise"},
+        {"file_name": "a.mp4", "caption": ["no", "text"]},
+        ["no", "object"],
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\nno json\n\n" + "[" * 100_000 + "\n")
+    found, faults = read_texts(tmp_path, ["a.mp4", "sub/B.mp4", "\u00e1.mp4"], path)
+    assert found == {
+        "a.mp4": Texts("first", ""),
+        "sub/B.mp4": Texts("second", "brief"),
+        "\u00e1.mp4": Texts("composed otherwise", ""),
+    }
+    reasons = [(fault.id.split(":")[-1], fault.reason) for fault in faults]
+    assert reasons == [
+        *(("3", "name_outside"), ("4", "name_outside"), ("6", "broken_row"), ("7", "broken_row")),
+        *(("8", "broken_row"), ("10", "broken_row")),
+    ]
+
+
+def test_the_table_of_a_folder_is_found_by_its_name(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden/b.mp4").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,said here\n")
+    (tmp_path / "a.txt").write_text("not here")
+    assert list_videos(tmp_path) == (["a.mp4"], {})
+    assert read_texts(tmp_path, ["a.mp4"], None)[0] == {"a.mp4": Texts("said here", "")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("none.csv", None, MissingInputError, "no file with captions"),
+        ("x.xlsx", b"", ConfigError, "neither CSV nor JSONL"),
+        ("x.csv", b"clip;words\na;b\n", BadInputError, "has the columns clip;words; it needs one of file_name"),
+        ("x.csv", b"", BadInputError, r"has the columns \(none\)"),
+    ],
+)
+def test_what_is_no_table_of_captions_is_named(tmp_path, name, content, error, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        read_texts(tmp_path, ["a.mp4"], tmp_path / name)

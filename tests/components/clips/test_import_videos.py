@@ -1,6 +1,5 @@
 """Existing videos and captions are imported as clips for the rest of the pipeline, and nothing is lost silently."""
 
-import io
 import json
 import os
 import shutil
@@ -17,8 +16,6 @@ from typer.testing import CliRunner
 from components.cli.main import app
 from components.clips import import_videos as module
 from components.clips.archive import open_clip, read_clips
-from components.clips.import_files import list_videos
-from components.clips.import_texts import Texts, read_texts
 from components.clips.import_videos import first_sentence, import_folder
 from components.digits import world
 from components.pipeline.freshness import finished
@@ -26,48 +23,11 @@ from components.pipeline.manifests import verify
 from components.pipeline.runner import run_part, run_stage
 from components.pipeline.tables import read_table
 from components.pipeline.workspace import Part
-from univigu.errors import BadInputError, ConfigError, MissingInputError
+from small_videos import sound, turned, write_video
+from univigu.errors import ConfigError
 from univigu.video import encode_mp4
 
 OPTIONS = {"licence": "CC0-1.0", "source": "a test", "texts": "captions"}
-
-
-def write_video(path, times, height=32, width=32, pixel=None, dark=40):
-    """A video whose brightness is `dark` at the time 0 and grows by 80 a second, its frames shown at `times`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "4"}
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        if pixel:
-            stream.codec_context.sample_aspect_ratio = pixel
-        for time in times:
-            level = np.full((height, width, 3), round(dark + 80 * time) % 256, np.uint8)
-            frame = av.VideoFrame.from_ndarray(level, format="rgb24")
-            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def turned(content):
-    """The bytes of an mp4 with metadata that rotates it clockwise by 90 degrees."""
-    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
-    clockwise = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
-    at = content.index(identity, content.index(b"tkhd"))
-    return content[:at] + clockwise + content[at + len(clockwise) :]
-
-
-def sound():
-    target = io.BytesIO()
-    with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=44100)
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.float32), format="fltp", layout="mono")
-        samples.sample_rate = 44100
-        container.mux(stream.encode(samples))
-        container.mux(stream.encode())
-    return target.getvalue()
 
 
 def caption(number):
@@ -373,79 +333,6 @@ def test_a_clip_whose_caption_is_out_of_range_is_used_for_stage_1(folder, root, 
     assert manifest["facts"]["stages"] == {"1": 2, "2": 10}
     rows = read_table(root / "data/captions", "captions").to_pylist()
     assert sorted(row["status"] for row in rows) == ["skipped"] * 2 + ["success"] * 10
-
-
-@pytest.mark.parametrize(
-    ("content", "texts"),
-    [
-        ("一只猫在草地上奔跑。阳光明媚。".encode(), Texts("一只猫在草地上奔跑。阳光明媚。", "")),
-        ("قطة تركض على العشب.".encode(), Texts("قطة تركض على العشب.", "")),
-        ("a cat 🐈 runs\r\nand \x07jumps ".encode(), Texts("a cat 🐈 runs and jumps", "")),
-        ("a café".encode("utf-8-sig"), Texts("a café", "")),
-        ("a café".encode("utf-16"), Texts("a café", "")),
-        ("a caf\u00c3\u00a9 &amp; a cat".encode(), Texts("a café & a cat", "")),
-        (b"a cat \x00 runs", "damaged_text"),
-        (b"a caf\xe9", "damaged_text"),
-        (b" \n", "no_text"),
-    ],
-    ids=["chinese", "arabic", "emoji", "bom", "utf-16", "mojibake", "nul", "latin-1", "blank"],
-)
-def test_texts_in_any_script_are_kept_and_damaged_ones_reported(tmp_path, content, texts):
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "a.txt").write_bytes(content)
-    found, faults = read_texts(tmp_path, ["a.mp4"], None)
-    assert (found == {"a.mp4": texts}) if isinstance(texts, Texts) else [fault.reason for fault in faults] == [texts]
-
-
-def test_a_jsonl_table_may_have_broken_rows(tmp_path):
-    lines = [
-        {"file_name": "a.mp4", "text": "first"},
-        {"video": "sub\\B.mp4", "caption": "second", "prompt": "brief"},
-        {"file_name": "../outside.mp4", "caption": "x"},
-        {"file_name": "/etc/passwd", "caption": "x"},
-        {"file_name": "a\u0301.mp4", "caption": "composed otherwise"},
-        {"file_name": "a.mp4", "caption": ["no", "text"]},
-        ["no", "object"],
-    ]
-    path = tmp_path / "t.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\nno json\n\n" + "[" * 100_000 + "\n")
-    found, faults = read_texts(tmp_path, ["a.mp4", "sub/B.mp4", "\u00e1.mp4"], path)
-    assert found == {
-        "a.mp4": Texts("first", ""),
-        "sub/B.mp4": Texts("second", "brief"),
-        "\u00e1.mp4": Texts("composed otherwise", ""),
-    }
-    reasons = [(fault.id.split(":")[-1], fault.reason) for fault in faults]
-    assert reasons == [
-        *(("3", "name_outside"), ("4", "name_outside"), ("6", "broken_row"), ("7", "broken_row")),
-        *(("8", "broken_row"), ("10", "broken_row")),
-    ]
-
-
-def test_the_table_of_a_folder_is_found_by_its_name(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden/b.mp4").touch()
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,said here\n")
-    (tmp_path / "a.txt").write_text("not here")
-    assert list_videos(tmp_path) == (["a.mp4"], {})
-    assert read_texts(tmp_path, ["a.mp4"], None)[0] == {"a.mp4": Texts("said here", "")}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "error", "message"),
-    [
-        ("none.csv", None, MissingInputError, "no file with captions"),
-        ("x.xlsx", b"", ConfigError, "neither CSV nor JSONL"),
-        ("x.csv", b"clip;words\na;b\n", BadInputError, "has the columns clip;words; it needs one of file_name"),
-        ("x.csv", b"", BadInputError, r"has the columns \(none\)"),
-    ],
-)
-def test_an_unreadable_table_is_an_error(tmp_path, name, content, error, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=message):
-        read_texts(tmp_path, ["a.mp4"], tmp_path / name)
 
 
 @pytest.mark.parametrize(

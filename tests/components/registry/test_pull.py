@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import os
 import signal
 import socket
@@ -146,3 +147,60 @@ def ask(url, request=None):
         return error.code, error.read().decode()
     except OSError:
         return 0, ""
+
+
+HIDDEN = """
+import sys
+from pathlib import Path
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path = [folder for folder in sys.path if not Path(folder, "univigu").is_dir()]
+from importlib.util import find_spec
+assert find_spec("univigu") is None and find_spec("components") is None
+import json, mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/clean@champion")
+clip, data = json.load(sys.stdin)
+said = [model.predict(pandas.DataFrame({"video": [value]}), params={"seed": 3})["caption"][0] for value in (clip, data)]
+made = model.predict(pandas.DataFrame({"prompt": ["a red seven"]}), params={"task": "generate", "steps": 2})
+both = model.predict(pandas.DataFrame({"prompt": [""]}), params={"task": "joint", "steps": 2, "guidance": 1.0})
+import univigu
+print(json.dumps([univigu.__file__, said, made.to_dict("list"), both.to_dict("list")]))
+"""
+
+
+def test_a_pull_needs_no_checkout(root, tmp_path, monkeypatch, capsys):
+    from components.cli.main import main
+
+    clip = tmp_path / "clip.mp4"
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    clip.write_bytes(encode_mp4(frames, 8))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", HIDDEN],
+        input=json.dumps([str(clip), base64.b64encode(clip.read_bytes()).decode()]),
+        env={
+            **{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ},
+            "MLFLOW_TRACKING_URI": tracking_uri(root),
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    library, said, made, both = json.loads(done.stdout.splitlines()[-1])
+    assert Path(library).is_relative_to(root / "mlruns")
+    assert list(made) == ["video"]
+    assert sorted(both) == ["caption", "video"]
+    for video in (made["video"][0], both["video"][0]):
+        assert decode_mp4(base64.b64decode(video))[0].shape == (9, 32, 32, 3)
+
+    native = registry.load_pipeline("models:/clean@champion", tracking_uri(root))
+    native.set_progress_bar_config(disable=True)
+    expected = native.caption(decode_mp4(clip.read_bytes())[0], seed=3)[0]
+    assert said == [expected, expected]
+    arguments = ["univigu", "caption", str(clip), "--seed", "3", "--name", "clean", "--root", str(root)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        main()
+    logging.disable(logging.NOTSET)
+    assert capsys.readouterr().out.split() == expected.split()

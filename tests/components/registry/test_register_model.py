@@ -1,16 +1,11 @@
 """Registration: one version per model, promotion, lineage tags, and a pull without a checkout."""
 
 import json
-import logging
-import os
 import re
 import shutil
-import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,17 +16,9 @@ from components.registry import promotion
 from components.registry.lineage import trace_version
 from components.registry.register_model import git_commit
 from components.tracking import tracking_uri
-from trained_root import TrainedRoot, commit
+from trained_root import commit
 from univigu import registry
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, GateFailedError
-from univigu.video import decode_mp4, encode_mp4
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, speaking_model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield TrainedRoot(tmp_path_factory.mktemp("root"), speaking_model)
 
 
 @pytest.mark.slow
@@ -340,165 +327,3 @@ def test_an_evaluation_of_another_model_is_refused(world):
     with pytest.raises(BadInputError, match="no score 'captions"):
         world.register("mixed", metric="captions.beauty")
     assert world.version("mixed", "candidate") is None
-
-
-KILLED = """
-import os, resource, signal, sys
-from pathlib import Path
-import mlflow.pyfunc, scipy.stats, sqlalchemy.orm  # once, not in each child
-import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
-from components.registry import promotion, register_model
-from components.pipeline.runner import run_stage
-from univigu import registry
-from univigu.errors import DiskFullError
-sqlalchemy.orm.configure_mappers()
-root, calls = Path(sys.argv[1]), {"n": 0}
-
-def die():  # as in a power failure
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def fill():  # files can't grow beyond this size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
-
-def strike_at(owner, name, call, strike):  # right before that call
-    real = getattr(owner, name)
-    def struck(*args, **kwargs):
-        calls["n"] += 1
-        if calls["n"] == call:
-            strike()
-        return real(*args, **kwargs)
-    setattr(owner, name, struck)
-
-for name, place, attribute, call, strike, ends in (
-    ("kill-uploading", mlflow.models.model, "_use_logged_model", 1, die, -signal.SIGKILL),
-    ("kill-uploaded", mlflow.tracking.fluent, "finalize_logged_model", 1, die, -signal.SIGKILL),
-    ("kill-entered", registry, "set_alias", 1, die, -signal.SIGKILL),
-    ("kill-decided", registry, "set_alias", 2, die, -signal.SIGKILL),
-    ("kill-untagged", registry, "set_tags", 1, die, -signal.SIGKILL),
-    ("kill-unwritten", register_model, "write_json", 7, die, -signal.SIGKILL),
-    ("kill-full", mlflow.models.model, "_use_logged_model", 1, fill, DiskFullError.exit_code),
-    ("kill-full-late", registry, "set_alias", 2, fill, DiskFullError.exit_code),
-):
-    if not (child := os.fork()):
-        strike_at(place, attribute, call, strike)
-        settings = {"name": name, "champion_metric": "captions.mean", "least_scores": {}, "promotion": "automatic"}
-        try:
-            run_stage("register-model", {"register_model": settings}, root)
-        except DiskFullError as error:
-            os._exit(error.exit_code)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == ends, (name, code)
-"""
-KILL_POINTS = ("uploading", "uploaded", "entered", "decided", "untagged", "unwritten", "full", "full-late")
-
-
-@pytest.fixture(scope="module")
-def killed(world, tmp_path_factory):
-    """The folder for temporary files; at each of `KILL_POINTS` a registration was killed, or its disk was full."""
-    world.train("killed")
-    temporary = tmp_path_factory.mktemp("temporary")
-    repo = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(world.root)],
-        env={**os.environ, "PYTHONPATH": f"{repo / 'model'}:{repo}", "TMPDIR": str(temporary)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return temporary
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_the_kill(world, killed, point):
-    name = f"kill-{point}"
-    facts = world.register(name)
-    assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
-    version = registry.find_version(name, 1, tracking_uri(world.root))
-    assert version.aliases == ["candidate", "champion"]
-    assert version.tags["univigu.decision"] == facts["decision"]
-    assert [(line.version, line.outcome) for line in promotion.history(name, root=world.root)] == [(1, "promoted")]
-    runs = (
-        "SELECT runs.name, status FROM runs JOIN experiments USING (experiment_id) WHERE "
-        "runs.lifecycle_stage = 'active' AND (runs.name = ? OR experiments.name = ?) ORDER BY runs.start_time"
-    )
-    with sqlite3.connect(world.root / "mlflow.db") as database:
-        found = database.execute(runs, (f"register {name}", f"{name}/promotions")).fetchall()
-    assert found == [(f"register {name}", "FINISHED"), ("promote version 1", "FINISHED")]
-
-
-@pytest.mark.slow
-def test_killed_registrations_leave_no_files(world, killed):
-    for point in KILL_POINTS:
-        world.register(f"kill-{point}")
-    with sqlite3.connect(world.root / "mlflow.db") as database:
-        sources = database.execute("SELECT source FROM model_versions").fetchall()
-    models = {source.rpartition("/")[2] for (source,) in sources}
-    assert {folder.name for folder in (world.root / "mlruns/models").iterdir()} == models
-    assert list(killed.iterdir()) == []
-    for place in ("staging", "scratch", "aside"):
-        assert not (world.root / ".univigu" / place / "register-model").exists()
-
-
-PULL = """
-import sys
-from pathlib import Path
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-sys.path = [folder for folder in sys.path if not Path(folder, "univigu").is_dir()]
-from importlib.util import find_spec
-assert find_spec("univigu") is None and find_spec("components") is None
-import json, mlflow, pandas
-model = mlflow.pyfunc.load_model("models:/pulled@champion")
-clip, data = json.load(sys.stdin)
-said = [model.predict(pandas.DataFrame({"video": [value]}), params={"seed": 3})["caption"][0] for value in (clip, data)]
-made = model.predict(pandas.DataFrame({"prompt": ["a red seven"]}), params={"task": "generate", "steps": 2})
-both = model.predict(pandas.DataFrame({"prompt": [""]}), params={"task": "joint", "steps": 2, "guidance": 1.0})
-import univigu
-print(json.dumps([univigu.__file__, said, made.to_dict("list"), both.to_dict("list")]))
-"""
-
-
-@pytest.mark.slow
-def test_a_pull_needs_no_checkout(world, tmp_path, monkeypatch, capsys):
-    import base64
-
-    from components.cli.main import main
-
-    world.train("pulled")
-    world.register("pulled")
-    clip = tmp_path / "clip.mp4"
-    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
-    clip.write_bytes(encode_mp4(frames, 8))
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", PULL],
-        input=json.dumps([str(clip), base64.b64encode(clip.read_bytes()).decode()]),
-        env={
-            **{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ},
-            "MLFLOW_TRACKING_URI": tracking_uri(world.root),
-            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    library, said, made, both = json.loads(done.stdout.splitlines()[-1])
-    assert Path(library).is_relative_to(world.root / "mlruns")
-    assert list(made) == ["video"]
-    assert sorted(both) == ["caption", "video"]
-    for video in (made["video"][0], both["video"][0]):
-        assert decode_mp4(base64.b64decode(video))[0].shape == (9, 32, 32, 3)
-
-    native = registry.load_pipeline("models:/pulled@champion", tracking_uri(world.root))
-    native.set_progress_bar_config(disable=True)
-    expected = native.caption(decode_mp4(clip.read_bytes())[0], seed=3)[0]
-    assert said == [expected, expected]
-    arguments = ["univigu", "caption", str(clip), "--seed", "3", "--name", "pulled", "--root", str(world.root)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit):
-        main()
-    logging.disable(logging.NOTSET)
-    assert capsys.readouterr().out.split() == expected.split()
