@@ -92,7 +92,7 @@ def _layers() -> list[list[str]]:
 
 
 def _files() -> Iterator[Path]:
-    for source in SOURCES:
+    for source in (*SOURCES, "tests"):
         yield from sorted((REPO / source).rglob("*.py"))
 
 

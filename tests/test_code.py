@@ -34,6 +34,8 @@ def test_the_rooms_are_as_the_report_says_and_no_arrow_runs_back_up():
     now = architecture.describe()
     assert now["upward"] == now["circles"] == []
     assert len(now["arrows"]) <= 80
+    assert now["longest_files"][0][0] <= 400
+    assert now["longest_functions"][0][0] <= 60
     assert json.loads(architecture.REPORT.read_text())["arrows"] == now["arrows"], "run `make architecture`"
 
 

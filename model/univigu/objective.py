@@ -3,7 +3,7 @@
 What a sample and a batch are: see `univigu.tasks`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -212,12 +212,17 @@ def training_loss(
             loss = loss + text_loss.sum()
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
-    out = {"loss": loss / len(samples)}
+    return {"loss": loss / len(samples), **_means(parts, table)}
+
+
+def _means(parts: Mapping[str, Sequence[Tensor]], like: Tensor) -> dict[str, Tensor]:
+    """The mean of each part over the batch, zero where it has no samples, and the numbers of samples."""
+    out = {}
     for name in ("video_mse", "text_mse", "text_ce", "token_accuracy"):
-        values = torch.cat(parts[name]).detach() if name in parts else table.new_zeros(0)
+        values = torch.cat(list(parts[name])).detach() if name in parts else like.new_zeros(0)
         out[name] = values.sum() / max(1, len(values))
         if name.endswith("_mse"):
-            out[name.replace("_mse", "_samples")] = torch.tensor(len(values), device=table.device)
+            out[name.replace("_mse", "_samples")] = torch.tensor(len(values), device=like.device)
     return out
 
 

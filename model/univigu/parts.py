@@ -294,8 +294,16 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
     def _temperature(self, temperature: float | None) -> float:
         return inputs.valid_temperature(self.config.caption_temperature if temperature is None else temperature)
 
-    def _text_at(self, text_at: float | None) -> float:
-        return inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
+    def _joint_times(self, count: int | None, text_at: float | None, in_step: bool) -> tuple[int, float]:
+        """How many steps `joint` takes, and the video's time at which it writes the text."""
+        if in_step and text_at is not None:
+            raise BadInputError(
+                "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
+            )
+        count = inputs.positive(self.config.num_inference_steps if count is None else count)
+        if in_step:
+            count = max(count, inputs.positive(self.config.caption_steps))
+        return count, inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
 
     def _video_noise(
         self, count: int, shape: Sequence[int], seed: Seeds | None, generator: Generators, latents: Tensor | None

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import flow, inputs, text_space, wan
 from .conditions import Conditions
-from .errors import BadInputError
 from .inputs import Generators, Seeds
 from .outputs import UniViGUPipelineOutput, check_output_type, join, to_frames
 from .parts import PipelineParts
@@ -230,11 +229,8 @@ class UniViGUPipeline(PipelineParts):
         from the text without video. ``text_latents`` (B, N, d) are the text's noise; the other arguments are those of
         the pipeline's call. Without a ``generator`` the seed is 0; video ``i`` has ``seed[i]``, or ``seed + i``.
         """
-        if in_step and text_at is not None:
-            raise BadInputError(
-                "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
-            )
         check_output_type(output_type)
+        count, text_at = self._joint_times(num_inference_steps, text_at, in_step)
         asked = Conditions(self, prompt, prompt_embeds, 1, max_sequence_length, True, allow_empty=True)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
         shape = self._latent_shape(num_frames, height, width, latents)
@@ -242,9 +238,6 @@ class UniViGUPipeline(PipelineParts):
         noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
         text_noise = self._text_noise(seeds, text_latents)
         texts = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
-        text_at = self._text_at(text_at)
-        count = inputs.positive(self.config.num_inference_steps if num_inference_steps is None else num_inference_steps)
-        count = max(count, inputs.positive(self.config.caption_steps)) if in_step else count
         frames, captions = [], []
         for part in inputs.spans(len(asked), batch_size):
             stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)

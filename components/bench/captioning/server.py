@@ -138,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.inject_fault(trouble, prompt, limits)
 
     def inject_fault(self, trouble: str, prompt: str, limits: dict[str, str]) -> None:
+        """Answer, with a fault of the connection or of the service, or with an odd answer."""
         good = self.server.describe(prompt)
         match trouble:
             case "429":
@@ -165,6 +166,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, json.dumps({"object": "chat.completion", "choices": []}).encode())
             case "policy":
                 self.refuse(400, "Your request was rejected", code="content_policy_violation")
+            case "legacy field":
+                content = {"choices": [{"index": 0, "text": good, "finish_reason": "stop"}]}
+                self.send(200, json.dumps(content).encode(), limits)
+            case text if text.startswith("http "):
+                self.fail(text)
+            case _:
+                self.answer_oddly(trouble, prompt, good, limits)
+
+    def answer_oddly(self, trouble: str, prompt: str, good: str, limits: dict[str, str]) -> None:
+        """Answer as services do whose answers have to be read with care; a good answer where there is no trouble."""
+        match trouble:
             case "blocked":
                 self.answer(None, limits, finish="content_filter")
             case "empty":
@@ -207,11 +219,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(f"{good}<|im_end|>\n<|im_start|>assistant", limits)
             case "other usage":
                 self.answer(good, limits, usage={"inputTokens": "100", "outputTokens": "50"})
-            case "legacy field":
-                content = {"choices": [{"index": 0, "text": good, "finish_reason": "stop"}]}
-                self.send(200, json.dumps(content).encode(), limits)
-            case text if text.startswith("http "):
-                self.fail(text)
             case text if text.startswith("says "):
                 self.answer(text.removeprefix("says "), limits)
             case _:

@@ -51,6 +51,7 @@ from univigu.training.optimizer_state import (
 )
 from univigu.training.sampler import SampleOrder, rank_slice
 from univigu.training.throughput import Throughput
+from univigu.transformer import UniViGUTransformer3DModel
 
 SKIPPED_AT_MOST = 5  # steps in a row whose loss or gradient is not finite: the last of them ends the run
 Report = Callable[[int, Mapping[str, float]], None]
@@ -74,12 +75,7 @@ def train(
     """
     with _termination_flag() as stop_requested:
         # --- the engine, and where it resumes
-        device = init_distributed()
-        choose_trainable(objective.transformer, config.freeze, config.lora, config.seed)
-        recompute_activations(objective.transformer, config.gradient_checkpointing)
-        set_attention_backend(objective.transformer, config.attention_backend)
-        heads = objective.transformer.config.num_attention_heads
-        objective.transformer.share_sequence(make_groups(config.sequence_parallel, heads))
+        device = _set_up(objective.transformer, config)
         throughput = Throughput(objective, config, device)  # counts weights, which ZeRO 3 partitions in `make_engine`
         frozen = frozen_weights(objective, config.precision)
         engine = make_engine(objective, config, dist.get_world_size())
@@ -121,6 +117,16 @@ def train(
         if dist.get_rank() == 0:
             finish_lora(objective.transformer, config.lora)
         return order
+
+
+def _set_up(transformer: UniViGUTransformer3DModel, config: TrainingConfig) -> torch.device:
+    """Join the other processes, and prepare the model for the run's settings; returns this process's device."""
+    device = init_distributed()
+    choose_trainable(transformer, config.freeze, config.lora, config.seed)
+    recompute_activations(transformer, config.gradient_checkpointing)
+    set_attention_backend(transformer, config.attention_backend)
+    transformer.share_sequence(make_groups(config.sequence_parallel, transformer.config.num_attention_heads))
+    return device
 
 
 @dataclass

@@ -62,7 +62,7 @@ def memory_needed(
     """
     if zero_stage not in (0, 1, 2, 3) or precision not in BYTES:
         raise ConfigError(f"Unknown ZeRO stage {zero_stage} or precision {precision}; use 0 to 3, and fp32 or bf16.")
-    size = BYTES[precision]
+    size, tokens = BYTES[precision], (video_tokens, text_tokens, context_tokens)
     _, upcast = _model_states(config, world_size, zero_stage, precision, trainable_parameters, ema)
     states = state_memory(
         config,
@@ -76,15 +76,7 @@ def memory_needed(
     )
     gathered = states.pop("workspace")
     activations, backward = _measured(
-        config_key(config),
-        video_tokens,
-        text_tokens,
-        context_tokens,
-        micro_batch_size,
-        precision,
-        gradient_checkpointing,
-        text_draws,
-        sequence_parallel,
+        config_key(config), *tokens, micro_batch_size, precision, gradient_checkpointing, text_draws, sequence_parallel
     )
     bucket = REDUCE_BUCKET * size if world_size > 1 or zero_stage else 0
     upcast = 0 if offload_optimizer else upcast

@@ -50,8 +50,7 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
     torchrun = [sys.executable, "-m", "univigu.training.launch", "--standalone", "-m", "components.cli.main"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{latents_root / 'mlflow.db'}"
-    curves = latents_root / STATE / "scratch/train-stage-1/curves.csv"
-    codes = []
+    curves, codes = latents_root / STATE / "scratch/train-stage-1/curves.csv", []
 
     def run_pod(job):
         trainer = job["spec"]["trainer"]
@@ -85,12 +84,7 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
     said = capfd.readouterr().out
     assert "preempted; submitting it again (1 of 20)" in said
     assert "train-stage-1 | train-stage-1: 6 rows in, 6 out, by a TrainJob\n" in said
-    (job,) = cluster.jobs.values()
-    ((node,),) = [
-        patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"] for patch in job["spec"]["runtimePatches"]
-    ]
-    (mount,) = node["template"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert mount["mountPath"] == str(tmp_path)  # the volume lies where it lies for the pipeline, above the root
+    assert mounted_at(cluster) == str(tmp_path)  # the volume lies where it lies for the pipeline, above the root
     assert codes == [81, 0], (latents_root / "pod.log").read_text()[-4000:]
     assert cluster.submissions >= 2
     log = (latents_root / "pod.log").read_text()
@@ -106,6 +100,16 @@ def test_a_preempted_training_on_two_processes_ends_with_the_bits_of_an_undistur
     undisturbed = {**environment, "PET_NPROC_PER_NODE": "2", "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}"}
     subprocess.run(command, env=undisturbed, check=True, capture_output=True)
     assert verify(root / "data/stage1", "train-stage-1")["digest"] == digest
+
+
+def mounted_at(cluster):
+    """Where the only job has its volume."""
+    (job,) = cluster.jobs.values()
+    ((node,),) = [
+        patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"] for patch in job["spec"]["runtimePatches"]
+    ]
+    (mount,) = node["template"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    return mount["mountPath"]
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
