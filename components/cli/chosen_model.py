@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.cli.lean_imports import without
+from components.cli.lean_imports import import_models, without
 from components.cli.messages import is_quiet, say
 from univigu.errors import MissingInputError
 
@@ -90,7 +90,8 @@ def _has_champion(name: str, root: Path) -> bool:
 def load(folder: Path) -> "UniViGUPipeline":
     """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
     adapters = any(folder.glob("*lora*"))
-    with without("scipy", *([] if adapters else ["peft"])):
+    with without(*([] if adapters else ["peft"])):
+        import_models()
         import torch
 
         from univigu.pipeline import UniViGUPipeline

@@ -19,6 +19,12 @@ def start_command() -> None:
     _Process.is_command = True
 
 
+def import_models() -> None:
+    """Import what runs models, without scipy, which a step may still import for itself afterwards."""
+    with without("scipy"):
+        import univigu.transformer  # noqa: F401
+
+
 @contextmanager
 def without(*packages: str) -> Iterator[None]:
     """Import as if `packages` were not installed, unless they have been imported already.

@@ -28,7 +28,7 @@ from components.cli import (
     study,
     train_job,
 )
-from components.cli.lean_imports import start_command, without
+from components.cli.lean_imports import import_models, start_command, without
 from components.cli.options import Profile, Settings, profile_in_use
 from univigu import __version__
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
@@ -165,6 +165,8 @@ def run(
     if processes > 1:
         make_parts(step, profile, root, processes)
     with without(*([] if _uses_adapters(values) else ["peft"])):
+        if stage.resources.gpus:
+            import_models()
         manifest = run_stage(step, values, root)
     if _is_main_rank():
         _print_result(step, manifest)
