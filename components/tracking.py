@@ -54,11 +54,16 @@ FLUSH_EVERY_S = 10.0
 
 
 def actor() -> str:
-    """The user: UNIVIGU_ACTOR, which an orchestrator sets to the person it acts for, or else the login name."""
+    """The login name of this process; after UNIVIGU_ACTOR, if that names a person on whose behalf it acts.
+
+    Anyone can set a variable, so the login name is always there.
+    """
     try:
-        return os.environ.get("UNIVIGU_ACTOR") or getpass.getuser()
+        login = getpass.getuser()
     except (OSError, KeyError):  # a container's user may have only a number
-        return f"uid {os.getuid()}"
+        login = f"uid {os.getuid()}"
+    named = os.environ.get("UNIVIGU_ACTOR")
+    return f"{named}, says {login}" if named else login
 
 
 def tracking_uri(root: Path) -> str:

@@ -15,6 +15,7 @@ from airflow.sdk import (
     Param,
     TaskGroup,
     TriggerRule,
+    Variable,
     chain,
     dag,
     task,
@@ -23,6 +24,7 @@ from airflow.sdk import (
 from airflow.sdk.bases.skipmixin import XCOM_SKIPMIXIN_KEY
 from airflow.sdk.exceptions import AirflowSkipException
 
+from components.orchestration import approval
 from components.orchestration.airflow_operator import (
     FAILURE,
     KFP_ARGUMENTS,
@@ -111,16 +113,18 @@ def gate(**context):
 
     profile = context["ti"].xcom_pull(task_ids="begin", key="profile")
     with report_failures(context):
+        asked = approval.is_required(Variable.get(approval.VARIABLE, default="required"))
         found = retraining.compare_candidate(work_root(), profile)
+    context["ti"].xcom_push(key="asked", value=asked)
     context["ti"].xcom_push(key="comparison", value=found)
     print(f"version {found['version']}: {found['reason']}")
     if not found["better"]:
         return None
-    return "approve" if context["params"]["approve"] else "promote"
+    return "approve" if asked else "promote"
 
 
 def add_approval():
-    """Add the approval by a person; no answer within the time limit counts as a rejection."""
+    """Add the approval by one of the named persons; no answer within the time limit counts as a rejection."""
     return ApprovalOperator(
         task_id="approve",
         subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
@@ -128,6 +132,7 @@ def add_approval():
         "Approve: version {{ ti.xcom_pull('gate', key='comparison')['version'] }} becomes champion, and the ledger "
         "records you. Reject, or no answer in time: the champion stays.",
         defaults="Reject",
+        assigned_users=approval.approvers(os.environ.get(approval.APPROVERS, "")) or None,
         response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
     )
 
@@ -140,12 +145,16 @@ def promote(**context):
     ti, run = context["ti"], context["dag_run"]
     found = ti.xcom_pull(task_ids="gate", key="comparison")
     answer = ti.xcom_pull(task_ids="approve")
-    if context["params"]["approve"] and (answer or {}).get("chosen_options") != ["Approve"]:
+    if ti.xcom_pull(task_ids="gate", key="asked") is not False and (answer or {}).get("chosen_options") != ["Approve"]:
         raise AirflowSkipException("not approved")
     user = (answer or {}).get("responded_by_user") or {}
     who = user.get("name") or user.get("id") or run.triggering_user_name or "airflow"
     why = f"{'approved' if answer else 'not to be asked about'} in Airflow's run {run.run_id}"
     with report_failures(context):
+        refused = answer and approval.refusal(who, run.triggering_user_name, os.environ.get(approval.OWN, "no"))
+        if refused:
+            ti.xcom_push(key="refused", value=refused)
+            raise AirflowSkipException(refused)
         return retraining.promote_version(work_root(), found["name"], found["version"], who, why)
 
 
@@ -168,7 +177,7 @@ def notify(**context):
     ),
     catchup=False,
     max_active_runs=1,
-    is_paused_upon_creation=False,
+    is_paused_upon_creation=True,  # whoever installs this decides when training begins
     params={
         "profile": Param(
             os.environ.get("UNIVIGU_PROFILE", "tiny"),
@@ -181,11 +190,6 @@ def notify(**context):
             type="string",
             enum=BACKENDS,
             description="Where the steps run: as processes on this machine, or on Kubeflow Pipelines.",
-        ),
-        "approve": Param(
-            True,
-            type="boolean",
-            description="Require an approval before a better model becomes champion.",
         ),
     },
     default_args=RETRIES,
@@ -217,6 +221,8 @@ def outcome_of(ti):
         return {"state": "failed", "message": failures[-1], **versions}
     if rejected:
         return {"state": "rejected", "message": f"not approved: {compared['reason']}", **versions}
+    if refused := ti.xcom_pull(task_ids="promote", key="refused"):
+        return {"state": "rejected", "message": refused, **versions}
     if compared and not compared["better"]:
         state = "kept champion" if compared["champion"] else "not promoted"
         return {"state": state, "message": compared["reason"], **versions}

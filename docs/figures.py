@@ -47,13 +47,27 @@ def render(name: str, folder: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"interval": interval, "duration": duration}
+    environment.filters |= {"interval": interval, "duration": duration, "percent": percent, "points": points}
     return environment.get_template(f"{name}.md.j2").render(data=data).strip("\n")
 
 
 def interval(score: Mapping[str, float]) -> str:
     """A score with its 95 % interval."""
     return f"{score['value']:.2f} ({score['low']:.2f}-{score['high']:.2f})"
+
+
+def percent(score: Mapping[str, float], with_interval: bool = True) -> str:
+    """A share in percent, with its 95 % interval."""
+    shown = f"{100 * score['value']:.1f} %"
+    return f"{shown} ({100 * score['low']:.1f} to {100 * score['high']:.1f})" if with_interval else shown
+
+
+def points(score: Mapping[str, float], sign: int = 1) -> str:
+    """A difference of shares in points, with its 95 % interval; bold if 0 is not in it. sign -1 turns it around."""
+    value, *ends = (100 * sign * score[key] for key in ("value", "low", "high"))
+    low, high = sorted(ends)
+    shown = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return shown if low <= 0 <= high else f"**{shown}**"
 
 
 def duration(seconds: float) -> str:

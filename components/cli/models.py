@@ -79,7 +79,7 @@ def promote(
     """Make a version the champion if it is better on the same held-out items (see `compare`), or with `--force`.
 
     A version below the `least_scores` of its profile needs `--force` even if there is no champion. The old champion
-    becomes `previous`. The history records UNIVIGU_ACTOR, or the user of this machine.
+    becomes `previous`. The history records the user of this machine, and whom UNIVIGU_ACTOR names.
     """
     from components.registry import promotion
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components.orchestration.approval import OWN
 from univigu.errors import BusyError, ConfigError, UniViGUError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def main(
             print(f"Airflow is starting, which takes about a minute; its logs are in {server.home}", flush=True)
             server.wait_until_ready()
             print(f"Airflow:  {server.url}\nLogin:    {server.user}, password {server.password()}", flush=True)
-            print("Stop it with Ctrl-C.", flush=True)
+            print("The DAGs are paused until you enable them; stop Airflow with Ctrl-C.", flush=True)
             server.wait()
     except UniViGUError as error:
         print(f"airflow: {error}", file=sys.stderr)
@@ -243,6 +244,7 @@ def environment(home: Path, root: Path, port: int) -> dict[str, str]:
     return {
         "AIRFLOW_HOME": str(home),
         "AIRFLOW_VAR_UNIVIGU_ROOT": str(root),
+        OWN: "yes",  # there is one user
         "AIRFLOW__CORE__DAGS_FOLDER": str(REPO / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",

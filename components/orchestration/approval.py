@@ -1,16 +1,46 @@
-"""What a person reads before a model becomes champion: the comparison, a table of scores, and where the samples are."""
+"""Who decides whether a model becomes champion, and what that person reads: the comparison, the scores, the samples."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from univigu.errors import ConfigError
 from univigu.mlflow_store import without_login
 
 if TYPE_CHECKING:
     from components.registry.promotion import Comparison
 
 GALLERY = "report/gallery.gif"  # among the artifacts of the run that registered the version
+
+
+APPROVERS, OWN = "UNIVIGU_APPROVERS", "UNIVIGU_APPROVE_OWN"  # set where Airflow runs, not by those who use it
+VARIABLE = "univigu_approval"  # Airflow's, which administrators change
+
+
+def approvers(text: str) -> list[dict[str, str]]:
+    """The users who may answer, from their ids with commas between them; none: everyone who may answer in Airflow."""
+    return [{"id": user, "name": user} for user in map(str.strip, text.split(",")) if user]
+
+
+def is_required(variable: str) -> bool:
+    """Whether a person has to approve, by the value of `VARIABLE`; raises `ConfigError` for an unknown value."""
+    if variable not in ("required", "off"):
+        raise ConfigError(f"The Airflow variable {VARIABLE} is '{variable}'; set it to required or off.")
+    return variable == "required"
+
+
+def refusal(answered_by: str, started_by: str | None, own: str) -> str:
+    """Why an approval doesn't count, or "": by default no one approves a run that they started themselves.
+
+    The users are those that Airflow has authenticated; a run that a schedule or an event started has none. own: the
+    value of `OWN`; raises `ConfigError` for an unknown one.
+    """
+    if own not in ("yes", "no"):
+        raise ConfigError(f"{OWN} is '{own}'; set it to yes or no.")
+    if own == "yes" or not started_by or answered_by != started_by:
+        return ""
+    return f"{answered_by} started this run, so another person has to approve its model; {OWN}=yes would allow it"
 
 
 def describe(

@@ -1,5 +1,6 @@
 """All of Airflow, as `make airflow` starts it: from a REST call to a promoted model, also after crashes."""
 
+import copy
 import json
 import os
 import re
@@ -28,6 +29,9 @@ SETTINGS = {  # runs are of the profile `tour` by their form or event, and of `t
     "UNIVIGU_KFP_POLL_S": "1",
     "UNIVIGU_RETRAIN_CRON": RARELY,
     "UNIVIGU_NEW_DATA_CRON": RARELY,
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin,ada:user",
+    "UNIVIGU_APPROVERS": "ada",
+    "UNIVIGU_APPROVE_OWN": "no",
 }
 pytestmark = pytest.mark.slow
 
@@ -60,7 +64,15 @@ def place(tmp_path_factory):
 def airflow(place, root):
     with AirflowServer(place[0], root, place[1], SETTINGS) as server:
         server.wait_until_ready()
+        server.call("PATCH", "/api/v2/dags/retrain", {"is_paused": False})
         yield server
+
+
+def as_ada(airflow):
+    """The server, called by another user."""
+    session = copy.copy(airflow)
+    session.user, session._token = "ada", ""
+    return session
 
 
 def trigger(airflow, dag="retrain", **conf):
@@ -117,10 +129,13 @@ def wait_for_question(airflow, run):
 
 
 def answer(airflow, run, option):
-    """Answer the approval request of a run; returns its default answer."""
+    """Answer the approval request of a run, as ada; returns its default answer."""
     path = f"/api/v2/dags/{run[0]}/dagRuns/{run[1]}/taskInstances/approve/-1/hitlDetails"
     default = airflow.call("GET", path)["defaults"]
-    airflow.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
+    body = {"chosen_options": [option], "params_input": {}}
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        airflow.call("PATCH", path, body)  # not even an administrator who isn't named
+    as_ada(airflow).call("PATCH", path, body)
     return default
 
 
@@ -192,7 +207,7 @@ def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root
     assert ended(airflow, run) == "success"
     assert champion(root) == 1
     line = promotion.history("uni-vigu", root=root)[0]
-    assert (line.outcome, line.version, line.who) == ("promoted", 1, "admin")
+    assert (line.outcome, line.version, line.who) == ("promoted", 1, "ada")
     assert run[1] in line.why
     done = tasks(airflow, run)
     assert {done[f"local.{stage.name}"]["state"] for stage in STAGES} == {"success"}
@@ -202,24 +217,24 @@ def test_a_call_of_the_api_leads_to_a_model_that_a_person_promoted(airflow, root
     assert median(around.values()) < median(process_seconds(root, stage) for stage in LEFT), around
 
 
-def test_a_rejected_model_is_not_promoted_finished_steps_do_not_run_again_and_a_second_run_waits(airflow, root):
+def test_no_one_approves_a_run_of_their_own_finished_steps_do_not_run_again_and_a_second_run_waits(airflow, root):
     from mlflow import MlflowClient
 
     from components.registry import promotion
     from components.tracking import tracking_uri
 
     MlflowClient(tracking_uri(root)).delete_registered_model_alias("uni-vigu", "champion")
-    run, second = (("retrain", trigger(airflow, profile="tour")) for _ in range(2))
+    run, second = (("retrain", trigger(as_ada(airflow), profile="tour")) for _ in range(2))
     wait_for_question(airflow, run)
     assert state(airflow, second) == "queued"
     airflow.call("DELETE", f"/api/v2/dags/retrain/dagRuns/{second[1]}")
-    answer(airflow, run, "Reject")
+    answer(airflow, run, "Approve")
     assert ended(airflow, run) == "success"
     assert champion(root) is None
     done = tasks(airflow, run)
     assert done["promote"]["state"] == "skipped"
     assert "finished before" in log(airflow, run, "local.train-stage-2")
-    assert "'state': 'rejected'" in log(airflow, run, "notify")
+    assert "'state': 'rejected', 'message': 'ada started this run, so another person" in log(airflow, run, "notify")
     promotion.promote("uni-vigu", 1, "for the tests that follow", root=root)
 
 
@@ -282,7 +297,7 @@ def test_new_prompts_become_a_dataset_that_is_announced_once_and_starts_one_retr
     assert {*started_by_events(airflow, "retrain")} == {*retrainings, run}
 
 
-@pytest.mark.parametrize("conf", [{"profile": "huge"}, {"backend": "moon"}, {"approve": 3}])
+@pytest.mark.parametrize("conf", [{"profile": "huge"}, {"backend": "moon"}])
 def test_a_wrong_form_starts_nothing(airflow, conf):
     with pytest.raises(urllib.error.HTTPError) as refusal:
         trigger(airflow, **conf)

@@ -70,7 +70,11 @@ def test_nothing_is_promoted_without_gate_and_approval_and_no_answer_rejects(ret
     assert approve.upstream_task_ids == {"gate"}
     assert approve.defaults == ["Reject"]
     assert approve.response_timeout == timedelta(hours=24)
-    assert retrain.params["approve"] is True
+    assert approve.assigned_users is None  # whoever may answer in Airflow
+
+
+def test_retraining_begins_when_someone_enables_it(bag):
+    assert {dag.is_paused_upon_creation for dag in bag.dags.values()} == {True}
 
 
 class TaskInstance:
@@ -146,7 +150,7 @@ def test_a_promotions_outcome_is_reported_as_a_documented_state(retrain, outcome
 def test_an_unknown_parameter_trains_nothing(begin):
     from airflow.sdk.exceptions import AirflowFailException
 
-    with pytest.raises(AirflowFailException, match="The DAG has no parameter 'prof'; it has approve, backend, profile"):
+    with pytest.raises(AirflowFailException, match="The DAG has no parameter 'prof'; it has backend, profile"):
         begin(conf={"prof": "smoke"})
     begin(conf={"profile": "smoke"})
 
@@ -158,12 +162,10 @@ def test_two_retrainings_never_run_at_once(bag):
 def test_the_form_offers_the_existing_profiles_and_backends(retrain):
     assert retrain.params.get_param("profile").schema["enum"] == profile_names()
     assert retrain.params.get_param("backend").schema["enum"] == ["local", "kubeflow"]
-    assert set(retrain.params) == {"profile", "backend", "approve"}
+    assert set(retrain.params) == {"profile", "backend"}  # whether a person has to approve is for administrators
 
 
-@pytest.mark.parametrize(
-    ("field", "wrong"), [("profile", "huge"), ("profile", "../x.yaml"), ("backend", "moon"), ("approve", "perhaps")]
-)
+@pytest.mark.parametrize(("field", "wrong"), [("profile", "huge"), ("profile", "../x.yaml"), ("backend", "moon")])
 def test_a_wrong_value_in_the_form_is_refused(retrain, field, wrong):
     from airflow.sdk.exceptions import ParamValidationError
 

@@ -61,7 +61,7 @@ def test_a_champion_is_made_refused_forced_and_taken_back(versions, univigu):
     code, out, _ = univigu("model", "history", *name)
     lines = out.splitlines()
     assert (code, len(lines)) == (0, 7)
-    assert [line.split()[2] for line in lines[1:]] == ["ann"] * 6
+    assert [line.split()[2] for line in lines[1:]] == ["ann,"] * 6
     assert "too [bold]terse [31m" in out
     assert "\x1b" not in out
     story = json.loads(univigu("model", "history", "--json", *name)[1])
