@@ -55,6 +55,7 @@ def same_call(pipe, **more):
     return pipe("a red five moves up", negative_prompt="a blue two", generator=generator, **sizes, **more).frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["the bundled model", "wan 2.1's layout"])
 def test_the_documented_script_runs_and_its_frames_are_those_of_wan_pipeline(
     kind, tiny_wan_folder, tmp_path, monkeypatch, capsys

@@ -65,6 +65,7 @@ def test_the_whole_command_makes_a_folder_that_wan_pipeline_runs(small):
     assert (clips == generator.generate(pipe, config.generator, ["a red seven", "a blue two"], 0)).all()
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_ends_the_same(small):
     folder, config = small
     scores = pretrain.pretrain(folder / "again", folder / "work", config, recogniser_out=folder / "recogniser")

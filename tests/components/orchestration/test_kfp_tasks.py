@@ -194,6 +194,7 @@ def test_a_prerequisite_that_was_met_later_is_not_reported_for_a_later_failure(r
     assert '"failed_step": null, "exit_code": null, "message": "main: OOMKilled"' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failed_step_ends_its_task_with_the_steps_exit_code_and_message(root, profile_file, profile, capfd):
     (root / "data/validated/prompts/prompts.parquet").write_bytes(b"damaged")
     with pytest.raises(SystemExit) as stop:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from components.pipeline.profiles import load_profile
 from components.planning.answers import remembered
 
@@ -21,6 +23,7 @@ def ask(root, profile=None, **question):
     return remembered("inference", (profile or load_profile("tiny")) | base, root, **asked)
 
 
+@pytest.mark.slow
 def test_the_same_question_is_answered_from_the_file_and_another_is_computed(tmp_path):
     first = ask(tmp_path)
     (file,) = kept(tmp_path)
@@ -33,6 +36,7 @@ def test_the_same_question_is_answered_from_the_file_and_another_is_computed(tmp
     assert len(kept(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_a_half_written_answer_is_computed_again(tmp_path):
     first = ask(tmp_path)
     (file,) = kept(tmp_path)

@@ -56,6 +56,7 @@ def test_with_a_task_per_step_no_gpu_waits_and_the_plan_says_what_that_saves(pla
     assert "a task per step would save" in as_text("wan-1.3b", other)
 
 
+@pytest.mark.slow
 def test_an_mfu_above_what_is_known_is_said_to_disagree(plan):
     figures = {check["figure"]: check["agrees"] for check in planning.known_figures([0.6, 0.6])}
     assert [figure[:11] for figure, agrees in figures.items() if not agrees] == ["MFU of NeMo"]
@@ -63,6 +64,7 @@ def test_an_mfu_above_what_is_known_is_said_to_disagree(plan):
     assert [figure["agrees"] for figure in too_slow] == [False, True, True, True, True]
 
 
+@pytest.mark.slow
 def test_memory_is_there_for_each_stage_of_zero_and_without_recomputation_nothing_fits(plan):
     table = plan["memory"]["stage_1"]["by_stage"]
     assert {name for name, row in table.items() if row["fits"]} == {f"zero_{n}_recomputed" for n in (1, 2, 3)}
@@ -70,6 +72,7 @@ def test_memory_is_there_for_each_stage_of_zero_and_without_recomputation_nothin
     assert plan["memory"]["stage_1"]["fits"]
 
 
+@pytest.mark.slow
 def test_a_plan_counts_memory_as_training_does(plan):
     profile = load_profile("wan-1.3b")
     section = {**profile["train_stage_1"], "lora": {"rank": 32}, "gradient_checkpointing": 2}
@@ -86,6 +89,7 @@ def test_a_plan_counts_memory_as_training_does(plan):
     assert needed["total"] == max(found["by_task"].values())
 
 
+@pytest.mark.slow
 def test_what_runs_between_training_steps_is_counted_too(plan):
     memory = plan["memory"]["stage_1"]
     assert list(memory["by_task"]) == ["training step", "evaluation", "caption", "generate"]
@@ -100,6 +104,7 @@ def test_an_mfu_of_your_own_gives_one_time_within_the_default_range(plan):
     assert plan["gpu"]["mfu"] == [0.18, 0.23]
 
 
+@pytest.mark.slow
 def test_the_cost_is_every_gpu_hour_times_its_price(plan):
     stages = [plan["training"][f"stage_{n}"]["gpu_days"] for n in (1, 2)]
     synthesis = [plan["synthesis"][name] for name in ("gpu_days", "encoding_gpu_days")]
@@ -109,6 +114,7 @@ def test_the_cost_is_every_gpu_hour_times_its_price(plan):
     assert plan["captioning"]["requests_at_least"] == 10_000
 
 
+@pytest.mark.slow
 def test_people_read_what_machines_read(plan):
     text = as_text("wan-1.3b", plan)
     assert json.loads(json.dumps(plan)) == plan

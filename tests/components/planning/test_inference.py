@@ -17,6 +17,7 @@ def plans():
     return {task: make_inference_plan(profile, ROOT, task, "h100") for task in ("caption", "generate", "joint")}
 
 
+@pytest.mark.slow
 def test_a_joint_sample_is_a_video_and_a_text_and_needs_the_most_of_both(plans):
     caption, video, joint = (plans[task] for task in ("caption", "generate", "joint"))
     assert joint["memory"]["phases"] == caption["memory"]["phases"] | video["memory"]["phases"]
@@ -25,6 +26,7 @@ def test_a_joint_sample_is_a_video_and_a_text_and_needs_the_most_of_both(plans):
     assert joint["seconds"]["total"][0] > caption["seconds"]["total"][0] + video["seconds"]["total"][0]
 
 
+@pytest.mark.slow
 def test_the_time_of_each_part_is_a_range_that_an_mfu_of_your_own_closes(plans):
     for span in plans["joint"]["seconds"].values():
         assert span[0] <= span[1]
@@ -33,6 +35,7 @@ def test_the_time_of_each_part_is_a_range_that_an_mfu_of_your_own_closes(plans):
     assert all(first == last for first, last in one["seconds"].values())
 
 
+@pytest.mark.slow
 def test_offloading_leaves_the_text_encoder_out_of_the_peak(plans):
     memory = plans["caption"]["memory"]
     resident, offloaded = memory["totals"].values()
@@ -40,6 +43,7 @@ def test_offloading_leaves_the_text_encoder_out_of_the_peak(plans):
     assert offloaded >= memory["weights"]["text encoder"]
 
 
+@pytest.mark.slow
 def test_guidance_of_captions_keeps_a_second_cache():
     profile = load_profile("tiny")
     sampling = {**profile["model"]["sampling"], "caption_guidance_scale": 2.0}

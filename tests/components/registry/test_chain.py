@@ -84,6 +84,7 @@ def line_ids(root):
     return {int(number): run for number, run in rows}
 
 
+@pytest.mark.slow
 def test_an_untouched_ledger_is_whole_signed_and_mirrored(kept, monkeypatch):
     root, public, mirror = kept
     monkeypatch.setenv(chain.PUBLIC_KEY, str(public))

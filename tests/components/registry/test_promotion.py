@@ -262,6 +262,7 @@ def test_a_killed_promotion_that_is_repeated_has_the_same_result_as_without_the_
     assert (again.outcome, len(promotion.history(name, root=killed.root))) == ("unchanged", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kill-rolled-halfway", "kill-rolled"])
 def test_a_killed_rollback_that_is_repeated_does_not_swap_back(killed, name):
     line = promotion.rollback(name, "worse", who="ann", root=killed.root)
@@ -272,6 +273,7 @@ def test_a_killed_rollback_that_is_repeated_does_not_swap_back(killed, name):
     assert killed.aliases(name) == (2, 1)
 
 
+@pytest.mark.slow
 def test_the_next_holder_completes_a_killed_rollback_once(killed):
     assert promotion.promote("kill-cut-off", 1, "to be sure", who="bob", root=killed.root).outcome == "unchanged"
     assert killed.aliases("kill-cut-off") == (1, 2)
@@ -280,6 +282,7 @@ def test_the_next_holder_completes_a_killed_rollback_once(killed):
     assert killed.aliases("kill-cut-off") == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_killed_promotion_does_not_override_a_later_change(killed):
     killed.add("kill-overtaken", 40)
     registry.set_alias("kill-overtaken", registry.CHAMPION, 3, tracking_uri(killed.root))

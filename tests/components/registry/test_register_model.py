@@ -49,6 +49,7 @@ def test_the_first_version_is_champion_and_has_its_lineage(world):
     assert "captions.mean **0.375**" in own.tags["mlflow.note.content"]
 
 
+@pytest.mark.slow
 def test_the_run_of_a_version_shows_the_report_the_samples_and_the_scores(world):
     import mlflow
 

@@ -40,6 +40,7 @@ def test_the_14b_fits_16_gpus_of_80_gb_as_its_profile_says_and_not_without_recom
         require_memory(memory, int(79.1 * GIB), config)
 
 
+@pytest.mark.slow
 def test_every_second_block_gives_the_mean_of_none_and_all(shape):
     def kept(every):
         config = TrainingConfig(**SETTINGS | {"zero_stage": 3, "gradient_checkpointing": every})

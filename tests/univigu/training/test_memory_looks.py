@@ -39,6 +39,7 @@ def test_a_caption_needs_what_the_same_code_needs_on_real_tensors(shape):
     assert peak(shape, Look("caption", guided=True), 4) == pytest.approx(counted.peak, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("look", "caches"),
     [
@@ -53,6 +54,7 @@ def test_each_more_block_needs_as_many_caches_as_are_alive_at_a_time(shape, look
     assert grown == pytest.approx(20 * caches * CACHE, rel=0.02, abs=1)
 
 
+@pytest.mark.slow
 def test_the_largest_task_of_a_run_counts_and_a_run_without_samples_has_none(shape):
     deep = shape | {"num_layers": 40}
     settings = {"steps": 1, "batch_size": 1, "learning_rate": 1.0, "gradient_checkpointing": 1, "micro_batch_size": 1}

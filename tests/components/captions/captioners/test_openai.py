@@ -197,6 +197,7 @@ def test_an_announced_rate_limit_is_hardly_exceeded(serve, caption):
     assert len(replies(server)) <= 40
 
 
+@pytest.mark.slow
 def test_a_refusal_by_a_rate_limit_does_not_count_as_a_try(serve, caption, monkeypatch):
     server = serve(rate=15.0)
     admit = server.admit
