@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -17,6 +18,10 @@ import pytest
 # Before torch is imported, and for every process that a test starts: on models this small a second thread costs more
 # than it brings, and next to another busy process many times more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with SIGINT ignored, and every process that a test interrupts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from components.bench.orchestrators import call, copy_repository
 from components.cli.messages import QUIET, VERBOSE
