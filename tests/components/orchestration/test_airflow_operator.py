@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 pytest.importorskip("airflow")
+pytestmark = pytest.mark.slow  # each takes about two seconds of waiting
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout, TaskDeferred
 from airflow.sdk.execution_time.timeout import timeout
@@ -83,7 +84,6 @@ def test_a_run_is_submitted_and_awaited_without_occupying_a_worker(endpoint):
     assert getattr(operator(), deferred.method_name)(context, event.payload) == "run-1"
 
 
-@pytest.mark.slow
 def test_after_a_crash_nothing_is_submitted_twice(endpoint):
     endpoint.states = ["RUNNING"]
     first = defer(new_context())
@@ -97,7 +97,6 @@ def test_after_a_crash_nothing_is_submitted_twice(endpoint):
     assert operator().execute(new_context()) == "run-1"  # a task that is cleared finds the run that succeeded
 
 
-@pytest.mark.slow
 def test_a_run_that_failed_says_why_and_is_replaced_when_the_task_is_cleared(endpoint):
     endpoint.states = ["PENDING", "FAILED"]
     context = new_context()
@@ -125,14 +124,12 @@ def test_stopping_a_task_that_waits_cancels_its_run_and_a_triggerer_that_restart
     assert endpoint.runs["run-1"]["state"] in ("CANCELING", "CANCELED")
 
 
-@pytest.mark.slow
 def test_a_temporary_server_outage_fails_nothing(endpoint):
     trigger = defer(new_context(), poll_s=0.01).trigger
     endpoint.failures = [503] * 4
     assert follow(trigger).payload["state"] == "SUCCEEDED"
 
 
-@pytest.mark.slow
 def test_a_long_server_outage_is_reported_and_a_retry_finds_the_same_run(endpoint):
     endpoint.states = ["RUNNING"]
     trigger = defer(new_context(), poll_s=0.01, patience_s=0.0).trigger
@@ -201,7 +198,6 @@ def test_monitoring_is_told_of_a_run_and_its_time_limit_until_it(endpoint, monke
     assert not path.exists()
 
 
-@pytest.mark.slow
 def test_a_task_that_is_cleared_while_its_run_is_being_cancelled_waits_for_that(endpoint):
     endpoint.states = ["RUNNING"]
     defer(new_context())
@@ -244,7 +240,6 @@ def test_a_wrong_setting_of_arguments_fails_at_once_in_one_sentence(endpoint, te
     assert not endpoint.runs
 
 
-@pytest.mark.slow
 def test_a_serialized_trigger_contains_neither_address_nor_token(endpoint, monkeypatch):
     monkeypatch.setenv("KFP_TOKEN", "a-secret")
     trigger = defer(new_context()).trigger
@@ -350,7 +345,6 @@ def test_a_missing_input_is_reported_in_one_sentence(root):
     assert "univigu run synthesize-videos" in context["ti"].pushed[FAILURE]
 
 
-@pytest.mark.slow
 def test_a_step_returns_its_digest_and_refuses_an_input_replaced_by_another_run(root, profile, tmp_path):
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
     context, name = new_context(), "synthesize-videos"

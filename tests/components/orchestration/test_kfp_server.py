@@ -133,6 +133,7 @@ def test_a_run_that_fails_at_once_is_not_submitted_a_second_time(kfp, client):
     assert len(kfp.runs) == 1
 
 
+@pytest.mark.slow
 def test_a_temporary_server_failure_is_retried(kfp, client):
     run_id = client.submit(PACKAGE, "a", {})
     kfp.failures = [503, 502, 429]
@@ -325,6 +326,7 @@ def test_waiting_ends_with_the_exit_code_of_the_runs_end(kfp):
         assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupting_a_wait_prints_how_to_continue(kfp):
     kfp.states = ["RUNNING"]
     command = [sys.executable, "-m", "components.cli.main", "pipeline", "submit", "--wait", "--host", kfp.url]

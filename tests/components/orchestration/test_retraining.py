@@ -39,6 +39,7 @@ def register(versions, recommit, name):
     return register
 
 
+@pytest.mark.slow
 def test_a_dataset_counts_as_trained_with_the_profile_it_was_trained_with(versions, register):
     number = register(10, tags={"univigu.digest.validate-prompts": DIGEST})
     assert retraining.find_trained(versions.root, "smoke", DIGEST) is None  # not tagged with a profile yet

@@ -21,6 +21,7 @@ def test_what_runs_left_goes_and_what_is_someone_elses_stays(root):
     assert run(root)["rows_out"] == 12
 
 
+@pytest.mark.slow
 def test_a_step_that_is_under_way_is_left_alone(root):
     process = start(root, SLOW=str(root / "at"))
     wait_for(root / "at", "0")

@@ -141,6 +141,7 @@ def test_a_killed_run_leaves_nothing_then_goes_on_where_it_was(root, tmp_path_fa
     assert snapshot(root / "data/first") == snapshot(whole / "data/first")
 
 
+@pytest.mark.slow
 def test_a_second_run_at_the_same_time_is_turned_away(root):
     process = start(root, SLOW=str(root / "at"))
     wait_for(root / "at", "0")
@@ -244,6 +245,7 @@ def test_parts_and_whole_runs_keep_out_of_each_others_way(root):
     assert made(root) == []
 
 
+@pytest.mark.slow
 def test_no_part_is_made_while_the_whole_step_runs(root):
     process = start(root, SLOW=str(root / "at"))
     wait_for(root / "at", "0")

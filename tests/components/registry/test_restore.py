@@ -218,6 +218,7 @@ def stored(backups):
     return sorted(path.name for path in (backups.folder / "objects").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_an_artifact_is_kept_once_and_only_as_long_as_a_backup_has_it(small, bucket):
     small.env["BACKUPS_KEPT"] = "2"
     first = small.make()

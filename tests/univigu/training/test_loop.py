@@ -277,6 +277,7 @@ def test_unmerged_adapters_add_up_to_the_merged_weights(tmp_path):
         assert up.any()
 
 
+@pytest.mark.slow
 def test_in_bf16_frozen_weights_keep_their_bits(tmp_path):
     start = tiny_run.make_objective(tiny_run.open_data(tmp_path)[0]).transformer.state_dict()
     weights = tiny_run.run(tmp_path, steps=2, precision="bf16", zero_stage=1, freeze=["video"])

@@ -142,6 +142,7 @@ def test_each_zero_stage_partitions_more():
     assert len({stage["activations"] for stage in stages}) == 1
 
 
+@pytest.mark.slow
 def test_offload_frozen_weights_and_ema_are_counted():
     config = on_meta(TINY).config
     sizes = {**ONE_GPU, "precision": "bf16", "world_size": 2, "zero_stage": 3}
