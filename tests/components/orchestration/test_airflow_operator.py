@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 pytest.importorskip("airflow")
-pytestmark = pytest.mark.slow  # each takes about two seconds of waiting
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout, TaskDeferred
 from airflow.sdk.execution_time.timeout import timeout
@@ -23,6 +22,7 @@ from components.orchestration.airflow_operator import FAILURE, KfpRunOperator, K
 from components.pipeline.notes import DEFERRED, read_notes
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow  # each takes about two seconds of waiting
 PACKAGE = str(ROOT / "infra/pipeline.yaml")
 
 
