@@ -56,6 +56,7 @@ def begin(**context):
     profile = params["profile"]
     with report_failures(context):
         require_known_fields(context)
+        approval.may_approve_own()  # a wrong setting ends the run now, and not after the training
         root = work_root()
         retraining.require_registry(root)
         for event in events[DATASET][-1:] if DATASET in events else ():
@@ -130,7 +131,8 @@ def add_approval():
         subject="Make version {{ ti.xcom_pull('gate', key='comparison')['version'] }} champion?",
         body="{{ ti.xcom_pull('gate', key='comparison')['body'] }}\n\n"
         "Approve: version {{ ti.xcom_pull('gate', key='comparison')['version'] }} becomes champion, and the ledger "
-        "records you. Reject, or no answer in time: the champion stays.",
+        f"records you; unless {approval.OWN} is yes, someone other than the one who started this run has to approve. "
+        "Reject, or no answer in time: the champion stays.",
         defaults="Reject",
         assigned_users=approval.approvers(os.environ.get(approval.APPROVERS, "")) or None,
         response_timeout=timedelta(hours=float(os.environ.get("UNIVIGU_APPROVAL_HOURS", "24"))),
@@ -151,7 +153,7 @@ def promote(**context):
     who = user.get("name") or user.get("id") or run.triggering_user_name or "airflow"
     why = f"{'approved' if answer else 'not to be asked about'} in Airflow's run {run.run_id}"
     with report_failures(context):
-        refused = answer and approval.refusal(who, run.triggering_user_name, os.environ.get(approval.OWN, "no"))
+        refused = answer and approval.refusal(who, run.triggering_user_name)
         if refused:
             ti.xcom_push(key="refused", value=refused)
             raise AirflowSkipException(refused)

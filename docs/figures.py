@@ -92,7 +92,9 @@ def rewrite(text: str, folder: Path) -> tuple[str, set[str]]:
 def main(files: list[str]) -> None:
     folder = REPO / "docs" / "figures"
     for file in files:
-        shutil.copyfile(file, folder / Path(file).name)
+        target = folder / Path(file).name
+        if not (target.exists() and target.samefile(file)):  # the study's is a link to its report
+            shutil.copyfile(file, target)
     missing: set[str] = set()
     for page in pages(REPO):
         before = page.read_text(encoding="utf-8")

@@ -30,15 +30,20 @@ def is_required(variable: str) -> bool:
     return variable == "required"
 
 
-def refusal(answered_by: str, started_by: str | None, own: str) -> str:
-    """Why an approval doesn't count, or "": by default no one approves a run that they started themselves.
-
-    The users are those that Airflow has authenticated; a run that a schedule or an event started has none. own: the
-    value of `OWN`; raises `ConfigError` for an unknown one.
-    """
+def may_approve_own() -> bool:
+    """Whether a person may approve a run that they started, by `OWN`; raises `ConfigError` for an unknown value."""
+    own = os.environ.get(OWN, "no")
     if own not in ("yes", "no"):
         raise ConfigError(f"{OWN} is '{own}'; set it to yes or no.")
-    if own == "yes" or not started_by or answered_by != started_by:
+    return own == "yes"
+
+
+def refusal(answered_by: str, started_by: str | None) -> str:
+    """Why an approval doesn't count, or "": by default no one approves a run that they started themselves.
+
+    The users are those that Airflow has authenticated; a run that a schedule or an event started has none.
+    """
+    if may_approve_own() or not started_by or answered_by != started_by:
         return ""
     return f"{answered_by} started this run, so another person has to approve its model; {OWN}=yes would allow it"
 

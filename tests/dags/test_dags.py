@@ -155,6 +155,15 @@ def test_an_unknown_parameter_trains_nothing(begin):
     begin(conf={"profile": "smoke"})
 
 
+@pytest.mark.slow
+def test_an_unclear_setting_for_approvals_ends_a_run_before_it_trains(begin, monkeypatch):
+    from airflow.sdk.exceptions import AirflowFailException
+
+    monkeypatch.setenv("UNIVIGU_APPROVE_OWN", "true")
+    with pytest.raises(AirflowFailException, match="UNIVIGU_APPROVE_OWN is 'true'; set it to yes or no"):
+        begin()
+
+
 def test_two_retrainings_never_run_at_once(bag):
     assert {dag.max_active_runs for dag in bag.dags.values()} == {1}
 

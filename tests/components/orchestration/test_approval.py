@@ -2,7 +2,7 @@
 
 import pytest
 
-from components.orchestration.approval import approvers, is_required, refusal
+from components.orchestration.approval import OWN, approvers, is_required, refusal
 from univigu.errors import ConfigError
 
 
@@ -32,13 +32,17 @@ def test_only_the_value_off_dispenses_with_an_approval():
         ("ada", "", "no", True),
     ],
 )
-def test_an_approval_of_ones_own_run_counts_only_where_the_settings_say_so(answered_by, started_by, own, counts):
-    said = refusal(answered_by, started_by, own)
+def test_an_approval_of_ones_own_run_counts_only_where_the_settings_say_so(
+    monkeypatch, answered_by, started_by, own, counts
+):
+    monkeypatch.setenv(OWN, own)
+    said = refusal(answered_by, started_by)
     assert (said == "") is counts
     if not counts:
         assert said.startswith("ada started this run, so another person has to approve its model")
 
 
-def test_an_unclear_setting_is_refused():
+def test_an_unclear_setting_is_refused(monkeypatch):
+    monkeypatch.setenv(OWN, "true")
     with pytest.raises(ConfigError, match="UNIVIGU_APPROVE_OWN is 'true'; set it to yes or no"):
-        refusal("ada", "ada", "true")
+        refusal("ada", "ada")
