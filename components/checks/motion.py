@@ -37,6 +37,7 @@ def motion_vectors(clip: np.ndarray) -> Iterator[np.ndarray]:
     (blocks, 2): x and y as shares of the frame's height, by FFmpeg's filter `mestimate` (EPZS) on brightness.
     """
     import av
+    from av.video.reformatter import VideoReformatter
 
     _, height, width, _ = clip.shape
     tall = min(height, HEIGHT)
@@ -48,9 +49,10 @@ def motion_vectors(clip: np.ndarray) -> Iterator[np.ndarray]:
     source.link_to(estimate)
     estimate.link_to(sink)
     graph.configure()
+    reformatter = VideoReformatter()  # one for all frames: setting it up takes longer than using it
     for number, frame in enumerate(clip):
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(width=wide, height=tall, format="gray", interpolation="AREA")
+        picture = reformatter.reformat(picture, width=wide, height=tall, format="gray", interpolation="AREA")
         picture.pts = number
         source.push(picture)
         if number < 2:  # the filter needs the next frame, and the first frame has no previous one

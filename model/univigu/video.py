@@ -73,10 +73,8 @@ def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
 
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), format="mp4") as container:
-            # pyrefly: ignore[missing-attribute]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             # pyrefly: ignore[bad-argument-type]
-            return np.stack(frames), float(container.streams.video[0].average_rate)
+            return _convert(container.decode(video=0)), float(container.streams.video[0].average_rate)
     except (av.error.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BadInputError(f"A clip is no mp4 that was made here ({error}); make it again.") from error
 
@@ -208,8 +206,19 @@ def fit_frames(frames: np.ndarray, count: int, height: int, width: int) -> np.nd
     # pyrefly: ignore[bad-argument-count]
     tall, wide = _covering_size(*frames.shape[1:3], height, width)
     pictures = [av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames]
-    size = {"width": wide, "height": tall, "interpolation": _choose_filter(pictures[0], wide, tall).upper()}
-    return np.stack([_cut(picture.to_ndarray(format="rgb24", **size), height, width) for picture in pictures])
+    scaled = _convert(pictures, width=wide, height=tall, interpolation=_choose_filter(pictures[0], wide, tall).upper())
+    return np.stack([_cut(pixels, height, width) for pixels in scaled])
+
+
+def _convert(frames: Iterable[Any], **size: Any) -> np.ndarray:
+    """PyAV's frames of one video as RGB, uint8 (F, H, W, 3); `size` are arguments of PyAV's `reformat`.
+
+    One converter for all frames: PyAV would set up another for each, which takes longer than converting small frames.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()
+    return np.stack([reformatter.reformat(frame, format="rgb24", **size).to_ndarray() for frame in frames])
 
 
 def _covering_size(high: float, broad: float, height: int, width: int) -> tuple[int, int]:
