@@ -73,7 +73,7 @@ def decode_mp4(source: bytes | Path) -> tuple[np.ndarray, float]:
 
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), format="mp4") as container:
-            # pyrefly: ignore[bad-argument-type]
+            # pyrefly: ignore[bad-argument-type, missing-attribute]
             return _convert(container.decode(video=0)), float(container.streams.video[0].average_rate)
     except (av.error.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BadInputError(f"A clip is no mp4 that was made here ({error}); make it again.") from error
