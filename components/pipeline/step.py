@@ -7,8 +7,10 @@ rows, parameters, inputs, code) is still valid and the bytes still match.
 
 import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -61,6 +63,20 @@ class Step(Workspace):
         from components.settings.profile import read_sections  # pydantic is imported only when a step runs
 
         return read_sections(self.parameters)
+
+    @contextmanager
+    def temporary_files(self) -> Iterator[Path]:
+        """Within the block, temporary files of this process, MLflow's too, are made in the folder that it yields.
+
+        The folder is beside the output in progress, so what a killed run leaves there is removed by the next one.
+        """
+        before = tempfile.tempdir
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            tempfile.tempdir = folder
+            try:
+                yield Path(folder)
+            finally:
+                tempfile.tempdir = before
 
     def kept_folder(self, entry: str, more: Any = None) -> Path:
         """A folder for results that depend on one function (``module:name``) instead of all of the step's code.

@@ -13,9 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,23 +50,11 @@ PROMOTION = "UNIVIGU_PROMOTION"
 
 def register_model(step: Step) -> None:
     """Register a version in MLflow's registry, and write `registration.json` (name, version, decision, digests)."""
-    with _temporary_files(step.out) as temporary:
+    with step.temporary_files() as temporary:
         facts = _register(step, temporary)
     print(f"{facts['name']} version {facts['version']}: {facts['decision']}", file=sys.stderr)
     write_json(step.out / REGISTRATION, facts)
     step.rows_in = step.rows_out = 1
-
-
-@contextmanager
-def _temporary_files(staging: Path) -> Iterator[Path]:
-    """A folder for temporary files, including MLflow's copies of the model; the next run removes it after a kill."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(dir=staging) as folder:
-        tempfile.tempdir = folder
-        try:
-            yield Path(folder)
-        finally:
-            tempfile.tempdir = before
 
 
 @dataclass(frozen=True)

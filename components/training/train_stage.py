@@ -83,9 +83,9 @@ def _train(step: "Step", number: int, source: str) -> None:
             tokenizer, sampling = sampler(step, number)
             show_samples(transformer, tokenizer, heldout, sampling, at, pipeline, tracked)
 
-        order = train(
-            objective, dataset, heldout, config, step.scratch, tracked.log if tracked else lambda *_: None, sample
-        )
+        report = tracked.log if tracked else lambda *_: None
+        with step.temporary_files() if tracked else nullcontext():
+            order = train(objective, dataset, heldout, config, step.scratch, report, sample)
         step.rows_in = step.rows_out = len(dataset)
         step.facts |= {"training_samples": len(dataset), "heldout_samples": len(heldout)}
         step.facts["buckets"] = [

@@ -15,7 +15,12 @@ from univigu.files import link_or_copy
 # Written in place, or locked: never shared between two roots.
 _OWN = (".univigu", "mlflow.db", "mlruns", ".git", ".dvc")
 # Read by nobody but people, with times in them; or ids and times of MLflow's, which `registry` looks at.
-_UNLIKE = (".univigu/docs/", ".univigu/locks/", ".univigu/runs/", "mlflow.db", "mlruns/", ".git/", ".dvc/")
+_UNLIKE = (
+    *(".univigu/docs/", ".univigu/locks/", ".univigu/monitor/", ".univigu/runs/"),
+    *("mlflow.db", "mlruns/", ".git/", ".dvc/"),
+)
+# Of a line of the ledger: its time, and the digests that cover it.
+_LINKED = "('request', 'when', 'clock', 'previous', 'digest', 'signature')"
 _CLOCKED = (
     "samples_per_second",
     "tokens_per_second",
@@ -61,7 +66,7 @@ def fingerprint(place: Path) -> str:
         for name in sorted(names):
             path = Path(folder, name)
             seen = path.relative_to(place / "root").as_posix() if path.is_relative_to(place / "root") else name
-            page = seen.startswith((".univigu/docs/", ".univigu/runs/"))
+            page = seen.startswith((".univigu/docs/", ".univigu/monitor/", ".univigu/runs/"))
             hashed.update(f"{name} {path.lstat().st_size if page else _digest(path)}\n".encode())
     return hashed.hexdigest()
 
@@ -109,7 +114,7 @@ _OF_RUNS = f"FROM {{}} p JOIN runs r USING (run_uuid) WHERE {_COUNTS}"
 _QUERIES = {  # a model of the status 3 is marked as failed; a request is known by a run's id
     "experiment": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
     "run": ("runs", f"SELECT name, status, lifecycle_stage FROM runs r WHERE {_COUNTS}"),
-    "parameter": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')} AND p.key != 'request'"),
+    "parameter": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')} AND p.key NOT IN {_LINKED}"),
     "metric": ("metrics", f"SELECT DISTINCT r.name, p.key, p.step {_OF_RUNS.format('metrics')}"),
     "version": ("model_versions", "SELECT name, version, status FROM model_versions"),
     "alias": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
