@@ -19,8 +19,8 @@ _UNLIKE = (
     *(".univigu/docs/", ".univigu/locks/", ".univigu/monitor/", ".univigu/runs/"),
     *("mlflow.db", "mlruns/", ".git/", ".dvc/"),
 )
-# Of a line of the ledger: its time, and the digests that cover it.
-_LINKED = "('request', 'when', 'clock', 'previous', 'digest', 'signature')"
+# Parameters that differ from run to run: a request's id, a ledger line's time, and the digests that cover it.
+_UNLIKE_PARAMETERS = "('request', 'when', 'clock', 'previous', 'digest', 'signature')"
 _CLOCKED = (
     "samples_per_second",
     "tokens_per_second",
@@ -114,7 +114,10 @@ _OF_RUNS = f"FROM {{}} p JOIN runs r USING (run_uuid) WHERE {_COUNTS}"
 _QUERIES = {  # a model of the status 3 is marked as failed; a request is known by a run's id
     "experiment": ("experiments", "SELECT name, lifecycle_stage FROM experiments"),
     "run": ("runs", f"SELECT name, status, lifecycle_stage FROM runs r WHERE {_COUNTS}"),
-    "parameter": ("params", f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')} AND p.key NOT IN {_LINKED}"),
+    "parameter": (
+        "params",
+        f"SELECT r.name, p.key, p.value {_OF_RUNS.format('params')} AND p.key NOT IN {_UNLIKE_PARAMETERS}",
+    ),
     "metric": ("metrics", f"SELECT DISTINCT r.name, p.key, p.step {_OF_RUNS.format('metrics')}"),
     "version": ("model_versions", "SELECT name, version, status FROM model_versions"),
     "alias": ("registered_model_aliases", "SELECT name, alias, version FROM registered_model_aliases"),
