@@ -166,6 +166,8 @@ class StepOperator(BaseOperator):
         """Run a command to its end; returns its exit code and its last message."""
         with start_child(arguments, self.env) as process:
             self._process = process
+            if self._stopped:  # while it was started
+                process.terminate()
             try:
                 message = read_lines(process, lambda line: self.log.info("%s", line))
             except BaseException:  # AirflowTaskTimeout, which a signal handler raises

@@ -10,7 +10,6 @@ of their output: data stay in the work root. Each line that a task prints begins
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from uuid import uuid4
 from components.captions.caption_videos import open_captioner
 from components.orchestration import notifications
 from components.pipeline.manifests import inside
-from components.pipeline.processes import read_lines, shell_code, start_child
+from components.pipeline.processes import ChildProcesses, read_lines, shell_code
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES, find_stage
 from components.pipeline.state import STATE
@@ -301,12 +300,10 @@ def _run_command(
     step: str, root: str, arguments: Sequence[str], part: str = "", environment: Mapping[str, str] | None = None
 ) -> None:
     """Run a command and forward SIGTERM to it; if it fails, exit with its exit code."""
-    with start_child(arguments, environment) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            message = read_lines(process, lambda line: _log(f"{step} {part}".strip(), line))
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    with ChildProcesses() as children:
+        process = children.start(arguments, environment)
+        message = read_lines(process, lambda line: _log(f"{step} {part}".strip(), line))
+        process.wait()
     if process.returncode:
         code = shell_code(process.returncode)
         _exit(step, root, code, message or f"'{step}' ended with exit code {code}; see its log.")

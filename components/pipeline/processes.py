@@ -16,7 +16,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Self
 
 from components.pipeline.stages import Stage, find_stage
 from univigu.errors import ConfigError, PreemptedError, UniViGUError
@@ -180,6 +180,49 @@ def _dvc() -> list[int]:
     return []
 
 
+class ChildProcesses:
+    """Processes that SIGTERM to this one also stops, at whatever moment it arrives; none is left at the end of `with`.
+
+    The handler raises nothing: an exception between the start of a process and its entry here would leave it running.
+    """
+
+    def __init__(self) -> None:
+        self.all: list[subprocess.Popen[str]] = []
+        self.received = False  # SIGTERM
+        self._stopped = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        for process in self.all:
+            process.wait()
+        signal.signal(signal.SIGTERM, self._before)
+
+    def start(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, only_errors: bool = False
+    ) -> "subprocess.Popen[str]":
+        """Start one more, as `start_child` does."""
+        process = start_child(arguments, environment, only_errors)
+        self.all.append(process)
+        if self._stopped:  # the signal came while it was started
+            process.terminate()
+        return process
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+        self._stop()
+
+    def _stop(self) -> None:
+        """Send SIGTERM once: a second one would end a process that is saving its state."""
+        if not self._stopped:
+            self._stopped = True
+            for process in self.all:
+                process.terminate()
+
+
 def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     """Make all shards of a step with `count` processes, and commit nothing.
 
@@ -189,30 +232,15 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
     if not find_stage(step).sharded:
         raise ConfigError(f"'{step}' has no shards, so only one process can run it; omit --processes.")
     gpus = visible_gpus()
-    messages: dict[int, str] = {}
-    processes: list[subprocess.Popen[str]] = []
-    readers: list[Thread] = []
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
+    output = _Output()
+    with ChildProcesses() as children:
         for number in range(1, count + 1):
             where = {GPUS: gpus[(number - 1) % len(gpus)]} if gpus else {}
             command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile]
-            process = start_child([*command, "--root", str(root), "--part", f"{number}/{count}"], where)
-            processes.append(process)
-            prefix = f"{step} {number}/{count} | "
-            readers.append(Thread(target=_pass_on, args=(process, prefix, number, messages), daemon=True))
-            readers[-1].start()
-        _wait(processes)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            process.wait()
-        for reader in readers:
-            reader.join()
-        signal.signal(signal.SIGTERM, before)
-    _raise_failure(step, processes, messages)
+            process = children.start([*command, "--root", str(root), "--part", f"{number}/{count}"], where)
+            output.pass_on(process, f"{step} {number}/{count} | ", number)
+        _wait(children.all)
+    _raise_failure(step, children, output)
 
 
 def train_together(step: str, profile: str, root: Path, count: int) -> None:
@@ -229,35 +257,38 @@ def train_together(step: str, profile: str, root: Path, count: int) -> None:
     environment = {"LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL")}  # torchrun repeats what the processes say
     if not visible_gpus():
         environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
-    messages: dict[int, str] = {}
-    before = signal.signal(signal.SIGTERM, _stop)
-    process = start_child([*command, "--root", str(root)], environment, only_errors=True)
-    reader = Thread(target=_pass_on, args=(process, "", 1, messages), daemon=True)
-    reader.start()
-    try:
+    output = _Output()
+    with ChildProcesses() as children:
+        process = children.start([*command, "--root", str(root)], environment, only_errors=True)
+        output.pass_on(process, "", 1)
         process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait()
-        reader.join()
-        signal.signal(signal.SIGTERM, before)
-    _raise_failure(step, [process], messages)
+    _raise_failure(step, children, output)
 
 
-def _stop(*_: object) -> None:
-    raise PreemptedError("The step received SIGTERM; run it again to resume from what it has finished.")
+class _Output:
+    """Prints what processes say, each line after a prefix, and keeps the last message of each by its number."""
 
+    def __init__(self) -> None:
+        self._readers: list[Thread] = []
+        self._messages: dict[int, str] = {}
 
-def _pass_on(process: "subprocess.Popen[str]", prefix: str, number: int, messages: dict[int, str]) -> None:
-    """Print a process's output after `prefix`; its last message goes to `messages` for `_raise_failure`."""
+    def pass_on(self, process: "subprocess.Popen[str]", prefix: str, number: int) -> None:
+        def show(line: str) -> None:
+            if not sentence(line):
+                print(f"{prefix}{line}", file=sys.stderr, flush=True)
 
-    def show(line: str) -> None:
-        if not sentence(line):
-            print(f"{prefix}{line}", file=sys.stderr, flush=True)
+        def read() -> None:
+            if last := read_lines(process, show):
+                self._messages[number] = last
 
-    if last := read_lines(process, show):
-        messages[number] = last
+        self._readers.append(Thread(target=read, daemon=True))
+        self._readers[-1].start()
+
+    def messages(self) -> dict[int, str]:
+        """What processes that have ended said last."""
+        for reader in self._readers:
+            reader.join()
+        return self._messages
 
 
 def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
@@ -274,13 +305,16 @@ def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
             break
 
 
-def _raise_failure(step: str, processes: "Sequence[subprocess.Popen[str]]", messages: dict[int, str]) -> None:
-    codes = {number: process.returncode for number, process in enumerate(processes, start=1) if process.returncode}
+def _raise_failure(step: str, children: ChildProcesses, output: _Output) -> None:
+    messages = output.messages()
+    if children.received:
+        raise PreemptedError("The step received SIGTERM; run it again to resume from what it has finished.")
+    codes = {number: process.returncode for number, process in enumerate(children.all, start=1) if process.returncode}
     if not codes:
         return
     number = min(messages, default=min(codes, key=lambda each: codes[each] < 0))  # the others were ended by our signal
     code = codes.get(number, 1)
-    part = f"Part {number} of '{step}'" if len(processes) > 1 else f"'{step}'"
+    part = f"Part {number} of '{step}'" if len(children.all) > 1 else f"'{step}'"
     message = messages.get(number) or f"{part} ended with exit code {code}; its output says why."
     failure = UniViGUError(message)
     failure.exit_code = shell_code(code)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,27 @@ def test_a_step_ends_with_the_dvc_that_runs_it(tmp_path):
     repro.send_signal(signal.SIGKILL)
     repro.wait()
     wait_until(lambda: not work.is_running(), "the stage outlived dvc")
+
+
+@pytest.mark.parametrize("delay", [0, 0.001, 0.002, 0.004, 0.008])
+def test_a_signal_while_processes_are_started_leaves_none(delay):
+    stop = f"sleep {delay}; kill -TERM $PPID; exec sleep 60"
+    with processes.ChildProcesses() as children:
+        for command in [stop, "exec sleep 60", "exec sleep 60"]:
+            children.start(["sh", "-c", command])
+        for process in children.all:
+            assert process.wait(timeout=30) == -signal.SIGTERM
+    assert children.received
+    assert len(children.all) == 3
+
+
+def test_at_the_end_of_the_block_no_process_is_left_whatever_ended_it():
+    with suppress(KeyboardInterrupt), processes.ChildProcesses() as children:
+        children.start(["sleep", "60"])
+        raise KeyboardInterrupt
+    assert [process.returncode for process in children.all] == [-signal.SIGTERM]
+    assert not children.received
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.slow
