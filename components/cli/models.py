@@ -211,6 +211,27 @@ def export(
     print(f"{folder}: version {version} of '{name}' in {precision}, {size / 1e6:.1f} MB")
 
 
+@app.command(epilog="Example: `univigu model pull champion served-model`")
+def pull(
+    version: Version,
+    folder: Annotated[Path, typer.Argument(help="The folder to create.")],
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Also a version of which the history has no digest.")
+    ] = False,
+    name: Name = "uni-vigu",
+    root: Root = Path("."),
+) -> None:
+    """Write a version as MLflow stores it to a folder, after comparing its files with the digest of its promotion.
+
+    `mlflow.pyfunc.load_model(FOLDER)` then runs the code that was promoted.
+    """
+    from components.registry.export import pull_version
+
+    line = pull_version(name, version, folder, root, unverified)
+    state = f"the files that {line.who} promoted on {_minute(line.when)} (UTC)" if line else "not verified"
+    print(f"{folder}: {state}; load it with mlflow.pyfunc.load_model({str(folder)!r})")
+
+
 @app.command(epilog="Example: `univigu model calibrate model/tiny-univigu`")
 def calibrate(
     folder: Annotated[Path, typer.Argument(help="The folder of a trained model.")],

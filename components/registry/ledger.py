@@ -48,6 +48,7 @@ class Entry:
     reason: str = ""
     metric: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    files: str = ""  # the digest of the version's files (`univigu.version_files`) when the decision was made
 
 
 class Lease:
@@ -299,6 +300,7 @@ def _entry(run: Any) -> Entry:
             reason=params.get("reason", ""),
             metric=params.get("metric", ""),
             scores=dict(run.data.metrics),
+            files=params.get("files", ""),
         )
     except (KeyError, ValueError) as error:
         reason = f"the run {run.info.run_id} is not a ledger line ({type(error).__name__}: {error})"

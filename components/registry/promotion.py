@@ -17,7 +17,7 @@ from components.pipeline.digests import json_digest
 from components.registry import ledger
 from components.registry.evaluations import HEADLINES, Evaluation, UnreadableEvaluationError, claims, read_evaluation
 from components.tracking import actor, existing_store
-from univigu import registry
+from univigu import registry, version_files
 from univigu.errors import BadInputError, BusyError, GateFailedError, MissingInputError, UniViGUError
 from univigu.evaluation.intervals import Score, clustered_mean, paired_difference
 from univigu.mlflow_store import without_password
@@ -126,7 +126,8 @@ def _decide(lease: ledger.Lease, challenger: "ModelVersion", store: str, asked: 
     else:
         outcome = ledger.REFUSED
     forced = force and not comparison.better
-    lease.decide({**asked, **_facts(comparison, outcome), "forced": forced}, _figures(comparison))
+    files = {"files": digest} if (digest := challenger.tags.get(version_files.TAG)) else {}
+    lease.decide({**asked, **files, **_facts(comparison, outcome), "forced": forced}, _figures(comparison))
     if outcome == ledger.PROMOTED:
         lease.set_champion(number, comparison.champion)
 

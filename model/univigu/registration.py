@@ -20,6 +20,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from univigu import version_files
 from univigu.errors import BadInputError
 from univigu.files import link_or_copy
 from univigu.mlflow_store import Uri, opened, without_password, without_secrets
@@ -55,6 +56,7 @@ class Upload:
     """Files in MLflow's store, with a run of their own, from which `create_version` makes a version."""
 
     run_id: str
+    pipeline: Path
     source: str = ""  # MLflow's address of the files
     version: "ModelVersion | None" = None
 
@@ -83,7 +85,7 @@ def uploaded(
 
         marks = {_NAME_TAG: name, _PROCESS_TAG: this_process()}
         run = mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags={**tags, **marks})
-        upload = Upload(run.info.run_id)
+        upload = Upload(run.info.run_id, pipeline)
         try:
             mlflow.log_params(dict(parameters))
             mlflow.log_metrics(dict(metrics))
@@ -96,13 +98,22 @@ def uploaded(
 
 
 def create_version(upload: Upload, name: str, card: str, tags: Mapping[str, str]) -> "ModelVersion":
-    """Create a new version of `name`, with the card as its description. Call it within the block of `uploaded`."""
+    """Create a new version of `name`, with the card as its description. Call it within the block of `uploaded`.
+
+    Its tag `version_files.TAG` has the digest of the files that are in the store.
+    """
     from mlflow import MlflowClient
 
     client = MlflowClient()
     _ensure_name(client, name)
+    local = {
+        f"artifacts/pipeline/{path.relative_to(upload.pipeline).as_posix()}": path
+        for path in upload.pipeline.rglob("*")
+        if path.is_file()
+    }
+    files = {version_files.TAG: version_files.stored_digest(upload.source, local)}
     upload.version = client.create_model_version(
-        name, source=upload.source, run_id=upload.run_id, tags=dict(tags), description=shorten(card)
+        name, source=upload.source, run_id=upload.run_id, tags={**tags, **files}, description=shorten(card)
     )
     return upload.version
 

@@ -7,7 +7,8 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,14 +55,25 @@ def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
     when the process ends. Raises as `load_pipeline` does; where the version exists but its files can't be reached, the
     `MissingInputError` has their location.
     """
-    with opened(tracking_uri) as store:
-        place = _place(uri, store)
-        try:
-            repository = repository_at(place)
-            target = None if _is_local(repository) else _folder_until_exit()
-            return Path(repository.download_artifacts(f"artifacts/{name}", target))
-        except Exception as error:  # each kind of store has its own exceptions
-            raise _files_error(error, uri, name, place) from error
+    with opened(tracking_uri) as store, _reachable(uri, name, store) as repository:
+        target = None if _is_local(repository) else _folder_until_exit()
+        return Path(repository.download_artifacts(f"artifacts/{name}", target))
+
+
+def download(uri: str, folder: Path, tracking_uri: Uri = None) -> None:
+    """Copy all files of a version into an existing folder; `uri` and errors as in `artifact`."""
+    with opened(tracking_uri) as store, _reachable(uri, "", store) as repository:
+        repository.download_artifacts("", str(folder))
+
+
+@contextmanager
+def _reachable(uri: str, name: str, store: str) -> "Iterator[ArtifactRepository]":
+    """MLflow's repository object for the files of a version, with errors for its file or folder `name`."""
+    place = _place(uri, store)
+    try:
+        yield repository_at(place)
+    except Exception as error:  # each kind of store has its own exceptions
+        raise _files_error(error, uri, name, place) from error
 
 
 def _place(uri: str, store: str) -> str:
@@ -205,13 +217,8 @@ def lost_files(version: "ModelVersion", sizes: Mapping[str, int | None], trackin
 def _sizes(version: "ModelVersion", folders: list[str], tracking_uri: Uri) -> dict[str, int | None]:
     """The contents of these folders of a version: name to size in bytes, or to None for a folder."""
     uri = f"models:/{version.name}/{version.version}"
-    with opened(tracking_uri) as store:
-        place = _place(uri, store)
-        try:
-            repository = repository_at(place)
-            return {file.path: file.file_size for folder in folders for file in repository.list_artifacts(folder)}
-        except Exception as error:  # each kind of store has its own exceptions
-            raise _files_error(error, uri, "", place) from error
+    with opened(tracking_uri) as store, _reachable(uri, "", store) as repository:
+        return {file.path: file.file_size for folder in folders for file in repository.list_artifacts(folder)}
 
 
 def set_alias(name: str, alias: str, version: int | str, tracking_uri: Uri = None) -> None:

@@ -19,8 +19,9 @@ _UNLIKE = (
     *(".univigu/docs/", ".univigu/locks/", ".univigu/monitor/", ".univigu/runs/"),
     *("mlflow.db", "mlruns/", ".git/", ".dvc/"),
 )
-# Parameters that differ from run to run: a request's id, a ledger line's time, and the digests that cover it.
-_UNLIKE_PARAMETERS = "('request', 'when', 'clock', 'previous', 'digest', 'signature')"
+# Parameters that differ from run to run: a request's id, a ledger line's time, the digests that cover it, and the
+# digest of a version's files, which name runs.
+_UNLIKE_PARAMETERS = "('request', 'when', 'clock', 'previous', 'digest', 'signature', 'files')"
 _CLOCKED = (
     "samples_per_second",
     "tokens_per_second",

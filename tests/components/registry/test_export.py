@@ -1,6 +1,8 @@
 """A registered version as a folder: complete, smaller if asked, and as good as the version."""
 
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from components.registry.export import export_version
+from components.registry import ledger, promotion
+from components.registry.export import export_version, pull_version
+from components.tracking import tracking_uri
 from registered_root import register
-from univigu import UniViGUPipeline
-from univigu.errors import BadInputError, MissingInputError
+from univigu import UniViGUPipeline, registry, version_files
+from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +74,109 @@ def test_the_command_prints_what_it_wrote(root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'out'}: version 1 of 'shared' in fp32, ")
     assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"]
+
+
+# --- pulling a version -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def promoted_once(tmp_path_factory, speaking_model):
+    root = tmp_path_factory.mktemp("promoted")
+    register(root, speaking_model, "served")
+    promotion.promote("served", 1, "the first", root=root)
+    shutil.copytree(stored(root), root / "as-promoted")
+    return root
+
+
+@pytest.fixture
+def promoted(promoted_once):
+    """A work root with one promoted version of `served`, whose files a test may change."""
+    yield promoted_once
+    shutil.rmtree(stored(promoted_once))
+    shutil.copytree(promoted_once / "as-promoted", stored(promoted_once))
+
+
+def stored(root):
+    """The folder of the version's files in the registry's store."""
+    (model,) = (root / "mlruns/models").iterdir()
+    return model / "artifacts"
+
+
+def test_a_pulled_version_is_what_was_promoted_and_loads(promoted, tmp_path):
+    import mlflow
+
+    (stored(promoted) / "code/univigu/__pycache__").mkdir()
+    (stored(promoted) / "code/univigu/__pycache__/cached.pyc").write_bytes(b"left by a load from the store")
+    line = pull_version("served", "champion", tmp_path / "new/served", promoted)
+    assert line.outcome == ledger.PROMOTED
+    assert line.files == version_files.folder_digest(tmp_path / "new/served")
+    assert not list(tmp_path.rglob("__pycache__"))
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "new/served"))
+    assert type(loaded.unwrap_python_model().pipeline).__name__ == "UniViGUPipeline"
+
+
+def replace(name, old, new):
+    def change(folder):
+        content = (folder / name).read_bytes()
+        assert old in content
+        (folder / name).write_bytes(content.replace(old, new))
+
+    return change
+
+
+def flip(folder):
+    weights = folder / "artifacts/pipeline/transformer/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+CHANGES = {
+    "a weight": flip,
+    "the library": replace("code/univigu/__init__.py", b"import", b"import os, "),
+    "the model's code": replace("mlflow_model.py", b"import base64", b"import base64, os"),
+    "a requirement": replace("requirements.txt", b"mlflow==", b"m1flow=="),
+    "the loader": replace("MLmodel", b"mlflow.pyfunc.loaders.code_model", b"os"),
+    "a description of nothing": lambda folder: (folder / "MLmodel").write_text("[]"),
+    "one more file": lambda folder: (folder / "code/torch.py").write_text("print('loaded first')"),
+    "one file less": lambda folder: (folder / "artifacts/README.md").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_version_whose_files_were_changed_after_its_promotion_is_not_pulled(promoted, change, tmp_path):
+    change(stored(promoted))
+    if change is flip:  # and its tag, which the registry lets anyone change
+        version = registry.find_version("served", 1, tracking_uri(promoted))
+        registry.set_tags(
+            version, {version_files.TAG: version_files.folder_digest(stored(promoted))}, tracking_uri(promoted)
+        )
+    with pytest.raises(CorruptDataError, match="files of version 1 of 'served' are not those that"):
+        pull_version("served", "champion", tmp_path / "served", promoted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_times_ids_and_folders_of_an_upload_change_no_digest(promoted):
+    before = version_files.folder_digest(stored(promoted))
+    for old in (b"/model/univigu/mlflow_model.py", b"utc_time_created: '20", b"run_id: ", b"model_size_bytes: "):
+        replace("MLmodel", old, old.replace(b"univigu/mlflow", b"elsewhere/mlflow").replace(b": ", b": 1"))(
+            stored(promoted)
+        )
+    assert version_files.folder_digest(stored(promoted)) == before
+
+
+def test_a_version_without_a_digest_in_the_ledger_is_pulled_on_request_only(tmp_path, speaking_model):
+    register(tmp_path, speaking_model, "served")
+    with pytest.raises(BadInputError, match=r"never promoted, or by an earlier release; promote it .*--unverified"):
+        pull_version("served", "1", tmp_path / "served", tmp_path)
+    assert pull_version("served", "1", tmp_path / "served", tmp_path, unverified=True) is None
+    assert (tmp_path / "served/MLmodel").is_file()
+
+
+def test_nothing_is_pulled_by_a_changed_ledger(promoted, tmp_path):
+    changed = sqlite3.connect(promoted / "mlflow.db")
+    assert changed.execute("UPDATE params SET value = ? WHERE key = 'files'", ("0" * 64,)).rowcount == 1
+    changed.commit()
+    changed.close()
+    with pytest.raises(CorruptDataError, match=r"history of 'served' was changed in 1 places.*--name served --verify"):
+        pull_version("served", "champion", tmp_path / "served", promoted)

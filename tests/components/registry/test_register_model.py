@@ -13,6 +13,7 @@ from components.evaluation.report import RUN
 from components.pipeline.digests import tree_files
 from components.pipeline.manifests import write_manifest
 from components.registry import promotion
+from components.registry.export import pull_version
 from components.registry.lineage import trace_version
 from components.registry.register_model import git_commit
 from components.tracking import tracking_uri
@@ -206,7 +207,7 @@ def test_with_manual_promotion_a_version_is_only_a_candidate(world, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_version_whose_files_are_lost_gets_them_back(world):
+def test_a_version_whose_files_are_lost_gets_them_back(world, tmp_path):
     first = world.register("lost")
     folder = registry.pipeline_folder("lost", tracking_uri(world.root)).parents[1]
     assert folder.is_relative_to(world.root / "mlruns")
@@ -216,6 +217,7 @@ def test_a_version_whose_files_are_lost_gets_them_back(world):
     assert world.register("lost") == first
     assert {file.relative_to(folder) for file in tree_files(folder)} == whole
     assert [line.outcome for line in promotion.history("lost", root=world.root)] == ["promoted"]
+    assert pull_version("lost", "1", tmp_path / "pulled", world.root).files  # the digest is as before
 
 
 @pytest.mark.slow
