@@ -111,8 +111,8 @@ class Sampler:
         if part is None:
             part = self.sample(task, number, items, previews)
             save_batch(place, part)
-            if task == BASE_TASK:
-                shutil.rmtree(self.kept / f"{UNREAD}{number}")
+        if task == BASE_TASK:  # also the clips of a run that ended between these two
+            shutil.rmtree(self.kept / f"{UNREAD}{number}", ignore_errors=True)
         return part
 
     def sample(self, task: str, number: int, items: Sequence[Item], previews: int) -> Batch:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from components.tracking import TrackedRun
+    from components.training.tracked_run import TrackedRun
     from univigu import UniViGUPipeline, UniViGUTransformer3DModel
     from univigu.training.data import LatentDataset
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from components.pipeline.digests import tree_digest
 from components.pipeline.fingerprint import code_digest
-from components.tracking import start_run
 from components.training.previews import show_samples
+from components.training.tracked_run import start_run
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from components.pipeline.step import Step
-    from components.tracking import TrackedRun
+    from components.training.tracked_run import TrackedRun
     from univigu import ObjectiveConfig, UniViGUPipeline, UniViGUTransformer3DModel
     from univigu.training.data import LatentDataset
     from univigu.training.engine import TrainingConfig

@@ -271,6 +271,12 @@ def mlflow_server(tmp_path_factory):
     server.stop()
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """MLflow retries a failing server only once."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
 class Failing(BaseHTTPRequestHandler):
     def do_GET(self):
         self.handle_request()

@@ -8,7 +8,8 @@ from components.pipeline.manifests import describe_files, files_digest, write_ma
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
-from components.tracking import start_run, tracking_uri
+from components.tracking import tracking_uri
+from components.training.tracked_run import start_run
 from components.training.train_stage import model_digest
 from univigu import registry
 

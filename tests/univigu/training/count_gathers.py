@@ -1,10 +1,10 @@
 """How many weights each step of a run gathers under ZeRO 3: started by a test on several processes.
 
-    python count_gathers.py FOLDER '{"task_draw": "step"}' '{"gradient_checkpointing": 1}'
+    python count_gathers.py FOLDER
 
 At Wan's size a block's weights stay gathered while it runs, and those of the others don't; so do they here.
-FOLDER/gathers.json has, for each step but the last, the task, whether it is self-conditioned, and the gathered elements
-over those of all weights.
+FOLDER/gathers.json has a list for a run without gradient checkpointing, and one for a run with it: of each step but the
+last, the task, whether it is self-conditioned, and the gathered elements over those of all weights.
 """
 
 import json
@@ -18,7 +18,8 @@ from deepspeed.runtime.zero import partition_parameters
 from univigu.tasks import ObjectiveConfig, draw_step
 from univigu.training import engine
 
-STEPS = 21
+CHOICES = {"task_draw": "step", "seed": 52}  # this seed draws every task with and without a guess in six steps
+STEPS = 7
 BLOCK = 12_000  # a little more than the weights of a block
 settings_of = engine.engine_settings
 gathered = [0]
@@ -38,14 +39,13 @@ def forget_at_once(*arguments):
     return settings
 
 
-if __name__ == "__main__":
-    folder, choices, settings = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    partition_parameters._dist_allgather_fn, engine.engine_settings = count, forget_at_once
+def run(folder: Path, **settings) -> list[tuple[str, bool, float]]:
+    """What each step gathers, of a run with these settings."""
     found, weights = [], []
 
     def note(step, _):
         if step < STEPS:  # the last one is evaluated
-            found.append([*draw_step(step, ObjectiveConfig(**choices)), gathered[0] / weights[0]])
+            found.append((*draw_step(step, ObjectiveConfig(**CHOICES)), gathered[0] / weights[0]))
             gathered[0] = 0
 
     def count_weights(module, _):
@@ -54,6 +54,13 @@ if __name__ == "__main__":
             gathered[0] = 0
 
     rarely = {"steps": STEPS, "heldout_every": STEPS, "checkpoint_every": STEPS}
-    tiny_run.run(folder, note, count_weights, layers=6, objective=choices, zero_stage=3, **rarely, **settings)
+    tiny_run.run(folder, note, count_weights, layers=4, objective=CHOICES, zero_stage=3, **rarely, **settings)
+    return found
+
+
+if __name__ == "__main__":
+    partition_parameters._dist_allgather_fn, engine.engine_settings = count, forget_at_once
+    home = Path(sys.argv[1])
+    gathers = [run(home / f"every-{every}", gradient_checkpointing=every) for every in (0, 1)]
     if os.environ["RANK"] == "0":
-        (folder / "gathers.json").write_text(json.dumps(found))
+        (home / "gathers.json").write_text(json.dumps(gathers))

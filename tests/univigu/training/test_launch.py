@@ -80,11 +80,12 @@ def test_two_processes_follow_the_curve_of_one(one, two):
     assert all(torch.allclose(two[1][name], tensor, atol=1e-3) for name, tensor in one[1].items())
 
 
+ALL_TASKS = {"steps": 4, "task_draw": "step", "objective": {"seed": 1}}  # this seed draws all three in four steps
 SETTINGS = {
     # two samples at a time: now and then one rank's attend jointly, and the other's have a prefix
     "sample": {"micro_batch_size": 2, "steps": 3},
-    "step": {"micro_batch_size": 2, "task_draw": "step"},
-    "sequence": {"sequence_parallel": 2, "micro_batch_size": 4, "gradient_checkpointing": 1, "task_draw": "step"},
+    "step": {"micro_batch_size": 2, **ALL_TASKS},
+    "sequence": {"sequence_parallel": 2, "micro_batch_size": 4, "gradient_checkpointing": 1, **ALL_TASKS},
 }
 ZERO_STAGES = range(4)
 
@@ -127,14 +128,19 @@ PASSES = {  # through the weights: forward, for a guess, and backward
 }
 
 
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory):
+    """The weights that each step gathers, without and with gradient checkpointing; in the same two processes."""
+    home = tmp_path_factory.mktemp("gathers")
+    done = launch(SCRIPT.with_name("count_gathers.py"), home)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((home / "gathers.json").read_text())
+
+
 @slow
 @pytest.mark.parametrize("recompute", [0, 1])
-def test_a_step_of_one_task_gathers_the_weights_once_per_pass(tmp_path, recompute):
-    tiny_run.open_data(tmp_path)
-    choices = json.dumps({"task_draw": "step"}), json.dumps({"gradient_checkpointing": recompute})
-    done = launch(SCRIPT.with_name("count_gathers.py"), tmp_path, *choices)
-    assert done.returncode == 0, done.stderr[-4000:]
-    gathers = json.loads((tmp_path / "gathers.json").read_text())
+def test_a_step_of_one_task_gathers_the_weights_once_per_pass(gathered, recompute):
+    gathers = gathered[recompute]
     assert {(task, guessing) for task, guessing, _ in gathers} == PASSES.keys()
     for task, guessing, count in gathers:
         # recomputation is a pass of its own, whose weights mostly stay for the backward pass

@@ -1,0 +1,171 @@
+"""The MLflow run of a training when the store fails, or when the training was killed."""
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import mlflow
+import numpy as np
+import pytest
+
+from components import tracking
+from components.registry import promotion
+from components.training.tracked_run import filmstrips, start_run
+from univigu import registry
+from univigu.errors import PreemptedError, TransientError
+
+
+def start(root, **changes):
+    return start_run(root, "train-stage-1", **{"parameters": {}, "tags": {}, "datasets": {}, **changes})
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Passes requests on to `server.target`, but for the first whose path has each of `server.refused`."""
+
+    def pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+        if refused := [part for part in self.server.refused if part in self.path]:
+            self.server.refused.remove(refused[0])
+            self.answer(400, b'{"error_code": "INTERNAL_ERROR", "message": "disk I/O error"}')
+            return
+        kept = {name: value for name, value in self.headers.items() if name in ("Content-Type", "Accept")}
+        asked = urllib.request.Request(self.server.target + self.path, body, kept, method=self.command)
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                self.answer(answer.status, answer.read())
+        except urllib.error.HTTPError as error:
+            self.answer(error.code, error.read())
+
+    def do_GET(self):
+        self.pass_on()
+
+    def do_POST(self):
+        self.pass_on()
+
+    def do_PUT(self):
+        self.pass_on()
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_): ...
+
+
+@pytest.fixture
+def refusing(mlflow_server, monkeypatch):
+    """MLflow's server behind one that refuses some requests once; named by MLFLOW_TRACKING_URI."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.target, server.refused = mlflow_server.url, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_what_the_store_refuses_once_is_sent_again(refusing, tmp_path, capfd):
+    clip = np.zeros((9, 32, 32, 3), np.uint8)
+    with start(tmp_path) as run:
+        refusing.refused += ["runs/log-batch", "samples/step-00000002", "runs/update"]
+        run.log(1, {"loss": 2.0})
+        run.flush()
+        run.log(2, {"loss": 1.0})
+        run.log_samples(2, [{"caption": "a six"}], {"a six": clip}, 8)
+    assert refusing.refused == []
+    client = mlflow.MlflowClient()
+    assert {entry.step: entry.value for entry in client.get_metric_history(run.run_id, "loss")} == {1: 2.0, 2: 1.0}
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run.run_id)} >= {"samples", "samples.json"}
+    assert [file.path for file in client.list_artifacts(run.run_id, "samples/step-00000002")] == [
+        "samples/step-00000002/0-a_six.mp4"
+    ]
+    assert "MLflow" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_during_training_loses_only_the_curves(
+    mlflow_server, tmp_path, monkeypatch, impatient, capfd
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url.replace("//", "//me:s3cret@"))
+
+    def train():
+        with start(tmp_path) as run:
+            run.log(1, {"loss": 2.0})
+            run.flush(wait=True)
+            mlflow_server.stop()
+            run.log(2, {"loss": 1.0})
+            run.log_samples(2, [{"caption": "a six"}], {}, 8)
+            for ask in (
+                lambda: run.set_tags({"univigu.model_digest": "0"}),
+                lambda: registry.version_at("uni-vigu", "champion", tracking.tracking_uri(tmp_path)),
+                lambda: promotion.promote("uni-vigu", 1, "why not", root=tmp_path),
+            ):
+                with pytest.raises(TransientError, match="does not answer"):
+                    ask()
+            raise PreemptedError("saved step 2")
+
+    with pytest.raises(PreemptedError, match="saved step 2"):
+        train()
+    said = "".join(capfd.readouterr())
+    for part in ("The samples of step 2 were not", "Some metrics were not", "MLflow still shows the run as running"):
+        assert part in said
+    assert "s3cret" not in said
+
+
+@pytest.mark.slow
+def test_a_deleted_run_is_not_resumed(tmp_path):
+    note = tmp_path / "mlflow.json"
+    with pytest.raises(PreemptedError), start(tmp_path, note=note):
+        raise PreemptedError("told to stop")
+    first = json.loads(note.read_text())["run_id"]
+    with start(tmp_path, note=note) as run:
+        assert run.run_id == first
+    mlflow.MlflowClient().delete_run(first)
+    with start(tmp_path, note=note) as run:
+        assert run.run_id != first
+    assert json.loads(note.read_text())["run_id"] == run.run_id
+
+
+@pytest.mark.slow
+def test_an_invalid_note_names_no_run(tmp_path):
+    path = tmp_path / "mlflow.json"
+    for note in ("[]", "5", '{"run_id": [1]}', '{"run_id": "none of them"}', "\0" * 30):
+        path.write_text(note)
+        with start(tmp_path, note=path) as run:
+            assert json.loads(path.read_text())["run_id"] == run.run_id
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_was_killed_before_it_wrote_the_run_id_is_resumed(tmp_path, monkeypatch):
+    note = tmp_path / "mlflow.json"
+    with pytest.raises(PreemptedError), start(tmp_path, note=note) as run:
+        raise PreemptedError("killed")
+    noted = json.loads(note.read_text())
+    del noted["run_id"]  # as it is until MLflow has answered
+    note.write_text(json.dumps(noted))
+    with start(tmp_path, note=note) as again:
+        assert again.run_id == run.run_id
+
+
+@pytest.mark.slow
+def test_a_login_in_a_parameter_is_not_logged(tmp_path):
+    parameters = {"captioner": {"url": "https://me:s3cret@host/v1?token=abcdef&n=1", "n": 3}}
+    with start(tmp_path, parameters=parameters) as run:
+        pass
+    params = mlflow.MlflowClient().get_run(run.run_id).data.params
+    assert params == {"captioner.url": "https://***@host/v1?token=***&n=1", "captioner.n": "3"}
+
+
+def test_the_frames_of_clips_are_one_picture():
+    clips = [np.full((17, 32, 40, 3), value, np.uint8) for value in (10, 200)]
+    sheet = filmstrips(clips)
+    assert sheet.shape == (2 * 64, 9 * 80, 3)
+    assert (sheet[:64] == 10).all()
+    assert (sheet[64:] == 200).all()
