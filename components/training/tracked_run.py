@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from components.tracking import NOTE, actor, flatten, open_tracking, tracking_ur
 from univigu.errors import PreemptedError
 from univigu.files import read_json_object, write_json
 from univigu.mlflow_store import explained, short_timeouts, store_error
+from univigu.threads import side_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,7 @@ class TrackedRun:
     def __init__(self, client: Any, run_id: str, store: str, note: MetricsNote) -> None:
         self.client, self.run_id, self.store, self._note = client, run_id, store, note
         self._buffer: list[Any] = []
-        self._sender = ThreadPoolExecutor(1, "mlflow")
+        self._sender = side_threads(1, "mlflow")
         self._sent: list[tuple[list[Any], Future[None]]] = []  # batches that the store has not taken yet
         self._flushed = time.monotonic()
         history = client.get_metric_history(run_id, "loss")
