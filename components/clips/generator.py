@@ -13,14 +13,11 @@ from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
 from univigu.attention import set_attention_backend
 from univigu.errors import ConfigError, MissingInputError, first_line
-from univigu.threads import map_on_cores
+from univigu.threads import in_parts, map_on_cores
 
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import DiffusionPipeline
-
-
-PART = 16  # clips that a thread makes at a time on a CPU
 
 
 class Sampling(NamedTuple):
@@ -139,16 +136,13 @@ def generate(
     that it doesn't accept. On a CPU, several parts of the batch are made at a time.
     """
     import numpy as np
-    import torch
 
     check_size(pipeline, video)
-    parts = [rows] if torch.cuda.is_available() else split(rows)
-    return np.concatenate(map_on_cores(lambda part: _generate(for_a_thread(pipeline), part, video, sampling), parts))
 
+    def generate(part: Sequence[Any]) -> "np.ndarray":
+        return _generate(for_a_thread(pipeline), part, video, sampling)
 
-def split(rows: Sequence[Any]) -> list[Sequence[Any]]:
-    """A batch in parts for `map_on_cores`."""
-    return [rows[start : start + PART] for start in range(0, len(rows), PART)]
+    return np.concatenate(map_on_cores(generate, in_parts(rows)))
 
 
 def for_a_thread(pipeline: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from components.clips.generator import Sampling, for_a_thread, generate, load_generator, split
+from components.clips.generator import Sampling, for_a_thread, generate, load_generator
 from components.evaluation import scorers as scorer_modules
 from components.evaluation.report import Preview, preview
 from components.pipeline.digests import tree_digest
@@ -21,7 +21,7 @@ from components.pipeline.manifests import inside
 from components.pipeline.shard_records import read_record, write_record
 from univigu.errors import ConfigError
 from univigu.files import file_sha256, sync
-from univigu.threads import map_on_cores
+from univigu.threads import in_parts, map_on_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,9 +212,8 @@ def sample_in_parts(
     pipeline: "UniViGUPipeline", sample: Callable[["UniViGUPipeline", Sequence[Item]], Batch], items: Sequence[Item]
 ) -> Batch:
     """The samples of some items; on a CPU, of several parts of them at a time."""
-    parts = [items] if pipeline.device.type == "cuda" else split(items)
     made: Batch = {}
-    for part in map_on_cores(lambda part: sample(for_a_thread(pipeline), part), parts):
+    for part in map_on_cores(lambda part: sample(for_a_thread(pipeline), part), in_parts(items)):
         for name, values in part.items():
             made.setdefault(name, []).extend(values)
     return made

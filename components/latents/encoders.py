@@ -1,5 +1,6 @@
 """The parts of a base that encode samples as tensors: autoencoder, text encoder, tokenizer."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components.pipeline.weights import how_to_fetch
 from components.prompts.tokens import count_tokens, load_tokenizer
 from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
+from univigu.threads import in_parts, map_on_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,20 +57,29 @@ class Encoders:
 
 
 def latent_means(vae: Any, clips: "Sequence[Tensor]") -> list["Tensor"]:
-    """The result of `Encoders.encode_clips`; only this function and `load_vae` decide a clip's latents."""
+    """The result of `Encoders.encode_clips`; only this function and `load_vae` decide a clip's latents.
+
+    On a CPU, the number of cores changes no bit of them (`map_on_cores`).
+    """
     import torch
 
     from univigu.wan import encode_frames
 
-    return list(encode_frames(vae, torch.stack(list(clips))).bfloat16().cpu())
+    def encode(part: "Sequence[Tensor]") -> "Tensor":
+        return encode_frames(copy.copy(vae), torch.stack(list(part)))  # it keeps frames of its own
+
+    return list(torch.cat(map_on_cores(encode, in_parts(clips))).bfloat16().cpu())
 
 
 def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], length: int) -> list["Tensor"]:
-    """The result of `Encoders.encode_texts`; only this function and the loaders decide a prompt's states."""
+    """The result of `Encoders.encode_texts`; only this function and the loaders decide a prompt's states.
+
+    On a CPU, the number of cores changes no bit of them (`map_on_cores`).
+    """
     from univigu.wan import encode_prompts
 
-    padded = encode_prompts(tokenizer, text_encoder, prompts, length)
-    return [states[: int(states.any(-1).sum())].bfloat16().cpu() for states in padded]
+    padded = map_on_cores(lambda part: encode_prompts(tokenizer, text_encoder, part, length), in_parts(prompts))
+    return [states[: int(states.any(-1).sum())].bfloat16().cpu() for part in padded for states in part]
 
 
 def load_vae(base: Path) -> Any:

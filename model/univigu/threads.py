@@ -26,6 +26,7 @@ SPINS = "300"
 WORTHWHILE = 0.95  # more threads are used only if they take at most this share of the time
 _TRIES, _MOST_TRIES, _TRIED_S = 3, 30, 5.0  # several seconds, so that a short load on the machine has no effect
 _MOST_THREADS = 4096
+PART = 16  # samples that a thread makes or encodes at a time on a CPU
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -52,18 +53,27 @@ def _work_alone() -> None:
         torch.set_num_threads(1)  # for this thread
 
 
+def in_parts(batch: Sequence[Part]) -> list[Sequence[Part]]:
+    """A batch in parts for `map_on_cores`: one for a GPU, and of a fixed size for CPUs, whatever their number."""
+    import torch
+
+    size = len(batch) if torch.cuda.is_available() else PART
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
 def map_on_cores(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """`function` of each part, several at a time on a CPU: one per core, each in a thread without a team.
 
     A team divides each operation, and waits after each; parts wait once. The results don't depend on the number of
-    cores, because the parts are given. With a GPU, or with one thread (OMP_NUM_THREADS), one part follows another.
+    cores, because the parts are given, and a single one has no team either. With a GPU, or with one thread
+    (OMP_NUM_THREADS), one part follows another.
     """
     import torch
 
-    cores = min(torch.get_num_threads(), len(parts))
+    cores = torch.get_num_threads()
     if torch.cuda.is_available() or cores == 1:
         return [function(part) for part in parts]
-    with side_threads(cores, "parts") as pool:
+    with side_threads(max(1, min(cores, len(parts))), "parts") as pool:
         return list(pool.map(function, parts))
 
 
