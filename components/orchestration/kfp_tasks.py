@@ -20,7 +20,7 @@ from uuid import uuid4
 from components.captions.caption_videos import open_captioner
 from components.orchestration import notifications
 from components.pipeline.manifests import inside
-from components.pipeline.processes import ChildProcesses, read_lines, shell_code
+from components.pipeline.processes import ChildProcesses, read_lines, shell_code, without_cuda
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES, find_stage
 from components.pipeline.state import STATE
@@ -282,6 +282,8 @@ def _check_train_jobs(profile: str, root: str, options: Mapping[str, str]) -> No
 
 def _check_driver() -> None:
     """Refuse a GPU node whose driver is too old for the image, on which the step would run on the CPU."""
+    if without_cuda():
+        return
     import torch
 
     from univigu.training.driver import check_driver

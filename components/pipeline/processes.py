@@ -31,13 +31,18 @@ PREFIX = "univigu: "  # of messages to the user
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if "torch" not in sys.modules and version("torch").endswith("+cpu"):
-        return []  # the import would take seconds
+    if without_cuda():
+        return []
     import torch
 
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get(GPUS, "").split(",") if name.strip()]
     return named[:count] if named else [str(number) for number in range(count)]
+
+
+def without_cuda() -> bool:
+    """Whether the installed build of torch is for CPUs, as far as its version says; the import would take seconds."""
+    return "torch" not in sys.modules and version("torch").endswith("+cpu")
 
 
 def count_processes(stage: Stage, settings: Mapping[str, Any] | None = None) -> int:
