@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,7 @@ SEED = 2026
 
 
 def main() -> None:
-    options = _options()
+    options = _parser().parse_args()
     shared = Path("/dev/shm")  # memory, where there is such a thing: nothing here has to outlast the machine
     base = shared if shared.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=base))  # a TemporaryDirectory would go when a fork ends
@@ -29,7 +30,7 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     commands = parser.add_subparsers(required=True)
     everything = commands.add_parser("all", help="all trials that fit into the time; what the log has is not repeated")
@@ -55,7 +56,7 @@ def _options() -> argparse.Namespace:
     sample.add_argument("--each", type=int, default=2, help="trials of each plan")
     sample.add_argument("--inputs", type=int, default=50, help="odd inputs of each kind")
     sample.set_defaults(act=_sample)
-    return parser.parse_args()
+    return parser
 
 
 def _all(options: argparse.Namespace, folder: Path) -> None:
@@ -69,8 +70,10 @@ def _all(options: argparse.Namespace, folder: Path) -> None:
     bench = trials.set_up(folder, options.plan)
     log = [line for line in report.read_log(options.log) if "key" in line]
     known = {line["key"] for line in log if not line["findings"]}
-    failed = {line["key"] for line in log} - known
-    wanted = sorted(schedule(bench, SEED), key=lambda one: report.key(*one) not in failed)  # what failed comes first
+    failed = [  # first, also those that the schedule lacks by now
+        _trial(line["repeat"]) for line in log if line["findings"] and line["kind"] != "another folder"
+    ]
+    wanted = [*failed, *(one for one in schedule(bench, SEED) if one not in failed)]
     wanted = [(name, faults) for name, faults in wanted if not options.plan or name in options.plan]
     chained = [name for name, stage in bench.stages.items() if stage.plan.chained]
     if not options.plan and report.key(chained[0], ()) not in known:
@@ -102,13 +105,20 @@ def _one(options: argparse.Namespace, folder: Path) -> None:
     from tests.chaos import trials
 
     bench = trials.set_up(folder, [options.plan])
-    faults = []
-    for text in options.fault:
-        kind, _, n = text.rpartition(":")
-        faults.append(shim.KINDS[kind]._replace(n=int(n)))
-    trial = trials.attempt(bench, options.plan, faults)
+    trial = trials.attempt(bench, options.plan, _faults(options))
     print(trial.hit, *(trial.findings or ["all is well"]), sep="\n  ")
     sys.exit(bool(trial.findings))
+
+
+def _trial(repeat: str) -> tuple[str, tuple[shim.Fault, ...]]:
+    """The plan and the faults of the command that repeats a trial."""
+    options = _parser().parse_args(shlex.split(repeat)[3:])
+    return options.plan, _faults(options)
+
+
+def _faults(options: argparse.Namespace) -> tuple[shim.Fault, ...]:
+    asked = (text.rpartition(":") for text in options.fault)
+    return tuple(shim.KINDS[kind]._replace(n=int(n)) for kind, _, n in asked)
 
 
 def _fuzz(options: argparse.Namespace, folder: Path) -> None:
