@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.cli.lean_imports import import_models, without
 from components.cli.messages import is_quiet, say
+from components.pipeline.lean_imports import import_models, without
 from univigu.errors import MissingInputError
 
 if TYPE_CHECKING:

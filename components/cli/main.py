@@ -28,8 +28,8 @@ from components.cli import (
     study,
     train_job,
 )
-from components.cli.lean_imports import import_models, start_command, without
 from components.cli.options import Profile, Settings, profile_in_use
+from components.pipeline.lean_imports import import_models, start_command, without
 from univigu import __version__
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
@@ -165,7 +165,7 @@ def run(
     if processes > 1:
         make_parts(step, profile, root, processes)
     with without(*([] if _uses_adapters(values) else ["peft"])):
-        if stage.resources.gpus:
+        if stage.resources.gpus and not stage.sharded:  # shards may all be made already: they import models when needed
             import_models()
         manifest = run_stage(step, values, root)
     if _is_main_rank():

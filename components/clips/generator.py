@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from components.pipeline.lean_imports import import_models
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
 from univigu.attention import set_attention_backend
@@ -47,6 +48,7 @@ def load_generator(
     one of diffusers', such as `flash` or `sage`. Raises `MissingInputError` if the folder or its weights are missing,
     and `ConfigError` if it isn't such a pipeline or doesn't support an option.
     """
+    import_models()
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError

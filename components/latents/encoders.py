@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.pipeline.lean_imports import import_models
 from components.pipeline.weights import how_to_fetch
 from components.prompts.tokens import count_tokens, load_tokenizer
 from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
@@ -23,9 +24,12 @@ class Encoders:
     """
 
     def __init__(self, base: Path, precision: str, prompt_length: int, text_length: int) -> None:
-        self.tokenizer = load_tokenizer(base)
         self._base, self._precision = base, precision
         self._prompt_length, self._text_length = prompt_length, text_length
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._base)
 
     @cached_property
     def vae(self) -> Any:
@@ -84,6 +88,7 @@ def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], lengt
 
 def load_vae(base: Path) -> Any:
     """The autoencoder of a base, always in fp32; raises if it is missing, incomplete, or not Wan's."""
+    import_models()
     import torch
     from diffusers import AutoencoderKLWan
 
@@ -97,6 +102,7 @@ def load_vae(base: Path) -> Any:
 
 def load_text_encoder(base: Path, precision: str) -> Any:
     """The text encoder of a base in fp32 or bf16; raises as `load_vae` does."""
+    import_models()
     import torch
     from transformers import UMT5EncoderModel
 

@@ -12,6 +12,7 @@ from components.clips import generator
 from components.pipeline.profiles import load_profile
 from components.settings.sections import Fit, Video
 from univigu.errors import ConfigError, MissingInputError
+from univigu.threads import PART
 
 FIT = Fit(upscale=1.0, cut=0.0, speed=(1.0, 1.0), hdr="tone_map")
 VIDEO = Video(frames=9, height=32, width=32, fps=8, buckets=[], fit=FIT)
@@ -111,7 +112,7 @@ any_pipeline = pytest.mark.parametrize(
 @any_pipeline
 def test_clips_are_the_same_on_any_number_of_cores(folders, name, arguments):
     pipeline, sampling = generator.load_generator(folders[name], "fp32"), SAMPLING._replace(arguments=arguments)
-    rows = [{"prompt": f"a red digit {seed}", "seed": seed} for seed in range(2 * generator.PART + 1)]
+    rows = [{"prompt": f"a red digit {seed}", "seed": seed} for seed in range(2 * PART + 1)]
     before, found = torch.get_num_threads(), []
     for cores in (1, 2):
         torch.set_num_threads(cores)

@@ -29,9 +29,11 @@ def import_models() -> None:
 def without(*packages: str) -> Iterator[None]:
     """Import as if `packages` were not installed, unless they have been imported already.
 
-    diffusers and transformers remember what they found, so adapters can't be used later in the same process.
+    diffusers and transformers remember what they found, so adapters can't be used later in the same process, and once
+    one of the two is imported nothing is hidden any more.
     """
-    hidden = [name for name in packages if _Process.is_command and name not in sys.modules]
+    hides = _Process.is_command and not {"diffusers", "transformers"} & sys.modules.keys()
+    hidden = [name for name in packages if hides and name not in sys.modules]
     for name in hidden:
         # Python's own way to make an import fail
         # pyrefly: ignore[unsupported-operation]

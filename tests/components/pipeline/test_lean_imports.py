@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from components.cli.chosen_model import load
-from components.cli.lean_imports import start_command
+from components.pipeline.lean_imports import start_command
 
 if sys.argv[2] == "command":
     start_command()
