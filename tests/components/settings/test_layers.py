@@ -63,18 +63,18 @@ def test_profiles_that_extend_each_other_are_refused(write):
 
 def test_an_output_table_under_zero_3_needs_steps_of_one_task(write):
     stage, model = {"zero_stage": 3}, {"output_dim": 64}
-    said = refusal(write({"extends": "tiny", "model": model, "train_stage_1": stage}))
+    said = refusal(write({"extends": "smoke", "model": model, "train_stage_1": stage}))
     assert "train_stage_1.task_draw is sample, and with ZeRO 3 the output table (model.output_dim 64) needs" in said
     assert "set it to step, or zero_stage to 2" in said
     for fitting in ({"train_stage_1": stage}, {"model": model, "train_stage_1": stage | {"task_draw": "step"}}):
-        assert load_profile(write({"extends": "tiny", **fitting}))["train_stage_1"]["zero_stage"] == 3
+        assert load_profile(write({"extends": "smoke", **fitting}))["train_stage_1"]["zero_stage"] == 3
 
 
 def count(own):
     return sum(count(value) if isinstance(value, dict) else 1 for value in own.values())
 
 
-@pytest.mark.parametrize(("name", "parent", "differences"), [("wan-14b", "wan-1.3b", 9), ("smoke", "tiny", 41)])
+@pytest.mark.parametrize(("name", "parent", "differences"), [("wan-14b", "wan-1.3b", 9), ("smoke", "tiny", 43)])
 def test_a_bundled_profile_states_its_differences_and_no_more(name, parent, differences):
     own = yaml.safe_load(find_profile(name).read_text())
     assert own.pop("extends") == parent
