@@ -239,7 +239,7 @@ def _data_files(
     for path in (folder / text for text in _body(one).texts for folder in folders):
         if path.is_file() and path.suffix != ".py":
             yield f"{package}/{path.relative_to(top).as_posix()}", path
-        elif path.is_dir() and path != top and not any(path.glob("*.py")):
+        elif path.is_dir() and path != top and path.name != "__pycache__" and not any(path.glob("*.py")):
             for file in tree_files(path):
                 if path.name not in chosen or file.stem in {*chosen[path.name], *texts}:
                     yield f"{package}/{file.relative_to(top).as_posix()}", file

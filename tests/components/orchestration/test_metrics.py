@@ -14,12 +14,12 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import engine
-from components import tracking
 from components.captions.captioners.client.journal import Journal
 from components.cli.metrics import metrics
 from components.orchestration.airflow_server import free_port
 from components.orchestration.metrics import EXPORTED, read_samples, registry
 from components.pipeline.notes import DEFERRED, QUEUE, TRAINING, MetricsNote, QueueNote, note_path, write_note
+from components.training.tracked_run import start_run
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, PreemptedError
 from univigu.training.loop import SKIPPED_AT_MOST, _Run
 
@@ -35,7 +35,7 @@ def values(root):
 
 
 def train(root):
-    return tracking.start_run(root, "train-stage-1", parameters=PARAMETERS, tags={}, datasets={})
+    return start_run(root, "train-stage-1", parameters=PARAMETERS, tags={}, datasets={})
 
 
 def note_of(root, name="train-stage-1"):

@@ -12,7 +12,7 @@ from components.pipeline import syntax
 from components.pipeline.fingerprint import changed_code, code_digest, fingerprint, named_in, stage_code
 from components.pipeline.profiles import load_profile, profile_names
 from components.pipeline.stages import STAGES, find_stage
-from univigu import extras
+from univigu import extras, version_files
 
 ROOT = Path(__file__).parents[3]
 CODE = {
@@ -275,6 +275,12 @@ def test_data_files_that_steps_read_count(name):
     recogniser = {"components/digits/recogniser/config.json", "components/digits/recogniser/model.safetensors"}
     if profile["evaluate_model"]["benchmark"] == "digits":
         assert recogniser <= set(stage_code(find_stage("evaluate-model"), profile))
+
+
+def test_what_python_caches_is_no_data_even_where_code_names_its_folder():
+    assert list((Path(version_files.__file__).parent / "__pycache__").glob("*.pyc"))  # which this module names
+    profile = load_profile("smoke")
+    assert not [name for stage in STAGES for name in stage_code(stage, profile) if "__pycache__" in name]
 
 
 def test_code_that_is_imported_by_a_name_from_the_profile_is_declared():
