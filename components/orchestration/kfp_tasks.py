@@ -302,10 +302,8 @@ def _run_command(
     step: str, root: str, arguments: Sequence[str], part: str = "", environment: Mapping[str, str] | None = None
 ) -> None:
     """Run a command and forward SIGTERM to it; if it fails, exit with its exit code."""
-    with ChildProcesses() as children:
-        process = children.start(arguments, environment)
+    with ChildProcesses() as children, children.start(arguments, environment) as process:
         message = read_lines(process, lambda line: _log(f"{step} {part}".strip(), line))
-        process.wait()
     if process.returncode:
         code = shell_code(process.returncode)
         _exit(step, root, code, message or f"'{step}' ended with exit code {code}; see its log.")

@@ -56,8 +56,8 @@ class Upload:
     """Files in MLflow's store, with a run of their own, from which `create_version` makes a version."""
 
     run_id: str
-    pipeline: Path
     source: str = ""  # MLflow's address of the files
+    digest: str = ""  # of the files that are there (`univigu.version_files`)
     version: "ModelVersion | None" = None
 
 
@@ -85,11 +85,12 @@ def uploaded(
 
         marks = {_NAME_TAG: name, _PROCESS_TAG: this_process()}
         run = mlflow.start_run(experiment_id=experiment_id, run_name=f"register {name}", tags={**tags, **marks})
-        upload = Upload(run.info.run_id, pipeline)
+        upload = Upload(run.info.run_id)
         try:
             mlflow.log_params(dict(parameters))
             mlflow.log_metrics(dict(metrics))
             upload.source = _log_files(pipeline, card, evidence, name="model")
+            upload.digest = version_files.stored_digest(upload.source, _pipeline_files(pipeline))
             yield upload
         finally:
             mlflow.end_run("FINISHED" if upload.version else "FAILED")
@@ -106,16 +107,17 @@ def create_version(upload: Upload, name: str, card: str, tags: Mapping[str, str]
 
     client = MlflowClient()
     _ensure_name(client, name)
-    local = {
-        f"artifacts/pipeline/{path.relative_to(upload.pipeline).as_posix()}": path
-        for path in upload.pipeline.rglob("*")
-        if path.is_file()
-    }
-    files = {version_files.TAG: version_files.stored_digest(upload.source, local)}
+    files = {version_files.TAG: upload.digest}
     upload.version = client.create_model_version(
         name, source=upload.source, run_id=upload.run_id, tags={**tags, **files}, description=shorten(card)
     )
     return upload.version
+
+
+def _pipeline_files(pipeline: Path) -> dict[str, Path]:
+    """The files of a pipeline's folder by their names in a version."""
+    found = (path for path in pipeline.rglob("*") if path.is_file())
+    return {f"artifacts/pipeline/{path.relative_to(pipeline).as_posix()}": path for path in found}
 
 
 def tidy_uploads(name: str, experiment_id: str, tracking_uri: Uri = None) -> None:

@@ -10,9 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.tracking import open_tracking, tracking_uri
+from local_server import Answering, serving
 from univigu import registry
 from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
@@ -277,7 +277,7 @@ def impatient(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
-class Failing(BaseHTTPRequestHandler):
+class Failing(Answering, BaseHTTPRequestHandler):
     def do_GET(self):
         self.handle_request()
 
@@ -286,25 +286,15 @@ class Failing(BaseHTTPRequestHandler):
 
     def handle_request(self):
         self.server.answers -= 1
-        body = b"{}"
-        self.send_response(200 if self.server.answers >= 0 else 500)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_): ...
+        self.answer(200 if self.server.answers >= 0 else 500, b"{}")
 
 
 @pytest.fixture
 def failing_after_one_answer():
     """An HTTP server that gives `answers` empty answers, and fails from then on."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
-    server.answers, server.url = 1, f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Failing) as server:
+        server.answers = 1
+        yield server
 
 
 @pytest.fixture

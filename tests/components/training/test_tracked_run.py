@@ -1,10 +1,9 @@
 """The MLflow run of a training when the store fails, or when the training was killed."""
 
 import json
-import threading
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import mlflow
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from components import tracking
 from components.registry import promotion
 from components.training.tracked_run import filmstrips, start_run
+from local_server import Answering, serving
 from univigu import registry
 from univigu.errors import PreemptedError, TransientError
 
@@ -21,7 +21,7 @@ def start(root, **changes):
     return start_run(root, "train-stage-1", **{"parameters": {}, "tags": {}, "datasets": {}, **changes})
 
 
-class Refusing(BaseHTTPRequestHandler):
+class Refusing(Answering, BaseHTTPRequestHandler):
     """Passes requests on to `server.target`, but for the first whose path has each of `server.refused`."""
 
     def pass_on(self):
@@ -47,26 +47,14 @@ class Refusing(BaseHTTPRequestHandler):
     def do_PUT(self):
         self.pass_on()
 
-    def answer(self, status, body):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_): ...
-
 
 @pytest.fixture
 def refusing(mlflow_server, monkeypatch):
     """MLflow's server behind one that refuses some requests once; named by MLFLOW_TRACKING_URI."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    server.target, server.refused = mlflow_server.url, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Refusing) as server:
+        server.target, server.refused = mlflow_server.url, []
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        yield server
 
 
 @pytest.mark.slow
