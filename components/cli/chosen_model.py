@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.cli.messages import is_quiet, say
-from components.pipeline.lean_imports import import_models, without
+from components.pipeline.lean_imports import import_models, without, without_compiler
 from univigu.errors import MissingInputError
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ def _registered(address: str, root: Path) -> Path:
     from components.tracking import existing_store
 
     store = existing_store(root, "a model's folder with --model")
-    from univigu.registry import pipeline_folder
+    with without("scipy"):  # which MLflow imports where it is installed
+        from univigu.registry import pipeline_folder
 
-    return pipeline_folder(address, store)
+        return pipeline_folder(address, store)
 
 
 def _has_champion(name: str, root: Path) -> bool:
@@ -87,6 +88,7 @@ def _has_champion(name: str, root: Path) -> bool:
     return version_at(name, CHAMPION, store) is not None
 
 
+@without_compiler()
 def load(folder: Path) -> "UniViGUPipeline":
     """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
     adapters = any(folder.glob("*lora*"))

@@ -4,12 +4,12 @@ import copy
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from components.pipeline.lean_imports import import_models
+from components.pipeline.lean_imports import import_models, without_compiler
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
 from univigu.attention import set_attention_backend
@@ -19,6 +19,8 @@ from univigu.threads import in_parts, map_on_cores
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import DiffusionPipeline
+
+Result = TypeVar("Result")
 
 
 class Sampling(NamedTuple):
@@ -30,6 +32,7 @@ class Sampling(NamedTuple):
     arguments: Mapping[str, Any] = MappingProxyType({})  # further arguments of the pipeline's call, by name
 
 
+@without_compiler()
 def load_generator(
     folder: Path,
     precision: str,
@@ -139,12 +142,23 @@ def generate(
     """
     import numpy as np
 
+    return np.concatenate(map_generated(lambda _, clips: clips, pipeline, rows, video, sampling))
+
+
+def map_generated(
+    use: Callable[[Sequence[Mapping[str, Any]], "np.ndarray"], Result],
+    pipeline: "DiffusionPipeline",
+    rows: Sequence[Mapping[str, Any]],
+    video: Video,
+    sampling: Sampling,
+) -> list[Result]:
+    """`use(rows, clips)` of each part of a batch (see `generate`), in the thread that made the part's clips."""
     check_size(pipeline, video)
 
-    def generate(part: Sequence[Any]) -> "np.ndarray":
-        return _generate(for_a_thread(pipeline), part, video, sampling)
+    def make(part: Sequence[Mapping[str, Any]]) -> Result:
+        return use(part, _generate(for_a_thread(pipeline), part, video, sampling))
 
-    return np.concatenate(map_on_cores(generate, in_parts(rows)))
+    return map_on_cores(make, in_parts(rows))
 
 
 def for_a_thread(pipeline: Any) -> Any:

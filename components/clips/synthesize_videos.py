@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.clips.generator import Sampling, generate, load_generator
+from components.clips.generator import Sampling, load_generator, map_generated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,10 +48,12 @@ def synthesize_videos(step: "Step") -> None:
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
         def make_batch(batch: Sequence[Mapping[str, Any]], batch_folder: Path) -> list[dict[str, Any]]:
-            videos = generate(generator(), batch, step.settings.video, sampling)
-            clips, members = keep_good(step, gate, batch, videos)
-            write_tar(batch_folder / TAR, members)
-            return clips
+            parts = map_generated(partial(keep_good, step, gate), generator(), batch, step.settings.video, sampling)
+            for part in parts:
+                for refusal in part.refused:
+                    step.reject(*refusal)
+            write_tar(batch_folder / TAR, {name: mp4 for part in parts for name, mp4 in part.members.items()})
+            return [clip for part in parts for clip in part.clips]
 
         batches = step.map_batches(shard, settings.batch_size, folder, make_batch)
         join_tars([batch_folder / TAR for batch_folder, _ in batches], folder / TAR)
@@ -61,18 +63,26 @@ def synthesize_videos(step: "Step") -> None:
     step.write("clips", step.map_shards(rows, settings.shard_size, make_shard, unit="clips"))
 
 
+class Judged(NamedTuple):
+    """What the gate made of some clips."""
+
+    clips: list[dict[str, Any]]  # rows of those that pass
+    members: dict[str, bytes]  # their mp4s by member name
+    refused: list[tuple[str, str, str, Mapping[str, Any]]]  # of the others: id, reason, detail, row
+
+
 def keep_good(
     step: "Step", gate: Sequence["ClipCheck"], rows: Sequence[Mapping[str, Any]], videos: "np.ndarray"
-) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """The float videos (B, F, H, W, 3) that pass the gate: their rows, and their mp4s by member name."""
+) -> Judged:
+    """Float videos (B, F, H, W, 3) as the gate judges them. It runs in several threads and changes nothing."""
     from components.clips.gate import examine
     from univigu.video import encode_mp4
 
     video = step.settings.video
-    clips, members = [], {}
+    clips, members, refused = [], {}, []
     for row, frames, finding in examine(videos, rows, gate):
         if finding.reason:
-            step.reject(row["id"], finding.reason, finding.detail, {**row, "scores": finding.scores})
+            refused.append((row["id"], finding.reason, finding.detail, {**row, "scores": finding.scores}))
             continue
         content = encode_mp4(frames, video.fps)
         member = f"{row['id']}.mp4"
@@ -91,7 +101,7 @@ def keep_good(
                 "member": member,
             }
         )
-    return clips, members
+    return Judged(clips, members, refused)
 
 
 def plan_clip(prompt: Mapping[str, Any], seed: int, stage_1_share: float) -> dict[str, Any]:

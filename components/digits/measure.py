@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import NearestNeighbors
 
 from components.digits import world
 from univigu.errors import BadInputError
@@ -61,7 +60,7 @@ def _centres(ink: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _templates() -> tuple[NearestNeighbors, np.ndarray, np.ndarray]:
+def _templates() -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """Training scans as cut-outs, their digits, and each digit's mean offset of the box's centre from the ink's."""
     scans, digits = world.train_scans()
     sample = {"colour": "red", "background": "black", "start": "centre", "end": "centre"}
@@ -70,7 +69,7 @@ def _templates() -> tuple[NearestNeighbors, np.ndarray, np.ndarray]:
     centres = _centres(ink)
     offset = world.SIZE / 2 - centres[:, 0]
     means = np.stack([offset[digits == d].mean(0) for d in range(10)])
-    return NearestNeighbors(n_neighbors=NEIGHBOURS).fit(_cut_out(ink, centres)), digits, means
+    return torch.from_numpy(_cut_out(ink, centres)).double(), digits, means
 
 
 def _ink(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,8 +110,9 @@ def _measure(clips: np.ndarray) -> list[dict[str, Measurement]]:
     # What the colour is relative to the ground matters less than which ink it is: thin strokes are mixed with ground.
     colours = _named(world.ATTRIBUTES["colour"], distances(colour, list(world.COLOURS.values())))
 
-    finder, labels, offsets = _templates()
-    gaps, neighbours = finder.kneighbors(_cut_out(ink, centres))
+    templates, labels, offsets = _templates()
+    distances_to_scans = torch.cdist(torch.from_numpy(_cut_out(ink, centres)).double(), templates)
+    gaps, neighbours = (found.numpy() for found in distances_to_scans.topk(NEIGHBOURS, largest=False))
     votes = np.zeros((len(clips), 10))
     for digit in range(10):
         votes[:, digit] = ((labels[neighbours] == digit) / np.maximum(gaps, 1e-3)).sum(1)

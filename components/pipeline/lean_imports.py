@@ -1,13 +1,21 @@
-"""Saves a command the time to import optional packages that it doesn't need.
+"""Saves a command the time to import packages that it doesn't need.
 
 diffusers and transformers import some packages whenever they are installed: scipy for losses of object detection and
 schedules that no model here uses, peft for adapters. The library `univigu` requires neither, so without them a command
-runs as it does where only the library is installed, and starts in three quarters of the time.
+runs as it does where only the library is installed. Both also import torch's compiler, to mark functions that it must
+leave alone; a command imports it once something is compiled. `univigu caption` needs two thirds of its time this way.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+_COMPILER = "torch._dynamo"
+_TRACING, _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op", "TransformGetItemToIndex"  # used by transformers
 
 
 class _Process:
@@ -20,8 +28,10 @@ def start_command() -> None:
 
 
 def import_models() -> None:
-    """Import what runs models, without scipy, which a step may still import for itself afterwards."""
-    with without("scipy"):
+    """Import what runs models, without scipy and torch's compiler, which may still be imported afterwards."""
+    with without("scipy"), without_compiler():
+        import diffusers.pipelines.pipeline_utils  # noqa: F401
+
         import univigu.transformer  # noqa: F401
 
 
@@ -43,3 +53,81 @@ def without(*packages: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import and load as if torch's compiler were there, and import it only if more of it is asked for than marks."""
+    if not _Process.is_command or _COMPILER in sys.modules:
+        yield
+        return
+    import torch
+
+    stand_ins = {name: ModuleType(name) for name in (_COMPILER, _TRACING)}
+
+    def real(name: str) -> Any:
+        if name.startswith("__"):  # Python asks every module for its file
+            raise AttributeError(name)
+        _remove(stand_ins)
+        return getattr(import_module(_COMPILER), name)
+
+    vars(stand_ins[_COMPILER]).update(
+        {
+            "__path__": [],  # of a package
+            "__getattr__": real,
+            "disable": disable,
+            "allow_in_graph": allow_in_graph,
+            "assume_constant_result": assume_constant_result,
+            "eval_frame": SimpleNamespace(OptimizedModule=()),  # for isinstance: no module is compiled
+        }
+    )
+    vars(stand_ins[_TRACING])[_MASKS] = lambda: getattr(import_module(_TRACING), _MASKS)()
+    sys.modules.update(stand_ins)
+    vars(torch)["_dynamo"] = stand_ins[_COMPILER]
+    try:
+        yield
+    finally:
+        _remove(stand_ins)
+
+
+def _remove(stand_ins: Mapping[str, ModuleType]) -> None:
+    import torch
+
+    for name, stand_in in stand_ins.items():
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+    if vars(torch).get("_dynamo") is stand_ins[_COMPILER]:
+        del vars(torch)["_dynamo"]  # torch imports the real one when it is asked for it
+
+
+# --- marks of torch's compiler, for functions that are defined before it is imported ---------------------------------
+
+
+def disable(function: Callable[..., Any] | None = None, recursive: bool = True, **options: Any) -> Callable[..., Any]:
+    """`torch._dynamo.disable`: as long as the compiler isn't imported, nothing is compiled."""
+    if function is None:
+        return functools.partial(disable, recursive=recursive, **options)
+
+    whole: Callable[..., Any] = function
+
+    @functools.cache
+    def marked() -> Callable[..., Any]:
+        return import_module(_COMPILER).disable(whole, recursive, **options)
+
+    @functools.wraps(whole)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_imported = hasattr(sys.modules.get(_COMPILER), "__file__")
+        return (marked() if is_imported else whole)(*args, **kwargs)
+
+    return call
+
+
+def allow_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch._dynamo.allow_in_graph`, as diffusers does without it: the compiler may look inside."""
+    return function
+
+
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch._dynamo.assume_constant_result`, which sets this mark."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function

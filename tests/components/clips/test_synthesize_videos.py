@@ -70,9 +70,9 @@ def test_a_run_killed_within_a_shard_loses_one_batch_and_resumes_to_the_same_byt
     assert not (root / "data/clips").exists()
     made = (root / ".univigu/staging" / STEP / "shards/00000/clips.tar").stat().st_mtime_ns
     asked = []
-    ask = module.generate
+    ask = module.map_generated
     monkeypatch.setattr(
-        module, "generate", lambda pipeline, rows, *rest: asked.extend(rows) or ask(pipeline, rows, *rest)
+        module, "map_generated", lambda use, pipe, rows, *rest: asked.extend(rows) or ask(use, pipe, rows, *rest)
     )
     run_stage(STEP, profile, root)
     assert (root / "data/clips/shards/00000/clips.tar").stat().st_mtime_ns == made

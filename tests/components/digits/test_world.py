@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from components.digits import world
 from components.digits.tokenizer import build_tokenizer, corpus
@@ -119,3 +120,12 @@ def test_tokenizer_takes_any_text_and_gives_ascii_back(tokenizer):
     assert tokenizer("caf\u00e9 \u65e5").input_ids[-2:] == [2, 1]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     assert all(len(tokenizer(word).input_ids) == 2 for values in world.ATTRIBUTES.values() for word in values)
+
+
+def test_the_scans_are_those_of_scikit_learn():
+    bunch = load_digits()
+    every = np.arange(len(bunch.target)) % world.HOLDOUT_EVERY
+    for held_out, (scans, digits) in ((False, world.train_scans()), (True, world.heldout_scans())):
+        chosen = (every == 0) == held_out
+        assert (scans == bunch.images[chosen]).all()
+        assert (digits == bunch.target[chosen]).all()

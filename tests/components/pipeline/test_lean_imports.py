@@ -1,4 +1,4 @@
-"""A command leaves out optional packages that it doesn't need; other processes import what they always did."""
+"""A command leaves out packages that it doesn't need; other processes import what they always did."""
 
 import subprocess
 import sys
@@ -17,18 +17,41 @@ from components.pipeline.lean_imports import start_command
 if sys.argv[2] == "command":
     start_command()
 load(Path(sys.argv[1]))
-print(*[name for name in ("scipy", "peft") if name in sys.modules])
+print(*[name for name in ("scipy", "peft", "torch._dynamo") if name in sys.modules])
+
 import peft, scipy.stats
 """
 
 
-def imported(folder, kind):
-    """Which of the packages loading a model imported; the process imports them itself afterwards."""
+COMPILING = """
+import sys
+import torch
+
+from components.pipeline.lean_imports import start_command, without_compiler
+
+start_command()
+with without_compiler():
+    @torch.compiler.disable
+    def left_alone():
+        return torch.compiler.is_compiling()
+
+print("torch._dynamo" in sys.modules, left_alone())
+print(*torch.compile(lambda: (torch.compiler.is_compiling(), left_alone()), backend="eager")())
+"""
+
+
+def output(script, *arguments):
+    """The words that a script prints."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder, kind], capture_output=True, text=True, check=False, cwd=REPO
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False, cwd=REPO
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def imported(folder, kind):
+    """Which of the packages loading a model imported; the process imports them itself afterwards."""
+    return output(SCRIPT, folder, kind)
 
 
 @pytest.mark.slow
@@ -38,4 +61,8 @@ def test_a_command_loads_a_model_without_packages_that_it_does_not_need(speaking
 
 @pytest.mark.slow
 def test_elsewhere_nothing_is_hidden(speaking_model):
-    assert imported(speaking_model, "library") == ["scipy", "peft"]
+    assert imported(speaking_model, "library") == ["scipy", "peft", "torch._dynamo"]
+
+
+def test_a_function_that_was_marked_without_the_compiler_is_left_alone_by_it():
+    assert output(COMPILING) == ["False", "False", "True", "False"]
