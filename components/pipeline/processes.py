@@ -244,8 +244,8 @@ def make_parts(step: str, profile: str, root: Path, count: int) -> None:
             command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile]
             process = children.start([*command, "--root", str(root), "--part", f"{number}/{count}"], where)
             output.pass_on(process, f"{step} {number}/{count} | ", number)
-        _wait(children.all)
-    _raise_failure(step, children, output)
+        failed = _wait(children.all)
+    _raise_failure(step, children, output, failed)
 
 
 def train_together(step: str, profile: str, root: Path, count: int) -> None:
@@ -266,8 +266,8 @@ def train_together(step: str, profile: str, root: Path, count: int) -> None:
     with ChildProcesses() as children:
         process = children.start([*command, "--root", str(root)], environment, only_errors=True)
         output.pass_on(process, "", 1)
-        process.wait()
-    _raise_failure(step, children, output)
+        failed = _wait(children.all)
+    _raise_failure(step, children, output, failed)
 
 
 class _Output:
@@ -296,31 +296,30 @@ class _Output:
         return self._messages
 
 
-def _wait(processes: "Sequence[subprocess.Popen[str]]") -> None:
-    """Return when all have ended or one has failed."""
-    waiting = list(processes)
+def _wait(processes: "Sequence[subprocess.Popen[str]]") -> int | None:
+    """Return when all have ended (None) or one has failed: its number, from 1. What ends later may be our doing."""
+    waiting = dict(enumerate(processes, start=1))
     while waiting:
-        for process in waiting:
+        for number, process in waiting.items():
             try:
                 if process.wait(timeout=0.2):
-                    return
+                    return number
             except subprocess.TimeoutExpired:
                 continue
-            waiting.remove(process)
+            del waiting[number]
             break
+    return None
 
 
-def _raise_failure(step: str, children: ChildProcesses, output: _Output) -> None:
+def _raise_failure(step: str, children: ChildProcesses, output: _Output, failed: int | None) -> None:
     messages = output.messages()
     if children.received:
         raise PreemptedError("The step received SIGTERM; run it again to resume from what it has finished.")
-    codes = {number: process.returncode for number, process in enumerate(children.all, start=1) if process.returncode}
-    if not codes:
+    if failed is None:
         return
-    number = min(messages, default=min(codes, key=lambda each: codes[each] < 0))  # the others were ended by our signal
-    code = codes.get(number, 1)
-    part = f"Part {number} of '{step}'" if len(children.all) > 1 else f"'{step}'"
-    message = messages.get(number) or f"{part} ended with exit code {code}; its output says why."
+    code = children.all[failed - 1].returncode
+    part = f"Part {failed} of '{step}'" if len(children.all) > 1 else f"'{step}'"
+    message = messages.get(failed) or f"{part} ended with exit code {code}; its output says why."
     failure = UniViGUError(message)
     failure.exit_code = shell_code(code)
     raise failure

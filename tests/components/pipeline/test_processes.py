@@ -17,7 +17,7 @@ import yaml
 
 from components.pipeline import processes
 from components.pipeline.stages import find_stage
-from univigu.errors import ConfigError
+from univigu.errors import ConfigError, UniViGUError
 
 
 @pytest.fixture
@@ -145,6 +145,19 @@ def test_at_the_end_of_the_block_no_process_is_left_whatever_ended_it():
 
 
 @pytest.mark.slow
+def test_the_process_that_failed_first_is_reported_not_one_that_was_stopped_for_it():
+    said_and_waits = "import time; print('univigu: stopped', flush=True); time.sleep(60)"
+    said_and_fails = "import sys, time; time.sleep(0.5); print('univigu: failed', flush=True); sys.exit(78)"
+    output = processes._Output()
+    with processes.ChildProcesses() as children:
+        for number, code in enumerate((said_and_waits, said_and_fails), start=1):
+            output.pass_on(children.start([sys.executable, "-c", code]), "", number)
+        failed = processes._wait(children.all)
+    with pytest.raises(UniViGUError, match="^failed$") as failure:
+        processes._raise_failure("a-step", children, output, failed)
+    assert failure.value.exit_code == 78
+
+
 def test_a_child_ends_with_the_process_that_started_it():
     code = "import subprocess, sys; from components.pipeline.processes import child_environment\n"
     code += f"child = subprocess.Popen([sys.executable, '-c', {WORK!r}], env=child_environment())\n"
