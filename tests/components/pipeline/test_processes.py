@@ -153,7 +153,7 @@ def test_the_process_that_failed_first_is_reported_not_one_that_was_stopped_for_
         for number, code in enumerate((said_and_waits, said_and_fails), start=1):
             output.pass_on(children.start([sys.executable, "-c", code]), "", number)
         failed = processes._wait(children.all)
-    with pytest.raises(UniViGUError, match="^failed$") as failure:
+    with pytest.raises(UniViGUError, match=r"^failed$") as failure:
         processes._raise_failure("a-step", children, output, failed)
     assert failure.value.exit_code == 78
 
