@@ -258,7 +258,7 @@ def calibrate(
     measured = []
     for frames in progress(videos, "calibrate", unit="clips"):
         (caption,) = pipeline.caption([frames], seed=[0])
-        measured.append(measure(pipeline, frames, caption))
+        measured += measure(pipeline, [frames], [caption], [0])
     reference = write_reference(folder, measured)
     for name, least in reference.least.items():
         print(f"{name:<11} {reference.median[name]:.3f} in the median, at least {least:.3f} for {1 - RARE:.0%}")

@@ -19,6 +19,7 @@ from components.evaluation.report import line_chart
 from components.evaluation.samples import PAGE_SAMPLES, SCORED_BY_MODELS, Item, sample_everything
 from components.evaluation.training_curves import read_training, training_charts
 from components.pipeline.manifests import MANIFEST
+from univigu.confidence_reference import write_reference
 from univigu.errors import ConfigError
 from univigu.evaluation.claims import score_item, summarise
 
@@ -46,7 +47,7 @@ Metrics = dict[str, dict[str, Any]]
 def evaluate_model(step: "Step") -> None:
     """Held-out items -> ``scores.json``, the table `items`, ``plots/``, ``report.html`` and ``gallery.webp``.
 
-    ``metrics.json`` has the few of the scores that DVC shows.
+    ``metrics.json`` has the few of the scores that DVC shows, ``confidence.json`` what `univigu caption` compares with.
     """
     name = step.settings.evaluate_model.benchmark
     benchmark = load_benchmark(name)
@@ -62,6 +63,7 @@ def evaluate_model(step: "Step") -> None:
     metrics |= {name: figures["summary"] for name, figures in training.items() if figures["summary"]}
 
     step.write("items", rows)
+    write_reference(step.out, made["captions"]["measures"])
     for name, content in (("scores.json", metrics), ("metrics.json", headlines(metrics, benchmark.ATTRIBUTES[0]))):
         text = json.dumps(content, indent=1, sort_keys=True)
         (step.out / name).write_text(text + "\n", encoding="utf-8")

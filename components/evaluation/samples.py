@@ -34,6 +34,7 @@ PAGE_SAMPLES = {"captions": 12, "generation": 9, "joint": 9}
 BASE_TASK = "generation_base"
 SCORED_BY_MODELS = ("generation", BASE_TASK)
 TASKS = {"captions": "captions", "generation": "generations", BASE_TASK: "generations", "joint": "joint"}
+CALIBRATION = 128  # clips, with their captions, that tell how sure of itself the model is on held-out ones
 UNREAD = "drawn-"  # prefix of the folders with the base's clips, which are kept until they are read
 
 Item = Mapping[str, Any]
@@ -123,8 +124,11 @@ class Sampler:
         video = self.step.settings.video
         size = (video.frames, video.height, video.width)
         compared, clips = self.settings.compared_caption_steps, self.step.inputs["clips"]
+        measured = number * self.settings.batch_size < CALIBRATION
         ways = {
-            "captions": lambda pipe, part: caption_clips(pipe, self.benchmark.render(part, clips), part, compared),
+            "captions": lambda pipe, part: caption_clips(
+                pipe, self.benchmark.render(part, clips), part, compared, measured
+            ),
             "generation": lambda pipe, part: generate_clips(pipe, part, size),
             "joint": lambda pipe, part: sample_jointly(pipe, part, size),
         }
@@ -222,12 +226,20 @@ def sample_in_parts(
 
 
 def caption_clips(
-    pipeline: "UniViGUPipeline", frames: "np.ndarray", items: Sequence[Item], compared_steps: Sequence[int]
+    pipeline: "UniViGUPipeline",
+    frames: "np.ndarray",
+    items: Sequence[Item],
+    compared_steps: Sequence[int],
+    measured: bool,
 ) -> dict[str, Any]:
-    """Captions of clips, also with other numbers of steps, and captions without the video (noise in its place)."""
+    """Captions of clips, also with other numbers of steps, and captions without the video (noise in its place).
+
+    With `measured`, also how sure the model is of the captions, and how well it reproduces the clips.
+    """
     import torch
 
     from univigu import wan
+    from univigu.confidence import measure
 
     latents = wan.encode_frames(pipeline.vae, torch.from_numpy(frames))
     seeds = [item["seed"] for item in items]
@@ -235,6 +247,7 @@ def caption_clips(
     return {
         "frames": frames,
         "texts": texts,
+        "measures": measure(pipeline, list(frames), texts, seeds) if measured else [],
         "texts_without_video": pipeline.caption_latents(latents, seed=seeds, video_tau=0.0),
         **{
             f"texts_in_{n}_steps": texts

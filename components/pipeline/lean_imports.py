@@ -9,8 +9,8 @@ leave alone; a command imports it once something is compiled. `univigu caption` 
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import ExitStack, contextmanager
+from importlib import import_module, metadata
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -27,12 +27,37 @@ def start_command() -> None:
     _Process.is_command = True
 
 
-def import_models() -> None:
-    """Import what runs models, without scipy and torch's compiler, which may still be imported afterwards."""
-    with without("scipy"), without_compiler():
+def import_models(together: bool = False) -> None:
+    """Import what runs models, without scipy and torch's compiler, which may still be imported afterwards.
+
+    Unless processes work `together`, libraries take torch.distributed as missing, and so don't import what shards
+    tensors.
+    """
+    import torch.distributed
+
+    with ExitStack() as left_out:
+        left_out.enter_context(without("scipy"))
+        left_out.enter_context(without_compiler())
+        # diffusers looks for OpenCV and a few others under the names of all distributions that are installed
+        left_out.enter_context(_answering(metadata, "packages_distributions", {}))
+        if not together:
+            left_out.enter_context(_answering(torch.distributed, "is_available", False))
         import diffusers.pipelines.pipeline_utils  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
+
+
+@contextmanager
+def _answering(module: ModuleType, function: str, answer: object) -> Iterator[None]:
+    """Within the block, a function without arguments gives this answer to a command."""
+    asked = vars(module)[function]
+    if _Process.is_command:
+        vars(module)[function] = lambda: answer
+    try:
+        yield
+    finally:
+        vars(module)[function] = asked
 
 
 @contextmanager

@@ -141,7 +141,10 @@ STAGES: tuple[Stage, ...] = (
         "evaluate-model",
         "components.evaluation.evaluate_model:evaluate_model",
         home="reports",
-        outputs=("metrics.json", "scores.json", "items.parquet", "report.html", "gallery.webp", "plots"),
+        outputs=(
+            *("metrics.json", "scores.json", "confidence.json", "items.parquet"),
+            *("report.html", "gallery.webp", "plots"),
+        ),
         inputs={
             "prompts": "curate-prompts",
             "checked_prompts": "validate-prompts",

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 REGISTRATION = "registration.json"
 PROMPT_SOURCES = "prompts.json"
 SEARCHED = ("validate-prompts",)  # steps by whose output versions are searched (`components.orchestration`)
-EVIDENCE = ("scores.json", "items.parquet")  # files of the evaluation that a version carries
+EVIDENCE = ("scores.json", "confidence.json", "items.parquet")  # files of the evaluation in a version, where there
 DECISION_TAG = "univigu.decision"
 LINEAGE = "lineage.json"  # the digests of all steps and sources, the training runs and the commit, in one document
 LOST_TAG = "univigu.lost_version"  # the earlier version of the same model, which the registry has lost
@@ -245,7 +245,7 @@ def _version_files(manifests: Manifests, evidence: Mapping[str, Path]) -> dict[s
     """The files of a version by their paths inside it, with their sizes in bytes if the identity determines them."""
     sizes = {f"artifacts/pipeline/{name}": facts["size"] for name, facts in model_files(manifests["model"]).items()}
     measured = manifests["evaluation"]["files"]
-    sizes |= {f"artifacts/evaluation/{name}": measured[name]["size"] for name in EVIDENCE}
+    sizes |= {f"artifacts/evaluation/{name}": measured[name]["size"] for name in EVIDENCE if name in measured}
     described = [f"artifacts/lineage/{path.name}" for path in evidence["lineage"].iterdir()]
     return {**sizes, **dict.fromkeys([*described, "artifacts/README.md", "MLmodel"])}
 
@@ -317,7 +317,7 @@ def _model_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _evaluation_digest(manifest: Mapping[str, Any]) -> str:
-    return json_digest({name: manifest["files"][name]["sha256"] for name in EVIDENCE})
+    return json_digest({name: manifest["files"][name]["sha256"] for name in EVIDENCE if name in manifest["files"]})
 
 
 def _training_runs(root: Path, model: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -359,7 +359,8 @@ def _copy_evaluation(folder: Path, temporary: Path) -> Path:
     target = temporary / "evaluation"
     target.mkdir()
     for name in EVIDENCE:
-        shutil.copy(folder / name, target / name)
+        if (folder / name).is_file():
+            shutil.copy(folder / name, target / name)
     return target
 
 

@@ -5,12 +5,12 @@
 - ``fidelity``: how well the model's latents reproduce the clip, as a peak signal-to-noise ratio in decibels. It is low
   for pictures of another kind than those that the autoencoder was trained on.
 
-A model may carry the measures of held-out clips in ``confidence.json``, which `univigu model calibrate` writes. A clip
-that is below all but `RARE` of them in either measure is unusual.
+A model may carry the measures of held-out clips in ``confidence.json``, which its evaluation or `univigu model
+calibrate` writes. A clip that is below all but `RARE` of them in either measure is unusual.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import text_space, wan
-from .confidence_reference import DECIMALS, Reference
+from .confidence_reference import DECIMALS, MEASURES, Reference
 from .sampling import batch_tau, seeded_noise, token_table
 from .video import fit_frames
 
@@ -49,7 +49,7 @@ def assess(
     ``seed`` is that of the caption: the text's noise comes from it.
     """
     wanted = () if reference is None else tuple(reference.least)
-    found = measure(pipeline, frames, caption, seed, "fidelity" in wanted)
+    (found,) = measure(pipeline, [frames], [caption], [seed], "fidelity" in wanted)
     if reference is None:
         return Assessment(found["confidence"])
     warning = _explain(found, reference)
@@ -58,37 +58,51 @@ def assess(
 
 @torch.no_grad()
 def measure(
-    pipeline: "UniViGUPipeline", frames: np.ndarray, caption: str, seed: int = 0, with_fidelity: bool = True
-) -> dict[str, float | None]:
-    """The measures of one clip and its caption, by name; None for what the model or the arguments leave out."""
+    pipeline: "UniViGUPipeline",
+    clips: Sequence[np.ndarray],
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    with_fidelity: bool = True,
+) -> list[dict[str, float | None]]:
+    """The measures of each clip, uint8 (F, H, W, 3), with its caption and the seed that the caption was made with.
+
+    They are None for what the model or the arguments leave out.
+    """
     config = pipeline.config
-    fitted = torch.from_numpy(fit_frames(frames, config.num_frames, config.height, config.width))[None]
+    fitted = torch.stack(
+        [torch.from_numpy(fit_frames(clip, config.num_frames, config.height, config.width)) for clip in clips]
+    )
     latents = wan.encode_frames(pipeline.vae, fitted)
-    confidence = _confidence(pipeline, latents, caption, seed)
-    fidelity = _fidelity(fitted, wan.decode_latents(pipeline.vae, latents)) if with_fidelity else None
-    return {
-        name: None if value is None else round(value, DECIMALS)
-        for name, value in (("confidence", confidence), ("fidelity", fidelity))
-    }
+    confidences = _confidences(pipeline, latents, captions, seeds)
+    none = [None] * len(clips)
+    fidelities = map(_fidelity, fitted, wan.decode_latents(pipeline.vae, latents)) if with_fidelity else none
+    return [
+        {name: None if value is None else round(value, DECIMALS) for name, value in zip(MEASURES, pair, strict=True)}
+        for pair in zip(confidences, fidelities, strict=True)
+    ]
 
 
-def _confidence(pipeline: "UniViGUPipeline", latents: Tensor, caption: str, seed: int) -> float | None:
-    """The geometric mean of the probabilities of the caption's tokens, EOS included, beside clean latents (eq 16)."""
+def _confidences(
+    pipeline: "UniViGUPipeline", latents: Tensor, captions: Sequence[str], seeds: Sequence[int]
+) -> Sequence[float | None]:
+    """The geometric mean of the probabilities of a caption's tokens, EOS included, beside clean latents (eq 16)."""
     model: Any = pipeline.transformer
     shape = model.config.text_length, model.config.text_latent_dim
     latents = latents.to(pipeline._execution_device)
-    ids = text_space.tokenize(pipeline.tokenizer, [caption], shape[0]).to(latents.device)
+    ids = text_space.tokenize(pipeline.tokenizer, captions, shape[0]).to(latents.device)
     empty = wan.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [""], pipeline.config.max_sequence_length)
+    empty = empty.to(latents.device).expand(len(latents), -1, -1)
     # hooks that offload weights act on calls alone
-    seen = model(latents, batch_tau(1.0, latents), empty.to(latents.device), attention="kv_only").cache
-    z = seeded_noise([seed], "text", shape, latents.device)
+    seen = model(latents, batch_tau(1.0, latents), empty, attention="kv_only").cache
+    z = seeded_noise(seeds, "text", shape, latents.device)
     tau = batch_tau(0.0, z)
     hidden = model(seen, text=z, text_tau=tau).text
     logits = model.read_text(hidden, z, tau, token_table(model, z.device)).logits
     if logits is None:
-        return None
+        return [None] * len(captions)
     likelihood = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    return float(likelihood[ids != pipeline.tokenizer.pad_token_id].mean().exp())
+    stated = ids != pipeline.tokenizer.pad_token_id
+    return ((likelihood * stated).sum(-1) / stated.sum(-1)).exp().tolist()
 
 
 def _fidelity(frames: Tensor, reproduced: Tensor) -> float:

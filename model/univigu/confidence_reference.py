@@ -13,6 +13,7 @@ from .errors import CorruptDataError
 from .files import read_json_object, write_json
 
 FILE = "confidence.json"
+REGISTERED = ("pipeline", "evaluation")  # folders of a registered version: its model, and what measured it
 RARE = 0.01  # the share of held-out clips that each measure would call unusual
 MEASURES = ("confidence", "fidelity")
 DECIMALS = 4
@@ -28,8 +29,13 @@ class Reference:
 
 
 def read_reference(folder: Path) -> Reference | None:
-    """The reference of the model in a folder, None where it has none; raises `CorruptDataError` for a damaged file."""
+    """The reference of the model in a folder; None where it has none.
+
+    That of a registered version is beside it, as its evaluation wrote it. Raises `CorruptDataError` for a damaged file.
+    """
     path = folder / FILE
+    if not path.is_file() and folder.name == REGISTERED[0]:
+        path = folder.with_name(REGISTERED[1]) / FILE
     if not path.is_file():
         return None
     try:

@@ -7,11 +7,12 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from univigu.confidence_reference import FILE, REGISTERED
 from univigu.errors import ConfigError, MissingInputError, UniViGUError, storage_fault
 from univigu.mlflow_store import Uri, opened, store_error, without_password, without_secrets
 
@@ -45,18 +46,24 @@ def pipeline_folder(model: str | Path = NAME, tracking_uri: Uri = None) -> Path:
     if isinstance(model, Path) or Path(model).is_dir():
         return Path(model)
     uri = model if model.startswith("models:/") else f"models:/{model}@{CHAMPION}"
-    return artifact(uri, "pipeline", tracking_uri)
+    pipeline, evaluation = REGISTERED
+    return artifact(uri, pipeline, tracking_uri, beside=(f"{evaluation}/{FILE}",))
 
 
-def artifact(uri: str, name: str, tracking_uri: Uri = None) -> Path:
+def artifact(uri: str, name: str, tracking_uri: Uri = None, beside: Sequence[str] = ()) -> Path:
     """The local path of a file or folder that was registered with a version.
 
     `uri` is ``models:/name/version`` or ``models:/name@alias``. Remote files are fetched into a folder that is removed
-    when the process ends. Raises as `load_pipeline` does; where the version exists but its files can't be reached, the
-    `MissingInputError` has their location.
+    when the process ends, and with them the files of `beside` that the version has. Raises as `load_pipeline` does;
+    where the version exists but its files can't be reached, the `MissingInputError` has their location.
     """
     with opened(tracking_uri) as store, _reachable(uri, name, store) as repository:
-        target = None if _is_local(repository) else _folder_until_exit()
+        if _is_local(repository):
+            return Path(repository.download_artifacts(f"artifacts/{name}", None))
+        target = _folder_until_exit()
+        for path in (f"artifacts/{other}" for other in beside):
+            if any(found.path == path for found in repository.list_artifacts(path.rpartition("/")[0])):
+                repository.download_artifacts(path, target)
         return Path(repository.download_artifacts(f"artifacts/{name}", target))
 
 

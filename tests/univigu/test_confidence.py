@@ -1,5 +1,7 @@
 """How far a clip is within a model's world, and the reference of held-out clips that a model carries."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -21,20 +23,33 @@ def pipeline(speaking_model):
 
 def test_a_caption_that_the_model_would_write_is_likelier_than_another(pipeline):
     (own,) = pipeline.caption([NOISE], num_inference_steps=1, temperature=0, seed=[3])
-    sure = measure(pipeline, NOISE, own, seed=3)["confidence"]
-    unsure = measure(pipeline, NOISE, "the quick red seven moves up and stays there", seed=3)["confidence"]
+    other = "the quick red seven moves up and stays there"
+    sure, unsure = (found["confidence"] for found in measure(pipeline, [NOISE, NOISE], [own, other], [3, 3]))
     assert 0 <= unsure < sure <= 1
 
 
+def test_a_clips_measures_do_not_depend_on_the_others(pipeline):
+    clips, captions, seeds = [NOISE, NOISE[::-1].copy()], ["a red seven", "a clip"], [3, 8]
+    together = measure(pipeline, clips, captions, seeds)
+    for number, one in enumerate(zip(clips, captions, seeds, strict=True)):
+        (alone,) = measure(pipeline, *([value] for value in one))
+        assert alone == pytest.approx(together[number], abs=2e-4)
+
+
 def test_fidelity_is_that_of_the_decoded_latents_and_does_not_depend_on_the_clips_size(pipeline):
-    found = measure(pipeline, NOISE, "a clip")["fidelity"]
+    found = fidelity(pipeline, NOISE)
     frames = torch.from_numpy(NOISE)[None]
     again = wan.decode_latents(pipeline.vae, wan.encode_frames(pipeline.vae, frames))
     error = (frames.double() - again.double()).square().mean().item()
     assert found == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
     large = NOISE.repeat(8, axis=1).repeat(8, axis=2)
-    assert measure(pipeline, large, "a clip")["fidelity"] == pytest.approx(found, abs=1e-3)
-    assert measure(pipeline, NOISE, "a clip", with_fidelity=False)["fidelity"] is None
+    assert fidelity(pipeline, large) == pytest.approx(found, abs=1e-3)
+    assert fidelity(pipeline, NOISE, with_fidelity=False) is None
+
+
+def fidelity(pipeline, clip, **settings):
+    (found,) = measure(pipeline, [clip], ["a clip"], [0], **settings)
+    return found["fidelity"]
 
 
 def test_a_clip_below_nearly_all_held_out_clips_in_one_measure_is_unusual(pipeline):
@@ -60,6 +75,10 @@ def test_a_reference_is_read_as_it_was_written_and_a_damaged_one_is_refused(tmp_
     measured = [{"confidence": None, "fidelity": float(value)} for value in range(101)]
     written = write_reference(tmp_path, measured)
     assert read_reference(tmp_path) == written == Reference(101, {"fidelity": 1.0}, {"fidelity": 50.0})
+    (tmp_path / "evaluation").mkdir()
+    shutil.copy(tmp_path / FILE, tmp_path / "evaluation")
+    assert read_reference(tmp_path / "pipeline") == written  # as in a registered version
+    assert read_reference(tmp_path / "another") is None
     for text in ("{", "[]", '{"clips": 3}', '{"clips": 3, "least": {"fidelity": "x"}, "median": {}}'):
         (tmp_path / FILE).write_text(text)
         with pytest.raises(CorruptDataError, match="`univigu model calibrate` writes it again"):

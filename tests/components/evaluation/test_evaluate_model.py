@@ -16,6 +16,7 @@ from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
+from univigu.confidence_reference import read_reference
 from univigu.errors import ConfigError
 from univigu.evaluation.claims import summarise
 
@@ -153,6 +154,14 @@ def test_what_dvc_shows_are_the_six_scores_that_tell_models_apart(reports):
         "joint": round(scores["joint"]["agreement"]["value"], 3),
         "gain": round(scores["stage2"]["video_gain"], 3),
     }
+
+
+def test_an_evaluation_measures_held_out_clips_for_those_who_caption_their_own(reports):
+    reference = read_reference(reports)
+    assert reference.clips == 3
+    assert reference.least.keys() == {"confidence", "fidelity"}
+    assert 0 < reference.least["confidence"] <= reference.median["confidence"] < 1
+    assert 0 < reference.least["fidelity"] <= reference.median["fidelity"] < 99
 
 
 @pytest.mark.slow
