@@ -20,7 +20,7 @@ from . import wan
 from .errors import BadInputError
 from .sequence_parallel import SequenceGroup
 
-Rotary = Tensor  # complex64 (1, S, 1, head_dim / 2): the rotation of each pair of channels
+Rotary = Tensor  # (1, S, 1, head_dim / 2, 2): cosine and sine of the rotation of each pair of channels
 Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table of all S
 KVCache = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
 
@@ -39,7 +39,7 @@ class RotaryTables(WanRotaryPosEmbed):
     def video(self, latents: Tensor) -> Rotary:
         """The table for the patches of latents (B, C, T, H, W), equal to Wan's."""
         # pyrefly: ignore[not-callable]
-        return self._to_complex(*self(latents))
+        return self._in_pairs(*self(latents))
 
     def text(self, grid: tuple[int, int, int], length: int) -> Rotary:
         """The table for text tokens at positions (p, p, p), p = max(grid) + i, ``grid`` in patches.
@@ -54,7 +54,7 @@ class RotaryTables(WanRotaryPosEmbed):
                 f" {self.max_seq_len}: use a smaller video or a shorter text_length."
             )
         # pyrefly: ignore[not-callable]
-        return self._to_complex(*self(None, slice(start, end)))
+        return self._in_pairs(*self(None, slice(start, end)))
 
     def forward(self, hidden_states: Tensor | None, rows: slice | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines for the patches of latents, or those of ``rows``.
@@ -66,19 +66,24 @@ class RotaryTables(WanRotaryPosEmbed):
         return super().forward(hidden_states)
 
     @staticmethod
-    def _to_complex(cos: Tensor, sin: Tensor) -> Rotary:
+    def _in_pairs(cos: Tensor, sin: Tensor) -> Rotary:
         # Wan stores each angle twice, once per channel of a pair.
-        return torch.complex(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
+        return torch.stack([cos[..., 0::2], sin[..., 1::2]], dim=-1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Wan's rotary embedding of x (B, S, heads, head_dim): each pair of channels is one complex number.
 
     This takes one pass over memory, and rounds as Wan does where head_dim is a multiple of 16 (it then fills the
-    processor's vectors).
+    processor's vectors). What torch compiles has real numbers, which are fused with the operations around them.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+    return turned.flatten(-2).type_as(x)
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
