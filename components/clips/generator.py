@@ -13,6 +13,7 @@ from components.pipeline.lean_imports import import_models, without_compiler
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
 from univigu.attention import set_attention_backend
+from univigu.compiling import compile_blocks
 from univigu.errors import ConfigError, MissingInputError, first_line
 from univigu.threads import in_parts, map_on_cores
 
@@ -42,14 +43,16 @@ def load_generator(
     offload: str = "none",
     vae_memory: Sequence[str] = (),
     attention_backend: str = "",
+    compiled: bool = False,
 ) -> "DiffusionPipeline":
     """The text-to-video pipeline in `folder`, on the GPU if there is one.
 
     precision: fp32 or bf16, of all parts but the autoencoder, which has `vae_precision`. flow_shift: the scheduler's
     timestep shift; None keeps its own. offload: `none`, `model` (idle parts are moved to CPU memory) or `sequential`
     (idle layers are); ignored without a GPU. vae_memory: `tiling` and `slicing`, which save memory. attention_backend:
-    one of diffusers', such as `flash` or `sage`. Raises `MissingInputError` if the folder or its weights are missing,
-    and `ConfigError` if it isn't such a pipeline or doesn't support an option.
+    one of diffusers', such as `flash` or `sage`. compiled: let torch compile the denoiser's blocks. Raises
+    `MissingInputError` if the folder or its weights are missing, and `ConfigError` if it isn't such a pipeline or
+    doesn't support an option.
     """
     import_models()
     import torch
@@ -85,7 +88,10 @@ def load_generator(
         pipeline.scheduler = _with_shift(pipeline.scheduler, flow_shift)
     for option in vae_memory:
         _save_memory(pipeline, option)
-    set_attention_backend(getattr(pipeline, "transformer", None) or pipeline.unet, attention_backend)
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    set_attention_backend(denoiser, attention_backend)
+    if compiled:
+        compile_blocks(denoiser)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     return pipeline
 

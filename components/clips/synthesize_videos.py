@@ -44,6 +44,7 @@ def synthesize_videos(step: "Step") -> None:
             offload=settings.offload,
             vae_memory=settings.vae_memory,
             attention_backend=settings.attention_backend,
+            compiled=settings.compile == "blocks",
         )
 
     def make_shard(shard: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -185,6 +185,9 @@ class SynthesizeVideos(Section):
     attention_backend: str = setting(
         "diffusers' attention backend: flash, _flash_3, sage or others; empty: torch's own"
     )
+    compile: Literal["none", "blocks"] = setting(
+        "Blocks: let torch compile the transformer's blocks; the first clips take minutes more"
+    )
     checks: dict[Name, ClipCheck] = setting("Checks of clips, by name, each with its mode and settings")
 
 

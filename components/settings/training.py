@@ -141,6 +141,9 @@ class TrainStage(Section):
         setting("How much each token counts in the cross-entropy")
     )
     attention_backend: str = setting("Diffusers' name of an implementation: flash, _flash_3 ...; empty: torch's own")
+    compile: Literal["none", "blocks"] = setting(
+        "Blocks: let torch compile the transformer's blocks; the first steps take minutes more"
+    )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = setting("DeepSpeed's ZeRO stage")
     sequence_parallel: Size = setting("GPUs that share the tokens of a video; 1: none", "GPUs")
     precision: Precision = setting("Precision of weights and activations; the optimizer keeps fp32")
@@ -152,6 +155,11 @@ class TrainStage(Section):
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         if self.precision == "bf16" and self.zero_stage == 0:
             yield "zero_stage", "is 0, and bf16 without ZeRO keeps no fp32 weights; set it to 1 or more"
+        if self.compile == "blocks" and self.zero_stage == 3:
+            yield (
+                "compile",
+                "is blocks, and ZeRO 3 gathers weights within a block; set it to none, or zero_stage below 3",
+            )
         needed = {"optimizer": 1, "parameters": 3}
         for part in self.offload:
             if self.zero_stage < needed[part]:

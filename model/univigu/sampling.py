@@ -8,6 +8,7 @@ All noise of a sample comes from its own seed and a name, so a result does not d
 model is only called, because hooks that offload its weights to another device act on a call.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from . import flow
-from .transformer import UniViGUTransformer3DModel, VideoCache
+from .transformer import UniViGUOutput, UniViGUTransformer3DModel, VideoCache
+
+TOGETHER = 8192  # video tokens of both branches of guidance up to which they are one batch
 
 Field = Callable[[Tensor, Tensor | float], Tensor]  # (z, tau) to a velocity of z's shape
 JointField = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]  # (video, text) likewise
@@ -87,12 +90,12 @@ def video_field(
     def field(z: Tensor, tau: Tensor | float) -> Tensor:
         tau = batch_tau(tau, z)
         beside = () if text is None else (text, batch_tau(text_tau, z))
-        velocity = model(z, tau, guide.condition, *beside).video.float()
-        if guide.scale > 1:
-            beside = () if no_text is None else (no_text, batch_tau(0.0, z))
-            without = model(z, tau, guide.negative, *beside).video.float()
-            velocity = without + guide.scale * (velocity - without)
-        return velocity
+        if guide.scale <= 1:
+            return model(z, tau, guide.condition, *beside).video.float()
+        beside_without = () if no_text is None else (no_text, batch_tau(0.0, z))
+        # pyrefly: ignore[bad-argument-type]
+        seen, without = two_branches(model, z, tau, (guide.condition, *beside), (guide.negative, *beside_without))
+        return guided(seen.video, without.video, guide.scale)
 
     return field
 
@@ -121,19 +124,50 @@ def joint_field(
         nonlocal guess
         video, text = states
         video_tau, text_tau = (batch_tau(tau, video) for tau in taus)
-        out = model(video, video_tau, guide.condition, text, text_tau, guess)
-        velocity, hidden = out.video.float(), out.text
+        beside = guide.condition, text, text_tau, *(() if guess is None else (guess,))
         if guide.scale > 1:
-            without = model(video, video_tau, guide.negative, no_text, batch_tau(0.0, video)).video.float()
-            velocity = without + guide.scale * (velocity - without)
+            # a guess of zeros is none
+            beside_without = guide.negative, no_text, batch_tau(0.0, video), *(0 * given for given in beside[3:])
+            # pyrefly: ignore[bad-argument-type]
+            out, without = two_branches(model, video, video_tau, beside, beside_without)
+            velocity = guided(out.video, without.video, guide.scale)
+        else:
+            out = model(video, video_tau, *beside)
+            velocity = out.video.float()
+        hidden = out.text
         if text_scale > 1:
             without = model(no_video, batch_tau(0.0, video), guide.condition, text, text_tau, guess).text
             hidden = without + text_scale * (hidden - without)
+        # pyrefly: ignore[bad-argument-type]
         prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
         guess = prediction.data
         return velocity, prediction.velocity
 
     return field
+
+
+def two_branches(
+    model: UniViGUTransformer3DModel, z: Tensor, tau: Tensor, *branches: Sequence[Tensor]
+) -> list[UniViGUOutput]:
+    """The model's outputs for the video z (B, C, T, H, W) at tau (B,) and the further arguments of two branches.
+
+    Small videos are one batch, which costs less than two calls; from `TOGETHER` tokens on, each branch fills a device
+    by itself, and one batch would only need more memory.
+    """
+    grids = [[argument.shape[1:] for argument in branch] for branch in branches]
+    tokens = len(branches) * len(z) * math.prod(model.grid(z.shape[2:]))
+    if tokens > TOGETHER or grids[0] != grids[1]:
+        return [model(z, tau, *branch) for branch in branches]
+    rows = [[argument.expand(len(z), *argument.shape[1:]) for argument in branch] for branch in branches]
+    out = model(torch.cat([z, z]), torch.cat([tau, tau]), *(torch.cat(pair) for pair in zip(*rows, strict=True)))
+    texts = (None, None) if out.text is None else out.text.chunk(2)
+    return [UniViGUOutput(video, text) for video, text in zip(out.video.chunk(2), texts, strict=True)]
+
+
+def guided(seen: Tensor, without: Tensor, scale: float) -> Tensor:
+    """A velocity moved away from that of the branch without condition."""
+    seen, without = seen.float(), without.float()
+    return without + scale * (seen - without)
 
 
 def token_table(model: UniViGUTransformer3DModel, device: torch.device) -> Tensor:

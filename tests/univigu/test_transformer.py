@@ -138,7 +138,7 @@ def test_text_is_on_the_diagonal_after_the_video(model):
     turns = model.rope.text(grid, 2)
     split = [model.rope.t_dim, model.rope.h_dim, model.rope.w_dim]
     for i, place in enumerate((5, 6)):
-        for got, table in ((turns.real, model.rope.freqs_cos), (turns.imag, model.rope.freqs_sin)):
+        for got, table in ((turns[..., 0], model.rope.freqs_cos), (turns[..., 1], model.rope.freqs_sin)):
             axes = [axis[place] for axis in table.split(split, dim=1)]
             assert torch.equal(got[0, i, 0], torch.cat(axes)[::2])
 

@@ -46,6 +46,7 @@ class TrainingConfig:
     freeze: tuple[str, ...] = ()  # parts that are not trained, see `adapters`
     lora: Mapping[str, Any] | None = None  # the video side is trained through adapters, see `adapters`
     attention_backend: str = ""  # one of diffusers', such as flash or sage; empty: torch's own
+    compile: str = "none"  # or blocks, see `compiling`
     sequence_parallel: int = 1  # processes that share the tokens of a video, and train on the same samples
     ema_decay: float = 0.0  # above 0: evaluate and save a running average of the weights
     shuffle_shards: int = 0  # shuffle within this number of shards at a time; 0: over all samples
@@ -61,6 +62,10 @@ class TrainingConfig:
             raise ConfigError(f"Unknown precision '{self.precision}'; use fp32 or bf16.")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"Unknown ZeRO stage {self.zero_stage}; use 0, 1, 2 or 3.")
+        if self.compile not in ("none", "blocks"):
+            raise ConfigError(f"Unknown compile '{self.compile}'; use none or blocks.")
+        if self.compile == "blocks" and self.zero_stage == 3:
+            raise ConfigError("ZeRO 3 gathers weights within a block, which then isn't one graph; set compile to none.")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ConfigError("With bf16 only ZeRO keeps fp32 weights; set zero_stage to 1 or higher.")
         if unknown := set(self.offload) - set(OFFLOAD):

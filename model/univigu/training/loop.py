@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from univigu.attention import set_attention_backend
+from univigu.compiling import compile_blocks
 from univigu.errors import ConfigError, CorruptDataError, PreemptedError
 from univigu.objective import TrainingObjective
 from univigu.sequence_parallel import make_groups
@@ -125,6 +126,8 @@ def _set_up(transformer: UniViGUTransformer3DModel, config: TrainingConfig) -> t
     choose_trainable(transformer, config.freeze, config.lora, config.seed)
     recompute_activations(transformer, config.gradient_checkpointing)
     set_attention_backend(transformer, config.attention_backend)
+    if config.compile == "blocks":
+        compile_blocks(transformer)
     transformer.share_sequence(make_groups(config.sequence_parallel, transformer.config.num_attention_heads))
     return device
 

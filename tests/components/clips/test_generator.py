@@ -199,6 +199,14 @@ def test_options_that_save_memory_change_no_clip(folders):
     np.testing.assert_allclose(generator.generate(thrifty, ROWS, VIDEO, sampling), plain, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_no_clip(folders):
+    sampling = SAMPLING._replace(arguments={"max_sequence_length": 32})
+    plain = generator.generate(generator.load_generator(folders["wan"], "fp32"), ROWS, VIDEO, sampling)
+    compiled = generator.load_generator(folders["wan"], "fp32", compiled=True)
+    np.testing.assert_allclose(generator.generate(compiled, ROWS, VIDEO, sampling), plain, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -365,6 +365,21 @@ def test_another_implementation_of_attention_gives_the_same_curve(tmp_path, whol
     assert read_losses(tmp_path) == pytest.approx(read_losses(whole_run[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compile": "blocks"}, "The blocks can't be compiled, because torch finds no C"),
+        ({"compile": "blocks", "zero_stage": 3}, "ZeRO 3 gathers weights within a block"),
+        ({"compile": "all"}, "Unknown compile 'all'; use none or blocks"),
+    ],
+)
+def test_blocks_that_can_not_be_compiled_are_refused(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.run(tmp_path, **settings)
+
+
 def test_an_implementation_of_attention_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"attention backend 'fastest' can't be used here .* leave it empty"):
         tiny_run.run(tmp_path, attention_backend="fastest")

@@ -1,0 +1,42 @@
+"""Blocks are compiled where the machine and the model allow it; elsewhere one sentence says what is missing."""
+
+import pytest
+import torch
+
+from univigu.compiling import compile_blocks
+from univigu.errors import ConfigError
+from univigu.transformer import UniViGUTransformer3DModel
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_same_outputs_and_gradients():
+    torch.manual_seed(0)
+    wan = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    text = {"vocab_size": 60, "tokenizer_length": 58, "text_latent_dim": 16, "text_length": 12}
+    model = UniViGUTransformer3DModel(**wan, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=64, **text)
+    torch.nn.init.normal_(model.text_head.proj_out.weight)
+    inputs = torch.randn(2, 4, 3, 8, 6), torch.rand(2), torch.randn(2, 10, 32), torch.randn(2, 12, 16), torch.rand(2)
+
+    def outputs_and_gradients():
+        model.zero_grad()
+        out = model(*inputs)
+        (out.video.square().mean() + out.text.square().mean()).backward()
+        return [out.video, out.text, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    before = [tensor.detach().clone() for tensor in outputs_and_gradients()]
+    compile_blocks(model)
+    torch.testing.assert_close(outputs_and_gradients(), before, atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_compiler_nothing_is_compiled(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    model._repeated_blocks = ["Linear"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"torch finds no C\+\+ compiler .*set 'compile' to none"):
+        compile_blocks(model)
+
+
+def test_a_model_whose_blocks_differ_is_refused():
+    with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
+        compile_blocks(torch.nn.Linear(2, 2))

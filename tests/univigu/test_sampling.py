@@ -1,0 +1,77 @@
+"""Guidance: both branches in one batch, or in two calls, are the same velocities."""
+
+import pytest
+import torch
+
+from univigu import sampling
+from univigu.sampling import Guide, joint_field, video_field
+from univigu.transformer import UniViGUTransformer3DModel
+
+VIDEO, TEXT = (4, 3, 8, 6), (12, 16)
+SEEDS = [3, 4]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    wan = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    text = {"vocab_size": 60, "tokenizer_length": 58, "text_latent_dim": TEXT[1], "text_length": TEXT[0]}
+    model = UniViGUTransformer3DModel(**wan, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=64, **text).eval()
+    torch.nn.init.normal_(model.text_head.proj_out.weight)
+    torch.nn.init.normal_(model.text_embedder.proj_guess.weight)
+    return model
+
+
+def in_turn_and_together(monkeypatch, model, sample):
+    """The results of a sample with a call for each branch, and with one for both; the calls of the second."""
+    monkeypatch.setattr(sampling, "TOGETHER", 0)
+    in_turn = sample()
+    monkeypatch.undo()
+    calls = []
+    with torch.no_grad(), model.register_forward_pre_hook(lambda *given: calls.append(len(given[1][0]))) as _:
+        together = sample()
+    return in_turn, together, calls
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a text", "without text"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_guided_video(model, monkeypatch, beside, rows):
+    torch.manual_seed(1)
+    z, text = torch.randn(2, *VIDEO), torch.randn(2, *TEXT) if beside else None
+    guide = Guide(torch.randn(rows, 10, 32), torch.randn(1, 10, 32), 3.0)
+
+    def sample():
+        with torch.no_grad():
+            return video_field(model, text, 0.8, SEEDS, guide)(z, 0.3)
+
+    in_turn, together, calls = in_turn_and_together(monkeypatch, model, sample)
+    torch.testing.assert_close(together, in_turn, atol=1e-5, rtol=1e-5)
+    assert calls == [4]
+
+
+def test_a_guided_video_and_its_text_with_the_guesses_of_earlier_steps(model, monkeypatch):
+    torch.manual_seed(2)
+    video, text, tau = torch.randn(2, *VIDEO), torch.randn(2, *TEXT), torch.tensor(0.4)
+    guide = Guide(torch.randn(2, 10, 32), torch.randn(1, 10, 32), 2.0)
+
+    def sample():
+        with torch.no_grad():
+            field = joint_field(model, VIDEO, TEXT, SEEDS, guide, 1.5, 0.5)
+            return [field((video, text), (tau, tau)) for _ in range(2)]
+
+    in_turn, together, calls = in_turn_and_together(monkeypatch, model, sample)
+    torch.testing.assert_close(together, in_turn, atol=1e-4, rtol=1e-4)
+    assert calls == [4, 2, 4, 2]  # the text's own branch has another video
+
+
+def test_a_negative_prompt_of_another_length_has_a_call_of_its_own(model, monkeypatch):
+    guide = Guide(torch.randn(1, 10, 32), torch.randn(1, 7, 32), 3.0)
+    z = torch.randn(2, *VIDEO)
+
+    def sample():
+        with torch.no_grad():
+            return video_field(model, None, 1.0, SEEDS, guide)(z, 0.3)
+
+    in_turn, together, calls = in_turn_and_together(monkeypatch, model, sample)
+    torch.testing.assert_close(together, in_turn)
+    assert calls == [2, 2]
