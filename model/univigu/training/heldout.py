@@ -1,7 +1,7 @@
 """Losses on held-out samples, at fixed noise and fixed times, so that two evaluations can be compared."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from univigu.objective import TrainingObjective, cross_entropy, token_accuracy
 from univigu.tasks import Batch
 from univigu.training.data import LatentDataset
 from univigu.training.engine import data_rank
-from univigu.transformer import UniViGUTransformer3DModel
+from univigu.transformer import UniViGUTransformer3DModel, VideoCache
+
+SMALL_VIDEO = 256  # tokens
 
 
 @torch.no_grad()
@@ -48,10 +50,11 @@ def evaluate_heldout(
         for shown, suffix in ((latents, ""), (video_noise, "_without_video")):
             # one cache at a time: of a clip at Wan's size, the 14B's takes 25 GiB
             cache = model.prefill_video(shown, ones if not suffix else 0 * ones, empty)
-            for i, value in enumerate(taus):
-                tau = value * ones
-                z = flow.interpolate(text_noise, text_data, tau)
-                prediction = model.read_text(model.denoise_text(z, tau, cache), z, tau, table)
+            times = [value * ones for value in taus]
+            states = [flow.interpolate(text_noise, text_data, tau) for tau in times]
+            # the logits, of which there may be many, for one time after the other
+            for i, hidden in enumerate(_denoise_texts(model, states, times, cache)):
+                prediction = model.read_text(hidden, states[i], times[i], table)
                 add("token_accuracy" + suffix, i, token_accuracy(prediction, ids, table, model))
                 if suffix:
                     continue
@@ -71,6 +74,21 @@ def evaluate_heldout(
     means = {name: [value / count for value in values] for name, values in sums.items()}
     gains = zip(means["token_accuracy"], means["token_accuracy_without_video"], strict=True)
     return {"tau": taus, **means, "video_gain": sum(a - b for a, b in gains) / bins, "samples": count}
+
+
+def _denoise_texts(
+    model: UniViGUTransformer3DModel, states: Sequence[Tensor], taus: Sequence[Tensor], cache: VideoCache
+) -> Iterator[Tensor]:
+    """The model's output for a text at several times beside the same videos.
+
+    Beside small videos all times are one batch: a short text alone doesn't fill a device. Large ones would be copied
+    for each time. The size alone decides, so that under ZeRO 3 all processes make the same calls.
+    """
+    if math.prod(cache.grid) <= SMALL_VIDEO:
+        yield from model.denoise_text(torch.cat(list(states)), torch.cat(list(taus)), cache).chunk(len(taus))
+        return
+    for z, tau in zip(states, taus, strict=True):
+        yield model.denoise_text(z, tau, cache)
 
 
 def heldout_scores(

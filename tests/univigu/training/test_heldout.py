@@ -6,6 +6,7 @@ import torch
 from tiny_objective import LENGTH, alone, build, make_batch, take
 from univigu.errors import ConfigError
 from univigu.objective import training_loss
+from univigu.training import heldout
 from univigu.training.heldout import evaluate_heldout
 
 
@@ -33,6 +34,14 @@ def test_video_gain_shows_whether_the_text_reads_the_video():
     whole = evaluate_heldout(model, [batch], bins=4)
     assert whole["text_ce"] == pytest.approx(trained["text_ce"], rel=1e-3, abs=1e-5)
     assert len(whole["video_mse"]) == len(whole["tau"]) == 4
+
+
+def test_all_times_in_one_batch_give_the_scores_of_one_after_the_other(monkeypatch):
+    model, batch = build(), make_batch(4)
+    together = evaluate_heldout(model, [batch], bins=4)
+    monkeypatch.setattr(heldout, "SMALL_VIDEO", 0)
+    for name, values in evaluate_heldout(model, [batch], bins=4).items():
+        assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
 
 
 def test_evaluation_without_samples_is_refused():
