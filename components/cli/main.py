@@ -166,7 +166,7 @@ def run(
         make_parts(step, profile, root, processes)
     with without(*([] if _uses_adapters(values) else ["peft"])):
         if stage.resources.gpus and not stage.sharded:  # shards may all be made already: they import models when needed
-            import_models(together=stage.together)
+            import_models()
         manifest = run_stage(step, values, root)
     if _is_main_rank():
         _print_result(step, manifest)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.pipeline.lean_imports import import_models, without_compiler
 from components.pipeline.weights import how_to_fetch
@@ -15,13 +15,11 @@ from components.settings.sections import Video
 from univigu.attention import set_attention_backend
 from univigu.compiling import compile_blocks
 from univigu.errors import ConfigError, MissingInputError, first_line
-from univigu.threads import in_parts, map_on_cores
+from univigu.threads import Result, in_parts, map_on_cores
 
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import DiffusionPipeline
-
-Result = TypeVar("Result")
 
 
 class Sampling(NamedTuple):

@@ -3,13 +3,13 @@
 diffusers and transformers import some packages whenever they are installed: scipy for losses of object detection and
 schedules that no model here uses, peft for adapters. The library `univigu` requires neither, so without them a command
 runs as it does where only the library is installed. Both also import torch's compiler, to mark functions that it must
-leave alone; a command imports it once something is compiled. `univigu caption` needs two thirds of its time this way.
+leave alone; a command imports it once something is compiled. A small model loads in two thirds of the time this way.
 """
 
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,37 +27,24 @@ def start_command() -> None:
     _Process.is_command = True
 
 
-def import_models(together: bool = False) -> None:
-    """Import what runs models, without scipy and torch's compiler, which may still be imported afterwards.
-
-    Unless processes work `together`, libraries take torch.distributed as missing, and so don't import what shards
-    tensors.
-    """
-    import torch.distributed
-
-    with ExitStack() as left_out:
-        left_out.enter_context(without("scipy"))
-        left_out.enter_context(without_compiler())
-        # diffusers looks for OpenCV and a few others under the names of all distributions that are installed
-        left_out.enter_context(_answering(metadata, "packages_distributions", {}))
-        if not together:
-            left_out.enter_context(_answering(torch.distributed, "is_available", False))
+def import_models() -> None:
+    """Import what runs models, without scipy and torch's compiler, which may still be imported afterwards."""
+    with without("scipy"), without_compiler(), _without_names_of_distributions():
         import diffusers.pipelines.pipeline_utils  # noqa: F401
-        import transformers.modeling_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
 
 
 @contextmanager
-def _answering(module: ModuleType, function: str, answer: object) -> Iterator[None]:
-    """Within the block, a function without arguments gives this answer to a command."""
-    asked = vars(module)[function]
+def _without_names_of_distributions() -> Iterator[None]:
+    """diffusers lists all installed distributions, to find OpenCV and a few others that have another name."""
+    listed = metadata.packages_distributions
     if _Process.is_command:
-        vars(module)[function] = lambda: answer
+        metadata.packages_distributions = dict
     try:
         yield
     finally:
-        vars(module)[function] = asked
+        metadata.packages_distributions = listed
 
 
 @contextmanager
