@@ -132,6 +132,8 @@ PASSES = {  # through the weights: forward, for a guess, and backward
 def gathered(tmp_path_factory):
     """The weights that each step gathers, without and with gradient checkpointing; in the same two processes."""
     home = tmp_path_factory.mktemp("gathers")
+    for recompute in (0, 1):
+        tiny_run.open_data(home / f"every-{recompute}")  # here, as one rank could read what the other has half written
     done = launch(SCRIPT.with_name("count_gathers.py"), home)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((home / "gathers.json").read_text())
