@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.cli.messages import is_quiet, say
-from components.pipeline.lean_imports import import_models, without, without_compiler
+from components.pipeline.lean_imports import import_models, without
 from univigu.errors import MissingInputError
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ def _has_champion(name: str, root: Path) -> bool:
     return version_at(name, CHAMPION, store) is not None
 
 
-@without_compiler()
 def load(folder: Path) -> "UniViGUPipeline":
     """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
     adapters = any(folder.glob("*lora*"))

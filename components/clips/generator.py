@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.pipeline.lean_imports import import_models, without_compiler
+from components.pipeline.lean_imports import import_models
 from components.pipeline.weights import how_to_fetch
 from components.settings.sections import Video
 from univigu.attention import set_attention_backend
@@ -31,7 +31,6 @@ class Sampling(NamedTuple):
     arguments: Mapping[str, Any] = MappingProxyType({})  # further arguments of the pipeline's call, by name
 
 
-@without_compiler()
 def load_generator(
     folder: Path,
     precision: str,
@@ -174,7 +173,8 @@ def for_a_thread(pipeline: Any) -> Any:
     other = copy.copy(pipeline)
     for name, own in (("scheduler", copy.deepcopy), ("vae", copy.copy)):
         if getattr(pipeline, name, None) is not None:
-            setattr(other, name, own(getattr(pipeline, name)))
+            # not by diffusers' own way, which imports torch's compiler and writes to the config that both share
+            vars(other)[name] = own(getattr(pipeline, name))
     return other
 
 

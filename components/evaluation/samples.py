@@ -17,7 +17,6 @@ from components.clips.generator import Sampling, for_a_thread, generate, load_ge
 from components.evaluation import scorers as scorer_modules
 from components.evaluation.report import Preview, preview
 from components.pipeline.digests import tree_digest
-from components.pipeline.lean_imports import without_compiler
 from components.pipeline.manifests import inside
 from components.pipeline.shard_records import read_record, write_record
 from univigu.errors import ConfigError
@@ -86,7 +85,6 @@ class Sampler:
         self.kept = step.kept_folder(entry, step.facts.get("scorers", {}))
 
     @cached_property
-    @without_compiler()
     def pipeline(self) -> "UniViGUPipeline":
         import torch
 

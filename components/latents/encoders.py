@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.lean_imports import import_models, without_compiler
+from components.pipeline.lean_imports import import_models
 from components.pipeline.weights import how_to_fetch
 from components.prompts.tokens import count_tokens, load_tokenizer
 from univigu.errors import BadInputError, ConfigError, MissingInputError, first_line
@@ -29,6 +29,7 @@ class Encoders:
 
     @cached_property
     def tokenizer(self) -> Any:
+        import_models()  # before anything else imports transformers
         return load_tokenizer(self._base)
 
     @cached_property
@@ -86,7 +87,6 @@ def text_states(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], lengt
     return [states[: int(states.any(-1).sum())].bfloat16().cpu() for part in padded for states in part]
 
 
-@without_compiler()
 def load_vae(base: Path) -> Any:
     """The autoencoder of a base, always in fp32; raises if it is missing, incomplete, or not Wan's."""
     import_models()
@@ -101,7 +101,6 @@ def load_vae(base: Path) -> Any:
         return vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-@without_compiler()
 def load_text_encoder(base: Path, precision: str) -> Any:
     """The text encoder of a base in fp32 or bf16; raises as `load_vae` does."""
     import_models()

@@ -8,9 +8,10 @@ leave alone; a command imports it once something is compiled. A small model load
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -28,8 +29,9 @@ def start_command() -> None:
 
 
 def import_models() -> None:
-    """Import what runs models, without scipy and torch's compiler, which may still be imported afterwards."""
-    with without("scipy"), without_compiler(), _without_names_of_distributions():
+    """Import what runs models, without scipy, which may still be imported, and torch's compiler, which waits."""
+    with without("scipy"), _without_names_of_distributions():
+        _postpone_compiler()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
@@ -67,49 +69,61 @@ def without(*packages: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-@contextmanager
-def without_compiler() -> Iterator[None]:
-    """Import and load as if torch's compiler were there, and import it only if more of it is asked for than marks."""
+def _postpone_compiler() -> None:
+    """Let a stand-in be torch's compiler until more of it is asked for than marks on functions."""
     if not _Process.is_command or _COMPILER in sys.modules:
-        yield
         return
     import torch
 
-    stand_ins = {name: ModuleType(name) for name in (_COMPILER, _TRACING)}
-
-    def real(name: str) -> Any:
-        if name.startswith("__"):  # Python asks every module for its file
-            raise AttributeError(name)
-        _remove(stand_ins)
-        return getattr(import_module(_COMPILER), name)
-
-    vars(stand_ins[_COMPILER]).update(
-        {
-            "__path__": [],  # of a package
-            "__getattr__": real,
-            "disable": disable,
-            "allow_in_graph": allow_in_graph,
-            "assume_constant_result": assume_constant_result,
-            "eval_frame": SimpleNamespace(OptimizedModule=()),  # for isinstance: no module is compiled
-        }
-    )
-    vars(stand_ins[_TRACING])[_MASKS] = lambda: getattr(import_module(_TRACING), _MASKS)()
-    sys.modules.update(stand_ins)
-    vars(torch)["_dynamo"] = stand_ins[_COMPILER]
-    try:
-        yield
-    finally:
-        _remove(stand_ins)
+    tracing = ModuleType(_TRACING)
+    vars(tracing)[_MASKS] = lambda: getattr(import_module(_TRACING), _MASKS)()
+    sys.modules.update({_COMPILER: _StandIn(), _TRACING: tracing})
+    sys.meta_path.insert(0, _InsideCompiler)
+    vars(torch)["_dynamo"] = sys.modules[_COMPILER]
 
 
-def _remove(stand_ins: Mapping[str, ModuleType]) -> None:
+def _import_compiler() -> ModuleType:
     import torch
 
-    for name, stand_in in stand_ins.items():
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
-    if vars(torch).get("_dynamo") is stand_ins[_COMPILER]:
-        del vars(torch)["_dynamo"]  # torch imports the real one when it is asked for it
+    if _InsideCompiler in sys.meta_path:
+        sys.meta_path.remove(_InsideCompiler)
+        del sys.modules[_COMPILER], sys.modules[_TRACING], vars(torch)["_dynamo"]
+    return import_module(_COMPILER)
+
+
+class _StandIn(ModuleType):
+    __path__: Sequence[str] = ()  # of a package
+
+    def __init__(self) -> None:
+        super().__init__(_COMPILER)
+        self.disable, self.allow_in_graph = disable, allow_in_graph
+        self.assume_constant_result = assume_constant_result
+        self.eval_frame = SimpleNamespace(OptimizedModule=())  # for isinstance: no module is compiled
+        # called where nothing is compiled, by torch's process groups and optimizers
+        self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+        self.graph_break = lambda msg="": None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks every module for its file
+            raise AttributeError(name)
+        return getattr(_import_compiler(), name)
+
+
+class _InsideCompiler:
+    """Finder and loader of a module inside the compiler: imports the compiler first."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(name, _InsideCompiler()) if name.startswith(f"{_COMPILER}.") else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        _import_compiler()
+        module = import_module(spec.name)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__spec__"] = self._spec  # its own; it has run
 
 
 # --- marks of torch's compiler, for functions that are defined before it is imported ---------------------------------

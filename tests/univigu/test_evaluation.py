@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from univigu.errors import BadInputError
 from univigu.evaluation.claims import majority_values, score_item, single_values, summarise
@@ -14,6 +15,14 @@ def test_share_gives_the_published_wilson_interval():
     assert score["n"] == 263
     assert score["value"] == pytest.approx(81 / 263, abs=1e-6)
     assert (score["low"], score["high"]) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 4096])
+def test_share_gives_the_interval_of_scipy(n):
+    for hits in {0, 1, n // 3, n - 1, n}:
+        low, high = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+        score = share([True] * hits + [False] * (n - hits))
+        assert (score["low"], score["high"]) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_a_perfect_share_is_still_uncertain():

@@ -6,7 +6,9 @@ not independent. Several trainings that differ in their seed get a bootstrap ove
 ``"seeds"`` beside ``"n"``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,14 +23,22 @@ Score = dict[str, float | int]
 
 def share(correct: Sequence[bool] | np.ndarray) -> Score:
     """The share of true values in `correct` (n,), with its Wilson interval; raises `BadInputError` when it is empty."""
-    from scipy.stats import binomtest
-
     correct = np.asarray(correct, dtype=bool)
     if not correct.size:
         raise BadInputError("There are no items to compute a share of; evaluate at least one item of each task.")
     hits = int(correct.sum())
-    low, high = binomtest(hits, correct.size).proportion_ci(CONFIDENCE, method="wilson")
-    return _score(hits / correct.size, low, high, correct.size)
+    return _score(hits / correct.size, *_wilson(hits, correct.size), correct.size)
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float]:
+    """The interval of Wilson 1927 for a share of hits / n; scipy has it too, and takes a second to import."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    centre = hits + z**2 / 2
+    half = z * math.sqrt(hits * (n - hits) / n + z**2 / 4)
+    # at the ends exactly 0 and 1, whatever the rounding
+    low = 0.0 if hits == 0 else (centre - half) / (n + z**2)
+    high = 1.0 if hits == n else (centre + half) / (n + z**2)
+    return low, high
 
 
 def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Score:

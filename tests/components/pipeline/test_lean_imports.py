@@ -17,7 +17,7 @@ from components.pipeline.lean_imports import start_command
 if sys.argv[2] == "command":
     start_command()
 load(Path(sys.argv[1]))
-print(*[name for name in ("scipy", "peft", "torch._dynamo") if name in sys.modules])
+print(*[name for name in ("scipy", "peft", "torch._dynamo") if hasattr(sys.modules.get(name), "__file__")])
 
 import peft, scipy.stats
 """
@@ -27,16 +27,33 @@ COMPILING = """
 import sys
 import torch
 
-from components.pipeline.lean_imports import start_command, without_compiler
+from components.pipeline.lean_imports import import_models, start_command
 
 start_command()
-with without_compiler():
-    @torch.compiler.disable
-    def left_alone():
-        return torch.compiler.is_compiling()
+import_models()
 
-print("torch._dynamo" in sys.modules, left_alone())
+@torch.compiler.disable
+def left_alone():
+    return torch.compiler.is_compiling()
+
+print(hasattr(sys.modules["torch._dynamo"], "__file__"), left_alone())
 print(*torch.compile(lambda: (torch.compiler.is_compiling(), left_alone()), backend="eager")())
+"""
+
+
+INSIDE = """
+import sys
+
+from components.pipeline.lean_imports import import_models, start_command
+
+start_command()
+import_models()
+import torch._dynamo.config as config
+import torch._dynamo.{module} as module
+import torch
+
+print(module is sys.modules["torch._dynamo.{module}"], module.__spec__.name, config is torch._dynamo.config)
+print(*[name for name, each in sys.modules.items() if name.startswith("torch._dynamo") and not each.__file__])
 """
 
 
@@ -62,6 +79,11 @@ def test_a_command_loads_a_model_without_packages_that_it_does_not_need(speaking
 @pytest.mark.slow
 def test_elsewhere_nothing_is_hidden(speaking_model):
     assert imported(speaking_model, "library") == ["scipy", "peft", "torch._dynamo"]
+
+
+@pytest.mark.parametrize("module", ["utils", "backends.debugging", "_trace_wrapped_higher_order_op"])
+def test_a_module_inside_the_compiler_is_the_real_one(module):
+    assert output(INSIDE.format(module=module)) == ["True", f"torch._dynamo.{module}", "True"]
 
 
 def test_a_function_that_was_marked_without_the_compiler_is_left_alone_by_it():
