@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -285,17 +286,29 @@ class KfpHandler(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serving_kfp():
+    server = FakeKfp()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def kfp(monkeypatch):
     """A server that speaks KFP's v2beta1 API for experiments and runs; no cluster is behind it."""
     for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    server = FakeKfp()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving_kfp() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lasting_kfp():
+    """The same for all tests of a module."""
+    with serving_kfp() as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ leave alone; a command imports it once something is compiled. A small model load
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -78,24 +79,23 @@ def _postpone_compiler() -> None:
     tracing = ModuleType(_TRACING)
     vars(tracing)[_MASKS] = lambda: getattr(import_module(_TRACING), _MASKS)()
     sys.modules.update({_COMPILER: _StandIn(), _TRACING: tracing})
-    sys.meta_path.insert(0, _InsideCompiler)
+    sys.meta_path.insert(0, _INSIDE)
     vars(torch)["_dynamo"] = sys.modules[_COMPILER]
 
 
 def _import_compiler() -> ModuleType:
     import torch
 
-    if _InsideCompiler in sys.meta_path:
-        sys.meta_path.remove(_InsideCompiler)
+    if _INSIDE in sys.meta_path:
+        sys.meta_path.remove(_INSIDE)
         del sys.modules[_COMPILER], sys.modules[_TRACING], vars(torch)["_dynamo"]
     return import_module(_COMPILER)
 
 
 class _StandIn(ModuleType):
-    __path__: Sequence[str] = ()  # of a package
-
     def __init__(self) -> None:
         super().__init__(_COMPILER)
+        self.__path__ = []  # of a package
         self.disable, self.allow_in_graph = disable, allow_in_graph
         self.assume_constant_result = assume_constant_result
         self.eval_frame = SimpleNamespace(OptimizedModule=())  # for isinstance: no module is compiled
@@ -109,12 +109,11 @@ class _StandIn(ModuleType):
         return getattr(_import_compiler(), name)
 
 
-class _InsideCompiler:
-    """Finder and loader of a module inside the compiler: imports the compiler first."""
+class _InsideCompiler(MetaPathFinder, Loader):
+    """Finder and loader of the modules inside the compiler: imports the compiler first."""
 
-    @staticmethod
-    def find_spec(name: str, *_: object) -> ModuleSpec | None:
-        return ModuleSpec(name, _InsideCompiler()) if name.startswith(f"{_COMPILER}.") else None
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname.startswith(f"{_COMPILER}.") else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         _import_compiler()
@@ -124,6 +123,9 @@ class _InsideCompiler:
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module)["__spec__"] = self._spec  # its own; it has run
+
+
+_INSIDE = _InsideCompiler()
 
 
 # --- marks of torch's compiler, for functions that are defined before it is imported ---------------------------------

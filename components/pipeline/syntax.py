@@ -15,6 +15,7 @@ MOVED = {  # a place as code names it now -> its former name, from which keys we
     "'components.prompts'": "'components'",
     "components/captions/captioners": "components/captioners",
 }
+_WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)  # no expression has an import statement in it
 AT_IMPORT = ""  # names the statements that define nothing and run when the module is imported
 _LONGEST_NAME = 100  # characters of a string that may name a data file
 
@@ -79,20 +80,41 @@ def _parse(path: Path, module: str, _modified: int, _size: int) -> Source:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     imports = _imports([node for node in tree.body if not _is_definition(node)], package)
     exports = _exports(tree)
-    found: dict[str, list[tuple[ast.AST, Mapping[str, str]]]] = {}
+    found: dict[str, list[ast.AST]] = {}
     for node in tree.body:
-        inner = _imports([node], package) if _is_definition(node) else {}
-        cleaned = _BehaviourOnly().visit(node)
+        cleaned = node if _is_definition(node) else _BehaviourOnly().visit(node)
         for statement in cleaned if isinstance(cleaned, list) else [cleaned] if cleaned else []:
             for name in _bound(statement) or [AT_IMPORT]:
-                found.setdefault(name, []).append((statement, inner))
-    bodies = {}
-    for name, parts in found.items():
-        trees = [tree for tree, _ in parts]
-        inner = {local: target for _, imported in parts for local, target in imported.items()}
+                found.setdefault(name, []).append(statement)
+    return Source(path, _Bodies(found, package), imports, exports)
+
+
+class _Bodies(Mapping[str, Body]):
+    """The bodies of a module's names, each reduced when it is first looked at: most are never reached."""
+
+    def __init__(self, statements: Mapping[str, Sequence[ast.AST]], package: str) -> None:
+        self._statements, self._package = statements, package
+        self._reduced: dict[str, Body] = {}
+
+    def __getitem__(self, name: str) -> Body:
+        if name not in self._reduced:
+            self._reduced[name] = self._reduce(self._statements[name])
+        return self._reduced[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._statements
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._statements)
+
+    def __len__(self) -> int:
+        return len(self._statements)
+
+    def _reduce(self, statements: Sequence[ast.AST]) -> Body:
+        inner = _imports(filter(_is_definition, statements), self._package)
+        trees = [_BehaviourOnly().visit(node) if _is_definition(node) else node for node in statements]
         texts = {text for tree in trees for text in _texts(tree)}
-        bodies[name] = Body(trees, inner, texts, json_digest([_dump(tree) for tree in trees]))
-    return Source(path, bodies, imports, exports)
+        return Body(trees, inner, texts, json_digest([_dump(tree) for tree in trees]))
 
 
 def _dump(tree: ast.AST) -> str:
@@ -136,7 +158,7 @@ def _imports(nodes: Iterable[ast.AST], package: str) -> dict[str, str]:
                 ours = origin.partition(".")[0] in (*PACKAGES, package.partition(".")[0])
                 found[alias.asname or alias.name] = inner if ours and _file(inner) else f"{origin}:{alias.name}"
         else:
-            ahead += ast.iter_child_nodes(node)
+            ahead += (child for child in ast.iter_child_nodes(node) if isinstance(child, _WITH_STATEMENTS))
     return found
 
 

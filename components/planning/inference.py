@@ -4,7 +4,7 @@ The code that samples runs on fake tensors, as in training (`univigu.training.me
 autoencoder at the profile's size of clip.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,18 @@ def autoencoder_peak(models: MetaModels, video: Mapping[str, Any], way: str) -> 
     from diffusers import AutoencoderKLWan
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from univigu.wan import large_in_tiles
+
     shape = (1, 3, video["frames"], video["height"], video["width"])
     with FakeTensorMode(), torch.no_grad():
         vae = AutoencoderKLWan.from_config(models.vae.config)
         with LiveBytes() as counted:
             counted.ignore([*vae.parameters(), *vae.buffers()])
-            run: Callable[[Any], Any] = vae.encode if way == "encode" else vae.decode
-            run(torch.zeros(shape if way == "encode" else (1, *models.latents)))
+            if way == "encode":
+                vae.encode(torch.zeros(shape))
+            else:
+                with large_in_tiles(vae, video["height"], video["width"]):
+                    vae.decode(torch.zeros(1, *models.latents))
     return counted.peak
 
 

@@ -22,6 +22,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 _SHARED = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "freq_dim": 256}
 WAN_1_3B = {**_SHARED, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B = {**_SHARED, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+WHOLE_PIXELS = 480 * 832  # of a frame that is decoded as a whole
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "README.md"]  # what is fetched from the hub
 _TEXT_SIDE = re.compile(
@@ -83,8 +84,23 @@ def encode_frames(vae: Any, frames: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_pixels(vae: Any, latents: Tensor) -> Tensor:
     """Normalised latents (B, C, T, H', W') to pixels (B, 3, F, H, W), float32 in 0..1, on the autoencoder's device."""
+    scale, (height, width) = vae.config.scale_factor_spatial, latents.shape[-2:]
     latents = denormalize_latents(vae, latents.float()).to(runs_on(vae), vae.dtype)
-    return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+    with large_in_tiles(vae, height * scale, width * scale):
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+@contextmanager
+def large_in_tiles(vae: Any, height: int, width: int) -> Iterator[None]:
+    """Within the block, an autoencoder decodes frames above 480p in overlapping tiles, to need no more memory."""
+    if height * width <= WHOLE_PIXELS or vae.use_tiling:
+        yield
+        return
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ pytest.importorskip("airflow")
 REPO = Path(__file__).parents[2]
 RARELY = "0 0 29 2 *"
 SETTINGS = {  # runs are of the profile `tour` by their form or event, and of `tiny` where nothing says so
+    "UNIVIGU_KFP_ARGUMENTS": '{"parts": 2}',
+    "UNIVIGU_KFP_SERVICE_ACCOUNT": "univigu-launcher",
     "UNIVIGU_PROFILE": "tiny",
     "UNIVIGU_KFP_POLL_S": "1",
     "UNIVIGU_RETRAIN_CRON": RARELY,
@@ -61,8 +63,14 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def airflow(place, root):
-    with AirflowServer(place[0], root, place[1], SETTINGS) as server:
+def settings(lasting_kfp):
+    lasting_kfp.states = ["RUNNING"]
+    return {**SETTINGS, "KFP_ENDPOINT": lasting_kfp.url}
+
+
+@pytest.fixture(scope="module")
+def airflow(place, root, settings):
+    with AirflowServer(place[0], root, place[1], settings) as server:
         server.wait_until_ready()
         server.call("PATCH", "/api/v2/dags/retrain", {"is_paused": False})
         yield server
@@ -326,33 +334,22 @@ def test_a_second_airflow_in_the_same_place_is_refused_in_one_sentence(airflow, 
 
 
 def test_airflow_killed_while_it_waits_for_kubeflow_submits_nothing_twice_and_silence_promotes_nobody(
-    airflow, place, root, kfp
+    airflow, place, root, settings, lasting_kfp
 ):
     from mlflow import MlflowClient
 
     from components.tracking import tracking_uri
 
-    airflow.stop()
-    kfp.states = ["RUNNING"]
-    settings = {
-        **SETTINGS,
-        "KFP_ENDPOINT": kfp.url,
-        "UNIVIGU_KFP_ARGUMENTS": '{"parts": 2}',
-        "UNIVIGU_KFP_SERVICE_ACCOUNT": "univigu-launcher",
-        "UNIVIGU_APPROVAL_HOURS": "0.001",
-    }
-    with AirflowServer(place[0], root, place[1], settings) as server:
+    run = ("retrain", trigger(airflow, profile="tour", backend="kubeflow"))
+    wait_for(lambda: tasks(airflow, run)["kubeflow"]["state"] == "deferred")
+    airflow.kill()
+    assert [one["state"] for one in lasting_kfp.runs.values()] == ["RUNNING"]
+    with AirflowServer(place[0], root, place[1], settings | {"UNIVIGU_APPROVAL_HOURS": "0.001"}) as server:
         server.wait_until_ready()
-        run = ("retrain", trigger(server, profile="tour", backend="kubeflow"))
-        wait_for(lambda: tasks(server, run)["kubeflow"]["state"] == "deferred")
-        server.kill()
-    assert [one["state"] for one in kfp.runs.values()] == ["RUNNING"]
-    with AirflowServer(place[0], root, place[1], settings) as server:
-        server.wait_until_ready()
-        kfp.states = ["SUCCEEDED"]
+        lasting_kfp.states = ["SUCCEEDED"]
         assert ended(server, run) == "success"
-        assert [*kfp.runs] == ["run-1"]
-        submitted = kfp.runs["run-1"]
+        assert [*lasting_kfp.runs] == ["run-1"]
+        submitted = lasting_kfp.runs["run-1"]
         wanted = {"profile": "tour", "promotion": "manual", "parts": 2}
         assert submitted["runtime_config"]["parameters"] == wanted
         assert submitted["service_account"] == "univigu-launcher"

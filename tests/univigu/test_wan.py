@@ -50,6 +50,19 @@ def test_denormalising_inverts_normalising(base, latents):
     )
 
 
+@pytest.mark.parametrize(("size", "in_tiles"), [((480, 832), False), ((720, 1280), True)])
+def test_frames_above_480p_are_decoded_in_tiles_which_changes_little(base, size, in_tiles):
+    torch.manual_seed(0)
+    latents = torch.randn(1, *wan.latent_shape(base.vae, 1, *size))
+    found = wan.decode_pixels(base.vae, latents)
+    assert not base.vae.use_tiling
+    with torch.no_grad():
+        whole = base.vae.decode(wan.denormalize_latents(base.vae, latents), return_dict=False)[0]
+    whole = (whole / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(found, whole) != in_tiles
+    assert (found - whole).abs().mean() < 0.02
+
+
 def test_frames_are_decoded_as_wans_pipeline_does(base):
     call = {"prompt": ["a red digit"], "num_frames": 9, "height": 32, "width": 32, "num_inference_steps": 2}
     call |= {"max_sequence_length": 16, "guidance_scale": 1.0}

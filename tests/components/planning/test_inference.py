@@ -1,11 +1,14 @@
 """What one sample needs on one GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from components.pipeline.profiles import load_profile
-from components.planning.inference import make_inference_plan
+from components.planning.inference import autoencoder_peak, make_inference_plan
+from components.planning.meta_models import build_models
+from univigu import wan
 from univigu.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -53,6 +56,19 @@ def test_guidance_of_captions_keeps_a_second_cache():
         for each in (profile, guided)
     )
     assert more > plain
+
+
+@pytest.mark.slow
+def test_above_480p_a_clip_is_decoded_in_tiles_of_less_memory():
+    profile = load_profile("wan-1.3b")
+    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
+
+    def peak(height, width):
+        video = {"frames": 5, "height": height, "width": width}
+        sized = replace(models, latents=wan.latent_shape(models.vae, *video.values()))
+        return autoencoder_peak(sized, video, "decode")
+
+    assert peak(720, 1280) < 1.2 * peak(480, 832)  # with 2.3 times the pixels
 
 
 def test_a_task_that_there_is_not_is_refused_by_name():
