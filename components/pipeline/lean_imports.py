@@ -4,18 +4,21 @@ diffusers and transformers import some packages whenever they are installed: sci
 schedules that no model here uses, peft for adapters. The library `univigu` requires neither, so without them a command
 runs as it does where only the library is installed. Both also import torch's compiler, to mark functions that it must
 leave alone; a command imports it once something is compiled. A small model loads in two thirds of the time this way.
+Great Expectations imports clients of clouds and scipy's statistics, which take a third of its time.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import LazyLoader, find_spec, module_from_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+_CLOUDS = ("google.cloud", "google.auth", "google.api_core", "google.oauth2", "boto3", "botocore")
 _COMPILER = "torch._dynamo"
 _TRACING, _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op", "TransformGetItemToIndex"  # used by transformers
 
@@ -50,14 +53,34 @@ def _without_names_of_distributions() -> Iterator[None]:
         metadata.packages_distributions = listed
 
 
+def import_expectations() -> None:
+    """Import Great Expectations without clients of clouds, where no table of ours is, and scipy's tests once used."""
+    with without(*_CLOUDS, importers=("great_expectations",)):
+        if _Process.is_command and "scipy.stats" not in sys.modules:
+            _postpone("scipy.stats")
+        import great_expectations  # noqa: F401
+
+
+def _postpone(name: str) -> None:
+    """Import a module once it is used, in the way that `importlib` documents for it."""
+    package, _, attribute = name.rpartition(".")
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = LazyLoader(spec.loader)
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    setattr(sys.modules[package], attribute, sys.modules[name])
+
+
 @contextmanager
-def without(*packages: str) -> Iterator[None]:
+def without(*packages: str, importers: Collection[str] = ("diffusers", "transformers")) -> Iterator[None]:
     """Import as if `packages` were not installed, unless they have been imported already.
 
-    diffusers and transformers remember what they found, so adapters can't be used later in the same process, and once
-    one of the two is imported nothing is hidden any more.
+    The `importers` remember what they found, so adapters can't be used later in the same process, and once one of them
+    is imported nothing is hidden any more.
     """
-    hides = _Process.is_command and not {"diffusers", "transformers"} & sys.modules.keys()
+    hides = _Process.is_command and not {*importers} & sys.modules.keys()
     hidden = [name for name in packages if hides and name not in sys.modules]
     for name in hidden:
         # Python's own way to make an import fail

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.pipeline.lean_imports import import_expectations
 from components.validation.data_docs import finish_docs
 from univigu.errors import GateFailedError
 
@@ -36,6 +37,7 @@ class Gate:
 def expectations() -> Any:
     """Great Expectations' module of expectations, imported with telemetry switched off."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    import_expectations()
     import great_expectations.expectations as expectations_module
 
     return expectations_module
@@ -131,7 +133,6 @@ def _require_rows(name: str, frame: Any, min_rows: int, verb: str, remedy: str) 
 
 def _validate(name: str, frame: Any, suite: Sequence[Any], docs: Path) -> tuple[list[Any], Callable[[], Any]]:
     """Run the suite in an ephemeral context; returns the results, and a function that writes the HTML pages."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.data_context.types import base
 

@@ -57,6 +57,22 @@ print(*[name for name, each in sys.modules.items() if name.startswith("torch._dy
 """
 
 
+EXPECTATIONS = """
+import sys
+
+from components.pipeline.lean_imports import start_command
+from components.validation.gates import expectations
+
+start_command()
+expectations()
+print(*[name for name in ("google.auth", "botocore", "scipy.linalg") if name in sys.modules])
+
+import google.auth
+from scipy import stats
+print(stats.norm.cdf(0.0), stats is sys.modules["scipy.stats"], stats.__spec__.name)
+"""
+
+
 def output(script, *arguments):
     """The words that a script prints."""
     done = subprocess.run(
@@ -74,6 +90,11 @@ def imported(folder, kind):
 @pytest.mark.slow
 def test_a_command_loads_a_model_without_packages_that_it_does_not_need(speaking_model):
     assert imported(speaking_model, "command") == []
+
+
+@pytest.mark.slow
+def test_a_gate_starts_without_clients_of_clouds_and_statistics_which_work_once_used():
+    assert output(EXPECTATIONS) == ["0.5", "True", "scipy.stats"]
 
 
 @pytest.mark.slow
