@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NAME = "uni-vigu"
 BUNDLED = Path("model/tiny-univigu")
 CLONE = Path(__file__).resolve().parents[2]
+ROOM = 1.25  # memory that a sample needs, weights included, over that of the weights: docs/planning.md counts it exactly
 
 
 def find_model(model: str, name: str, root: Path) -> Path:
@@ -89,17 +90,36 @@ def _has_champion(name: str, root: Path) -> bool:
 
 
 def load(folder: Path) -> "UniViGUPipeline":
-    """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
+    """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal.
+
+    If the GPU has too little free memory for all parts, each is there only while it runs: the text encoder, which is
+    larger than the smaller Wan, gives way before sampling begins.
+    """
     adapters = any(folder.glob("*lora*"))
     with without(*([] if adapters else ["peft"])):
-        import_models()
+        import_models(distributed=False)
         import torch
 
         from univigu.pipeline import UniViGUPipeline
 
         pipeline = UniViGUPipeline.from_pretrained(folder)
     if torch.cuda.is_available():
-        pipeline.to("cuda")
+        _move_to_gpu(pipeline, torch.cuda.mem_get_info()[0])
     shown = sys.stderr.isatty() and not is_quiet()
     pipeline.set_progress_bar_config(disable=not shown, leave=False, desc="sampling")
     return pipeline
+
+
+def _move_to_gpu(pipeline: "UniViGUPipeline", free: int) -> None:
+    if fits(pipeline, free):
+        pipeline.to("cuda")
+        return
+    say("The GPU is too small for all parts of the model at a time, so each is moved there when it runs.")
+    pipeline.enable_model_cpu_offload()
+
+
+def fits(pipeline: "UniViGUPipeline", free: int) -> bool:
+    """Whether all parts of a pipeline, and a sample, fit into `free` bytes."""
+    parts = (pipeline.transformer, pipeline.text_encoder, pipeline.vae)
+    weights = (weight for part in parts if part is not None for weight in part.parameters())
+    return ROOM * sum(weight.numel() * weight.element_size() for weight in weights) <= free

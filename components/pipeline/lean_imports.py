@@ -32,9 +32,12 @@ def start_command() -> None:
     _Process.is_command = True
 
 
-def import_models() -> None:
-    """Import what runs models, without scipy, which may still be imported, and torch's compiler, which waits."""
-    with without("scipy"), _without_names_of_distributions():
+def import_models(distributed: bool = True) -> None:
+    """Import what runs models, without scipy, which may still be imported, and torch's compiler, which waits.
+
+    distributed: whether models may be shared by processes; otherwise transformers does without torch's sharded tensors.
+    """
+    with without("scipy"), _without_names_of_distributions(), _without_process_groups(not distributed):
         _postpone_compiler()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
@@ -51,6 +54,19 @@ def _without_names_of_distributions() -> Iterator[None]:
         yield
     finally:
         metadata.packages_distributions = listed
+
+
+@contextmanager
+def _without_process_groups(hides: bool) -> Iterator[None]:
+    import torch.distributed
+
+    asked = torch.distributed.is_available
+    if _Process.is_command and hides:
+        torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = asked
 
 
 def import_expectations() -> None:

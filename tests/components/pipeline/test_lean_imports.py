@@ -17,7 +17,8 @@ from components.pipeline.lean_imports import start_command
 if sys.argv[2] == "command":
     start_command()
 load(Path(sys.argv[1]))
-print(*[name for name in ("scipy", "peft", "torch._dynamo") if hasattr(sys.modules.get(name), "__file__")])
+names = "scipy", "peft", "torch._dynamo", "torch.distributed.tensor"
+print(*[name for name in names if hasattr(sys.modules.get(name), "__file__")])
 
 import peft, scipy.stats
 """
@@ -99,7 +100,7 @@ def test_a_gate_starts_without_clients_of_clouds_and_statistics_which_work_once_
 
 @pytest.mark.slow
 def test_elsewhere_nothing_is_hidden(speaking_model):
-    assert imported(speaking_model, "library") == ["scipy", "peft", "torch._dynamo"]
+    assert imported(speaking_model, "library") == ["scipy", "peft", "torch._dynamo", "torch.distributed.tensor"]
 
 
 @pytest.mark.parametrize("module", ["utils", "backends.debugging", "_trace_wrapped_higher_order_op"])
