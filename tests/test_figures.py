@@ -11,12 +11,8 @@ REPO = Path(__file__).parents[1]
 FOLDER = REPO / "docs/figures"
 # Measurements that the documents still quote from an earlier version, without a file: remove a name with its new file.
 AWAITED = {
-    "bench-captioning.json",
     "bench-curation.json",
-    "bench-first-minutes.json",
     "bench-inference.json",
-    "bench-loading.json",
-    "bench-train-step.json",
     "orchestrators.json",
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "uni-vigu"
 BUNDLED = Path("model/tiny-univigu")
 CLONE = Path(__file__).resolve().parents[2]
-ROOM = 1.25  # memory that a sample needs, weights included, over that of the weights: docs/planning.md counts it exactly
+ROOM = 1.25  # memory for the weights and a sample over that of the weights; `univigu plan --task` counts it exactly
 
 
 def find_model(model: str, name: str, root: Path) -> Path:
