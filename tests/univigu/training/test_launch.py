@@ -40,10 +40,17 @@ def launch(script, *arguments, **variables):
     )
 
 
-def train_on_two(folder, **settings):
-    done = on_two(folder, settings)
+def train_all(home, runs):
+    """Train on two processes, the same ones for all `runs`: settings by the name of a folder of `home`."""
+    for name in runs:
+        tiny_run.open_data(home / name)
+    done = launch(SCRIPT, home, json.dumps(runs), "ALL")
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder, load_file(folder / "weights.safetensors")
+    return home
+
+
+def read_weights(folder):
+    return load_file(folder / "weights.safetensors")
 
 
 def read_losses(folder):
@@ -59,9 +66,16 @@ def one(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The same of two processes."""
-    return train_on_two(tmp_path_factory.mktemp("two"))
+def together(tmp_path_factory):
+    """The folder of runs of two processes: one as the run of one process, and those of `in_stage`."""
+    runs = {f"{name}-{stage}": in_stage(name, stage) for name in SETTINGS for stage in ZERO_STAGES}
+    return train_all(tmp_path_factory.mktemp("together"), {"two": {}, **runs})
+
+
+@pytest.fixture(scope="module")
+def two(together):
+    """The folder and the weights of the run of two processes."""
+    return together / "two", read_weights(together / "two")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +83,22 @@ def stopped(tmp_path_factory):
     """A run of two processes that received SIGTERM after step 4: its folder, and the completed process."""
     folder = tmp_path_factory.mktemp("stopped")
     return folder, on_two(folder, {}, 4, "TERM")
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, stopped):
+    """Runs that stopped after step 4 and that two processes resumed: one of two, and two of one, in ZeRO stages 1 and 3."""
+
+    def stop(step, metrics):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    home = tmp_path_factory.mktemp("resumed")
+    shutil.copytree(stopped[0], home / "two")
+    for stage in (1, 3):
+        with pytest.raises(PreemptedError):
+            tiny_run.run(home / f"one-{stage}", stop)
+    return train_all(home, {"two": {}, "one-1": {"zero_stage": 1}, "one-3": {"zero_stage": 3}})
 
 
 @slow
@@ -95,26 +125,14 @@ def in_stage(name, stage):
     return SETTINGS[name] | {"output_dim": 0 if (name, stage) == ("sample", 3) else 6, "zero_stage": stage}
 
 
-@pytest.fixture(scope="module")
-def in_all_stages(tmp_path_factory):
-    """The folders of runs of two processes, by settings and ZeRO stage; all in the same two processes."""
-    home = tmp_path_factory.mktemp("stages")
-    runs = {(name, stage): in_stage(name, stage) for name in SETTINGS for stage in ZERO_STAGES}
-    folders = {(name, stage): home / f"{name}-{stage}" for name, stage in runs}
-    for folder in folders.values():
-        tiny_run.open_data(folder)
-    done = launch(SCRIPT, home, json.dumps({folders[key].name: settings for key, settings in runs.items()}), "ALL")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folders
-
-
 @slow
 @pytest.mark.parametrize("stage", ZERO_STAGES)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ranks_follow_the_curve_of_one_whichever_weights_their_samples_need(tmp_path, in_all_stages, name, stage):
+def test_ranks_follow_the_curve_of_one_whichever_weights_their_samples_need(tmp_path, together, name, stage):
     alone = tiny_run.run(tmp_path / "one", **in_stage(name, stage) | {"zero_stage": 0, "sequence_parallel": 1})
-    weights = load_file(in_all_stages[name, stage] / "weights.safetensors")
-    assert read_losses(in_all_stages[name, stage]) == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    folder = together / f"{name}-{stage}"
+    weights = read_weights(folder)
+    assert read_losses(folder) == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in alone.items())
 
 
@@ -164,11 +182,10 @@ def test_on_sigterm_ranks_agree_on_a_step_save_it_and_exit_with_the_code_to_resu
 
 
 @slow
-def test_a_stopped_run_resumes_and_ends_with_the_same_bits(tmp_path, two, stopped):
-    shutil.copytree(stopped[0], tmp_path / "again")
-    folder, weights = train_on_two(tmp_path / "again")
+def test_a_stopped_run_resumes_and_ends_with_the_same_bits(two, resumed):
+    weights = read_weights(resumed / "two")
     assert all(torch.equal(weights[name], tensor) for name, tensor in two[1].items())
-    assert (folder / "curves.csv").read_bytes() == (two[0] / "curves.csv").read_bytes()
+    assert (resumed / "two/curves.csv").read_bytes() == (two[0] / "curves.csv").read_bytes()
 
 
 def resumed_after(capsys):
@@ -186,14 +203,8 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(tmp_path, one, stopped, ca
 
 @slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_checkpoint_of_one_process_resumes_on_two(tmp_path, one, stage):
-    def stop(step, metrics):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(PreemptedError):
-        tiny_run.run(tmp_path, stop)
-    folder, weights = train_on_two(tmp_path, zero_stage=stage)
+def test_a_checkpoint_of_one_process_resumes_on_two(one, resumed, stage):
+    folder, weights = resumed / f"one-{stage}", read_weights(resumed / f"one-{stage}")
     assert read_losses(folder) == pytest.approx(read_losses(one[0]), rel=1e-4)
     assert all(torch.allclose(weights[name], tensor, atol=1e-3) for name, tensor in one[1].items())
 
