@@ -87,7 +87,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, stopped):
-    """Runs that stopped after step 4 and that two processes resumed: one of two, and two of one, in ZeRO stages 1 and 3."""
+    """Runs that stopped after step 4, resumed by two processes: one of two, and two of one, in ZeRO stages 1 and 3."""
 
     def stop(step, metrics):
         if step == 4:
