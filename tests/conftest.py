@@ -287,8 +287,7 @@ class KfpHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving_kfp():
-    server = FakeKfp()
+def serving(server):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -300,22 +299,19 @@ def kfp(monkeypatch):
     """A server that speaks KFP's v2beta1 API for experiments and runs; no cluster is behind it."""
     for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    with serving_kfp() as server:
+    with serving(FakeKfp()) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def lasting_kfp():
     """The same for all tests of a module."""
-    with serving_kfp() as server:
+    with serving(FakeKfp()) as server:
         yield server
 
 
 @pytest.fixture
 def hub():
     """A hub of one repository in memory (see `hub_server`)."""
-    server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Hub()) as server:
+        yield server

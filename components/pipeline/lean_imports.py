@@ -10,7 +10,7 @@ Great Expectations imports clients of clouds and scipy's statistics, which take 
 import functools
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -37,7 +37,14 @@ def import_models(distributed: bool = True) -> None:
 
     distributed: whether models may be shared by processes; otherwise transformers does without torch's sharded tensors.
     """
-    with without("scipy"), _without_names_of_distributions(), _without_process_groups(not distributed):
+    import torch.distributed
+
+    with ExitStack() as left_out:
+        left_out.enter_context(without("scipy"))
+        # diffusers looks for OpenCV and a few others under the names of all distributions that are installed
+        left_out.enter_context(_answering(metadata, "packages_distributions", {}))
+        if not distributed:
+            left_out.enter_context(_answering(torch.distributed, "is_available", False))
         _postpone_compiler()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
@@ -45,28 +52,15 @@ def import_models(distributed: bool = True) -> None:
 
 
 @contextmanager
-def _without_names_of_distributions() -> Iterator[None]:
-    """diffusers lists all installed distributions, to find OpenCV and a few others that have another name."""
-    listed = metadata.packages_distributions
+def _answering(module: ModuleType, function: str, answer: object) -> Iterator[None]:
+    """Within the block, a function without arguments gives this answer to a command."""
+    asked = vars(module)[function]
     if _Process.is_command:
-        metadata.packages_distributions = dict
+        vars(module)[function] = lambda: answer
     try:
         yield
     finally:
-        metadata.packages_distributions = listed
-
-
-@contextmanager
-def _without_process_groups(hides: bool) -> Iterator[None]:
-    import torch.distributed
-
-    asked = torch.distributed.is_available
-    if _Process.is_command and hides:
-        torch.distributed.is_available = lambda: False
-    try:
-        yield
-    finally:
-        torch.distributed.is_available = asked
+        vars(module)[function] = asked
 
 
 def import_expectations() -> None:

@@ -65,7 +65,7 @@ def test_what_is_copied_is_in_the_build_context(name):
 
 # --- a real build ----------------------------------------------------------------------------------------------------
 
-# no process of a test compiles what an earlier one has compiled, which the images leave out here
+# within a container, no process compiles what an earlier one has compiled, which the images leave out here
 COMPILE_ONCE = ["--env", "PYTHONDONTWRITEBYTECODE=", "--env", "PYTHONPYCACHEPREFIX=/tmp/pycache"]
 WHO = ("python", "-c", "import os; print(os.getuid(), os.getgid())")
 
