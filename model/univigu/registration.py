@@ -109,9 +109,19 @@ def create_version(upload: Upload, name: str, card: str, tags: Mapping[str, str]
     _ensure_name(client, name)
     files = {version_files.TAG: upload.digest}
     upload.version = client.create_model_version(
-        name, source=upload.source, run_id=upload.run_id, tags={**tags, **files}, description=shorten(card)
+        name,
+        source=upload.source,
+        run_id=upload.run_id,
+        model_id=_model_id(upload.source),  # without it, a server refuses the source (MLflow 3.17.2)
+        tags={**tags, **files},
+        description=shorten(card),
     )
     return upload.version
+
+
+def _model_id(source: str) -> str:
+    """The id of the logged model at ``models:/m-…``."""
+    return source.rpartition("/")[2]
 
 
 def _pipeline_files(pipeline: Path) -> dict[str, Path]:
@@ -182,7 +192,7 @@ def restore_files(
         )
     with opened(tracking_uri):
         # pyrefly: ignore[missing-attribute]
-        _log_files(pipeline, card, evidence, model_id=version.source.rpartition("/")[2])
+        _log_files(pipeline, card, evidence, model_id=_model_id(version.source))
 
 
 def _log_files(pipeline: Path, card: str, evidence: Mapping[str, Path], **where: str) -> str:
