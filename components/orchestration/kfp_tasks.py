@@ -44,6 +44,10 @@ FAILURE = "failure"  # name of the file that records a failed task
 SUCCEEDED, FAILED = "SUCCEEDED", "FAILED"  # KFP's terms
 TERMINATION_LOG = Path("/dev/termination-log")  # what a container writes here becomes the message of its end
 PROMOTION = "UNIVIGU_PROMOTION"  # the variable that register-model reads
+REGISTRY_LOGIN = {  # of the account that may change the registry, and what MLflow reads
+    "UNIVIGU_REGISTRY_USERNAME": "MLFLOW_TRACKING_USERNAME",
+    "UNIVIGU_REGISTRY_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+}
 
 
 def check_prerequisites(
@@ -146,7 +150,8 @@ def run_step(
                 _check_driver()
             whole = not part or Part.parse(part).of == 1  # a single part commits the output itself
             arguments = command(step, profile, root, "" if whole else part, gpus, trainjob)
-            _run_command(step, root, arguments, part, {PROMOTION: promotion} if promotion else {})
+            environment = registry_login() | ({PROMOTION: promotion} if promotion else {})
+            _run_command(step, root, arguments, part, environment)
             if not whole:
                 return ""
             require_inputs(step, Path(root), expected, made=True)
@@ -175,6 +180,11 @@ def command(
         launcher = ["-m", "univigu.training.launch", "--standalone", f"--nproc-per-node={gpus}"]
         return [sys.executable, *launcher, *module, "run", step, *where]
     return [sys.executable, *module, "run", step, *where, *(["--part", part] if part else [])]
+
+
+def registry_login() -> dict[str, str]:
+    """MLflow's variables for the account that may change the registry; empty in a task that has no such account."""
+    return {name: os.environ[ours] for ours, name in REGISTRY_LOGIN.items() if os.environ.get(ours)}
 
 
 def notify(pipeline: str, root: str, state: str, message: str) -> None:
@@ -259,8 +269,11 @@ def _check_tracking(root: Path) -> None:
     open_tracking(root)
     import mlflow
 
-    with first_contact(tracking_uri(root)):
-        mlflow.MlflowClient().search_registered_models(max_results=1)
+    runs_login = {name: os.environ[name] for name in REGISTRY_LOGIN.values() if name in os.environ}
+    for login in (registry_login(), runs_login):
+        os.environ.update(login)
+        with first_contact(tracking_uri(root)):
+            mlflow.MlflowClient().search_registered_models(max_results=1)
 
 
 def _check_captioner(profile: str, root: Path) -> None:

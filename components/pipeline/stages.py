@@ -175,6 +175,7 @@ STAGES: tuple[Stage, ...] = (
         },
         parameters=("register_model",),
         carries=("univigu",),
+        secrets={"univigu-registry": ("UNIVIGU_REGISTRY_USERNAME", "UNIVIGU_REGISTRY_PASSWORD")},
         external=True,
     ),
 )

@@ -44,7 +44,7 @@ _SECRETS = (  # patterns of secrets in an address, a header or a setting, and th
     (re.compile(r"\b(?:gh[opusr]_|github_pat_|glpat-|hf_|sk-)[\w-]{20,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
 )
 _SHORTEST_SECRET = 6  # characters: a shorter one would match parts of ordinary words
-_REFUSED_LOGIN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+_REFUSED_LOGIN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 _REFUSED = ("ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 
 
@@ -218,6 +218,11 @@ def store_error(error: Exception, uri: str) -> UniViGUError:
         return BadInputError(
             f"MLflow's store at {place} refused the login ({reason}); check MLFLOW_TRACKING_USERNAME and "
             f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    if code == "PERMISSION_DENIED":
+        return BadInputError(
+            f"MLflow's store at {place} doesn't allow this to the account of MLFLOW_TRACKING_USERNAME ({reason}); use "
+            f"one that may, or ask the server's administrator."
         )
     if code in _REFUSED:
         return BadInputError(

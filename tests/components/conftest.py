@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -240,15 +241,15 @@ def versions(tmp_path_factory):
 class MlflowServer:
     """A real MLflow server with a registry of its own, at `url`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *arguments, **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}"]
-        command += ["--artifacts-destination", str(folder)]
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command += ["--artifacts-destination", str(folder), *arguments]
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         for _ in range(600):
@@ -267,6 +268,25 @@ class MlflowServer:
 @pytest.fixture
 def mlflow_server(tmp_path_factory):
     server = MlflowServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def mlflow_server_with_accounts(tmp_path_factory):
+    """Started as in the cluster's manifest: `admin` is its administrator, and `password` that account's password."""
+    folder = tmp_path_factory.mktemp("server")
+    settings = f"default_permission = READ\nauth_cache_ttl_seconds = 60\ndatabase_uri = sqlite:///{folder}/store.db\n"
+    (folder / "auth.ini").write_text(f"[mlflow]\n{settings}")
+    password = secrets.token_hex(24)
+    server = MlflowServer(
+        *[folder, "--app-name", "basic-auth"],
+        MLFLOW_AUTH_CONFIG_PATH=str(folder / "auth.ini"),
+        MLFLOW_AUTH_ADMIN_USERNAME="admin",
+        MLFLOW_AUTH_ADMIN_PASSWORD=password,
+        MLFLOW_FLASK_SERVER_SECRET_KEY=secrets.token_hex(32),
+    )
+    server.password = password
     yield server
     server.stop()
 

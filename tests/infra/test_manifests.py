@@ -12,7 +12,8 @@ import yaml
 from kubeflow_trainer_api import models
 
 import univigu
-from components.orchestration import kfp_pipeline, kfp_server, notifications
+from components.orchestration import kfp_pipeline, kfp_server, kfp_tasks, notifications
+from components.pipeline.stages import find_stage
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.34"
@@ -198,7 +199,11 @@ def test_docs_operate_creates_each_secret_that_a_pod_needs(pods, airflow_values,
             for source in container.get("envFrom", []):
                 if reference := source.get("secretRef"):
                     wanted.setdefault((namespace, reference["name"]), set())
+        for volume in pod["spec"].get("volumes", []):
+            if "secret" in volume:
+                wanted.setdefault((namespace, volume["secret"]["secretName"]), set())
     assert ("kubeflow", "univigu-tracking") in wanted
+    assert ("mlflow", "mlflow-auth") in wanted
     # the keys that the chart reads, as its values.yaml documents them
     for name, key in (
         (airflow_values["data"]["metadataSecretName"], "connection"),
@@ -218,7 +223,11 @@ def test_airflow_has_the_address_to_notify_and_the_login_of_mlflow_where_there_a
     required = {one["envName"] for one in airflow_values["secret"]}
     wanted = {notifications.NOTIFY_URL: kfp_pipeline.NOTIFY_SECRET}
     wanted |= {key: kfp_pipeline.TRACKING_SECRET for key in kfp_pipeline.TRACKING_KEYS if key not in required}
-    assert found == {key: {"name": name, "key": key, "optional": True} for key, name in wanted.items()}
+    wanted = {key: {"name": name, "key": key, "optional": True} for key, name in wanted.items()}
+    ((secret, _),) = find_stage("register-model").secrets.items()
+    for key, variable in kfp_tasks.REGISTRY_LOGIN.items():  # it promotes, so it has the account that may
+        wanted[variable] = {"name": secret, "key": key, "optional": True}
+    assert found == wanted
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
     assert f"`{kfp_pipeline.NOTIFY_SECRET}` with `{notifications.NOTIFY_URL}`" in page
 

@@ -11,10 +11,11 @@ import yaml
 
 from components.orchestration.train_job import Settings, build
 from components.pipeline.stages import STAGES, find_stage
+from network_policies import Cluster
 
 ROOT = Path(__file__).parents[2]
 KUSTOMIZE = ROOT / "infra/kustomize"
-FOLDERS = ["backup", "backup/restore-mlflow", "backup/restore-airflow", "migrate", "limits"]
+FOLDERS = ["backup", "backup/restore-mlflow", "backup/restore-airflow", "migrate", "limits", "accounts"]
 
 
 def built(folder):
@@ -62,7 +63,7 @@ def test_each_object_fits_the_schema_of_its_kind(second_day):
 
 
 def test_their_pods_meet_pod_security_restricted_and_have_no_token(pods):
-    assert len(pods) == 5
+    assert len(pods) == 6
     for _, pod in pods:
         spec = pod["spec"]
         assert spec["automountServiceAccountToken"] is False
@@ -81,7 +82,7 @@ def test_their_pods_meet_pod_security_restricted_and_have_no_token(pods):
 def test_what_their_pods_refer_to_is_in_their_namespace(second_day, render, pods):
     there = {
         (one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"])
-        for one in [*render("dev"), *second_day["backup"], *second_day["migrate"]]
+        for one in [*render("dev"), *second_day["backup"], *second_day["migrate"], *second_day["accounts"]]
     }
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
     secrets = set(re.findall(r"kubectl -n (\w+) create secret generic ([\w-]+)", page))
@@ -90,6 +91,8 @@ def test_what_their_pods_refer_to_is_in_their_namespace(second_day, render, pods
         for volume in pod["spec"]["volumes"]:
             if "configMap" in volume:
                 assert ("ConfigMap", namespace, volume["configMap"]["name"]) in there
+            if "secret" in volume:
+                assert (namespace, volume["secret"]["secretName"]) in secrets
             if "persistentVolumeClaim" in volume:
                 assert ("PersistentVolumeClaim", namespace, volume["persistentVolumeClaim"]["claimName"]) in there
         for container in containers(pod):
@@ -126,7 +129,8 @@ def test_the_tools_of_postgresql_have_the_version_of_the_server(second_day, rend
 
 def test_the_ways_to_the_stores_are_open_to_backups_and_migrations(second_day, render, pods):
     for _, pod in pods:
-        assert pod["metadata"]["labels"]["univigu-database"] == "client"
+        labels = pod["metadata"]["labels"]
+        assert labels.get("univigu-database") == "client" or labels["univigu-job"] == "accounts"
     policies = {one["metadata"]["name"]: one["spec"] for one in second_day["backup"] if one["kind"] == "NetworkPolicy"}
     (store,) = [
         one for one in render("dev") if one["metadata"]["name"] == "object-store" and one["kind"] == "StatefulSet"
@@ -142,6 +146,21 @@ def test_the_ways_to_the_stores_are_open_to_backups_and_migrations(second_day, r
     assert policies["backup-to-object-store"]["egress"] == [
         {"to": [{"podSelector": {"matchLabels": label}}], "ports": port}
     ]
+
+
+def test_the_job_of_mlflows_accounts_reaches_mlflow_and_nothing_else(second_day, render, pod_templates, airflow_values):
+    objects = [*render("dev"), *second_day["accounts"]]
+    cluster = Cluster(objects, pod_templates(render("dev")), airflow_values["labels"])
+    (pod,) = pods_of(second_day["accounts"])
+    cluster.pods["accounts"] = (pod[0], pod[1]["metadata"]["labels"])
+    assert cluster.reaches("accounts", "dns", "dns")
+    reached = {
+        (one, port)
+        for one in cluster.pods
+        for port in (443, 5000, 5432, 8080, 8333)
+        if cluster.reaches("accounts", one, port)
+    }
+    assert reached == {("mlflow", 5000)}
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
