@@ -78,6 +78,11 @@ def execute(address, command):
     return rows
 
 
+def empty(address):
+    execute(address, "DROP SCHEMA public CASCADE")
+    execute(address, "CREATE SCHEMA public AUTHORIZATION pg_database_owner")
+
+
 def _until_ready(address):
     import sqlalchemy
 
@@ -203,11 +208,49 @@ def test_runs_versions_aliases_ledger_and_artifacts_are_restored_digest_by_diges
     assert state() == after
 
 
+AIRFLOW = """
+import sys
+from airflow.models import Connection, Log, Variable, import_all_models
+from airflow.models.base import Base
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+import_all_models()
+engine = create_engine(sys.argv[1])
+Base.metadata.create_all(engine)
+with Session(engine) as session:
+    session.add(Variable("univigu_approval", "required"))
+    session.add(Connection("kubeflow", conn_type="http", host="ml-pipeline", extra='{"token": "kept secret"}'))
+    session.add(Log("approve", owner="ada", extra="version 3"))
+    session.commit()
+"""
+
+
+@pytest.mark.slow
+def test_the_database_of_airflow_is_restored_digest_by_digest(postgresql, tmp_path):
+    empty(postgresql)
+    settings = {"AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__UNIT_TEST_MODE": "False"}
+    made = subprocess.run(
+        [sys.executable, "-c", AIRFLOW, postgresql],
+        env={**os.environ, **settings}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    backups = Backups(tmp_path, postgresql)
+    del backups.env["MLFLOW_ARTIFACTS_DESTINATION"]
+    before = recorded(postgresql)
+    assert len(before) > 40
+    assert [before[table][0] for table in ("variable", "connection", "log")] == [1, 1, 1]
+    name = backups.make()
+    execute(postgresql, "DELETE FROM log; DROP TABLE variable; UPDATE connection SET host = 'elsewhere'")
+    backups.python("verify", backups.folder, name)
+    backups.shell("restore", backups.folder, name)
+    assert recorded(postgresql) == before
+
+
 @pytest.fixture
 def small(postgresql, bucket, tmp_path):
     """Backups of a database with one table, and of a bucket with three objects."""
-    execute(postgresql, "DROP SCHEMA public CASCADE")
-    execute(postgresql, "CREATE SCHEMA public AUTHORIZATION pg_database_owner")
+    empty(postgresql)
     execute(postgresql, "CREATE TABLE numbers (n int); INSERT INTO numbers VALUES (1), (2)")
     for key, body in (("a", b"same"), ("b/c", b"same"), ("d", b"other")):
         bucket.put_object(Bucket=BUCKET, Key=key, Body=body)
