@@ -6,7 +6,7 @@ than derived, and ``checks`` compares ours with published figures.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,12 +248,32 @@ def plan_synthesis(profile: Profile, models: MetaModels, tokens: planning.Tokens
 
 
 def autoencoder_flops(models: MetaModels, video: Mapping[str, Any]) -> tuple[int, int]:
-    """Operations to encode a clip of the profile's size, and to decode it."""
+    """Operations to encode a clip of the profile's size, and to decode it.
+
+    The autoencoder takes one latent frame after the other with what it keeps of earlier ones (diffusers,
+    autoencoder_kl_wan.py), so from the third on each costs the same, and only four are counted.
+    """
     import torch
 
-    size = (1, 3, video["frames"], video["height"], video["width"])
-    encode = planning.count_flops(lambda: models.vae.encode(torch.empty(size)))
-    return encode, planning.count_flops(lambda: models.vae.decode(torch.empty(1, *models.latents)))
+    channels, frames, *latent_size = models.latents
+    stride = models.vae.config.scale_factor_temporal
+    size = video["height"], video["width"]
+
+    def encode(count: int) -> int:
+        return planning.count_flops(lambda: models.vae.encode(torch.empty(1, 3, 1 + (count - 1) * stride, *size)))
+
+    def decode(count: int) -> int:
+        return planning.count_flops(lambda: models.vae.decode(torch.empty(1, channels, count, *latent_size)))
+
+    return _extended(encode, frames), _extended(decode, frames)
+
+
+def _extended(flops: Callable[[int], int], frames: int) -> int:
+    """`flops(frames)`, where each frame after the third adds the same."""
+    if frames <= 4:
+        return flops(frames)
+    three = flops(3)
+    return three + (frames - 3) * (flops(4) - three)
 
 
 def plan_captioning(profile: Profile) -> Plan:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from components.cli.main import app
@@ -14,7 +15,7 @@ from components.planning.meta_models import build_models
 from univigu import wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 from univigu.hardware import find_gpu
-from univigu.planning import Tokens
+from univigu.planning import Tokens, count_flops
 from univigu.training.engine import TrainingConfig
 from univigu.training.memory_check import needed_memory
 
@@ -36,6 +37,16 @@ def test_the_papers_run_takes_about_a_week_and_every_known_figure_is_met(plan):
     joint = plan["training"]["stage_1"]["tasks"]["joint"]
     assert (joint["forward"] + joint["backward"]) / 1e15 == pytest.approx(0.86, abs=0.005)
     assert (joint["forward"] + joint["backward"] + joint["recomputation"]) / 1e15 == pytest.approx(1.15, abs=0.005)
+
+
+def test_operations_of_the_autoencoder_are_those_of_all_frames():
+    profile = load_profile("tiny")
+    video = profile["video"] | {"frames": 29}
+    models = build_models(profile | {"video": video}, wan.config_folder(ROOT / profile["base"]))
+    size = (1, 3, video["frames"], video["height"], video["width"])
+    encode = count_flops(lambda: models.vae.encode(torch.empty(size)))
+    decode = count_flops(lambda: models.vae.decode(torch.empty(1, *models.latents)))
+    assert planning.autoencoder_flops(models, video) == (encode, decode)
 
 
 @pytest.mark.slow
