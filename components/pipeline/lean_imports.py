@@ -20,6 +20,7 @@ from typing import Any
 
 _CLOUDS = ("google.cloud", "google.auth", "google.api_core", "google.oauth2", "boto3", "botocore")
 _COMPILER = "torch._dynamo"
+_FOLDERS = "create_import_structure_from_path"  # of transformers
 _TRACING, _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op", "TransformGetItemToIndex"  # used by transformers
 
 
@@ -46,6 +47,7 @@ def import_models(distributed: bool = True) -> None:
         if not distributed:
             left_out.enter_context(_answering(torch.distributed, "is_available", False))
         _postpone_compiler()
+        _read_models_once()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
@@ -101,6 +103,33 @@ def without(*packages: str, importers: Collection[str] = ("diffusers", "transfor
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+def _read_models_once() -> None:
+    """Let transformers remember what its models' folders export, for which it reads every source file.
+
+    It asks twice, and its own cache holds fewer folders than it has (transformers 5.23, utils/import_utils.py).
+    """
+    if _Process.is_command and "transformers" not in sys.modules:
+        sys.meta_path.insert(0, _RememberedFolders())
+
+
+class _RememberedFolders(MetaPathFinder):
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        if fullname != "transformers.utils.import_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_remember(module: ModuleType) -> None:
+            execute(module)
+            vars(module)[_FOLDERS] = functools.cache(vars(module)[_FOLDERS].__wrapped__)  # calls itself for subfolders
+
+        vars(spec.loader)["exec_module"] = execute_and_remember
+        return spec
 
 
 def _postpone_compiler() -> None:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+import transformers.models
 
 REPO = Path(__file__).parents[3]
 SCRIPT = """
@@ -21,6 +23,10 @@ names = "scipy", "peft", "torch._dynamo", "torch.distributed.tensor"
 print(*[name for name in names if hasattr(sys.modules.get(name), "__file__")])
 
 import peft, scipy.stats
+import transformers.models
+from transformers.utils import import_utils
+print(len({*transformers.__all__, *transformers.models.__all__}))
+print(import_utils.create_import_structure_from_path.cache_info().maxsize)
 """
 
 
@@ -43,18 +49,24 @@ print(*torch.compile(lambda: (torch.compiler.is_compiling(), left_alone()), back
 
 
 INSIDE = """
-import sys
+import os, sys
 
 from components.pipeline.lean_imports import import_models, start_command
 
 start_command()
 import_models()
-import torch._dynamo.config as config
-import torch._dynamo.{module} as module
-import torch
+for inside in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    import importlib
+    import torch._dynamo.config as config
+    module = importlib.import_module(f"torch._dynamo.{inside}")
+    import torch
 
-print(module is sys.modules["torch._dynamo.{module}"], module.__spec__.name, config is torch._dynamo.config)
-print(*[name for name, each in sys.modules.items() if name.startswith("torch._dynamo") and not each.__file__])
+    print(module is sys.modules[f"torch._dynamo.{inside}"], module.__spec__.name, config is torch._dynamo.config)
+    print(*[name for name, each in sys.modules.items() if name.startswith("torch._dynamo") and not each.__file__])
+    sys.exit()
 """
 
 
@@ -90,7 +102,10 @@ def imported(folder, kind):
 
 @pytest.mark.slow
 def test_a_command_loads_a_model_without_packages_that_it_does_not_need(speaking_model):
-    assert imported(speaking_model, "command") == []
+    *packages, names, remembered = imported(speaking_model, "command")
+    assert packages == []
+    assert int(names) == len({*transformers.__all__, *transformers.models.__all__})
+    assert remembered == "None"  # folders without limit
 
 
 @pytest.mark.slow
@@ -100,12 +115,16 @@ def test_a_gate_starts_without_clients_of_clouds_and_statistics_which_work_once_
 
 @pytest.mark.slow
 def test_elsewhere_nothing_is_hidden(speaking_model):
-    assert imported(speaking_model, "library") == ["scipy", "peft", "torch._dynamo", "torch.distributed.tensor"]
+    *packages, _, remembered = imported(speaking_model, "library")
+    assert packages == ["scipy", "peft", "torch._dynamo", "torch.distributed.tensor"]
+    assert remembered == "128"
 
 
-@pytest.mark.parametrize("module", ["utils", "backends.debugging", "_trace_wrapped_higher_order_op"])
-def test_a_module_inside_the_compiler_is_the_real_one(module):
-    assert output(INSIDE.format(module=module)) == ["True", f"torch._dynamo.{module}", "True"]
+@pytest.mark.slow
+def test_a_module_inside_the_compiler_is_the_real_one():
+    modules = ["utils", "backends.debugging", "_trace_wrapped_higher_order_op"]
+    said = output(INSIDE, *modules)
+    assert said == [word for name in modules for word in ("True", f"torch._dynamo.{name}", "True")]
 
 
 def test_a_function_that_was_marked_without_the_compiler_is_left_alone_by_it():
