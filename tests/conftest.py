@@ -288,7 +288,7 @@ class KfpHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(server):
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -299,6 +299,8 @@ def kfp(monkeypatch):
     """A server that speaks KFP's v2beta1 API for experiments and runs; no cluster is behind it."""
     for name in ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("DELAY_S", "SETTLE_S"):  # of a server on this machine, whose clock is ours
+        monkeypatch.setattr(f"components.orchestration.kfp_server.{name}", 0.01)
     with serving(FakeKfp()) as server:
         yield server
 

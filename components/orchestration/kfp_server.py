@@ -28,6 +28,8 @@ ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")  # variables that the kfp 
 TOKEN_FILE, TOKEN = "KF_PIPELINES_SA_TOKEN_PATH", "KFP_TOKEN"
 MOUNTED_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 EXPERIMENT = "uni-vigu"
+DELAY_S = 1.0
+SETTLE_S = 1.5  # longer than the resolution of the server's clock
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 CANCELING = "CANCELING"  # cancelled, but not ended yet
 ATTEMPTS = 4
@@ -60,13 +62,18 @@ class RunState(NamedTuple):
 class KfpServer:
     """The server at `host`, by default at the address in KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
 
-    namespace: for multi-user servers. A call that fails temporarily is retried after `delay_s` seconds, with doubled
-    delays, and finally raises `TransientError`; retries never submit a run twice. `settle_s` seconds after a
-    submission, longer than the resolution of the server's clock, `submit` checks whether another process was first.
+    namespace: for multi-user servers. A call that fails temporarily is retried after `delay_s` seconds (`DELAY_S`), with
+    doubled delays, and finally raises `TransientError`; retries never submit a run twice. `settle_s` seconds
+    (`SETTLE_S`) after a submission, `submit` checks whether another process was first.
     """
 
     def __init__(
-        self, host: str = "", namespace: str = "", timeout_s: int = 30, delay_s: float = 1.0, settle_s: float = 1.5
+        self,
+        host: str = "",
+        namespace: str = "",
+        timeout_s: int = 30,
+        delay_s: float | None = None,
+        settle_s: float | None = None,
     ) -> None:
         import kfp_server_api as api
 
@@ -81,7 +88,9 @@ class KfpServer:
             )
         if urlsplit(self.host).scheme not in ("http", "https") or not urlsplit(self.host).hostname:
             raise ConfigError(f"'{host}' is not a server address; use the form https://kfp.example.com.")
-        self.namespace, self.timeout_s, self.delay_s, self.settle_s = namespace, timeout_s, delay_s, settle_s
+        self.namespace, self.timeout_s = namespace, timeout_s
+        self.delay_s = DELAY_S if delay_s is None else delay_s
+        self.settle_s = SETTLE_S if settle_s is None else settle_s
         self._config = api.Configuration(host=self.host)
         self._config.retries = False
         self._client = api.ApiClient(self._config)

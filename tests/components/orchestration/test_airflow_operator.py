@@ -22,7 +22,7 @@ from components.orchestration.airflow_operator import FAILURE, KfpRunOperator, K
 from components.pipeline.notes import DEFERRED, read_notes
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.slow  # each takes about two seconds of waiting
+pytestmark = pytest.mark.slow
 PACKAGE = str(ROOT / "infra/pipeline.yaml")
 
 
@@ -242,7 +242,7 @@ def test_a_wrong_setting_of_arguments_fails_at_once_in_one_sentence(endpoint, te
 
 def test_a_serialized_trigger_contains_neither_address_nor_token(endpoint, monkeypatch):
     monkeypatch.setenv("KFP_TOKEN", "a-secret")
-    trigger = defer(new_context()).trigger
+    trigger = defer(new_context(), poll_s=0.01).trigger
     kept = json.dumps(trigger.serialize())
     assert "a-secret" not in kept
     assert endpoint.url not in kept
