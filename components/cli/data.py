@@ -39,6 +39,19 @@ def import_folder(
             "`univigu run caption-videos` then writes the captions)."
         ),
     ] = "captions",
+    take: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of a longer video: its first clip at its own speed (`head`), clip after clip "
+            "(`windows`), some spread over it (`uniform`), or all of it sped up (`squeeze`). (default: the profile's "
+            "import_videos.take)",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Import nothing; write what would become of each video to --table.")
+    ] = False,
+    table: Annotated[Path, typer.Option(help="The CSV file that --dry-run writes.")] = Path("import.csv"),
     profile: Profile = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace clips under the root that were not imported.")
@@ -47,31 +60,25 @@ def import_folder(
 ) -> None:
     """Import a folder of your own videos, as if they had been generated here.
 
-    Each video becomes a clip of the profile's size and frame rate; unusable ones are quarantined with their reason.
+    Each video becomes clips of the profile's size and frame rate; unusable ones are quarantined with their reason.
     """
     from components.clips.import_videos import check_place, import_folder
-    from components.pipeline.profiles import load_profile
+    from components.pipeline.profiles import load_profile, with_settings
 
+    changes = [f"import_videos.take={take}"] if take else []
+    values = load_profile(with_settings(profile_in_use(profile, root), changes))
+    options = {"licence": licence, "source": source, "texts": texts}
+    if dry_run:
+        _examine(folder, captions, options, values, root, table)
+        return
     if not replace:
         check_place(root)
-    options = {"licence": licence, "source": source, "texts": texts}
-    manifest = import_folder(folder, captions, options, load_profile(profile_in_use(profile, root)), root)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
-    print(
-        f"{manifest['rows_out']} clips from {_videos(manifest)} videos, {manifest['quarantined']} quarantined"
-        + (f" ({reasons}; see data/clips/rejected.parquet)" if reasons else "")
-    )
+    manifest = import_folder(folder, captions, options, values, root)
+    _report(manifest)
     if not manifest["rows_out"]:
         return
-    facts = manifest["facts"]
-    print(
-        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
-        + ", ".join(facts["buckets"])
-    )
-    for line in _changes(facts):
-        print(line)
     if texts == "captions":
-        for line in _about_stages(facts):
+        for line in _about_stages(manifest["facts"]):
             print(line)
     captioning = ["caption-videos"] if texts == "prompts" else []
     where = "".join(
@@ -79,6 +86,40 @@ def import_folder(
     )
     steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
     print("Next: " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
+
+
+def _examine(
+    folder: Path, captions: Path | None, options: Mapping[str, str], profile: Mapping[str, Any], root: Path, table: Path
+) -> None:
+    """Print and write what would become of each video."""
+    from components.clips.import_report import examine_folder, summarise, write_lines
+
+    lines, videos = examine_folder(folder, captions, options, profile, root)
+    write_lines(table, lines)
+    for line in summarise(lines, videos):
+        print(line)
+    print(f"{table} says what would become of each; nothing was imported.")
+
+
+def _report(manifest: Mapping[str, Any]) -> None:
+    """Print what was imported, and what was not."""
+    from components.clips.import_report import used_of
+
+    facts, reasons = manifest["facts"], manifest["reasons"]
+    why = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+    print(
+        f"{manifest['rows_out']} clips from {facts['videos']['of']} videos, {manifest['quarantined']} quarantined"
+        + (f" ({why}; see data/clips/rejected.parquet)" if why else "")
+    )
+    print(used_of(facts["videos"]["used"], facts["videos"]["of"], reasons))
+    if not manifest["rows_out"]:
+        return
+    print(
+        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
+        + ", ".join(facts["buckets"])
+    )
+    for line in _changes(facts):
+        print(line)
 
 
 def _changes(facts: dict[str, Any]) -> Iterator[str]:
@@ -90,15 +131,13 @@ def _changes(facts: dict[str, Any]) -> Iterator[str]:
                 f"Clips that play {word} than their videos: {count}, up to {most:.3g} times as fast (`speed` in the "
                 "column `scores`; 'video.fit.speed' in the profile sets the limits)"
             )
+    if facts["seconds"]["unused"] >= 0.05:
+        yield (
+            f"In no clip: {facts['seconds']['unused']:.1f} of the {facts['seconds']['of']:.1f} seconds of the videos "
+            "used ('import_videos.take' in the profile says which parts become clips)"
+        )
     if facts["tone_mapped"]:
         yield f"HDR videos that were tone-mapped: {facts['tone_mapped']} ('video.fit.hdr: quarantine' leaves them out)"
-
-
-def _videos(manifest: Mapping[str, Any]) -> int:
-    """How many of the input rows were videos, rather than rows of a table without a video."""
-    from components.clips.import_texts import OF_ROWS
-
-    return manifest["rows_in"] - sum(manifest["reasons"].get(reason, 0) for reason in OF_ROWS)
 
 
 def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -32,6 +32,16 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(members[name]))
 
 
+def stream_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write `members` as `write_tar` does, but in their order, with only one of them in memory."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            _check_name(name, path)
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), 0o644
+            archive.addfile(info, io.BytesIO(content))
+
+
 def join_tars(parts: Iterable[Path], path: Path) -> None:
     """Write the members of the shards `parts` as one shard at `path`."""
     write_tar(path, {name: content for part in parts for name, content in read_tar(part)})

@@ -196,6 +196,12 @@ class ImportVideos(Section):
 
     max_rejected_share: Share = setting(REJECTED)
     shard_size: Size = setting(SHARD, "videos")
+    take: Literal["head", "windows", "uniform", "squeeze"] = setting(
+        "What becomes of a longer video. At its own speed: its first clip, clip after clip, or at most `most` clips "
+        "spread over it; squeeze: one clip of all of it, sped up within `video.fit.speed`"
+    )
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = setting("Share of a clip that the next one may repeat")
+    most: Size = setting("Clips of a video, with uniform", "clips")
 
 
 class CaptionVideos(Section):

@@ -1,5 +1,6 @@
 """Existing videos and captions are imported as clips for the rest of the pipeline, and nothing is lost silently."""
 
+import csv
 import json
 import os
 import shutil
@@ -117,8 +118,8 @@ def test_frames_are_sampled_by_their_timestamps(root, profile, tmp_path):
         (folder / f"{name}.txt").write_text(name)
     import_folder(folder, None, {**OPTIONS, "texts": "prompts"}, profile, root)
     found = {name: brightness(frames) for name, frames in frames_of(root, profile).items()}
-    for name, seconds, start in (("even", 1, 40), ("fast", 1, 40), ("from-late", 1, 120), ("two-seconds", 2, 40)):
-        expected = start + 80 * np.linspace(0, seconds, 9)
+    for name, start in (("even", 40), ("fast", 40), ("from-late", 120), ("two-seconds", 40)):
+        expected = start + 80 * np.linspace(0, 1, 9)
         np.testing.assert_allclose(found[name], expected, atol=6, err_msg=name)
     np.testing.assert_allclose(found["uneven"], 40 + 80 * np.arange(9) / 8, atol=6)
 
@@ -149,6 +150,7 @@ def test_clips_are_upright_centre_crops_with_square_pixels(root, profile, tmp_pa
 
 
 def test_unusable_videos_are_quarantined_with_their_reasons(folder, root, profile):
+    profile["import_videos"]["take"] = "squeeze"
     whole = (folder / "v00.mp4").read_bytes()
     noisy = encode_mp4(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3)).astype(np.uint8), 8)
     middle = noisy.index(b"mdat") + (len(noisy) - noisy.index(b"mdat")) // 2
@@ -222,7 +224,68 @@ def test_one_odd_file_ends_no_import(folder, root, profile, tmp_path):
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (17, 13, 4)
 
 
-def test_the_speed_of_a_clip_is_recorded(root, profile, tmp_path):
+def test_a_long_video_becomes_clips_at_its_own_speed(root, profile, tmp_path):
+    folder = tmp_path / "videos"
+    write_video(folder / "long.mp4", np.arange(53) / 15, dark=0)  # 15 frames a second for 3.53 seconds
+    write_video(folder / "short.mp4", np.arange(10) / 15)
+    for name in ("long", "short"):
+        (folder / f"{name}.txt").write_text(caption(0) if name == "long" else caption(1))
+    profile["video"]["fps"] = 9  # a clip is a second long
+    manifest = import_folder(folder, None, OPTIONS, profile, root)
+    rows = read_table(root / "data/clips", "clips").to_pylist()
+    spans = [(score["start"], score["end"], score["speed"]) for score in (json.loads(row["scores"]) for row in rows)]
+    assert spans == [(0.0, 1.0, 1.0), (1.0, 2.0, 1.0), (2.0, 3.0, 1.0)]
+    assert rejected(root) == {"short.mp4": "too_short"}
+    assert (manifest["rows_in"], manifest["facts"]["videos"]) == (4, {"used": 1, "of": 2})
+    assert manifest["facts"]["seconds"] == {"unused": 0.556, "of": 3.556}
+    assert manifest["facts"]["captions"] == {"usable": 3}
+    assert len({row["seed"] for row in rows}) == 3
+    assert len({row["generator_digest"] for row in rows}) == len({row["stage"] for row in rows}) == 1
+    captions = read_table(root / "data/clips", "captions").to_pylist()
+    assert [row["clip_id"] for row in captions] == [row["id"] for row in rows]
+    content = list(read_clips(root / "data/clips", rows))
+    assert [brightness(open_clip(*one)[0])[0].round(-1) for one in content] == [0, 80, 160]
+
+
+def test_a_dry_run_names_what_would_become_of_each_video_and_imports_nothing(root, profile, tmp_path):
+    folder = tmp_path / "videos"
+    write_video(folder / "long.mp4", np.arange(54) / 16, 32, 48)
+    write_video(folder / "short.mp4", np.arange(3) / 8)
+    for name in ("long", "short"):
+        (folder / f"{name}.txt").write_text(name)
+    write_video(folder / "silent.mp4", np.arange(9) / 8)
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    options = [
+        "--licence",
+        "CC0-1.0",
+        "--source",
+        "x",
+        "--texts",
+        "prompts",
+        "--profile",
+        str(tmp_path / "profile.yaml"),
+    ]
+    call = ["data", "import", str(folder), *options, "--root", str(root), "--table", str(tmp_path / "new/table.csv")]
+    done = CliRunner().invoke(app, [*call, "--dry-run"])
+    assert "Used 1 of 3 videos, because: no_text 1, too_short 1\n" in done.output
+    assert "They would become 3 clips; sizes by videos: 9x32x32 1\n" in done.output
+    assert "In no clip" not in done.output
+    assert not (root / "data").exists()
+    with (tmp_path / "new/table.csv").open(newline="") as stream:
+        long, short, silent = csv.DictReader(stream)
+    kept = ("file", "frames", "rate", "seconds", "height", "width", "clips", "bucket", "speed", "cut_off", "reason")
+    expected = ["long.mp4", "54", "16.00", "3.375", "32", "48", "3", "9x32x32", "1", "0.333", ""]
+    assert [long[name] for name in kept] == expected
+    assert [(row["file"], row["frames"], row["clips"], row["reason"]) for row in (short, silent)] == [
+        ("short.mp4", "3", "0", "too_short"),
+        ("silent.mp4", "", "0", "no_text"),
+    ]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    assert len(read_table(root / "data/clips", "clips")) == int(long["clips"])
+    assert set(rejected(root).values()) == {short["reason"], silent["reason"]}
+
+
+def test_the_speed_of_a_squeezed_clip_is_recorded(root, profile, tmp_path):
     folder = tmp_path / "videos"
     for name, seconds in {"same": 9 / 8, "fast": 27 / 8, "slow": 7 / 8}.items():
         write_video(folder / f"{name}.mp4", np.arange(round(seconds * 8)) / 8, dark=0)
@@ -235,6 +298,8 @@ def test_the_speed_of_a_clip_is_recorded(root, profile, tmp_path):
         "x",
         "--texts",
         "prompts",
+        "--take",
+        "squeeze",
         "--profile",
         str(tmp_path / "profile.yaml"),
     ]
@@ -293,7 +358,7 @@ def test_an_import_gives_equal_bytes_elsewhere_and_after_a_kill(folder, root, pr
     import_folder(folder, None, OPTIONS, profile, root)
     other, moved = tmp_path / "other", shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.copytree(root / profile["base"], other / profile["base"])
-    made, make = [], module.make_clip
+    made, make = [], module.make_clips
 
     def stop_at_seventh(*arguments):
         if len(made) == 6:
@@ -302,10 +367,10 @@ def test_an_import_gives_equal_bytes_elsewhere_and_after_a_kill(folder, root, pr
         return make(*arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(module, "make_clip", stop_at_seventh)
+        context.setattr(module, "make_clips", stop_at_seventh)
         with pytest.raises(KeyboardInterrupt):
             import_folder(moved, None, OPTIONS, profile, other)
-    monkeypatch.setattr(module, "make_clip", lambda *arguments: made.append(arguments[-1]["file"]) or make(*arguments))
+    monkeypatch.setattr(module, "make_clips", lambda *arguments: made.append(arguments[-1]["file"]) or make(*arguments))
     import_folder(moved, None, OPTIONS, profile, other)
     assert len(made) <= 13
     assert snapshot(other) == snapshot(root)
@@ -366,7 +431,7 @@ def test_the_command_asks_for_licence_and_source_and_says_what_is_next(folder, r
     assert isinstance(refused.exception, ConfigError)
     assert "'secret' is not among the profile's" in str(refused.exception)
     done = runner.invoke(app, [*given, "CC0-1.0"])
-    assert "12 clips from 12 videos, 0 quarantined" in done.output
+    assert "12 clips from 12 videos, 0 quarantined\nUsed 12 of 12 videos\n" in done.output
     where = f" --profile {tmp_path / 'profile.yaml'} --root {root}"
     assert f"`univigu run validate-clips{where}`, `univigu run validate-pairs{where}`" in done.output
     assert verify(root / "data/captions", "caption-videos")["step"] == "import-captions"
