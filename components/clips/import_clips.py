@@ -62,16 +62,19 @@ class Made(NamedTuple):
 
 
 def lay_out(source: Path, video: Video, settings: ImportVideos) -> Layout:
-    """What becomes of a video; nothing but its first frame is decoded.
+    """What becomes of a video; it is decoded only where the profile wants scenes.
 
-    Raises as `probe_video` does.
+    Raises as `read_video` does.
     """
+    from components.clips.scenes import find_scenes
     from univigu.video import probe_video
 
     facts = probe_video(source)
     if misfit := _find_misfit(facts, video, settings):
         return Layout(facts, [], [], misfit)
-    scenes = [Scene(0.0, facts.frames(video.fps) / video.fps)]
+    end = facts.frames(video.fps) / video.fps
+    cut = settings.scenes == "cut"
+    scenes = find_scenes(source, end, settings.scene_threshold) if cut else [Scene(0.0, end)]
     windows = list_windows(scenes, facts.height, facts.width, video, settings)
     return Layout(facts, [], [], windows) if isinstance(windows, Misfit) else Layout(facts, scenes, windows, None)
 

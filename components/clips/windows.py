@@ -49,8 +49,8 @@ def list_windows(
     ]
     if found:
         return [window._replace(whole=len(scenes) == 1 and _covers(window, scenes[0], fps)) for window in found]
-    longest = max(range(len(scenes)), key=counts.__getitem__)
-    misfit = buckets[longest]
+    misfits = [(count, bucket) for count, bucket in zip(counts, buckets, strict=True) if isinstance(bucket, Misfit)]
+    _, misfit = max(misfits, key=lambda pair: pair[0])
     if len(scenes) > 1 and misfit.reason == "too_short":
         return Misfit("too_short", f"of its {len(scenes)} scenes, even the longest: {misfit.detail}")
     return misfit
