@@ -1,4 +1,4 @@
-"""`univigu data`: import videos, tag versions of the dataset in git for DVC, and move latents to an object store."""
+"""`univigu data`: import videos, export clips, tag versions of the dataset, and move latents to an object store."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,9 @@ import typer
 
 from components.cli.options import Profile, profile_in_use
 
-app = typer.Typer(help="Import your own videos, tag versions of the dataset, move latents to an object store.")
+app = typer.Typer(
+    help="Import your own videos, export clips, tag versions of the dataset, move latents to an object store."
+)
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -159,6 +161,25 @@ def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"{why}: import them with `--texts prompts`; then `univigu run caption-videos` writes detailed captions."
     if not stages["1"]:
         yield f"All clips were assigned to stage 2 {drawn}"
+
+
+@app.command(epilog="Example: `univigu data export ~/clips --to hf`")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A new folder to write to.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The layout: `folder` (texts beside the clips, and metadata.csv), `webdataset` (tars) or `hf` "
+            "(metadata.jsonl, which Hugging Face's datasets read)."
+        ),
+    ] = "folder",
+    root: Annotated[Path, typer.Option(help="The work root, which contains the clips.")] = Path("."),
+) -> None:
+    """Export all clips with their texts for other tools; `univigu data import` reads what this writes."""
+    from components.clips.export_clips import export_clips
+
+    number = export_clips(root, to, folder)
+    print(f"{number} clips are in {folder}.")
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

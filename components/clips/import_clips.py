@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.clips.archive import stream_tar
 from components.clips.buckets import Misfit
+from components.clips.import_files import Videos
 from components.clips.windows import Scene, Window, list_windows
 from components.prompts.records import printable
 from components.settings.sections import ImportVideos, Video
-from univigu.errors import MissingInputError, VideoError
+from univigu.errors import BadInputError, MissingInputError, VideoError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +62,7 @@ class Made(NamedTuple):
     refused: list[Refused]
 
 
-def lay_out(source: Path, video: Video, settings: ImportVideos) -> Layout:
+def lay_out(source: Path | bytes, video: Video, settings: ImportVideos) -> Layout:
     """What becomes of a video; it is decoded only where the profile wants scenes.
 
     Raises as `read_video` does.
@@ -88,35 +89,49 @@ def _find_misfit(facts: "VideoFacts", video: Video, settings: ImportVideos) -> M
     return None
 
 
-def find_layout(folder: Path, video: Video, settings: ImportVideos, row: Mapping[str, Any]) -> Layout:
+def find_layout(videos: Videos, video: Video, settings: ImportVideos, row: Mapping[str, Any]) -> Layout:
     """`lay_out` of a planned video; whatever makes it unreadable is a `misfit`, too."""
+    return _find_layout(videos, video, settings, row)[0]
+
+
+def _find_layout(
+    videos: Videos, video: Video, settings: ImportVideos, row: Mapping[str, Any]
+) -> tuple[Layout, Path | bytes]:
+    """The layout of a video, and its file or bytes."""
+    source: Path | bytes = b""
     try:
-        return lay_out(folder / row["file"], video, settings)
-    except (MissingInputError, VideoError) as error:
-        return Layout(None, [], [], _misfit(folder, row, error))
+        source = videos.open(row["file"])
+        return lay_out(source, video, settings), source
+    except (MissingInputError, VideoError, OSError) as error:
+        return Layout(None, [], [], _misfit(videos, row, error)), source
 
 
 def make_clips(
-    folder: Path, video: Video, settings: ImportVideos, gate: Sequence["ClipCheck"], place: Path, row: Mapping[str, Any]
+    videos: Videos,
+    video: Video,
+    settings: ImportVideos,
+    gate: Sequence["ClipCheck"],
+    place: Path,
+    row: Mapping[str, Any],
 ) -> Made:
     """Write the clips of a planned video into a tar at `place`; one clip's frames are in memory at a time.
 
     A video that turns out to be damaged gives no clip, however late.
     """
-    layout = find_layout(folder, video, settings, row)
+    layout, source = _find_layout(videos, video, settings, row)
     if layout.misfit:
         return Made([], [_refuse(row, layout.misfit)])
     made = Made([], [])
     try:
-        stream_tar(place, _clips(folder / row["file"], layout, video.fps, gate, row, made))
+        stream_tar(place, _clips(source, layout, video.fps, gate, row, made))
     except (MissingInputError, VideoError) as error:
         place.unlink()
-        return Made([], [_refuse(row, _misfit(folder, row, error))])
+        return Made([], [_refuse(row, _misfit(videos, row, error))])
     return made
 
 
 def _clips(
-    source: Path, layout: Layout, fps: float, gate: Sequence["ClipCheck"], row: Mapping[str, Any], made: Made
+    source: Path | bytes, layout: Layout, fps: float, gate: Sequence["ClipCheck"], row: Mapping[str, Any], made: Made
 ) -> Iterator[tuple[str, bytes]]:
     """Each clip's name in the tar and its mp4; rows are added to `made`."""
     from components.clips.gate import judge
@@ -129,7 +144,7 @@ def _clips(
             refused = _refuse({**about, "scores": finding.scores}, Misfit(finding.reason, finding.detail))
             made.refused.append(refused if len(layout.windows) == 1 else refused._replace(id=_part(row, window)))
             continue
-        content = encode_mp4(frames, fps)
+        content = (own_clip(source, frames, fps) if window.whole else None) or encode_mp4(frames, fps)
         changes = {"speed": window.speed, "start": round(window.start, 3), "end": round(window.end, 3)}
         changes |= {"tone_mapped": 1} if layout.facts and layout.facts.hdr else {}
         made.clips.append(clip_row(about, window, content, fps, {**finding.scores, **changes}))
@@ -137,7 +152,27 @@ def _clips(
         yield made.clips[-1]["member"], content
 
 
-def _sample(source: Path, windows: Sequence[Window]) -> Iterator[tuple[Window, "np.ndarray"]]:
+def own_clip(source: Path | bytes, frames: "np.ndarray", fps: float) -> bytes | None:
+    """The bytes of a video that is a clip of ours with just these frames, or None: encoding it again would change it.
+
+    It has one stream, as `encode_mp4` makes it, and is smaller than its frames.
+    """
+    from univigu.decoding import open_video
+    from univigu.video import decode_mp4
+
+    with open_video(source) as video:
+        ours = (len(video.container.streams), video.stream.codec.name, video.stream.pix_fmt) == (1, "h264", "yuv444p")
+    if not ours or (len(source) if isinstance(source, bytes) else source.stat().st_size) > frames.nbytes:
+        return None
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    try:
+        shown, rate = decode_mp4(content)
+    except BadInputError:
+        return None
+    return content if rate == fps and shown.shape == frames.shape and bool((shown == frames).all()) else None
+
+
+def _sample(source: Path | bytes, windows: Sequence[Window]) -> Iterator[tuple[Window, "np.ndarray"]]:
     """Each window and its frames; one pass over the video for each size of frames."""
     from univigu.video import sample_windows
 
@@ -180,8 +215,8 @@ def _part(row: Mapping[str, Any], window: Window) -> str:
     return f"{printable(row['file'])} {window.start:.2f}-{window.end:.2f} s"
 
 
-def _misfit(folder: Path, row: Mapping[str, Any], error: Exception) -> Misfit:
+def _misfit(videos: Videos, row: Mapping[str, Any], error: Exception) -> Misfit:
     """What an error says, without the path of the folder, which must not end up in the data."""
     if isinstance(error, VideoError):
-        return Misfit(error.reason, str(error).replace(str(folder / row["file"]), row["file"]))
+        return Misfit(error.reason, str(error).replace(str(videos.folder / row["file"]), row["file"]))
     return Misfit("damaged", f"'{row['file']}' is no longer there; import again")

@@ -38,12 +38,12 @@ def examine_folder(
     plans = plan_videos(step)
     lines = [_line(fault.id, reason=fault.reason, detail=printable(fault.detail)) for fault in plans.faults]
     with side_threads(usable_cores(), "read-videos") as pool:
-        find = partial(find_layout, step.inputs["videos"], step.settings.video, step.settings.import_videos)
+        find = partial(find_layout, plans.videos, step.settings.video, step.settings.import_videos)
         found = step.progress(pool.map(find, plans.usable), len(plans.usable), unit="videos")
         lines += [
             _describe(plan, layout, step.settings.video) for plan, layout in zip(plans.usable, found, strict=True)
         ]
-    return sorted(lines, key=lambda line: (line["file"], line["reason"])), plans.videos
+    return sorted(lines, key=lambda line: (line["file"], line["reason"])), plans.found
 
 
 def _line(file: str, **values: Any) -> Line:

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from components.clips.archive import read_tar, stream_tar
 from components.clips.buckets import STRETCH, list_buckets
 from components.clips.import_clips import NAME, Made, make_clips
-from components.clips.import_files import list_videos
-from components.clips.import_texts import Fault, Texts, printable, read_texts
+from components.clips.import_files import Videos, find_videos
+from components.clips.import_texts import Fault, Texts, printable, read_members, read_texts
 from components.pipeline.processes import usable_cores
 from components.pipeline.stages import Stage
 from univigu.errors import ConfigError
-from univigu.files import file_sha256
 from univigu.threads import side_threads
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def import_videos(step: "Step") -> None:
     for fault in plans.faults:
         step.reject(fault.id, fault.reason, fault.detail, fault.row)
     with side_threads(usable_cores(), "read-videos") as pool:
-        make = partial(make_clips, step.inputs["videos"], video, settings, gate)
+        make = partial(make_clips, plans.videos, video, settings, gate)
         rows = [{**plan, "gate_models": models} for plan in plans.usable]
         clips = step.map_shards(rows, settings.shard_size, partial(_make_shard, step, pool, make), unit="videos")
     step.rows_in = len(clips) + step.reasons.total()
@@ -141,7 +140,7 @@ def import_videos(step: "Step") -> None:
     used = [by_id[clip_id] for clip_id in sorted({row["plan"] for row in clips})]
     write_table(step.out, "prompts", prompt_rows(step, used))
     write_table(step.out, "captions", [caption_row(row["id"], by_id[row["plan"]]) for row in clips])
-    step.facts |= describe(clips, by_id) | {"videos": {"used": len(used), "of": plans.videos}}
+    step.facts |= describe(clips, by_id) | {"videos": {"used": len(used), "of": plans.found}}
     step.write("clips", clips)
 
 
@@ -172,21 +171,25 @@ class Plans(NamedTuple):
 
     usable: list[dict[str, Any]]
     faults: list[Fault]  # of videos without a usable text, and of rows about no video
-    videos: int
+    videos: Videos
+
+    @property
+    def found(self) -> int:
+        """How many videos there are, usable or not."""
+        return len(self.videos.names) + len(self.videos.faults)
 
 
 def plan_videos(step: "Step") -> Plans:
     """A plan of each video from its file's bytes and its texts."""
     from components.prompts.tokens import count_tokens, load_tokenizer
 
-    folder = step.inputs["videos"]
-    videos, unopened = list_videos(folder)
-    texts, faults = read_texts(folder, videos, step.inputs.get("table"))
-    faults += [Fault(printable(name), *fault) for name, fault in unopened.items()]
+    videos = find_videos(step.inputs["videos"])
+    texts, faults = read_texts(videos.folder, videos.names, step.inputs.get("table"), read_members(videos))
+    faults += [Fault(printable(name), *fault) for name, fault in videos.faults.items()]
     reported = texts.keys() | {fault.id for fault in faults}
     faults += [
         Fault(printable(name), "no_text", "nothing is written about it")
-        for name in videos
+        for name in videos.names
         if not {name, printable(name)} & reported
     ]
     count = partial(count_tokens, load_tokenizer(step.inputs["base"]))
@@ -194,7 +197,7 @@ def plan_videos(step: "Step") -> Plans:
     for name in [name for name in texts if name != printable(name)]:
         faults.append(Fault(printable(name), "file_name", "its name is not UTF-8: rename it"))
         del texts[name]
-    for name, digest in _digests(step, folder, sorted(texts)):
+    for name, digest in _digests(step, videos, sorted(texts)):
         if isinstance(digest, OSError):
             faults.append(Fault(printable(name), "unreadable", f"it can't be read ({digest.strerror})"))
             continue
@@ -208,7 +211,7 @@ def plan_videos(step: "Step") -> Plans:
         else:
             plans[plan["id"]] = plan
     ordered = sorted(faults, key=lambda fault: (fault.id, fault.reason))
-    return Plans(list(plans.values()), ordered, len(videos) + len(unopened))
+    return Plans(list(plans.values()), ordered, videos)
 
 
 def plan_video(
@@ -228,7 +231,7 @@ def plan_video(
         return Fault(printable(name), "prompt_range", detail, {"prompt": prompt, "caption": caption})
     caption_tokens = count([caption])[0] if caption else 0
     use = caption_use(prompt, caption, caption_tokens, step.settings.text.caption_tokens)
-    stage = training_stage(clip_id, step.settings.synthesize_videos.stage_1_share)
+    stage = texts.stage or training_stage(clip_id, step.settings.synthesize_videos.stage_1_share)
     return {
         "id": clip_id,
         "file": name,
@@ -265,12 +268,12 @@ def first_sentence(text: str) -> str:
     return next((part.strip() for part in sentencex.segment(language, text) if part.strip()), text)
 
 
-def _digests(step: "Step", folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str | OSError]]:
+def _digests(step: "Step", videos: Videos, names: Sequence[str]) -> Iterator[tuple[str, str | OSError]]:
     """Each name in order, and the SHA-256 of its file or the error that it can't be read with."""
 
     def digest(name: str) -> str | OSError:
         try:
-            return file_sha256(folder / name)
+            return videos.digest(name)
         except OSError as error:
             return error
 

@@ -8,8 +8,10 @@ import pytest
 
 from components.clips.archive import open_clip, read_tar
 from components.clips.import_clips import find_layout, make_clips
+from components.clips.import_files import find_videos
 from components.settings.profile import read_sections
 from small_videos import write_video
+from univigu.files import file_sha256
 from univigu.video import encode_mp4
 
 
@@ -30,7 +32,7 @@ def row(name):
 
 
 def make(folder, name, sections):
-    made = make_clips(folder, sections.video, sections.import_videos, [], folder / "out.tar", row(name))
+    made = make_clips(find_videos(folder), sections.video, sections.import_videos, [], folder / "out.tar", row(name))
     assert (folder / "out.tar").is_file() == bool(made.clips)
     return made
 
@@ -83,7 +85,19 @@ def test_a_video_with_a_damaged_end_gives_no_clip_of_its_start(tmp_path, setting
     start = content.index(b"mdat")
     at = start + (content.index(b"moov", start) - start) * 3 // 4
     (tmp_path / "a.mp4").write_bytes(content[:at] + bytes(40) + content[at + 40 :])
-    assert len(find_layout(tmp_path, settings().video, settings().import_videos, row("a.mp4")).windows) == 3
+    assert (
+        len(find_layout(find_videos(tmp_path), settings().video, settings().import_videos, row("a.mp4")).windows) == 3
+    )
     made = make(tmp_path, "a.mp4", settings())
     assert (made.clips, [refused[:2] for refused in made.refused]) == ([], [("a.mp4", "damaged")])
     assert str(tmp_path) not in made.refused[0].detail
+
+
+def test_a_clip_of_ours_keeps_its_bytes_and_another_encoding_of_its_frames_does_not(tmp_path, settings):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3)).astype(np.uint8)
+    (tmp_path / "ours.mp4").write_bytes(encode_mp4(frames, 9))
+    (tmp_path / "slower.mp4").write_bytes(encode_mp4(frames, 8))
+    (tmp_path / "other.mp4").write_bytes(encode_mp4(frames, 9, "yuv420p"))
+    for name, kept in {"ours.mp4": True, "slower.mp4": False, "other.mp4": False}.items():
+        made = make(tmp_path, name, settings(take="squeeze"))
+        assert [clip["sha256"] == file_sha256(tmp_path / name) for clip in made.clips] == [kept]

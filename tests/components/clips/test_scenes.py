@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from components.clips.import_clips import find_layout
+from components.clips.import_files import find_videos
 from components.clips.scenes import find_cuts
 from components.settings.profile import read_sections
 from univigu.errors import VideoError
@@ -51,7 +52,7 @@ def test_no_clip_contains_a_cut(tmp_path, profile):
     profile["import_videos"]["scenes"] = "cut"
     sections = read_sections(profile)
     write_scenes(tmp_path / "a.mp4", [45, 20, 80])
-    layout = find_layout(tmp_path, sections.video, sections.import_videos, {"file": "a.mp4"})
+    layout = find_layout(find_videos(tmp_path), sections.video, sections.import_videos, {"file": "a.mp4"})
     cuts = [45 / RATE, 65 / RATE]
     starts = [0, cuts[1], cuts[1] + 17 / 8]
     assert [(window.start, window.end) for window in layout.windows] == [(start, start + 17 / 8) for start in starts]
@@ -64,7 +65,7 @@ def test_a_video_of_scenes_that_are_all_too_short_is_refused_and_says_so(tmp_pat
     profile["import_videos"]["scenes"] = "cut"
     sections = read_sections(profile)
     write_scenes(tmp_path / "a.mp4", [40, 50])
-    misfit = find_layout(tmp_path, sections.video, sections.import_videos, {"file": "a.mp4"}).misfit
+    misfit = find_layout(find_videos(tmp_path), sections.video, sections.import_videos, {"file": "a.mp4"}).misfit
     assert misfit.reason == "too_short"
     assert misfit.detail.startswith("of its 2 scenes, even the longest: its 25 frames are too few for the 41")
 
