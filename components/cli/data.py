@@ -15,6 +15,17 @@ app = typer.Typer(
 )
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
+Take = Annotated[
+    str | None,
+    typer.Option(
+        help="What becomes of a longer video: its first clip at its own speed (`head`), clip after clip (`windows`), "
+        "some spread over it (`uniform`), or all of it sped up (`squeeze`). (default: import_videos.take)",
+        show_default=False,
+    ),
+]
+ImportPart = Annotated[
+    str, typer.Option("--part", metavar="N/OF", help="Make a part of the clips only; then run the command without it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -41,19 +52,12 @@ def import_folder(
             "`univigu run caption-videos` then writes the captions)."
         ),
     ] = "captions",
-    take: Annotated[
-        str | None,
-        typer.Option(
-            help="What becomes of a longer video: its first clip at its own speed (`head`), clip after clip "
-            "(`windows`), some spread over it (`uniform`), or all of it sped up (`squeeze`). (default: the profile's "
-            "import_videos.take)",
-            show_default=False,
-        ),
-    ] = None,
+    take: Take = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Import nothing; write what would become of each video to --table.")
     ] = False,
     table: Annotated[Path, typer.Option(help="The CSV file that --dry-run writes.")] = Path("import.csv"),
+    part: ImportPart = "",
     profile: Profile = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace clips under the root that were not imported.")
@@ -64,8 +68,9 @@ def import_folder(
 
     Each video becomes clips of the profile's size and frame rate; unusable ones are quarantined with their reason.
     """
-    from components.clips.import_videos import check_place, import_folder
+    from components.clips.import_videos import check_place, import_folder, import_part
     from components.pipeline.profiles import load_profile, with_settings
+    from components.pipeline.workspace import Part
 
     changes = [f"import_videos.take={take}"] if take else []
     values = load_profile(with_settings(profile_in_use(profile, root), changes))
@@ -75,6 +80,10 @@ def import_folder(
         return
     if not replace:
         check_place(root)
+    if part:
+        made = import_part(folder, captions, options, values, root, Part.parse(part))
+        print(f"part {part}: {made['made']} shards made, {made['kept']} kept")
+        return
     manifest = import_folder(folder, captions, options, values, root)
     _report(manifest)
     if not manifest["rows_out"]:
@@ -82,6 +91,11 @@ def import_folder(
     if texts == "captions":
         for line in _about_stages(manifest["facts"]):
             print(line)
+    _print_next(texts, profile, root)
+
+
+def _print_next(texts: str, profile: str | None, root: Path) -> None:
+    """Print the steps that follow an import."""
     captioning = ["caption-videos"] if texts == "prompts" else []
     where = "".join(
         f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value or '.'}" != "."

@@ -26,6 +26,7 @@ from univigu.threads import side_threads
 
 if TYPE_CHECKING:
     from components.pipeline.step import Step
+    from components.pipeline.workspace import Part
 
 TAR = "clips.tar"
 BATCH = 8  # videos that a killed run loses, at least
@@ -70,6 +71,20 @@ def import_folder(
         )
         run_adhoc_stage(stage, profile, root, {})
     return manifest
+
+
+def import_part(
+    folder: Path, table: Path | None, options: Mapping[str, str], profile: Mapping[str, Any], root: Path, part: "Part"
+) -> dict[str, int]:
+    """Make the clips of one part of the shards for a later `import_folder` with the same arguments.
+
+    Parts may run at the same time on machines that share `root` and the folder. Returns the numbers of shards made and
+    kept; raises as `import_folder` does.
+    """
+    from components.pipeline.runner import run_adhoc_part
+
+    check_options(options, profile)
+    return run_adhoc_part(VIDEOS, {**profile, "import_options": dict(options)}, root, input_paths(folder, table), part)
 
 
 def input_paths(folder: Path, table: Path | None) -> dict[str, Path]:

@@ -101,8 +101,16 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
         raise ConfigError(f"'{name}' has no shards, so it has no parts; run it without --part.")
     if imported(stage, root):
         return {"made": 0, "kept": 0}
+    return run_adhoc_part(stage, profile, root, {}, part)
+
+
+def run_adhoc_part(
+    stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path], part: Part
+) -> dict[str, int]:
+    """Make the shards of one part, as `run_part` does, for a later `run_adhoc_stage` with the same arguments."""
     with _working(stage, root, fcntl.LOCK_SH):
         step = make_step(stage, profile, root.resolve())
+        step.inputs = {**step.inputs, **paths}
         step.part = part
         step.out.mkdir(parents=True, exist_ok=True)
         aside.keep_foreign_shards(step)
@@ -110,7 +118,7 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
             _load_function(stage)(step)
         except PartEnded as ended:
             return {"made": ended.made, "kept": ended.kept}
-        raise AssertionError(f"'{name}' is declared as sharded but did not call map_shards")
+        raise AssertionError(f"'{stage.name}' is declared as sharded but did not call map_shards")
 
 
 def restart(name: str, profile: Mapping[str, Any], root: Path) -> None:

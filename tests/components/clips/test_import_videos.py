@@ -1,6 +1,5 @@
 """Existing videos and captions are imported as clips for the rest of the pipeline, and nothing is lost silently."""
 
-import csv
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 from components.cli.main import app
 from components.clips import import_videos as module
 from components.clips.archive import open_clip, read_clips
-from components.clips.import_videos import first_sentence, import_folder
+from components.clips.import_videos import first_sentence, import_folder, import_part
 from components.digits import world
 from components.pipeline.freshness import finished
 from components.pipeline.manifests import verify
@@ -247,73 +246,6 @@ def test_a_long_video_becomes_clips_at_its_own_speed(root, profile, tmp_path):
     assert [brightness(open_clip(*one)[0])[0].round(-1) for one in content] == [0, 80, 160]
 
 
-def test_a_dry_run_names_what_would_become_of_each_video_and_imports_nothing(root, profile, tmp_path):
-    folder = tmp_path / "videos"
-    write_video(folder / "long.mp4", np.arange(54) / 16, 32, 48)
-    write_video(folder / "short.mp4", np.arange(3) / 8)
-    for name in ("long", "short"):
-        (folder / f"{name}.txt").write_text(name)
-    write_video(folder / "silent.mp4", np.arange(9) / 8)
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
-    options = [
-        "--licence",
-        "CC0-1.0",
-        "--source",
-        "x",
-        "--texts",
-        "prompts",
-        "--profile",
-        str(tmp_path / "profile.yaml"),
-    ]
-    call = ["data", "import", str(folder), *options, "--root", str(root), "--table", str(tmp_path / "new/table.csv")]
-    done = CliRunner().invoke(app, [*call, "--dry-run"])
-    assert "Used 1 of 3 videos, because: no_text 1, too_short 1\n" in done.output
-    assert "They would become 3 clips; sizes by videos: 9x32x32 1\n" in done.output
-    assert "In no clip" not in done.output
-    assert not (root / "data").exists()
-    with (tmp_path / "new/table.csv").open(newline="") as stream:
-        long, short, silent = csv.DictReader(stream)
-    kept = ("file", "frames", "rate", "seconds", "height", "width", "clips", "bucket", "speed", "cut_off", "reason")
-    expected = ["long.mp4", "54", "16.00", "3.375", "32", "48", "3", "9x32x32", "1", "0.333", ""]
-    assert [long[name] for name in kept] == expected
-    assert [(row["file"], row["frames"], row["clips"], row["reason"]) for row in (short, silent)] == [
-        ("short.mp4", "3", "0", "too_short"),
-        ("silent.mp4", "", "0", "no_text"),
-    ]
-    assert CliRunner().invoke(app, call).exit_code == 0
-    assert len(read_table(root / "data/clips", "clips")) == int(long["clips"])
-    assert set(rejected(root).values()) == {short["reason"], silent["reason"]}
-
-
-def test_the_speed_of_a_squeezed_clip_is_recorded(root, profile, tmp_path):
-    folder = tmp_path / "videos"
-    for name, seconds in {"same": 9 / 8, "fast": 27 / 8, "slow": 7 / 8}.items():
-        write_video(folder / f"{name}.mp4", np.arange(round(seconds * 8)) / 8, dark=0)
-        (folder / f"{name}.txt").write_text(name)
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
-    options = [
-        "--licence",
-        "CC0-1.0",
-        "--source",
-        "x",
-        "--texts",
-        "prompts",
-        "--take",
-        "squeeze",
-        "--profile",
-        str(tmp_path / "profile.yaml"),
-    ]
-    done = CliRunner().invoke(app, ["data", "import", str(folder), *options, "--root", str(root)])
-    rows = read_table(root / "data/clips", "clips").to_pylist()
-    assert {row["prompt"]: json.loads(row["scores"])["speed"] for row in rows} == {
-        "same": 1.0,
-        "fast": 3.0,
-        "slow": 0.778,
-    }
-    assert "Clips that play faster than their videos: 1, up to 3 times as fast" in done.output
-    assert "Clips that play slower than their videos: 1, up to 0.778 times as fast" in done.output
-
-
 def hdr_video(path):
     """An HDR (PQ) video of steadily rising brightness."""
     with av.open(str(path), "w") as container:
@@ -377,6 +309,17 @@ def test_an_import_gives_equal_bytes_elsewhere_and_after_a_kill(folder, root, pr
     made.clear()
     import_folder(moved, None, OPTIONS, profile, other)
     assert made == []
+
+
+def test_parts_of_an_import_are_kept_by_the_run_that_follows(folder, root, profile, monkeypatch):
+    profile["import_videos"]["shard_size"] = 5
+    assert [import_part(folder, None, OPTIONS, profile, root, Part(number, 2)) for number in (2, 1)] == [
+        {"made": 1, "kept": 0},
+        {"made": 2, "kept": 0},
+    ]
+    assert not (root / "data/clips").exists()
+    monkeypatch.setattr(module, "make_clips", None)
+    assert import_folder(folder, None, OPTIONS, profile, root)["rows_out"] == 12
 
 
 def test_captions_come_from_a_table_and_prompts_with_them(folder, root, profile):

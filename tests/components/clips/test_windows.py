@@ -8,6 +8,12 @@ from components.clips.windows import Scene, choose_starts, list_windows
 from components.settings.sections import Fit, ImportVideos, Video
 
 
+def cut(scenes, sizes, chosen):
+    found = list_windows(scenes, 32, 32, sizes, chosen)
+    assert isinstance(found, list)
+    return found
+
+
 def settings(take="windows", overlap=0.0, most=4):
     return ImportVideos.model_construct(take=take, overlap=overlap, most=most)
 
@@ -35,7 +41,7 @@ def test_windows_stay_within_a_scene_and_overlap_no_more_than_allowed(chosen, st
 
 def test_frames_are_as_far_apart_as_the_profile_says_and_before_the_next_cut():
     scenes = [Scene(0.0, 1.0), Scene(1.0, 3.3), Scene(3.3, 3.6)]
-    windows = list_windows(scenes, 32, 32, video(), settings())
+    windows = cut(scenes, video(), settings())
     assert [(window.start, window.end, window.speed) for window in windows] == [(1.0, 2.125, 1.0), (2.125, 3.25, 1.0)]
     for window in windows:
         np.testing.assert_allclose(np.diff(window.times), 1 / 8)
@@ -44,7 +50,7 @@ def test_frames_are_as_far_apart_as_the_profile_says_and_before_the_next_cut():
 
 
 def test_a_scene_that_lacks_a_twentieth_of_a_clip_is_stretched_and_a_shorter_one_is_refused():
-    (window,) = list_windows([Scene(0.0, 39 / 8)], 32, 32, video((41, 32, 32)), settings())
+    (window,) = cut([Scene(0.0, 39 / 8)], video((41, 32, 32)), settings())
     assert (window.speed, len(window.times), window.whole) == (0.951, 41, True)
     misfit = list_windows([Scene(0.0, 38 / 8)], 32, 32, video((41, 32, 32)), settings())
     assert isinstance(misfit, Misfit)
@@ -52,7 +58,7 @@ def test_a_scene_that_lacks_a_twentieth_of_a_clip_is_stretched_and_a_shorter_one
 
 
 def test_squeezing_takes_a_whole_scene_within_the_limits_of_speed():
-    (window,) = list_windows([Scene(0.0, 27 / 8)], 32, 32, video(), settings("squeeze"))
+    (window,) = cut([Scene(0.0, 27 / 8)], video(), settings("squeeze"))
     assert (window.speed, window.whole, window.times[-1]) == (3.0, True, 26.5 / 8)
     assert list_windows([Scene(0.0, 60 / 8)], 32, 32, video(), settings("squeeze")).reason == "too_long"
 
