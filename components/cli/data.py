@@ -196,6 +196,30 @@ def export(
     print(f"{number} clips are in {folder}.")
 
 
+@app.command(epilog="Example: `univigu data withdraw --video walk.mp4 --report withdrawal.md`")
+def withdraw(
+    source: Annotated[str, typer.Option(help="All prompts of this source, and all that comes from them.")] = "",
+    item: Annotated[str, typer.Option("--id", help="A prompt, a clip or a pair, by its id.")] = "",
+    video: Annotated[
+        Path | None, typer.Option(help="An imported video, or a clip, by its file.", show_default=False)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report here: Markdown for .md, otherwise JSON.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Withdraw even if nothing is left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; change nothing.")] = False,
+    root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
+) -> None:
+    """Withdraw data: later runs leave it out, and models that learned from it are named and tagged."""
+    from components.registry import withdrawal
+
+    request = withdrawal.Request(source, item, video)
+    found = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=dry_run)
+    print("\n".join(withdrawal.describe(found)))
+    if report:
+        withdrawal.write_report(report, found)
+
+
 @app.command(epilog="Example: `univigu data snapshot --push`")
 def snapshot(
     version: Annotated[str, typer.Argument(help="The version, such as v1.2.0. (default: the next minor version)")] = "",

@@ -32,7 +32,7 @@ def examine_folder(
     from components.pipeline.processes import usable_cores
     from components.pipeline.runner import make_step
 
-    check_options(options, profile)
+    check_options(options, profile, root)
     step = make_step(VIDEOS, {**profile, "import_options": dict(options)}, root.resolve())
     step.inputs = {**step.inputs, **input_paths(folder, table)}
     plans = plan_videos(step)

@@ -21,6 +21,8 @@ from components.clips.import_files import Videos, find_videos
 from components.clips.import_texts import Fault, Texts, printable, read_members, read_texts
 from components.pipeline.processes import usable_cores
 from components.pipeline.stages import Stage
+from components.pipeline.withdrawn import FILE as WITHDRAWN
+from components.pipeline.withdrawn import read_withdrawn
 from univigu.errors import ConfigError
 from univigu.threads import side_threads
 
@@ -57,7 +59,7 @@ def import_folder(
     """
     from components.pipeline.runner import run_adhoc_stage
 
-    check_options(options, profile)
+    check_options(options, profile, root)
     profile = {**profile, "import_options": dict(options)}
     manifest = run_adhoc_stage(VIDEOS, profile, root, input_paths(folder, table))
     for name in ("prompts", "captions") if options["texts"] == "captions" else ("prompts",):
@@ -83,7 +85,7 @@ def import_part(
     """
     from components.pipeline.runner import run_adhoc_part
 
-    check_options(options, profile)
+    check_options(options, profile, root)
     return run_adhoc_part(VIDEOS, {**profile, "import_options": dict(options)}, root, input_paths(folder, table), part)
 
 
@@ -92,8 +94,8 @@ def input_paths(folder: Path, table: Path | None) -> dict[str, Path]:
     return {"videos": folder.resolve(), **({"table": table.resolve()} if table else {})}
 
 
-def check_options(options: Mapping[str, str], profile: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for an unknown kind of texts, a licence that the profile doesn't accept, or no source."""
+def check_options(options: Mapping[str, str], profile: Mapping[str, Any], root: Path) -> None:
+    """Raise `ConfigError` for an unknown kind of texts, a licence that isn't accepted, or no or a withdrawn source."""
     if options["texts"] not in KINDS:
         raise ConfigError(f"'{options['texts']}' is not a kind of texts; choose one of {', '.join(KINDS)}.")
     licences = profile["curate_prompts"]["licences"]
@@ -104,6 +106,8 @@ def check_options(options: Mapping[str, str], profile: Mapping[str, Any]) -> Non
         )
     if not options["source"].strip():
         raise ConfigError("The source of the videos must not be empty; say where they come from.")
+    if options["source"] in read_withdrawn(root).sources:
+        raise ConfigError(f"The source '{options['source']}' was withdrawn ({WITHDRAWN}); nothing of it is imported.")
 
 
 def check_place(root: Path) -> None:

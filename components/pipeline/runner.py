@@ -34,6 +34,8 @@ from components.pipeline.stages import Stage, find_stage
 from components.pipeline.state import STATE, Lock, lock
 from components.pipeline.step import Step
 from components.pipeline.weights import how_to_fetch
+from components.pipeline.withdrawn import REASON as WITHDRAWN
+from components.pipeline.withdrawn import read_withdrawn
 from components.pipeline.workspace import Part, PartEnded
 from univigu.errors import (
     BadInputError,
@@ -257,10 +259,16 @@ def _resolve_inputs(
     inputs: dict[str, Path] = {}
     digests: dict[str, str] = {}
     seen: dict[str, Any] = {}
+    withdrawn = read_withdrawn(root)
     for name, maker in stage.inputs.items():
         inputs[name] = inside(root, find_stage(maker).home)
         seen[name] = stamps(inputs[name])
         digests[name] = verify(inputs[name], maker)["digest"]
+        if digests[name] in withdrawn.outputs:
+            raise BadInputError(
+                f"'{stage.name}' can't read {inputs[name]}, which holds or comes from withdrawn data; run '{maker}' "
+                "again first, or the import."
+            )
     for name, key in stage.sources.items():
         path = inside(root, section(profile, key))
         if not path.exists():
@@ -291,7 +299,7 @@ def _write_rejected(step: Step) -> None:
     quarantined = step._rejected.write(step.out)
     own = step.parameters[step.stage.parameters[-1]] if step.stage.parameters else None
     limit = own.get("max_rejected_share", 1.0) if isinstance(own, Mapping) else 1.0
-    if quarantined > limit * max(step.rows_in, 1):
+    if quarantined - step.reasons[WITHDRAWN] > limit * max(step.rows_in, 1):
         counts = ", ".join(f"{reason} {count}" for reason, count in step.reasons.most_common())
         kept = step.scratch / "rejected.parquet"
         raise GateFailedError(

@@ -23,6 +23,7 @@ from components.pipeline.manifests import verify
 from components.pipeline.runner import run_part, run_stage
 from components.pipeline.tables import read_table
 from components.pipeline.workspace import Part
+from components.registry.withdrawal import Request, withdraw
 from small_videos import sound, turned, write_video
 from univigu.errors import ConfigError
 from univigu.video import encode_mp4
@@ -386,3 +387,18 @@ def test_generated_clips_are_replaced_only_on_request(folder, root, profile, tmp
     call = ["data", "import", str(folder), "--licence", "CC0-1.0", "--source", "x", "--root", str(root)]
     refused = CliRunner().invoke(app, call)
     assert "has clips made by 'synthesize-videos'; choose another --root" in str(refused.exception)
+
+
+def test_a_withdrawn_video_is_not_imported_again(folder, root, profile):
+    import_folder(folder, None, OPTIONS, profile, root)
+    clip = read_table(root / "data/clips", "clips").to_pylist()[0]
+    withdraw(Request(id=clip["id"]), root, all_of_it=False, dry_run=False)
+    manifest = import_folder(folder, None, OPTIONS, profile, root)
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["reasons"]) == (12, 11, {"withdrawn": 1})
+    kept = read_table(root / "data/captions", "captions")["clip_id"].to_pylist()
+    assert len(kept) == 11
+    assert clip["id"] not in kept
+    assert clip["prompt_id"] not in read_table(root / "data/curated", "prompts")["id"].to_pylist()
+    withdraw(Request(source="a test"), root, all_of_it=True, dry_run=False)
+    with pytest.raises(ConfigError, match="The source 'a test' was withdrawn"):
+        import_folder(folder, None, OPTIONS, profile, root)
