@@ -272,8 +272,8 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     number = f"Withdrawal {report['number']}" if "number" in report else "A withdrawal that was not carried out"
     yield f"# {number}: {kind} {value}"
     yield ""
-    yield f"{report['when']}. Found {len(report['prompts'])} prompts, {len(report['clips'])} clips and "
-    yield f"{len(report['videos'])} imported videos."
+    counts = ", ".join(f"{kind}: {len(report[kind])}" for kind in ("prompts", "clips", "videos"))
+    yield f"{report['when']}. Found {counts}."
     yield ""
     yield "| step | withdrawn rows |"
     yield "|---|---|"
