@@ -201,7 +201,9 @@ def _held_by(snapshot: Snapshot, root: Path, found: Found) -> bool | None:
         clips = parquet.read_table(io.BytesIO(content), columns=["clip_id"])["clip_id"].to_pylist()
     except Exception:  # those of DVC, its remotes and Arrow have no other common base
         return None
-    return not found.clips.isdisjoint(clips)
+    # Ids of clips that no longer exist begin with that of their prompt, or with the digest of their video.
+    known = found.clips | found.prompts | {digest[:16] for digest in found.videos}
+    return any(clip in known or clip.rpartition("-")[0] in known for clip in clips)
 
 
 def examine_models(root: Path, found: Found, snapshots: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

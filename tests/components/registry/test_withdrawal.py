@@ -1,6 +1,9 @@
 """A withdrawal finds everything that comes from it, and names the models that learned from it."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +13,7 @@ from components.pipeline.manifests import describe_files, files_digest, write_ma
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import SCHEMAS, write_table
 from components.pipeline.withdrawn import FILE, read_withdrawn
-from components.registry.withdrawal import Request, withdraw
+from components.registry.withdrawal import Found, Request, examine_snapshots, withdraw
 from components.tracking import tracking_uri
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 from univigu.files import file_sha256
@@ -95,6 +98,30 @@ def test_a_withdrawal_of_nothing_or_of_everything_is_refused(root):
     with pytest.raises(ConfigError, match=r"All data under .* come from the source 'hand'.*add --all"):
         find(root, source="hand")
     assert withdraw(Request(source="hand"), root, all_of_it=True, dry_run=True)["prompts"] == ["p0"]
+
+
+@pytest.mark.slow
+def test_tagged_datasets_are_searched_where_dvc_has_their_pairs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    write(tmp_path, "validate-pairs", "pairs", [{"id": "1-p0-05eed", "clip_id": "p0-05eed"}])
+    dvc = [sys.executable, "-m", "dvc"]
+    name = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    tag = [*name, "tag", "-a", "dataset@v1.0.0", "-m", "pairs\n\nDataset-Digest: old\n"]
+    commands = [["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "add", "-q", "data/pairs"], ["git", "add", "-A"]]
+    for command in (*commands, [*name, "commit", "-qm", "data"], tag):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    shutil.rmtree(tmp_path / "data/pairs")
+
+    def held(**found):
+        (snapshot,) = examine_snapshots(tmp_path, Found(**found))
+        return snapshot["held"]
+
+    assert held(clips={"p0-05eed"})
+    assert held(prompts={"p0"})
+    assert held(prompts={"p"}) is False
+    assert held(outputs={"x": "old"})
+    shutil.rmtree(tmp_path / ".dvc/cache")
+    assert held(prompts={"p0"}) is None
 
 
 @pytest.mark.slow
