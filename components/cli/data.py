@@ -1,4 +1,4 @@
-"""`univigu data`: import videos, tag versions of the dataset in git for DVC, and move latents to an object store."""
+"""`univigu data`: import videos, export clips, tag versions of the dataset, and move latents to an object store."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,9 +10,22 @@ import typer
 
 from components.cli.options import Profile, profile_in_use
 
-app = typer.Typer(help="Import your own videos, tag versions of the dataset, move latents to an object store.")
+app = typer.Typer(
+    help="Import your own videos, export clips, tag versions of the dataset, move latents to an object store."
+)
 
 Root = Annotated[Path, typer.Option(help="The work root: a git and DVC repository.")]
+Take = Annotated[
+    str | None,
+    typer.Option(
+        help="What becomes of a longer video: its first clip at its own speed (`head`), clip after clip (`windows`), "
+        "some spread over it (`uniform`), or all of it sped up (`squeeze`). (default: import_videos.take)",
+        show_default=False,
+    ),
+]
+ImportPart = Annotated[
+    str, typer.Option("--part", metavar="N/OF", help="Make a part of the clips only; then run the command without it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -39,6 +52,12 @@ def import_folder(
             "`univigu run caption-videos` then writes the captions)."
         ),
     ] = "captions",
+    take: Take = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Import nothing; write what would become of each video to --table.")
+    ] = False,
+    table: Annotated[Path, typer.Option(help="The CSV file that --dry-run writes.")] = Path("import.csv"),
+    part: ImportPart = "",
     profile: Profile = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace clips under the root that were not imported.")
@@ -47,38 +66,76 @@ def import_folder(
 ) -> None:
     """Import a folder of your own videos, as if they had been generated here.
 
-    Each video becomes a clip of the profile's size and frame rate; unusable ones are quarantined with their reason.
+    Each video becomes clips of the profile's size and frame rate; unusable ones are quarantined with their reason.
     """
-    from components.clips.import_videos import check_place, import_folder
-    from components.pipeline.profiles import load_profile
+    from components.clips.import_videos import check_place, import_folder, import_part
+    from components.pipeline.profiles import load_profile, with_settings
+    from components.pipeline.workspace import Part
 
+    changes = [f"import_videos.take={take}"] if take else []
+    values = load_profile(with_settings(profile_in_use(profile, root), changes))
+    options = {"licence": licence, "source": source, "texts": texts}
+    if dry_run:
+        _examine(folder, captions, options, values, root, table)
+        return
     if not replace:
         check_place(root)
-    options = {"licence": licence, "source": source, "texts": texts}
-    manifest = import_folder(folder, captions, options, load_profile(profile_in_use(profile, root)), root)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["reasons"].items())
-    print(
-        f"{manifest['rows_out']} clips from {_videos(manifest)} videos, {manifest['quarantined']} quarantined"
-        + (f" ({reasons}; see data/clips/rejected.parquet)" if reasons else "")
-    )
+    if part:
+        made = import_part(folder, captions, options, values, root, Part.parse(part))
+        print(f"part {part}: {made['made']} shards made, {made['kept']} kept")
+        return
+    manifest = import_folder(folder, captions, options, values, root)
+    _report(manifest)
     if not manifest["rows_out"]:
         return
-    facts = manifest["facts"]
-    print(
-        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
-        + ", ".join(facts["buckets"])
-    )
-    for line in _changes(facts):
-        print(line)
     if texts == "captions":
-        for line in _about_stages(facts):
+        for line in _about_stages(manifest["facts"]):
             print(line)
+    _print_next(texts, profile, root)
+
+
+def _print_next(texts: str, profile: str | None, root: Path) -> None:
+    """Print the steps that follow an import."""
     captioning = ["caption-videos"] if texts == "prompts" else []
     where = "".join(
         f" {option} {value}" for option, value in (("--profile", profile), ("--root", root)) if f"{value or '.'}" != "."
     )
     steps = ["validate-prompts", "validate-clips", *captioning, "validate-pairs", "encode-latents"]
     print("Next: " + ", ".join(f"`univigu run {step}{where}`" for step in steps) + ".")
+
+
+def _examine(
+    folder: Path, captions: Path | None, options: Mapping[str, str], profile: Mapping[str, Any], root: Path, table: Path
+) -> None:
+    """Print and write what would become of each video."""
+    from components.clips.import_report import examine_folder, summarise, write_lines
+
+    lines, videos = examine_folder(folder, captions, options, profile, root)
+    write_lines(table, lines)
+    for line in summarise(lines, videos):
+        print(line)
+    print(f"{table} says what would become of each; nothing was imported.")
+
+
+def _report(manifest: Mapping[str, Any]) -> None:
+    """Print what was imported, and what was not."""
+    from components.clips.import_report import used_of
+
+    facts, reasons = manifest["facts"], manifest["reasons"]
+    why = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+    print(
+        f"{manifest['rows_out']} clips from {facts['videos']['of']} videos, {manifest['quarantined']} quarantined"
+        + (f" ({why}; see data/clips/rejected.parquet)" if why else "")
+    )
+    print(used_of(facts["videos"]["used"], facts["videos"]["of"], reasons))
+    if not manifest["rows_out"]:
+        return
+    print(
+        f"For stage 1: {facts['stages']['1']}, for stage 2: {facts['stages']['2']}; sizes: "
+        + ", ".join(facts["buckets"])
+    )
+    for line in _changes(facts):
+        print(line)
 
 
 def _changes(facts: dict[str, Any]) -> Iterator[str]:
@@ -90,15 +147,13 @@ def _changes(facts: dict[str, Any]) -> Iterator[str]:
                 f"Clips that play {word} than their videos: {count}, up to {most:.3g} times as fast (`speed` in the "
                 "column `scores`; 'video.fit.speed' in the profile sets the limits)"
             )
+    if facts["seconds"]["unused"] >= 0.05:
+        yield (
+            f"In no clip: {facts['seconds']['unused']:.1f} of the {facts['seconds']['of']:.1f} seconds of the videos "
+            "used ('import_videos.take' in the profile says which parts become clips)"
+        )
     if facts["tone_mapped"]:
         yield f"HDR videos that were tone-mapped: {facts['tone_mapped']} ('video.fit.hdr: quarantine' leaves them out)"
-
-
-def _videos(manifest: Mapping[str, Any]) -> int:
-    """How many of the input rows were videos, rather than rows of a table without a video."""
-    from components.clips.import_texts import OF_ROWS
-
-    return manifest["rows_in"] - sum(manifest["reasons"].get(reason, 0) for reason in OF_ROWS)
 
 
 def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -120,6 +175,49 @@ def _about_stages(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"{why}: import them with `--texts prompts`; then `univigu run caption-videos` writes detailed captions."
     if not stages["1"]:
         yield f"All clips were assigned to stage 2 {drawn}"
+
+
+@app.command(epilog="Example: `univigu data export ~/clips --to hf`")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A new folder to write to.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The layout: `folder` (texts beside the clips, and metadata.csv), `webdataset` (tars) or `hf` "
+            "(metadata.jsonl, which Hugging Face's datasets read)."
+        ),
+    ] = "folder",
+    root: Annotated[Path, typer.Option(help="The work root, which contains the clips.")] = Path("."),
+) -> None:
+    """Export all clips with their texts for other tools; `univigu data import` reads what this writes."""
+    from components.clips.export_clips import export_clips
+
+    number = export_clips(root, to, folder)
+    print(f"{number} clips are in {folder}.")
+
+
+@app.command(epilog="Example: `univigu data withdraw --video walk.mp4 --report withdrawal.md`")
+def withdraw(
+    source: Annotated[str, typer.Option(help="All prompts of this source, and all that comes from them.")] = "",
+    item: Annotated[str, typer.Option("--id", help="A prompt, a clip or a pair, by its id.")] = "",
+    video: Annotated[
+        Path | None, typer.Option(help="An imported video, or a clip, by its file.", show_default=False)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report here: Markdown for .md, otherwise JSON.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Withdraw even if nothing is left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; change nothing.")] = False,
+    root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
+) -> None:
+    """Withdraw data: later runs leave it out, and models that learned from it are named and tagged."""
+    from components.registry import withdrawal
+
+    request = withdrawal.Request(source, item, video)
+    found = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=dry_run)
+    print("\n".join(withdrawal.describe(found)))
+    if report:
+        withdrawal.write_report(report, found)
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,16 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(members[name]), 0o644
             archive.addfile(info, io.BytesIO(members[name]))
+
+
+def stream_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write `members` as `write_tar` does, but in their order, with only one of them in memory."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            _check_name(name, path)
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), 0o644
+            archive.addfile(info, io.BytesIO(content))
 
 
 def join_tars(parts: Iterable[Path], path: Path) -> None:
@@ -82,6 +92,43 @@ def _list_members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             yield info.name, start, info.size
         at = start + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+class Member(NamedTuple):
+    """A file in a tar: where its bytes are."""
+
+    tar: Path
+    start: int
+    size: int
+
+
+def list_tar(path: Path) -> Iterator[tuple[str, Member | str]]:
+    """Each regular file's name in a tar of another tool, and where it is, or why it can't be used.
+
+    Raises `CorruptDataError` if the tar is damaged, and `OSError` if it can't be read.
+    """
+    with path.open("rb") as file:
+        try:
+            for name, start, size in _list_members(file):
+                fault = _name_fault(name)
+                if len(name.encode(errors="surrogateescape")) == tarfile.LENGTH_NAME:
+                    fault = "its name in the tar is cut off after 100 bytes: use shorter names"
+                yield name.encode(errors="replace").decode(), fault or Member(path, start, size)
+        except (tarfile.TarError, ValueError) as error:
+            raise CorruptDataError(f"The tar {path} is damaged ({error}); get it afresh.") from error
+
+
+def read_member(member: Member) -> bytes:
+    """The bytes of a file in a tar; raises `OSError` if it can't be read."""
+    with member.tar.open("rb") as file:
+        file.seek(member.start)
+        return file.read(member.size)
+
+
+def _name_fault(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    unsafe = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
+    return "its name in the tar is not a plain relative path" if unsafe else ""
 
 
 def read_clips(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], bytes]]:

@@ -1,4 +1,6 @@
-"""Captions and prompts of imported videos: a text file beside each video, or one CSV or JSONL file for all.
+"""Captions and prompts of imported videos: a text file beside each video, or a CSV, JSONL or Parquet file for all.
+
+In WebDataset's tars, the texts of a video are in the members ``NAME.json`` and ``NAME.txt`` beside it.
 
 Texts may be UTF-8 or UTF-16, with or without a byte-order mark, and have stray control characters. They are repaired in
 the same way as prompts, and a damaged text is distinguished from a missing one.
@@ -7,13 +9,16 @@ the same way as prompts, and a damaged text is distinguished from a missing one.
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from components.clips.import_files import find_fault
+from components.clips.archive import read_member
+from components.clips.import_files import Videos, find_fault
 from components.prompts.filters import control_damage, repair, text_damage
+from components.prompts.parquet_records import column_names, read_parquet
 from components.prompts.records import (
     LONGEST_LINE,
     LONGEST_QUOTE,
@@ -29,6 +34,7 @@ from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 # The columns of each, of which the first that exists is used.
 FILE, CAPTION, PROMPT = ("file_name", "file", "video", "path"), ("caption", "text"), ("prompt",)
+STAGE = "stage"  # a column of our own exports
 OF_ROWS = (
     "broken_row",
     "name_outside",
@@ -36,7 +42,7 @@ OF_ROWS = (
     "ambiguous_name",
     "duplicate_row",
 )  # concern no video
-BESIDE = ("metadata.jsonl", "metadata.csv")  # the usual names of tables in other tools
+BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the usual names of tables in other tools
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Texts:
 
     caption: str
     prompt: str
+    stage: int = 0  # the training stage that the row asks for; 0: none
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,19 @@ class Fault:
     row: Any = None
 
 
-def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple[dict[str, Texts], list[Fault]]:
+def read_texts(
+    folder: Path, videos: Sequence[str], table: Path | None, of_members: Iterable[tuple[str, Any]] = ()
+) -> tuple[dict[str, Texts], list[Fault]]:
     """The texts of the videos by name, and the faults.
 
-    table: a CSV or JSONL file; without one, a `metadata.jsonl` or `metadata.csv` in the folder, otherwise `NAME.txt`
-    beside `NAME.mp4`. Of several rows about one video, one with its exact name is preferred, then the first. Raises as
-    `read_table` does.
+    table: a CSV, JSONL or Parquet file; without one, files called `metadata` in the folder or its subfolders, whose
+    names of videos are relative to them, and elsewhere `NAME.txt` beside `NAME.mp4`. Of several rows about one video,
+    one with its exact name is preferred, then the first. of_members: `read_members`, for videos without another text.
+    Raises as `read_table` does.
     """
-    table, faults = (table, []) if table else _find_table(folder)
-    rows = read_table(table) if table else read_sidecars(folder, videos)
+    tables, faults = ([("", table)], []) if table else _find_tables(folder)
+    others = [name for name in videos if not any(name.startswith(prefix) for prefix, _ in tables)]
+    rows = chain(*(_read_within(*one) for one in tables), read_sidecars(folder, others))
     names = Names(videos)
     texts: dict[str, Texts] = {}
     inexact: list[tuple[str, str, dict[str, str]]] = []
@@ -75,7 +86,7 @@ def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple
         if fault:
             faults.append(fault)
         else:
-            texts[name] = Texts(repair(row["caption"]), repair(row["prompt"]))
+            texts[name] = Texts(repair(row["caption"]), repair(row["prompt"]), int(row.get("stage") or 0))
 
     for where, row in rows:
         if isinstance(row, Fault | Broken):
@@ -90,15 +101,36 @@ def read_texts(folder: Path, videos: Sequence[str], table: Path | None) -> tuple
             inexact.append((where, name, row))
     for where, name, row in inexact:
         take(where, name, row)
+    for where, row in of_members:
+        if isinstance(row, Broken):
+            faults.append(Fault(where, row.reason, row.why, row.text))
+        elif row["file"] not in texts:
+            take(where, row["file"], row)
     return texts, [_bounded(fault) for fault in faults]
 
 
-def _find_table(folder: Path) -> tuple[Path | None, list[Fault]]:
-    """The table in the folder, if there is one, and the faults of tables that must not be opened."""
-    found = [name for name in BESIDE if os.path.lexists(folder / name) and not (folder / name).is_dir()]
-    faults = [Fault(name, *fault) for name in found if (fault := find_fault(folder, folder / name))]
-    bad = {fault.id for fault in faults}
-    return next((folder / name for name in found if name not in bad), None), faults
+def _find_tables(folder: Path) -> tuple[list[tuple[str, Path]], list[Fault]]:
+    """The table of each folder that has one, with the folder's name; and the faults of tables not to be opened."""
+    tables, faults = [], []
+    for home, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        within = Path(home).relative_to(folder).as_posix()
+        prefix = "" if within == "." else f"{within}/"
+        good = []
+        for name in (name for name in BESIDE if name in files):
+            if fault := find_fault(folder, Path(home, name)):
+                faults.append(Fault(printable(prefix + name), *fault))
+            else:
+                good.append((prefix, Path(home, name)))
+        tables += good[:1]
+    return tables, faults
+
+
+def _read_within(prefix: str, table: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a table in the subfolder `prefix`, whose names of videos are relative to it."""
+    for where, row in read_table(table):
+        whole = {**row, "file": prefix + row["file"]} if isinstance(row, dict) and prefix else row
+        yield printable(prefix) + where, whole
 
 
 def _bounded(fault: Fault) -> Fault:
@@ -192,11 +224,51 @@ def _sidecar(name: str, path: Path) -> dict[str, str] | Broken:
         return Broken("", f"its text file can't be read ({error.strerror})", "unreadable_file")
     if len(content) > LONGEST_LINE:
         return Broken(decode(content), f"its text file has more than {LONGEST_LINE >> 20} MiB", "over_long")
-    return {"file": name, "caption": decode(content), "prompt": ""}
+    return _text_row(name, content)
+
+
+def _text_row(name: str, content: bytes) -> dict[str, str] | Broken:
+    text = decode(content)
+    if "\ufffd" in text and (encoding := guess_encoding(content)):
+        return Broken(text, f"its text is not UTF-8, but perhaps {encoding}: convert it with iconv", "damaged_text")
+    return {"file": name, "caption": text, "prompt": ""}
+
+
+def guess_encoding(content: bytes) -> str:
+    """The probable encoding of a text that isn't UTF-8, or an empty string; a guess is no reason to train on it."""
+    from charset_normalizer import from_bytes
+
+    found = from_bytes(content[:LONGEST_LINE]).best()
+    return found.encoding if found and not found.encoding.startswith(("utf", "ascii")) else ""
+
+
+def read_members(videos: Videos) -> Iterator[tuple[str, Any]]:
+    """A row for each video in a tar that has texts in it: of its JSON, or else its text file."""
+    for name in videos.names:
+        row = _member_row(videos, name) if name in videos.members else None
+        if row is not None:
+            yield printable(name), row
+
+
+def _member_row(videos: Videos, name: str) -> dict[str, str] | Broken | None:
+    parts = {kind: videos.members.get(videos.beside(name, kind)) for kind in (".json", ".txt")}
+    bounded = {kind: part._replace(size=min(part.size, LONGEST_LINE + 1)) for kind, part in parts.items() if part}
+    try:
+        content = {kind: read_member(part) for kind, part in bounded.items()}
+    except OSError as error:
+        return Broken("", f"its text can't be read ({error.strerror})", "unreadable_file")
+    if ".json" in content:
+        about = parse(content[".json"])
+        row = about if isinstance(about, Broken) else _named({**about, "file_name": name})
+        if isinstance(row, Broken) or row["caption"] or row["prompt"]:
+            return row
+    if len(content.get(".txt", b"")) > LONGEST_LINE:
+        return Broken("", f"its text has more than {LONGEST_LINE >> 20} MiB", "over_long")
+    return _text_row(name, content[".txt"]) if ".txt" in content else None
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a CSV or JSONL file as ``file:line`` and a dict of `file`, `caption` and `prompt`, or `Broken`.
+    """Each row of a CSV, JSONL or Parquet file: ``file:line``, and a dict of `file`, `caption`, `prompt`, or `Broken`.
 
     Raises `MissingInputError` if there is no such file, `ConfigError` for another format, `BadInputError` if its
     columns aren't those of texts, and `CorruptDataError` if it can't be read to its end.
@@ -204,14 +276,29 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise MissingInputError(f"There is no file with captions at {path}; check the path.")
     form, _ = file_format(path.name)
-    if form not in ("csv", "jsonl"):
-        raise ConfigError(f"{path.name} is neither CSV nor JSONL; give a file that ends in .csv or .jsonl.")
-    for line, row in _open_csv(path) if form == "csv" else open_jsonl(path):
+    if not form:
+        raise ConfigError(
+            f"{path.name} is neither CSV nor JSONL nor Parquet; give a file that ends in .csv, .jsonl or .parquet."
+        )
+    openers = {"csv": _open_csv, "jsonl": open_jsonl, "parquet": _open_parquet}
+    for line, row in openers[form](path):
         yield f"{printable(path.name)}:{line}", _named(parse(row))
 
 
 def _open_csv(path: Path) -> Iterator[Record]:
     columns, rows = open_csv(path)
+    _check_columns(path, columns)
+    return rows
+
+
+def _open_parquet(path: Path) -> Iterator[Record]:
+    columns = column_names(path)
+    _check_columns(path, columns)
+    file = next(name for name in FILE if name in columns)  # others may hold the videos themselves
+    return read_parquet(path, [name for name in columns if name in (file, *CAPTION, *PROMPT, STAGE)])
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if not set(columns) & set(FILE) or not set(columns) & {*CAPTION, *PROMPT}:
         raise BadInputError(
             f"{path.name} has the columns {', '.join(columns) or '(none)'}; it needs one of {', '.join(FILE)} "
@@ -220,11 +307,13 @@ def _open_csv(path: Path) -> Iterator[Record]:
     twice = sorted(name for name in {*FILE, *CAPTION, *PROMPT} if columns.count(name) > 1)
     if twice:
         raise BadInputError(f"{path.name} has more than one column '{twice[0]}'; give each column its own name.")
-    return rows
 
 
 def _named(row: Any) -> dict[str, str] | Broken:
-    """A row with the keys `file`, `caption` and `prompt`, each from the first of its columns that isn't empty."""
+    """A row with the keys `file`, `caption` and `prompt`, each from the first of its columns that isn't empty.
+
+    It also has the key `stage` if the row asks for a training stage.
+    """
     if isinstance(row, Broken):
         return row
     found = {}
@@ -233,6 +322,10 @@ def _named(row: Any) -> dict[str, str] | Broken:
         found[name] = row.get(column) or ""
         if not isinstance(found[name], str):
             return Broken(str(row), f"'{column}' is {type(found[name]).__name__}, not a string")
+    if row.get(STAGE) not in (None, ""):
+        found[STAGE] = str(row[STAGE])
+        if found[STAGE] not in ("1", "2"):
+            return Broken(str(row), f"its stage is '{found[STAGE]}', and there are 1 and 2")
     return found if found["file"] else Broken(str(row), f"it names no file ({', '.join(FILE)})")
 
 

@@ -34,6 +34,8 @@ from components.pipeline.stages import Stage, find_stage
 from components.pipeline.state import STATE, Lock, lock
 from components.pipeline.step import Step
 from components.pipeline.weights import how_to_fetch
+from components.pipeline.withdrawn import REASON as WITHDRAWN
+from components.pipeline.withdrawn import read_withdrawn
 from components.pipeline.workspace import Part, PartEnded
 from univigu.errors import (
     BadInputError,
@@ -101,8 +103,16 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
         raise ConfigError(f"'{name}' has no shards, so it has no parts; run it without --part.")
     if imported(stage, root):
         return {"made": 0, "kept": 0}
+    return run_adhoc_part(stage, profile, root, {}, part)
+
+
+def run_adhoc_part(
+    stage: Stage, profile: Mapping[str, Any], root: Path, paths: Mapping[str, Path], part: Part
+) -> dict[str, int]:
+    """Make the shards of one part, as `run_part` does, for a later `run_adhoc_stage` with the same arguments."""
     with _working(stage, root, fcntl.LOCK_SH):
         step = make_step(stage, profile, root.resolve())
+        step.inputs = {**step.inputs, **paths}
         step.part = part
         step.out.mkdir(parents=True, exist_ok=True)
         aside.keep_foreign_shards(step)
@@ -110,7 +120,7 @@ def run_part(name: str, profile: Mapping[str, Any], root: Path, part: Part) -> d
             _load_function(stage)(step)
         except PartEnded as ended:
             return {"made": ended.made, "kept": ended.kept}
-        raise AssertionError(f"'{name}' is declared as sharded but did not call map_shards")
+        raise AssertionError(f"'{stage.name}' is declared as sharded but did not call map_shards")
 
 
 def restart(name: str, profile: Mapping[str, Any], root: Path) -> None:
@@ -249,10 +259,16 @@ def _resolve_inputs(
     inputs: dict[str, Path] = {}
     digests: dict[str, str] = {}
     seen: dict[str, Any] = {}
+    withdrawn = read_withdrawn(root)
     for name, maker in stage.inputs.items():
         inputs[name] = inside(root, find_stage(maker).home)
         seen[name] = stamps(inputs[name])
         digests[name] = verify(inputs[name], maker)["digest"]
+        if digests[name] in withdrawn.outputs:
+            raise BadInputError(
+                f"'{stage.name}' can't read {inputs[name]}, which holds or comes from withdrawn data; run '{maker}' "
+                "again first, or the import."
+            )
     for name, key in stage.sources.items():
         path = inside(root, section(profile, key))
         if not path.exists():
@@ -283,7 +299,7 @@ def _write_rejected(step: Step) -> None:
     quarantined = step._rejected.write(step.out)
     own = step.parameters[step.stage.parameters[-1]] if step.stage.parameters else None
     limit = own.get("max_rejected_share", 1.0) if isinstance(own, Mapping) else 1.0
-    if quarantined > limit * max(step.rows_in, 1):
+    if quarantined - step.reasons[WITHDRAWN] > limit * max(step.rows_in, 1):
         counts = ", ".join(f"{reason} {count}" for reason, count in step.reasons.most_common())
         kept = step.scratch / "rejected.parquet"
         raise GateFailedError(

@@ -27,6 +27,7 @@ from components.pipeline.progress import Meter, progress
 from components.pipeline.shard_records import read_record, record_keys, write_record
 from components.pipeline.state import STATE, lock
 from components.pipeline.tables import TableWriter, read_table, write_table
+from components.pipeline.withdrawn import DETAIL, REASON, Withdrawn, read_withdrawn
 from components.pipeline.workspace import Part, PartEnded, Workspace
 from univigu.files import file_sha256, link_or_copy, sync_tree
 
@@ -93,8 +94,23 @@ class Step(Workspace):
         return read_table(self.inputs[source], table)
 
     def write(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a table into the output; its number of rows becomes the step's `rows_out`."""
-        self.rows_out = write_table(self.out, table, rows)
+        """Write a table into the output, without withdrawn rows; its number of rows becomes the step's `rows_out`."""
+        self.rows_out = write_table(self.out, table, self.without_withdrawn(rows))
+
+    @cached_property
+    def withdrawn(self) -> Withdrawn:
+        """What was withdrawn under the work root."""
+        return read_withdrawn(self.root)
+
+    def without_withdrawn(self, rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+        """The rows that were not withdrawn; the others are quarantined without their content."""
+        return (row for row in rows if not self._drop(row)) if self.withdrawn else rows
+
+    def _drop(self, row: Mapping[str, Any]) -> bool:
+        covered = self.withdrawn.covers(row)
+        if covered:
+            self.reject(str(row.get("id") or row.get("clip_id")), REASON, DETAIL)
+        return covered
 
     def reject(self, row_id: str, reason: str, detail: str = "", row: Any = None) -> None:
         """Quarantine a row: `reason` is a short slug for counting, `detail` says what was found."""
@@ -148,6 +164,8 @@ def _map_shards(
 ) -> list[dict[str, Any]]:
     """Implement `Step.map_shards`."""
     chunks = [chunk for _, alike in groupby(rows, group or (lambda _: None)) for chunk in _chunks(list(alike), size)]
+    # Withdrawn rows are dropped from their shards, so that the other shards are kept.
+    chunks = [kept for chunk in chunks if (kept := list(step.without_withdrawn(chunk)))]
     shards = [(f"{number:05d}", chunk) for number, chunk in enumerate(chunks)]
     if step.part:
         _make_part(step, shards[step.part.number - 1 :: step.part.of], work, unit)

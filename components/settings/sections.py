@@ -196,6 +196,14 @@ class ImportVideos(Section):
 
     max_rejected_share: Share = setting(REJECTED)
     shard_size: Size = setting(SHARD, "videos")
+    scenes: Literal["cut", "ignore"] = setting("Cut a video at its changes of scene, or take it as one scene")
+    scene_threshold: Positive = setting("A change of scene is this many times as large as the changes around it")
+    take: Literal["head", "windows", "uniform", "squeeze"] = setting(
+        "What becomes of a longer scene. At its own speed: its first clip, clip after clip, or at most `most` clips "
+        "spread over it; squeeze: one clip of all of it, sped up within `video.fit.speed`"
+    )
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = setting("Share of a clip that the next one may repeat")
+    most: Size = setting("Clips of a scene, with uniform", "clips")
 
 
 class CaptionVideos(Section):

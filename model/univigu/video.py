@@ -10,9 +10,11 @@ size), the same chroma filter, and no alpha. HDR is tone-mapped to BT.709.
 
 import io
 import math
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +102,17 @@ def read_video(
 class VideoFacts(NamedTuple):
     """The facts of a video file: when its last frame starts and ends, and its upright size in square pixels."""
 
+    count: int  # frames
     last: float  # seconds from the first frame to the last
     seconds: float  # the duration, which is often inexact: files guess that of the last frame
     height: int
     width: int
     hdr: str  # "pq" or "hlg"; empty for standard dynamic range
+
+    @property
+    def rate(self) -> float:
+        """The mean number of frames per second; 0 for a single frame."""
+        return (self.count - 1) / self.last if self.last > 0 else 0.0
 
     def frames(self, fps: float) -> int:
         """The number of frames at another frame rate."""
@@ -119,12 +127,12 @@ def probe_video(source: bytes | Path) -> VideoFacts:
         height, width = painter.size(first)
         hdr = painter.hdr(first)
     with open_video(source) as video:
-        begin, last, end = _find_times(video, first)
-    return VideoFacts(last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
+        count, begin, last, end = _find_times(video, first)
+    return VideoFacts(count, last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
 
 
-def _find_times(video: Video, first: Any) -> tuple[float, float, float]:
-    """The start of the first frame, and the start and end of the last one, in seconds, from the packets alone.
+def _find_times(video: Video, first: Any) -> tuple[int, float, float, float]:
+    """The number of frames, the start of the first, and the start and end of the last, in seconds, from the packets.
 
     first: the first frame that is shown; packets before it are only needed to decode it. Where some packets have no
     presentation time, as in an AVI, the decoding times of all packets are used: the intervals are the same.
@@ -139,10 +147,10 @@ def _find_times(video: Video, first: Any) -> tuple[float, float, float]:
     kind = next((kind for kind in (0, 1) if all(packet[kind] is not None for packet in packets)), None)
     base = float(video.stream.time_base)
     if kind is None:
-        return 0.0, (len(packets) - 1) * video.interval, len(packets) * video.interval
+        return len(packets), 0.0, (len(packets) - 1) * video.interval, len(packets) * video.interval
     spans = [(packet[kind] * base, packet[kind] * base + (packet[2] * base or video.interval)) for packet in packets]
     starts, ends = zip(*spans, strict=True)
-    return min(starts), max(starts), max(ends)
+    return len(packets), min(starts), max(starts), max(ends)
 
 
 def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
@@ -152,29 +160,62 @@ def sample_video(source: bytes | Path, times: Sequence[float], height: int, widt
     scaled to cover `height` x `width` and cropped around the centre. The whole file is decoded. Raises as `read_video`
     does.
     """
-    chosen: list[np.ndarray] = []
+    (frames,) = sample_windows(source, [times], height, width)
+    return frames
+
+
+def sample_windows(
+    source: bytes | Path, windows: Sequence[Sequence[float]], height: int, width: int
+) -> Iterator[np.ndarray]:
+    """The frames of several windows of a video file, each as `sample_video` gives them, in one pass over the file.
+
+    windows: the times of each window's frames; a later window doesn't end earlier. Only the frames of the windows that
+    the pass is in are in memory. Raises as `read_video` does, and only after the last window if the file's end is
+    damaged.
+    """
+    ahead = deque(sorted((time, number) for number, times in enumerate(windows) for time in times))
+    chosen: dict[int, list[np.ndarray]] = defaultdict(list)
     with open_video(source) as video:
         painter = _Painter(video)
         held, begin = None, 0.0
-        for at, frame in read_frames(video):
+        for at, frame in chain(read_frames(video), [(math.inf, None)]):  # the last frame is shown until the end
             begin = at if held is None else begin
-            due = sum(time < at - begin for time in times[len(chosen) :])
-            if due and held is not None:
-                chosen += [painter.cover(held, height, width)] * due
+            picture = None
+            while held is not None and ahead and ahead[0][0] < at - begin:
+                picture = painter.cover(held, height, width) if picture is None else picture
+                _, number = ahead.popleft()
+                chosen[number].append(picture)
+                if len(chosen[number]) == len(windows[number]):
+                    yield np.stack(chosen.pop(number))
             held = frame
-        chosen += [painter.cover(held, height, width)] * (len(times) - len(chosen))
-        return np.stack(chosen)
+
+
+def small_frames(source: bytes | Path, side: int) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video file, uint8 (H, W, 3), with a longer side of at most `side`, and its time from the first.
+
+    Raises as `read_video` does.
+    """
+    with open_video(source) as video:
+        painter, size, begin = _Painter(video), None, 0.0
+        for at, frame in read_frames(video):
+            begin = begin if size else at
+            size = size or _limited_size(painter, frame, side)
+            yield at - begin, painter.draw(frame, *size)
 
 
 def _bounded(video: Video) -> Iterator[Callable[[], np.ndarray]]:
     """For each frame, a function that returns it as an upright RGB array, with the first frame's (limited) size."""
     painter, size = _Painter(video), None
     for _, frame in read_frames(video):
-        if size is None:
-            height, width = painter.size(frame)
-            scale = min(1.0, MAX_SIDE / max(height, width))
-            size = max(1, round(height * scale)), max(1, round(width * scale))
+        size = size or _limited_size(painter, frame, MAX_SIDE)
         yield partial(painter.draw, frame, *size)
+
+
+def _limited_size(painter: "_Painter", frame: Any, side: int) -> tuple[int, int]:
+    """A frame's upright height and width, scaled down where a side is longer than `side`."""
+    height, width = painter.size(frame)
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _thin(frames: Iterable[Callable[[], np.ndarray]], limit: int | None) -> tuple[list[np.ndarray], float]:

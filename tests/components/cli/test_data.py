@@ -2,7 +2,8 @@
 
 import pytest
 
-from components.cli.data import _about_stages, _videos
+from components.cli.data import _about_stages
+from components.clips.import_report import used_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ def test_a_stage_without_clips_is_told_with_its_cause(captions, stages, said):
     assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 
-def test_rows_of_a_table_that_are_about_no_video_are_not_counted_as_videos():
+def test_rows_of_a_table_that_are_about_no_video_explain_no_unused_video():
     reasons = {"no_file": 2, "duplicate_row": 1, "broken_row": 1, "no_text": 3, "damaged": 1}
-    assert _videos({"rows_in": 20, "reasons": reasons}) == 16
+    assert used_of(16, 20, reasons) == "Used 16 of 20 videos, because: damaged 1, no_text 3"
+    assert used_of(20, 20, {"no_file": 2}) == "Used 20 of 20 videos"

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+import tarfile
 from itertools import permutations
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
-from components.clips.import_files import list_videos
-from components.clips.import_texts import Texts, read_texts
+from components.clips.import_files import find_videos, list_videos
+from components.clips.import_texts import Texts, read_members, read_texts
 from components.prompts.records import LONGEST_LINE, LONGEST_QUOTE
 from univigu.errors import BadInputError, ConfigError, CorruptDataError, MissingInputError
 
@@ -216,7 +219,7 @@ def test_the_table_of_a_folder_is_found_by_its_name(tmp_path):
     ("name", "content", "error", "message"),
     [
         ("none.csv", None, MissingInputError, "no file with captions"),
-        ("x.xlsx", b"", ConfigError, "neither CSV nor JSONL"),
+        ("x.xlsx", b"", ConfigError, "neither CSV nor JSONL nor Parquet"),
         ("x.csv", b"clip;words\na;b\n", BadInputError, "has the columns clip;words; it needs one of file_name"),
         ("x.csv", b"", BadInputError, r"has the columns \(none\)"),
     ],
@@ -226,3 +229,89 @@ def test_what_is_no_table_of_captions_is_named(tmp_path, name, content, error, m
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
         read_texts(tmp_path, ["a.mp4"], tmp_path / name)
+
+
+# --- other sources ---------------------------------------------------------------------------------------------------
+
+
+def test_a_parquet_table_is_read_without_its_videos(tmp_path):
+    table = pa.table(
+        {
+            "file_name": ["a.mp4", "b.mp4", "c.mp4"],
+            "video": [{"bytes": b"\0" * 9, "path": "a.mp4"}] * 3,
+            "text": ["one", None, "three"],
+            "stage": [1, 2, 3],
+        }
+    )
+    parquet.write_table(table, tmp_path / "t.parquet")
+    found, faults = read_texts(tmp_path, ["a.mp4", "b.mp4", "c.mp4"], tmp_path / "t.parquet")
+    assert found == {"a.mp4": Texts("one", "", 1)}
+    assert reasons(faults) == [("t.parquet:3", "broken_row"), ("b.mp4", "no_text")] or reasons(faults) == [
+        ("b.mp4", "no_text"),
+        ("t.parquet:3", "broken_row"),
+    ]
+
+
+def test_each_folder_may_have_a_table_of_its_own_and_others_have_text_files(tmp_path):
+    for split in ("train", "test", "loose"):
+        (tmp_path / split).mkdir()
+        (tmp_path / f"{split}/a.txt").write_text(f"{split}, beside")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}/metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "text": split}))
+    found, faults = read_texts(tmp_path, ["loose/a.mp4", "test/a.mp4", "train/a.mp4"], None)
+    assert faults == []
+    assert {name: text.caption for name, text in found.items()} == {
+        "loose/a.mp4": "loose, beside",
+        "test/a.mp4": "test",
+        "train/a.mp4": "train",
+    }
+
+
+def test_texts_in_a_tar_are_those_of_the_videos_beside_them(tmp_path):
+    members = {
+        "one.mp4": b"video",
+        "one.json": b'{"caption": "from JSON", "prompt": "brief", "stage": 2}',
+        "one.txt": b"not this",
+        "sub/two.left.mp4": b"video",
+        "sub/two.txt": b"from text",
+        "three.mp4": b"video",
+        "three.json": b'{"width": 9}',
+        "four.mp4": b"video",
+        "four.json": b"{",
+        "._five.mp4": b"of a Mac",
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1.5  # WebDataset's times are fractions, which need extensions
+            archive.addfile(info, io.BytesIO(content))
+    videos = find_videos(tmp_path)
+    assert (videos.faults, videos.names) == (
+        {},
+        ["a.tar/four.mp4", "a.tar/one.mp4", "a.tar/sub/two.left.mp4", "a.tar/three.mp4"],
+    )
+    assert videos.open("a.tar/one.mp4") == b"video"
+    found, faults = read_texts(tmp_path, videos.names, None, read_members(videos))
+    assert found == {
+        "a.tar/one.mp4": Texts("from JSON", "brief", 2),
+        "a.tar/sub/two.left.mp4": Texts("from text", ""),
+    }
+    assert reasons(faults) == [("a.tar/four.mp4", "broken_row")]
+
+
+def test_a_tar_that_is_damaged_or_has_odd_members_is_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in ("ok.mp4", "twice.mp4", "twice.mp4", "../out.mp4", "x" * 120 + ".mp4"):
+            archive.addfile(tarfile.TarInfo(name))
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 200)
+    videos = find_videos(tmp_path)
+    assert videos.names == ["a.tar/ok.mp4"]
+    assert sorted(reason for reason, _ in videos.faults.values()) == ["damaged", *["unreadable_member"] * 3]
+
+
+def test_the_probable_encoding_of_a_text_file_is_named(tmp_path):
+    text = "Рыжая кошка бежит по траве, потом прыгает на забор и смотрит на птиц."
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1251"))
+    found, (fault,) = read_texts(tmp_path, ["a.mp4"], None)
+    assert (found, fault.reason) == ({}, "damaged_text")
+    assert "not UTF-8, but perhaps cp1251" in fault.detail

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from components.cli.main import app
 from components.clips import import_videos as module
 from components.clips.archive import open_clip, read_clips
-from components.clips.import_videos import first_sentence, import_folder
+from components.clips.import_videos import first_sentence, import_folder, import_part
 from components.digits import world
 from components.pipeline.freshness import finished
 from components.pipeline.manifests import verify
 from components.pipeline.runner import run_part, run_stage
 from components.pipeline.tables import read_table
 from components.pipeline.workspace import Part
+from components.registry.withdrawal import Request, withdraw
 from small_videos import sound, turned, write_video
 from univigu.errors import ConfigError
 from univigu.video import encode_mp4
@@ -117,8 +118,8 @@ def test_frames_are_sampled_by_their_timestamps(root, profile, tmp_path):
         (folder / f"{name}.txt").write_text(name)
     import_folder(folder, None, {**OPTIONS, "texts": "prompts"}, profile, root)
     found = {name: brightness(frames) for name, frames in frames_of(root, profile).items()}
-    for name, seconds, start in (("even", 1, 40), ("fast", 1, 40), ("from-late", 1, 120), ("two-seconds", 2, 40)):
-        expected = start + 80 * np.linspace(0, seconds, 9)
+    for name, start in (("even", 40), ("fast", 40), ("from-late", 120), ("two-seconds", 40)):
+        expected = start + 80 * np.linspace(0, 1, 9)
         np.testing.assert_allclose(found[name], expected, atol=6, err_msg=name)
     np.testing.assert_allclose(found["uneven"], 40 + 80 * np.arange(9) / 8, atol=6)
 
@@ -149,6 +150,7 @@ def test_clips_are_upright_centre_crops_with_square_pixels(root, profile, tmp_pa
 
 
 def test_unusable_videos_are_quarantined_with_their_reasons(folder, root, profile):
+    profile["import_videos"]["take"] = "squeeze"
     whole = (folder / "v00.mp4").read_bytes()
     noisy = encode_mp4(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3)).astype(np.uint8), 8)
     middle = noisy.index(b"mdat") + (len(noisy) - noisy.index(b"mdat")) // 2
@@ -222,31 +224,27 @@ def test_one_odd_file_ends_no_import(folder, root, profile, tmp_path):
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (17, 13, 4)
 
 
-def test_the_speed_of_a_clip_is_recorded(root, profile, tmp_path):
+def test_a_long_video_becomes_clips_at_its_own_speed(root, profile, tmp_path):
     folder = tmp_path / "videos"
-    for name, seconds in {"same": 9 / 8, "fast": 27 / 8, "slow": 7 / 8}.items():
-        write_video(folder / f"{name}.mp4", np.arange(round(seconds * 8)) / 8, dark=0)
-        (folder / f"{name}.txt").write_text(name)
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
-    options = [
-        "--licence",
-        "CC0-1.0",
-        "--source",
-        "x",
-        "--texts",
-        "prompts",
-        "--profile",
-        str(tmp_path / "profile.yaml"),
-    ]
-    done = CliRunner().invoke(app, ["data", "import", str(folder), *options, "--root", str(root)])
+    write_video(folder / "long.mp4", np.arange(53) / 15, dark=0)  # 15 frames a second for 3.53 seconds
+    write_video(folder / "short.mp4", np.arange(10) / 15)
+    for name in ("long", "short"):
+        (folder / f"{name}.txt").write_text(caption(0) if name == "long" else caption(1))
+    profile["video"]["fps"] = 9  # a clip is a second long
+    manifest = import_folder(folder, None, OPTIONS, profile, root)
     rows = read_table(root / "data/clips", "clips").to_pylist()
-    assert {row["prompt"]: json.loads(row["scores"])["speed"] for row in rows} == {
-        "same": 1.0,
-        "fast": 3.0,
-        "slow": 0.778,
-    }
-    assert "Clips that play faster than their videos: 1, up to 3 times as fast" in done.output
-    assert "Clips that play slower than their videos: 1, up to 0.778 times as fast" in done.output
+    spans = [(score["start"], score["end"], score["speed"]) for score in (json.loads(row["scores"]) for row in rows)]
+    assert spans == [(0.0, 1.0, 1.0), (1.0, 2.0, 1.0), (2.0, 3.0, 1.0)]
+    assert rejected(root) == {"short.mp4": "too_short"}
+    assert (manifest["rows_in"], manifest["facts"]["videos"]) == (4, {"used": 1, "of": 2})
+    assert manifest["facts"]["seconds"] == {"unused": 0.556, "of": 3.556}
+    assert manifest["facts"]["captions"] == {"usable": 3}
+    assert len({row["seed"] for row in rows}) == 3
+    assert len({row["generator_digest"] for row in rows}) == len({row["stage"] for row in rows}) == 1
+    captions = read_table(root / "data/clips", "captions").to_pylist()
+    assert [row["clip_id"] for row in captions] == [row["id"] for row in rows]
+    content = list(read_clips(root / "data/clips", rows))
+    assert [brightness(open_clip(*one)[0])[0].round(-1) for one in content] == [0, 80, 160]
 
 
 def hdr_video(path):
@@ -293,7 +291,7 @@ def test_an_import_gives_equal_bytes_elsewhere_and_after_a_kill(folder, root, pr
     import_folder(folder, None, OPTIONS, profile, root)
     other, moved = tmp_path / "other", shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.copytree(root / profile["base"], other / profile["base"])
-    made, make = [], module.make_clip
+    made, make = [], module.make_clips
 
     def stop_at_seventh(*arguments):
         if len(made) == 6:
@@ -302,16 +300,25 @@ def test_an_import_gives_equal_bytes_elsewhere_and_after_a_kill(folder, root, pr
         return make(*arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(module, "make_clip", stop_at_seventh)
+        context.setattr(module, "make_clips", stop_at_seventh)
         with pytest.raises(KeyboardInterrupt):
             import_folder(moved, None, OPTIONS, profile, other)
-    monkeypatch.setattr(module, "make_clip", lambda *arguments: made.append(arguments[-1]["file"]) or make(*arguments))
+    monkeypatch.setattr(module, "make_clips", lambda *arguments: made.append(arguments[-1]["file"]) or make(*arguments))
     import_folder(moved, None, OPTIONS, profile, other)
     assert len(made) <= 13
     assert snapshot(other) == snapshot(root)
     made.clear()
     import_folder(moved, None, OPTIONS, profile, other)
     assert made == []
+
+
+def test_parts_of_an_import_are_kept_by_the_run_that_follows(folder, root, profile, monkeypatch):
+    profile["import_videos"]["shard_size"] = 5
+    parts = [import_part(folder, None, OPTIONS, profile, root, Part(number, 2)) for number in (2, 1)]
+    assert parts == [{"made": 1, "kept": 0}, {"made": 2, "kept": 0}]
+    assert not (root / "data/clips").exists()
+    monkeypatch.setattr(module, "make_clips", lambda *_: pytest.fail("a clip was made again"))
+    assert import_folder(folder, None, OPTIONS, profile, root)["rows_out"] == 12
 
 
 def test_captions_come_from_a_table_and_prompts_with_them(folder, root, profile):
@@ -366,7 +373,7 @@ def test_the_command_asks_for_licence_and_source_and_says_what_is_next(folder, r
     assert isinstance(refused.exception, ConfigError)
     assert "'secret' is not among the profile's" in str(refused.exception)
     done = runner.invoke(app, [*given, "CC0-1.0"])
-    assert "12 clips from 12 videos, 0 quarantined" in done.output
+    assert "12 clips from 12 videos, 0 quarantined\nUsed 12 of 12 videos\n" in done.output
     where = f" --profile {tmp_path / 'profile.yaml'} --root {root}"
     assert f"`univigu run validate-clips{where}`, `univigu run validate-pairs{where}`" in done.output
     assert verify(root / "data/captions", "caption-videos")["step"] == "import-captions"
@@ -378,3 +385,15 @@ def test_generated_clips_are_replaced_only_on_request(folder, root, profile, tmp
     call = ["data", "import", str(folder), "--licence", "CC0-1.0", "--source", "x", "--root", str(root)]
     refused = CliRunner().invoke(app, call)
     assert "has clips made by 'synthesize-videos'; choose another --root" in str(refused.exception)
+
+
+def test_a_withdrawn_video_is_not_imported_again(folder, root, profile):
+    import_folder(folder, None, OPTIONS, profile, root)
+    clip = read_table(root / "data/clips", "clips").to_pylist()[0]
+    withdraw(Request(id=clip["id"]), root, all_of_it=False, dry_run=False)
+    manifest = import_folder(folder, None, OPTIONS, profile, root)
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["reasons"]) == (12, 11, {"withdrawn": 1})
+    assert clip["id"] not in read_table(root / "data/captions", "captions")["clip_id"].to_pylist()
+    withdraw(Request(source="a test"), root, all_of_it=True, dry_run=False)
+    with pytest.raises(ConfigError, match="The source 'a test' was withdrawn"):
+        import_folder(folder, None, OPTIONS, profile, root)
