@@ -62,8 +62,8 @@ class RunState(NamedTuple):
 class KfpServer:
     """The server at `host`, by default at the address in KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
 
-    namespace: for multi-user servers. A call that fails temporarily is tried again after `delay_s` (`DELAY_S`) seconds, with
-    doubled delays, and finally raises `TransientError`; retries never submit a run twice. `settle_s` seconds
+    namespace: for multi-user servers. A call that fails temporarily is retried after `delay_s` seconds (`DELAY_S`),
+    with doubled delays, and finally raises `TransientError`; retries never submit a run twice. `settle_s` seconds
     (`SETTLE_S`) after a submission, `submit` checks whether another process was first.
     """
 

@@ -191,7 +191,7 @@ def restore_files(
             f"can't be restored, because this step did not upload them; delete that version, and run again."
         )
     with opened(tracking_uri):
-        # pyrefly: ignore[missing-attribute]
+        # pyrefly: ignore[bad-argument-type]
         _log_files(pipeline, card, evidence, model_id=_model_id(version.source))
 
 
