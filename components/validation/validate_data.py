@@ -21,6 +21,7 @@ from components.checks.repetition import repetition
 from components.checks.texts import damage, repeats_prompt
 from components.checks.wrapping import wrapping
 from components.clips.buckets import Bucket, list_buckets
+from components.clips.import_clips import NAME as IMPORTED
 from components.pipeline.step import Step
 from components.pipeline.tables import SCHEMAS
 from components.prompts.filters import UNDECIDED, text_id
@@ -140,6 +141,7 @@ def join_captions(clips: Sequence[Mapping[str, Any]], captions: Sequence[Mapping
                 "shard": clip["shard"],
                 "member": clip["member"],
                 "sha256": clip["sha256"],
+                "video": clip["generator_digest"] if clip["generator"] == IMPORTED else clip["id"],
                 "status": caption.get("status"),
                 "stored_tokens": caption.get("n_tokens", 0),
             }
@@ -148,20 +150,24 @@ def join_captions(clips: Sequence[Mapping[str, Any]], captions: Sequence[Mapping
 
 
 def assign_splits(rows: Sequence[dict[str, Any]], heldout_share: float) -> None:
-    """Set `split`, and `part` (stage and split): in each stage, the share of rows with the lowest hashes is held out.
+    """Set `split`, and `part` (stage and split): in each stage, the videos with the lowest hashes are held out.
 
-    At least one row per stage is held out. A clip's split doesn't depend on the order of the rows, and hardly on the
-    other clips.
+    They have at least the share of the stage's rows, and one. All clips of an imported video are on one side, unless
+    its stage has no other video. A video's split doesn't depend on the order of the rows, and hardly on the others.
     """
     for stage in {row["stage"] for row in rows}:
-        ranked = sorted(
-            (row for row in rows if row["stage"] == stage),
-            key=lambda row: hashlib.sha256(f"split {row['clip_id']}".encode()).digest(),
-        )
-        heldout = ceil(heldout_share * len(ranked))
-        for rank, row in enumerate(ranked):
-            row["split"] = "heldout" if rank < heldout else "train"
-            row["part"] = f"{stage} {row['split']}"
+        videos: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["stage"] == stage:
+                videos.setdefault(row.get("video") or row["clip_id"], []).append(row)
+        if len(videos) == 1:
+            videos = {row["clip_id"]: [row] for row in next(iter(videos.values()))}
+        missing = ceil(heldout_share * sum(map(len, videos.values())))
+        for name in sorted(videos, key=lambda name: hashlib.sha256(f"split {name}".encode()).digest()):
+            split = "heldout" if missing > 0 else "train"
+            missing -= len(videos[name])
+            for row in videos[name]:
+                row["split"], row["part"] = split, f"{stage} {split}"
 
 
 def _captioned_rows(step: Step, captions: pa.Table) -> list[dict[str, Any]]:

@@ -231,6 +231,17 @@ def test_a_clip_keeps_its_split_in_any_order_of_the_rows():
     assert sum(before[row["clip_id"]] != row["split"] for row in rows) <= 2
 
 
+def test_all_clips_of_a_video_are_trained_on_or_held_out_unless_it_is_the_only_one():
+    rows = [{"clip_id": f"c{i}", "video": f"v{i // 5}", "stage": 2} for i in range(60)]
+    assign_splits(rows, 0.1)
+    heldout = {row["video"] for row in rows if row["split"] == "heldout"}
+    assert len(heldout) == 2  # 10 of 60 clips: at least a tenth
+    assert {row["split"] for row in rows if row["video"] in heldout} == {"heldout"}
+    alone = rows[:5]
+    assign_splits(alone, 0.1)
+    assert sorted(row["split"] for row in alone) == ["heldout", *["train"] * 4]
+
+
 @pytest.mark.parametrize(
     ("step", "change", "message"),
     [
