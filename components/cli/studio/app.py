@@ -4,7 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from components.cli.studio import data_page, models_page, runs_page
+from components.cli.studio import create_page, data_page, models_page, runs_page
 from components.cli.studio.work import Studio
 
 STYLE = Path(__file__).parent / "studio.css"
@@ -12,6 +12,7 @@ PAGES = {  # by path
     "": ("Models", models_page.build),
     "runs": ("Runs", runs_page.build),
     "data": ("Data", data_page.build),
+    "create": ("Create", create_page.build),
 }
 
 

@@ -20,7 +20,7 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         name = choice("Registered model", "model-name")
         version = choice("Version", "model-version")
         reload = gr.Button("Read again", scale=0)
-    versions, details = gr.HTML(), gr.HTML()
+    versions = gr.HTML()
     gr.HTML("<h2>Change the champion</h2>")
     why = gr.Textbox(label="Reason", info="It is recorded in the history.", elem_id="why")
     with gr.Row():
@@ -28,7 +28,7 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         force = gr.Checkbox(label="even if it is not better", elem_id="force")
     with gr.Row():
         promote, roll_back = gr.Button("Promote this version", variant="primary"), gr.Button("Roll back")
-    said, history, seen = gr.HTML(), gr.HTML(), gr.State(Champions(0, 0))
+    said, details, history, seen = gr.HTML(), gr.HTML(), gr.HTML(), gr.State(Champions(0, 0))
 
     shown = [name, version, versions, details, history, seen]
     asked = [name, version]

@@ -116,12 +116,11 @@ def _named(known: Champions) -> str:
     return champion + (f" (before it version {known.previous})" if known.previous else "")
 
 
-def _scores(studio: Studio, name: str, version: int) -> list[tuple[str, Any]]:
-    """Each score with its interval by its dotted name, the headlines first."""
+def _scores(studio: Studio, name: str, version: int) -> dict[str, list[tuple[str, Any]]]:
+    """Scores with their intervals by their dotted names: the `headlines`, and `all`."""
     store = existing_store(studio.root)
     found = read_evaluation(registry.artifact(f"models:/{name}/{version}", "evaluation", store)).scores
-    headlines = [key for key in HEADLINES if key in found]
-    return [(key, found[key]) for key in dict.fromkeys([*headlines, *sorted(found)])]
+    return {"headlines": [(key, found[key]) for key in HEADLINES if key in found], "all": sorted(found.items())}
 
 
 def _or_error(read: Callable[[], Any]) -> Any:

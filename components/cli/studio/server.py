@@ -47,7 +47,7 @@ def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
 
     from components.cli.studio.work import Studio
 
-    with _listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="univigu-studio-") as cache:
+    with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="univigu-studio-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(cache) / "uploads")
         port = listening.getsockname()[1]
         app = Guard(make_app(Studio(root, name, Path(cache))), token, port, is_loopback(host))
@@ -70,7 +70,8 @@ def _require_gradio() -> None:
         ) from error
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises `BadInputError` if the address is taken, or isn't one of this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
@@ -88,19 +89,21 @@ def make_app(studio: "Studio") -> "FastAPI":
     from fastapi.responses import FileResponse, PlainTextResponse, Response
 
     from components.cli.studio import app as pages
+    from components.cli.studio import gallery
     from components.cli.studio.videos import find_video
 
     server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @server.get("/video/{kind}/{name:path}")
-    def video(kind: str, name: str) -> Response:
+    def video(kind: str, name: str, save: str | None = None) -> Response:
         try:
-            path = find_video(studio, kind, name)
+            path, saved_as = gallery.export(studio, name) if kind == "made" else (find_video(studio, kind, name), "")
         except MissingInputError as error:
             return PlainTextResponse(f"{error}\n", 404)
         except UniViGUError as error:
             return PlainTextResponse(f"{error}\n", 409)
-        return FileResponse(path, headers={"cache-control": "private, max-age=3600"})
+        headers = {"cache-control": "private, max-age=3600"}
+        return FileResponse(path, headers=headers, filename=saved_as if save is not None else None)
 
     return gradio.mount_gradio_app(
         server,
