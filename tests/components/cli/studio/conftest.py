@@ -130,3 +130,8 @@ def studio_server(full_root):
 @pytest.fixture(scope="session", name="leave_clips")
 def leave_clips_fixture():
     return leave_clips
+
+
+@pytest.fixture(scope="session", name="moving_square")
+def moving_square_fixture():
+    return moving_square
