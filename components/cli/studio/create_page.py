@@ -60,10 +60,10 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     generating.click(run_generate, generate.fields, shown, api_name="generate", **one_at_a_time)
     captioning.click(run_caption, [file, *caption.fields], shown, api_name="caption", **one_at_a_time)
     jointly.click(run_joint, joint.fields, shown, api_name="joint", **one_at_a_time)
-    moment.input(page.show_tokens, [trace, moment], tokens, api_name=False, show_progress="hidden")
+    moment.input(page.show_tokens, [trace, moment], tokens, api_visibility="private", show_progress="hidden")
     app.load(page.which, None, which, api_name="which")
     app.load(page.show_gallery, at, [at, results], api_name="gallery")
-    at.submit(page.show_gallery, at, [at, results], api_name=False)
+    at.submit(page.show_gallery, at, [at, results], api_visibility="private")
 
 
 def _go(label: str) -> gr.Button:

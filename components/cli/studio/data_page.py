@@ -25,10 +25,10 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     query, shown = [verdict, stage, text], [verdict, at, found]
     app.load(page.show, [*query, at], shown, api_name="clips")
     for event in (verdict.input, stage.input, text.submit):
-        event(lambda *asked: page.show(*asked, 1), query, shown, api_name=False)
-    at.submit(page.show, [*query, at], shown, api_name=False)
-    back.click(lambda *asked: page.show(*asked[:3], (number(asked[3]) or 1) - 1), [*query, at], shown, api_name=False)
-    ahead.click(lambda *asked: page.show(*asked[:3], (number(asked[3]) or 0) + 1), [*query, at], shown, api_name=False)
+        event(page.show, query, shown, api_visibility="private")
+    at.submit(page.show, [*query, at], shown, api_visibility="private")
+    back.click(page.show_previous, [*query, at], shown, api_visibility="private")
+    ahead.click(page.show_next, [*query, at], shown, api_visibility="private")
 
 
 class DataPage:
@@ -37,7 +37,7 @@ class DataPage:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
 
-    def show(self, verdict: str | None, stage: Any, text: str | None, page: Any) -> list[Any]:
+    def show(self, verdict: str | None, stage: Any, text: str | None, page: Any = 1) -> list[Any]:
         """The choice of verdicts, the number of the page that is shown, and its clips."""
         try:
             counts = clips.count_verdicts(self.studio.root)
@@ -49,3 +49,11 @@ class DataPage:
         labels = [("any", ""), *((f"{name} ({count})", name) for name, count in counts.items())]
         page_html = render("clips.html.j2", found=found, first=(found.page - 1) * clips.PAGE + 1)
         return [gr.Dropdown(choices=labels, value=verdict), found.page, page_html]
+
+    def show_previous(self, verdict: str | None, stage: Any, text: str | None, page: Any) -> list[Any]:
+        """The page before."""
+        return self.show(verdict, stage, text, (number(page) or 1) - 1)
+
+    def show_next(self, verdict: str | None, stage: Any, text: str | None, page: Any) -> list[Any]:
+        """The page after."""
+        return self.show(verdict, stage, text, (number(page) or 0) + 1)

@@ -33,11 +33,10 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     shown = [name, version, versions, details, history, seen]
     asked = [name, version]
     app.load(page.show, asked, shown, api_name="models")
-    reload.click(page.show, asked, shown, api_name=False)
-    name.input(lambda chosen: page.show(chosen, None), [name], shown, api_name=False)
+    reload.click(page.show, asked, shown, api_visibility="private")
+    name.input(lambda chosen: page.show(chosen, None), [name], shown, api_visibility="private")
     version.input(page.show_version, asked, details, api_name="version")
     fields = [why, person, force]
-    # pyrefly: ignore[bad-argument-type]
     promote.click(
         page.promote, [*asked, *fields, seen], [said, *fields, *shown], api_name="promote", concurrency_limit=1
     )

@@ -33,17 +33,17 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     samples = gr.HTML()
 
     app.load(page.now, None, now, api_name="runs_now")
-    gr.Timer(EVERY_S).tick(page.now, None, now, api_name=False, show_progress="hidden")
+    gr.Timer(EVERY_S).tick(page.now, None, now, api_visibility="private", show_progress="hidden")
     choices = [chosen, metric, heldout]
     app.load(page.choose, choices, [said, *choices], api_name="runs").then(
         page.draw, choices, [curves, heldout_curves], api_name="curves"
     ).then(page.show_samples, [chosen, step], [step, samples], api_name="samples")
     for one in choices:
-        one.input(page.draw, choices, [curves, heldout_curves], api_name=False)
-    chosen.input(lambda ids: page.show_samples(ids, None), [chosen], [step, samples], api_name=False)
-    step.input(page.show_samples, [chosen, step], [step, samples], api_name=False)
+        one.input(page.draw, choices, [curves, heldout_curves], api_visibility="private")
+    chosen.input(lambda ids: page.show_samples(ids, None), [chosen], [step, samples], api_visibility="private")
+    step.input(page.show_samples, [chosen, step], [step, samples], api_visibility="private")
     gr.Timer(6 * EVERY_S).tick(
-        page.draw_again, choices, [curves, heldout_curves], api_name=False, show_progress="hidden"
+        page.draw_again, choices, [curves, heldout_curves], api_visibility="private", show_progress="hidden"
     )
 
 
@@ -106,7 +106,8 @@ class RunsPage:
             return [gr.Dropdown(choices=[], value=None), note(explain(error))]
         if not steps:
             return [gr.Dropdown(choices=[], value=None), note("No samples are recorded for this run.") if found else ""]
-        step = number(step) if number(step) in steps else max(steps)
+        chosen = number(step)
+        step = chosen if chosen in steps else max(steps)
         return [gr.Dropdown(choices=sorted(steps), value=step), render("samples.html.j2", step=step, rows=steps[step])]
 
     def _chosen(self, ids: Sequence[str] | None) -> list[runs.Run]:

@@ -24,7 +24,7 @@ LARGEST_FILE = 256 << 20  # bytes of a dropped file
 TRACED = 64  # text steps whose tokens are kept
 LARGEST_TRACE = 1 << 26  # similarities (tokens x vocabulary) up to which tokens are traced: 256 MiB
 
-Progress = Callable[[int], None]  # called with the number of steps that are done
+Progress = Callable[[int], object]  # called with the number of steps that are done
 
 
 class Token(NamedTuple):
@@ -53,9 +53,16 @@ class Model:
         self._label, self._pipeline, self._folder = "", None, Path()
 
     def label(self) -> str:
-        """Which model the next result is made with."""
-        version = self._champion()
-        return f"{self._studio.name} version {version}" if version else "the bundled model"
+        """Which model the next result is made with; raises `MissingInputError` if there is none."""
+        name, version = self._studio.name, self._champion()
+        if version:
+            return f"{name} version {version}"
+        if name == chosen_model.NAME and chosen_model.find_bundled(self._studio.root):
+            return "the bundled model"
+        raise MissingInputError(
+            f"'{name}' has no champion, so there is no model to use; promote a version on the page Models, or train a "
+            "model with `make demo`."
+        )
 
     def load(self) -> "tuple[UniViGUPipeline, str, Path]":
         """The pipeline, its label, and its folder; raises `MissingInputError` if there is no model."""
@@ -212,7 +219,7 @@ def _reporter(progress: Progress) -> Callable[..., dict[str, Any]]:
 
 def _checked(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The same values, with texts stripped; raises `BadInputError` for a value out of its range."""
-    found = {key: value.strip() if isinstance(value, str) else value for key, value in asked.items()}
+    found: dict[str, Any] = {key: value.strip() if isinstance(value, str) else value for key, value in asked.items()}
     longest = max(len(str(found.get(key) or "")) for key in ("prompt", "negative_prompt"))
     if longest > LONGEST_PROMPT:
         raise BadInputError(f"A prompt has at most {LONGEST_PROMPT} characters, not {longest}; shorten it.")

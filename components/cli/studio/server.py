@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import socket
 import tempfile
 from contextlib import suppress
@@ -55,6 +56,7 @@ def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
         print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
         say("Press Ctrl-C to stop.")
         level = "info" if is_verbose() else "error"
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary files are removed
         with suppress(KeyboardInterrupt):
             uvicorn.Server(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=2)).run([listening])
 

@@ -52,7 +52,7 @@ def write_mp4(path: Path, frames: "np.ndarray", fps: float, comment: str = "") -
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     try:
         # FFmpeg moves the index by reading the file again, so it needs one on disk
-        with av.open(io.BytesIO(content)) as source, av.open(str(partial), "w", "mp4", options=options) as target:
+        with av.open(io.BytesIO(content), "r") as source, av.open(str(partial), "w", "mp4", options=options) as target:
             if comment:
                 target.metadata["comment"] = comment
             stream = target.add_stream_from_template(source.streams.video[0])
