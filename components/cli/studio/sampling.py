@@ -54,30 +54,35 @@ class Model:
 
     def label(self) -> str:
         """Which model the next result is made with; raises `MissingInputError` if there is none."""
-        name, version = self._studio.name, self._champion()
-        if version:
-            return f"{name} version {version}"
-        if name == chosen_model.NAME and chosen_model.find_bundled(self._studio.root):
-            return "the bundled model"
-        raise MissingInputError(
-            f"'{name}' has no champion, so there is no model to use; promote a version on the page Models, or train a "
-            "model with `make demo`."
-        )
+        return self._choose()[0]
 
     def load(self) -> "tuple[UniViGUPipeline, str, Path]":
         """The pipeline, its label, and its folder; raises `MissingInputError` if there is no model."""
         from components.pipeline.lean_imports import import_models
 
         with self._lock:
-            label = self.label()
+            label, address = self._choose()
             if self._pipeline is None or label != self._label:
                 with self._studio.store:  # both change global variables
                     import_models(distributed=False)
-                    folder = chosen_model.find_model("", self._studio.name, self._studio.root)
+                    folder = chosen_model.find_model(address, self._studio.name, self._studio.root)
                 self._pipeline = None  # its memory is needed
                 self._pipeline = chosen_model.load(folder)
                 self._label, self._folder = label, folder
             return self._pipeline, self._label, self._folder
+
+    def _choose(self) -> tuple[str, str]:
+        """The label of the model to use, and its address or folder."""
+        name, version = self._studio.name, self._champion()
+        if version:
+            return f"{name} version {version}", f"models:/{name}/{version}"
+        bundled = chosen_model.find_bundled(self._studio.root) if name == chosen_model.NAME else None
+        if bundled is None:
+            raise MissingInputError(
+                f"'{name}' has no champion, so there is no model to use; promote a version on the page Models, or "
+                "train a model with `make demo`."
+            )
+        return "the bundled model", str(bundled)
 
     def _champion(self) -> int:
         """The number of the champion, or 0."""
