@@ -12,7 +12,7 @@ from components.cli.studio.gallery import Result
 from components.cli.studio.work import Studio
 from components.tracking import existing_store
 from univigu import __version__
-from univigu.errors import BadInputError, MissingInputError
+from univigu.errors import BadInputError, MissingInputError, VideoError
 
 if TYPE_CHECKING:
     from univigu.pipeline import UniViGUPipeline
@@ -124,7 +124,10 @@ def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, 
     asked = _checked(asked)
     path = _dropped(file)
     pipeline, label, folder = model.load()
-    frames, fps = read_video(path, pipeline.config.num_frames or MAX_FRAMES)
+    try:
+        frames, fps = read_video(path, pipeline.config.num_frames or MAX_FRAMES)
+    except VideoError as error:  # the user knows the file's name, not where it was put
+        raise BadInputError(str(error).replace(str(path), path.name)) from error
     if len(frames) == 1:
         raise BadInputError("The video is a single frame, which shows no motion; give two frames or more.")
     tracer = Tracer(pipeline, asked["seed"], asked["steps"] or pipeline.config.caption_steps, progress)

@@ -30,31 +30,25 @@ def moving_square(shade):
 
 
 def leave_clips(root, commit, count=30):
-    """Outputs of the steps of clips: all but one stored, and every tenth rejected by the captioner."""
-    rows, members = [], {}
-    for number in range(count):
-        content = encode_mp4(moving_square(100 + number), 8) if number < 3 else b"no video"
-        name = f"c{number:05d}"
-        members[f"{name}.mp4"] = content
-        rows.append(
-            {
-                "id": name,
-                "prompt_id": f"p{number}",
-                "prompt": NASTY if number == 0 else f"a square of shade {number}",
-                "stage": 1 + number % 2,
-                "seed": number,
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "scores": json.dumps({"motion": 3.5}),
-                "shard": "shards/00000/clips.tar",
-                "member": f"{name}.mp4",
-                "frames": 9,
-                "height": 32,
-                "width": 32,
-                "fps": 8.0,
-                "generator": "square",
-                "generator_digest": "0",
-            }
-        )
+    """Outputs of the steps of clips: three videos for all of them, and every tenth rejected by the captioner."""
+    members = {f"{number}.mp4": encode_mp4(moving_square(100 + 50 * number), 8) for number in range(3)}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in members.items()}
+    made = {"frames": 9, "height": 32, "width": 32, "fps": 8.0, "generator": "square", "generator_digest": "0"}
+    rows = [
+        {
+            "id": f"c{number:05d}",
+            "prompt_id": f"p{number}",
+            "prompt": f"a square of shade {number}" if number else NASTY,
+            "stage": 1 + number % 2,
+            "seed": number,
+            "sha256": digests[f"{number % 3}.mp4"],
+            "scores": json.dumps({"motion": 3.5}),
+            "shard": "shards/00000/clips.tar",
+            "member": f"{number % 3}.mp4",
+        }
+        | made
+        for number in range(count)
+    ]
 
     def write_shard(home):
         (home / "shards/00000").mkdir(parents=True)

@@ -126,7 +126,10 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     caption = gallery.list_results(full_root, 1)[0][0]
     assert caption.recipe["file"] == "clip.mp4"
     assert fetch(studio_server.url, f"/video/made/{caption.id}.txt")[1].decode().strip() == caption.caption
-    assert "as a video" in client.predict(handle_file(text), None, None, None, 0, api_name="/caption")[0]
+    assert (
+        "read &#39;notes.mp4&#39; as a video"
+        in client.predict(handle_file(text), None, None, None, 0, api_name="/caption")[0]
+    )
     assert "The prompt is empty" in client.predict(" ", "", None, None, 0, api_name="/generate")[0]
     assert "give 1 to 1000" in client.predict("a seven", "", 10_000, None, 0, api_name="/generate")[0]
 
@@ -156,4 +159,4 @@ def test_each_page_opens_in_a_browser_without_an_error_or_a_request_to_elsewhere
     assert [one for one in wrong if not one.startswith((url, "data:", "blob:"))] == []
 
 
-PAGES = {"": "Versions of seen", "runs": "step 6 of 6", "data": "{{7}} ${7}", "create": "The next result is made with"}
+PAGES = {"": "newest first", "runs": "step 6 of 6", "data": "{{7}} ${7}", "create": "The next result is made with"}
