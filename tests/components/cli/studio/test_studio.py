@@ -138,25 +138,32 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
 def test_each_page_opens_in_a_browser_without_an_error_or_a_request_to_elsewhere(studio_server):
     from playwright.sync_api import sync_playwright
 
-    url, wrong = studio_server.url, []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        for width, scheme in ((1440, "light"), (390, "dark")):
-            tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-            tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-            tab.on("pageerror", lambda error: wrong.append(str(error)))
-            tab.on("dialog", lambda dialog: wrong.append(dialog.message))
-            tab.on(
-                "request", lambda one: None if one.url.startswith((url, "data:", "blob:")) else wrong.append(one.url)
-            )
-            for page, shows in PAGES.items():
-                tab.goto(f"{url}/{page}")
-                tab.get_by_text(shows).first.wait_for(timeout=20_000)
-                assert tab.evaluate("document.documentElement.scrollWidth") <= width, page
-        tab.keyboard.press("Tab")
-        assert tab.evaluate("document.activeElement.tagName") != "BODY"
+        for page, shows in PAGES.items():
+            tab, wrong = open_tab(browser, studio_server.url)
+            tab.goto(f"{studio_server.url}/{page}")
+            tab.get_by_text(shows).first.wait_for(timeout=20_000)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 1440
+            tab.set_viewport_size({"width": 390, "height": 844})
+            tab.emulate_media(color_scheme="dark")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 390, page
+            tab.keyboard.press("Tab")
+            assert tab.evaluate("document.activeElement.tagName") != "BODY"
+            assert wrong == []
+            tab.close()
         browser.close()
-    assert [one for one in wrong if not one.startswith((url, "data:", "blob:"))] == []
+
+
+def open_tab(browser, url):
+    """A tab, and the list of its errors, dialogs, and requests to elsewhere."""
+    tab, wrong = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light"), []
+    tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("dialog", lambda dialog: wrong.append(dialog.message))
+    own = (url, "data:", "blob:")
+    tab.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))
+    return tab, wrong
 
 
 PAGES = {"": "newest first", "runs": "step 6 of 6", "data": "{{7}} ${7}", "create": "The next result is made with"}
