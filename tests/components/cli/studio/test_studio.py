@@ -121,7 +121,7 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     clip, text = tmp_path / "clip.mp4", tmp_path / "notes.mp4"
     clip.write_bytes(encode_mp4(moving_square(200), 8))
     text.write_text("no video at all")
-    _, _, _, tokens, *_ = client.predict(handle_file(clip), 3, None, None, 0, api_name="/caption")
+    _, _, tokens, *_ = client.predict(handle_file(clip), 3, None, None, 0, api_name="/caption")
     assert "The text at &tau; = 1.00" in tokens
     caption = gallery.list_results(full_root, 1)[0][0]
     assert caption.recipe["file"] == "clip.mp4"
