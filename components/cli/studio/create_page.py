@@ -9,8 +9,11 @@ from components.cli.studio import gallery, sampling
 from components.cli.studio.choices import number
 from components.cli.studio.sampling import Made, Model, Token
 from components.cli.studio.work import Studio, attempt, explain, note, render
+from univigu.errors import BadInputError
 
 OWN = "empty: the model's own"
+# Fields of text, because Gradio's fields of numbers can't be empty: a browser shows 0.
+OPTIONAL: dict[str, Callable[[str], float]] = {"steps": int, "guidance": float, "temperature": float, "text_at": float}
 Trace = list[tuple[float, list[Token]]]
 
 
@@ -21,7 +24,9 @@ class Inputs(NamedTuple):
     fields: list[Any]
 
     def asked(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip(self.names, values, strict=True))
+        """The values by name; raises `BadInputError` for a field that should have a number and hasn't."""
+        given = dict(zip(self.names, values, strict=True))
+        return {name: read_number(name, value) if name in OPTIONAL else value for name, value in given.items()}
 
 
 def build(studio: Studio, app: gr.Blocks) -> None:
@@ -66,6 +71,17 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     at.submit(page.show_gallery, at, [at, results], api_visibility="private")
 
 
+def read_number(name: str, text: str | None) -> float | None:
+    """The number in a field that may be empty; raises `BadInputError` if it is none."""
+    if not text or not text.strip():
+        return None
+    try:
+        return OPTIONAL[name](text.strip())
+    except ValueError as error:
+        kind = "a whole number" if OPTIONAL[name] is int else "a number"
+        raise BadInputError(f"The field '{name}' has '{text.strip()[:40]}'; give {kind}, or leave it empty.") from error
+
+
 def _go(label: str) -> gr.Button:
     return gr.Button(label, variant="primary")
 
@@ -75,10 +91,10 @@ def _inputs(*names: str) -> Inputs:
     make: dict[str, Callable[[], Any]] = {
         "prompt": lambda: gr.Textbox(label="Prompt", lines=2, max_length=sampling.LONGEST_PROMPT),
         "negative_prompt": lambda: gr.Textbox(label="Negative prompt", max_length=sampling.LONGEST_PROMPT),
-        "steps": lambda: gr.Number(label="Steps", info=OWN, value=None, minimum=1, precision=0),
-        "guidance": lambda: gr.Number(label="Guidance", info=f"{OWN}; 1 is none", value=None, minimum=0),
-        "temperature": lambda: gr.Number(label="Temperature of the text", info=f"{OWN}; 0 is greedy", value=None),
-        "text_at": lambda: gr.Number(label="Text at the video's time", info=f"{OWN}; 0 to 1", value=None),
+        "steps": lambda: gr.Textbox(label="Steps", info=OWN),
+        "guidance": lambda: gr.Textbox(label="Guidance", info=f"{OWN}; 1 is none"),
+        "temperature": lambda: gr.Textbox(label="Temperature of the text", info=f"{OWN}; 0 is greedy"),
+        "text_at": lambda: gr.Textbox(label="Text at the video's time", info=f"{OWN}; 0 to 1"),
         "in_step": lambda: gr.Checkbox(label="In lockstep (eq 18)", value=False),
         "seed": lambda: gr.Number(label="Seed", value=0, minimum=0, precision=0),
     }

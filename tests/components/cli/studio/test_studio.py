@@ -107,7 +107,7 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     from gradio_client import handle_file
 
     client = tab()
-    made, *_ = client.predict("a red seven moves left", "", 1, None, 3, api_name="/generate")
+    made, *_ = client.predict("a red seven moves left", "", "1", "", 3, api_name="/generate")
     (result,), _, _ = gallery.list_results(full_root, 1)
     assert result.recipe["model"] == "the bundled model"
     assert (result.recipe["prompt"], result.recipe["steps"], result.recipe["seed"]) == ("a red seven moves left", 1, 3)
@@ -121,17 +121,18 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     clip, text = tmp_path / "clip.mp4", tmp_path / "notes.mp4"
     clip.write_bytes(encode_mp4(moving_square(200), 8))
     text.write_text("no video at all")
-    _, _, tokens, *_ = client.predict(handle_file(clip), 3, None, None, 0, api_name="/caption")
+    _, _, tokens, *_ = client.predict(handle_file(clip), "3", "", "", 0, api_name="/caption")
     assert "The text at &tau; = 1.00" in tokens
     caption = gallery.list_results(full_root, 1)[0][0]
     assert caption.recipe["file"] == "clip.mp4"
     assert fetch(studio_server.url, f"/video/made/{caption.id}.txt")[1].decode().strip() == caption.caption
     assert (
         "read &#39;notes.mp4&#39; as a video"
-        in client.predict(handle_file(text), None, None, None, 0, api_name="/caption")[0]
+        in client.predict(handle_file(text), "", "", "", 0, api_name="/caption")[0]
     )
-    assert "The prompt is empty" in client.predict(" ", "", None, None, 0, api_name="/generate")[0]
-    assert "give 1 to 1000" in client.predict("a seven", "", 10_000, None, 0, api_name="/generate")[0]
+    assert "The prompt is empty" in client.predict(" ", "", "", "", 0, api_name="/generate")[0]
+    for steps, said in (("10000", "give 1 to 1000"), ("many", "&#39;many&#39;; give a whole number")):
+        assert said in client.predict("a seven", "", steps, "", 0, api_name="/generate")[0]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium (Debian: `apt install chromium`)")
@@ -150,9 +151,20 @@ def test_each_page_opens_in_a_browser_without_an_error_or_a_request_to_elsewhere
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390, page
             tab.keyboard.press("Tab")
             assert tab.evaluate("document.activeElement.tagName") != "BODY"
+            if page == "create":
+                make_with_the_keyboard(tab)
             assert wrong == []
             tab.close()
         browser.close()
+
+
+def make_with_the_keyboard(tab):
+    """Write a prompt, go to the button and press it: the result appears, made with the model's own settings."""
+    tab.get_by_label("Prompt", exact=True).first.fill("a blue two <i>moves</i> up")
+    tab.get_by_role("button", name="Generate").focus()
+    tab.keyboard.press("Enter")
+    tab.locator(".uv-clips[role=status] video").wait_for(timeout=60_000)
+    assert tab.locator(".uv-clips[role=status] i").count() == 0
 
 
 def open_tab(browser, url):
