@@ -16,13 +16,19 @@ _MARKS = "▁Ġ#"  # of a word's start or continuation, in vocabularies
 
 def warn_of_unknown_words(prompt: str, tokenizer: Any) -> None:
     """Say which words of the prompt the model doesn't know, if there are any, and which words it knows."""
+    if said := describe_unknown_words(prompt, tokenizer):
+        say(said)
+
+
+def describe_unknown_words(prompt: str, tokenizer: Any) -> str:
+    """Which words of the prompt the model doesn't know, and which words it knows; empty if it knows all."""
     unknown = find_unknown_words(prompt, tokenizer)
     if not unknown:
-        return
+        return ""
     words = ", ".join(f"'{_printable(word)}'" for word in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
     listed = known_words(tokenizer)
     known = f" It knows {', '.join(listed)}, and others." if listed else " Use other words."
-    say(f"This model doesn't know {words}; the clip may ignore {'them' if unknown[1:] else 'it'}.{known}")
+    return f"This model doesn't know {words}; the clip may ignore {'them' if unknown[1:] else 'it'}.{known}"
 
 
 def find_unknown_words(prompt: str, tokenizer: Any) -> list[str]:

@@ -27,24 +27,7 @@ Why = Annotated[str, typer.Option(help="The reason, which is recorded in the his
 @app.command("list")
 def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
     """List the versions, newest first: aliases, score, dataset, and the decision at registration."""
-    from datetime import UTC, datetime
-
-    from components.registry.promotion import METRIC, METRIC_TAG
-    from components.tracking import existing_store
-    from univigu import registry
-
-    rows = [
-        {
-            "version": int(one.version),
-            "aliases": one.aliases,
-            "registered": datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
-            "metric": one.tags.get(METRIC_TAG, METRIC),
-            "score": one.tags.get("univigu.score"),
-            "dataset_digest": one.tags.get("univigu.dataset_digest"),
-            "decision": one.tags.get("univigu.decision"),
-        }
-        for one in registry.versions(name, existing_store(root))
-    ]
+    rows = read_versions(name, root)
     if as_json:
         print(json.dumps(rows, indent=1))
     elif not rows:
@@ -65,6 +48,28 @@ def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json
                 for row in rows
             ],
         )
+
+
+def read_versions(name: str, root: Path) -> list[dict[str, Any]]:
+    """The versions of a registered model, newest first, as JSON values."""
+    from datetime import UTC, datetime
+
+    from components.registry.promotion import METRIC, METRIC_TAG
+    from components.tracking import existing_store
+    from univigu import registry
+
+    return [
+        {
+            "version": int(one.version),
+            "aliases": one.aliases,
+            "registered": datetime.fromtimestamp(one.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+            "metric": one.tags.get(METRIC_TAG, METRIC),
+            "score": one.tags.get("univigu.score"),
+            "dataset_digest": one.tags.get("univigu.dataset_digest"),
+            "decision": one.tags.get("univigu.decision"),
+        }
+        for one in registry.versions(name, existing_store(root))
+    ]
 
 
 @app.command(epilog="Example: `univigu model promote candidate --why 'the new prompts'`")

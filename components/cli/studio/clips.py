@@ -1,0 +1,212 @@
+"""The clips of a run as the studio shows them: kept and quarantined ones, by page.
+
+An index of a few bytes per clip is read once, and again when a step writes its output anew. Prompts, captions and
+scores are read only for the clips of a page; a search in texts reads the columns that it searches.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from components.clips.archive import read_clips
+from components.pipeline.manifests import inside
+from components.pipeline.stages import find_stage
+from univigu.errors import CorruptDataError, MissingInputError
+
+CLIPS, CAPTIONS, PAIRS = "synthesize-videos", "caption-videos", "validate-pairs"
+STEPS = (CLIPS, "validate-clips", CAPTIONS, PAIRS, "encode-latents")  # whose rejected rows are clips
+_OF_PAIRS = (PAIRS, "encode-latents")  # their ids are STAGE-CLIP
+PAGE = 24  # clips of a page
+LONGEST_SEARCH = 200  # characters
+KEPT, QUARANTINED = "kept", "quarantined"
+PRELOADED_PIXELS = 2_000_000  # of a clip whose first frame is shown before it is played
+
+
+class Query(NamedTuple):
+    """Which clips to show; an empty field doesn't filter."""
+
+    verdict: str = ""  # `KEPT`, `QUARANTINED`, or a reason
+    stage: int = 0
+    text: str = ""  # in the prompt or the caption, in any case
+
+
+class Found(NamedTuple):
+    """A page of clips, and how many there are."""
+
+    clips: list[dict[str, Any]]
+    total: int
+    page: int  # from 1
+    pages: int
+
+
+def find(root: Path, query: Query, page: int = 1) -> Found:
+    """A page of the clips that a query asks for, sorted by their ids; the last one where `page` is too high."""
+    index = _filter(root, _index(root, _stamps(root)), query)
+    pages = max(1, -(-index.num_rows // PAGE))
+    page = min(max(1, page), pages)
+    rows = index.slice((page - 1) * PAGE, PAGE).to_pylist()
+    return Found(_describe(root, rows), index.num_rows, page, pages)
+
+
+def count_verdicts(root: Path) -> dict[str, int]:
+    """The number of clips that were kept, of those that were quarantined, and of these by reason.
+
+    Raises `MissingInputError` if no clips were made yet.
+    """
+    reasons = _index(root, _stamps(root))["reason"]
+    counts = {one["values"]: one["counts"] for one in pc.value_counts(reasons).to_pylist()}
+    kept = counts.pop("", 0)
+    return {KEPT: kept, QUARANTINED: sum(counts.values()), **dict(sorted(counts.items()))}
+
+
+def read_clip(root: Path, clip_id: str) -> bytes:
+    """The mp4 of a clip; raises `MissingInputError` if it isn't among the clips that were stored."""
+    path = _table(root, CLIPS, "clips")
+    columns = ["id", "shard", "member"]
+    rows = _read(path, columns, ds.field("id") == clip_id).to_pylist() if path.is_file() else []
+    if not rows:
+        raise MissingInputError(f"The video of the clip '{clip_id}' is not stored; a check of its frames rejected it.")
+    inside(path.parent, rows[0]["shard"])
+    ((_, content),) = read_clips(path.parent, rows)
+    return content
+
+
+# --- the index -------------------------------------------------------------------------------------------------------
+
+
+def _table(root: Path, step: str, name: str) -> Path:
+    return root / find_stage(step).home / f"{name}.parquet"
+
+
+def _stamps(root: Path) -> tuple[tuple[int, int, int], ...]:
+    """When the tables that the index is made of were written."""
+    files = [_table(root, CLIPS, "clips"), *(_table(root, step, "rejected") for step in STEPS)]
+    found = [file.stat() if file.is_file() else None for file in files]
+    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) if one else (0, 0, 0) for one in found)
+
+
+@lru_cache(maxsize=2)
+def _index(root: Path, stamps: tuple[tuple[int, int, int], ...]) -> pa.Table:
+    """A row per clip: `id`, `stage`, and the `step` that rejected it and its `reason`, or empty texts."""
+    path = _table(root, CLIPS, "clips")
+    if not path.is_file():
+        raise MissingInputError(
+            f"No clips are finished in {root} yet; `univigu run synthesize-videos` makes them, or `make demo`."
+        )
+    rejected = {clip_id: (stage, step, reason) for clip_id, stage, step, reason in _rejected(root)}
+    stored = _read(path, ["id", "stage"], None)
+    ids, stages = stored["id"].to_pylist(), stored["stage"].to_pylist()
+    rows = [(one, stage, *rejected.pop(one, (0, "", ""))[1:]) for one, stage in zip(ids, stages, strict=True)]
+    rows += [(clip_id, *facts) for clip_id, facts in rejected.items()]
+    columns = list(zip(*sorted(rows), strict=True)) or [(), (), (), ()]
+    kinds = {"id": pa.string(), "stage": pa.int8(), "step": pa.string(), "reason": pa.string()}
+    return pa.table([pa.array(one, kind) for one, kind in zip(columns, kinds.values(), strict=True)], list(kinds))
+
+
+def _rejected(root: Path) -> Iterator[tuple[str, int, str, str]]:
+    """The id, training stage (0 if unknown), step and reason of each rejected clip."""
+    for step in STEPS:
+        path = _table(root, step, "rejected")
+        if path.is_file():
+            for row in _read(path, ["id", "reason", "row"], None).to_pylist():
+                yield _clip_id(step, row["id"]), int(_of_json(row["row"]).get("stage") or 0), step, row["reason"]
+
+
+def _clip_id(step: str, row_id: str) -> str:
+    stage, _, rest = row_id.partition("-")
+    return rest if step in _OF_PAIRS and stage in ("1", "2") and rest else row_id
+
+
+def _filter(root: Path, index: pa.Table, query: Query) -> pa.Table:
+    if query.verdict == KEPT:
+        index = index.filter(pc.equal(index["reason"], ""))
+    elif query.verdict == QUARANTINED:
+        index = index.filter(pc.not_equal(index["reason"], ""))
+    elif query.verdict:
+        index = index.filter(pc.equal(index["reason"], query.verdict))
+    if query.stage:
+        index = index.filter(pc.equal(index["stage"], query.stage))
+    if query.text:
+        found = pa.array(sorted(set(_search(root, query.text[:LONGEST_SEARCH]))), pa.string())
+        index = index.filter(pc.is_in(index["id"], found))
+    return index
+
+
+def _search(root: Path, text: str) -> Iterator[str]:
+    """The ids of the clips whose prompt or caption contains a text, in any case."""
+    places = [(CLIPS, "clips", "id", "prompt"), (CAPTIONS, "captions", "clip_id", "text")]
+    places += [(step, "rejected", "id", "row") for step in STEPS]  # the rejected row is JSON, with the texts in it
+    for step, name, key, column in places:
+        path = _table(root, step, name)
+        if path.is_file():
+            contains = pc.match_substring(ds.field(column), text, ignore_case=True)
+            yield from (_clip_id(step, one) for one in _read(path, [key], contains)[key].to_pylist())
+
+
+# --- the clips of a page ---------------------------------------------------------------------------------------------
+
+
+def _describe(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All that is known about some clips of the index."""
+    ids = [row["id"] for row in rows]
+    clips = _rows(root, CLIPS, "clips", "id", ids)
+    captions = _rows(root, CAPTIONS, "captions", "clip_id", ids)
+    pairs = _rows(root, PAIRS, "pairs", "clip_id", ids)
+    rejected = {step: _rejected_rows(root, step, ids) for step in {row["step"] for row in rows} - {""}}
+    described = []
+    for row in rows:
+        refusal = rejected.get(row["step"], {}).get(row["id"], {})
+        known = {**_of_json(refusal.get("row")), **clips.get(row["id"], {})}
+        caption = captions.get(row["id"], {}).get("text") or known.get("caption") or ""
+        scores = known.get("scores") or {}
+        pixels = int(known.get("frames") or 0) * int(known.get("height") or 0) * int(known.get("width") or 0)
+        described.append(
+            {
+                **row,
+                "prompt": str(known.get("prompt") or ""),
+                "caption": str(caption),
+                "scores": {str(key): value for key, value in (_of_json(scores) or {}).items()},
+                "split": pairs.get(row["id"], {}).get("split", ""),
+                "detail": refusal.get("detail") or "",
+                "stored": row["id"] in clips,
+                "preload": "metadata" if pixels <= PRELOADED_PIXELS else "none",
+            }
+        )
+    return described
+
+
+def _rows(root: Path, step: str, name: str, key: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    path = _table(root, step, name)
+    if not path.is_file() or not ids:
+        return {}
+    return {row[key]: row for row in _read(path, None, ds.field(key).isin(list(ids))).to_pylist()}
+
+
+def _rejected_rows(root: Path, step: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    names = [*ids, *(f"{stage}-{one}" for one in ids for stage in (1, 2) if step in _OF_PAIRS)]
+    return {_clip_id(step, key): row for key, row in _rows(root, step, "rejected", "id", names).items()}
+
+
+def _read(path: Path, columns: Sequence[str] | None, condition: Any) -> pa.Table:
+    try:
+        return ds.dataset(path, format="parquet").to_table(columns=columns and list(columns), filter=condition)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptDataError(
+            f"The table {path} can't be read ({str(error).splitlines()[0]}); run the step that makes it again."
+        ) from error
+
+
+def _of_json(value: Any) -> dict[str, Any]:
+    """A JSON object as a dictionary; anything else is an empty one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}

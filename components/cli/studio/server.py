@@ -1,0 +1,122 @@
+"""The server of the studio: its address and token, the videos that pages show, and Gradio's application."""
+
+import os
+import secrets
+import signal
+import socket
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.cli.messages import is_verbose, say
+from components.cli.studio.guard import Guard, is_loopback
+from univigu.errors import BadInputError, ConfigError, MissingInputError, UniViGUError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from components.cli.studio.work import Studio
+
+LARGEST_UPLOAD = "256mb"
+SHORTEST_TOKEN = 16  # characters of a token that a user chooses
+_QUIET = {  # Gradio calls home for statistics, new versions and example files
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_MCP_SERVER": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def choose_token(host: str, given: str) -> str:
+    """The token that requests need: `given`, or a new one where other machines can reach the studio; "" for none.
+
+    Raises `ConfigError` if `given` is too short to keep anyone out.
+    """
+    if given and len(given) < SHORTEST_TOKEN:
+        raise ConfigError(
+            f"UNIVIGU_STUDIO_TOKEN has {len(given)} characters; give at least {SHORTEST_TOKEN}, or leave it unset."
+        )
+    return given or ("" if is_loopback(host) else secrets.token_urlsafe(24))
+
+
+def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
+    """Serve the studio until SIGINT or SIGTERM; prints its address once it listens."""
+    os.environ.update(_QUIET)
+    _require_gradio()
+    import uvicorn
+
+    from components.cli.studio.work import Studio
+
+    with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="univigu-studio-") as cache:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(cache) / "uploads")
+        port = listening.getsockname()[1]
+        app = Guard(make_app(Studio(root, name, Path(cache))), token, port, is_loopback(host))
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
+        say("Press Ctrl-C to stop.")
+        level = "info" if is_verbose() else "error"
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary files are removed
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=2)).run([listening])
+
+
+def _require_gradio() -> None:
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ConfigError(
+            "The package 'gradio' is missing; install the extra `studio`: `pip install 'uni-vigu[studio]'`."
+        ) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises `BadInputError` if the address is taken, or isn't one of this machine."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise BadInputError(
+            f"The studio can't listen on {host}, port {port} ({error.strerror or error}); give another --port, or an "
+            "address of this machine."
+        ) from error
+
+
+def make_app(studio: "Studio") -> "FastAPI":
+    """Gradio's pages, and the videos that they show under ``/video``."""
+    import gradio
+    from fastapi import FastAPI
+    from fastapi.responses import FileResponse, PlainTextResponse, Response
+
+    from components.cli.studio import app as pages
+    from components.cli.studio import gallery
+    from components.cli.studio.videos import find_video
+
+    server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @server.get("/video/{kind}/{name:path}")
+    def video(kind: str, name: str, save: str | None = None) -> Response:
+        try:
+            path, saved_as = gallery.export(studio, name) if kind == "made" else (find_video(studio, kind, name), "")
+        except MissingInputError as error:
+            return PlainTextResponse(f"{error}\n", 404)
+        except UniViGUError as error:
+            return PlainTextResponse(f"{error}\n", 409)
+        headers = {"cache-control": "private, max-age=3600"}
+        return FileResponse(path, headers=headers, filename=saved_as if save is not None else None)
+
+    return gradio.mount_gradio_app(
+        server,
+        pages.build(studio),
+        "/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        max_file_size=LARGEST_UPLOAD,
+        theme=pages.theme(),
+        css_paths=[pages.STYLE],
+    )

@@ -1,0 +1,131 @@
+"""A work root with something for every page of the studio, and the real server on it."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.clips.archive import write_tar
+from components.training.tracked_run import start_run
+from univigu.video import encode_mp4
+
+REPO = Path(__file__).parents[4]
+NASTY = (
+    "<img src=x onerror=alert(1)> {{7}} ${7} \u202egnorw"  # HTML, two kinds of templates, and a right-to-left override
+)
+
+
+def moving_square(shade):
+    """Frames uint8 (9, 32, 32, 3)."""
+    frames = np.full((9, 32, 32, 3), 40, np.uint8)
+    for number, frame in enumerate(frames):
+        frame[8:16, 2 * number : 2 * number + 8] = shade
+    return frames
+
+
+def leave_clips(root, commit, count=30):
+    """Outputs of the steps of clips: three videos for all of them, and every tenth rejected by the captioner."""
+    members = {f"{number}.mp4": encode_mp4(moving_square(100 + 50 * number), 8) for number in range(3)}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in members.items()}
+    made = {"frames": 9, "height": 32, "width": 32, "fps": 8.0, "generator": "square", "generator_digest": "0"}
+    rows = [
+        {
+            "id": f"c{number:05d}",
+            "prompt_id": f"p{number}",
+            "prompt": f"a square of shade {number}" if number else NASTY,
+            "stage": 1 + number % 2,
+            "seed": number,
+            "sha256": digests[f"{number % 3}.mp4"],
+            "scores": json.dumps({"motion": 3.5}),
+            "shard": "shards/00000/clips.tar",
+            "member": f"{number % 3}.mp4",
+        }
+        | made
+        for number in range(count)
+    ]
+
+    def write_shard(home):
+        (home / "shards/00000").mkdir(parents=True)
+        write_tar(home / "shards/00000/clips.tar", members)
+
+    gone = {"prompt": "a square that stands still", "stage": 2, "scores": {"motion": 0.0}}
+    frozen = {"id": "frozen", "reason": "frozen", "detail": "nothing moves", "row": json.dumps(gone)}
+    commit(root, "synthesize-videos", {"clips": rows, "rejected": [frozen]}, write_shard)
+    too_long = [row for row in rows if row["stage"] == 2 and int(row["id"][1:]) % 10 == 1]
+    captions = [
+        {"clip_id": row["id"], "text": f"A Square moves, {row['id']}.", "status": "success", "attempts": 1}
+        for row in rows
+        if row["stage"] == 2 and row not in too_long
+    ]
+    rejected = [
+        {
+            "id": row["id"],
+            "reason": "too_long",
+            "detail": "it has 50 tokens",
+            "row": json.dumps({**row, "caption": "so"}),
+        }
+        for row in too_long
+    ]
+    commit(root, "caption-videos", {"captions": captions, "rejected": rejected})
+
+
+def leave_run(root):
+    """A finished training run in MLflow, with curves and samples, and its note; returns its id."""
+    parameters = {"train_stage_1": {"steps": 6, "checkpoint_every": 3, "batch_size": 2}}
+    with start_run(root, "train-stage-1", parameters=parameters, tags={}, datasets={}) as run:
+        for step in range(1, 7):
+            run.log(step, {"loss": 2.0 / step, "samples_per_second": 4.0, "heldout_text_ce": 3.0 / step})
+        row = {"step": 6, "sample": "s0", "prompt": NASTY, "target": "a square", "said": "a circle"}
+        run._logged = 5  # the samples of step 6 are new
+        run.log_samples(6, [row], {"s0": moving_square(200)}, 8)
+    return run.run_id
+
+
+class StudioServer:
+    """`univigu studio` in a process of its own, at `url`."""
+
+    def __init__(self, root, *options, **env):
+        command = [sys.executable, "-m", "components.cli.main", "studio", "--root", str(root), "--port", "0", *options]
+        self.errors = (root / "studio.log").open("w+")
+        self.process = subprocess.Popen(
+            command, cwd=REPO, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.url = self.process.stdout.readline().strip().rstrip("/")
+        assert self.url.startswith("http://"), (root / "studio.log").read_text()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def full_root(versions, recommit):
+    """The work root of `versions`, with clips, a training run and two versions of the model `seen`."""
+    leave_clips(versions.root, recommit)
+    leave_run(versions.root)
+    for right in (10, 30):
+        versions.add("seen", right)
+    return versions.root
+
+
+@pytest.fixture(scope="module")
+def studio_server(full_root):
+    server = StudioServer(full_root)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session", name="leave_clips")
+def leave_clips_fixture():
+    return leave_clips
+
+
+@pytest.fixture(scope="session", name="moving_square")
+def moving_square_fixture():
+    return moving_square
