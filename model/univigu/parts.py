@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import inputs, loading, wan
+from .bases import Base, find_base
 from .card import write_card
 from .errors import BadInputError, MissingInputError
 from .inputs import Generators, Seeds
@@ -34,11 +35,12 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
     length of the text encoder's states in tokens, and ``joint_text_at`` the tau_v at which `joint` writes the text.
     Without a ``scheduler``, the steps of a video are Euler's, at the times of :func:`flow.tau_grid` with Wan's timestep
     ``shift``; any flow-matching scheduler of diffusers can replace them. Without a ``text_encoder``, prompts are given
-    encoded.
+    encoded. ``image_encoder``, ``image_processor`` and ``expand_timesteps`` are diffusers' for bases that take a first
+    image (see `univigu.bases`).
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["scheduler", "text_encoder"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
+    _optional_components = ["scheduler", "text_encoder", "image_encoder", "image_processor"]  # noqa: RUF012
     _callback_tensor_inputs = list(CALLBACK_TENSORS)  # noqa: RUF012
 
     def __init__(
@@ -48,6 +50,8 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         vae: AutoencoderKLWan,
         transformer: UniViGUTransformer3DModel,
         scheduler: Any = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
         num_frames: int = 81,
         height: int = 480,
         width: int = 832,
@@ -60,10 +64,17 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         caption_temperature: float = 0.1,
         joint_text_at: float = 0.2,
         max_sequence_length: int = 512,
+        expand_timesteps: bool = False,
     ):
         super().__init__()
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
         )
         self.register_to_config(
             num_frames=num_frames,
@@ -78,6 +89,7 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
             caption_temperature=float(caption_temperature),
             joint_text_at=float(joint_text_at),
             max_sequence_length=max_sequence_length,
+            expand_timesteps=expand_timesteps,
         )
         self._guidance_scale, self._num_timesteps, self._interrupt = float(guidance_scale), 0, False
 
@@ -94,7 +106,7 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
 
     @classmethod
     def from_wan(cls, source: str | Path, **settings: Any) -> "PipelineParts":
-        """A whole Wan text-to-video folder (or hub id) with a new, untrained text side.
+        """A whole Wan folder (or hub id), of one of the kinds in `univigu.bases`, with a new, untrained text side.
 
         Nothing else is needed: sizes, lengths and shift come from the folder (see :func:`loading.wan_defaults`).
         ``settings`` are this pipeline's defaults (``num_frames`` and so on), the transformer's text arguments
@@ -105,7 +117,7 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         folder = loading.fetch(source, settings)
         loading.check_wan(source, folder, without_text_encoder="text_encoder" in settings)
         settings = loading.wan_defaults(folder) | settings
-        parts = {"tokenizer", "text_encoder", "vae", "transformer"}
+        parts = {"tokenizer", "text_encoder", "vae", "transformer", "image_encoder", "image_processor"}
         ours = inspect.signature(cls.__init__).parameters.keys() - parts
         defaults = {name: settings.pop(name) for name in list(settings) if name in ours}
         return cls(**loading.wan_parts(source, folder, settings), **defaults)
@@ -201,6 +213,11 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
             return device
         before = getattr(self, "_offload_device", None)
         return get_device() if before is None or gpu_id is not None else before
+
+    @property
+    def base(self) -> Base:
+        """The kind of base that this model was made from."""
+        return find_base(self.transformer.config, self.config)
 
     # --- what diffusers' callbacks and tools read ---------------------------------------------------------------------
 
@@ -344,11 +361,9 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         """(C, T, H', W') of the latents of a video, given or default, that this model can make."""
         if latents is not None:
             shape = tuple(latents.shape[1:])
-            if len(shape) != 4 or shape[0] != self.transformer.config.in_channels:
-                raise BadInputError(
-                    f"latents are {tuple(latents.shape)}: give noise (B, {self.transformer.config.in_channels}, T, H',"
-                    " W')."
-                )
+            channels = wan.latent_channels(self.transformer.config)
+            if len(shape) != 4 or shape[0] != channels:
+                raise BadInputError(f"latents are {tuple(latents.shape)}: give noise (B, {channels}, T, H', W').")
         else:
             shape = self._default_shape(num_frames, height, width)
         if text_stream:
