@@ -19,10 +19,12 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import wan
+from .discrete import HalfSplit, TokenEmbedder, TokenHead, from_pairs, to_pairs
 from .errors import BadInputError
 from .sequence_parallel import SequenceGroup
 
-Rotary = Tensor  # (1, S, 1, head_dim / 2, 2): cosine and sine of the rotation of each pair of channels
+# (1, S, 1, head_dim / 2, 2): cosine and sine of the rotation of each pair of channels, which are neighbours in Wan
+Rotary = Tensor | HalfSplit
 # hidden states (B, S, width), time (B, 6, width), or (B, F, 6, width) for F equal parts of S, rotary table of all S
 Stream = tuple[Tensor, Tensor, Rotary]
 # a block's video K, V and condition K, V, (B, S, heads, head_dim) each, and K, V of an image, where one is given
@@ -82,6 +84,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     This takes one pass over memory, and rounds as Wan does where head_dim is a multiple of 16 (it then fills the
     processor's vectors). What torch compiles has real numbers, which are fused with the operations around them.
     """
+    if isinstance(rotary, HalfSplit):
+        return from_pairs(rotate(to_pairs(x), rotary.table))
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         (real, imaginary), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
@@ -150,7 +154,8 @@ def gated(out: Tensor, gate: Tensor) -> Tensor:
 class UniViGUBlock(WanTransformerBlock):
     """Wan's block with a second feed-forward network and scale/shift table for text (eq 14, 15).
 
-    With ``shared_ffn`` text goes through the video's network: what the paper's design is compared with.
+    With ``shared_ffn`` text goes through the video's network: what the paper's design is compared with. With
+    ``shared_table`` it has the video's scale/shift table, as in the authors' release.
     ``added_kv_proj_dim`` gives the cross-attention Wan's second keys and values, for an image.
     """
 
@@ -164,11 +169,12 @@ class UniViGUBlock(WanTransformerBlock):
         eps: float,
         shared_ffn: bool = False,
         added_kv_proj_dim: int | None = None,
+        shared_table: bool = False,
     ):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
         own = None if shared_ffn else FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.ffn_text = own
-        self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.text_scale_shift_table = None if shared_table else nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.sequence: SequenceGroup | None = None  # the processes that share a video's tokens
 
     def forward(
@@ -202,7 +208,8 @@ class UniViGUBlock(WanTransformerBlock):
         # pyrefly: ignore[not-iterable]
         video_k, video_v, *context_kv = kv_cache
         if text is not None:
-            text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
+            table = self.scale_shift_table if self.text_scale_shift_table is None else self.text_scale_shift_table
+            text_mod = (table + text[1].float()).chunk(6, dim=1)
             normed = self._normed(text, text_mod)
             text_qkv = self._queries(normed, text[2]), *self._keys_values(normed, text[2])
             text_q, text_k, text_v = (self._own_heads(x) for x in text_qkv)
@@ -339,3 +346,12 @@ class TextHead(nn.Module):
         hidden = (self.norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         out = self.log_scale.float().exp() * self.proj_out(hidden).float()
         return out if self.proj_output is None else torch.cat([out, self.proj_output(hidden).float()], dim=-1)
+
+
+def text_ends(
+    dim: int, freq_dim: int, eps: float, vocab_size: int, latent_dim: int | None, output_dim: int
+) -> tuple[nn.Module, nn.Module]:
+    """The way into and out of the text stream; without a ``latent_dim`` a text is token ids (`univigu.discrete`)."""
+    if latent_dim is None:
+        return TokenEmbedder(vocab_size, dim, freq_dim), TokenHead(dim, vocab_size)
+    return TextEmbedder(latent_dim, dim, freq_dim), TextHead(dim, latent_dim, eps, output_dim)

@@ -58,8 +58,9 @@ def reading(source: str | Path, options: Mapping[str, Any]) -> Iterator[None]:
 
 def check_wan(source: str | Path, folder: Path, without_text_encoder: bool = False) -> None:
     """Raise MissingInputError for an incomplete Wan folder, BadInputError for another model or a quantised one."""
-    wan.transformer_folder(folder)
+    config = wan.read_json(wan.transformer_folder(folder) / "config.json")
     parts = ["transformer", "vae", *([] if without_text_encoder else ["text_encoder"]), "tokenizer"]
+    parts += ["image_encoder", "image_processor"] if config.get("image_dim") else []
     missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a complete checkpoint folder.")

@@ -21,7 +21,7 @@ from .conditions import Conditions
 from .inputs import Generators, Seeds
 from .outputs import UniViGUPipelineOutput, check_output_type, join, to_frames
 from .parts import PipelineParts
-from .sampling import Field, Guide, joint_field, seeded_noise, text_field, token_table, video_field
+from .sampling import Field, Guide, joint_field, seeded_noise, text_field, token_table, video_field, video_noise
 from .schedules import EulerSteps, Steps
 from .stepping import Callback, Stepper
 
@@ -89,12 +89,14 @@ class UniViGUPipeline(PipelineParts):
         `inputs.list_images`. As in diffusers, an image of another shape is stretched to the video's.
         """
         check_output_type(output_type)
+        if text_stream:
+            self._refuse_discrete()
         text_stream = self._is_text_side_trained() if text_stream is None else text_stream
         asked = Conditions(self, prompt, prompt_embeds, num_videos_per_prompt, max_sequence_length, text_stream)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
         shape = self._latent_shape(num_frames, height, width, latents, text_stream)
         asked.read_image(image, shape)
-        noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
+        noise, seeds = video_noise(len(asked), shape, seed, generator, latents, self._execution_device)
         frames = []
         for part in inputs.spans(len(asked), batch_size):
             stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -182,9 +184,9 @@ class UniViGUPipeline(PipelineParts):
         seeds = inputs.list_seeds(seed, len(latents), same=True)
         device = self._execution_device
         scale, temperature = self._text_guidance(guidance_scale), self._temperature(temperature)
-        empty = self._encode([""]) if prompt_embeds is None else prompt_embeds.to(device)
+        empty = self._encode_nothing() if prompt_embeds is None else prompt_embeds.to(device)
         stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        steps = self._text_steps(num_inference_steps)
+        steps = self._text_steps(num_inference_steps, seeds)
         latents = latents.to(device)
         field = text_field(self.transformer, latents, seeds, empty, empty, scale, temperature, video_tau)
         ids = self._write(field, self._text_noise(seeds, text_latents), steps, stepper, latents)
@@ -241,7 +243,7 @@ class UniViGUPipeline(PipelineParts):
         shape = self._latent_shape(num_frames, height, width, latents)
         asked.read_image(image, shape)
         seed = 0 if seed is None and generator is None else seed
-        noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
+        noise, seeds = video_noise(len(asked), shape, seed, generator, latents, self._execution_device)
         text_noise = self._text_noise(seeds, text_latents)
         texts = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
         frames, captions = [], []
@@ -276,7 +278,7 @@ class UniViGUPipeline(PipelineParts):
         empty = self._encode([""]) if text_scale > 1 else condition
         field = text_field(self.transformer, latents, batch.seeds, condition, empty, text_scale, temperature)
         # pyrefly: ignore[bad-argument-type]
-        ids = self._write(field, noise, self._text_steps(None), batch.stepper, batch.video)
+        ids = self._write(field, noise, self._text_steps(None, batch.seeds), batch.stepper, batch.video)
         if turn == len(steps):
             return batch.video, ids
 
@@ -314,6 +316,8 @@ class UniViGUPipeline(PipelineParts):
         return text_space.embed(ids.to(device), token_table(self.transformer, device))
 
     def _nearest(self, z: Tensor) -> Tensor:
+        if self._discrete:
+            return z
         return text_space.nearest(z, token_table(self.transformer, z.device), self.transformer.config.tokenizer_length)
 
 

@@ -11,12 +11,16 @@ model is only called, because hooks that offload its weights to another device a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import flow
+from . import flow, inputs
 from .bases import ImageCondition
+from .errors import BadInputError
+from .inputs import Generators, Seeds
 from .transformer import UniViGUOutput, UniViGUTransformer3DModel, VideoCache
 
 TOGETHER = 8192  # video tokens of both branches of guidance up to which they are one batch
@@ -193,8 +197,30 @@ def guided(seen: Tensor, without: Tensor, scale: float) -> Tensor:
 
 
 def token_table(model: UniViGUTransformer3DModel, device: torch.device) -> Tensor:
-    """E (V, d) on the device where sampling runs, also if the model's weights wait on another."""
-    return model.text_space().to(device)
+    """E (V, d) on the device where sampling runs, also if the model's weights wait on another; none if `discrete`."""
+    return torch.empty(0, device=device) if model.text_space is None else model.text_space().to(device)
+
+
+def video_noise(
+    count: int, shape: Sequence[int], seed: Seeds | None, generator: Generators, given: Tensor | None, device: Any
+) -> tuple[Tensor, list[int]]:
+    """The noise (count, *shape) of videos, and a seed for all other noise of each; ``given`` noise is taken as it is.
+
+    Raises BadInputError for both a seed and a generator, and for another number of either, or of noises.
+    """
+    if seed is not None and generator is not None:
+        raise BadInputError("Both a seed and a generator were given: give one of them.")
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise BadInputError(f"There are {len(generator)} generators for {count} videos: give one for each.")
+    if seed is not None:
+        seeds = inputs.list_seeds(seed, count)
+        noise = seeded_noise(seeds, "video", shape, device) if given is None else given
+    else:
+        noise = randn_tensor((count, *shape), generator, device, torch.float32) if given is None else given
+        seeds = inputs.draw_seeds(generator, count)
+    if len(noise) != count:
+        raise BadInputError(f"There are latents of {len(noise)} videos for {count} prompts: give one for each.")
+    return noise.to(device, torch.float32), seeds
 
 
 def seeded_noise(seeds: Sequence[int], name: str, shape: Sequence[int], device: torch.device) -> Tensor:

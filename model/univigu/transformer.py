@@ -31,19 +31,20 @@ from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedd
 from torch import Tensor
 
 from . import wan
+from .discrete import predict_tokens, text_rotary
 from .errors import ConfigError
 from .layers import (
     Context,
     KVCache,
+    Rotary,
     RotaryTables,
     Stream,
-    TextEmbedder,
-    TextHead,
     UniViGUBlock,
     UniViGUOutput,
     VideoCache,
     modulate,
     repeat_rows,
+    text_ends,
 )
 from .sequence_parallel import SequenceGroup, require_divisible
 from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
@@ -52,8 +53,8 @@ ATTENTION = ("joint", "prefix", "text_only", "kv_only")
 
 
 def _check_choices(prediction: str, ffn_init: str, caption_attention: str, text_output_dim: int) -> None:
-    if prediction not in PREDICTIONS:
-        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
+    if prediction not in (*PREDICTIONS, "discrete"):
+        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)} or discrete.")
     if ffn_init not in ("new", "copy", "shared"):
         raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
     if caption_attention not in ("prefix", "joint"):
@@ -66,7 +67,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
     """Uni-ViGU's transformer. The first arguments are WanTransformer3DModel's; the text side's are:
 
     ``text_latent_dim`` d, ``vocab_size`` V (rows of E), ``tokenizer_length`` (ids from there on are never predicted),
-    ``row_norm`` r (None: from V), ``text_length`` N, ``prediction`` (categorical | x1 | velocity), ``ffn_init`` (new |
+    ``row_norm`` r (None: from V), ``text_length`` N, ``prediction`` (categorical | x1 | velocity, or discrete for token
+    ids as in `univigu.discrete`, which has no ``text_latent_dim`` and ``row_norm``), ``ffn_init`` (new |
     copy | shared, with the video's), ``pad_token_id``, ``eos_token_id``, ``text_output_dim`` w (numbers per token for a
     `TextOutput`; 0: none), ``caption_attention`` (prefix | joint: a video's, while a text about it is written).
     """
@@ -113,22 +115,23 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         if row_norm is None:
             row_norm = row_norm_for(tokenizer_length)
             self.register_to_config(row_norm=row_norm)
-        dim, shared = num_attention_heads * attention_head_dim, ffn_init == "shared"
+        dim, discrete = num_attention_heads * attention_head_dim, prediction == "discrete"
+        kind = ffn_init == "shared", added_kv_proj_dim, discrete
         # Wan's parts, under Wan's names, so that its checkpoints load without a mapping of keys
         self.rope = RotaryTables(attention_head_dim, patch_size, rope_max_seq_len)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, dim * 6, text_dim, image_dim)
         self.blocks = nn.ModuleList(
-            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, shared, added_kv_proj_dim)
+            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, *kind)
             for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         # the text side
-        self.text_space = TextSpace(vocab_size, text_latent_dim, row_norm)
-        self.text_embedder = TextEmbedder(text_latent_dim, dim, freq_dim)
-        self.text_head = TextHead(dim, text_latent_dim, eps, text_output_dim)
+        self.text_space = None if discrete else TextSpace(vocab_size, text_latent_dim, row_norm)
+        latents = None if discrete else text_latent_dim
+        self.text_embedder, self.text_head = text_ends(dim, freq_dim, eps, vocab_size, latents, text_output_dim)
         self.text_output = TextOutput(vocab_size, text_output_dim) if text_output_dim else None
         for name, parameter in self.named_parameters():
             if wan.is_image_side(name):  # training gives no image, so nothing would reach these weights
@@ -181,7 +184,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         text_hidden = None
         if text is not None:
             text_hidden, text_temb, text_time = self.text_embedder(text, text_tau, guess)
-            text_rotary = self.rope.text(grid, text.shape[1])
+            text_rotary = self._text_rotary(grid, text)
         for i, block in enumerate(self.blocks):
             text_stream = None if text is None else (text_hidden, text_time, text_rotary)
             # of the last block's video, text needs the keys and values alone
@@ -230,7 +233,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             # pyrefly: ignore[bad-return]
             return self.forward(video, tau, condition, text, text_tau, guess).text
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
-        rotary = self.rope.text(cache.grid, text.shape[1])
+        rotary = self._text_rotary(cache.grid, text)
         for block, kept in zip(self.blocks, cache.blocks, strict=True):
             stream = hidden, time, rotary
             if len(kept) == 3:
@@ -239,6 +242,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
                 _, hidden, _ = self._run(block, None, stream, None, kept, "prefix")
         # pyrefly: ignore[bad-argument-type]
         return self._text_out(hidden, temb)
+
+    def _text_rotary(self, grid: tuple[int, int, int], text: Tensor) -> Rotary:
+        """The rotary table of a text (B, N, ...) beside a video of ``grid`` patches."""
+        if self.config.prediction == "discrete":
+            return text_rotary(text.shape[1], self.config.attention_head_dim, text.device)
+        return self.rope.text(grid, text.shape[1])
 
     def _text_out(self, hidden: Tensor, temb: Tensor) -> Tensor:
         """The head's h (B, N, d), or [h, g] (B, N, d + w) with a `TextOutput`."""
@@ -256,6 +265,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         ``table`` (V, d) is ``text_space()``: the caller computes it once per step or per sampling run.
         """
         config = self.config
+        if config.prediction == "discrete":
+            return predict_tokens(hidden, temperature)
         settings = config.tokenizer_length, config.prediction, floor, temperature
         if self.text_output is None:
             return read_out(hidden, z, tau, table, *settings)
@@ -321,8 +332,9 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.text_embedder.time_proj.load_state_dict(self.condition_embedder.time_proj.state_dict())
         self.text_head.scale_shift_table.copy_(self.scale_shift_table)
         for block in self.blocks:
-            # pyrefly: ignore[bad-argument-type, not-callable]
-            block.text_scale_shift_table.copy_(block.scale_shift_table)
+            if block.text_scale_shift_table is not None:
+                # pyrefly: ignore[bad-argument-type, not-callable]
+                block.text_scale_shift_table.copy_(block.scale_shift_table)
             if self.config.ffn_init == "copy":
                 # pyrefly: ignore[missing-attribute]
                 block.ffn_text.load_state_dict(block.ffn.state_dict())
@@ -355,7 +367,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         # assign=True takes the base's tensors over: a copy would need the weights' memory twice
         wan.check_keys(*model.load_state_dict(base.state_dict(), strict=False, assign=True))
         model.init_text_side()
-        if rows is not None:
+        if rows is not None and model.text_space is not None:
             model.text_space.init_from(rows)
             if model.text_output is not None:
                 model.text_output.init_from(rows)
@@ -373,6 +385,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         per_block = tokens * per_token + 2 * dim * pairs + 2 * dim * dim * context_tokens
         patch = math.prod(self.config.patch_size) * (self.config.in_channels + self.config.out_channels)
         text = 2 * self.config.text_latent_dim + self.config.text_output_dim  # into the stream, and out of it
+        text = self.config.vocab_size if self.text_space is None else text
         ends = video_tokens * dim * patch + text_tokens * dim * text
         return 2 * (self.config.num_layers * per_block + ends)
 

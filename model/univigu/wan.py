@@ -180,13 +180,25 @@ def check_text_encoder(text_encoder: Any) -> None:
         )
 
 
-@torch.no_grad()
 def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
     """Prompt states (B, max_sequence_length, text_dim) in the form that Wan's cross-attention takes.
 
     The encoder uses the padding mask. Its states at padded positions are then set to zero, and the transformer attends
     to all positions without a mask. The dropped condition is the encoded empty string.
     """
+    states, mask = _encode(tokenizer, text_encoder, prompts, max_sequence_length)
+    return states.masked_fill(~mask.bool()[..., None], 0)
+
+
+def encode_padded(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
+    """:func:`encode_prompts` with the encoder's states at padded positions, as the authors' released model takes it."""
+    return _encode(tokenizer, text_encoder, prompts, max_sequence_length)[0]
+
+
+@torch.no_grad()
+def _encode(
+    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int
+) -> tuple[Tensor, Tensor]:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     inputs = tokenizer(
@@ -200,8 +212,7 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], ma
     )
     device = runs_on(text_encoder)
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
-    states = text_encoder(ids, mask).last_hidden_state
-    return states.masked_fill(~mask.bool()[..., None], 0)
+    return text_encoder(ids, mask).last_hidden_state, mask
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------

@@ -66,13 +66,13 @@ def load_parts(folder: Path, precision: Callable[[str], Any]) -> dict[str, Any]:
     """CLIP and its preprocessing; neither for a transformer that doesn't take its states."""
     if not wan.read_json(folder / "transformer" / "config.json").get("image_dim"):
         return {}
-    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPImageProcessorPil, CLIPVisionModel  # the other kind needs torchvision
 
     chosen = precision("image_encoder")
     dtype: dict[str, Any] = {} if chosen is None else {"dtype": chosen}
     return {
         "image_encoder": CLIPVisionModel.from_pretrained(folder / "image_encoder", use_safetensors=True, **dtype),
-        "image_processor": CLIPImageProcessor.from_pretrained(folder / "image_processor"),
+        "image_processor": CLIPImageProcessorPil.from_pretrained(folder / "image_processor"),
     }
 
 

@@ -66,7 +66,7 @@ def ti2v_folder(text_parts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def i2v_folder(text_parts, tiny_wan_folder, tmp_path_factory):
     """12 channels, of which 4 are the video's, and CLIP's states through keys and values of their own."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     folder = tmp_path_factory.mktemp("bases") / "tiny-i2v"
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -78,7 +78,7 @@ def i2v_folder(text_parts, tiny_wan_folder, tmp_path_factory):
     WanImageToVideoPipeline(
         **text_parts,
         image_encoder=image_encoder,
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
         vae=AutoencoderKLWan.from_pretrained(tiny_wan_folder / "vae"),
         transformer=transformer,
         scheduler=UniPCMultistepScheduler(**FLOW),

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, 
 from PIL import Image
 
 from univigu import UniViGUPipeline, bases
-from univigu.errors import BadInputError
+from univigu.errors import BadInputError, MissingInputError
 
 PROMPT, OTHER = "a red five", "a blue two"
 LENGTH = 512  # of the condition: in diffusers, what is beyond it is an image's
@@ -143,6 +143,12 @@ def test_wan_2_2_of_two_experts_is_refused_in_one_sentence(folder, part, tmp_pat
     with pytest.raises(BadInputError, match="two transformers, one for the high noise levels") as caught:
         UniViGUPipeline.from_wan(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_to_video_folder_without_clip_is_incomplete(i2v_folder, tmp_path):
+    shutil.copytree(i2v_folder, tmp_path / "part", ignore=shutil.ignore_patterns("image_*"))
+    with pytest.raises(MissingInputError, match="no image_encoder and no image_processor"):
+        UniViGUPipeline.from_wan(tmp_path / "part")
 
 
 def test_a_base_of_a_first_and_a_last_image_is_refused(i2v_folder, tmp_path):
