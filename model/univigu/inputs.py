@@ -67,7 +67,7 @@ def _as_image(image: Any) -> Image.Image:
         image = image.movedim(0, -1)
     if np.ndim(image) != 3:
         raise BadInputError("An image must be PIL's, or RGB pixels of shape (H, W, 3): load it with PIL first.")
-    return Image.fromarray(as_frames([image])[0])
+    return Image.fromarray(as_frames([image.cpu() if isinstance(image, Tensor) else image])[0])
 
 
 def list_prompts(prompt: str | Sequence[str], tokenizer: Any, limit: int, allow_empty: bool) -> list[str]:
