@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from . import inputs, wan
@@ -16,14 +17,12 @@ from .schedules import EulerSteps, Steps, video_steps
 from .video import fit_frames
 
 
-class PipelineArguments:
+class PipelineArguments(DiffusionPipeline):
     """What `PipelineParts` makes of the arguments of a call."""
 
-    config: Any
     transformer: Any
     vae: Any
     scheduler: Any
-    _execution_device: Any
 
     @property
     def _text_shape(self) -> tuple[int, ...]:
@@ -90,7 +89,7 @@ class PipelineArguments:
         """The noise (B, N, d) of the texts."""
         device, shape = self._execution_device, (len(seeds), *self._text_shape)
         if text_latents is None and self._discrete:
-            return random_ids(seeds, "text", *self._text_shape, self.transformer.config.vocab_size, device)
+            return random_ids(seeds, "text", shape[1], self.transformer.config.vocab_size, device)
         if text_latents is None:
             return seeded_noise(seeds, "text", self._text_shape, device)
         if tuple(text_latents.shape) != shape:

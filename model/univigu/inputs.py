@@ -54,7 +54,8 @@ def list_images(image: Any) -> list[Image.Image]:
 
     Arrays and tensors are uint8 or from 0 to 1; with a dimension more, they are several images.
     """
-    several = list(image) if isinstance(image, list | tuple) or np.ndim(image) == 4 else [image]
+    # pyrefly: ignore[implicit-any-type-argument]
+    several: list[Any] = list(image) if isinstance(image, list | tuple) or np.ndim(image) == 4 else [image]
     if not several:
         raise BadInputError("The list of images is empty: give an image, or one for each prompt.")
     return [_as_image(one) for one in several]

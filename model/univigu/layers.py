@@ -195,6 +195,7 @@ class UniViGUBlock(WanTransformerBlock):
         if video is not None:
             video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=-2)
             normed = self._normed(video, video_mod)
+            # pyrefly: ignore[bad-argument-type, missing-attribute]
             length, rotary = video[2].shape[1], self._own_tokens(video[2])
             video_k, video_v = (self._to_heads(x, length) for x in self._keys_values(normed, rotary))
             # pyrefly: ignore[bad-argument-type]
@@ -350,7 +351,7 @@ class TextHead(nn.Module):
 
 def text_ends(
     dim: int, freq_dim: int, eps: float, vocab_size: int, latent_dim: int | None, output_dim: int
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[Any, Any]:
     """The way into and out of the text stream; without a ``latent_dim`` a text is token ids (`univigu.discrete`)."""
     if latent_dim is None:
         return TokenEmbedder(vocab_size, dim, freq_dim), TokenHead(dim, vocab_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLWan
 from diffusers.utils.torch_utils import get_device
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -25,7 +25,7 @@ from .transformer import UniViGUTransformer3DModel
 Device = torch.device | str | None
 
 
-class PipelineParts(PipelineArguments, UniViGULoraLoaderMixin, DiffusionPipeline):
+class PipelineParts(UniViGULoraLoaderMixin, PipelineArguments):
     """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
 
     ``height`` and ``width`` are in pixels, ``fps`` is the frame rate of saved clips, ``max_sequence_length`` the padded

@@ -141,15 +141,15 @@ def joint_field(
         video, text = states
         video_tau, text_tau = (batch_tau(tau, video) for tau in taus)
         beside = guide.condition, text, text_tau, *(() if guess is None else (guess,))
-        shown, shown_tau, states = guide.show(video, video_tau)
+        shown, shown_tau, image_states = guide.show(video, video_tau)
         if guide.scale > 1:
             # a guess of zeros is none
             beside_without = guide.negative, no_text, batch_tau(0.0, video), *(0 * given for given in beside[3:])
             # pyrefly: ignore[bad-argument-type]
-            out, without = two_branches(model, shown, shown_tau, beside, beside_without, image_states=states)
+            out, without = two_branches(model, shown, shown_tau, beside, beside_without, image_states=image_states)
             velocity = guided(out.video, without.video, guide.scale)
         else:
-            out = model(shown, shown_tau, *beside, image_states=states)
+            out = model(shown, shown_tau, *beside, image_states=image_states)
             velocity = out.video.float()
         hidden = out.text
         if text_scale > 1:

@@ -129,7 +129,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         # the text side
-        self.text_space = None if discrete else TextSpace(vocab_size, text_latent_dim, row_norm)
+        self.text_space: Any = None if discrete else TextSpace(vocab_size, text_latent_dim, row_norm)
         latents = None if discrete else text_latent_dim
         self.text_embedder, self.text_head = text_ends(dim, freq_dim, eps, vocab_size, latents, text_output_dim)
         self.text_output = TextOutput(vocab_size, text_output_dim) if text_output_dim else None
@@ -220,6 +220,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             recomputed = self._recomputes(block)
             if not (recomputed and attention == "kv_only"):
                 video, _, kv_cache = self._run(block, stream, None, context, None, attention)
+            # pyrefly: ignore[bad-argument-type]
             kept.append(stream if recomputed else kv_cache)
         return VideoCache(kept, grid, context)
 

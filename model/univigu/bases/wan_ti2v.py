@@ -26,7 +26,7 @@ class FirstFrame:
     """The first latent frame (B or 1, C, 1, H', W'), clean while all others are denoised."""
 
     latents: Tensor
-    states = None  # there is no image encoder
+    states: Tensor | None = None  # there is no image encoder
 
     def show(self, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         times = torch.cat([torch.ones_like(tau)[:, None], tau[:, None].expand(-1, z.shape[2] - 1)], dim=1)
