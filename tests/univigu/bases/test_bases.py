@@ -1,5 +1,6 @@
 """What holds for every kind of base: diffusers' own videos, captions, both jointly, and loading again."""
 
+import copy
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from univigu import UniViGUPipeline, bases, wan
+from univigu import ObjectiveConfig, TrainingObjective, UniViGUPipeline, bases, text_space, wan
 from univigu.errors import BadInputError, MissingInputError
 
 PROMPT, OTHER = "a red five", "a blue two"
@@ -126,6 +127,19 @@ def test_a_saved_model_is_of_the_same_kind_and_makes_the_same(spoken, images, tm
     np.testing.assert_allclose(loaded(PROMPT, **given).frames, spoken(PROMPT, **given).frames, atol=1e-4)
 
 
+def test_training_gives_no_image_and_leaves_its_weights(spoken):
+    shape = wan.latent_shape(spoken.vae, 9, spoken.config.height, spoken.config.width)
+    ids = text_space.tokenize(spoken.tokenizer, [PROMPT, OTHER], 12)
+    batch = {"latents": torch.randn(2, *shape), "prompt_embeds": torch.randn(2, 6, 32), "prompt_ids": ids}
+    batch |= {"empty_embeds": torch.zeros(6, 32), "target_ids": ids, "sample_ids": torch.arange(2)}
+    batch["epochs"] = torch.zeros(2, dtype=torch.long)
+    objective = TrainingObjective(copy.deepcopy(spoken.transformer), ObjectiveConfig(shares={"joint": 1}))
+    objective(batch, 1)["loss"].backward()
+    with_gradient = {name for name, value in objective.transformer.named_parameters() if value.grad is not None}
+    names = {name for name, _ in spoken.transformer.named_parameters() if not wan.is_image_side(name)}
+    assert with_gradient == names
+
+
 def test_a_base_without_images_refuses_one(tiny_wan_folder, images):
     pipeline = UniViGUPipeline.from_wan(tiny_wan_folder)
     assert pipeline.base is bases.wan_t2v.BASE
@@ -136,14 +150,14 @@ def test_a_base_without_images_refuses_one(tiny_wan_folder, images):
 
 @pytest.mark.parametrize("part", ["a second transformer", "a boundary"])
 def test_wan_2_2_of_two_experts_is_refused_in_one_sentence(folder, part, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "two")
+    two = shutil.copytree(folder, tmp_path / "two")
     if part == "a boundary":
-        index = copy / "model_index.json"
+        index = two / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | {"boundary_ratio": 0.9}))
     else:
-        shutil.copytree(copy / "transformer", copy / "transformer_2")
+        shutil.copytree(two / "transformer", two / "transformer_2")
     with pytest.raises(BadInputError, match="two transformers, one for the high noise levels") as caught:
-        UniViGUPipeline.from_wan(copy)
+        UniViGUPipeline.from_wan(two)
     assert "\n" not in str(caught.value)
 
 
@@ -154,11 +168,11 @@ def test_an_image_to_video_folder_without_clip_is_incomplete(i2v_folder, tmp_pat
 
 
 def test_a_base_of_a_first_and_a_last_image_is_refused(i2v_folder, tmp_path):
-    copy = shutil.copytree(i2v_folder, tmp_path / "both")
-    config = copy / "transformer" / "config.json"
+    both = shutil.copytree(i2v_folder, tmp_path / "both")
+    config = both / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pos_embed_seq_len": 514}))
     with pytest.raises(BadInputError, match="not on a first one alone"):
-        UniViGUPipeline.from_wan(copy)
+        UniViGUPipeline.from_wan(both)
 
 
 def test_wan_pipeline_and_ours_make_the_same_from_text_alone(ti2v_folder):
