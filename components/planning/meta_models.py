@@ -38,6 +38,11 @@ def build_models(profile: Profile, folder: Path) -> MetaModels:
     from transformers import UMT5Config, UMT5EncoderModel
 
     transformer_config = wan.read_json(wan.transformer_folder(folder) / "config.json")
+    if transformer_config.get("in_channels", 16) != wan.latent_channels(transformer_config):
+        raise BadInputError(
+            f"{folder} makes videos from an image, and the steps need clips that a base makes from text alone: use a"
+            " text-to-video base, or Wan2.2 TI2V."
+        )
     encoder_config = UMT5Config(**wan.read_json(folder / "text_encoder" / "config.json"))
     vae_config = wan.read_json(folder / "vae" / "config.json")
     if (name := vae_config.get("_class_name")) != "AutoencoderKLWan":

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from . import inputs
+from .bases import ImageCondition
 from .errors import BadInputError
 from .sampling import Guide
 
@@ -50,6 +52,8 @@ class Conditions:
         self._count = counts.pop()
         self._negatives: list[str] = [""] * self._count
         self._negative_states: list[Tensor] | None = None
+        self._images: list[Image] = []
+        self._shape: Sequence[int] = ()
 
     def __len__(self) -> int:
         return self._count
@@ -59,9 +63,23 @@ class Conditions:
         if prompt is not None and embeds is not None:
             raise BadInputError("Both `negative_prompt` and `negative_prompt_embeds` were given: give one of them.")
         if prompt is not None:
-            self._negatives = self._for_each(inputs.list_prompts(prompt, self._pipeline.tokenizer, self.length, True))
+            found = inputs.list_prompts(prompt, self._pipeline.tokenizer, self.length, True)
+            self._negatives = self._for_each(found, "negative prompts")
         if embeds is not None:
-            self._negative_states = self._for_each(inputs.list_embeds(embeds, self._width, "negative_prompt_embeds"))
+            found = inputs.list_embeds(embeds, self._width, "negative_prompt_embeds")
+            self._negative_states = self._for_each(found, "negative prompts")
+
+    def read_image(self, image: Any, shape: Sequence[int]) -> None:
+        """Take in the first image of all videos, or one per prompt; ``shape`` is (C, T, H', W') of their latents."""
+        if image is None:
+            return
+        base = self._pipeline.base
+        if base.show is None:
+            raise BadInputError(
+                f"This model's base is {base.name}, which takes no image: leave `image` out, or use a model whose base"
+                " is Wan2.1 I2V or Wan2.2 TI2V."
+            )
+        self._images, self._shape = self._for_each(inputs.list_images(image), "images"), shape
 
     def guide(self, part: slice) -> Guide:
         """What guides the videos of one part; the negative is encoded only where the guidance needs it."""
@@ -72,7 +90,13 @@ class Conditions:
         if scale > 1:
             states = self._negative_states
             negative = self._encoded(self._negatives[part], states and states[part])
-        return Guide(condition, negative, scale)
+        return Guide(condition, negative, scale, self._shown(self._images[part]))
+
+    def _shown(self, images: Sequence[Image]) -> ImageCondition | None:
+        if not images:
+            return None
+        same = all(image is images[0] for image in images)  # then it is encoded once
+        return self._pipeline.base.show(self._pipeline, images[:1] if same else images, self._shape)
 
     def _encoded(self, texts: list[str], states: list[Tensor] | None) -> Tensor:
         if states is not None:
@@ -83,12 +107,12 @@ class Conditions:
     def _copied(self, items: list[Any]) -> list[Any]:
         return [item for item in items for _ in range(self._copies)]
 
-    def _for_each(self, items: list[Any]) -> list[Any]:
+    def _for_each(self, items: list[Any], name: str) -> list[Any]:
         if len(items) == 1:
             return items * self._count
         if len(items) * self._copies != self._count:
             raise BadInputError(
-                f"There are {len(items)} negative prompts for {self._count // self._copies} prompts: give one for all,"
-                " or one for each."
+                f"There are {len(items)} {name} for {self._count // self._copies} prompts: give one for all, or one for"
+                " each."
             )
         return self._copied(items)

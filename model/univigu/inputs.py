@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from PIL import Image
 from torch import Tensor
 
 from .errors import BadInputError
@@ -46,6 +47,28 @@ def _as_array(video: Any) -> np.ndarray:
         return np.asarray(video) if isinstance(video, np.ndarray) else np.stack([np.asarray(f) for f in video])
     except (TypeError, ValueError) as error:
         raise BadInputError(f"This is not a list of equal frames ({error}): give RGB frames of one size.") from error
+
+
+def list_images(image: Any) -> list[Image.Image]:
+    """One image, or a list of images, as RGB images: PIL's, arrays (H, W, 3), or tensors (H, W, 3) or (3, H, W).
+
+    Arrays and tensors are uint8 or from 0 to 1; with a dimension more, they are several images.
+    """
+    # pyrefly: ignore[implicit-any-type-argument]
+    several: list[Any] = list(image) if isinstance(image, list | tuple) or np.ndim(image) == 4 else [image]
+    if not several:
+        raise BadInputError("The list of images is empty: give an image, or one for each prompt.")
+    return [_as_image(one) for one in several]
+
+
+def _as_image(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
+        image = image.movedim(0, -1)
+    if np.ndim(image) != 3:
+        raise BadInputError("An image must be PIL's, or RGB pixels of shape (H, W, 3): load it with PIL first.")
+    return Image.fromarray(as_frames([image.cpu() if isinstance(image, Tensor) else image])[0])
 
 
 def list_prompts(prompt: str | Sequence[str], tokenizer: Any, limit: int, allow_empty: bool) -> list[str]:

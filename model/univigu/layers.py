@@ -5,6 +5,7 @@ dimension of the text space.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,21 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import wan
+from .discrete import HalfSplit, TokenEmbedder, TokenHead, from_pairs, to_pairs
 from .errors import BadInputError
 from .sequence_parallel import SequenceGroup
 
-Rotary = Tensor  # (1, S, 1, head_dim / 2, 2): cosine and sine of the rotation of each pair of channels
-Stream = tuple[Tensor, Tensor, Rotary]  # hidden states (B, S, width), time (B, 6, width), rotary table of all S
-KVCache = tuple[Tensor, Tensor, Tensor, Tensor]  # a block's video K, V and condition K, V, (B, S, heads, head_dim) each
+# (1, S, 1, head_dim / 2, 2): cosine and sine of the rotation of each pair of channels, which are neighbours in Wan
+Rotary = Tensor | HalfSplit
+# hidden states (B, S, width), time (B, 6, width), or (B, F, 6, width) for F equal parts of S, rotary table of all S
+Stream = tuple[Tensor, Tensor, Rotary]
+# a block's video K, V and condition K, V, (B, S, heads, head_dim) each, and K, V of an image, where one is given
+KVCache = tuple[Tensor, ...]
+Context = Tensor | tuple[Tensor, Tensor]  # the projected condition (B or 1, L, width), and that of an image beside it
 
 
 class RotaryTables(WanRotaryPosEmbed):
@@ -77,6 +84,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     This takes one pass over memory, and rounds as Wan does where head_dim is a multiple of 16 (it then fills the
     processor's vectors). What torch compiles has real numbers, which are fused with the operations around them.
     """
+    if isinstance(rotary, HalfSplit):
+        return from_pairs(rotate(to_pairs(x), rotary.table))
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         (real, imaginary), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
@@ -103,10 +112,51 @@ def project_out(attention: WanAttention, x: Tensor) -> Tensor:
     return attention.to_out[1](attention.to_out[0](x.flatten(2, 3)))
 
 
+@dataclass
+class VideoCache:
+    """What text needs from a video: each block's keys and values, and the grid after which text positions start.
+
+    A block whose activations are recomputed has the video stream at its input in their place, from which it computes
+    them again: that is kept for the backward pass anyway, and has half the size. A model whose ``caption_attention`` is
+    ``joint`` keeps the video itself, and no blocks.
+    """
+
+    blocks: list[KVCache | Stream]
+    grid: tuple[int, int, int]  # patches along T, H, W
+    context: Context | None = None  # for the streams
+    video: tuple[Tensor, Tensor, Tensor] | None = None  # z_v, tau and c, as `forward` takes them
+
+
+@dataclass
+class UniViGUOutput(BaseOutput):
+    """``video``: velocity u_v (B, C, T, H, W), data - noise; ``text``: the head's h (B, N, d), or None without text.
+
+    With ``kv_only``, ``cache`` is all there is; beside a cache, ``text`` is.
+    """
+
+    video: Tensor
+    text: Tensor | None = None
+    cache: VideoCache | None = None
+
+
+def modulate(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """adaLN: normed (B, S, width) with scale and shift (B, 1, width), or (B, F, 1, width) for F equal parts of S."""
+    if scale.ndim == 3:
+        return normed * (1 + scale) + shift
+    return (normed.unflatten(1, (scale.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+
+
+def gated(out: Tensor, gate: Tensor) -> Tensor:
+    """A branch's output (B, S, width) times its gate, in the shapes of :func:`modulate`."""
+    return out * gate if gate.ndim == 3 else (out.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+
+
 class UniViGUBlock(WanTransformerBlock):
     """Wan's block with a second feed-forward network and scale/shift table for text (eq 14, 15).
 
-    With ``shared_ffn`` text goes through the video's network: what the paper's design is compared with.
+    With ``shared_ffn`` text goes through the video's network: what the paper's design is compared with. With
+    ``shared_table`` it has the video's scale/shift table, as in the authors' release.
+    ``added_kv_proj_dim`` gives the cross-attention Wan's second keys and values, for an image.
     """
 
     def __init__(
@@ -118,32 +168,34 @@ class UniViGUBlock(WanTransformerBlock):
         cross_attn_norm: bool,
         eps: float,
         shared_ffn: bool = False,
+        added_kv_proj_dim: int | None = None,
+        shared_table: bool = False,
     ):
-        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
         own = None if shared_ffn else FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.ffn_text = own
-        self.text_scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.text_scale_shift_table = None if shared_table else nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.sequence: SequenceGroup | None = None  # the processes that share a video's tokens
 
     def forward(
         self,
         video: Stream | None,
         text: Stream | None,
-        context: Tensor | None,
+        context: Context | None,
         kv_cache: KVCache | None,
         attention: str,
     ) -> tuple[Tensor | None, Tensor | None, KVCache]:
         """One block over the given streams; without a video stream, text attends to ``kv_cache``.
 
         ``attention`` is ``joint``, ``prefix``, ``text_only``, which computes of the video no more than its keys and
-        values, or ``kv_only``, which computes nothing else. ``context`` (B or 1, L, width) is the condition; a cache
-        replaces it. Returns the hidden states (B, S, width) of video and of text (None for those not computed), and
-        the cache.
+        values, or ``kv_only``, which computes nothing else. ``context`` is the condition; a cache replaces it. Returns
+        the hidden states (B, S, width) of video and of text (None for those not computed), and the cache.
         """
         video_out = text_out = None
         if video is not None:
-            video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=1)
+            video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=-2)
             normed = self._normed(video, video_mod)
+            # pyrefly: ignore[bad-argument-type, missing-attribute]
             length, rotary = video[2].shape[1], self._own_tokens(video[2])
             video_k, video_v = (self._to_heads(x, length) for x in self._keys_values(normed, rotary))
             # pyrefly: ignore[bad-argument-type]
@@ -157,7 +209,8 @@ class UniViGUBlock(WanTransformerBlock):
         # pyrefly: ignore[not-iterable]
         video_k, video_v, *context_kv = kv_cache
         if text is not None:
-            text_mod = (self.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
+            table = self.scale_shift_table if self.text_scale_shift_table is None else self.text_scale_shift_table
+            text_mod = (table + text[1].float()).chunk(6, dim=1)
             normed = self._normed(text, text_mod)
             text_qkv = self._queries(normed, text[2]), *self._keys_values(normed, text[2])
             text_q, text_k, text_v = (self._own_heads(x) for x in text_qkv)
@@ -204,7 +257,7 @@ class UniViGUBlock(WanTransformerBlock):
     def _normed(self, stream: Stream, modulation: tuple[Tensor, ...]) -> Tensor:
         """The hidden states (B, S, width) of a stream as self-attention reads them."""
         shift, scale, *_ = modulation
-        return (self.norm1(stream[0].float()) * (1 + scale) + shift).type_as(stream[0])
+        return modulate(self.norm1(stream[0].float()), scale, shift).type_as(stream[0])
 
     def _queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
         query = self.attn1.norm_q(self.attn1.to_q(normed))
@@ -216,10 +269,14 @@ class UniViGUBlock(WanTransformerBlock):
         key, value = (x.unflatten(2, (attn.heads, -1)) for x in (key, value))
         return rotate(key, rotary), value
 
-    def _project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the condition for cross-attention, (B or 1, L, heads, head_dim) each."""
-        key, value = self.attn2.norm_k(self.attn2.to_k(context)), self.attn2.to_v(context)
-        return key.unflatten(2, (self.attn2.heads, -1)), value.unflatten(2, (self.attn2.heads, -1))
+    def _project_context(self, context: Context) -> tuple[Tensor, ...]:
+        """K and V of the condition for cross-attention, and those of an image: (B or 1, L, heads, head_dim) each."""
+        attn = self.attn2
+        text, image = context if isinstance(context, tuple) else (context, None)
+        found = [attn.norm_k(attn.to_k(text)), attn.to_v(text)]
+        if image is not None:
+            found += [attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)]
+        return tuple(x.unflatten(2, (attn.heads, -1)) for x in found)
 
     def _finish(
         self,
@@ -231,12 +288,15 @@ class UniViGUBlock(WanTransformerBlock):
     ) -> Tensor:
         """What follows self-attention: its residual, cross-attention, and the stream's own feed-forward (eq 15)."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        hidden = (hidden.float() + project_out(self.attn1, attended) * gate).type_as(hidden)
+        hidden = (hidden.float() + gated(project_out(self.attn1, attended), gate)).type_as(hidden)
         query = self.attn2.norm_q(self.attn2.to_q(self.norm2(hidden.float()).type_as(hidden)))
-        attended = attend(self.attn2, query.unflatten(2, (self.attn2.heads, -1)), *context_kv)
+        query = query.unflatten(2, (self.attn2.heads, -1))
+        attended = attend(self.attn2, query, *context_kv[:2])
+        if len(context_kv) > 2:  # an image is attended to by itself, with a softmax of its own
+            attended = attended + attend(self.attn2, query, *context_kv[2:])
         hidden = hidden + project_out(self.attn2, attended)
-        normed = (self.norm3(hidden.float()) * (1 + ffn_scale) + ffn_shift).type_as(hidden)
-        return (hidden.float() + ffn(normed).float() * ffn_gate).type_as(hidden)
+        normed = modulate(self.norm3(hidden.float()), ffn_scale, ffn_shift).type_as(hidden)
+        return (hidden.float() + gated(ffn(normed).float(), ffn_gate)).type_as(hidden)
 
 
 class TextEmbedder(nn.Module):
@@ -287,3 +347,12 @@ class TextHead(nn.Module):
         hidden = (self.norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         out = self.log_scale.float().exp() * self.proj_out(hidden).float()
         return out if self.proj_output is None else torch.cat([out, self.proj_output(hidden).float()], dim=-1)
+
+
+def text_ends(
+    dim: int, freq_dim: int, eps: float, vocab_size: int, latent_dim: int | None, output_dim: int
+) -> tuple[Any, Any]:
+    """The way into and out of the text stream; without a ``latent_dim`` a text is token ids (`univigu.discrete`)."""
+    if latent_dim is None:
+        return TokenEmbedder(vocab_size, dim, freq_dim), TokenHead(dim, vocab_size)
+    return TextEmbedder(latent_dim, dim, freq_dim), TextHead(dim, latent_dim, eps, output_dim)

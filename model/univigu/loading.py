@@ -11,13 +11,12 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import wan
+from .bases import Base, find_base
 from .errors import BadInputError, CorruptDataError, MissingInputError, first_line
 from .transformer import UniViGUTransformer3DModel
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 PUSH_OPTIONS = ("repo_id", "token", "private", "commit_message", "create_pr")
-# What a Wan2.1 checkpoint makes, where the folder says nothing else.
-WAN_CLIP = {"num_frames": 81, "height": 480, "width": 832}
 WAN_TEXT_LENGTH = 256
 Precision = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -59,8 +58,9 @@ def reading(source: str | Path, options: Mapping[str, Any]) -> Iterator[None]:
 
 def check_wan(source: str | Path, folder: Path, without_text_encoder: bool = False) -> None:
     """Raise MissingInputError for an incomplete Wan folder, BadInputError for another model or a quantised one."""
-    wan.transformer_folder(folder)
+    config = wan.read_json(wan.transformer_folder(folder) / "config.json")
     parts = ["transformer", "vae", *([] if without_text_encoder else ["text_encoder"]), "tokenizer"]
+    parts += ["image_encoder", "image_processor"] if config.get("image_dim") else []
     missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise MissingInputError(f"{source} has no {' and no '.join(missing)}: give a complete checkpoint folder.")
@@ -70,7 +70,7 @@ def check_wan(source: str | Path, folder: Path, without_text_encoder: bool = Fal
 
 
 def wan_parts(source: str | Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer, text encoder, autoencoder and new transformer of a Wan folder, by the pipeline's names.
+    """The tokenizer, text encoder, autoencoder, new transformer and further parts of a Wan folder, by their names.
 
     ``options`` hold ``dtype`` or ``torch_dtype``, maybe a ``text_encoder`` (None for none), and the transformer's text
     arguments.
@@ -88,6 +88,7 @@ def wan_parts(source: str | Path, folder: Path, options: dict[str, Any]) -> dict
             dtype = _precision_of("text_encoder", precision)
             chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
             text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True, **chosen)
+        more = folder_base(folder).parts(folder, lambda part: _precision_of(part, precision))
     check_token_table(text_encoder)
     vocabulary = {
         "tokenizer_length": len(tokenizer),
@@ -96,7 +97,7 @@ def wan_parts(source: str | Path, folder: Path, options: dict[str, Any]) -> dict
     }
     transformer = UniViGUTransformer3DModel.from_wan(folder, **(vocabulary | options))
     _cast(transformer, _precision_of("transformer", precision))
-    return {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer}
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer, **more}
 
 
 def check_token_table(text_encoder: Any) -> None:
@@ -121,12 +122,15 @@ def upload(folder: Path, repo_id: str, token: Any = None, private: bool | None =
 def wan_defaults(folder: Path) -> dict[str, Any]:
     """Sizes, lengths and sampling settings of a Wan checkpoint, as `UniViGUPipeline.from_wan` takes them.
 
-    In this order: what its README.md states ("9 frames of 32x32 pixels"), the shift of its scheduler, and Wan2.1's own
-    values, with the video made smaller where its patches would fill more than three quarters of the rotary tables. The
-    text gets the positions that are left, at most 256.
+    In this order: what its README.md states ("9 frames of 32x32 pixels"), the shift of its scheduler, and the values of
+    its kind of base, with the video made smaller where its patches would fill more than three quarters of the rotary
+    tables. The text gets the positions that are left, at most 256.
     """
-    settings = WAN_CLIP | _stated(folder / "README.md") | _scheduler_shift(folder)
     transformer, vae = (wan.read_json(folder / part / "config.json") for part in ("transformer", "vae"))
+    base = folder_base(folder)
+    settings = {**base.clip, **_stated(folder / "README.md"), **_scheduler_shift(folder)}
+    if index_of(folder).get("expand_timesteps"):
+        settings["expand_timesteps"] = True
     factors = (
         vae.get("scale_factor_temporal", 4),
         vae.get("scale_factor_spatial", 8),
@@ -140,6 +144,17 @@ def wan_defaults(folder: Path) -> dict[str, Any]:
         settings[name] = min(settings[name], room * unit)
     grid = (settings["num_frames"] - 1) // units[0] + 1, settings["height"] // units[1], settings["width"] // units[2]
     return settings | {"text_length": min(WAN_TEXT_LENGTH, positions - max(grid))}
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """A folder's model_index.json; empty where there is none."""
+    file = folder / "model_index.json"
+    return wan.read_json(file) if file.is_file() else {}
+
+
+def folder_base(folder: Path) -> Base:
+    """The kind of base in a Wan folder."""
+    return find_base(wan.read_json(folder / "transformer" / "config.json"), index_of(folder))
 
 
 def _stated(readme: Path) -> dict[str, Any]:

@@ -75,11 +75,6 @@ class UniViGULoraLoaderMixin(WanLoraLoaderMixin):
         return layers
 
     @classmethod
-    def _maybe_expand_t2v_lora_for_i2v(cls, transformer: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        # diffusers asks here for a config key of Wan's image-to-video models, which this model never is
-        return state_dict
-
-    @classmethod
     def lora_state_dict(cls, *args: Any, **kwargs: Any) -> Any:
         """The weights of an adapter under diffusers' names. Raises BadInputError for a pickle, which is not read."""
         weight_name = kwargs.get("weight_name") or ""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import flow, text_space
+from .errors import ConfigError
 from .tasks import TASKS, Batch, ObjectiveConfig, Samples, draw_step, prepare, redraw_texts, sample_keys
 from .text_space import TextPrediction
 from .transformer import UniViGUTransformer3DModel
@@ -233,6 +234,11 @@ class TrainingObjective(nn.Module):
         self, transformer: UniViGUTransformer3DModel, config: ObjectiveConfig, token_weights: Tensor | None = None
     ):
         super().__init__()
+        if transformer.text_space is None:
+            raise ConfigError(
+                "A model whose texts are token ids has no training loop here: train one with another `prediction`, or"
+                " write a loop with `univigu.discrete`."
+            )
         self.transformer = transformer
         self.config = config
         self.register_buffer("token_weights", token_weights, persistent=False)

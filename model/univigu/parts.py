@@ -1,4 +1,4 @@
-"""The parts of the pipeline: how they are loaded and saved, and the values of arguments that are not given."""
+"""The parts of the pipeline: how they are loaded, saved and offloaded."""
 
 import inspect
 import tempfile
@@ -6,39 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
-from diffusers.utils.torch_utils import get_device, randn_tensor
+from diffusers import AutoencoderKLWan
+from diffusers.utils.torch_utils import get_device
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from . import inputs, loading, wan
+from . import inputs, loading, released, wan
+from .arguments import PipelineArguments
+from .bases import Base, find_base
 from .card import write_card
 from .errors import BadInputError, MissingInputError
-from .inputs import Generators, Seeds
 from .lora import UniViGULoraLoaderMixin
-from .sampling import seeded_noise
-from .schedules import EulerSteps, Steps, check_scheduler, video_steps
+from .schedules import check_scheduler
 from .stepping import CALLBACK_TENSORS
 from .transformer import UniViGUTransformer3DModel
-from .video import fit_frames
 
 Device = torch.device | str | None
 
 
-class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
+class PipelineParts(UniViGULoraLoaderMixin, PipelineArguments):
     """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
 
     ``height`` and ``width`` are in pixels, ``fps`` is the frame rate of saved clips, ``max_sequence_length`` the padded
     length of the text encoder's states in tokens, and ``joint_text_at`` the tau_v at which `joint` writes the text.
     Without a ``scheduler``, the steps of a video are Euler's, at the times of :func:`flow.tau_grid` with Wan's timestep
     ``shift``; any flow-matching scheduler of diffusers can replace them. Without a ``text_encoder``, prompts are given
-    encoded.
+    encoded. ``image_encoder``, ``image_processor`` and ``expand_timesteps`` are diffusers' for bases that take a first
+    image (see `univigu.bases`).
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["scheduler", "text_encoder"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
+    _optional_components = ["scheduler", "text_encoder", "image_encoder", "image_processor"]  # noqa: RUF012
     _callback_tensor_inputs = list(CALLBACK_TENSORS)  # noqa: RUF012
 
     def __init__(
@@ -48,6 +47,8 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         vae: AutoencoderKLWan,
         transformer: UniViGUTransformer3DModel,
         scheduler: Any = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
         num_frames: int = 81,
         height: int = 480,
         width: int = 832,
@@ -60,10 +61,17 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         caption_temperature: float = 0.1,
         joint_text_at: float = 0.2,
         max_sequence_length: int = 512,
+        expand_timesteps: bool = False,
     ):
         super().__init__()
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
         )
         self.register_to_config(
             num_frames=num_frames,
@@ -78,6 +86,7 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
             caption_temperature=float(caption_temperature),
             joint_text_at=float(joint_text_at),
             max_sequence_length=max_sequence_length,
+            expand_timesteps=expand_timesteps,
         )
         self._guidance_scale, self._num_timesteps, self._interrupt = float(guidance_scale), 0, False
 
@@ -94,7 +103,7 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
 
     @classmethod
     def from_wan(cls, source: str | Path, **settings: Any) -> "PipelineParts":
-        """A whole Wan text-to-video folder (or hub id) with a new, untrained text side.
+        """A whole Wan folder (or hub id), of one of the kinds in `univigu.bases`, with a new, untrained text side.
 
         Nothing else is needed: sizes, lengths and shift come from the folder (see :func:`loading.wan_defaults`).
         ``settings`` are this pipeline's defaults (``num_frames`` and so on), the transformer's text arguments
@@ -105,10 +114,24 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         folder = loading.fetch(source, settings)
         loading.check_wan(source, folder, without_text_encoder="text_encoder" in settings)
         settings = loading.wan_defaults(folder) | settings
-        parts = {"tokenizer", "text_encoder", "vae", "transformer"}
+        parts = {"tokenizer", "text_encoder", "vae", "transformer", "image_encoder", "image_processor"}
         ours = inspect.signature(cls.__init__).parameters.keys() - parts
         defaults = {name: settings.pop(name) for name in list(settings) if name in ours}
         return cls(**loading.wan_parts(source, folder, settings), **defaults)
+
+    @classmethod
+    def from_release(cls, weights: str | Path, source: str | Path, **settings: Any) -> "PipelineParts":
+        """The authors' released weights, in a safetensors file, with the other parts of the Wan folder they go with.
+
+        See `univigu.released`; ``settings`` are those of :meth:`from_wan`. The model captions videos, and makes them
+        from their prompt alone. Raises as `from_wan` and `released.read_weights`.
+        """
+        state = released.read_weights(weights)
+        defaults = {"caption_steps": 50, "caption_temperature": 1.0}
+        pipeline = cls.from_wan(source, **(defaults | released.text_side(state) | settings))
+        released.load_weights(pipeline.transformer, state, weights)
+        released.without_normalisation(pipeline.vae)
+        return pipeline
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "PipelineParts":
@@ -202,6 +225,11 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
         before = getattr(self, "_offload_device", None)
         return get_device() if before is None or gpu_id is not None else before
 
+    @property
+    def base(self) -> Base:
+        """The kind of base that this model was made from."""
+        return find_base(self.transformer.config, self.config)
+
     # --- what diffusers' callbacks and tools read ---------------------------------------------------------------------
 
     @property
@@ -257,129 +285,13 @@ class PipelineParts(UniViGULoraLoaderMixin, DiffusionPipeline):
                 " `negative_prompt_embeds`), or load the pipeline with its text encoder."
             )
         length = self.config.max_sequence_length if length is None else length
-        return wan.encode_prompts(self.tokenizer, self.text_encoder, prompts, length).to(self._execution_device)
+        encode = wan.encode_padded if self._discrete else wan.encode_prompts
+        return encode(self.tokenizer, self.text_encoder, prompts, length).to(self._execution_device)
 
-    # --- arguments, or else the pipeline's defaults ------------------------------------------------------------------
-
-    @property
-    def _text_shape(self) -> tuple[int, int]:
-        """(N, d) of a text's latents."""
-        return self.transformer.config.text_length, self.transformer.config.text_latent_dim
-
-    def _is_text_side_trained(self) -> bool:
-        """Whether the text head has left the zeros that it starts from (see `UniViGUTransformer3DModel.from_wan`).
-
-        The head is asked by a call, because its weights may be offloaded.
-        """
-        model = self.transformer
-        width = model.config.num_attention_heads * model.config.attention_head_dim
-        hidden = torch.linspace(-1, 1, width, device=wan.runs_on(model.text_head)).to(model.dtype)
-        return bool(model.text_head(hidden[None, None], hidden[None]).any())
-
-    def _begin(self, num_inference_steps: int | None, shift: float | None, guidance_scale: float | None) -> Steps:
-        """The steps of one batch of videos, and the state that callbacks read."""
-        count = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        steps = video_steps(self.scheduler, count, shift, self.config.shift, self._execution_device)
-        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._num_timesteps, self._interrupt = len(steps), False
-        return steps
-
-    def _text_steps(self, num_inference_steps: int | None) -> EulerSteps:
-        count = self.config.caption_steps if num_inference_steps is None else num_inference_steps
-        return EulerSteps(inputs.positive(count), device=self._execution_device)
-
-    def _text_guidance(self, guidance_scale: float | None) -> float:
-        return self.config.caption_guidance_scale if guidance_scale is None else guidance_scale
-
-    def _temperature(self, temperature: float | None) -> float:
-        return inputs.valid_temperature(self.config.caption_temperature if temperature is None else temperature)
-
-    def _joint_times(self, count: int | None, text_at: float | None, in_step: bool) -> tuple[int, float]:
-        """How many steps `joint` takes, and the video's time at which it writes the text."""
-        if in_step and text_at is not None:
-            raise BadInputError(
-                "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
+    def _encode_nothing(self) -> Tensor:
+        """The condition c (1, L, text_dim) without a prompt: the encoded empty string, or the release's zeros."""
+        if self._discrete:
+            return torch.zeros(1, self.config.max_sequence_length, self.transformer.config.text_dim).to(
+                self._execution_device
             )
-        count = inputs.positive(self.config.num_inference_steps if count is None else count)
-        if in_step:
-            count = max(count, inputs.positive(self.config.caption_steps))
-        return count, inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
-
-    def _video_noise(
-        self, count: int, shape: Sequence[int], seed: Seeds | None, generator: Generators, latents: Tensor | None
-    ) -> tuple[Tensor, list[int]]:
-        """The noise (B, C, T, H', W') of the videos, and a seed for all other noise of each."""
-        device = self._execution_device
-        if seed is not None and generator is not None:
-            raise BadInputError("Both a seed and a generator were given: give one of them.")
-        if isinstance(generator, Sequence) and len(generator) != count:
-            raise BadInputError(f"There are {len(generator)} generators for {count} videos: give one for each.")
-        if seed is not None:
-            seeds = inputs.list_seeds(seed, count)
-            noise = seeded_noise(seeds, "video", shape, device) if latents is None else latents
-        else:
-            noise = randn_tensor((count, *shape), generator, device, torch.float32) if latents is None else latents
-            seeds = inputs.draw_seeds(generator, count)
-        if len(noise) != count:
-            raise BadInputError(f"There are latents of {len(noise)} videos for {count} prompts: give one for each.")
-        return noise.to(device, torch.float32), seeds
-
-    def _text_noise(self, seeds: list[int], text_latents: Tensor | None) -> Tensor:
-        """The noise (B, N, d) of the texts."""
-        device, shape = self._execution_device, (len(seeds), *self._text_shape)
-        if text_latents is None:
-            return seeded_noise(seeds, "text", self._text_shape, device)
-        if tuple(text_latents.shape) != shape:
-            raise BadInputError(f"text_latents are {tuple(text_latents.shape)}: give noise of the shape {shape}.")
-        return text_latents.to(device, torch.float32)
-
-    def _latent_shape(
-        self,
-        num_frames: int | None,
-        height: int | None,
-        width: int | None,
-        latents: Tensor | None = None,
-        text_stream: bool = True,
-    ) -> tuple[int, ...]:
-        """(C, T, H', W') of the latents of a video, given or default, that this model can make."""
-        if latents is not None:
-            shape = tuple(latents.shape[1:])
-            if len(shape) != 4 or shape[0] != self.transformer.config.in_channels:
-                raise BadInputError(
-                    f"latents are {tuple(latents.shape)}: give noise (B, {self.transformer.config.in_channels}, T, H',"
-                    " W')."
-                )
-        else:
-            shape = self._default_shape(num_frames, height, width)
-        if text_stream:
-            # raises where video and text together are longer than the rotary tables
-            self.transformer.rope.text(self.transformer.grid(shape[1:]), self._text_shape[0])
-        return shape
-
-    def _default_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
-        given, default = (num_frames, height, width), (self.config.num_frames, self.config.height, self.config.width)
-        frames, height, width = (d if g is None else g for g, d in zip(given, default, strict=True))
-        time = self.vae.config.scale_factor_temporal
-        _, patch_h, patch_w = self.transformer.config.patch_size
-        tall, wide = (self.vae.config.scale_factor_spatial * patch for patch in (patch_h, patch_w))
-        if min(frames, height, width) < 1 or (frames - 1) % time or height % tall or width % wide:
-            below = max(frames - 1, 0) // time * time + 1
-            raise BadInputError(
-                f"{frames} frames of {height}x{width} pixels don't fit this model: give {time}k + 1 frames (such as"
-                f" {below} or {below + time}), a height that is a multiple of {tall} and a width that is a multiple of"
-                f" {wide}."
-            )
-        return wan.latent_shape(self.vae, frames, height, width)
-
-    def _caption_seeds(self, seed: Seeds, generator: Generators, count: int) -> list[int]:
-        if generator is not None:
-            return inputs.draw_seeds(generator, count, same=True)
-        return inputs.list_seeds(seed, count, same=True)
-
-    def _fit(self, video: Any) -> np.ndarray:
-        """A video as the model takes it: (num_frames, height, width, 3)."""
-        frames = inputs.as_frames(video)
-        wanted = self.config.num_frames
-        if len(frames) == 1 < wanted:
-            raise BadInputError("The video is a single frame and this model describes motion: give two frames or more.")
-        return fit_frames(frames, wanted, self.config.height, self.config.width)
+        return self._encode([""])

@@ -21,7 +21,7 @@ from .conditions import Conditions
 from .inputs import Generators, Seeds
 from .outputs import UniViGUPipelineOutput, check_output_type, join, to_frames
 from .parts import PipelineParts
-from .sampling import Field, Guide, joint_field, seeded_noise, text_field, token_table, video_field
+from .sampling import Field, Guide, joint_field, seeded_noise, text_field, token_table, video_field, video_noise
 from .schedules import EulerSteps, Steps
 from .stepping import Callback, Stepper
 
@@ -71,6 +71,7 @@ class UniViGUPipeline(PipelineParts):
         text_stream: bool | None = None,
         seed: Seeds | None = None,
         batch_size: int = 1,
+        image: Any = None,
     ) -> UniViGUPipelineOutput | tuple[Any]:
         """A video for each prompt (eq 17), as `UniViGUPipelineOutput.frames`; the arguments are `WanPipeline`'s.
 
@@ -83,14 +84,19 @@ class UniViGUPipeline(PipelineParts):
         F must be 4k + 1; height and width are in pixels, and multiples of what one patch covers. ``latents``
         (B, C, T, H', W') are the video's noise. The noise is random, from ``generator`` or torch's own, or repeatable
         with ``seed``: video ``i`` has the seed ``seed[i]``, or ``seed + i``. ``shift`` is for our own steps; a
-        ``scheduler`` has one. ``output_type`` is one of `outputs.OUTPUT_TYPES`.
+        ``scheduler`` has one. ``output_type`` is one of `outputs.OUTPUT_TYPES`. ``image``, where the base takes one
+        (see `univigu.bases`), is the first frame: one for all prompts, or a list of one for each, see
+        `inputs.list_images`. As in diffusers, an image of another shape is stretched to the video's.
         """
         check_output_type(output_type)
+        if text_stream:
+            self._refuse_discrete()
         text_stream = self._is_text_side_trained() if text_stream is None else text_stream
         asked = Conditions(self, prompt, prompt_embeds, num_videos_per_prompt, max_sequence_length, text_stream)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
         shape = self._latent_shape(num_frames, height, width, latents, text_stream)
-        noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
+        asked.read_image(image, shape)
+        noise, seeds = video_noise(len(asked), shape, seed, generator, latents, self._execution_device)
         frames = []
         for part in inputs.spans(len(asked), batch_size):
             stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -119,9 +125,10 @@ class UniViGUPipeline(PipelineParts):
     def _denoise_video(self, batch: Batch, text_tau: float, span: range | None = None) -> Tensor:
         """Latents (B, C, T, H', W') of the batch's videos after a span of its steps, beside its text (eq 17)."""
         field = video_field(self.transformer, batch.text, text_tau, batch.seeds, batch.guide)
-        return batch.stepper.integrate(
+        video = batch.stepper.integrate(
             field, "latents", batch.video, batch.steps, batch.guide, span, text_latents=batch.text
         )
+        return batch.guide.finish(video)
 
     # --- text from video ----------------------------------------------------------------------------------------------
 
@@ -177,9 +184,9 @@ class UniViGUPipeline(PipelineParts):
         seeds = inputs.list_seeds(seed, len(latents), same=True)
         device = self._execution_device
         scale, temperature = self._text_guidance(guidance_scale), self._temperature(temperature)
-        empty = self._encode([""]) if prompt_embeds is None else prompt_embeds.to(device)
+        empty = self._encode_nothing() if prompt_embeds is None else prompt_embeds.to(device)
         stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        steps = self._text_steps(num_inference_steps)
+        steps = self._text_steps(num_inference_steps, seeds)
         latents = latents.to(device)
         field = text_field(self.transformer, latents, seeds, empty, empty, scale, temperature, video_tau)
         ids = self._write(field, self._text_noise(seeds, text_latents), steps, stepper, latents)
@@ -215,14 +222,14 @@ class UniViGUPipeline(PipelineParts):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         batch_size: int = 1,
+        image: Any = None,
     ) -> UniViGUPipelineOutput | tuple[Any, list[str]]:
         """A video and its caption for each prompt, which may be empty: the text is written on the way to the video.
 
         Returns ``frames`` and ``captions``. Both start from noise, and one time moves at a time. First the video is
         denoised to tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside
         the clean video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed
-        with that text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it is written before any
-        video.
+        with that text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it comes before any.
 
         With ``in_step``, video and text are denoised in lockstep, as eq 18 is printed, in the larger of the two numbers
         of steps. Video guidance moves away from the negative prompt (the empty string) without text, text guidance away
@@ -234,8 +241,9 @@ class UniViGUPipeline(PipelineParts):
         asked = Conditions(self, prompt, prompt_embeds, 1, max_sequence_length, True, allow_empty=True)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
         shape = self._latent_shape(num_frames, height, width, latents)
+        asked.read_image(image, shape)
         seed = 0 if seed is None and generator is None else seed
-        noise, seeds = self._video_noise(len(asked), shape, seed, generator, latents)
+        noise, seeds = video_noise(len(asked), shape, seed, generator, latents, self._execution_device)
         text_noise = self._text_noise(seeds, text_latents)
         texts = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
         frames, captions = [], []
@@ -263,14 +271,14 @@ class UniViGUPipeline(PipelineParts):
         predicted, tau = batch.video, steps.taus[turn]
         if turn < len(steps):
             field = video_field(self.transformer, noise, 0.0, batch.seeds, guide)
-            predicted = flow.velocity_to_data(field(predicted, tau), predicted, tau)
+            predicted = guide.finish(flow.velocity_to_data(field(predicted, tau), predicted, tau))
         # decoded and encoded again, because captioning is trained on the latents of real clips alone
         latents = wan.encode_frames(self.vae, wan.decode_latents(self.vae, predicted)).to(self._execution_device)
         condition = guide.condition
         empty = self._encode([""]) if text_scale > 1 else condition
         field = text_field(self.transformer, latents, batch.seeds, condition, empty, text_scale, temperature)
         # pyrefly: ignore[bad-argument-type]
-        ids = self._write(field, noise, self._text_steps(None), batch.stepper, batch.video)
+        ids = self._write(field, noise, self._text_steps(None, batch.seeds), batch.stepper, batch.video)
         if turn == len(steps):
             return batch.video, ids
 
@@ -295,7 +303,7 @@ class UniViGUPipeline(PipelineParts):
             replaced = batch.stepper.end(steps.taus[i], {"latents": video, "text_latents": text}, batch.guide)
             video, text = replaced.get("latents", video), replaced.get("text_latents", text)
         # pyrefly: ignore[bad-argument-type]
-        return video, self._nearest(text)
+        return batch.guide.finish(video), self._nearest(text)
 
     def _write(self, field: Field, noise: Tensor, steps: Steps, stepper: Stepper, video: Tensor) -> Tensor:
         """Token ids (B, N) of the texts that a text field leads to from noise."""
@@ -308,6 +316,8 @@ class UniViGUPipeline(PipelineParts):
         return text_space.embed(ids.to(device), token_table(self.transformer, device))
 
     def _nearest(self, z: Tensor) -> Tensor:
+        if self._discrete:
+            return z
         return text_space.nearest(z, token_table(self.transformer, z.device), self.transformer.config.tokenizer_length)
 
 

@@ -11,11 +11,16 @@ model is only called, because hooks that offload its weights to another device a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import flow
+from . import flow, inputs
+from .bases import ImageCondition
+from .errors import BadInputError
+from .inputs import Generators, Seeds
 from .transformer import UniViGUOutput, UniViGUTransformer3DModel, VideoCache
 
 TOGETHER = 8192  # video tokens of both branches of guidance up to which they are one batch
@@ -29,12 +34,22 @@ class Guide:
     """What a video is guided by; a field reads it in each step, so it may be changed between steps.
 
     ``condition`` (B or 1, L, text_dim) is the encoded prompt, ``negative`` what guidance moves away from: the encoded
-    empty string, or a negative prompt. It may be None where ``scale`` is 1 or less.
+    empty string, or a negative prompt. It may be None where ``scale`` is 1 or less. ``image`` is the first image of the
+    videos, where one is given; both branches see it.
     """
 
     condition: Tensor
     negative: Tensor | None
     scale: float
+    image: ImageCondition | None = None
+
+    def show(self, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the transformer takes for videos z (B, C, T, H', W') at tau (B,): both, and ``image_states``."""
+        return (z, tau, None) if self.image is None else (*self.image.show(z, tau), self.image.states)
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Videos z (B, C, T, H', W') with what they were given in its place."""
+        return z if self.image is None else self.image.finish(z)
 
 
 def text_field(
@@ -88,13 +103,14 @@ def video_field(
     no_text = None if text is None else seeded_noise(seeds, "no text", text.shape[1:], text.device)
 
     def field(z: Tensor, tau: Tensor | float) -> Tensor:
-        tau = batch_tau(tau, z)
         beside = () if text is None else (text, batch_tau(text_tau, z))
-        if guide.scale <= 1:
-            return model(z, tau, guide.condition, *beside).video.float()
         beside_without = () if no_text is None else (no_text, batch_tau(0.0, z))
+        z, tau, states = guide.show(z, batch_tau(tau, z))
+        if guide.scale <= 1:
+            return model(z, tau, guide.condition, *beside, image_states=states).video.float()
+        branches = (guide.condition, *beside), (guide.negative, *beside_without)
         # pyrefly: ignore[bad-argument-type]
-        seen, without = two_branches(model, z, tau, (guide.condition, *beside), (guide.negative, *beside_without))
+        seen, without = two_branches(model, z, tau, *branches, image_states=states)
         return guided(seen.video, without.video, guide.scale)
 
     return field
@@ -125,14 +141,15 @@ def joint_field(
         video, text = states
         video_tau, text_tau = (batch_tau(tau, video) for tau in taus)
         beside = guide.condition, text, text_tau, *(() if guess is None else (guess,))
+        shown, shown_tau, image_states = guide.show(video, video_tau)
         if guide.scale > 1:
             # a guess of zeros is none
             beside_without = guide.negative, no_text, batch_tau(0.0, video), *(0 * given for given in beside[3:])
             # pyrefly: ignore[bad-argument-type]
-            out, without = two_branches(model, video, video_tau, beside, beside_without)
+            out, without = two_branches(model, shown, shown_tau, beside, beside_without, image_states=image_states)
             velocity = guided(out.video, without.video, guide.scale)
         else:
-            out = model(video, video_tau, *beside)
+            out = model(shown, shown_tau, *beside, image_states=image_states)
             velocity = out.video.float()
         hidden = out.text
         if text_scale > 1:
@@ -147,9 +164,15 @@ def joint_field(
 
 
 def two_branches(
-    model: UniViGUTransformer3DModel, z: Tensor, tau: Tensor, *branches: Sequence[Tensor]
+    model: UniViGUTransformer3DModel,
+    z: Tensor,
+    tau: Tensor,
+    *branches: Sequence[Tensor],
+    image_states: Tensor | None = None,
 ) -> list[UniViGUOutput]:
-    """The model's outputs for the video z (B, C, T, H, W) at tau (B,) and the further arguments of two branches.
+    """The model's outputs for the video z (B, C, T, H, W) at tau and the further arguments of two branches.
+
+    ``tau`` and ``image_states``, which both branches see, are as the model takes them.
 
     Small videos are one batch, which costs less than two calls; from `TOGETHER` tokens on, each branch fills a device
     by itself, and one batch would only need more memory.
@@ -157,9 +180,12 @@ def two_branches(
     grids = [[argument.shape[1:] for argument in branch] for branch in branches]
     tokens = len(branches) * len(z) * math.prod(model.grid(z.shape[2:]))
     if tokens > TOGETHER or grids[0] != grids[1]:
-        return [model(z, tau, *branch) for branch in branches]
+        return [model(z, tau, *branch, image_states=image_states) for branch in branches]
     rows = [[argument.expand(len(z), *argument.shape[1:]) for argument in branch] for branch in branches]
-    out = model(torch.cat([z, z]), torch.cat([tau, tau]), *(torch.cat(pair) for pair in zip(*rows, strict=True)))
+    if image_states is not None and len(image_states) > 1:
+        image_states = torch.cat([image_states, image_states])
+    both = (torch.cat(pair) for pair in zip(*rows, strict=True))
+    out = model(torch.cat([z, z]), torch.cat([tau, tau]), *both, image_states=image_states)
     texts = (None, None) if out.text is None else out.text.chunk(2)
     return [UniViGUOutput(video, text) for video, text in zip(out.video.chunk(2), texts, strict=True)]
 
@@ -171,8 +197,30 @@ def guided(seen: Tensor, without: Tensor, scale: float) -> Tensor:
 
 
 def token_table(model: UniViGUTransformer3DModel, device: torch.device) -> Tensor:
-    """E (V, d) on the device where sampling runs, also if the model's weights wait on another."""
-    return model.text_space().to(device)
+    """E (V, d) on the device where sampling runs, also if the model's weights wait on another; none if `discrete`."""
+    return torch.empty(0, device=device) if model.text_space is None else model.text_space().to(device)
+
+
+def video_noise(
+    count: int, shape: Sequence[int], seed: Seeds | None, generator: Generators, given: Tensor | None, device: Any
+) -> tuple[Tensor, list[int]]:
+    """The noise (count, *shape) of videos, and a seed for all other noise of each; ``given`` noise is taken as it is.
+
+    Raises BadInputError for both a seed and a generator, and for another number of either, or of noises.
+    """
+    if seed is not None and generator is not None:
+        raise BadInputError("Both a seed and a generator were given: give one of them.")
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise BadInputError(f"There are {len(generator)} generators for {count} videos: give one for each.")
+    if seed is not None:
+        seeds = inputs.list_seeds(seed, count)
+        noise = seeded_noise(seeds, "video", shape, device) if given is None else given
+    else:
+        noise = randn_tensor((count, *shape), generator, device, torch.float32) if given is None else given
+        seeds = inputs.draw_seeds(generator, count)
+    if len(noise) != count:
+        raise BadInputError(f"There are latents of {len(noise)} videos for {count} prompts: give one for each.")
+    return noise.to(device, torch.float32), seeds
 
 
 def seeded_noise(seeds: Sequence[int], name: str, shape: Sequence[int], device: torch.device) -> Tensor:

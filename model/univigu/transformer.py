@@ -16,62 +16,59 @@ What is unusual here:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding, WanTransformer3DModel
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import wan
+from .discrete import predict_tokens, text_rotary
 from .errors import ConfigError
-from .layers import KVCache, RotaryTables, Stream, TextEmbedder, TextHead, UniViGUBlock, repeat_rows
+from .layers import (
+    Context,
+    KVCache,
+    Rotary,
+    RotaryTables,
+    Stream,
+    UniViGUBlock,
+    UniViGUOutput,
+    VideoCache,
+    modulate,
+    repeat_rows,
+    text_ends,
+)
 from .sequence_parallel import SequenceGroup, require_divisible
 from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
 
 ATTENTION = ("joint", "prefix", "text_only", "kv_only")
 
 
-@dataclass
-class VideoCache:
-    """What text needs from a video: each block's keys and values, and the grid after which text positions start.
-
-    A block whose activations are recomputed has the video stream at its input in their place, from which it computes
-    them again: that is kept for the backward pass anyway, and has half the size. A model whose ``caption_attention`` is
-    ``joint`` keeps the video itself, and no blocks.
-    """
-
-    blocks: list[KVCache | Stream]
-    grid: tuple[int, int, int]  # patches along T, H, W
-    context: Tensor | None = None  # the projected condition, for the streams
-    video: tuple[Tensor, Tensor, Tensor] | None = None  # z_v, tau and c, as `forward` takes them
-
-
-@dataclass
-class UniViGUOutput(BaseOutput):
-    """``video``: velocity u_v (B, C, T, H, W), data - noise; ``text``: the head's h (B, N, d), or None without text.
-
-    With ``kv_only``, ``cache`` is all there is; beside a cache, ``text`` is.
-    """
-
-    video: Tensor
-    text: Tensor | None = None
-    cache: VideoCache | None = None
+def _check_choices(prediction: str, ffn_init: str, caption_attention: str, text_output_dim: int) -> None:
+    if prediction not in (*PREDICTIONS, "discrete"):
+        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)} or discrete.")
+    if ffn_init not in ("new", "copy", "shared"):
+        raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
+    if caption_attention not in ("prefix", "joint"):
+        raise ConfigError(f"Unknown caption_attention {caption_attention!r}: use prefix or joint.")
+    if text_output_dim and prediction != "categorical":
+        raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
 
 
 class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Uni-ViGU's transformer. The first arguments are WanTransformer3DModel's; the text side's are:
 
     ``text_latent_dim`` d, ``vocab_size`` V (rows of E), ``tokenizer_length`` (ids from there on are never predicted),
-    ``row_norm`` r (None: from V), ``text_length`` N, ``prediction`` (categorical | x1 | velocity), ``ffn_init`` (new |
+    ``row_norm`` r (None: from V), ``text_length`` N, ``prediction`` (categorical | x1 | velocity, or discrete for token
+    ids as in `univigu.discrete`, which has no ``text_latent_dim`` and ``row_norm``), ``ffn_init`` (new |
     copy | shared, with the video's), ``pad_token_id``, ``eos_token_id``, ``text_output_dim`` w (numbers per token for a
     `TextOutput`; 0: none), ``caption_attention`` (prefix | joint: a video's, while a text about it is written).
     """
@@ -99,6 +96,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         qk_norm: str | None = "rms_norm_across_heads",
         eps: float = 1e-6,
         rope_max_seq_len: int = 1024,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
         text_latent_dim: int = 64,
         vocab_size: int = 256384,
         tokenizer_length: int = 256300,
@@ -112,34 +111,31 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         caption_attention: str = "prefix",
     ):
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
-        if ffn_init not in ("new", "copy", "shared"):
-            raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
-        if caption_attention not in ("prefix", "joint"):
-            raise ConfigError(f"Unknown caption_attention {caption_attention!r}: use prefix or joint.")
-        if text_output_dim and prediction != "categorical":
-            raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
+        _check_choices(prediction, ffn_init, caption_attention, text_output_dim)
         if row_norm is None:
             row_norm = row_norm_for(tokenizer_length)
             self.register_to_config(row_norm=row_norm)
-        dim = num_attention_heads * attention_head_dim
+        dim, discrete = num_attention_heads * attention_head_dim, prediction == "discrete"
+        kind = ffn_init == "shared", added_kv_proj_dim, discrete
         # Wan's parts, under Wan's names, so that its checkpoints load without a mapping of keys
         self.rope = RotaryTables(attention_head_dim, patch_size, rope_max_seq_len)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, dim * 6, text_dim)
+        self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, dim * 6, text_dim, image_dim)
         self.blocks = nn.ModuleList(
-            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, ffn_init == "shared")
+            UniViGUBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, *kind)
             for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         # the text side
-        self.text_space = TextSpace(vocab_size, text_latent_dim, row_norm)
-        self.text_embedder = TextEmbedder(text_latent_dim, dim, freq_dim)
-        self.text_head = TextHead(dim, text_latent_dim, eps, text_output_dim)
+        self.text_space: Any = None if discrete else TextSpace(vocab_size, text_latent_dim, row_norm)
+        latents = None if discrete else text_latent_dim
+        self.text_embedder, self.text_head = text_ends(dim, freq_dim, eps, vocab_size, latents, text_output_dim)
         self.text_output = TextOutput(vocab_size, text_output_dim) if text_output_dim else None
+        for name, parameter in self.named_parameters():
+            if wan.is_image_side(name):  # training gives no image, so nothing would reach these weights
+                parameter.requires_grad_(False)
         self.gradient_checkpointing = False
         self.recomputed_blocks: set[nn.Module] | None = None  # with gradient checkpointing; None: all
         self.sequence: SequenceGroup | None = None
@@ -153,14 +149,18 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         text_tau: Tensor | None = None,
         guess: Tensor | None = None,
         attention: str = "joint",
+        image_states: Tensor | None = None,
     ) -> UniViGUOutput:
         """[u_v, h_t] = f(z_v, z_t, tau_v, tau_t, c) (eq 10); :meth:`read_text` turns h_t into u_t.
 
-        Shapes: z_v ``hidden_states`` (B, C, T, H, W), ``tau`` (B,), c ``encoder_hidden_states`` (B or 1, L, text_dim);
-        optional z_t ``text`` (B, N, d) with its ``text_tau`` (B,) and ``guess`` (B, N, d), the previous estimate of
-        z_t1 (self-conditioning). ``attention`` is ``joint`` or ``prefix``; raises ConfigError for anything else.
-        ``text_only`` is ``prefix`` without what only the video's velocity needs, for a multiple of B texts: row i of
-        them sees video i modulo B.
+        Shapes: z_v ``hidden_states`` (B, C, T, H, W), ``tau`` (B,), or (B, T) where each latent frame has its own time,
+        c ``encoder_hidden_states`` (B or 1, L, text_dim); optional z_t ``text`` (B, N, d) with its ``text_tau`` (B,)
+        and ``guess`` (B, N, d), the previous estimate of z_t1 (self-conditioning). ``attention`` is ``joint`` or
+        ``prefix``; raises ConfigError for anything else. ``text_only`` is ``prefix`` without what only the video's
+        velocity needs, for a multiple of B texts: row i of them sees video i modulo B.
+
+        A base that is conditioned on images takes their channels after z_v's in ``hidden_states``, where there are
+        none zeros, and an image encoder's ``image_states`` (B or 1, L', image_dim).
 
         Hooks that offload weights act on this call alone, so :meth:`prefill_video` and :meth:`denoise_text` can be
         reached through it too: ``kv_only`` returns the ``cache`` of the video, and a cache in the place of the video
@@ -179,11 +179,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             seen = self.prefill_video(hidden_states, tau, encoder_hidden_states)
             return self.forward(seen, text=text, text_tau=text_tau, guess=guess)
         # pyrefly: ignore[bad-argument-type]
-        (video, time, rotary), temb, context, grid = self._embed_video(hidden_states, tau, encoder_hidden_states)
+        embedded = self._embed_video(hidden_states, tau, encoder_hidden_states, image_states)
+        (video, time, rotary), temb, context, grid = embedded
         text_hidden = None
         if text is not None:
             text_hidden, text_temb, text_time = self.text_embedder(text, text_tau, guess)
-            text_rotary = self.rope.text(grid, text.shape[1])
+            text_rotary = self._text_rotary(grid, text)
         for i, block in enumerate(self.blocks):
             text_stream = None if text is None else (text_hidden, text_time, text_rotary)
             # of the last block's video, text needs the keys and values alone
@@ -219,6 +220,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             recomputed = self._recomputes(block)
             if not (recomputed and attention == "kv_only"):
                 video, _, kv_cache = self._run(block, stream, None, context, None, attention)
+            # pyrefly: ignore[bad-argument-type]
             kept.append(stream if recomputed else kv_cache)
         return VideoCache(kept, grid, context)
 
@@ -232,7 +234,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             # pyrefly: ignore[bad-return]
             return self.forward(video, tau, condition, text, text_tau, guess).text
         hidden, temb, time = self.text_embedder(text, text_tau, guess)
-        rotary = self.rope.text(cache.grid, text.shape[1])
+        rotary = self._text_rotary(cache.grid, text)
         for block, kept in zip(self.blocks, cache.blocks, strict=True):
             stream = hidden, time, rotary
             if len(kept) == 3:
@@ -241,6 +243,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
                 _, hidden, _ = self._run(block, None, stream, None, kept, "prefix")
         # pyrefly: ignore[bad-argument-type]
         return self._text_out(hidden, temb)
+
+    def _text_rotary(self, grid: tuple[int, int, int], text: Tensor) -> Rotary:
+        """The rotary table of a text (B, N, ...) beside a video of ``grid`` patches."""
+        if self.config.prediction == "discrete":
+            return text_rotary(text.shape[1], self.config.attention_head_dim, text.device)
+        return self.rope.text(grid, text.shape[1])
 
     def _text_out(self, hidden: Tensor, temb: Tensor) -> Tensor:
         """The head's h (B, N, d), or [h, g] (B, N, d + w) with a `TextOutput`."""
@@ -258,6 +266,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         ``table`` (V, d) is ``text_space()``: the caller computes it once per step or per sampling run.
         """
         config = self.config
+        if config.prediction == "discrete":
+            return predict_tokens(hidden, temperature)
         settings = config.tokenizer_length, config.prediction, floor, temperature
         if self.text_output is None:
             return read_out(hidden, z, tau, table, *settings)
@@ -278,21 +288,34 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
-    def _embed_video(self, latents: Tensor, tau: Tensor, encoder_hidden_states: Tensor):
+    def _embed_video(
+        self, latents: Tensor, tau: Tensor, encoder_hidden_states: Tensor, image_states: Tensor | None = None
+    ) -> tuple[Stream, Tensor, Context, tuple[int, int, int]]:
         """Stream and time embedding of the video, the projected condition, and the grid of patches."""
         grid = self.grid(latents.shape[2:])
         dtype = self.patch_embedding.weight.dtype
         rotary = self.rope.video(latents)
+        if missing := self.config.in_channels - latents.shape[1]:
+            latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, missing))
         hidden = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        if image_states is not None:
+            image_states = image_states.to(dtype)
+        frames = tau.shape[1] if tau.ndim == 2 else None
+        timestep = wan.wan_timestep(tau.flatten())
+        temb, time, context, image = self.condition_embedder(
+            timestep, encoder_hidden_states.to(dtype), image_states, timestep_seq_len=frames
+        )
+        time = time.unflatten(-1, (6, -1))
         if self.sequence is not None:
             hidden = self.sequence.own_tokens(hidden)
-        temb, time, context, _ = self.condition_embedder(wan.wan_timestep(tau), encoder_hidden_states.to(dtype))
-        return (hidden, time.unflatten(1, (6, -1)), rotary), temb, context, grid
+            if frames is not None:  # a process's tokens are not whole frames
+                time, temb = (self.sequence.own_tokens(x.repeat_interleave(grid[1] * grid[2], 1)) for x in (time, temb))
+        return (hidden, time, rotary), temb, context if image is None else (context, image), grid
 
     def _video_head(self, hidden: Tensor, temb: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Hidden states (B, S, width) to the velocity (B, C, T, H, W), in the paper's sign."""
-        shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
-        hidden = (self.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        shift, scale = (self.scale_shift_table + temb.unsqueeze(-2)).chunk(2, dim=-2)
+        hidden = modulate(self.norm_out(hidden.float()), scale, shift).type_as(hidden)
         patches = self.proj_out(hidden)
         if self.sequence is not None:
             patches = self.sequence.all_tokens(patches, math.prod(grid))
@@ -310,21 +333,22 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self.text_embedder.time_proj.load_state_dict(self.condition_embedder.time_proj.state_dict())
         self.text_head.scale_shift_table.copy_(self.scale_shift_table)
         for block in self.blocks:
-            # pyrefly: ignore[bad-argument-type, not-callable]
-            block.text_scale_shift_table.copy_(block.scale_shift_table)
+            if block.text_scale_shift_table is not None:
+                # pyrefly: ignore[bad-argument-type, not-callable]
+                block.text_scale_shift_table.copy_(block.scale_shift_table)
             if self.config.ffn_init == "copy":
                 # pyrefly: ignore[missing-attribute]
                 block.ffn_text.load_state_dict(block.ffn.state_dict())
 
     @classmethod
     def from_wan(cls, source: str | Path | WanTransformer3DModel, **text_config: Any) -> "UniViGUTransformer3DModel":
-        """A Wan text-to-video checkpoint with a new text side.
+        """A Wan checkpoint with a new text side.
 
         ``source`` is a diffusers folder (whole, or its transformer alone), a hub id, or a loaded model; ``text_config``
         holds the text side's arguments. Where a ``text_encoder`` folder is beside it, V is its vocabulary and E starts
         from its rows. The caller gives ``tokenizer_length``, ``pad_token_id`` and ``eos_token_id`` (see
         ``UniViGUPipeline.from_wan``); the defaults are V and umT5's 0 and 1. Raises MissingInputError, BadInputError
-        or CorruptDataError where ``source`` is not a readable Wan text-to-video transformer.
+        or CorruptDataError where ``source`` is not a readable Wan transformer of a kind in `univigu.bases`.
         """
         rows = None
         if isinstance(source, WanTransformer3DModel):
@@ -344,7 +368,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         # assign=True takes the base's tensors over: a copy would need the weights' memory twice
         wan.check_keys(*model.load_state_dict(base.state_dict(), strict=False, assign=True))
         model.init_text_side()
-        if rows is not None:
+        if rows is not None and model.text_space is not None:
             model.text_space.init_from(rows)
             if model.text_output is not None:
                 model.text_output.init_from(rows)
@@ -362,6 +386,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         per_block = tokens * per_token + 2 * dim * pairs + 2 * dim * dim * context_tokens
         patch = math.prod(self.config.patch_size) * (self.config.in_channels + self.config.out_channels)
         text = 2 * self.config.text_latent_dim + self.config.text_output_dim  # into the stream, and out of it
+        text = self.config.vocab_size if self.text_space is None else text
         ends = video_tokens * dim * patch + text_tokens * dim * text
         return 2 * (self.config.num_layers * per_block + ends)
 

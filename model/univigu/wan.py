@@ -6,7 +6,7 @@ Only this module converts between the two.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .errors import BadInputError, ConfigError, CorruptDataError, MissingInputEr
 from .files import read_json_object
 
 NUM_TRAIN_TIMESTEPS = 1000
+MASK_CHANNELS = 4  # one for each frame of a latent frame
 _SHARED = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "freq_dim": 256}
 WAN_1_3B = {**_SHARED, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B = {**_SHARED, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
@@ -29,6 +30,7 @@ _TEXT_SIDE = re.compile(
     r"(text_space|text_embedder|text_head|text_output)\.|blocks\.\d+\.(ffn_text\.|text_scale_shift_table$)"
 )
 
+_IMAGE_SIDE = re.compile(r"condition_embedder\.image_embedder\.|blocks\.\d+\.attn2\.(add_[kv]_proj|norm_added_k)\.")
 
 # --- time -----------------------------------------------------------------------------------------------------------
 
@@ -77,7 +79,13 @@ def encode_frames(vae: Any, frames: Tensor) -> Tensor:
 
     By Wan's convention the posterior's mean is used, not a sample of it.
     """
-    pixels = frames.to(runs_on(vae)).movedim(-1, 1).to(vae.dtype) / 127.5 - 1
+    return encode_pixels(vae, frames.to(runs_on(vae)).movedim(-1, 1).to(vae.dtype) / 127.5 - 1)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """:func:`encode_frames` of pixels (B, 3, F, H, W) from -1 to 1."""
+    pixels = pixels.to(runs_on(vae), vae.dtype)
     return normalize_latents(vae, vae.encode(pixels).latent_dist.mode().float())
 
 
@@ -126,7 +134,7 @@ def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) 
     vae, transformer = (read_json(folder / part / "config.json") for part in ("vae", "transformer"))
     if vae.get("_class_name") != "AutoencoderKLWan":
         raise BadInputError(f"{folder}/vae is {vae.get('_class_name')}, not AutoencoderKLWan: use a base with Wan's.")
-    channels = vae.get("z_dim", 16)
+    channels, taken = vae.get("z_dim", 16), latent_channels(transformer)
     for name in ("latents_mean", "latents_std"):
         values = vae.get(name)
         if not isinstance(values, list) or len(values) != channels or (name == "latents_std" and min(values) <= 0):
@@ -134,10 +142,10 @@ def check_autoencoder(folder: Path, sizes: Iterable[tuple[int, int, int]] = ()) 
                 f"{folder}/vae/config.json has no '{name}' of {channels} values, so its latents can't be normalised:"
                 " download the base's own autoencoder again."
             )
-    if transformer.get("in_channels", 16) != channels:
+    if taken != channels:
         raise BadInputError(
             f"The autoencoder of {folder} makes latents of {channels} channels and its transformer takes"
-            f" {transformer.get('in_channels', 16)}: use the autoencoder that the transformer was trained with."
+            f" {taken}: use the autoencoder that the transformer was trained with."
         )
     spatial = 2 ** (len(vae.get("dim_mult", (1, 2, 4, 4))) - 1) * (vae.get("patch_size") or 1)
     temporal = 2 ** sum(vae.get("temperal_downsample", (False, True, True)))
@@ -172,13 +180,25 @@ def check_text_encoder(text_encoder: Any) -> None:
         )
 
 
-@torch.no_grad()
 def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
     """Prompt states (B, max_sequence_length, text_dim) in the form that Wan's cross-attention takes.
 
     The encoder uses the padding mask. Its states at padded positions are then set to zero, and the transformer attends
     to all positions without a mask. The dropped condition is the encoded empty string.
     """
+    states, mask = _encode(tokenizer, text_encoder, prompts, max_sequence_length)
+    return states.masked_fill(~mask.bool()[..., None], 0)
+
+
+def encode_padded(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
+    """:func:`encode_prompts` with the encoder's states at padded positions, as the authors' released model takes it."""
+    return _encode(tokenizer, text_encoder, prompts, max_sequence_length)[0]
+
+
+@torch.no_grad()
+def _encode(
+    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_sequence_length: int
+) -> tuple[Tensor, Tensor]:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     inputs = tokenizer(
@@ -192,8 +212,7 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], ma
     )
     device = runs_on(text_encoder)
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
-    states = text_encoder(ids, mask).last_hidden_state
-    return states.masked_fill(~mask.bool()[..., None], 0)
+    return text_encoder(ids, mask).last_hidden_state, mask
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -202,6 +221,11 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: Sequence[str], ma
 def is_text_side(key: str) -> bool:
     """Whether a key of ``UniViGUTransformer3DModel``'s state belongs to the text side; all others have Wan's names."""
     return _TEXT_SIDE.match(key) is not None
+
+
+def is_image_side(key: str) -> bool:
+    """Whether a key of ``UniViGUTransformer3DModel``'s state is used for the states of an image encoder alone."""
+    return _IMAGE_SIDE.match(key) is not None
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -268,8 +292,17 @@ def _at(hub: dict[str, Any]) -> str:
     return f" at revision '{hub['revision']}'" if hub.get("revision") else ""
 
 
+def latent_channels(transformer: Mapping[str, Any]) -> int:
+    """The channels C of the latents that a transformer with this config denoises.
+
+    Wan's image-to-video transformers take 4 + C more: a mask of the frames that are given, and their latents.
+    """
+    taken, made = transformer.get("in_channels", 16), transformer.get("out_channels") or 16
+    return made if taken == made + MASK_CHANNELS + made else taken
+
+
 def transformer_folder(source: str | Path) -> Path:
-    """The folder of a Wan text-to-video transformer: ``source`` itself or its ``transformer`` part.
+    """The folder of a Wan transformer that can be a base: ``source`` itself or its ``transformer`` part.
 
     Raises MissingInputError where there is none, BadInputError for another architecture or another kind of Wan.
     """
@@ -282,9 +315,14 @@ def transformer_folder(source: str | Path) -> Path:
     config = read_json(folder / "config.json")
     name = config.get("_class_name", "a model without a class name")
     if name != "WanTransformer3DModel":
-        raise BadInputError(f"{source} is {name}, not WanTransformer3DModel: give a Wan text-to-video checkpoint.")
-    if config.get("image_dim") or config.get("added_kv_proj_dim") or config["in_channels"] != config["out_channels"]:
-        raise BadInputError(f"{source} is conditioned on images: give a Wan text-to-video checkpoint.")
+        raise BadInputError(f"{source} is {name}, not WanTransformer3DModel: give a Wan checkpoint in diffusers' form.")
+    taken, made = (config.get(name) or 16 for name in ("in_channels", "out_channels"))
+    by_images = bool(config.get("image_dim") or config.get("added_kv_proj_dim"))
+    if latent_channels(config) != made or (by_images and taken == made) or config.get("pos_embed_seq_len"):
+        raise BadInputError(
+            f"{source} is conditioned on images, but not on a first one alone, as Wan2.1's image-to-video models and"
+            " Wan2.2 TI2V are: give one of those, or a Wan text-to-video checkpoint."
+        )
     return folder
 
 
@@ -298,7 +336,7 @@ def _refuse_experts(source: str | Path, folder: Path) -> None:
         raise BadInputError(
             f"{source} is a Wan2.2 with two transformers, one for the high noise levels and one for the low ones, and"
             " the text side shares its layers with a single transformer, which must know all noise levels: give a"
-            " checkpoint with one, such as Wan2.1 T2V 1.3B or 14B."
+            " checkpoint with one, such as Wan2.1 T2V 1.3B or 14B, or Wan2.2 TI2V 5B."
         )
 
 

@@ -53,11 +53,11 @@ def check_shapes(profile: Profile, models: MetaModels) -> str:
             f"{video['frames']} frames of {video['height']}x{video['width']} can't be divided into patches; choose"
             f" {vae.scale_factor_temporal}k + 1 frames and sides that are multiples of {steps[0]} and {steps[1]}."
         )
-    channels = vae.z_dim
-    if not channels == config.in_channels == len(vae.latents_mean) == len(vae.latents_std):
+    channels, taken = vae.z_dim, wan.latent_channels(config)
+    if not channels == taken == len(vae.latents_mean) == len(vae.latents_std):
         raise BadInputError(
             f"The autoencoder's latents have {channels} channels ({len(vae.latents_mean)} means), but the transformer"
-            f" takes {config.in_channels}; use the autoencoder that the transformer was trained with."
+            f" takes {taken}; use the autoencoder that the transformer was trained with."
         )
     if (width := models.text_encoder.config.d_model) != config.text_dim:
         raise BadInputError(

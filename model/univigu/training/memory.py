@@ -24,6 +24,7 @@ from univigu.objective import mean_text_losses, predict_joint, predict_prefix, v
 from univigu.sequence_parallel import SequenceGroup
 from univigu.tasks import TASKS, ObjectiveConfig, Samples
 from univigu.transformer import UniViGUTransformer3DModel
+from univigu.wan import latent_channels
 
 BYTES = {"fp32": 4, "bf16": 2}
 COSTLIEST = ("understand", "joint")  # the task with the most memory, for each attention policy
@@ -298,7 +299,7 @@ def _measured(
 ) -> tuple[int, int]:
     """Bytes of kept activations, and of what the backward pass needs in addition, under the costlier policy."""
     config = json.loads(key)
-    latents = (batch, config["in_channels"], *latent_size(config, video, text))
+    latents = (batch, latent_channels(config), *latent_size(config, video, text))
     found = []
     for task in COSTLIEST:
         # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)

@@ -16,6 +16,7 @@ from univigu.sampling import Guide, text_field, video_field
 from univigu.training import memory
 from univigu.training.heldout import evaluate_heldout
 from univigu.transformer import UniViGUTransformer3DModel
+from univigu.wan import latent_channels
 
 GUIDED = 2.0  # any scale of guidance above 1: memory doesn't depend on it
 
@@ -59,7 +60,7 @@ def _counted(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = json.loads(key)
-    latents = (batch, config["in_channels"], *memory.latent_size(config, video, text))
+    latents = (batch, latent_channels(config), *memory.latent_size(config, video, text))
     found = []
     for depth in (2, 3):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), torch.no_grad():

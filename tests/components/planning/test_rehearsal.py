@@ -71,6 +71,13 @@ def test_a_profile_that_can_not_fit_the_gpu_fails_with_what_it_needs():
         training.check_memory(scene("wan-14b", gpu="rtx4090"), models, 1)
 
 
+def test_a_base_that_makes_videos_from_images_alone_is_refused(tmp_path):
+    config = {"_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16, "image_dim": 1280}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInputError, match="makes videos from an image"):
+        build_models(load_profile("wan-14b"), tmp_path)
+
+
 def test_weights_of_another_size_of_wan_are_refused(tiny_wan_folder):
     profile = load_profile("wan-1.3b")
     large = build_models(profile, wan.config_folder("model/Wan2.1-T2V-14B-Diffusers"))

@@ -13,7 +13,6 @@ from components.pipeline.tables import read_table
 from components.prompts.filters import text_id
 from components.prompts.tokens import count_tokens, load_tokenizer
 from components.validation.gates import expectations, run_gate
-from components.validation.validate_data import assign_splits
 from univigu.errors import ConfigError, GateFailedError
 
 COUNT = 40
@@ -218,28 +217,6 @@ def test_pairs_have_separate_stages_and_both_splits(validate, rows):
     assert pairs.groupby(["stage", "split"]).size().to_dict() == {
         (1, "heldout"): 4, (1, "train"): 16, (2, "heldout"): 4, (2, "train"): 16
     }  # fmt: skip
-
-
-def test_a_clip_keeps_its_split_in_any_order_of_the_rows():
-    rows = [{"clip_id": f"c{i}", "stage": 1 + i % 2} for i in range(60)]
-    assign_splits(rows, 0.1)
-    before = {row["clip_id"]: row["split"] for row in rows}
-    assign_splits(rows[::-1], 0.1)
-    assert {row["clip_id"]: row["split"] for row in rows} == before
-    more = [*rows, *({"clip_id": f"d{i}", "stage": 1} for i in range(20))]
-    assign_splits(more, 0.1)
-    assert sum(before[row["clip_id"]] != row["split"] for row in rows) <= 2
-
-
-def test_all_clips_of_a_video_are_trained_on_or_held_out_unless_it_is_the_only_one():
-    rows = [{"clip_id": f"c{i}", "video": f"v{i // 5}", "stage": 2} for i in range(60)]
-    assign_splits(rows, 0.1)
-    heldout = {row["video"] for row in rows if row["split"] == "heldout"}
-    assert len(heldout) == 2  # 10 of 60 clips: at least a tenth
-    assert {row["split"] for row in rows if row["video"] in heldout} == {"heldout"}
-    alone = rows[:5]
-    assign_splits(alone, 0.1)
-    assert sorted(row["split"] for row in alone) == ["heldout", *["train"] * 4]
 
 
 @pytest.mark.parametrize(
