@@ -200,6 +200,11 @@ def pipeline_image(store):
     return store.build("pipeline")
 
 
+@pytest.fixture(scope="session")
+def airflow_image(store, pipeline_image):
+    return store.build("airflow")
+
+
 @pytest.mark.slow
 def test_the_pipelines_image_runs_a_step_as_an_unprivileged_user(pipeline_image):
     root, run = pipeline_image
@@ -235,8 +240,8 @@ def test_the_training_image_has_what_rdma_needs_and_the_launcher_of_training(sto
 
 
 @pytest.mark.slow
-def test_the_airflow_image_loads_the_dags_and_grooms_its_logs(store, pipeline_image, airflow_values):
-    _, run = store.build("airflow")
+def test_the_airflow_image_loads_the_dags_and_grooms_its_logs(airflow_image, airflow_values):
+    _, run = airflow_image
     assert run(*WHO) == "1000 1000"
     load = "from airflow.dag_processing.dagbag import DagBag as B; b = B(); print(sorted(b.dags), b.import_errors)"
     said = run("env", "AIRFLOW_HOME=/tmp/airflow", "python", "-c", load)
@@ -277,10 +282,8 @@ def test_the_mlflow_image_serves_and_has_the_drivers_of_its_stores(store):
 
 
 @pytest.mark.slow
-def test_an_image_that_is_built_again_on_another_day_is_the_same(store):
-    """Of the four, the one that takes the least time."""
-    digests = set()
-    for _ in range(2):
-        store.build("mlflow")
-        digests.add(store.digest("mlflow"))
-    assert len(digests) == 1
+def test_an_image_that_is_built_again_on_another_day_is_the_same(store, airflow_image):
+    """Of the four, one that takes little time."""
+    before = store.digest("airflow")
+    store.build("airflow")
+    assert store.digest("airflow") == before
