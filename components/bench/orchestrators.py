@@ -117,10 +117,11 @@ def run_kfp_local(profile: str, root: Path) -> float:
 
 
 def run_airflow(profile: str, root: Path) -> float:
-    settings = {"UNIVIGU_PROFILE": profile}
+    settings = {"UNIVIGU_PROFILE": profile, "AIRFLOW_VAR_UNIVIGU_APPROVAL": "off"}
     with AirflowServer(root / STATE / "airflow", root, free_port(), settings) as server:
         server.wait_until_ready()
-        body = {"logical_date": None, "conf": {"profile": profile, "approve": False}}
+        server.call("PATCH", "/api/v2/dags/retrain", {"is_paused": False})
+        body = {"logical_date": None, "conf": {"profile": profile}}
         run = server.call("POST", "/api/v2/dags/retrain/dagRuns", body)["dag_run_id"]
         path = f"/api/v2/dags/retrain/dagRuns/{run}"
         while (state := server.call("GET", path)["state"]) not in ("success", "failed"):
