@@ -117,7 +117,8 @@ def run_kfp_local(profile: str, root: Path) -> float:
 
 
 def run_airflow(profile: str, root: Path) -> float:
-    settings = {"UNIVIGU_PROFILE": profile, "AIRFLOW_VAR_UNIVIGU_APPROVAL": "off"}
+    never = "0 0 29 2 *"  # no scheduled run beside this one
+    settings = {"UNIVIGU_PROFILE": profile, "AIRFLOW_VAR_UNIVIGU_APPROVAL": "off", "UNIVIGU_RETRAIN_CRON": never}
     with AirflowServer(root / STATE / "airflow", root, free_port(), settings) as server:
         server.wait_until_ready()
         server.call("PATCH", "/api/v2/dags/retrain", {"is_paused": False})
