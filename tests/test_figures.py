@@ -13,7 +13,6 @@ FOLDER = REPO / "docs/figures"
 AWAITED = {
     "bench-curation.json",
     "bench-inference.json",
-    "orchestrators.json",
 }
 
 
