@@ -27,6 +27,7 @@ def univigu(versions, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_what_can_be_no_name_and_an_empty_address_are_told_in_a_sentence(versions, univigu, tmp_path, monkeypatch):
     versions.add("any", 10)
     code, _, err = univigu("model", "list", "--name", "it's")

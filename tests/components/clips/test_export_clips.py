@@ -43,6 +43,7 @@ def make_root(tmp_path, profile, tiny_wan_folder):
     return make
 
 
+@pytest.mark.slow
 def test_an_export_is_imported_again_as_the_same_clips_and_texts(tmp_path, profile, make_root, monkeypatch):
     monkeypatch.setattr(module, "PER_TAR", 3)
     videos = tmp_path / "videos"

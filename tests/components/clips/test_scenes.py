@@ -37,6 +37,7 @@ def write_scenes(path: Path, lengths, speed=2) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_cuts_are_found_at_the_first_frames_of_scenes(tmp_path):
     path = write_scenes(tmp_path / "a.mp4", [30, 7, 40])
     np.testing.assert_allclose(find_cuts(path, 3.0), [30 / RATE, 37 / RATE], atol=1e-6)

@@ -127,5 +127,6 @@ def test_a_module_inside_the_compiler_is_the_real_one():
     assert said == [word for name in modules for word in ("True", f"torch._dynamo.{name}", "True")]
 
 
+@pytest.mark.slow
 def test_a_function_that_was_marked_without_the_compiler_is_left_alone_by_it():
     assert output(COMPILING) == ["False", "False", "True", "False"]

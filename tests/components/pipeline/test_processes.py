@@ -158,6 +158,7 @@ def test_the_process_that_failed_first_is_reported_not_one_that_was_stopped_for_
     assert failure.value.exit_code == 78
 
 
+@pytest.mark.slow
 def test_a_child_ends_with_the_process_that_started_it():
     code = "import subprocess, sys; from components.pipeline.processes import child_environment\n"
     code += f"child = subprocess.Popen([sys.executable, '-c', {WORK!r}], env=child_environment())\n"

@@ -39,6 +39,7 @@ def test_the_papers_run_takes_about_a_week_and_every_known_figure_is_met(plan):
     assert (joint["forward"] + joint["backward"] + joint["recomputation"]) / 1e15 == pytest.approx(1.15, abs=0.005)
 
 
+@pytest.mark.slow
 def test_operations_of_the_autoencoder_are_those_of_all_frames():
     profile = load_profile("tiny")
     video = profile["video"] | {"frames": 29}

@@ -186,6 +186,7 @@ def test_gpus_that_do_not_fill_nodes_are_refused():
 
 
 @pytest.mark.parametrize("sampling", [{}, {"guidance_scale": 1.0, "caption_guidance_scale": 3.0}])
+@pytest.mark.slow
 def test_a_step_of_each_way_to_sample_is_taken(tiny_wan_folder, sampling):
     profile, models = tiny(tiny_wan_folder)
     profile["model"]["sampling"] |= sampling

@@ -102,6 +102,7 @@ def stored(root):
     return model / "artifacts"
 
 
+@pytest.mark.slow
 def test_a_pulled_version_is_what_was_promoted_and_loads(promoted, tmp_path):
     import mlflow
 
@@ -165,6 +166,7 @@ def test_times_ids_and_folders_of_an_upload_change_no_digest(promoted):
     assert version_files.folder_digest(stored(promoted)) == before
 
 
+@pytest.mark.slow
 def test_a_version_without_a_digest_in_the_ledger_is_pulled_on_request_only(tmp_path, speaking_model):
     register(tmp_path, speaking_model, "served")
     with pytest.raises(BadInputError, match=r"never promoted, or by an earlier release; promote it .*--unverified"):

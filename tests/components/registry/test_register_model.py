@@ -129,6 +129,7 @@ def test_the_commit_says_whether_files_were_edited_since(tmp_path):
     assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
 
 
+@pytest.mark.slow
 def test_a_version_below_the_least_scores_stays_a_candidate_until_a_person_insists(world, capsys):
     world.train("poor")
     reason = "captions.mean 0.375 is below its profile's least (0.5)"
