@@ -12,7 +12,6 @@ FOLDER = REPO / "docs/figures"
 # Measurements that the documents still quote from an earlier version, without a file: remove a name with its new file.
 AWAITED = {
     "bench-curation.json",
-    "bench-inference.json",
 }
 
 
