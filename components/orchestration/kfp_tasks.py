@@ -269,11 +269,16 @@ def _check_tracking(root: Path) -> None:
     open_tracking(root)
     import mlflow
 
-    runs_login = {name: os.environ[name] for name in REGISTRY_LOGIN.values() if name in os.environ}
-    for login in (registry_login(), runs_login):
-        os.environ.update(login)
-        with first_contact(tracking_uri(root)):
-            mlflow.MlflowClient().search_registered_models(max_results=1)
+    own_login = {name: os.environ.pop(name) for name in REGISTRY_LOGIN.values() if name in os.environ}
+    try:
+        for login in (own_login, registry_login()):
+            os.environ.update(login)
+            with first_contact(tracking_uri(root)):
+                mlflow.MlflowClient().search_registered_models(max_results=1)
+    finally:
+        for name in REGISTRY_LOGIN.values():
+            os.environ.pop(name, None)
+        os.environ.update(own_login)
 
 
 def _check_captioner(profile: str, root: Path) -> None:

@@ -28,6 +28,14 @@ def profile(profile):
     return profile
 
 
+def import_command(folder, root, profile):
+    """The arguments that import a folder whose texts are prompts."""
+    file = folder / ".profile.yaml"
+    file.write_text(yaml.safe_dump(profile))
+    where = ["--profile", str(file), "--root", str(root)]
+    return ["data", "import", str(folder), "--licence", "CC0-1.0", "--source", "x", "--texts", "prompts", *where]
+
+
 def test_a_dry_run_names_what_would_become_of_each_video_and_imports_nothing(root, profile, tmp_path):
     folder = tmp_path / "videos"
     write_video(folder / "long.mp4", np.arange(54) / 16, 32, 48)
@@ -35,18 +43,7 @@ def test_a_dry_run_names_what_would_become_of_each_video_and_imports_nothing(roo
     for name in ("long", "short"):
         (folder / f"{name}.txt").write_text(name)
     write_video(folder / "silent.mp4", np.arange(9) / 8)
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
-    options = [
-        "--licence",
-        "CC0-1.0",
-        "--source",
-        "x",
-        "--texts",
-        "prompts",
-        "--profile",
-        str(tmp_path / "profile.yaml"),
-    ]
-    call = ["data", "import", str(folder), *options, "--root", str(root), "--table", str(tmp_path / "new/table.csv")]
+    call = [*import_command(folder, root, profile), "--table", str(tmp_path / "new/table.csv")]
     done = CliRunner().invoke(app, [*call, "--dry-run"])
     assert "Used 1 of 3 videos, because: no_text 1, too_short 1\n" in done.output
     assert "They would become 3 clips; sizes by videos: 9x32x32 1\n" in done.output
@@ -71,20 +68,7 @@ def test_the_speed_of_a_squeezed_clip_is_recorded(root, profile, tmp_path):
     for name, seconds in {"same": 9 / 8, "fast": 27 / 8, "slow": 7 / 8}.items():
         write_video(folder / f"{name}.mp4", np.arange(round(seconds * 8)) / 8, dark=0)
         (folder / f"{name}.txt").write_text(name)
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
-    options = [
-        "--licence",
-        "CC0-1.0",
-        "--source",
-        "x",
-        "--texts",
-        "prompts",
-        "--take",
-        "squeeze",
-        "--profile",
-        str(tmp_path / "profile.yaml"),
-    ]
-    done = CliRunner().invoke(app, ["data", "import", str(folder), *options, "--root", str(root)])
+    done = CliRunner().invoke(app, [*import_command(folder, root, profile), "--take", "squeeze"])
     rows = read_table(root / "data/clips", "clips").to_pylist()
     assert {row["prompt"]: json.loads(row["scores"])["speed"] for row in rows} == {
         "same": 1.0,

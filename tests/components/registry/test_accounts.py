@@ -1,6 +1,7 @@
 """MLflow's accounts, on a real server with its own app for them: what a job's account may do, and what it may not."""
 
 import io
+import os
 import runpy
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_without_a_login_nothing_is_answered_and_readers_change_nothing(register
     for name, password in (("viewer", "not the password"), ("nobody", "any password")):
         with account(registered, name, password), pytest.raises(BadInputError, match="refused the login"):
             registry.find_version(registry.NAME, registry.CHAMPION, registered.url)
+
+
+@pytest.mark.slow
+def test_a_wrong_password_of_the_registrys_account_is_found_by_a_pipelines_first_task(server, world):
+    with account(server, "steps"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIVIGU_REGISTRY_USERNAME", "promotion")
+        patch.setenv("UNIVIGU_REGISTRY_PASSWORD", ACCOUNTS["registry.promotion"])
+        kfp_tasks._check_tracking(world.root)
+        patch.setenv("UNIVIGU_REGISTRY_PASSWORD", "not the password")
+        with pytest.raises(BadInputError, match="refused the login"):
+            kfp_tasks._check_tracking(world.root)
+        assert os.environ["MLFLOW_TRACKING_USERNAME"] == "steps"
 
 
 @pytest.mark.slow
