@@ -20,6 +20,9 @@ import pytest
 # than it brings, and next to another busy process many times more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Processes that a test starts keep what they compile, as on a user's machine, also where the shell says otherwise.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell starts background jobs with SIGINT ignored, and every process that a test interrupts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

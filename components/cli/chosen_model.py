@@ -97,7 +97,7 @@ def load(folder: Path) -> "UniViGUPipeline":
     """
     adapters = any(folder.glob("*lora*"))
     with without(*([] if adapters else ["peft"])):
-        import_models(distributed=False)
+        import_models()
         import torch
 
         from univigu.pipeline import UniViGUPipeline

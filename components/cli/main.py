@@ -30,7 +30,7 @@ from components.cli import (
 )
 from components.cli.options import Profile, Settings, profile_in_use
 from components.cli.studio import command as studio
-from components.pipeline.lean_imports import import_models, start_command, without
+from components.pipeline.lean_imports import import_models, import_training, start_command, without
 from univigu import __version__
 from univigu.errors import ConfigError, PreemptedError, UniViGUError, storage_fault
 from univigu.threads import bound_spinning
@@ -168,7 +168,7 @@ def run(
         make_parts(step, profile, root, processes)
     with without(*([] if _uses_adapters(values) else ["peft"])):
         if stage.resources.gpus and not stage.sharded:  # shards may all be made already: they import models when needed
-            import_models()
+            (import_training if stage.together else import_models)()
         manifest = run_stage(step, values, root)
     if _is_main_rank():
         _print_result(step, manifest)

@@ -9,14 +9,13 @@ Code that runs steps without deciding what they write is left out (`MACHINERY`).
 represents it in every key, and is raised when the engine changes what an output contains.
 """
 
-import ast
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.pipeline.digests import json_digest, tree_files
 from components.pipeline.stages import Stage
-from components.pipeline.syntax import AT_IMPORT, PACKAGES, Body, dotted, find_source, read_source, table_of_texts
+from components.pipeline.syntax import AT_IMPORT, PACKAGES, Body, find_source, read_source, table_of_texts
 from univigu.files import file_sha256
 
 FORMAT = 1
@@ -188,13 +187,8 @@ def _uses(one: Definition, packages: Collection[str]) -> dict[str, Definition | 
     source, body = find_source(one.module), _body(one)
     names = {**source.imports, **body.imports}
     found: dict[str, Definition | str] = {}
-    ahead = list(body.trees)
-    while ahead:
-        node = ahead.pop()
-        chain = dotted(node)
-        if not chain:
-            ahead += ast.iter_child_nodes(node)
-        elif chain[0] in names:
+    for chain in body.names:
+        if chain[0] in names:
             used, target = _follow(chain, names[chain[0]], packages)
             found[used] = target
         elif chain[0] in source.bodies:

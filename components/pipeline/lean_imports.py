@@ -4,7 +4,8 @@ diffusers and transformers import some packages whenever they are installed: sci
 schedules that no model here uses, peft for adapters. The library `univigu` requires neither, so without them a command
 runs as it does where only the library is installed. Both also import torch's compiler, to mark functions that it must
 leave alone; a command imports it once something is compiled. A small model loads in two thirds of the time this way.
-Great Expectations imports clients of clouds and scipy's statistics, which take a third of its time.
+Great Expectations imports clients of clouds and scipy's statistics, which take a third of its time. DeepSpeed imports
+MLflow for a tuner of its settings, of which nothing is used.
 """
 
 import functools
@@ -33,10 +34,10 @@ def start_command() -> None:
     _Process.is_command = True
 
 
-def import_models(distributed: bool = True) -> None:
+def import_models() -> None:
     """Import what runs models, without scipy, which may still be imported, and torch's compiler, which waits.
 
-    distributed: whether models may be shared by processes; otherwise transformers does without torch's sharded tensors.
+    transformers does without torch's sharded tensors: the models that processes share here are trained by DeepSpeed.
     """
     import torch.distributed
 
@@ -44,13 +45,19 @@ def import_models(distributed: bool = True) -> None:
         left_out.enter_context(without("scipy"))
         # diffusers looks for OpenCV and a few others under the names of all distributions that are installed
         left_out.enter_context(_answering(metadata, "packages_distributions", {}))
-        if not distributed:
-            left_out.enter_context(_answering(torch.distributed, "is_available", False))
+        left_out.enter_context(_answering(torch.distributed, "is_available", False))
         _postpone_compiler()
         _read_models_once()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
+
+
+def import_training() -> None:
+    """Import what trains models: `import_models` and DeepSpeed, without MLflow, which may still be imported."""
+    import_models()
+    with without("mlflow", importers=("deepspeed",)):
+        import deepspeed  # noqa: F401
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Body(NamedTuple):
     trees: Sequence[ast.AST]
     imports: Mapping[str, str]
     texts: Collection[str]  # strings in it that may be a data file's name
+    names: Collection[tuple[str, ...]]  # what it names: ("a", "b", "c") for ``a.b.c``
     digest: str
 
 
@@ -114,7 +115,7 @@ class _Bodies(Mapping[str, Body]):
         inner = _imports(filter(_is_definition, statements), self._package)
         trees = [_BehaviourOnly().visit(node) if _is_definition(node) else node for node in statements]
         texts = {text for tree in trees for text in _texts(tree)}
-        return Body(trees, inner, texts, json_digest([_dump(tree) for tree in trees]))
+        return Body(trees, inner, texts, {*_names(trees)}, json_digest([_dump(tree) for tree in trees]))
 
 
 def _dump(tree: ast.AST) -> str:
@@ -191,6 +192,17 @@ def dotted(node: ast.AST) -> list[str]:
         parts.insert(0, node.attr)
         node = node.value
     return [node.id, *parts] if isinstance(node, ast.Name) else []
+
+
+def _names(trees: Sequence[ast.AST]) -> Iterator[tuple[str, ...]]:
+    ahead = [*trees]
+    while ahead:
+        node = ahead.pop()
+        chain = dotted(node)
+        if chain:
+            yield tuple(chain)
+        else:
+            ahead += ast.iter_child_nodes(node)
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:

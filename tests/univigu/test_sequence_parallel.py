@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from as_command import AS_COMMAND
 from univigu.errors import ConfigError
 from univigu.sequence_parallel import SequenceGroup, require_divisible
 
@@ -19,7 +20,7 @@ SCRIPT = Path(__file__).with_name("share_sequence.py")
 def test_outputs_and_gradients_are_those_of_one_process(tmp_path, processes):
     launcher = [sys.executable, "-m", "univigu.training.launch", "--standalone", f"--nproc-per-node={processes}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [*launcher, str(SCRIPT), str(tmp_path / "found.json")]
+    command = [*launcher, str(AS_COMMAND), str(SCRIPT), str(tmp_path / "found.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())

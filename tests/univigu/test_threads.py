@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from as_command import AS_COMMAND
 from univigu.errors import CorruptDataError
 from univigu.threads import fewest_worthwhile, map_on_cores, measure_threads, settle_threads, side_threads
 
@@ -192,7 +193,7 @@ SCRIPT = Path(__file__).parent / "training" / "tiny_run.py"
 def train(folder, *stop):
     """A training run without settings for threads; returns the bytes of its weights, if it finished."""
     kept = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USERS}
-    command = [sys.executable, str(SCRIPT), str(folder), "{}", *stop]
+    command = [sys.executable, str(AS_COMMAND), str(SCRIPT), str(folder), "{}", *stop]
     done = subprocess.run(command, env=kept, capture_output=True, text=True)
     assert done.returncode == (-9 if stop else 0), done.stderr
     return None if stop else (folder / "weights.safetensors").read_bytes()

@@ -64,7 +64,7 @@ class Model:
             label, address = self._choose()
             if self._pipeline is None or label != self._label:
                 with self._studio.store:  # both change global variables
-                    import_models(distributed=False)
+                    import_models()
                     folder = chosen_model.find_model(address, self._studio.name, self._studio.root)
                 self._pipeline = None  # its memory is needed
                 self._pipeline = chosen_model.load(folder)

@@ -84,13 +84,6 @@ def test_settings_that_do_not_fit_are_refused_before_anything_starts(univigu, co
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_a_plan_is_made_with_the_settings_of_the_command_line(univigu):
-    code, out, _ = univigu("plan", "--profile", "tiny", "--set", "train_stage_2.steps=77", "--gpus", "1", "--json")
-    assert code == 0
-    assert json.loads(out)["training"]["stage_2"]["steps"] == 77
-
-
 def test_every_task_of_a_pipeline_is_given_the_settings_in_its_profile():
     assert _with_settings({"parts": "2"}, ["train_stage_2.steps=5"]) == {
         "parts": "2",

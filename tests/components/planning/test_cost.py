@@ -169,3 +169,11 @@ def test_the_command_prints_the_same_for_machines(plan):
     result = CliRunner().invoke(app, ["plan", "--profile", "wan-1.3b", "--price", "2", "--root", str(ROOT), "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout) == plan
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_with_the_settings_of_the_command_line(plan):
+    settings = ["--set", "train_stage_2.steps=77", "--root", str(ROOT), "--json"]
+    result = CliRunner().invoke(app, ["plan", "--profile", "wan-1.3b", *settings])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["training"]["stage_2"]["steps"] == 77

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from as_command import AS_COMMAND
 from univigu.errors import PreemptedError
 from univigu.training.launch import exit_code
 
@@ -33,11 +34,10 @@ def on_two(folder, settings, *arguments):
 
 
 def launch(script, *arguments, **variables):
-    command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", "univigu.training.launch", "--standalone", "--nproc-per-node=2", str(AS_COMMAND)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | variables
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=900, env=environment
-    )
+    command += [str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 def train_all(home, runs):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from as_command import AS_COMMAND
 from univigu import wan
 from univigu.errors import ConfigError, PreemptedError
 from univigu.training import checkpoints
@@ -48,7 +49,7 @@ def read_losses(folder):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(tmp_path, whole_run, capsys):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "{}", "5", "KILL"]
+    command = [sys.executable, str(AS_COMMAND), str(SCRIPT), str(tmp_path), "{}", "5", "KILL"]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
     assert json.loads((tmp_path / "checkpoints" / "latest").read_text())["step"] == 3
     reported = {}
