@@ -1,4 +1,4 @@
-"""Does Wan at its real size fit? Peak memory of one GPU, counted on fake tensors at real shapes; nothing is timed.
+"""Does Wan at its real size fit? Peak memory of one GPU, counted on meta tensors at real shapes; nothing is timed.
 
 Each cell is a profile of Wan2.1 at a size of clip, on a number of GPUs that train together. It has the GiB of a
 training step, of the held-out losses (``evaluation``), and of the captions and videos that a run shows (``caption``,

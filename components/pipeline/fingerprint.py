@@ -29,6 +29,8 @@ MACHINERY = (
     "univigu.hardware",  # knows how fast a GPU is
     "univigu.threads",  # distributes CPU cores over threads
     "univigu.training.memory",  # how much memory a run needs
+    "univigu.training.memory_looks",
+    "univigu.training.meta_tensors",
     "univigu.training.memory_check",  # whether it fits
     "univigu.training.throughput",  # how fast it is
     "univigu.training.previews",  # what it shows while it runs

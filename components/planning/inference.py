@@ -1,6 +1,6 @@
 """What one sample of the trained model needs on one GPU: memory and seconds of a caption, a video, or both.
 
-The code that samples runs on fake tensors, as in training (`univigu.training.memory_looks`), and so does the
+The code that samples runs on meta tensors, as in training (`univigu.training.memory_looks`), and so does the
 autoencoder at the profile's size of clip.
 """
 
@@ -13,8 +13,9 @@ from components.planning.meta_models import MetaModels, build_models
 from univigu import planning, wan
 from univigu.errors import ConfigError
 from univigu.hardware import Gpu, find_gpu
-from univigu.training.memory import BYTES, LiveBytes, parameter_count
+from univigu.training.memory import BYTES, parameter_count
 from univigu.training.memory_looks import Look, peak_bytes
+from univigu.training.meta_tensors import LiveBytes, without_data
 
 Profile = Mapping[str, Any]
 
@@ -92,12 +93,11 @@ def autoencoder_peak(models: MetaModels, video: Mapping[str, Any], way: str) -> 
     """The most bytes of tensors alive while the autoencoder encodes or decodes a clip in fp32, its input included."""
     import torch
     from diffusers import AutoencoderKLWan
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from univigu.wan import large_in_tiles
 
     shape = (1, 3, video["frames"], video["height"], video["width"])
-    with FakeTensorMode(), torch.no_grad():
+    with without_data(), torch.no_grad():
         vae = AutoencoderKLWan.from_config(models.vae.config)
         with LiveBytes() as counted:
             counted.ignore([*vae.parameters(), *vae.buffers()])

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from univigu import ObjectiveConfig, UniViGUTransformer3DModel, planning, wan
 from univigu.errors import ConfigError, MissingInputError
 from univigu.hardware import GPUS, find_gpu, recognise_gpu
-from univigu.training.memory import training_loss_on_fakes
+from univigu.training.memory import training_loss_without_data
 
 TOKENS = planning.Tokens(video=4 * 16 * 16, text=64, context=32)
 LATENTS = (1, 16, 4, 32, 32)
@@ -31,7 +31,7 @@ def costs(model):
 @pytest.mark.parametrize("task", ["understand", "joint"])
 def test_a_training_step_costs_what_torch_counts(model, costs, task):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        training_loss_on_fakes(model, task, LATENTS, TOKENS.text, TOKENS.context).backward()
+        training_loss_without_data(model, task, LATENTS, TOKENS.text, TOKENS.context).backward()
     # most of the last of 12 blocks, whose video no text reads, is estimated and not computed
     assert costs[task].step(0, 0) == pytest.approx(counter.get_total_flops(), rel=1 / 12)
 
@@ -50,7 +50,7 @@ def test_self_conditioning_beside_a_cached_video_costs_the_text_alone(model, cos
 def test_another_draw_of_a_text_costs_the_text_alone(model, costs):
     several = planning.task_costs(model, TOKENS, ObjectiveConfig(shares=SHARES, text_draws=3))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        training_loss_on_fakes(model, "understand", LATENTS, TOKENS.text, TOKENS.context, 3).backward()
+        training_loss_without_data(model, "understand", LATENTS, TOKENS.text, TOKENS.context, 3).backward()
     assert several["understand"].step(0, 0) == pytest.approx(counter.get_total_flops(), rel=1 / 12)
     assert several["understand"].guess == 3 * costs["understand"].guess
     more = several["understand"].forward - costs["understand"].forward

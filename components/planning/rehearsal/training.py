@@ -10,7 +10,7 @@ from univigu import planning
 from univigu.errors import BadInputError, ConfigError
 from univigu.hardware import find_gpu
 from univigu.training.engine import TrainingConfig, engine_settings, init_distributed
-from univigu.training.memory import training_loss_on_fakes
+from univigu.training.memory import training_loss_without_data
 
 
 def tasks(profile: Profile) -> list[str]:
@@ -25,7 +25,7 @@ def check_task(profile: Profile, models: MetaModels, task: str, trained: set[str
 
     model, context = models.transformer, profile["text"]["prompt_length"]
     with torch.device("meta"):
-        loss = training_loss_on_fakes(model, task, (1, *models.latents), model.config.text_length, context)
+        loss = training_loss_without_data(model, task, (1, *models.latents), model.config.text_length, context)
         loss.backward()
     got = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     trained |= got

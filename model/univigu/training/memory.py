@@ -1,28 +1,25 @@
 """The memory of a training step on one GPU, part by part, computed without a GPU.
 
 Weights, gradients and optimizer state follow from the number of parameters and from how DeepSpeed partitions them
-(ZeRO, arXiv 1910.02054). For activations there is no formula: a training step of the model itself runs on fake tensors,
+(ZeRO, arXiv 1910.02054). For activations there is no formula: a training step of the model itself runs on meta tensors,
 which have shapes but no memory, and a dispatch mode counts the bytes that are alive. This is done at two depths. All
 blocks are alike, so memory is linear in the depth, and the real depth is extrapolated.
 """
 
 import json
 import math
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from univigu.errors import BadInputError, ConfigError
 from univigu.objective import mean_text_losses, predict_joint, predict_prefix, video_losses
 from univigu.sequence_parallel import SequenceGroup
 from univigu.tasks import TASKS, ObjectiveConfig, Samples
+from univigu.training.meta_tensors import LiveBytes, recomputed, without_data
 from univigu.transformer import UniViGUTransformer3DModel
 from univigu.wan import latent_channels
 
@@ -165,7 +162,7 @@ def parameter_count(config: Mapping[str, Any]) -> int:
     return extrapolate(*(_parameters(config_key(config), depth) for depth in (1, 2)), 1, config["num_layers"])
 
 
-def training_loss_on_fakes(
+def training_loss_without_data(
     model: UniViGUTransformer3DModel,
     task: str,
     latents: tuple[int, ...],
@@ -178,7 +175,7 @@ def training_loss_on_fakes(
 
     ``text_draws``: of the texts under ``prefix`` attention, as in `ObjectiveConfig`. ``guessing``: self-conditioned,
     where that keeps anything for the backward pass (under ``prefix``).
-    Call it where ``torch.zeros`` makes fake or meta tensors.
+    Call it within `without_data`.
     """
     config = model.config
     table = model.text_space()
@@ -209,40 +206,6 @@ def training_loss_on_fakes(
     return loss
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are created within it: those alive ``now``, and the ``peak``.
-
-    It counts storages, not tensors, because views share their storage; a storage's finalizer reports when it is freed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._seen:
-            self._seen[storage] = None
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
-
-    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Don't count these tensors, which existed before."""
-        for tensor in tensors:
-            self._seen[tensor.untyped_storage()] = None
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
 def tracked_step(
     model: UniViGUTransformer3DModel,
     task: str,
@@ -259,7 +222,7 @@ def tracked_step(
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with LiveBytes() as memory:
         memory.ignore([*model.parameters(), *model.buffers()])
-        loss = training_loss_on_fakes(model, task, latents, text_tokens, context_tokens, text_draws, guessing=True)
+        loss = training_loss_without_data(model, task, latents, text_tokens, context_tokens, text_draws, guessing=True)
         kept = memory.now
         loss.backward()
     return kept, memory.peak
@@ -304,14 +267,14 @@ def _measured(
     for task in COSTLIEST:
         # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)
         (kept, peak), (deeper, _) = (
-            _on_fakes(config, depth, task, latents, text, context, precision, checkpointing, draws, sharing)
+            _count_step(config, depth, task, latents, text, context, precision, checkpointing, draws, sharing)
             for depth in (2, 3)
         )
         found.append((extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
     return max(found, key=sum)
 
 
-def _on_fakes(
+def _count_step(
     config: Mapping[str, Any],
     depth: int,
     task: str,
@@ -323,14 +286,10 @@ def _on_fakes(
     draws: int,
     sharing: int,
 ) -> tuple[int, int]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    # Fake CPU tensors, not meta tensors: on `meta`, attention falls back to a form that keeps the matrix of scores,
-    # which neither a CPU nor a GPU does.
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+    with without_data():
         model = build_model(config, depth, DTYPES[precision], sharing)
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(recomputed)
         return tracked_step(model, task, latents, text, context, draws)
 
 
@@ -342,7 +301,7 @@ def build_model(
     ``sharing``: the number of processes that share a sequence, of which it is one.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # fake parameters can't be cast afterwards
+    torch.set_default_dtype(dtype)  # built in it, not cast afterwards, which takes memory
     try:
         model = UniViGUTransformer3DModel.from_config({**config, "num_layers": depth})
     finally:

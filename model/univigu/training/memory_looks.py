@@ -1,6 +1,6 @@
 """The memory of what needs no gradients: held-out losses, captions and videos, in training and on their own.
 
-As in `memory`, the code itself runs on fake tensors at two depths, the bytes that are alive are counted, and the peak
+As in `memory`, the code itself runs on meta tensors at two depths, the bytes that are alive are counted, and the peak
 at the real depth is extrapolated: it grows by the keys and values that one more block keeps, or not at all.
 """
 
@@ -15,6 +15,7 @@ from univigu.errors import ConfigError
 from univigu.sampling import Guide, text_field, video_field
 from univigu.training import memory
 from univigu.training.heldout import evaluate_heldout
+from univigu.training.meta_tensors import LiveBytes, without_data
 from univigu.transformer import UniViGUTransformer3DModel
 from univigu.wan import latent_channels
 
@@ -57,13 +58,11 @@ def peak_bytes(
 def _counted(
     look: Look, key: str, video: int, text: int, context: int, batch: int, precision: str, sharing: int
 ) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     config = json.loads(key)
     latents = (batch, latent_channels(config), *memory.latent_size(config, video, text))
     found = []
     for depth in (2, 3):
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with without_data(), torch.no_grad():
             model = memory.build_model(config, depth, memory.DTYPES[precision], sharing)
             with Answering() as counted:
                 counted.ignore([*model.parameters(), *model.buffers()])
@@ -72,8 +71,8 @@ def _counted(
     return memory.extrapolate(found[0], found[1], 2, config["num_layers"])
 
 
-class Answering(memory.LiveBytes):
-    """`LiveBytes` for code that reads a number from a tensor, which a fake one doesn't have: it reads 0."""
+class Answering(LiveBytes):
+    """`LiveBytes` for code that reads a number from a tensor, which a meta tensor doesn't have: it reads 0."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -117,7 +116,7 @@ def _generate(
 
 
 class _Numbers:
-    """The ids of samples in the place of a tensor, whose numbers a fake one doesn't have."""
+    """The ids of samples in the place of a tensor, whose numbers a meta tensor doesn't have."""
 
     def __init__(self, count: int) -> None:
         self.count = count

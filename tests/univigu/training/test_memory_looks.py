@@ -7,9 +7,10 @@ from univigu import UniViGUTransformer3DModel
 from univigu.errors import ConfigError
 from univigu.sampling import text_field
 from univigu.training.engine import TrainingConfig
-from univigu.training.memory import LiveBytes, state_memory
+from univigu.training.memory import state_memory
 from univigu.training.memory_check import needed_by_task, needed_memory
 from univigu.training.memory_looks import Look, peak_bytes
+from univigu.training.meta_tensors import LiveBytes
 
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "num_layers": 4, "text_dim": 8}
 TEXT = {"vocab_size": 40, "tokenizer_length": 40, "text_latent_dim": 4, "text_length": 8}

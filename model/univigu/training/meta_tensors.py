@@ -1,0 +1,85 @@
+"""Tensors with shapes and no memory: what a model's code would need is counted without any of it."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Within the block, new tensors have shapes and no memory, and random states stay as they were."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _FusedAttention():
+        yield
+
+
+def recomputed(module: nn.Module, *arguments: Any) -> Any:
+    """Run a block whose activations are recomputed for the backward pass, in which no mode for functions is active."""
+    contexts = nullcontext(), _FusedAttention()
+    return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention on meta tensors keeps what it keeps on a CPU or GPU; torch's own keeps the matrix of scores there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are created within it: those alive ``now``, and the ``peak``.
+
+    It counts storages, not tensors, because views share their storage; a storage's finalizer reports when it is freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen[storage] = None
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Don't count these tensors, which existed before."""
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()] = None
+
+    def _free(self, size: int) -> None:
+        self.now -= size
