@@ -11,7 +11,7 @@ from local_server import Answering, serving
 class _Handler(Answering, BaseHTTPRequestHandler):
     def pass_on(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
-        if self.server.closed:
+        if self.server.closed or self.is_next(self.server.drops):
             return self.hang_up()
         if self.is_next(self.server.refused):
             return self.answer(400, b'{"error_code": "INTERNAL_ERROR", "message": "disk I/O error"}')
@@ -51,10 +51,10 @@ def gated(mlflow_server):
     """The gate, whose `url` is its address.
 
     While it is `closed` it answers nothing, as a server that is down. The lists hold parts of a method and a path, each
-    for the next request that has it: it is `refused`, its answer is lost (`loses`), or the gate closes when it comes
-    (`closes_at`) or when it is answered (`closes_after`).
+    for the next request that has it: it is `refused`, it `drops` before the server or its answer is lost (`loses`), or
+    the gate closes when it comes (`closes_at`) or when it is answered (`closes_after`).
     """
     with serving(_Handler) as gate:
         gate.target, gate.closed = mlflow_server.url, False
-        gate.refused, gate.loses, gate.closes_at, gate.closes_after = [], [], [], []
+        gate.refused, gate.drops, gate.loses, gate.closes_at, gate.closes_after = [], [], [], [], []
         yield gate
