@@ -10,8 +10,8 @@ import getpass
 import os
 import sqlite3
 import sys
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -155,6 +155,20 @@ def find_run(root: Path, tags: Mapping[str, str]) -> str | None:
         output_format="list",
     )
     return runs[0].info.run_id if runs else None
+
+
+@contextmanager
+def single_requests() -> Iterator[None]:
+    """MLflow sends each request of the block once, whatever the user has set: for what must not be done twice."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    chosen = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if chosen is not None:
+            os.environ[name] = chosen
 
 
 def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,7 +42,7 @@ DATASET = Asset("univigu://dataset")
 PACKAGE = Path(__file__).resolve().parents[1] / "infra/pipeline.yaml"
 BACKENDS = ["local", "kubeflow"]
 RUN_HOURS = sum(stage.resources.hours for stage in STAGES)  # time limit of a run on Kubeflow
-RETRIES = {"retries": 3, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
+RETRIES = {"retries": 5, "retry_delay": timedelta(seconds=30), "retry_exponential_backoff": True}
 PROFILE = "{{ ti.xcom_pull('begin', key='profile') }}"  # not params.profile: a dataset's event may name another
 MANUAL = {"UNIVIGU_PROMOTION": "manual"}  # register-model does not promote: this DAG does, after the approval
 

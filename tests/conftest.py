@@ -179,7 +179,7 @@ class FakeKfp(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), KfpHandler)
         self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
-        self.states = ["PENDING", "RUNNING", "SUCCEEDED"]
+        self.states, self.version = ["PENDING", "RUNNING", "SUCCEEDED"], "2.17.0"
         self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
         self.meet = {}  # by path, a barrier at which the first who ask for a list wait for one another
         self.turn = threading.Lock()
@@ -220,7 +220,8 @@ class KfpHandler(BaseHTTPRequestHandler):
         if server.page:
             return self.answer(200, server.page)
         if path == "/apis/v2beta1/healthz":
-            return self.answer(200, {"multi_user": False})
+            about = {"commit_sha": "unknown", "tag_name": server.version, "multi_user": False}
+            return self.answer(200, about | {"pipeline_store": "database"})
         if method == "GET" and (barrier := server.meet.get(path)):
             barrier.wait(timeout=10)
             server.meet.pop(path, None)

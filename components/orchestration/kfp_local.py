@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from components.orchestration.kfp_server import typed_arguments
-from components.orchestration.kfp_tasks import RUN_ID, STOP_S, last_failure
+from components.orchestration.kfp_tasks import PATIENCE, RUN_ID, STOP_S, last_failure
 from components.pipeline.processes import child_environment
 from components.pipeline.stages import STAGES
 from components.pipeline.state import STATE
@@ -60,6 +60,7 @@ def _run_below(root: Path, typed: Mapping[str, Any]) -> None:
 
     home = root.resolve() / STATE / "kfp"
     os.environ[RUN_ID] = uuid4().hex
+    os.environ.setdefault(PATIENCE, "0")  # a person waits for the answer
     os.environ |= child_environment()  # kfp's runner passes its environment to the tasks
     local.init(
         local.SubprocessRunner(use_venv=False),

@@ -11,12 +11,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from components.orchestration.kfp_releases import check_release
 from components.pipeline.digests import json_digest
 from univigu.errors import BadInputError, ConfigError, MissingInputError, TransientError, UniViGUError
 from univigu.files import file_sha256, read_yaml_documents
@@ -28,6 +30,7 @@ ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")  # variables that the kfp 
 TOKEN_FILE, TOKEN = "KF_PIPELINES_SA_TOKEN_PATH", "KFP_TOKEN"
 MOUNTED_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 EXPERIMENT = "uni-vigu"
+POD_LOG = "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log"
 DELAY_S = 1.0
 SETTLE_S = 1.5  # longer than the resolution of the server's clock
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
@@ -106,13 +109,14 @@ class KfpServer:
     ) -> str:
         """Start a run of a compiled pipeline, unless a run of this name is active or succeeded; returns the run's id.
 
-        Raises `ConfigError` for arguments that the pipeline doesn't have, `BadInputError` if the existing run has
-        other arguments, and `TransientError` while that run is being cancelled.
+        Raises `ConfigError` for arguments that the pipeline doesn't have and for a server that is too old,
+        `BadInputError` if the existing run has other arguments, and `TransientError` while it is being cancelled.
         """
         import kfp_server_api as api
 
         pipeline, platform = read_package(package)
         parameters = typed_arguments(package, arguments)
+        check_release(self.version(), self.host)
         experiment_id = self._experiment_id(experiment) or self._create_experiment(experiment)
         body = api.V2beta1Run(
             display_name=run_name,
@@ -172,20 +176,23 @@ class KfpServer:
         for detail in (details.task_details or []) if details else []:
             if task and detail.display_name != task:
                 continue
-            for pod in [detail.pod_name, *(child.pod_name for child in detail.child_tasks or [])]:
-                if pod:
-                    try:
-                        yield detail.display_name, self._call(self._log, run_id, pod)
-                    except MissingInputError:
-                        continue
+            for pod in filter(None, [detail.pod_name, *(child.pod_name for child in detail.child_tasks or [])]):
+                with suppress(MissingInputError):
+                    yield detail.display_name, self._call(self._text, POD_LOG, {"run_id": run_id, "node_id": pod})
 
-    def _log(self, run_id: str, pod: str, _request_timeout: int) -> str:
+    def version(self) -> str:
+        """The server's release, such as 2.17.0; "" if it names none (2.17.0, backend/src/apiserver/main.go)."""
+        with suppress(BadInputError, ValueError, AttributeError):
+            return str(json.loads(self._call(self._text, "/apis/v2beta1/healthz", {})).get("tag_name", ""))
+        return ""
+
+    def _text(self, path: str, path_params: Mapping[str, str], _request_timeout: int) -> str:
         response = self._client.call_api(
-            "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log",
+            path,
             "GET",
-            path_params={"run_id": run_id, "node_id": pod},
+            path_params=path_params,
             auth_settings=["Bearer"],
-            _preload_content=False,
+            _preload_content=False,  # text, which the client would parse
             _return_http_data_only=True,
             _request_timeout=_request_timeout,
         )

@@ -9,45 +9,45 @@ of their output: data stay in the work root. Each line that a task prints begins
 
 import json
 import os
-import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from components.captions.caption_videos import open_captioner
 from components.orchestration import notifications
-from components.pipeline.manifests import inside
-from components.pipeline.processes import ChildProcesses, read_lines, shell_code, without_cuda
+from components.orchestration.prerequisites import (
+    check_batches,
+    check_captioner,
+    check_disk,
+    check_gpu_driver,
+    check_quantities,
+    check_sources,
+    check_tracking,
+    disk_of_one_node,
+    registry_login,
+)
+from components.pipeline.processes import ChildProcesses, read_lines, shell_code
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import STAGES, find_stage
 from components.pipeline.state import STATE
 from components.pipeline.workspace import Part
-from components.tracking import open_tracking, tracking_uri
-from univigu.errors import (
-    BadInputError,
-    ConfigError,
-    DiskFullError,
-    MissingInputError,
-    UniViGUError,
-)
+from univigu.errors import ConfigError, MissingInputError, TransientError, UniViGUError
 from univigu.files import write_json
-from univigu.mlflow_store import first_contact
 
 BACKENDS = ("pod", "trainjob")  # where a training step runs: in the task's own pod, or as a TrainJob
 MAX_PARTS = 1000
 STOP_S = 300  # how long a step may take to save its state after SIGTERM
+PATIENCE = "UNIVIGU_PATIENCE_S"  # the variable that replaces PATIENCE_S
+PATIENCE_S = 900.0  # seconds for which a step that ended with exit code 75 is run again, before Argo's retries
+FIRST_WAIT_S = 30.0
 RUN_ID = "UNIVIGU_RUN_ID"
 FAILURE = "failure"  # name of the file that records a failed task
 SUCCEEDED, FAILED = "SUCCEEDED", "FAILED"  # KFP's terms
 TERMINATION_LOG = Path("/dev/termination-log")  # what a container writes here becomes the message of its end
 PROMOTION = "UNIVIGU_PROMOTION"  # the variable that register-model reads
-REGISTRY_LOGIN = {  # of the account that may change the registry, and what MLflow reads
-    "UNIVIGU_REGISTRY_USERNAME": "MLFLOW_TRACKING_USERNAME",
-    "UNIVIGU_REGISTRY_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
-}
 
 
 def check_prerequisites(
@@ -72,18 +72,24 @@ def check_prerequisites(
             raise ConfigError(f"'parts' is {parts}; set it to a number from 1 to {MAX_PARTS}.")
         if train_backend not in BACKENDS:
             raise ConfigError(f"There is no train_backend '{train_backend}'; choose one of {', '.join(BACKENDS)}.")
-        _check_quantities(resources)
-        _check_sources(profile, Path(root))
+        check_quantities(resources)
+        check_sources(profile, Path(root))
+        if os.environ.get("KUBERNETES_SERVICE_HOST") and (kind := disk_of_one_node(Path(root))):
+            _log(
+                "check-prerequisites",
+                f"the work root is on {kind}, a disk of one node: pods on another node would wait for it without end; "
+                "unless all steps fit on this node, use a ReadWriteMany volume",
+            )
         if trainjob is None and int(resources["training_gpus"]) > 1:
-            _check_batches(profile, int(resources["training_gpus"]))
+            check_batches(profile, int(resources["training_gpus"]))
         if missing := [name for name in required_env if not os.environ.get(name)]:
             raise MissingInputError(
                 f"The environment variables {', '.join(missing)} are not set; add them to a Secret of the pods, or "
                 "remove them from 'required_env'."
             )
-        _check_disk(Path(root), free_gib)
-        _check_tracking(Path(root))
-        _check_captioner(profile, Path(root))
+        check_disk(Path(root), free_gib)
+        check_tracking(Path(root))
+        check_captioner(profile, Path(root))
         if trainjob is not None:
             _check_train_jobs(profile, root, trainjob)
     _log("check-prerequisites", f"all prerequisites are met; sharded steps run in {parts} parts")
@@ -131,6 +137,7 @@ def run_step(
     declared: the step's `declaration` in the compiled pipeline; it must match the image's. inputs: each step that it
     reads with the digest of this run's output, as ``curate-prompts=e3b0…``, separated by spaces; if another run has
     replaced one of them, the task fails. trainjob: options of `univigu train-job`; the step then runs as a TrainJob.
+    A step that ends with exit code 75, because a server doesn't answer, is run again for `PATIENCE_S` seconds.
     promotion: ``manual`` if a person or an orchestrator promotes the model; by default the profile decides.
     """
     from components.pipeline.freshness import committed, finished, require_inputs
@@ -147,11 +154,11 @@ def run_step(
             _log(step, "finished before, with the same inputs, parameters and code")
         else:
             if trainjob is None and find_stage(step).resources.gpus:
-                _check_driver()
+                check_gpu_driver()
             whole = not part or Part.parse(part).of == 1  # a single part commits the output itself
             arguments = command(step, profile, root, "" if whole else part, gpus, trainjob)
             environment = registry_login() | ({PROMOTION: promotion} if promotion else {})
-            _run_command(step, root, arguments, part, environment)
+            _run_command(step, root, arguments, part, environment, float(os.environ.get(PATIENCE) or PATIENCE_S))
             if not whole:
                 return ""
             require_inputs(step, Path(root), expected, made=True)
@@ -182,11 +189,6 @@ def command(
     return [sys.executable, *module, "run", step, *where, *(["--part", part] if part else [])]
 
 
-def registry_login() -> dict[str, str]:
-    """MLflow's variables for the account that may change the registry; empty in a task that has no such account."""
-    return {name: os.environ[ours] for ours, name in REGISTRY_LOGIN.items() if os.environ.get(ours)}
-
-
 def notify(pipeline: str, root: str, state: str, message: str) -> None:
     """Report how a run ended, on standard output and with a notification.
 
@@ -214,99 +216,11 @@ def last_failure(root: str) -> dict[str, Any]:
     return failure if failure.get("run_id") == _run_id() else {}
 
 
-# --- checks before anything is computed ------------------------------------------------------------------------------
-
-
-def _check_sources(profile: str, root: Path) -> None:
-    if not root.is_dir():
-        raise MissingInputError(f"There is no work root {root}; mount the volume there, or set another 'root'.")
-    if not os.access(root, os.W_OK | os.X_OK):
-        raise BadInputError(f"The work root {root} is not writable; correct its owner, or set another 'root'.")
-    values = load_profile(profile)
-    for key in sorted({key for stage in STAGES for key in stage.sources.values()}):
-        if not inside(root, values[key]).exists():
-            raise MissingInputError(
-                f"The work root {root} has no {values[key]}, which the profile names as '{key}'; copy it there."
-            )
-
-
-_QUANTITY = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?")  # a Kubernetes quantity above 0, no exponent
-
-
-def _check_quantities(resources: Mapping[str, str]) -> None:
-    for name, text in resources.items():
-        gpus = name.endswith("gpus")
-        if not (text.isdecimal() if gpus else _QUANTITY.fullmatch(text)):
-            example = "a whole number of GPUs, such as 8" if gpus else "a Kubernetes quantity, such as 500m or 64Gi"
-            raise ConfigError(f"'{name}' is '{text}'; set it to {example}.")
-
-
-def _check_batches(profile: str, gpus: int) -> None:
-    from univigu.training.engine import TrainingConfig, micro_batches
-
-    values = load_profile(profile)
-    for stage in STAGES:
-        if stage.resources.pool == "training":
-            section = values[stage.parameters[-1]]
-            micro_batches(TrainingConfig.from_section(section, values["seed"]), gpus)
-
-
-def _check_disk(root: Path, free_gib: float) -> None:
-    import shutil
-
-    free = shutil.disk_usage(root).free / 2**30
-    if free < free_gib:
-        raise DiskFullError(
-            f"Only {free:.1f} GiB are free at {root}, but 'free_gib' requires {free_gib:g}; free disk space, or lower "
-            "'free_gib'."
-        )
-
-
-def _check_tracking(root: Path) -> None:
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        return
-
-    open_tracking(root)
-    import mlflow
-
-    own_login = {name: os.environ.pop(name) for name in REGISTRY_LOGIN.values() if name in os.environ}
-    try:
-        for login in (own_login, registry_login()):
-            os.environ.update(login)
-            with first_contact(tracking_uri(root)):
-                mlflow.MlflowClient().search_registered_models(max_results=1)
-    finally:
-        for name in REGISTRY_LOGIN.values():
-            os.environ.pop(name, None)
-        os.environ.update(own_login)
-
-
-def _check_captioner(profile: str, root: Path) -> None:
-    from components.pipeline.freshness import finished
-
-    values = load_profile(profile)
-    with suppress(BadInputError):  # the step's inputs may not exist yet
-        if finished("caption-videos", values, root):
-            return
-    open_captioner(values, root).check()
-
-
 def _check_train_jobs(profile: str, root: str, options: Mapping[str, str]) -> None:
     for stage in STAGES:
         if stage.resources.pool == "training":
             arguments = command(stage.name, profile, root, trainjob=options)
             _run_command("check-prerequisites", root, [*arguments, "--dry-run"])
-
-
-def _check_driver() -> None:
-    """Refuse a GPU node whose driver is too old for the image, on which the step would run on the CPU."""
-    if without_cuda():
-        return
-    import torch
-
-    from univigu.training.driver import check_driver
-
-    check_driver(torch.version.cuda)
 
 
 # --- running a command, and reporting failures -----------------------------------------------------------------------
@@ -317,13 +231,32 @@ def _log(task: str, line: str) -> None:
 
 
 def _run_command(
-    step: str, root: str, arguments: Sequence[str], part: str = "", environment: Mapping[str, str] | None = None
+    step: str,
+    root: str,
+    arguments: Sequence[str],
+    part: str = "",
+    environment: Mapping[str, str] | None = None,
+    patience_s: float = 0.0,
 ) -> None:
-    """Run a command and forward SIGTERM to it; if it fails, exit with its exit code."""
-    with ChildProcesses() as children, children.start(arguments, environment) as process:
-        message = read_lines(process, lambda line: _log(f"{step} {part}".strip(), line))
-    if process.returncode:
+    """Run a command and forward SIGTERM to it; if it fails, exit with its exit code.
+
+    If it ends with exit code 75, it is run again after doubled waits, until `patience_s` seconds have passed since.
+    """
+    task, give_up, wait_s = f"{step} {part}".strip(), 0.0, FIRST_WAIT_S
+    while True:
+        with ChildProcesses() as children, children.start(arguments, environment) as process:
+            message = read_lines(process, lambda line: _log(task, line))
         code = shell_code(process.returncode)
+        if code != TransientError.exit_code or children.received:
+            break
+        give_up = give_up or time.monotonic() + patience_s
+        wait_s = min(wait_s, give_up - time.monotonic())
+        if wait_s <= 0:
+            break
+        _log(task, f"tries again in {wait_s:.3g} s, because this failure may be temporary")
+        time.sleep(wait_s)
+        wait_s *= 2
+    if code:
         _exit(step, root, code, message or f"'{step}' ended with exit code {code}; see its log.")
 
 

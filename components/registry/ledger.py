@@ -22,7 +22,7 @@ from components.registry import chain, leases
 from components.tracking import existing_store, open_tracking, tracking_uri
 from univigu import registry
 from univigu.errors import TransientError, UniViGUError
-from univigu.mlflow_store import explained, first_contact, without_secrets
+from univigu.mlflow_store import explained, first_contact, short_timeouts, without_secrets
 
 OUTCOMES = PROMOTED, REFUSED, UNCHANGED, ROLLED_BACK = "promoted", "refused", "unchanged", "rolled back"
 UNDER_WAY, FAILED = "under way", "failed"  # a line that has not ended, or that failed before any change
@@ -143,7 +143,8 @@ class Lease:
 def hold_lease(name: str, root: Path, title: str, who: str, why: str) -> Iterator[Lease]:
     """Hold a lease on the aliases of `name`: wait for other holders, recover expired leases, and end the line.
 
-    Raises `BusyError` if other processes hold the lease for too long.
+    Raises `BusyError` if other processes hold the lease for too long, and `TransientError` soon after the server stops
+    answering: a request that MLflow repeats for minutes could arrive when the lease has expired.
     """
     experiment = open_tracking(root, _experiment(name))
     from mlflow import MlflowClient
@@ -153,6 +154,7 @@ def hold_lease(name: str, root: Path, title: str, who: str, why: str) -> Iterato
     tags = {"mlflow.user": who, "mlflow.note.content": without_secrets(why)}
     with (
         explained(tracking_uri(root)),
+        short_timeouts(),
         leases.hold(client, experiment, title, tags, lambda run: _recover(client, run, name)) as run_id,
     ):
         lease = Lease(client, experiment, run_id, name)

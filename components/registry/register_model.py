@@ -28,7 +28,7 @@ from components.registry import ledger, promotion
 from components.registry.evaluations import Evaluation, read_evaluation
 from components.registry.model_card import PIPELINE, Manifests, model_files, prompt_sources, render_card
 from components.registry.run_page import describe_run, show_report
-from components.tracking import NOTE, actor, find_run, flatten, open_tracking, redacted
+from components.tracking import NOTE, actor, find_run, flatten, open_tracking, redacted, single_requests
 from univigu import registration, registry
 from univigu.errors import BadInputError, ConfigError
 from univigu.files import read_json_object, write_json
@@ -165,20 +165,35 @@ def _describe_candidate(
 
 def _upload(candidate: _Candidate, experiment: str, root: Path) -> "ModelVersion":
     """Upload the model's files and create its version."""
-    name, card, tags = candidate.name, candidate.card, candidate.tags
+    name = candidate.name
     with registration.uploaded(
         candidate.pipeline,
         name,
         experiment_id=experiment,
-        card=card,
+        card=candidate.card,
         evidence=candidate.evidence,
-        tags={**tags, NOTE: describe_run(candidate.name, candidate.evaluation)},
+        tags={**candidate.tags, NOTE: describe_run(candidate.name, candidate.evaluation)},
         parameters=flatten({manifest["step"]: manifest["parameters"] for manifest in candidate.manifests.values()}),
         metrics={score: values["value"] for score, values in candidate.evaluation.scores.items()},
     ) as upload:
-        return _add_version(
-            name, candidate.identity, root, lambda: registration.create_version(upload, name, card, tags)
-        )
+        return _add_version(name, candidate.identity, root, lambda: _create_once(upload, candidate))
+
+
+def _create_once(upload: registration.Upload, candidate: _Candidate) -> "ModelVersion":
+    """Create the version with one request; if its answer is lost, look whether it has been created.
+
+    MLflow would send the request again, and the server would create a second version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with single_requests():
+            return registration.create_version(upload, candidate.name, candidate.card, candidate.tags)
+    except MlflowException:
+        upload.version = registry.version_with(candidate.name, candidate.identity)
+        if upload.version is None:
+            raise
+        return upload.version
 
 
 def _restore(candidate: _Candidate, version: "ModelVersion", root: Path) -> "ModelVersion":

@@ -29,6 +29,7 @@ def show_samples(
     """
     import torch
 
+    from univigu.mlflow_store import short_timeouts
     from univigu.training.previews import draw_samples
 
     samples = draw_samples(transformer, tokenizer, heldout, SAMPLES, sampling)
@@ -44,7 +45,8 @@ def show_samples(
         videos = {one.id: clip for one, clip in zip(samples, decode(pipeline, samples), strict=True)}
     except torch.OutOfMemoryError:
         print("The GPU has too little memory to decode the sampled clips; only captions are logged.", file=sys.stderr)
-    tracked.log_samples(step, rows, videos, pipeline.config.fps)
+    with short_timeouts():  # training waits for this, and must not wait long for a server that is down
+        tracked.log_samples(step, rows, videos, pipeline.config.fps)
 
 
 def decode(pipeline: "UniViGUPipeline", samples: Sequence[Any]) -> list["np.ndarray"]:

@@ -244,28 +244,33 @@ class MlflowServer:
     def __init__(self, folder, *arguments, **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}"]
-        command += ["--artifacts-destination", str(folder), *arguments]
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+            self.port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "log"
+        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}"]
+        self.command += ["--artifacts-destination", str(folder), *arguments]
+        self.environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
+        self.start()
+
+    def start(self):
+        """Start it, also again after `stop`, on the same store."""
+        env = {**os.environ, **self.environment}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(self.command, env=env, stdout=log, stderr=log, start_new_session=True)
         for _ in range(600):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
-            assert self.process.poll() is None, (folder / "log").read_text()
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.2)
 
-    def stop(self):
+    def stop(self, how=signal.SIGTERM):
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, how)
             self.process.wait(timeout=60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory):
     server = MlflowServer(tmp_path_factory.mktemp("server"))
     yield server

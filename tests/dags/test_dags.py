@@ -73,6 +73,27 @@ def test_nothing_is_promoted_without_gate_and_approval_and_no_answer_rejects(ret
     assert approve.assigned_users is None  # whoever may answer in Airflow
 
 
+def test_the_decision_is_tried_again_for_longer_than_mlflow_is_down(retrain):
+    for name in ("gate", "promote", "local.register-model"):
+        task = retrain.task_dict[name]
+        assert task.retry_exponential_backoff
+        assert sum(task.retry_delay.total_seconds() * 2**number for number in range(task.retries)) > 10 * 60
+
+
+def test_a_request_to_an_approver_who_left_is_answered_by_no_one_else_and_ends_as_rejected(retrain, monkeypatch):
+    from airflow.api_fastapi.auth.managers.simple.simple_auth_manager import SimpleAuthManager
+    from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
+
+    monkeypatch.setenv("UNIVIGU_APPROVERS", "left")
+    request = retrain.task_dict["promote"].python_callable.__globals__["add_approval"]()
+    assigned = {user["id"] for user in request.assigned_users}
+    manager = SimpleAuthManager()
+    for name, may in (("left", True), ("admin", False)):
+        user = SimpleAuthManagerUser(username=name, role="ADMIN")
+        assert manager.is_authorized_hitl_task(assigned_users=assigned, user=user) is may
+    assert (request.defaults, request.response_timeout) == (["Reject"], timedelta(hours=24))
+
+
 def test_retraining_begins_when_someone_enables_it(bag):
     assert {dag.is_paused_upon_creation for dag in bag.dags.values()} == {True}
 

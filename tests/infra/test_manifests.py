@@ -158,6 +158,20 @@ def test_each_pod_has_an_account_of_its_own_without_a_token_unless_it_needs_the_
     assert {name for (_, name), one in accounts.items() if one["automountServiceAccountToken"]} == bound
 
 
+def test_only_the_work_root_needs_a_volume_of_several_nodes():
+    def modes(value):
+        if isinstance(value, dict):
+            name = value.get("metadata", {}).get("name")
+            found = value.get("spec", {}).get("accessModes", []) if isinstance(value.get("spec"), dict) else []
+            return [(name, mode) for mode in found] + [one for part in value.values() for one in modes(part)]
+        return [one for part in value for one in modes(part)] if isinstance(value, list) else []
+
+    files = (ROOT / "infra").rglob("*.yaml")
+    claims = [one for file in files for one in modes([*yaml.safe_load_all(file.read_text(encoding="utf-8"))])]
+    assert len(claims) >= 5
+    assert {name for name, mode in claims if mode != "ReadWriteOnce"} == {"univigu-work"}
+
+
 @pytest.mark.parametrize("overlay", ["dev", "gke"])
 def test_the_pages_patch_for_a_registry_with_a_login_gives_each_account_the_secret(overlay, tmp_path):
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,17 @@ def profile():
 
 @pytest.fixture(scope="module")
 def reports(root, profile):
-    run_stage("evaluate-model", profile, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a server that is down
+        run_stage("evaluate-model", profile, root)
     return root / "reports"
+
+
+@pytest.mark.slow
+def test_an_evaluation_does_not_need_mlflow(reports):
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", 9))
+    assert (reports / "scores.json").is_file()
 
 
 @pytest.mark.slow

@@ -1,18 +1,23 @@
 """Tasks of the pipeline fail early with a clear message, are skipped only if finished, and report how a run ended."""
 
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import yaml
 
-from components.orchestration import kfp_tasks
+from components.orchestration import kfp_tasks, prerequisites
+from components.orchestration.kfp_server import typed_arguments
 from components.orchestration.notifications import NOTIFY_URL
 from components.pipeline.manifests import read_manifest, write_manifest
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import STAGES
+
+REPO = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -124,6 +129,39 @@ def test_a_captioner_that_does_not_answer_is_detected_at_once(root, profile, tmp
             check(root, str(path))
         assert stop.value.code == code
         assert said in capsys.readouterr().out
+
+
+MOUNTS = """\
+21 1 8:1 / / rw - ext4 /dev/root rw
+30 21 0:50 / /mnt rw shared:1 - {of_all} server:/export rw
+31 30 8:2 / /mnt/work\\040root rw - {kind} /dev/sdb rw
+32 21 8:3 / /mnt/work rw - xfs /dev/sdc rw
+"""
+
+
+@pytest.mark.parametrize("kind", ["ext4", "nfs4"])
+def test_a_cluster_without_a_shared_volume_is_told_of_by_the_first_task(
+    root, profile_file, tmp_path, monkeypatch, capsys, kind
+):
+    (tmp_path / "mountinfo").write_text(MOUNTS.format(kind=kind, of_all="nfs4"))
+    found = prerequisites.disk_of_one_node(Path("/mnt/work root/run"), tmp_path / "mountinfo")
+    assert found == ("ext4" if kind == "ext4" else "")
+    assert prerequisites.disk_of_one_node(Path("/mnt/other"), tmp_path / "mountinfo") == ""
+    assert prerequisites.disk_of_one_node(root) in prerequisites.ONE_NODE  # of this machine
+    monkeypatch.setattr(kfp_tasks, "disk_of_one_node", lambda _: found)
+    for in_a_pod in (False, True):
+        if in_a_pod:
+            monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+        check(root, profile_file)
+        told = "the work root is on ext4, a disk of one node" in capsys.readouterr().out
+        assert told is (in_a_pod and kind == "ext4")
+
+
+def test_the_pages_arguments_for_a_cluster_without_gpus_are_accepted_by_the_first_task(root, profile_file):
+    (text,) = re.findall(r"To use no GPU, set `([^`]+)`", (REPO / "docs/kubeflow.md").read_text(encoding="utf-8"))
+    arguments = typed_arguments(REPO / "infra/pipeline.yaml", dict(one.split("=") for one in text.split()))
+    assert (arguments["gpus"], arguments["training_gpus"]) == ("0", "0")
+    assert check(root, profile_file, resources=arguments) == ["1/3", "2/3", "3/3"]
 
 
 @pytest.mark.slow

@@ -165,6 +165,12 @@ def test_without_gpus_a_node_has_one_process():
     assert "nvidia.com/gpu" not in trainer["resourcesPerNode"]["limits"]
 
 
+def test_on_a_cluster_without_kueue_a_trainjob_names_no_queue_and_starts_at_once():
+    job = make_job()
+    assert not [label for label in job["metadata"]["labels"] if "kueue" in label]
+    assert "suspend" not in make_job(queue="gpus")["spec"]  # which Kueue sets, where it is installed
+
+
 def test_different_work_has_a_different_name():
     assert (
         build(find_stage("train-stage-1"), "f" * 64, "tiny", Path("/work"), Settings())["metadata"]["name"]

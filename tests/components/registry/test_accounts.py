@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from components.orchestration import kfp_tasks
+from components.orchestration.prerequisites import check_tracking
 from components.registry import chain, promotion
 from components.tracking import EXPERIMENT
 from univigu import registry
@@ -136,10 +137,10 @@ def test_a_wrong_password_of_the_registrys_account_is_found_by_a_pipelines_first
     with account(server, "steps"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIVIGU_REGISTRY_USERNAME", "promotion")
         patch.setenv("UNIVIGU_REGISTRY_PASSWORD", ACCOUNTS["registry.promotion"])
-        kfp_tasks._check_tracking(world.root)
+        check_tracking(world.root)
         patch.setenv("UNIVIGU_REGISTRY_PASSWORD", "not the password")
         with pytest.raises(BadInputError, match="refused the login"):
-            kfp_tasks._check_tracking(world.root)
+            check_tracking(world.root)
         assert os.environ["MLFLOW_TRACKING_USERNAME"] == "steps"
 
 

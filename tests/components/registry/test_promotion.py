@@ -1,32 +1,16 @@
 """Promotion: only if significantly better, one ledger line per decision, one process at a time."""
 
 import getpass
-import os
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from components.registry import leases, promotion
 from components.tracking import tracking_uri
+from python_process import run_python
 from univigu import registry
 from univigu.errors import BadInputError, GateFailedError, MissingInputError, TransientError
-
-REPO = Path(__file__).parents[3]
-
-
-def run_python(script, *arguments, env=None):
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": f"{REPO / 'model'}:{REPO}", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.slow
@@ -340,40 +324,3 @@ def test_a_run_that_is_not_a_ledger_line_is_named_and_stops_nothing(versions):
     assert promotion.promote("odd", 1, "again", root=versions.root).outcome == "unchanged"
     odd = [line for line in promotion.history("odd", root=versions.root) if line.outcome == "unreadable"]
     assert [run in line.reason for line in odd] == [True]
-
-
-COMPETE = """
-import sys, time
-from pathlib import Path
-from components.registry import promotion
-version, root, go = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-import mlflow
-go.with_name(f"ready-{version}").touch()
-while not go.exists():
-    time.sleep(0.01)
-for number in range(3):
-    promotion.promote("race", version, f"round {number}", force=True, root=root)
-"""
-
-
-@pytest.mark.slow
-def test_two_concurrent_promotions_leave_a_consistent_ledger(mlflow_server, versions, monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
-    for right in (10, 20):
-        versions.add("race", right)
-    racers = [run_python(COMPETE, version, versions.root, tmp_path / "go") for version in (1, 2)]
-    while not all((tmp_path / f"ready-{version}").exists() for version in (1, 2)):
-        assert all(racer.poll() is None for racer in racers)
-        time.sleep(0.05)
-    (tmp_path / "go").touch()
-    for racer in racers:
-        assert racer.wait(timeout=240) == 0, racer.stderr.read()
-    story = promotion.history("race", root=versions.root)[::-1]
-    assert sorted((line.version, line.why) for line in story) == [(v, f"round {n}") for v in (1, 2) for n in range(3)]
-    champion = previous = None
-    for line in story:
-        assert line.replaced == champion
-        assert line.outcome == ("unchanged" if line.version == champion else "promoted")
-        if line.version != champion:
-            champion, previous = line.version, champion
-    assert versions.aliases("race") == (champion, previous)

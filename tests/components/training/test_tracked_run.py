@@ -1,18 +1,19 @@
 """The MLflow run of a training when the store fails, or when the training was killed."""
 
 import json
-import urllib.error
-import urllib.request
-from http.server import BaseHTTPRequestHandler
+import signal
+import time
 
 import mlflow
 import numpy as np
 import pytest
 
 from components import tracking
+from components.pipeline.runner import run_stage
 from components.registry import promotion
 from components.training.tracked_run import filmstrips, start_run
-from local_server import Answering, serving
+from components.training.train_stage import model_digest
+from mlflow_gate import gated
 from univigu import registry
 from univigu.errors import PreemptedError, TransientError
 
@@ -21,52 +22,24 @@ def start(root, **changes):
     return start_run(root, "train-stage-1", **{"parameters": {}, "tags": {}, "datasets": {}, **changes})
 
 
-class Refusing(Answering, BaseHTTPRequestHandler):
-    """Passes requests on to `server.target`, but for the first whose path has each of `server.refused`."""
-
-    def pass_on(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
-        if refused := [part for part in self.server.refused if part in self.path]:
-            self.server.refused.remove(refused[0])
-            self.answer(400, b'{"error_code": "INTERNAL_ERROR", "message": "disk I/O error"}')
-            return
-        kept = {name: value for name, value in self.headers.items() if name in ("Content-Type", "Accept")}
-        asked = urllib.request.Request(self.server.target + self.path, body, kept, method=self.command)
-        try:
-            with urllib.request.urlopen(asked) as answer:
-                self.answer(answer.status, answer.read())
-        except urllib.error.HTTPError as error:
-            self.answer(error.code, error.read())
-
-    def do_GET(self):
-        self.pass_on()
-
-    def do_POST(self):
-        self.pass_on()
-
-    def do_PUT(self):
-        self.pass_on()
-
-
 @pytest.fixture
-def refusing(mlflow_server, monkeypatch):
-    """MLflow's server behind one that refuses some requests once; named by MLFLOW_TRACKING_URI."""
-    with serving(Refusing) as server:
-        server.target, server.refused = mlflow_server.url, []
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-        yield server
+def gate(mlflow_server, monkeypatch):
+    """MLflow's server behind a gate; named by MLFLOW_TRACKING_URI."""
+    with gated(mlflow_server) as gate:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.url)
+        yield gate
 
 
 @pytest.mark.slow
-def test_what_the_store_refuses_once_is_sent_again(refusing, tmp_path, capfd):
+def test_what_the_store_refuses_once_is_sent_again(gate, tmp_path, capfd):
     clip = np.zeros((9, 32, 32, 3), np.uint8)
     with start(tmp_path) as run:
-        refusing.refused += ["runs/log-batch", "samples/step-00000002", "runs/update"]
+        gate.refused += ["runs/log-batch", "samples/step-00000002", "runs/update"]
         run.log(1, {"loss": 2.0})
         run.flush()
         run.log(2, {"loss": 1.0})
         run.log_samples(2, [{"caption": "a six"}], {"a six": clip}, 8)
-    assert refusing.refused == []
+    assert gate.refused == []
     client = mlflow.MlflowClient()
     assert {entry.step: entry.value for entry in client.get_metric_history(run.run_id, "loss")} == {1: 2.0, 2: 1.0}
     assert client.get_run(run.run_id).info.status == "FINISHED"
@@ -75,6 +48,53 @@ def test_what_the_store_refuses_once_is_sent_again(refusing, tmp_path, capfd):
         "samples/step-00000002/0-a_six.mp4"
     ]
     assert "MLflow" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_mlflow_is_down_and_sends_the_metrics_of_that_time_later(
+    mlflow_server, tmp_path, monkeypatch, impatient, capfd
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
+    with start(tmp_path) as run:
+        run.log(1, {"loss": 3.0})
+        run.flush(wait=True)
+        mlflow_server.stop(signal.SIGKILL)
+        began = time.monotonic()
+        run.log(2, {"loss": 2.0})
+        run.flush()
+        run.log_samples(2, [{"caption": "a six"}], {}, 8)
+        run.log(3, {"loss": 1.0})
+        assert time.monotonic() - began < 20
+        mlflow_server.start()
+        run.log(4, {"loss": 0.5})
+    client = mlflow.MlflowClient()
+    history = {entry.step: entry.value for entry in client.get_metric_history(run.run_id, "loss")}
+    assert history == {1: 3.0, 2: 2.0, 3: 1.0, 4: 0.5}
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert "The samples of step 2 were not logged to MLflow; training continues." in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_that_ends_while_mlflow_is_down_is_finished_by_the_same_command(
+    gate, latents_root, profile, monkeypatch, capfd
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # of its 7 retries
+    steps = profile["train_stage_1"]["samples_every"] = profile["train_stage_1"]["steps"]
+    gate.drops += ["samples/step-"] * 4  # each of two attempts to log samples retries once, as training waits for them
+    gate.closes_at.append("runs/set-tag")  # when all steps are trained
+    with pytest.raises(TransientError, match="does not answer"):
+        run_stage("train-stage-1", profile, latents_root)
+    said = capfd.readouterr().err
+    assert f"The samples of step {steps} were not logged to MLflow; training continues." in said
+    gate.closed = False
+    run_stage("train-stage-1", profile, latents_root)
+    assert f"Resuming after step {steps}" in capfd.readouterr().err
+    found = mlflow.search_runs(experiment_names=["uni-vigu"], output_format="list")
+    (run,) = [run for run in found if run.data.tags.get("univigu.stage") == "train-stage-1"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["univigu.model_digest"] == model_digest(latents_root / "data/stage1")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [entry.step for entry in history] == [*range(1, steps + 1)]
 
 
 @pytest.mark.slow
