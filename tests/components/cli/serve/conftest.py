@@ -17,7 +17,7 @@ import pytest
 from univigu.video import encode_mp4
 
 REPO = Path(__file__).parents[4]
-OPTIONS = ("--batch", "4", "--poll", "0.2", "--max-body", "1", "--max-queue", "128", "--max-seconds", "60")
+OPTIONS = ("--batch", "4", "--poll", "0.5", "--max-body", "1", "--max-queue", "128", "--max-seconds", "60")
 
 
 class Server:

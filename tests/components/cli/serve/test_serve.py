@@ -281,25 +281,25 @@ def test_of_100_requests_none_is_lost_when_the_server_is_killed_in_the_middle(se
     prompts = [
         f"a {colour} {digit} on black" for colour in ("red", "blue", "green") for digit in ("one", "two", "three")
     ]
-    wanted = [(prompts[number % 9], number) for number in range(60)]
+    wanted = [(prompts[number % 9], number) for number in range(40)]
     with ThreadPoolExecutor(100) as pool:
         posts = [
             pool.submit(patiently, server.post, prompt=prompt, seed=seed, key=f"k{seed}") for prompt, seed in wanted
         ]
-        captions = [pool.submit(patiently, server.caption, clip, seed=seed) for seed in range(40)]
-        server.until(lambda: len(list(server.root.rglob("video_*.mp4"))) >= 12)
+        captions = [pool.submit(patiently, server.caption, clip, seed=seed) for seed in range(60)]
+        server.until(lambda: len(list(server.root.rglob("video_*.mp4"))) >= 8)
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
         left = sum('"queued"' in path.read_text() for path in server.root.rglob("video_*.json"))
         assert left
         server.start()
         ids = [post.result() for post in posts]
         said = [caption.result()[1]["choices"][0]["message"]["content"] for caption in captions]
-    assert len(set(ids)) == 60
+    assert len(set(ids)) == 40
     server.until(lambda: all(server.call("GET", f"{VIDEOS}/{one}")[1]["status"] == "completed" for one in ids))
     listed = server.call("GET", f"{VIDEOS}?limit=100")[1]
     ours = [row for row in listed["data"] if row["prompt"] in prompts]
     assert sorted(row["id"] for row in ours) == sorted(ids)  # none twice
-    made = {seed: server.call("GET", f"{VIDEOS}/{ids[seed]}/content")[1] for seed in (0, 17, 59)}
+    made = {seed: server.call("GET", f"{VIDEOS}/{ids[seed]}/content")[1] for seed in (0, 17, 39)}
     assert_as_undisturbed(clip, {seed: (wanted[seed][0], content) for seed, content in made.items()}, said)
 
 
@@ -322,7 +322,7 @@ def assert_as_undisturbed(clip, made, said):
         assert np.array_equal(decode_mp4(content)[0], decode_mp4(encode_clip(frames, 8, ".mp4"))[0])
         (alone,) = pipeline.generate(prompt, seed=[seed], num_inference_steps=2)
         assert np.abs(frames.astype(int) - alone).max() <= 1
-    for seed in (0, 39):
+    for seed in (0, 59):
         assert " ".join(direct(Caption(decode_mp4(clip)[0], seed, None, None, None)).split()) == said[seed]
 
 
@@ -340,7 +340,7 @@ def test_a_new_champion_takes_over_and_what_is_under_way_is_finished_with_the_ol
     promote(1)
     server.until(lambda: server.call("GET", "/health")[1]["model"] == "uni-vigu/1")
     first = server.wait_for(server.post(seed=5))
-    under_way = start_videos(server, 6, 40)
+    under_way = start_videos(server, 5, 40)
     promote(2)
     server.until(lambda: server.call("GET", "/health")[1]["model"] == "uni-vigu/2")
     later = server.post(seed=5)
