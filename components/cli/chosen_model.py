@@ -35,7 +35,7 @@ def find_model(model: str, name: str, root: Path) -> Path:
         return _registered(f"models:/{name}@champion", root)
     except MissingInputError:
         bundled = find_bundled(root)
-        if name != NAME or bundled is None or _has_champion(name, root):
+        if name != NAME or bundled is None or find_champion(name, root):
             raise
     say(f"Using the bundled model {bundled}; `make demo` trains your own.")
     return bundled
@@ -77,37 +77,59 @@ def _registered(address: str, root: Path) -> Path:
         return pipeline_folder(address, store)
 
 
-def _has_champion(name: str, root: Path) -> bool:
+def find_champion(name: str, root: Path) -> int:
+    """The number of the version of `name` that is champion; 0 for none."""
     from components.tracking import existing_store
 
     try:
         store = existing_store(root)
     except MissingInputError:
-        return False
+        return 0
     from univigu.registry import CHAMPION, version_at
 
-    return version_at(name, CHAMPION, store) is not None
+    found = version_at(name, CHAMPION, store)
+    return int(found.version) if found else 0
 
 
 def load(folder: Path) -> "UniViGUPipeline":
-    """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal.
-
-    If the GPU has too little free memory for all parts, each is there only while it runs: the text encoder, which is
-    larger than the smaller Wan, gives way before sampling begins.
-    """
-    adapters = any(folder.glob("*lora*"))
-    with without(*([] if adapters else ["peft"])):
-        import_models()
-        import torch
-
-        from univigu.pipeline import UniViGUPipeline
-
-        pipeline = UniViGUPipeline.from_pretrained(folder)
-    if torch.cuda.is_available():
-        _move_to_gpu(pipeline, torch.cuda.mem_get_info()[0])
+    """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
+    pipeline = read(folder)
+    place(pipeline)
     shown = sys.stderr.isatty() and not is_quiet()
     pipeline.set_progress_bar_config(disable=not shown, leave=False, desc="sampling")
     return pipeline
+
+
+def read(folder: Path) -> "UniViGUPipeline":
+    """The pipeline in a folder, on the CPU."""
+    adapters = any(folder.glob("*lora*"))
+    with without(*([] if adapters else ["peft"])):
+        import_models()
+        from univigu.pipeline import UniViGUPipeline
+
+        return UniViGUPipeline.from_pretrained(folder)
+
+
+def place(pipeline: "UniViGUPipeline") -> None:
+    """Move a pipeline to the GPU, if there is one.
+
+    If it has too little free memory for all parts, each is there only while it runs: the text encoder, which is larger
+    than the smaller Wan, gives way before sampling begins.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        _move_to_gpu(pipeline, torch.cuda.mem_get_info()[0])
+
+
+def remove_from_gpu(pipeline: "UniViGUPipeline") -> None:
+    """Move a pipeline back to the CPU, so that another one has its place on the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        pipeline.remove_all_hooks()
+        pipeline.to("cpu")
+        torch.cuda.empty_cache()
 
 
 def _move_to_gpu(pipeline: "UniViGUPipeline", free: int) -> None:

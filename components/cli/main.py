@@ -29,6 +29,7 @@ from components.cli import (
     train_job,
 )
 from components.cli.options import Profile, Settings, profile_in_use
+from components.cli.serve import command as serve
 from components.cli.studio import command as studio
 from components.pipeline.lean_imports import import_models, import_training, start_command, without
 from univigu import __version__
@@ -50,6 +51,7 @@ train_job.add_to(app)
 plan.add_to(app)
 fetch.add_to(app)
 metrics.add_to(app)
+serve.add_to(app)
 studio.add_to(app)
 app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")

@@ -9,17 +9,14 @@ import sys
 
 from univigu.errors import ConfigError
 
-OLDEST = (
-    2,
-    5,
-)  # the first with node selectors, tolerations and claims as parameters (kubernetes_executor_config.proto)
+# The first with node selectors, tolerations and claims as parameters (kubernetes_executor_config.proto).
+OLDEST = (2, 5)
 # A release, what earlier ones lack, and where that was read.
 SINCE = {
-    (
-        2,
-        15,
-    ): "retries no failed task",  # backend/src/v2/compiler/argocompiler/spec_patch.go: COMPILED_PIPELINE_SPEC_PATCH
-    (2, 16): "starts steps without a user, which Pod Security restricted refuses",  # ...config.proto: SecurityContext
+    # backend/src/v2/compiler/argocompiler/spec_patch.go: COMPILED_PIPELINE_SPEC_PATCH
+    (2, 15): "retries no failed task",
+    # kubernetes_executor_config.proto: SecurityContext
+    (2, 16): "starts steps without a user, which Pod Security restricted refuses",
 }
 
 

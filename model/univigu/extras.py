@@ -11,6 +11,9 @@ _EXTRAS = {
     "mlflow": "pipeline",
     "kubernetes": "cluster",
     "kubeflow_trainer_api": "cluster",
+    "uvicorn": "serve",
+    "starlette": "serve",
+    "python_multipart": "serve",
 }
 
 

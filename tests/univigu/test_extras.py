@@ -16,6 +16,7 @@ from univigu.training.engine import init_distributed
         ("mlflow", "pipeline", mlflow_store.quiet_mlflow),
         ("deepspeed", "train", init_distributed),
         ("peft", "train", lambda: import_extra("peft")),
+        ("python_multipart", "serve", lambda: import_extra("python_multipart")),
         ("kubernetes", "cluster", lambda: import_extra("kubernetes.client")),
     ],
 )

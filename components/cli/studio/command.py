@@ -1,6 +1,5 @@
 """`univigu studio`: a local web application for models, runs, data and results."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +29,10 @@ def studio(
     """
     if not root.is_dir():
         raise BadInputError(f"'{root}' is not a folder; give the work root with --root.")
-    from components.cli.studio.server import choose_token, serve
+    from components.cli.listening import choose_token
+    from components.cli.studio.server import serve
 
-    serve(root.resolve(), name, host, port, choose_token(host, os.environ.get(TOKEN, "")))
+    serve(root.resolve(), name, host, port, choose_token(host, TOKEN))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""Who may talk to the studio: a check of each request before any page sees it, and the headers of each answer.
+"""Who may talk to a server of ours: a check of each request before any page sees it, and the headers of each answer.
 
 A page of another site that is open in the same browser can send requests to this machine. Such a request has another
 `Origin`, or, after a trick with name servers, another `Host`; both are refused. The content security policy lets a
@@ -6,7 +6,6 @@ page load nothing from elsewhere, whatever a library would like to.
 """
 
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -15,12 +14,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
+from components.cli.listening import is_loopback
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-LOCAL_NAMES = ("localhost",)
 HEADERS = {
     # Gradio has inline scripts and styles, and compiles the templates of its components.
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -34,14 +34,6 @@ _FORM = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 max-width:24em;padding:0 1em}</style><h1>Uni-ViGU studio</h1><form method="get" action="/"><p>This studio needs the
 token that <code>univigu studio</code> printed where it was started.</p><label>Token <input name="token"
 type="password" autocomplete="off" autofocus></label> <button>Open</button></form></html>"""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own, which no other machine can reach."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host in LOCAL_NAMES
 
 
 class Guard:
@@ -65,14 +57,16 @@ class Guard:
     def _refuse(self, request: Request) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self.local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-            return PlainTextResponse("The studio answers only under this machine's own address.\n", 421)
+            return self._say(421, "This server answers only under its machine's own address; use 127.0.0.1.")
         if request.method not in SAFE_METHODS and origin is not None and urlsplit(origin).netloc != host:
-            return PlainTextResponse("The studio takes no orders from the pages of another site.\n", 403)
+            return self._say(403, "This server takes no orders from the pages of another site; use its own pages.")
         return self._refuse_stranger(request) if self.token else None
 
+    def _say(self, status: int, sentence: str) -> Response:
+        return PlainTextResponse(f"{sentence}\n", status)
+
     def _refuse_stranger(self, request: Request) -> Response | None:
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        if self._knows(request.cookies.get(self.cookie, "")) or (scheme == "Bearer" and self._knows(bearer)):
+        if self._knows(request.cookies.get(self.cookie, "")) or self._bears_token(request):
             return None
         if request.method == "GET" and self._knows(request.query_params.get("token", "")):
             rest = [(key, value) for key, value in request.query_params.multi_items() if key != "token"]
@@ -81,6 +75,10 @@ class Guard:
             response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
             return response
         return HTMLResponse(_FORM, 401)
+
+    def _bears_token(self, request: Request) -> bool:
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        return scheme == "Bearer" and self._knows(bearer)
 
     def _knows(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self.token.encode())

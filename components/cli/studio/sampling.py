@@ -10,7 +10,6 @@ from components.cli.known_words import describe_unknown_words
 from components.cli.studio import gallery
 from components.cli.studio.gallery import Result
 from components.cli.studio.work import Studio
-from components.tracking import existing_store
 from univigu import __version__
 from univigu.errors import BadInputError, MissingInputError, VideoError
 
@@ -86,14 +85,8 @@ class Model:
 
     def _champion(self) -> int:
         """The number of the champion, or 0."""
-        from univigu.registry import CHAMPION, version_at
-
         with self._studio.store:
-            try:
-                found = version_at(self._studio.name, CHAMPION, existing_store(self._studio.root))
-            except MissingInputError:
-                return 0
-        return int(found.version) if found else 0
+            return chosen_model.find_champion(self._studio.name, self._studio.root)
 
 
 def generate(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Progress) -> Made:

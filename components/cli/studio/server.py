@@ -1,17 +1,16 @@
 """The server of the studio: its address and token, the videos that pages show, and Gradio's application."""
 
 import os
-import secrets
 import signal
-import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.cli.listening import address_of, is_loopback, listen
 from components.cli.messages import is_verbose, say
-from components.cli.studio.guard import Guard, is_loopback
-from univigu.errors import BadInputError, ConfigError, MissingInputError, UniViGUError
+from components.cli.studio.guard import Guard
+from univigu.errors import ConfigError, MissingInputError, UniViGUError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -19,25 +18,12 @@ if TYPE_CHECKING:
     from components.cli.studio.work import Studio
 
 LARGEST_UPLOAD = "256mb"
-SHORTEST_TOKEN = 16  # characters of a token that a user chooses
 _QUIET = {  # Gradio calls home for statistics, new versions and example files
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
     "GRADIO_MCP_SERVER": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-
-
-def choose_token(host: str, given: str) -> str:
-    """The token that requests need: `given`, or a new one where other machines can reach the studio; "" for none.
-
-    Raises `ConfigError` if `given` is too short to keep anyone out.
-    """
-    if given and len(given) < SHORTEST_TOKEN:
-        raise ConfigError(
-            f"UNIVIGU_STUDIO_TOKEN has {len(given)} characters; give at least {SHORTEST_TOKEN}, or leave it unset."
-        )
-    return given or ("" if is_loopback(host) else secrets.token_urlsafe(24))
 
 
 def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
@@ -52,8 +38,7 @@ def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(cache) / "uploads")
         port = listening.getsockname()[1]
         app = Guard(make_app(Studio(root, name, Path(cache))), token, port, is_loopback(host))
-        shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
+        print(f"{address_of(host, port)}/{f'?token={token}' if token else ''}", flush=True)
         say("Press Ctrl-C to stop.")
         level = "info" if is_verbose() else "error"
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary files are removed
@@ -69,18 +54,6 @@ def _require_gradio() -> None:
             raise
         raise ConfigError(
             "The package 'gradio' is missing; install the extra `studio`: `pip install 'uni-vigu[studio]'`."
-        ) from error
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises `BadInputError` if the address is taken, or isn't one of this machine."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise BadInputError(
-            f"The studio can't listen on {host}, port {port} ({error.strerror or error}); give another --port, or an "
-            "address of this machine."
         ) from error
 
 

@@ -42,12 +42,21 @@ def write_mp4(path: Path, frames: "np.ndarray", fps: float, comment: str = "") -
 
     comment: text for the file's metadata. The file is complete or absent.
     """
-    import av
-
     from univigu.clip_formats import encode_clip, enlarge, enlargement
 
     _, height, width, _ = frames.shape
-    content = encode_clip(enlarge(frames, enlargement(height, width)), fps, ".mp4")
+    write_streamable(path, encode_clip(enlarge(frames, enlargement(height, width)), fps, ".mp4"), comment)
+
+
+def write_streamable(path: Path, content: bytes, comment: str = "") -> None:
+    """Write an mp4 with its index in front, so that it plays while it is fetched.
+
+    comment: text for the file's metadata. The file is complete and on the disk, or absent.
+    """
+    import av
+
+    from univigu.files import sync
+
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     try:
@@ -60,6 +69,7 @@ def write_mp4(path: Path, frames: "np.ndarray", fps: float, comment: str = "") -
                 if packet.dts is not None:
                     packet.stream = stream
                     target.mux(packet)
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
