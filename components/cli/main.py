@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -66,6 +67,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def start(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
@@ -80,7 +82,8 @@ def start(
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose contradict each other; give one of them.")
     if quiet:
-        os.environ[messages.QUIET] = "1"
+        os.environ[messages.QUIET] = "1"  # also for child processes
+        context.with_resource(redirect_stderr(logs.ErrorLines(sys.stderr)))
     if verbose:
         os.environ[messages.VERBOSE] = "1"
         let_libraries_speak()
@@ -160,6 +163,8 @@ def run(
         restart(step, values, root)
     if resume_from and _is_main_rank():
         resume(step, values, root, resume_from)
+    if "DVC_STAGE" not in os.environ and _is_main_rank():
+        messages.say(f"{step}: running with the profile {profile}")
     processes = processes or count_processes(stage, values.get(step.replace("-", "_")))
     if processes > 1 and not stage.sharded:
         train_together(step, profile, root, processes)
@@ -365,7 +370,7 @@ def main() -> None:
         app()
     except UniViGUError as error:
         _end(error)
-    except OSError as error:
+    except Exception as error:  # libraries have their own exceptions for a disk that fails
         fault = storage_fault(error, Path.cwd())
         if fault is None:
             raise
