@@ -1,4 +1,4 @@
-"""Structured logs: with UNIVIGU_LOG_FORMAT=json, each line on standard error is one JSON object; `--quiet`: only errors.
+"""What standard error holds: with UNIVIGU_LOG_FORMAT=json, one JSON object per line; with `--quiet`, only errors.
 
 `components.pipeline.processes.read_lines` turns the lines of a child back into text.
 """

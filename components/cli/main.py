@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -138,6 +138,7 @@ def run(
     from components.pipeline.freshness import finished
     from components.pipeline.processes import count_processes, end_with_parent, make_parts, train_together
     from components.pipeline.profiles import check_watched, load_profile, with_settings
+    from components.pipeline.progress import activity
     from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
     from components.pipeline.workspace import Part
@@ -163,8 +164,6 @@ def run(
         restart(step, values, root)
     if resume_from and _is_main_rank():
         resume(step, values, root, resume_from)
-    if "DVC_STAGE" not in os.environ and _is_main_rank():
-        messages.say(f"{step}: running with the profile {profile}")
     processes = processes or count_processes(stage, values.get(step.replace("-", "_")))
     if processes > 1 and not stage.sharded:
         train_together(step, profile, root, processes)
@@ -174,7 +173,8 @@ def run(
     with without(*([] if _uses_adapters(values) else ["peft"])):
         if stage.resources.gpus and not stage.sharded:  # shards may all be made already: they import models when needed
             import_models()
-        manifest = run_stage(step, values, root)
+        with activity(f"{step} runs") if _is_main_rank() else nullcontext():
+            manifest = run_stage(step, values, root)
     if _is_main_rank():
         _print_result(step, manifest)
 

@@ -40,7 +40,7 @@ def test_a_summary_that_can_not_be_written_is_shown_and_named(tmp_path, capsys):
     leave(tmp_path, STAGES[0], "a", record="a")
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/.run.json.partial").mkdir()  # a file that can't be written, also for root
-    with pytest.raises(OSError) as error:
+    with pytest.raises(IsADirectoryError) as error:
         show(tmp_path, summarise(tmp_path))
     assert error.value.filename == str(tmp_path / "reports/run.json")
     assert "2 s in total" in capsys.readouterr().out
