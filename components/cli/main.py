@@ -29,7 +29,7 @@ from components.cli import (
     study,
     train_job,
 )
-from components.cli.options import Profile, Settings, profile_in_use
+from components.cli.options import Profile, Settings, complete_profile, complete_step, profile_in_use
 from components.cli.studio import command as studio
 from components.pipeline.lean_imports import import_models, start_command, without
 from univigu import __version__
@@ -121,7 +121,9 @@ ResumeFrom = Annotated[
 
 @app.command()
 def run(
-    step: Annotated[str, typer.Argument(help="The step's name; `univigu steps` lists them.")],
+    step: Annotated[
+        str, typer.Argument(help="The step's name; `univigu steps` lists them.", autocompletion=complete_step)
+    ],
     profile: Profile = None,
     settings: Settings = None,
     root: Root = Path("."),
@@ -195,7 +197,7 @@ def _print_result(step: str, manifest: Mapping[str, Any]) -> None:
 
 @app.command()
 def use(
-    profile: Annotated[str, typer.Argument(help="A bundled profile's name.")],
+    profile: Annotated[str, typer.Argument(help="A bundled profile's name.", autocompletion=complete_profile)],
     root: Root = Path("."),
 ) -> None:
     """Choose the profile that `dvc repro` runs; writes params.yaml."""
