@@ -69,7 +69,7 @@ def plan(
             found = remembered("inference", values, root, task=task.value, gpu=gpu, mfu=mfu)
         print(json.dumps(found, indent=1) if as_json else inference_as_text(profile, found))
         return
-    gpus = gpus or _usual_gpus(values)
+    gpus = gpus or usual_gpus(values)
     with activity(COUNTING):
         found = remembered("training", values, root, gpus=gpus, gpu=gpu, mfu=mfu, zero=zero, price=price)
     print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
@@ -99,7 +99,7 @@ def rehearse(
 
     profile = with_settings(profile_in_use(profile, root), settings or [])
     values = load_profile(profile)
-    scene = rehearsal.Scene(profile, values, root, weights, gpus or _usual_gpus(values), gpu)
+    scene = rehearsal.Scene(profile, values, root, weights, gpus or usual_gpus(values), gpu)
     if as_json:
         with activity("Checking the profile, for half a minute"):
             lines = rehearsal.rehearse(scene, lambda line: None)
@@ -109,7 +109,7 @@ def rehearse(
     raise typer.Exit(rehearsal.exit_code(lines))
 
 
-def _usual_gpus(profile: Mapping[str, Any]) -> int:
+def usual_gpus(profile: Mapping[str, Any]) -> int:
     """The most of `USUAL_GPUS` over which the batches of both stages can be split evenly."""
     stages = [profile[f"train_stage_{number}"] for number in (1, 2)]
     batches = [stage["batch_size"] * stage["sequence_parallel"] for stage in stages]
