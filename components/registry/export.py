@@ -46,6 +46,11 @@ def pull_version(name: str, version: str, folder: Path, root: Path, unverified: 
     number = int(found.version)
     line = _promotion_of(name, number, root)
     if line is None and not unverified:
+        if version_files.TAG not in found.tags:
+            raise BadInputError(
+                f"Version {number} of '{name}' was registered by an earlier release, which recorded no digest of its "
+                f"files; give --unverified if you trust the artifact store, or register the model again."
+            )
         raise BadInputError(
             f"The ledger has no digest of the files of version {number} of '{name}', as it was never promoted, or by "
             f"an earlier release; promote it (`univigu model promote {number} --why ...`), or give --unverified."
