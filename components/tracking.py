@@ -3,15 +3,19 @@
 The store is ``mlflow.db`` in the work root, where `mlflow ui` finds it, or the server in MLFLOW_TRACKING_URI. A step
 connects to it before it computes anything, so a server that does not answer stops the step at once.
 
-MLflow stores absolute locations of artifacts. `follow_move` corrects them after the work root was moved.
+MLflow stores absolute locations of artifacts. `follow_move` corrects them after the work root was moved or copied.
 """
 
+import atexit
 import getpass
 import os
+import shutil
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -74,30 +78,69 @@ def existing_store(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> st
     return uri
 
 
-def follow_move(root: Path) -> None:
-    """Correct the locations in ``mlflow.db`` after its work root was moved; without a server, MLflow stores them whole.
+def store_to_read(root: Path, otherwise: str = "set MLFLOW_TRACKING_URI") -> str:
+    """`existing_store` for those who only read a version's files, also in a moved root whose disk can't be written.
 
-    Nothing changes while the old ``mlruns`` exists: then this root is a copy, whose files are those of the original. A
-    database that can't be read or written is left to MLflow, whose message explains it.
+    There it is a copy of the database with corrected locations, which is removed when the process ends.
     """
-    path, new = root / "mlflow.db", (root.resolve() / "mlruns").as_uri()
-    if os.environ.get("MLFLOW_TRACKING_URI") or not path.is_file():
+    uri, move = existing_store(root, otherwise), _find_move(root)
+    if move is None:
+        return uri
+    database = root.resolve() / "mlflow.db"
+    return f"sqlite:///{_corrected_copy(database, database.stat().st_mtime_ns, *move)}"
+
+
+@cache
+def _corrected_copy(database: Path, _changed: int, old: str, new: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="univigu-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(shutil.copyfile(database, folder / database.name))
+    _correct_locations(copy, old, new)
+    return copy
+
+
+def follow_move(root: Path) -> None:
+    """Correct the locations in ``mlflow.db`` after its work root was moved or copied; MLflow stores them whole.
+
+    Nothing changes for a copy of the database alone, whose files are those of the original. A database that can't be
+    read or written is left to MLflow, whose message explains it.
+    """
+    move = _find_move(root)
+    if move is None:
         return
     try:
-        with closing(sqlite3.connect(path, timeout=60)) as database, database:
-            query = "SELECT artifact_location FROM experiments WHERE name = ?"
-            (old,) = database.execute(query, (EXPERIMENT,)).fetchone() or (new,)
-            moved = old.startswith("file:///") and old.endswith("/mlruns")
-            if old == new or not moved or Path(unquote(urlsplit(old).path)).exists():
-                return
-            for table, column in _LOCATIONS:
-                database.execute(  # the names are constants
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                    (new, len(old) + 1, len(old), old),
-                )
+        _correct_locations(root / "mlflow.db", *move)
     except sqlite3.Error:
         return
-    print(f"MLflow's artifacts were at {old}; mlflow.db now says {new}.", file=sys.stderr)
+    print(f"MLflow's artifacts were at {move[0]}; mlflow.db now says {move[1]}.", file=sys.stderr)
+
+
+def _find_move(root: Path) -> tuple[str, str] | None:
+    """The address of the artifacts in ``mlflow.db`` and the one that they have now; None where they are the same."""
+    path, new = root / "mlflow.db", root.resolve() / "mlruns"
+    if os.environ.get("MLFLOW_TRACKING_URI") or not path.is_file():
+        return None
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as database:
+            query = "SELECT artifact_location FROM experiments WHERE name = ?"
+            (old,) = database.execute(query, (EXPERIMENT,)).fetchone() or (new.as_uri(),)
+    except sqlite3.Error:
+        return None
+    if old == new.as_uri() or not (old.startswith("file:///") and old.endswith("/mlruns")):
+        return None
+    original = Path(unquote(urlsplit(old).path))
+    if original.exists() and (not new.is_dir() or new.samefile(original)):
+        return None  # a copy of the database alone, or one folder under two names
+    return old, new.as_uri()
+
+
+def _correct_locations(database: Path, old: str, new: str) -> None:
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        for table, column in _LOCATIONS:
+            connection.execute(  # the names are constants
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, len(old), old),
+            )
 
 
 def open_tracking(root: Path, experiment: str = EXPERIMENT) -> str:

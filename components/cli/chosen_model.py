@@ -2,12 +2,12 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.cli.messages import is_quiet, say
+from components.cli.messages import say
 from components.pipeline.lean_imports import import_models, without
+from components.pipeline.progress import activity, progress
 from univigu.errors import MissingInputError
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def _from_hub(model: str) -> Path:
 
 
 def _registered(address: str, root: Path) -> Path:
-    from components.tracking import existing_store
+    from components.tracking import store_to_read
 
-    store = existing_store(root, "a model's folder with --model")
-    with without("scipy"):  # which MLflow imports where it is installed
+    store = store_to_read(root, "a model's folder with --model")
+    with activity("Reading the registry"), without("scipy"):  # which MLflow imports where it is installed
         from univigu.registry import pipeline_folder
 
         return pipeline_folder(address, store)
@@ -92,11 +92,11 @@ def find_champion(name: str, root: Path) -> int:
 
 
 def load(folder: Path) -> "UniViGUPipeline":
-    """The pipeline in a folder, on the GPU if there is one; it shows its progress on a terminal."""
-    pipeline = read(folder)
+    """The pipeline in a folder, on the GPU if there is one; it shows the progress of sampling."""
+    with activity("Loading the model"):
+        pipeline = read(folder)
     place(pipeline)
-    shown = sys.stderr.isatty() and not is_quiet()
-    pipeline.set_progress_bar_config(disable=not shown, leave=False, desc="sampling")
+    pipeline.progress_bar = lambda steps: progress(steps, "sampling", unit="steps")
     return pipeline
 
 

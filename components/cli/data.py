@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from components.cli.options import Profile, profile_in_use
+from components.pipeline.progress import activity
 
 app = typer.Typer(
     help="Import your own videos, export clips, tag versions of the dataset, move latents to an object store."
@@ -214,7 +215,8 @@ def withdraw(
     from components.registry import withdrawal
 
     request = withdrawal.Request(source, item, video)
-    found = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=dry_run)
+    with activity("Looking for all that comes from it"):
+        found = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=dry_run)
     print("\n".join(withdrawal.describe(found)))
     if report:
         withdrawal.write_report(report, found)
@@ -233,9 +235,11 @@ def snapshot(
     """
     from components.registry import dataset_versions
 
-    found, new = dataset_versions.take_snapshot(root, version)
+    with activity("Verifying the dataset"):
+        found, new = dataset_versions.take_snapshot(root, version)
     if push:
-        dataset_versions.push_data(root)
+        with activity("Pushing the data to the DVC remote"):
+            dataset_versions.push_data(root)
     if as_json:
         print(json.dumps({**asdict(found), "new": new, "pushed": push}, indent=1))
         return
@@ -269,7 +273,8 @@ def offload(
     folder = root.resolve() / stage.home
     shards = [name for name in verify(folder, stage.name)["files"] if name.startswith("shards/")]
     shards = [name for name in shards if name.endswith("latents.safetensors")]
-    size = put_shards(folder, shards, url)
+    with activity("Uploading the latents"):
+        size = put_shards(folder, shards, url)
     if remove:
         for name in shards:
             (folder / name).unlink()

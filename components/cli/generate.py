@@ -16,6 +16,7 @@ from components.cli.chosen_model import NAME, find_model, load
 from components.cli.clip_files import check_output, write_clip, write_error
 from components.cli.known_words import warn_of_unknown_words
 from components.cli.messages import say
+from components.pipeline.progress import progress
 from univigu.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -188,8 +189,6 @@ def add_to(app: typer.Typer) -> None:
 
 def _with_progress(videos: Sequence[Path]) -> Iterable[Path]:
     """The videos; where their captions don't appear on a terminal, with their progress."""
-    from components.pipeline.progress import progress
-
     return videos if len(videos) == 1 or sys.stdout.isatty() else progress(videos, "caption", unit="videos")
 
 

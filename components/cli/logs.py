@@ -1,4 +1,4 @@
-"""Structured logs: with UNIVIGU_LOG_FORMAT=json, each line on standard error is one JSON object.
+"""What standard error holds: with UNIVIGU_LOG_FORMAT=json, one JSON object per line; with `--quiet`, only errors.
 
 `components.pipeline.processes.read_lines` turns the lines of a child back into text.
 """
@@ -77,6 +77,14 @@ class JsonLines(io.TextIOBase):
         if line.strip():
             text = plain_line(line)
             self.record("error" if text.startswith(PREFIX) else "info", text)
+
+
+class ErrorLines(JsonLines):
+    """A text stream that passes on only the lines that report an error to the user, for `--quiet`."""
+
+    def _write_line(self, line: str) -> None:
+        if line.startswith(PREFIX):
+            print(line, file=self.stream, flush=True)
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -28,7 +29,7 @@ from components.cli import (
     study,
     train_job,
 )
-from components.cli.options import Profile, Settings, profile_in_use
+from components.cli.options import Profile, Settings, complete_profile, complete_step, profile_in_use
 from components.cli.serve import command as serve
 from components.cli.studio import command as studio
 from components.pipeline.lean_imports import import_models, import_training, start_command, without
@@ -68,6 +69,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def start(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
@@ -82,7 +84,8 @@ def start(
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose contradict each other; give one of them.")
     if quiet:
-        os.environ[messages.QUIET] = "1"
+        os.environ[messages.QUIET] = "1"  # also for child processes
+        context.with_resource(redirect_stderr(logs.ErrorLines(sys.stderr)))
     if verbose:
         os.environ[messages.VERBOSE] = "1"
         let_libraries_speak()
@@ -120,7 +123,9 @@ ResumeFrom = Annotated[
 
 @app.command()
 def run(
-    step: Annotated[str, typer.Argument(help="The step's name; `univigu steps` lists them.")],
+    step: Annotated[
+        str, typer.Argument(help="The step's name; `univigu steps` lists them.", autocompletion=complete_step)
+    ],
     profile: Profile = None,
     settings: Settings = None,
     root: Root = Path("."),
@@ -137,6 +142,7 @@ def run(
     from components.pipeline.freshness import finished
     from components.pipeline.processes import count_processes, end_with_parent, make_parts, train_together
     from components.pipeline.profiles import check_watched, load_profile, with_settings
+    from components.pipeline.progress import activity
     from components.pipeline.runner import imported, restart, resume, run_part, run_stage
     from components.pipeline.stages import find_stage
     from components.pipeline.workspace import Part
@@ -171,7 +177,8 @@ def run(
     with without(*([] if _uses_adapters(values) else ["peft"])):
         if stage.resources.gpus and not stage.sharded:  # shards may all be made already: they import models when needed
             (import_training if stage.together else import_models)()
-        manifest = run_stage(step, values, root)
+        with activity(f"{step} runs") if _is_main_rank() else nullcontext():
+            manifest = run_stage(step, values, root)
     if _is_main_rank():
         _print_result(step, manifest)
 
@@ -192,7 +199,7 @@ def _print_result(step: str, manifest: Mapping[str, Any]) -> None:
 
 @app.command()
 def use(
-    profile: Annotated[str, typer.Argument(help="A bundled profile's name.")],
+    profile: Annotated[str, typer.Argument(help="A bundled profile's name.", autocompletion=complete_profile)],
     root: Root = Path("."),
 ) -> None:
     """Choose the profile that `dvc repro` runs; writes params.yaml."""
@@ -367,7 +374,7 @@ def main() -> None:
         app()
     except UniViGUError as error:
         _end(error)
-    except OSError as error:
+    except Exception as error:  # libraries have their own exceptions for a disk that fails
         fault = storage_fault(error, Path.cwd())
         if fault is None:
             raise

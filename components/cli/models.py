@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from components.pipeline.progress import activity, progress
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from components.registry.promotion import Comparison
 
 app = typer.Typer(help="List, compare, promote and roll back registered models, and trace them to their data.")
+
+READING = "Reading the registry"
 
 Name = Annotated[str, typer.Option(help="The registered name.")]
 Root = Annotated[Path, typer.Option(help="The work root, which contains the registry (or set MLFLOW_TRACKING_URI).")]
@@ -27,7 +31,8 @@ Why = Annotated[str, typer.Option(help="The reason, which is recorded in the his
 @app.command("list")
 def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = False) -> None:
     """List the versions, newest first: aliases, score, dataset, and the decision at registration."""
-    rows = read_versions(name, root)
+    with activity(READING):
+        rows = read_versions(name, root)
     if as_json:
         print(json.dumps(rows, indent=1))
     elif not rows:
@@ -88,7 +93,9 @@ def promote(
     """
     from components.registry import promotion
 
-    _show_entry(promotion.promote(name, version, why, force=force, root=root), name, as_json)
+    with activity("Comparing the versions"):
+        line = promotion.promote(name, version, why, force=force, root=root)
+    _show_entry(line, name, as_json)
 
 
 @app.command()
@@ -96,7 +103,8 @@ def compare(version: Version, name: Name = "uni-vigu", root: Root = Path("."), a
     """Compare a version with the champion by a paired bootstrap over the same held-out items; this changes nothing."""
     from components.registry import promotion
 
-    comparison = promotion.compare(name, version, root=root)
+    with activity("Comparing the versions"):
+        comparison = promotion.compare(name, version, root=root)
     if as_json:
         print(json.dumps(asdict(comparison), indent=1))
     else:
@@ -108,7 +116,9 @@ def rollback(why: Why, name: Name = "uni-vigu", root: Root = Path("."), as_json:
     """Swap `champion` and `previous`: undo the last change of champion."""
     from components.registry import promotion
 
-    _show_entry(promotion.rollback(name, why, root=root), name, as_json)
+    with activity(READING):
+        line = promotion.rollback(name, why, root=root)
+    _show_entry(line, name, as_json)
 
 
 Verify = Annotated[
@@ -132,7 +142,9 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
     from components.tracking import tracking_uri
     from univigu import registry
 
-    lines = promotion.history(name, root=root)
+    with activity(READING):
+        lines = promotion.history(name, root=root)
+        champion = registry.version_at(name, registry.CHAMPION, tracking_uri(root)) if lines else None
     if as_json:
         print(json.dumps([asdict(line) for line in lines], indent=1))
         return
@@ -155,7 +167,6 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
             for line in lines
         ],
     )
-    champion = registry.version_at(name, registry.CHAMPION, tracking_uri(root))
     recorded = next((line.version for line in lines if line.outcome in ("promoted", "rolled back")), None)
     holder = champion and int(champion.version)
     if holder != recorded:
@@ -169,7 +180,8 @@ def _verify_history(name: str, root: Path, as_json: bool) -> None:
     from components.registry.ledger import verify_ledger
     from univigu.errors import CorruptDataError
 
-    found = verify_ledger(name, root)
+    with activity(READING):
+        found = verify_ledger(name, root)
     if as_json:
         print(json.dumps({**found._asdict(), "faults": [fault._asdict() for fault in found.faults]}, indent=1))
     else:
@@ -194,7 +206,8 @@ def trace(
     """Trace a version back to its model, training runs, dataset and snapshot, prompts and their licences."""
     from components.registry.lineage import trace_version
 
-    found = trace_version(name, version, root)
+    with activity(READING):
+        found = trace_version(name, version, root)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -212,7 +225,8 @@ def export(
     """Write a version's pipeline and its card to a folder, to be shared or used without the registry."""
     from components.registry.export import export_version
 
-    size = export_version(name, version, folder, precision, root)
+    with activity("Writing the pipeline"):
+        size = export_version(name, version, folder, precision, root)
     print(f"{folder}: version {version} of '{name}' in {precision}, {size / 1e6:.1f} MB")
 
 
@@ -232,7 +246,8 @@ def pull(
     """
     from components.registry.export import pull_version
 
-    line = pull_version(name, version, folder, root, unverified)
+    with activity("Copying and verifying the version's files"):
+        line = pull_version(name, version, folder, root, unverified)
     state = f"the files that {line.who} promoted on {_minute(line.when)} (UTC)" if line else "not verified"
     print(f"{folder}: {state}; load it with mlflow.pyfunc.load_model({str(folder)!r})")
 
@@ -253,13 +268,12 @@ def calibrate(
     reproduce the clips.
     """
     from components.cli.chosen_model import load
-    from components.pipeline.progress import progress
     from univigu.confidence import measure
     from univigu.confidence_reference import RARE, write_reference
 
     videos = _heldout_clips(clips, heldout, count)
     pipeline = load(folder)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.progress_bar = iter  # the progress over clips is enough
     measured = []
     for frames in progress(videos, "calibrate", unit="clips"):
         (caption,) = pipeline.caption([frames], seed=[0])

@@ -5,15 +5,28 @@ from typing import Annotated
 
 import typer
 
-from components.pipeline.profiles import PARAMS
+from components.pipeline.profiles import PARAMS, profile_names
+from components.pipeline.stages import STAGES
 from univigu.errors import ConfigError
 from univigu.files import read_yaml
 
 DEFAULT_PROFILE = "tiny"  # where `univigu use` has chosen none
 
+
+def complete_profile(incomplete: str) -> list[str]:
+    """The bundled profiles, for a shell's completion."""
+    return [name for name in profile_names() if name.startswith(incomplete)]
+
+
+def complete_step(incomplete: str) -> list[str]:
+    """The steps, for a shell's completion."""
+    return [stage.name for stage in STAGES if stage.name.startswith(incomplete)]
+
+
 Profile = Annotated[
     str | None,
     typer.Option(
+        autocompletion=complete_profile,
         help="A bundled profile's name, or the path of a YAML file. (default: what `univigu use` chose, otherwise "
         f"{DEFAULT_PROFILE})",
         show_default=False,

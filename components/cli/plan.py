@@ -13,6 +13,10 @@ from components.cli.options import Profile, Settings, profile_in_use
 PANEL = "Plan the real thing"
 
 
+USUAL_GPUS = (16, 8, 4, 2, 1)
+COUNTING = "Counting the memory and operations of the model, for half a minute"
+
+
 class Task(StrEnum):
     """What the trained model makes."""
 
@@ -22,13 +26,21 @@ class Task(StrEnum):
 
 
 Root = Annotated[Path, typer.Option(help="The work root, which may contain the base.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of GPUs that train together. (default: 16, or fewer for a profile whose batches 16 can't share)",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes, seconds and FLOPs.")]
 
 
 def plan(
     profile: Profile = None,
     settings: Settings = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that train together.")] = 16,
+    gpus: Gpus = None,
     gpu: Annotated[str, typer.Option(help="The GPU's name, such as h100; an unknown one lists all names.")] = "h800",
     mfu: Annotated[
         float | None, typer.Option(help="Model FLOPs utilisation, 0 to 1. (default: a range that others have measured)")
@@ -47,15 +59,19 @@ def plan(
     The same question is computed once: a later call prints the answer from `.univigu/plans`.
     """
     from components.pipeline.profiles import load_profile, with_settings
+    from components.pipeline.progress import activity
     from components.planning.answers import remembered
 
     profile = with_settings(profile_in_use(profile, root), settings or [])
     values = load_profile(profile)
     if task:
-        found = remembered("inference", values, root, task=task.value, gpu=gpu, mfu=mfu)
+        with activity(COUNTING):
+            found = remembered("inference", values, root, task=task.value, gpu=gpu, mfu=mfu)
         print(json.dumps(found, indent=1) if as_json else inference_as_text(profile, found))
         return
-    found = remembered("training", values, root, gpus=gpus, gpu=gpu, mfu=mfu, zero=zero, price=price)
+    gpus = gpus or usual_gpus(values)
+    with activity(COUNTING):
+        found = remembered("training", values, root, gpus=gpus, gpu=gpu, mfu=mfu, zero=zero, price=price)
     print(json.dumps(found, indent=1) if as_json else as_text(profile, found))
 
 
@@ -68,7 +84,7 @@ def rehearse(
             metavar="FOLDER", help="The base's folder, whose file headers are checked. (default: the profile's)"
         ),
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that will train together.")] = 16,
+    gpus: Gpus = None,
     gpu: Annotated[str, typer.Option(help="The GPU's name; an unknown one lists all names.")] = "h800",
     root: Root = Path("."),
     as_json: AsJson = False,
@@ -78,14 +94,26 @@ def rehearse(
     `to do` marks what only you can provide: weights, environment variables, disk space.
     """
     from components.pipeline.profiles import load_profile, with_settings
+    from components.pipeline.progress import activity
     from components.planning import rehearsal
 
     profile = with_settings(profile_in_use(profile, root), settings or [])
-    scene = rehearsal.Scene(profile, load_profile(profile), root, weights, gpus, gpu)
-    lines = rehearsal.rehearse(scene, (lambda line: None) if as_json else _show)
+    values = load_profile(profile)
+    scene = rehearsal.Scene(profile, values, root, weights, gpus or usual_gpus(values), gpu)
     if as_json:
+        with activity("Checking the profile, for half a minute"):
+            lines = rehearsal.rehearse(scene, lambda line: None)
         print(rehearsal.as_json(scene, lines))
+    else:
+        lines = rehearsal.rehearse(scene, _show)
     raise typer.Exit(rehearsal.exit_code(lines))
+
+
+def usual_gpus(profile: Mapping[str, Any]) -> int:
+    """The most of `USUAL_GPUS` over which the batches of both stages can be split evenly."""
+    stages = [profile[f"train_stage_{number}"] for number in (1, 2)]
+    batches = [stage["batch_size"] * stage["sequence_parallel"] for stage in stages]
+    return next(gpus for gpus in USUAL_GPUS if not any(batch % gpus for batch in batches))
 
 
 def _show(line: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from components.cli.options import Settings
+from components.cli.options import Settings, complete_profile
 from components.pipeline.profiles import (
     load_profile,
     profile_names,
@@ -17,7 +17,10 @@ from components.pipeline.profiles import (
 
 app = typer.Typer(help="List, show and compare profiles, and describe all settings.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="A bundled profile's name, or the path of a YAML file.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="A bundled profile's name, or the path of a YAML file.", autocompletion=complete_profile),
+]
 
 
 @app.command("list")

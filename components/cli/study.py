@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from components.pipeline.progress import activity
 from univigu.errors import UniViGUError
 
 app = typer.Typer(help="Train and evaluate the arms of the study, and report what each choice does to the scores.")
@@ -72,8 +73,9 @@ def show(budget: Budget = "short", arms: Declared = None, root: Root = Path(".")
     from components.bench.study.results import COMPARED, write_report
 
     study = load_study(*[arms] if arms else [])
-    report, evaluated = write_report(study, budget, root)
-    page = write_page(report, evaluated, root)
+    with activity("Reading the finished arms"):
+        report, evaluated = write_report(study, budget, root)
+        page = write_page(report, evaluated, root)
     print("\n".join(answer(report)))
     for ran in evaluated:
         figures = report[ran.arm.family][ran.arm.name]

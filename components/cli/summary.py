@@ -21,7 +21,7 @@ SCORES = ("captions.mean", "captions_without_video.mean", "generation.mean", "ge
 
 
 def summarise(root: Path) -> dict[str, Any]:
-    """Gather the records of each step's last run, and write them to ``reports/run.json``.
+    """Gather the records of each step's last run.
 
     `total_seconds` is the sum of the steps' own times, without the overhead of an orchestrator. A step's time is
     null if its output was restored from a cache. `machine` is the one that this command runs on.
@@ -32,7 +32,7 @@ def summarise(root: Path) -> dict[str, Any]:
     if not records:
         raise MissingInputError(f"No step has run under {root.resolve()} yet; run `make demo` first.")
     registration = root / find_stage("register-model").home / "registration.json"
-    run = {
+    return {
         "steps": [
             {key: record[key] for key in ("name", "seconds", "rows_in", "rows_out", "quarantined")}
             for record in records
@@ -44,9 +44,6 @@ def summarise(root: Path) -> dict[str, Any]:
         else None,
         "machine": dict(machine()),
     }
-    (root / "reports").mkdir(exist_ok=True)
-    write_json(root / "reports" / "run.json", run)
-    return run
 
 
 def _record(root: Path, stage: Stage) -> dict[str, Any] | None:
@@ -74,7 +71,7 @@ def _read(root: Path, step: str, name: str) -> dict[str, Any]:
 
 
 def show(root: Path, run: dict[str, Any]) -> None:
-    """Print a run's steps, scores, registered version and page, and write that page."""
+    """Print a run's steps, scores, registered version and page; write that page, and ``reports/run.json``."""
     from rich.console import Console
     from rich.table import Table
 
@@ -92,6 +89,8 @@ def show(root: Path, run: dict[str, Any]) -> None:
         _show_scores(console, _read(root, "evaluate-model", metrics_path.name))
     if run["model_version"]:
         console.print(f"registered: {_registration_line(root)}")
+    (root / "reports").mkdir(exist_ok=True)
+    write_json(root / "reports" / "run.json", run)
     if page := write_index(root, run):
         console.print(f"page: {page.resolve()}", soft_wrap=True)
 

@@ -57,15 +57,19 @@ def describe(
     ``challenger`` and ``champion``.
     """
     champion = f"version {comparison.champion}" if comparison.champion else "none"
+    first = f"There is no champion yet, so version {comparison.challenger} would be "
+    compared = (
+        "each version on its own held-out items. The sentence above compares the two on the items that they share, "
+        "which is what the decision is based on."
+    )
     lines = [
-        f"{comparison.reason}.",
+        f"{'' if comparison.champion else first}{comparison.reason}.",
         "",
         f"| score | version {comparison.challenger} (new) | champion: {champion} |",
         "|---|---|---|",
         *(f"| {name} | {_cell(both['challenger'])} | {_cell(both['champion'])} |" for name, both in scores.items()),
         "",
-        "Values with 95 % intervals, each version on its own held-out items. The sentence above compares the two on "
-        "the items that they share, which is what the decision is based on.",
+        f"Values with 95 % intervals, {compared if comparison.champion else 'on held-out items.'}",
         "",
         *_samples(comparison, root, runs),
     ]

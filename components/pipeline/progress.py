@@ -1,9 +1,14 @@
-"""Progress of long loops: a bar on a terminal, a line every few seconds everywhere else, nothing if UNIVIGU_QUIET=1."""
+"""Progress of long loops: a bar on a terminal, a line every few seconds everywhere else, nothing if UNIVIGU_QUIET=1.
+
+What takes seconds without being a loop is an `activity`.
+"""
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,7 +24,7 @@ class Meter:
         self.done = 0  # includes what was skipped
         self._skipped = 0
         self._started = self._shown = time.monotonic()
-        self._quiet = os.environ.get("UNIVIGU_QUIET") == "1"
+        self._quiet = _is_quiet()
         hidden = self._quiet or not sys.stderr.isatty()
         self._bar = tqdm(desc=what, total=total, unit=unit, leave=False, smoothing=0, disable=hidden)
         self._facts: dict[str, Any] = {"total": total, "prefix": what, "unit": unit, "ncols": 0}
@@ -57,3 +62,32 @@ def progress(items: Iterable[T], what: str, total: int | None = None, unit: str 
         for item in items:
             yield item
             meter.advance()
+
+
+@contextmanager
+def activity(what: str) -> Iterator[None]:
+    """Say on standard error what the block does: at once on a terminal, where the line is removed at the end.
+
+    Everywhere else the line appears if the block takes longer than `LINE_EVERY_S`. The block prints nothing itself.
+    """
+    line = f"{what} ..."
+    if _is_quiet():
+        yield
+    elif sys.stderr.isatty():
+        print(line, end="\r", file=sys.stderr, flush=True)
+        try:
+            yield
+        finally:
+            print(" " * len(line), end="\r", file=sys.stderr, flush=True)
+    else:
+        waiting = threading.Timer(LINE_EVERY_S, print, [line], {"file": sys.stderr, "flush": True})
+        waiting.daemon = True
+        waiting.start()
+        try:
+            yield
+        finally:
+            waiting.cancel()
+
+
+def _is_quiet() -> bool:
+    return os.environ.get("UNIVIGU_QUIET") == "1"

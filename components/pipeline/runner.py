@@ -185,7 +185,20 @@ def _working(stage: Stage, root: Path, kind: int) -> Iterator[Lock]:
                 f"Files of '{name}' under {root / STATE} were removed while it was running ({first_line(error)}). Run "
                 "it again when no other process deletes files there; finished work is kept."
             ) from error
+        if maker := _maker_of(error, stage, root):
+            raise MissingInputError(
+                f"'{name}' needs {getattr(error, 'filename', '')}, which is not in the output of '{maker}': another "
+                f"release of this project made it. Run `univigu run {maker}` again, and then `univigu run {name}`."
+            ) from error
         raise
+
+
+def _maker_of(error: Exception, stage: Stage, root: Path) -> str | None:
+    """The step whose finished output lacks the file that an error names, or None."""
+    if not isinstance(error, FileNotFoundError) or not error.filename:
+        return None
+    missing = Path(os.fsdecode(error.filename))
+    return next((step for step in stage.inputs.values() if missing.is_relative_to(root / find_stage(step).home)), None)
 
 
 def _run_worker_rank(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:

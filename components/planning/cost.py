@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.pipeline.profiles import load_profile
-from components.planning.meta_models import MetaModels, build_models
+from components.planning.meta_models import MetaModels, build_models, check_video
 from components.training.train_stage import objective_settings
 from univigu import planning, wan
 from univigu.errors import BadInputError
@@ -57,6 +57,7 @@ def make_plan(
     utilisation = mfu_range(mfu)
     rates = [device.tflops * 1e12 * each for each in utilisation]
     models = build_models(profile, wan.config_folder(root / profile["base"]))
+    check_video(profile, models)
     text = profile["text"]
     tokens = planning.Tokens(models.video_tokens, text["caption_tokens"][1], text["prompt_length"])
     stages, memory = {}, {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.planning.cost import Plan, autoencoder_flops, durations, mfu_range
-from components.planning.meta_models import MetaModels, build_models
+from components.planning.meta_models import MetaModels, build_models, check_video
 from univigu import planning, wan
 from univigu.errors import ConfigError
 from univigu.hardware import Gpu, find_gpu
@@ -33,6 +33,7 @@ def make_inference_plan(profile: Profile, root: Path, task: str, gpu: str, mfu: 
         raise ConfigError(f"There is no task '{task}'; use one of {', '.join(DESCRIPTIONS)}.")
     device, utilisation = find_gpu(gpu), mfu_range(mfu)
     models = build_models(profile, wan.config_folder(root / profile["base"]))
+    check_video(profile, models)
     precision = profile["evaluate_model"]["precision"]
     return {
         "task": task,

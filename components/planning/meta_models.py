@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univigu import wan
-from univigu.errors import BadInputError
+from univigu.errors import BadInputError, ConfigError
 from univigu.text_space import row_norm_for
 
 if TYPE_CHECKING:
@@ -58,6 +58,17 @@ def build_models(profile: Profile, folder: Path) -> MetaModels:
     for length in transformer.grid(latents[1:]):
         tokens *= length
     return MetaModels(folder, vae, text_encoder, base, transformer, latents, tokens)
+
+
+def check_video(profile: Profile, models: MetaModels) -> None:
+    """Raise `ConfigError` where the profile's clips can't be divided into latent frames and patches."""
+    video, patch, vae = profile["video"], models.transformer.config.patch_size, models.vae.config
+    steps = vae.scale_factor_spatial * patch[1], vae.scale_factor_spatial * patch[2]
+    if (video["frames"] - 1) % vae.scale_factor_temporal or video["height"] % steps[0] or video["width"] % steps[1]:
+        raise ConfigError(
+            f"{video['frames']} frames of {video['height']}x{video['width']} can't be divided into patches; choose"
+            f" {vae.scale_factor_temporal}k + 1 frames and sides that are multiples of {steps[0]} and {steps[1]}."
+        )
 
 
 def build_transformer(profile: Profile, base: Mapping[str, Any], vocab_size: int) -> "UniViGUTransformer3DModel":

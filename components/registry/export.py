@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from components.registry import ledger
-from components.tracking import existing_store
+from components.tracking import store_to_read
 from univigu import registry, version_files
 from univigu.errors import BadInputError, CorruptDataError
 from univigu.files import sync_tree
@@ -23,7 +23,7 @@ def export_version(name: str, version: str, folder: Path, precision: str, root: 
     otherwise. The folder appears complete, or not at all. Raises `BadInputError` if it exists already, and
     `MissingInputError` if there is no such version.
     """
-    store = existing_store(root)
+    store = store_to_read(root)
     address = f"models:/{name}/{registry.find_version(name, version, store).version}"
     pipeline = registry.artifact(address, "pipeline", store)
     card = registry.artifact(address, "README.md", store).read_text(encoding="utf-8")
@@ -41,14 +41,22 @@ def pull_version(name: str, version: str, folder: Path, root: Path, unverified: 
     changed, `BadInputError` for a version without a line or a folder that exists already, and `MissingInputError` if
     there is no such version.
     """
-    store = existing_store(root)
-    number = int(registry.find_version(name, version, store).version)
+    store = store_to_read(root)
+    found = registry.find_version(name, version, store)
+    number = int(found.version)
     line = _promotion_of(name, number, root)
     if line is None and not unverified:
+        if version_files.TAG not in found.tags:
+            raise BadInputError(
+                f"Version {number} of '{name}' was registered by an earlier release, which recorded no digest of its "
+                f"files; give --unverified if you trust the artifact store, or register the model again."
+            )
         raise BadInputError(
             f"The ledger has no digest of the files of version {number} of '{name}', as it was never promoted, or by "
             f"an earlier release; promote it (`univigu model promote {number} --why ...`), or give --unverified."
         )
+    if not registry.has_files(found, store):
+        registry.artifact(f"models:/{name}/{number}", "pipeline", store)  # raises, with their location
     with _new_folder(folder) as staged:
         staged.mkdir()
         registry.download(f"models:/{name}/{number}", staged, store)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from components.registry import dataset_versions
 from components.registry.register_model import LINEAGE, PROMPT_SOURCES
-from components.tracking import existing_store
+from components.tracking import store_to_read
 from univigu import registry
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
 from univigu.files import read_json_object
@@ -23,7 +23,7 @@ def trace_version(name: str, version: int | str, root: Path) -> dict[str, Any]:
     The dataset's snapshot is searched in the git repository of `root`. Raises `MissingInputError` if there is no such
     version or its files are gone, and `CorruptDataError` if its files are damaged.
     """
-    store = existing_store(root)
+    store = store_to_read(root)
     found = registry.find_version(name, version, store)
     folder = registry.artifact(f"models:/{name}/{found.version}", "lineage", store)
     manifests = {step: _read(folder / f"{step}.json") for step in DATA_STEPS}

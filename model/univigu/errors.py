@@ -86,12 +86,15 @@ class BusyError(TransientError):
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BROKEN = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_DENIED = (errno.EACCES, errno.EPERM)
+_FORBIDDEN = (errno.EROFS, *_DENIED)
+_READONLY_DATABASE = "readonly database"  # in SQLite's message
+_DENIED_IN_RUST = "permission denied (os error 13)"
 # The messages of libraries that don't pass the error number on: torch, safetensors (Rust), SQLite, Arrow.
 _SAID = {
     _FULL: ("no space left", "disk is full", "disk full", "disk quota exceeded", "file too large"),
     _BROKEN: ("input/output error", "disk i/o error", "stale file handle"),
-    _FORBIDDEN: ("read-only file system", "readonly database"),
+    _FORBIDDEN: ("read-only file system", _READONLY_DATABASE, _DENIED_IN_RUST),
 }
 _SCARCE_BYTES = 64 * 1024
 
@@ -107,7 +110,7 @@ def storage_fault(error: BaseException, place: Path) -> UniViGUError | None:
         where = cause.filename if isinstance(cause, OSError) and cause.filename else place
         words = str(cause).lower()
         kind = next((known for known in _SAID if number in known or any(one in words for one in _SAID[known])), None)
-        if kind is _FORBIDDEN and not isinstance(cause, OSError) and _is_writable(Path(where)):
+        if kind is _FORBIDDEN and _READONLY_DATABASE in words and _is_writable(Path(where)):
             kind = _BROKEN  # SQLite falls back to read-only if opening a database for writing fails
         if kind is _FULL:
             return DiskFullError(f"The disk is full at {where}; free some space and run the command again.")
@@ -116,8 +119,11 @@ def storage_fault(error: BaseException, place: Path) -> UniViGUError | None:
                 f"The disk fails at {where} (input/output error); check the disk, then run the command again."
             )
         if kind is _FORBIDDEN:
-            why = cause.strerror if isinstance(cause, OSError) and cause.strerror else "read-only"
-            return BadInputError(f"{where} can't be used ({why}); correct its permissions, or choose another folder.")
+            denied = number in _DENIED or _DENIED_IN_RUST in words
+            otherwise = "permission denied" if denied else "read-only"
+            why = cause.strerror if isinstance(cause, OSError) and cause.strerror else otherwise
+            remedy = "correct its permissions" if denied else "work in a copy on a disk that can be written"
+            return BadInputError(f"{where} can't be used ({why}); {remedy}, or choose another folder.")
     if place.is_dir() and shutil.disk_usage(place).free < _SCARCE_BYTES:
         return DiskFullError(f"The disk is full at {place}; free some space and run the command again.")
     return None

@@ -2,6 +2,9 @@
 
 import errno
 import shutil
+import sqlite3
+from contextlib import contextmanager
+from urllib.parse import quote
 
 import mlflow
 import pytest
@@ -9,7 +12,22 @@ import pytest
 from components import tracking
 from components.training.tracked_run import start_run
 from univigu import registry
-from univigu.errors import DiskFullError, TransientError
+from univigu.errors import DiskFullError, MissingInputError, TransientError
+
+
+@contextmanager
+def unwritable(database, monkeypatch):
+    """Within the block, this database can be read only: root may write any file, so SQLite itself has to refuse."""
+    connect = sqlite3.connect
+
+    def open_to_read(path, *arguments, **options):
+        if path != database:
+            return connect(path, *arguments, **options)
+        return connect(f"file:{quote(str(path))}?mode=ro", *arguments, uri=True, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", open_to_read)
+        yield
 
 
 def start(root, **changes):
@@ -36,7 +54,9 @@ def test_a_disk_that_fills_during_a_download_is_not_reported_as_a_missing_model(
 
 
 @pytest.mark.slow
-def test_a_moved_work_root_takes_its_artifacts_along(tmp_path, capsys):
+def test_a_moved_or_copied_work_root_takes_its_artifacts_along_also_one_that_can_not_be_written(
+    tmp_path, capsys, monkeypatch
+):
     old, new = tmp_path / "old place", tmp_path / "new"
     old.mkdir()
     with start(old, description="**What** it is") as run:
@@ -48,10 +68,25 @@ def test_a_moved_work_root_takes_its_artifacts_along(tmp_path, capsys):
 
     shutil.copytree(old, tmp_path / "copy")
     store = tracking.existing_store(tmp_path / "copy")
-    assert registry.artifact("models:/moved/1", "lineage.txt", store).is_relative_to(old)  # a copy has its original's
+    assert registry.artifact("models:/moved/1", "lineage.txt", store).is_relative_to(tmp_path / "copy")
+    assert "mlflow.db now says" in capsys.readouterr().err
+    (tmp_path / "alone").mkdir()
+    shutil.copy(old / "mlflow.db", tmp_path / "alone")
+    store = tracking.existing_store(tmp_path / "alone")
+    assert registry.artifact("models:/moved/1", "lineage.txt", store).is_relative_to(old)  # the only files there are
+    (tmp_path / "link").symlink_to(old)
+    assert tracking.existing_store(tmp_path / "link")
+    assert capsys.readouterr().err == ""
 
     shutil.rmtree(tmp_path / "copy")
     old.rename(new)
+    with unwritable(new / "mlflow.db", monkeypatch):
+        store = tracking.existing_store(new)
+        with pytest.raises(MissingInputError, match="can't be reached"):
+            registry.artifact("models:/moved/1", "lineage.txt", store)
+        store = tracking.store_to_read(new)
+        assert registry.artifact("models:/moved/1", "lineage.txt", store).is_relative_to(new)
+    assert capsys.readouterr().err == ""
     store = tracking.existing_store(new)
     assert registry.artifact("models:/moved/1", "lineage.txt", store).read_text() == "kept"
     assert "mlflow.db now says" in capsys.readouterr().err

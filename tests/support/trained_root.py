@@ -79,6 +79,10 @@ class TrainedRoot:
         ]
         write_table(home, "items", rows)
         (home / "scores.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
+        self.commit_evaluation()
+
+    def commit_evaluation(self):
+        """Write the manifest of what is in the evaluation's folder."""
         names = ("prompts", "pairs", "stage2", "base")
         commit(self.root, "evaluate-model", {name: self.digests[name] for name in names})
 

@@ -20,6 +20,7 @@ from univigu.errors import BadInputError, CorruptDataError, DiskFullError, stora
         (RuntimeError("I/O error: Input/output error (os error 5)"), CorruptDataError, 74),
         (OSError(errno.EROFS, "Read-only file system", "/data/x"), BadInputError, 65),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), BadInputError, 65),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), BadInputError, 65),
     ],
 )
 def test_a_failing_disk_has_its_own_message_and_exit_code(tmp_path, error, kind, code):
@@ -35,6 +36,16 @@ def test_a_read_only_database_in_a_writable_folder_is_a_failing_disk(tmp_path, m
     if made:
         place.write_bytes(b"")
     assert type(storage_fault(sqlite3.OperationalError("attempt to write a readonly database"), place)) is kind
+
+
+def test_the_remedy_for_a_disk_that_can_not_be_written_is_another_one_and_no_change_of_permissions(tmp_path):
+    for error, remedy in (
+        (OSError(errno.EROFS, "Read-only file system", "/data/x"), "work in a copy"),
+        (RuntimeError("Read-only file system (os error 30)"), "work in a copy"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "correct its permissions"),
+        (RuntimeError("Permission denied (os error 13)"), "correct its permissions"),
+    ):
+        assert remedy in str(storage_fault(error, tmp_path))
 
 
 def test_a_failing_disk_is_recognised_behind_a_librarys_exception(tmp_path):

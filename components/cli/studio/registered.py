@@ -8,7 +8,7 @@ from components.cli.studio.work import Studio, explain
 from components.registry import ledger, promotion
 from components.registry.evaluations import HEADLINES, read_evaluation
 from components.registry.lineage import trace_version
-from components.tracking import actor, existing_store
+from components.tracking import actor, existing_store, store_to_read
 from univigu import registry
 from univigu.errors import BadInputError, BusyError
 from univigu.mlflow_store import opened
@@ -118,7 +118,7 @@ def _named(known: Champions) -> str:
 
 def _scores(studio: Studio, name: str, version: int) -> dict[str, list[tuple[str, Any]]]:
     """Scores with their intervals by their dotted names: the `headlines`, and `all`."""
-    store = existing_store(studio.root)
+    store = store_to_read(studio.root)
     found = read_evaluation(registry.artifact(f"models:/{name}/{version}", "evaluation", store)).scores
     return {"headlines": [(key, found[key]) for key in HEADLINES if key in found], "all": sorted(found.items())}
 

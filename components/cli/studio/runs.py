@@ -13,7 +13,7 @@ from components.cli.studio.work import Studio
 from components.orchestration.metrics import Sample, read_samples
 from components.pipeline.notes import FAILURE, read_notes
 from components.pipeline.stages import STAGES
-from components.tracking import EXPERIMENT, existing_store
+from components.tracking import EXPERIMENT, store_to_read
 from univigu.errors import BadInputError, MissingInputError
 from univigu.mlflow_store import opened
 
@@ -111,7 +111,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _client(studio: Studio) -> Iterator[Any]:
     with studio.store:
-        store = existing_store(studio.root, "start a training run")
+        store = store_to_read(studio.root, "start a training run")
         with opened(store):
             from mlflow import MlflowClient
 

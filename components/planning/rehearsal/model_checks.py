@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from components.planning.meta_models import MetaModels
+from components.planning.meta_models import MetaModels, check_video
 from components.planning.rehearsal.lines import Profile, Scene, ToDo
 from univigu import UniViGUPipeline, wan
-from univigu.errors import BadInputError, ConfigError, MissingInputError
+from univigu.errors import BadInputError, MissingInputError
 from univigu.weight_files import STEMS, check_weights, read_headers
 
 
@@ -46,13 +46,8 @@ def check_keys(models: MetaModels) -> str:
 
 def check_shapes(profile: Profile, models: MetaModels) -> str:
     """Frames and sides are divisible into patches, channels and widths match, and the rotary tables are long enough."""
-    video, config, vae = profile["video"], models.transformer.config, models.vae.config
-    steps = vae.scale_factor_spatial * config.patch_size[1], vae.scale_factor_spatial * config.patch_size[2]
-    if (video["frames"] - 1) % vae.scale_factor_temporal or video["height"] % steps[0] or video["width"] % steps[1]:
-        raise ConfigError(
-            f"{video['frames']} frames of {video['height']}x{video['width']} can't be divided into patches; choose"
-            f" {vae.scale_factor_temporal}k + 1 frames and sides that are multiples of {steps[0]} and {steps[1]}."
-        )
+    check_video(profile, models)
+    config, vae = models.transformer.config, models.vae.config
     channels, taken = vae.z_dim, wan.latent_channels(config)
     if not channels == taken == len(vae.latents_mean) == len(vae.latents_std):
         raise BadInputError(

@@ -1,10 +1,14 @@
 """What `univigu run`, `univigu status` and `univigu code` say and do, as a person or DVC calls them."""
 
+import inspect
 import json
 import logging
+import re
+import sys
 from functools import partial
 
 import pytest
+import typer
 import yaml
 
 from components.cli import main as cli
@@ -12,6 +16,7 @@ from components.pipeline import processes, profiles, stages
 from components.pipeline.aside import list_kept
 from components.settings import layers
 from engine import PROFILE, made
+from univigu.errors import BadInputError
 
 
 def read_profile(root, spec):
@@ -30,6 +35,7 @@ def univigu(root, capfd, monkeypatch):
     (root / "profile.yaml").write_text(yaml.safe_dump(PROFILE))
 
     def call(*arguments):
+        monkeypatch.setenv("UNIVIGU_QUIET", "0")  # `--quiet` changes it
         monkeypatch.setattr("sys.argv", ["univigu", *arguments, "--root", str(root)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -125,6 +131,43 @@ def test_the_code_and_the_settings_of_each_step_are_written_for_dvc(univigu, roo
     after = written()
     assert {name for name in before if after[name] != before[name]} == {"first"}
     assert after["first"]["settings"] == before["first"]["settings"]
+
+
+def test_quiet_prints_errors_and_results_alone_whatever_a_step_prints(univigu, root, monkeypatch):
+    def talk(step):
+        print("a line of a step", file=sys.stderr)
+        raise BadInputError("The prompts are damaged; restore them.")
+
+    monkeypatch.setattr("components.pipeline.runner._load_function", lambda stage: talk)
+    code, out, err = univigu("run", "first")
+    assert (code, out) == (65, "")
+    assert "a line of a step" in err
+    assert univigu("--quiet", "run", "first") == (65, "", "univigu: The prompts are damaged; restore them.\n")
+
+
+# Commands that take less than two seconds with a work root of the profile `tiny`, or print line by line what they do.
+QUICK = {
+    *("steps", "use", "status", "clean", "code", "summary", "metrics", "studio", "profile list", "profile show"),
+    *("profile diff", "profile schema", "profile reference", "pipeline compile", "pipeline submit", "pipeline status"),
+    *("pipeline cancel", "pipeline logs", "study list", "data list"),
+}
+SAYS = re.compile(r"\b(activity|progress|say|load|show)\(")
+# What shows progress itself: a step of the pipeline, a training, or Kubeflow's tasks.
+STEPS = re.compile(r"\b(run_stage|import_folder|run_locally|run_study|run_train_job|pretrain|export_clips)\(")
+
+
+def test_a_command_that_takes_long_says_what_it_does():
+    def commands(group, prefix=""):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, f"{name} ")
+            else:
+                yield f"{prefix}{name}", inspect.getsource(command.callback)
+
+    found = dict(commands(typer.main.get_command(cli.app)))
+    silent = {name for name, source in found.items() if not SAYS.search(source) and not STEPS.search(source)}
+    assert silent <= QUICK, "show what they do with `activity` or `progress`, or list them as quick"
+    assert found.keys() >= QUICK
 
 
 def test_a_library_that_logs_a_traceback_is_not_heard(capfd, monkeypatch):

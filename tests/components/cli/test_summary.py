@@ -32,7 +32,18 @@ def test_a_step_that_ran_has_its_time_and_a_restored_one_has_none(tmp_path):
     assert (run["total_seconds"], run["peak_rss_mb"], run["model_version"]) == (2.5, 100.0, None)
     assert run["machine"]["cores"] >= 1
     assert run["machine"]["processor"]
+    show(tmp_path, run)
     assert json.loads((tmp_path / "reports/run.json").read_text()) == run
+
+
+def test_a_summary_that_can_not_be_written_is_shown_and_named(tmp_path, capsys):
+    leave(tmp_path, STAGES[0], "a", record="a")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/.run.json.partial").mkdir()  # a file that can't be written, also for root
+    with pytest.raises(IsADirectoryError) as error:
+        show(tmp_path, summarise(tmp_path))
+    assert error.value.filename == str(tmp_path / "reports/run.json")
+    assert "2 s in total" in capsys.readouterr().out
 
 
 def test_the_registered_version_is_shown_with_the_sentence_that_decided_about_it(tmp_path, capsys):

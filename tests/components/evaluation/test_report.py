@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import needs_browser, open_browser, open_tab
 from components.evaluation import confusion, report, training_curves
 from univigu.evaluation.claims import summarise
 
@@ -87,8 +88,9 @@ def test_a_page_is_stamped_with_the_run_and_with_links():
     assert report.RUN not in stamped
 
 
-def test_clips_can_be_paused_and_samples_sorted_without_a_script():
-    right, wrong = (
+def right_and_wrong():
+    """Two samples: a caption without a mistake, and one with two."""
+    return [
         report.clip_sample(
             {"video": report.preview(clip(), 8)}, prompt="p", text=name, truth=truth, found={}, correct=correct
         )
@@ -96,7 +98,11 @@ def test_clips_can_be_paused_and_samples_sorted_without_a_script():
             ("right", {"colour": "red"}, {"colour": True}),
             ("wrong", {"colour": "red", "speed": "slow"}, {"colour": False, "speed": False}),
         )
-    )
+    ]
+
+
+def test_clips_can_be_paused_and_samples_sorted_without_a_script():
+    right, wrong = right_and_wrong()
     page = render(samples={"captions": [right, wrong], "worst": [wrong], "generation": [], "joint": []})
     assert 'style="--mistakes:0"' in page
     assert 'style="--mistakes:2"' in page
@@ -104,6 +110,50 @@ def test_clips_can_be_paused_and_samples_sorted_without_a_script():
     for needed in ('id="pause"', "body:has(#pause:checked)", 'id="worst-first"', "body:has(#worst-first:checked)"):
         assert needed in page
     assert "<script" not in page
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_browser_shows_the_page_on_a_telephone_too_and_it_pauses_and_sorts(tmp_path):
+    right, wrong = right_and_wrong()
+    said = [{"task": "captions", "truth": f'{{"digit": "{n}"}}', "found": f'{{"digit": "{n + 1}"}}'} for n in range(20)]
+    losses = [(step, 1.0 + step % 7) for step in range(100)]
+    page = render(
+        samples={
+            "captions": [right, wrong],
+            "worst": [wrong],
+            "generation": [right],
+            "joint": [{**wrong, "text": "w" * 300}],
+        },
+        confusion=confusion.count_confusions(said, "digit"),
+        charts={"training": [report.line_chart("Stage 1", "step", {"video": losses})]},
+        funnel=report.funnel_steps(
+            [{"step": "curate", "rows_in": 9, "rows_out": 5, "quarantined": 4, "reasons": {"x" * 90: 4}}]
+        ),
+    )
+    facts, links = {"Date": "today", "Commit": "0123456789" * 4 + "-dirty"}, {"Data Docs": "docs/index.html"}
+    (tmp_path / "index.html").write_text(report.stamp(page, facts, links))
+    with open_browser() as browser:
+        tab, complaints = open_tab(browser, tmp_path.as_uri())
+        tab.goto((tmp_path / "index.html").as_uri())
+        for scheme in ("light", "dark"):
+            tab.emulate_media(color_scheme=scheme)
+            for width in (1440, 390):
+                tab.set_viewport_size({"width": width, "height": 844})
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert [tab.locator(".result b").nth(n).bounding_box()["y"] < 844 for n in range(3)] == [True] * 3
+
+        captions, clips = tab.locator("#captions ~ .samples").first.locator(".sample"), tab.locator(".clip .moves")
+        assert captions.nth(0).bounding_box()["y"] < captions.nth(1).bounding_box()["y"]
+        tab.get_by_label("most mistakes first").check()
+        assert captions.nth(0).bounding_box()["y"] > captions.nth(1).bounding_box()["y"]
+        assert captions.nth(1).inner_text().startswith("video\nwrong")
+        clips.first.scroll_into_view_if_needed()
+        assert tab.locator(".clip .still:visible").count() == 0
+        tab.get_by_label("Pause all clips").check()
+        assert (tab.locator(".clip .moves:visible").count(), tab.locator(".clip .still:visible").count()) == (0, 5)
+        assert tab.evaluate("[...document.querySelectorAll('.still')].every(one => one.naturalWidth > 0)")
+        assert complaints == []
 
 
 def test_a_confusion_matrix_has_a_row_for_each_true_value():

@@ -101,6 +101,13 @@ def test_a_candidate_that_is_not_better_does_not_replace_the_champion(versions, 
     assert versions.aliases(name) == (1, None)
 
 
+def test_the_request_for_a_first_champion_compares_with_nothing():
+    comparison = promotion.Comparison("uni-vigu", 1, None, "captions.mean", True, "the first one (captions.mean 0.071)")
+    body = approval.describe(comparison, {}, Path(), {})
+    assert body.startswith("There is no champion yet, so version 1 would be the first one (captions.mean 0.071).\n")
+    assert "compares the two" not in body
+
+
 def test_with_a_server_the_request_for_an_approval_shows_the_samples_of_both_versions(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@mlflow:5000/")
     comparison = promotion.Comparison("uni-vigu", 3, 1, "captions.mean", True, "better")

@@ -1,6 +1,7 @@
 """Plans of the bundled profiles, held against figures known from elsewhere."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from components.cli.main import app
-from components.cli.plan import as_text
-from components.pipeline.profiles import load_profile
+from components.cli.plan import as_text, usual_gpus
+from components.pipeline.profiles import load_profile, with_settings
 from components.planning import cost as planning
+from components.planning.inference import make_inference_plan
 from components.planning.meta_models import build_models
 from univigu import wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError
@@ -156,6 +158,23 @@ def test_a_model_that_is_too_large_for_the_gpu_is_said_to_be_with_what_would_fit
 def test_what_makes_no_sense_is_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         planning.make_plan(load_profile("wan-1.3b"), ROOT, **{"gpus": 16, "gpu": "h800", **arguments})
+
+
+@pytest.mark.parametrize("changed", ["video.frames=50", "video.width=50"])
+def test_clips_that_the_base_can_not_take_are_refused_as_they_would_be_later(changed):
+    profile = load_profile(with_settings("tiny", [changed]))
+    for plan in (partial(planning.make_plan, gpus=8), partial(make_inference_plan, task="caption")):
+        with pytest.raises(ConfigError, match=r"choose 4k \+ 1 frames and sides that are multiples of 8"):
+            plan(profile, ROOT, gpu="h800")
+
+
+def test_without_a_number_of_gpus_a_plan_is_for_as_many_as_share_the_batches():
+    assert {name: usual_gpus(load_profile(name)) for name in ("tiny", "smoke", "wan-1.3b", "wan-14b")} == {
+        "tiny": 8,
+        "smoke": 8,
+        "wan-1.3b": 16,
+        "wan-14b": 16,
+    }
 
 
 def test_a_base_that_is_neither_there_nor_known_is_refused(tmp_path):

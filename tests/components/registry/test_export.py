@@ -157,6 +157,14 @@ def test_a_version_whose_files_were_changed_after_its_promotion_is_not_pulled(pr
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_version_whose_files_are_gone_is_not_said_to_be_changed_by_someone(promoted, tmp_path):
+    for path in stored(promoted).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(MissingInputError, match="is registered, but its files can't be reached"):
+        pull_version("served", "champion", tmp_path / "served", promoted)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_times_ids_and_folders_of_an_upload_change_no_digest(promoted):
     before = version_files.folder_digest(stored(promoted))
     for old in (b"/model/univigu/mlflow_model.py", b"utc_time_created: '20", b"run_id: ", b"model_size_bytes: "):

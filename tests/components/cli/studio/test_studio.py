@@ -3,19 +3,18 @@
 import io
 import json
 import re
-import shutil
 import urllib.error
 import urllib.request
 
 import av
 import pytest
 
+from browser import needs_browser, open_browser, open_tab
 from components.cli.studio import gallery
 from components.registry import promotion
 from univigu.video import encode_mp4
 
 pytestmark = pytest.mark.slow
-BROWSER = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +134,9 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
         assert said in client.predict("a seven", "", steps, "", 0, api_name="/generate")[0]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no chromium (Debian: `apt install chromium`)")
+@needs_browser
 def test_each_page_opens_in_a_browser_without_an_error_or_a_request_to_elsewhere(studio_server):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+    with open_browser() as browser:
         for page, shows in PAGES.items():
             tab, wrong = open_tab(browser, studio_server.url)
             tab.goto(f"{studio_server.url}/{page}")
@@ -155,7 +151,6 @@ def test_each_page_opens_in_a_browser_without_an_error_or_a_request_to_elsewhere
                 make_with_the_keyboard(tab)
             assert wrong == []
             tab.close()
-        browser.close()
 
 
 def make_with_the_keyboard(tab):
@@ -165,17 +160,6 @@ def make_with_the_keyboard(tab):
     tab.keyboard.press("Enter")
     tab.locator(".uv-clips[role=status] video").wait_for(timeout=60_000)
     assert tab.locator(".uv-clips[role=status] i").count() == 0
-
-
-def open_tab(browser, url):
-    """A tab, and the list of its errors, dialogs, and requests to elsewhere."""
-    tab, wrong = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light"), []
-    tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("dialog", lambda dialog: wrong.append(dialog.message))
-    own = (url, "data:", "blob:")
-    tab.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))
-    return tab, wrong
 
 
 PAGES = {"": "newest first", "runs": "step 6 of 6", "data": "{{7}} ${7}", "create": "The next result is made with"}
