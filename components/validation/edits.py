@@ -113,9 +113,9 @@ def _unrecorded_step(root: Path, profile: Mapping[str, Any], edits: Sequence[Edi
     stage = find_stage(PAIRS)
     inputs = {name: root / find_stage(maker).home for name, maker in stage.inputs.items()}
     inputs |= {name: inside(root, section(profile, key)) for name, key in stage.sources.items()}
-    folders = dict.fromkeys(("out", "scratch", "previous", "records", "docs"), folder)
     sections = {name: section(profile, name) for name in stage.parameters}
-    step = Step(stage, root, sections, {**inputs, EDITED: root / EDITS}, {}, {}, code={}, **folders)
+    own = [folder] * 5  # out, scratch, previous, records, docs
+    step = Step(stage, root, sections, {**inputs, EDITED: root / EDITS}, {}, {}, *own, code={})
     step.edits = tuple(edits)
     return step
 

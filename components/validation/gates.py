@@ -93,8 +93,11 @@ def find_reasons(name: str, frame: Any, suite: Sequence[Any]) -> dict[str | None
     rowwise = [expectation for expectation in suite if (expectation.meta or {}).get("reason")]
     results, _ = _validate(name, frame, rowwise, Path(name))
     found: dict[str | None, tuple[str, str]] = {}
-    failed = [result for result in results if not result.success]
-    _reject_rows(failed, frame, lambda row_id, reason, detail: found.setdefault(row_id, (reason, detail)))
+
+    def note(row_id: str | None, reason: str, detail: str) -> None:
+        found[row_id] = (reason, detail)
+
+    _reject_rows([result for result in results if not result.success], frame, note)
     return found
 
 

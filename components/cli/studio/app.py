@@ -7,7 +7,8 @@ import gradio as gr
 from components.cli.studio import create_page, data_page, models_page, runs_page
 from components.cli.studio.work import Studio
 
-STYLE = Path(__file__).parent / "studio.css"
+STYLE = Path(__file__).with_name("studio.css")
+SCRIPT = Path(__file__).with_name("studio.js")
 PAGES = {  # by path
     "": ("Models", models_page.build),
     "runs": ("Runs", runs_page.build),
@@ -32,6 +33,11 @@ def _page(path: str, app: gr.Blocks, studio: Studio) -> None:
     gr.Navbar(main_page_name=PAGES[""][0])
     gr.HTML(f"<h1>{title}</h1>")
     fill(studio, app)
+
+
+def script() -> str:
+    """The pages' own script, for keys and synchronised videos, as HTML for their heads."""
+    return f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>"
 
 
 def theme() -> gr.themes.Base:

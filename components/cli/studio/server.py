@@ -40,8 +40,8 @@ def choose_token(host: str, given: str) -> str:
     return given or ("" if is_loopback(host) else secrets.token_urlsafe(24))
 
 
-def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
-    """Serve the studio until SIGINT or SIGTERM; prints its address once it listens."""
+def serve(root: Path, name: str, host: str, port: int, token: str, profile: str | None = None) -> None:
+    """Serve the studio until SIGINT or SIGTERM; prints its address once it listens. profile: see `Studio`."""
     os.environ.update(_QUIET)
     _require_gradio()
     import uvicorn
@@ -51,7 +51,7 @@ def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
     with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="univigu-studio-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(cache) / "uploads")
         port = listening.getsockname()[1]
-        app = Guard(make_app(Studio(root, name, Path(cache))), token, port, is_loopback(host))
+        app = Guard(make_app(Studio(root, name, Path(cache), profile)), token, port, is_loopback(host))
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
         say("Press Ctrl-C to stop.")
@@ -119,4 +119,5 @@ def make_app(studio: "Studio") -> "FastAPI":
         max_file_size=LARGEST_UPLOAD,
         theme=pages.theme(),
         css_paths=[pages.STYLE],
+        head=pages.script(),
     )
