@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +19,9 @@ from components.pipeline.manifests import inside
 from components.pipeline.stages import find_stage
 from univigu.errors import CorruptDataError, MissingInputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 CLIPS, CAPTIONS, PAIRS = "synthesize-videos", "caption-videos", "validate-pairs"
 STEPS = (CLIPS, "validate-clips", CAPTIONS, PAIRS, "encode-latents")  # whose rejected rows are clips
 _OF_PAIRS = (PAIRS, "encode-latents")  # their ids are STAGE-CLIP
@@ -26,6 +29,7 @@ PAGE = 24  # clips of a page
 LONGEST_SEARCH = 200  # characters
 KEPT, QUARANTINED = "kept", "quarantined"
 SAME_VIDEO = "same_video"  # the reason of a clip with the same bytes as another one
+FITTED, FITTED_PIXELS = 32, 8_000_000  # clips, and pixels of all of them, whose colours previews are fitted to
 PRELOADED_PIXELS = 2_000_000  # of a clip whose first frame is shown before it is played
 
 
@@ -83,6 +87,21 @@ def read_clip(root: Path, clip_id: str) -> bytes:
     inside(path.parent, rows[0]["shard"])
     ((_, content),) = read_clips(path.parent, rows)
     return content
+
+
+def some_frames(root: Path) -> "list[np.ndarray]":
+    """The first frames, uint8 (F, H, W, 3) with F = 4k + 1, of some stored clips; none where no clips were made."""
+    from univigu.video import decode_mp4
+
+    path = _table(root, CLIPS, "clips")
+    rows = _read(path, ["id", "shard", "member"], None).slice(0, FITTED).to_pylist() if path.is_file() else []
+    found: list[np.ndarray] = []
+    for _, content in read_clips(path.parent, rows):
+        frames, _ = decode_mp4(content)
+        frames = frames[: 4 * ((min(len(frames), 9) - 1) // 4) + 1]
+        if sum(one.size for one in (*found, frames)) <= 3 * FITTED_PIXELS:
+            found.append(frames)
+    return found
 
 
 # --- the index -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.cli import chosen_model
 from components.cli.known_words import describe_unknown_words
-from components.cli.studio import gallery
+from components.cli.studio import clips, gallery
 from components.cli.studio.gallery import Result
 from components.cli.studio.tracing import LatentColours, Moment, Progress, Stopped, Tracer, fit_colours
 from components.cli.studio.work import Studio
@@ -70,7 +70,7 @@ class Model:
         with self._lock:
             if self._colours is None:
                 # pyrefly: ignore[missing-attribute]
-                self._colours = fit_colours(self._pipeline.vae)
+                self._colours = fit_colours(self._pipeline.vae, clips.some_frames(self._studio.root))
             return self._colours
 
     def _choose(self) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import base64
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from univigu.errors import BadInputError
@@ -62,46 +62,58 @@ class LatentColours(NamedTuple):
         return parts.transpose(2, 3).reshape(moments, height * self.patch, width * self.patch, 3).cpu().numpy()
 
 
-def fit_colours(vae: Any, side: int = 64) -> LatentColours:
-    """The map with the least squares of errors on random videos, which an autoencoder encodes.
+def fit_colours(vae: Any, clips: Sequence["np.ndarray"] = ()) -> LatentColours:
+    """The map with the least squares of errors on some clips (F, H, W, 3), F = 4k + 1, and on drawn shapes.
 
-    side: pixels of a video of 9 frames. Each place of the latents is compared with the pixels that it stands for, in
-    as many parts as its channels can tell apart. The videos are the same each time: smooth ones and ones with edges.
+    Each place of the latents is compared with the pixels that it stands for, in as many parts as its channels can tell
+    apart. Clips that the autoencoder knows make the colours better; without any, those of a small one are rough.
     """
+    import torch
+
+    videos = [torch.from_numpy(clip)[None] for clip in clips]
+    pairs = [_pairs(vae, video) for video in (_draw_shapes(), *videos)]
+    given, target = (torch.cat(parts).double() for parts in zip(*pairs, strict=True))
+    given = torch.cat([given, given.new_ones(len(given), 1)], 1)
+    weight = torch.linalg.lstsq(given, target).solution
+    left = (given @ weight - target).square().sum() / (target - target.mean(0)).square().sum()
+    return LatentColours(weight.float(), math.isqrt(target.shape[1] // 3), 1 - float(left))
+
+
+def _pairs(vae: Any, videos: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """The latents (N, C) of all places of uint8 videos (B, F, H, W, 3), and their colours (N, patch x patch x 3)."""
     import torch
     from torch.nn import functional
 
     from univigu import wan
 
-    pixels = _random_videos(side)
-    latents = wan.encode_frames(vae, (pixels * 255).round().byte().movedim(1, -1)).cpu()
+    latents, pixels = wan.encode_frames(vae, videos).cpu(), videos.movedim(-1, 1).float() / 255
     count, channels, moments, height, width = latents.shape
-    patch = max(1, min(math.isqrt(channels // 3), side // height))
+    patch = max(1, min(math.isqrt(channels // 3), videos.shape[2] // height))
     size = (height * patch, width * patch)
-    first = functional.adaptive_avg_pool3d(pixels[:, :, :1], (1, *size))  # the first frame has its own latents
-    after = functional.adaptive_avg_pool3d(pixels[:, :, 1:], (moments - 1, *size))
-    target = torch.cat([first, after], 2).reshape(count, 3, moments, height, patch, width, patch)
-    target = target.permute(0, 2, 3, 5, 4, 6, 1).reshape(-1, patch * patch * 3).double()
-    given = latents.movedim(1, -1).reshape(-1, channels).double()
-    given = torch.cat([given, given.new_ones(len(given), 1)], 1)
-    weight = torch.linalg.lstsq(given, target).solution
-    left = (given @ weight - target).square().sum() / (target - target.mean(0)).square().sum()
-    return LatentColours(weight.float(), patch, 1 - float(left))
+    means = functional.adaptive_avg_pool3d(pixels[:, :, :1], (1, *size))  # the first frame has its own latents
+    if moments > 1:
+        after = functional.adaptive_avg_pool3d(pixels[:, :, 1:], (moments - 1, *size))
+        means = torch.cat([means, after], 2)
+    target = means.reshape(count, 3, moments, height, patch, width, patch).permute(0, 2, 3, 5, 4, 6, 1)
+    return latents.movedim(1, -1).reshape(-1, channels), target.reshape(-1, patch * patch * 3)
 
 
-def _random_videos(side: int) -> "Tensor":
-    """Videos (B, 3, 9, side, side) in 0..1: noise of several scales, smooth or in blocks."""
+def _draw_shapes(side: int = 64, count: int = 24) -> "Tensor":
+    """Videos uint8 (B, 9, side, side, 3) of two plain shapes that move over a plain background; the same each time."""
     import torch
-    from torch.nn import functional
 
     generator = torch.Generator().manual_seed(0)
-    videos = []
-    for cells in (2, 4, 8, 16):
-        seeds = torch.rand(4, 3, 3, cells, cells, generator=generator)  # (B, 3, frames, height, width)
-        size = (9, side, side)
-        videos += [functional.interpolate(seeds[:2], size=size, mode="trilinear", align_corners=True)]
-        videos += [functional.interpolate(seeds[2:], size=size, mode="nearest")]
-    return torch.cat(videos)
+    videos = torch.rand(count, 1, 1, 1, 3, generator=generator).repeat(1, 9, side, side, 1)
+    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    for video in videos:
+        for is_round in (True, False):
+            start, end, colour = torch.rand(3, 3, generator=generator)
+            radius = 0.03 + 0.12 * float(torch.rand(1, generator=generator))
+            for number, frame in enumerate(video):
+                across, down = x - start[0].lerp(end[0], number / 8), y - start[1].lerp(end[1], number / 8)
+                away = torch.hypot(across, down) if is_round else torch.maximum(across.abs(), down.abs())
+                frame[away < radius] = colour
+    return (videos * 255).round().byte()
 
 
 class Tracer:

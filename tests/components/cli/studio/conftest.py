@@ -148,6 +148,7 @@ def editable_root(full_root, versions, recommit, tmp_path_factory):
     for right in (10, 30):
         versions.add("pairs", right, pipeline=REPO / "model/tiny-univigu")
     shutil.copy(full_root / "mlflow.db", root)
+    shutil.copytree(full_root / ".univigu", root / ".univigu")  # the note of the training run
     registry.set_alias("pairs", "champion", 1, tracking_uri(root))
     return root
 

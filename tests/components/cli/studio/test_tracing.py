@@ -8,6 +8,7 @@ import pytest
 
 from components.cli import chosen_model
 from components.cli.studio.tracing import Stopped, Tracer, fit_colours, picture
+from components.digits import world
 
 pytestmark = pytest.mark.slow
 MODEL = Path(__file__).parents[4] / "model/tiny-univigu"
@@ -21,7 +22,11 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def colours(pipeline):
-    return fit_colours(pipeline.vae)
+    rng = np.random.default_rng(0)
+    attributes = [world.sample_attributes(rng) for _ in range(40)]
+    return fit_colours(
+        pipeline.vae, list(world.render(attributes, world.draw_scans(attributes, world.train_scans(), 1), 1))
+    )
 
 
 def test_the_video_is_seen_after_each_step_and_ends_as_the_result(pipeline, colours):
@@ -34,8 +39,7 @@ def test_the_video_is_seen_after_each_step_and_ends_as_the_result(pipeline, colo
     assert np.array_equal(tracer.video(pipeline), frames)
     small = frames.reshape(9, 16, 2, 16, 2, 3).mean((2, 4))
     truth = np.stack([small[0], small[1:5].mean(0), small[5:].mean(0)])
-    error = np.abs(shown - truth).mean()
-    assert error < 0.5 * np.abs(truth - truth.mean((0, 1, 2))).mean()  # far better than one colour
+    assert np.abs(shown - truth).mean() < 25  # of 255
     assert picture(shown).startswith("data:image/png;base64,")
 
 
