@@ -82,7 +82,8 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     captioning.click(run_caption, [mine, file, *caption.fields], shown, api_name="caption", **one_at_a_time)
     jointly.click(run_joint, [mine, *joint.fields], shown, api_name="joint", **one_at_a_time)
     stop.click(page.stop, mine, stopping, api_name="stop", queue=False, show_progress="hidden")
-    moment.input(page.show_moment, [trace, moment], seen, api_visibility="private", show_progress="hidden")
+    scrub: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
+    moment.input(page.show_moment, [trace, moment], seen, **scrub)
     app.load(page.which, None, which, api_name="which")
     app.load(page.show_gallery, at, [at, results], api_name="gallery")
     at.submit(page.show_gallery, at, [at, results], api_visibility="private")

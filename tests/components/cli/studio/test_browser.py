@@ -74,10 +74,6 @@ def serious_faults(tab):
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(tab).response["violations"]
-    for fault in found:
-        if fault["impact"] in ("serious", "critical"):
-            for node in fault["nodes"]:
-                print(fault["id"], node["target"], node["failureSummary"].replace(chr(10), " ")[:220])
     return [
         (fault["id"], [node["html"][:200] for node in fault["nodes"]])
         for fault in found
@@ -128,10 +124,6 @@ def test_a_video_is_made_with_the_keyboard_and_looked_at_on_the_way(open_page):
     tab.locator("#moment input[type=range]").focus()
     for _ in range(11):
         tab.keyboard.press("ArrowLeft")
-    print(tab.locator("#moment input").evaluate_all("all => all.map(one => [one.type, one.value, one.min, one.max])"))
-    tab.wait_for_timeout(3000)
-    print(seen.inner_text())
-    tab.screenshot(path="/tmp/h_studio/scrub.png")
     seen.get_by_text(re.compile(r"τ = 0\.0\d")).wait_for()
     assert seen.locator("img").get_attribute("src") != last
     take_picture(tab, "create")
