@@ -88,6 +88,7 @@ def take_picture(tab, name):
         return
     path = Path(folder) / f"studio-{name}.webp"
     path.parent.mkdir(parents=True, exist_ok=True)
+    tab.wait_for_timeout(800)  # until videos are painted
     tab.screenshot(path=path.with_suffix(".png"))
     Image.open(path.with_suffix(".png")).save(path, quality=70, method=6)
     path.with_suffix(".png").unlink()
@@ -126,6 +127,9 @@ def test_a_video_is_made_with_the_keyboard_and_looked_at_on_the_way(open_page):
         tab.keyboard.press("ArrowLeft")
     seen.get_by_text(re.compile(r"τ = 0\.0\d")).wait_for()
     assert seen.locator("img").get_attribute("src") != last
+    for _ in range(8):
+        tab.keyboard.press("ArrowRight")
+    seen.get_by_text(re.compile(r"τ = 0\.[3-9]\d")).wait_for()
     take_picture(tab, "create")
 
 
