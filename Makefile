@@ -82,6 +82,9 @@ docs: install ## Build the documentation site in site/; `mkdocs serve` previews 
 figures: install ## Write the figures in README.md and docs/ from the JSON files in docs/figures
 	@python docs/figures.py $(FILES)
 
+screenshots: install ## Take the pictures in docs/studio.md with the test of the studio in a browser
+	UNIVIGU_SCREENSHOTS=docs/images pytest tests/components/cli/studio/test_browser.py
+
 profiles: install ## Write the reference of all settings and their schema: docs/profiles.md, components/profiles/schema.json
 	@univigu profile reference > docs/.profiles.md && mv docs/.profiles.md docs/profiles.md
 	@univigu profile schema > components/profiles/.schema && mv components/profiles/.schema components/profiles/schema.json

@@ -1,4 +1,4 @@
-"""`univigu data`: import videos, export clips, tag versions of the dataset, and move latents to an object store."""
+"""`univigu data`: import videos, export and edit clips, tag versions of the dataset, offload latents."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,8 @@ import typer
 
 from components.cli.options import Profile, profile_in_use
 from components.pipeline.progress import activity
+from components.pipeline.stages import EDITS
+from univigu.errors import ConfigError
 
 app = typer.Typer(
     help="Import your own videos, export clips, tag versions of the dataset, move latents to an object store."
@@ -220,6 +222,40 @@ def withdraw(
     print("\n".join(withdrawal.describe(found)))
     if report:
         withdrawal.write_report(report, found)
+
+
+@app.command(epilog="Example: `univigu data edit --id 3f2a-0 --exclude --dry-run`")
+def edit(
+    item: Annotated[str, typer.Option("--id", help="The clip, by its id.")] = "",
+    caption: Annotated[str, typer.Option(help="The caption that it gets.")] = "",
+    exclude: Annotated[bool, typer.Option("--exclude", help="Leave the clip out.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take back the last edit of the clip.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List all edits, oldest first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+    profile: Profile = None,
+    root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
+) -> None:
+    """Edit a clip: another caption, or leave it out; `validate-pairs` applies data/edits.json when it runs again."""
+    from components.cli import edits
+    from components.pipeline.profiles import load_profile
+    from components.tracking import actor
+
+    if show:
+        print("\n".join(edits.describe_all(root)))
+        return
+    if not item or sum((bool(caption), exclude, undo)) != 1:
+        raise ConfigError("Give --id, and exactly one of --caption, --exclude and --undo; or --list.")
+    values, clip = load_profile(profile_in_use(profile, root)), edits.open_clip(root, item)
+    if caption:
+        proposal = edits.propose_caption(root, values, clip, caption, actor())
+    else:
+        propose = edits.propose_exclusion if exclude else edits.propose_undo
+        proposal = propose(root, values, clip, actor())
+    print(", ".join(proposal.describe()))
+    if dry_run:
+        return
+    line = edits.apply(root, proposal)
+    print(f"This is line {line.number} of {EDITS}: commit it. Next: `univigu run validate-pairs`.")
 
 
 @app.command(epilog="Example: `univigu data snapshot --push`")

@@ -249,6 +249,7 @@ def code(profile: Profile = None, root: Root = Path(".")) -> None:
     """Write the files that dvc.yaml watches: .univigu/steps/STEP.json, with the digest of its code and its settings."""
     from components.pipeline.fingerprint import code_digest, stage_code
     from components.pipeline.profiles import load_profile
+    from components.pipeline.runner import code_entries
     from components.pipeline.stages import STAGES
     from components.pipeline.state import STATE
     from univigu.files import write_json
@@ -258,9 +259,8 @@ def code(profile: Profile = None, root: Root = Path(".")) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         settings = {key: values[key] for key in (*stage.sources.values(), *stage.parameters)}
-        write_json(
-            folder / f"{stage.name}.json", {"code": code_digest(stage_code(stage, values)), "settings": settings}
-        )
+        digest = code_digest(stage_code(stage, values, code_entries(stage, root)))
+        write_json(folder / f"{stage.name}.json", {"code": digest, "settings": settings})
 
 
 @app.command()

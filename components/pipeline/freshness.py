@@ -11,7 +11,8 @@ from components.pipeline import stages
 from components.pipeline.digests import json_digest, source_digest
 from components.pipeline.fingerprint import code_digest, stage_code
 from components.pipeline.manifests import Recipe, inside, read_manifest, verify
-from components.pipeline.runner import imported, make_step, section
+from components.pipeline.runner import code_entries, imported, make_step, section
+from components.pipeline.stages import EDITED, EDITS
 from univigu.errors import BadInputError, MissingInputError
 
 
@@ -93,6 +94,8 @@ def recipes(profile: Mapping[str, Any], root: Path) -> dict[str, str]:
     for stage in stages.STAGES:
         own = {name: section(profile, name) for name in stage.parameters}
         read = {name: digests.get(key) for name, key in stage.sources.items()}
+        entries = code_entries(stage, root)
+        read |= {EDITED: source_digest(root / EDITS)} if entries else {}
         before = [known[name] for name in stage.inputs.values()]
-        known[stage.name] = json_digest([own, read, code_digest(stage_code(stage, profile)), before])
+        known[stage.name] = json_digest([own, read, code_digest(stage_code(stage, profile, entries)), before])
     return known

@@ -20,19 +20,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from components.pipeline import aside, commit
 from components.pipeline.digests import source_digest
 from components.pipeline.fingerprint import stage_code
 from components.pipeline.manifests import inside, read_manifest, stamps, verify
 from components.pipeline.notes import FAILURE, note_path, remove_note, write_note
-from components.pipeline.stages import Stage, find_stage
+from components.pipeline.stages import EDITED, EDITS, EXCLUDED, Stage, find_stage
 from components.pipeline.state import STATE, Lock, lock
-from components.pipeline.step import Step
+from components.pipeline.step import Step, load_function
 from components.pipeline.weights import how_to_fetch
 from components.pipeline.withdrawn import REASON as WITHDRAWN
 from components.pipeline.withdrawn import read_withdrawn
@@ -51,7 +51,9 @@ from univigu.errors import (
 )
 from univigu.files import write_json
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from components.pipeline.edits import Edit
+
 IMPORTED = "import-"  # prefix of the step names of `univigu data import`
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +119,7 @@ def run_adhoc_part(
         step.out.mkdir(parents=True, exist_ok=True)
         aside.keep_foreign_shards(step)
         try:
-            _load_function(stage)(step)
+            load_function(stage.function)(step)
         except PartEnded as ended:
             return {"made": ended.made, "kept": ended.kept}
         raise AssertionError(f"'{stage.name}' is declared as sharded but did not call map_shards")
@@ -204,7 +206,7 @@ def _maker_of(error: Exception, stage: Stage, root: Path) -> str | None:
 def _run_worker_rank(stage: Stage, profile: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Run a step as one of several processes of torchrun; rank 0 prepares and commits."""
     step = make_step(stage, profile, root)
-    _load_function(stage)(step)
+    load_function(stage.function)(step)
     return {"rows_in": step.rows_in, "rows_out": step.rows_out, "quarantined": 0, "reasons": {}}
 
 
@@ -218,7 +220,8 @@ def _run_locked(
     _prepare_staging(step.out, step.scratch, step.key)
     aside.note_recipe(step)
     try:
-        _load_function(stage)(step)
+        load_function(stage.function)(step)
+        step.rows_in += step.reasons[EXCLUDED]  # which the step's function never saw
         _write_rejected(step)
     except GateFailedError:
         step._rejected.write(step.scratch)
@@ -227,6 +230,7 @@ def _run_locked(
         step._rejected.close()
     held.require()
     manifest = commit.commit(step)
+    _tell_of_edits(manifest)
     shutil.rmtree(step.scratch, ignore_errors=True)
     _record_run(root, manifest, step.key, time.monotonic() - started)
     return manifest
@@ -247,7 +251,7 @@ def make_step(stage: Stage, profile: Mapping[str, Any], root: Path) -> Step:
         previous=inside(root, stage.home),
         records=root / STATE / "shards" / stage.name,
         docs=root / STATE / "docs" / stage.name,
-        code=stage_code(stage, profile),
+        code=stage_code(stage, profile, [stage.function, stage.edits] if EDITED in inputs else ()),
     )
 
 
@@ -291,7 +295,25 @@ def _resolve_inputs(
         inputs[name] = path
         seen[name] = stamps(path)
         digests[name] = source_digest(path)
+    if edits_in_force(stage, root):
+        inputs[EDITED] = root / EDITS
+        seen[EDITED] = stamps(inputs[EDITED])
+        digests[EDITED] = source_digest(inputs[EDITED])
     return inputs, digests, seen
+
+
+def code_entries(stage: Stage, root: Path) -> list[str]:
+    """What the code of a step starts from (`stage_code`) where people's edits are in force; empty: only the step."""
+    return [stage.function, stage.edits] if edits_in_force(stage, root) else []
+
+
+def edits_in_force(stage: Stage, root: Path) -> "tuple[Edit, ...]":
+    """People's edits that a step has to apply; without any, the file is not an input of the step."""
+    if not stage.edits or not (root / EDITS).is_file():
+        return ()
+    from components.pipeline.edits import in_force, read_edits  # importing pydantic takes a tenth of a second
+
+    return in_force(read_edits(root))
 
 
 def section(profile: Mapping[str, Any], key: str) -> Any:
@@ -300,24 +322,29 @@ def section(profile: Mapping[str, Any], key: str) -> Any:
     return profile[key]
 
 
-def _load_function(stage: Stage) -> Callable[[Step], None]:
-    from importlib import import_module
-
-    module, _, function = stage.function.partition(":")
-    return getattr(import_module(module), function)
-
-
 def _write_rejected(step: Step) -> None:
     """Write the rejected rows; raises `GateFailedError` if their share of the input rows is too large."""
     quarantined = step._rejected.write(step.out)
     own = step.parameters[step.stage.parameters[-1]] if step.stage.parameters else None
     limit = own.get("max_rejected_share", 1.0) if isinstance(own, Mapping) else 1.0
-    if quarantined - step.reasons[WITHDRAWN] > limit * max(step.rows_in, 1):
+    decided = step.reasons[WITHDRAWN] + step.reasons[EXCLUDED]  # by people, so nothing is wrong with the data
+    if quarantined - decided > limit * max(step.rows_in, 1):
         counts = ", ".join(f"{reason} {count}" for reason, count in step.reasons.most_common())
         kept = step.scratch / "rejected.parquet"
         raise GateFailedError(
             f"'{step.stage.name}' rejected {quarantined} of {step.rows_in} rows, more than the profile's share of "
             f"{limit:g} ({counts}); they are in {kept}."
+        )
+
+
+def _tell_of_edits(manifest: Mapping[str, Any]) -> None:
+    failed = manifest["facts"].get(EDITED, {}).get("not_applied", [])
+    if failed:
+        print(
+            f"{manifest['step']}: {len(failed)} edits in {EDITS} were not applied, because their clips or captions "
+            f"are others by now: {', '.join(map(str, failed[:10]))}. `univigu data edit --list` "
+            "shows them; undo them, or make them again.",
+            file=sys.stderr,
         )
 
 

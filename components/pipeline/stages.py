@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 
 from univigu.errors import ConfigError
 
+EDITS = "data/edits.json"  # people's edits of clips (`components.pipeline.edits`)
+EDITED = "edits"  # its name among the inputs of a step
+EXCLUDED = "excluded"  # the reason of rows that someone excluded
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -33,6 +37,8 @@ class Stage:
     parameters: tuple[str, ...] = ()  # the profile's sections that decide its output
     # Code that is chosen by name: a package, a folder of data files, or module:TABLE -> where the profile names it.
     plugins: Mapping[str, str] = field(default_factory=dict)
+    # "module:function" that applies the edits in `EDITS` to a table that the step reads: (step, name, table) -> table.
+    edits: str = ""
     carries: tuple[str, ...] = ()  # packages that are copied into its output, so that all of their code counts
     # On a cluster: the name of a secret, which need not exist -> the environment variables that it sets.
     secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -107,6 +113,7 @@ STAGES: tuple[Stage, ...] = (
         sources={"base": "base"},
         parameters=("text", "validate_data"),
         plugins={"components.checks": "validate_data.caption_checks"},
+        edits="components.validation.edits:apply_edits",
     ),
     Stage(
         "encode-latents",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,7 @@ from components.pipeline.fingerprint import stage_code
 from components.pipeline.manifests import Recipe
 from components.pipeline.progress import Meter, progress
 from components.pipeline.shard_records import read_record, record_keys, write_record
+from components.pipeline.stages import EDITED
 from components.pipeline.state import STATE, lock
 from components.pipeline.tables import TableWriter, read_table, write_table
 from components.pipeline.withdrawn import DETAIL, REASON, Withdrawn, read_withdrawn
@@ -32,6 +34,7 @@ from components.pipeline.workspace import Part, PartEnded, Workspace
 from univigu.files import file_sha256, link_or_copy, sync_tree
 
 if TYPE_CHECKING:
+    from components.pipeline.edits import Edit
     from components.settings.profile import Profile
 
 T = TypeVar("T")
@@ -90,8 +93,16 @@ class Step(Workspace):
         return self.root / STATE / "kept" / self.stage.name / key[:16]
 
     def read(self, source: str, table: str) -> pa.Table:
-        """Read a table of the input called `source`."""
-        return read_table(self.inputs[source], table)
+        """Read a table of the input called `source`, with people's edits where the step applies them."""
+        found = read_table(self.inputs[source], table)
+        return load_function(self.stage.edits)(self, table, found) if EDITED in self.inputs else found
+
+    @cached_property
+    def edits(self) -> "tuple[Edit, ...]":
+        """The edits of clips that this step has to apply."""
+        from components.pipeline.edits import in_force, read_edits
+
+        return in_force(read_edits(self.root)) if EDITED in self.inputs else ()
 
     def write(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a table into the output, without withdrawn rows; its number of rows becomes the step's `rows_out`."""
@@ -157,6 +168,12 @@ class Step(Workspace):
         deleted when the shard is finished, and its output rows.
         """
         return _map_batches(self, rows, size, folder, work)
+
+
+def load_function(address: str) -> Callable[..., Any]:
+    """The function ``module:name``, imported now."""
+    module, _, name = address.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _map_shards(

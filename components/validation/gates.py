@@ -85,6 +85,22 @@ def run_gate(
     return Gate(left, report)
 
 
+def find_reasons(name: str, frame: Any, suite: Sequence[Any]) -> dict[str | None, tuple[str, str]]:
+    """The reason and detail of each row that `run_gate` would quarantine, by the row's id; nothing is written.
+
+    What the suite requires of the table as a whole is not examined.
+    """
+    rowwise = [expectation for expectation in suite if (expectation.meta or {}).get("reason")]
+    results, _ = _validate(name, frame, rowwise, Path(name))
+    found: dict[str | None, tuple[str, str]] = {}
+
+    def note(row_id: str | None, reason: str, detail: str) -> None:
+        found[row_id] = (reason, detail)
+
+    _reject_rows([result for result in results if not result.success], frame, note)
+    return found
+
+
 def _reject_rows(failed: Sequence[Any], frame: Any, reject: Reject) -> dict[str | None, list[tuple[str, str]]]:
     """Call `reject` for every failing row; returns the (reason, detail) pairs of each by id.
 

@@ -200,8 +200,8 @@ class Versions:
     def __init__(self, root):
         self.root = root
 
-    def add(self, name, right, items=range(40), tags=None):
-        """A version of `name` that captions items 0 to `right` rightly; returns its number."""
+    def add(self, name, right, items=range(40), tags=None, pipeline=None):
+        """A version of `name` that captions items 0 to `right` rightly, with a folder as its model; its number."""
         import mlflow
 
         with tempfile.TemporaryDirectory() as folder:
@@ -220,6 +220,8 @@ class Versions:
             (Path(folder) / "scores.json").write_text(json.dumps(summarise_rows(rows, seed=0)))
             with mlflow.start_run(experiment_id=open_tracking(self.root)) as run:
                 mlflow.log_artifacts(folder, "model/artifacts/evaluation")
+                if pipeline:
+                    mlflow.log_artifacts(str(pipeline), "model/artifacts/pipeline")
         client = mlflow.MlflowClient()
         with contextlib.suppress(mlflow.exceptions.MlflowException):
             client.create_registered_model(name)

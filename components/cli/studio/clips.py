@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,12 +19,17 @@ from components.pipeline.manifests import inside
 from components.pipeline.stages import find_stage
 from univigu.errors import CorruptDataError, MissingInputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 CLIPS, CAPTIONS, PAIRS = "synthesize-videos", "caption-videos", "validate-pairs"
 STEPS = (CLIPS, "validate-clips", CAPTIONS, PAIRS, "encode-latents")  # whose rejected rows are clips
 _OF_PAIRS = (PAIRS, "encode-latents")  # their ids are STAGE-CLIP
 PAGE = 24  # clips of a page
 LONGEST_SEARCH = 200  # characters
 KEPT, QUARANTINED = "kept", "quarantined"
+SAME_VIDEO = "same_video"  # the reason of a clip with the same bytes as another one
+FITTED, FITTED_PIXELS = 32, 8_000_000  # clips, and pixels of all of them, whose colours previews are fitted to
 PRELOADED_PIXELS = 2_000_000  # of a clip whose first frame is shown before it is played
 
 
@@ -65,6 +70,13 @@ def count_verdicts(root: Path) -> dict[str, int]:
     return {KEPT: kept, QUARANTINED: sum(counts.values()), **dict(sorted(counts.items()))}
 
 
+def read_verdicts(root: Path, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The step that rejected each of some clips, and its reason; empty texts for one that is kept."""
+    index = _index(root, _stamps(root))
+    rows = index.filter(pc.is_in(index["id"], pa.array(list(ids), pa.string()))).to_pylist()
+    return {row["id"]: (row["step"], row["reason"]) for row in rows}
+
+
 def read_clip(root: Path, clip_id: str) -> bytes:
     """The mp4 of a clip; raises `MissingInputError` if it isn't among the clips that were stored."""
     path = _table(root, CLIPS, "clips")
@@ -77,6 +89,21 @@ def read_clip(root: Path, clip_id: str) -> bytes:
     return content
 
 
+def some_frames(root: Path) -> "list[np.ndarray]":
+    """The first frames, uint8 (F, H, W, 3) with F = 4k + 1, of some stored clips; none where no clips were made."""
+    from univigu.video import decode_mp4
+
+    path = _table(root, CLIPS, "clips")
+    rows = _read(path, ["id", "shard", "member"], None).slice(0, FITTED).to_pylist() if path.is_file() else []
+    found: list[np.ndarray] = []
+    for _, content in read_clips(path.parent, rows):
+        frames, _ = decode_mp4(content)
+        frames = frames[: 4 * ((min(len(frames), 9) - 1) // 4) + 1]
+        if sum(one.size for one in (*found, frames)) <= 3 * FITTED_PIXELS:
+            found.append(frames)
+    return found
+
+
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +113,8 @@ def _table(root: Path, step: str, name: str) -> Path:
 
 def _stamps(root: Path) -> tuple[tuple[int, int, int], ...]:
     """When the tables that the index is made of were written."""
-    files = [_table(root, CLIPS, "clips"), *(_table(root, step, "rejected") for step in STEPS)]
+    files = [_table(root, CLIPS, "clips"), _table(root, PAIRS, "pairs")]
+    files += [_table(root, step, "rejected") for step in STEPS]
     found = [file.stat() if file.is_file() else None for file in files]
     return tuple((one.st_ino, one.st_size, one.st_mtime_ns) if one else (0, 0, 0) for one in found)
 
@@ -100,6 +128,10 @@ def _index(root: Path, stamps: tuple[tuple[int, int, int], ...]) -> pa.Table:
             f"No clips are finished in {root} yet; `univigu run synthesize-videos` makes them, or `make demo`."
         )
     rejected = {clip_id: (stage, step, reason) for clip_id, stage, step, reason in _rejected(root)}
+    pairs = _table(root, PAIRS, "pairs")
+    for clip_id in _read(pairs, ["clip_id"], None)["clip_id"].to_pylist() if pairs.is_file() else ():
+        if rejected.get(clip_id, (0, "", ""))[1] == CAPTIONS:
+            del rejected[clip_id]  # someone wrote the caption that the captioner didn't find
     stored = _read(path, ["id", "stage"], None)
     ids, stages = stored["id"].to_pylist(), stored["stage"].to_pylist()
     rows = [(one, stage, *rejected.pop(one, (0, "", ""))[1:]) for one, stage in zip(ids, stages, strict=True)]
@@ -141,6 +173,7 @@ def _filter(root: Path, index: pa.Table, query: Query) -> pa.Table:
 def _search(root: Path, text: str) -> Iterator[str]:
     """The ids of the clips whose prompt or caption contains a text, in any case."""
     places = [(CLIPS, "clips", "id", "prompt"), (CAPTIONS, "captions", "clip_id", "text")]
+    places += [(PAIRS, "pairs", "clip_id", "caption")]  # it may be one that someone wrote
     places += [(step, "rejected", "id", "row") for step in STEPS]  # the rejected row is JSON, with the texts in it
     for step, name, key, column in places:
         path = _table(root, step, name)
@@ -155,9 +188,10 @@ def _search(root: Path, text: str) -> Iterator[str]:
 def _describe(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """All that is known about some clips of the index."""
     ids = [row["id"] for row in rows]
-    clips = _rows(root, CLIPS, "clips", "id", ids)
-    captions = _rows(root, CAPTIONS, "captions", "clip_id", ids)
-    pairs = _rows(root, PAIRS, "pairs", "clip_id", ids)
+    clips = read_rows(root, CLIPS, "clips", "id", ids)
+    captions = read_rows(root, CAPTIONS, "captions", "clip_id", ids)
+    pairs = read_rows(root, PAIRS, "pairs", "clip_id", ids)
+    twins = _twins(root, [clips[row["id"]] for row in rows if row["reason"] == SAME_VIDEO and row["id"] in clips])
     rejected = {step: _rejected_rows(root, step, ids) for step in {row["step"] for row in rows} - {""}}
     described = []
     for row in rows:
@@ -171,8 +205,11 @@ def _describe(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
                 **row,
                 "prompt": str(known.get("prompt") or ""),
                 "caption": str(caption),
+                "made": captions.get(row["id"], {}).get("text"),
+                "sha256": str(known.get("sha256") or ""),
                 "scores": {str(key): value for key, value in (_of_json(scores) or {}).items()},
                 "split": pairs.get(row["id"], {}).get("split", ""),
+                "twin": twins.get(row["id"], ""),
                 "detail": refusal.get("detail") or "",
                 "stored": row["id"] in clips,
                 "preload": "metadata" if pixels <= PRELOADED_PIXELS else "none",
@@ -181,7 +218,20 @@ def _describe(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     return described
 
 
-def _rows(root: Path, step: str, name: str, key: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _twins(root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """For each of some rejected clips, the id of one with the same video that was kept, or else of another one."""
+    if not rows:
+        return {}
+    same = ds.field("sha256").isin([row["sha256"] for row in rows])
+    found = _read(_table(root, CLIPS, "clips"), ["id", "sha256"], same).to_pylist()
+    verdicts = read_verdicts(root, [row["id"] for row in found])
+    found.sort(key=lambda row: (verdicts[row["id"]][1] != "", row["id"]))
+    others = {row["id"]: [one["id"] for one in found if one["sha256"] == row["sha256"]] for row in rows}
+    return {clip_id: next((one for one in ids if one != clip_id), "") for clip_id, ids in others.items()}
+
+
+def read_rows(root: Path, step: str, name: str, key: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rows of a step's table whose column `key` has one of `ids`, by it; none where there is no such table."""
     path = _table(root, step, name)
     if not path.is_file() or not ids:
         return {}
@@ -190,7 +240,7 @@ def _rows(root: Path, step: str, name: str, key: str, ids: Sequence[str]) -> dic
 
 def _rejected_rows(root: Path, step: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     names = [*ids, *(f"{stage}-{one}" for one in ids for stage in (1, 2) if step in _OF_PAIRS)]
-    return {_clip_id(step, key): row for key, row in _rows(root, step, "rejected", "id", names).items()}
+    return {_clip_id(step, key): row for key, row in read_rows(root, step, "rejected", "id", names).items()}
 
 
 def _read(path: Path, columns: Sequence[str] | None, condition: Any) -> pa.Table:

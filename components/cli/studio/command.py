@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from components.cli.options import Profile
 from univigu.errors import BadInputError
 
 PANEL = "Watch it"
@@ -21,18 +22,19 @@ def studio(
         typer.Option(help="The address to serve on; any other than this machine's own (127.0.0.1) requires a token."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 7860,
+    profile: Profile = None,
 ) -> None:
     """Serve a web application for models, runs, clips and new results, until Ctrl-C.
 
     It listens on this machine only. With another --host, every request needs the token in UNIVIGU_STUDIO_TOKEN, or one
-    that is made and printed. Nothing is fetched from anywhere else.
+    that is made and printed. Nothing is fetched from anywhere else. Edits of clips are checked with the profile.
     """
     if not root.is_dir():
         raise BadInputError(f"'{root}' is not a folder; give the work root with --root.")
     from components.cli.listening import choose_token
     from components.cli.studio.server import serve
 
-    serve(root.resolve(), name, host, port, choose_token(host, TOKEN))
+    serve(root.resolve(), name, host, port, choose_token(host, TOKEN), profile)
 
 
 def add_to(app: typer.Typer) -> None:

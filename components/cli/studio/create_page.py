@@ -1,20 +1,32 @@
 """The page on which one makes videos and captions, and the gallery of what was made."""
 
-from collections.abc import Callable
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import gradio as gr
 
 from components.cli.studio import gallery, sampling
 from components.cli.studio.choices import number
-from components.cli.studio.sampling import Made, Model, Token
+from components.cli.studio.sampling import Made, Model
+from components.cli.studio.tracing import Moment, Progress, Token, picture
 from components.cli.studio.work import Studio, attempt, explain, note, render
 from univigu.errors import BadInputError
 
 OWN = "empty: the model's own"
 # Fields of text, because Gradio's fields of numbers can't be empty: a browser shows 0.
 OPTIONAL: dict[str, Callable[[str], float]] = {"steps": int, "guidance": float, "temperature": float, "text_at": float}
-Trace = list[tuple[float, list[Token]]]
+LIVE_S = 0.3  # seconds at least between two looks at a result on the way
+
+
+class Seen(NamedTuple):
+    """A step of a run that is under way."""
+
+    step: int
+    moment: Moment
 
 
 class Inputs(NamedTuple):
@@ -42,30 +54,36 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         with gr.Tab("Both jointly", id="joint"):
             names = ("prompt", "negative_prompt", "steps", "guidance", "temperature", "text_at", "in_step", "seed")
             joint, jointly = _inputs(*names), _go("Make both")
+    stop, stopping = gr.Button("Stop, and keep what is there", elem_id="stop"), gr.HTML()
     made = gr.HTML()
-    trace = gr.State([])
+    trace, mine = gr.State([]), gr.State(lambda: secrets.token_hex(8))
     with gr.Group(visible=False) as over_time:
-        moment = gr.Slider(0, 1, step=1, label="Text step", elem_id="moment")
-        tokens = gr.HTML(padding=True)
+        moment = gr.Slider(0, 1, step=1, label="Step", elem_id="moment")
+        seen = gr.HTML(padding=True, elem_id="seen")
     gr.HTML("<h2>Gallery</h2>")
     at, results = gr.Number(label="Page of the gallery", value=1, minimum=1, precision=0), gr.HTML()
 
-    shown = [made, trace, over_time, moment, tokens, at, results]
+    shown = [made, trace, over_time, moment, seen, at, results]
     one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
-    def run_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008 (Gradio's way)
-        return page.make(lambda tell: sampling.generate(studio, page.model, generate.asked(values), tell), progress)
+    def run_generate(who: str, *values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008 (Gradio's way)
+        task = lambda tell: sampling.generate(studio, page.model, generate.asked(values), tell)  # noqa: E731
+        yield from page.make(who, task, progress)
 
-    def run_caption(path: str | None, *values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
-        return page.make(lambda tell: sampling.caption(studio, page.model, path, caption.asked(values), tell), progress)
+    def run_caption(who: str, path: Any, *values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        task = lambda tell: sampling.caption(studio, page.model, path, caption.asked(values), tell)  # noqa: E731
+        yield from page.make(who, task, progress)
 
-    def run_joint(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
-        return page.make(lambda tell: sampling.joint(studio, page.model, joint.asked(values), tell), progress)
+    def run_joint(who: str, *values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        task = lambda tell: sampling.joint(studio, page.model, joint.asked(values), tell)  # noqa: E731
+        yield from page.make(who, task, progress)
 
-    generating.click(run_generate, generate.fields, shown, api_name="generate", **one_at_a_time)
-    captioning.click(run_caption, [file, *caption.fields], shown, api_name="caption", **one_at_a_time)
-    jointly.click(run_joint, joint.fields, shown, api_name="joint", **one_at_a_time)
-    moment.input(page.show_tokens, [trace, moment], tokens, api_visibility="private", show_progress="hidden")
+    generating.click(run_generate, [mine, *generate.fields], shown, api_name="generate", **one_at_a_time)
+    captioning.click(run_caption, [mine, file, *caption.fields], shown, api_name="caption", **one_at_a_time)
+    jointly.click(run_joint, [mine, *joint.fields], shown, api_name="joint", **one_at_a_time)
+    stop.click(page.stop, mine, stopping, api_name="stop", queue=False, show_progress="hidden")
+    scrub: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
+    moment.input(page.show_moment, [trace, moment], seen, **scrub)
     app.load(page.which, None, which, api_name="which")
     app.load(page.show_gallery, at, [at, results], api_name="gallery")
     at.submit(page.show_gallery, at, [at, results], api_visibility="private")
@@ -110,36 +128,74 @@ class CreatePage:
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.model = studio, Model(studio)
+        self._one = threading.Lock()  # one result is made at a time, even if the tab that asked has gone away
+        self._running: tuple[str, threading.Event] | None = None
 
     def which(self) -> str:
         """Which model the next result is made with."""
         return attempt(lambda: render("which.html.j2", label=self.model.label()))
 
-    def make(self, task: Callable[[sampling.Progress], Made], progress: gr.Progress) -> list[Any]:
-        """Run a task and show its result, its tokens over time, and the gallery; or its error."""
+    def make(self, who: str, task: Callable[[Progress], Made], progress: gr.Progress) -> Iterator[list[Any]]:
+        """Run a task: show what is seen on the way, then its result, all moments, and the gallery; or its error.
+
+        who: the session that asks, which alone can stop it; it is stopped, too, if that tab goes away.
+        """
         progress(0, desc="loading the model")
+        events: SimpleQueue[Any] = SimpleQueue()
+        stop = threading.Event()
+        threading.Thread(target=self._work, args=(who, task, events, stop), daemon=True).start()
+        shown = 0.0
         try:
-            made = task(lambda step: progress((step, None), desc="sampling", unit="steps"))
-        except Exception as error:
-            failed = render("note.html.j2", sentence=explain(error), role="alert")
+            while isinstance(event := events.get(), Seen):
+                step, moment = event
+                progress((step, None), desc="sampling", unit="steps")
+                if time.monotonic() - shown > LIVE_S and events.empty():
+                    yield [gr.skip(), gr.skip(), gr.Group(visible=True), gr.skip(), _show(moment), gr.skip(), gr.skip()]
+                    shown = time.monotonic()
+        finally:
+            stop.set()
+        yield self._show_made(event)
+
+    def _work(self, who: str, task: Callable[[Progress], Made], events: "SimpleQueue[Any]", stop: Any) -> None:
+        def tell(step: int, moment: Moment) -> bool:
+            events.put(Seen(step, moment))
+            return stop.is_set()
+
+        with self._one:
+            self._running = (who, stop)
+            try:
+                events.put(task(tell))
+            except Exception as error:
+                events.put(error)
+            finally:
+                self._running = None
+
+    def stop(self, who: str) -> str:
+        """Stop what this session is making after its present step."""
+        running = self._running
+        if not running or running[0] != who:
+            return note("Nothing of this page is being made.")
+        running[1].set()
+        return ""
+
+    def _show_made(self, made: Made | Exception) -> list[Any]:
+        if isinstance(made, Exception):
+            failed = render("note.html.j2", sentence=explain(made), role="alert")
             return [failed, [], gr.Group(visible=False), gr.Slider(value=0), "", gr.skip(), gr.skip()]
         last = len(made.trace) - 1
         return [
             render("made.html.j2", results=[made.result], notes=made.notes),
             made.trace,
-            gr.Group(visible=last > 0),
+            gr.Group(visible=last >= 0),
             gr.Slider(minimum=0, maximum=max(1, last), value=max(0, last)),
-            self.show_tokens(made.trace, last),
+            self.show_moment(made.trace, last),
             *self.show_gallery(1),
         ]
 
-    def show_tokens(self, trace: Trace, step: Any) -> str:
-        """The text after a step, each token with the probability that its place names it."""
+    def show_moment(self, trace: list[Moment], step: Any) -> str:
+        """The video and the text after a step; each token with the probability that its place names it."""
         step = number(step)
-        if step is None or step >= len(trace):
-            return ""
-        tau, tokens = trace[step]
-        return render("tokens.html.j2", tau=tau, tokens=[Token(*token) for token in tokens])
+        return "" if step is None or step >= len(trace) else _show(Moment(*trace[step]))
 
     def show_gallery(self, page: Any) -> list[Any]:
         """The number of the page that is shown, and its results."""
@@ -150,3 +206,8 @@ class CreatePage:
         if not found:
             return [1, note("Nothing was made here yet; write a prompt above, or drop a video.")]
         return [page, render("gallery.html.j2", results=found, page=page, pages=pages)]
+
+
+def _show(moment: Moment) -> str:
+    address = "" if moment.frames is None else picture(moment.frames)
+    return render("moment.html.j2", moment=moment, tokens=[Token(*one) for one in moment.tokens], picture=address)

@@ -53,7 +53,7 @@ def save(root: Path, frames: "np.ndarray", fps: float, recipe: Mapping[str, Any]
     from univigu.video import encode_mp4
 
     now = datetime.now(UTC)
-    result_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    result_id = f"{now:%Y%m%dT%H%M%S}-{now.microsecond:05x}{secrets.randbits(4):x}"  # sorted as they were made
     made = {**recipe, "made": now.isoformat(timespec="seconds"), "frames": len(frames), "fps": fps}
     folder = home(root) / result_id
     partial = folder.with_name(f".{result_id}.{os.getpid()}.partial")

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from components.cli.studio import registered
+from components.cli.studio import comparison, registered
 from components.cli.studio.choices import choice, number
 from components.cli.studio.registered import Champions
 from components.cli.studio.work import Studio, attempt, explain, note, render
@@ -21,6 +21,7 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         version = choice("Version", "model-version")
         reload = gr.Button("Read again", scale=0)
     versions = gr.HTML()
+    both = comparison.build(studio, name)
     gr.HTML("<h2>Change the champion</h2>")
     why = gr.Textbox(label="Reason", info="It is recorded in the history.", elem_id="why")
     with gr.Row():
@@ -30,7 +31,7 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         promote, roll_back = gr.Button("Promote this version", variant="primary"), gr.Button("Roll back")
     said, details, history, seen = gr.HTML(), gr.HTML(), gr.HTML(), gr.State(Champions(0, 0))
 
-    shown = [name, version, versions, details, history, seen]
+    shown = [name, version, versions, details, history, both, seen]
     asked = [name, version]
     app.load(page.show, asked, shown, api_name="models")
     reload.click(page.show, asked, shown, api_visibility="private")
@@ -52,7 +53,7 @@ class ModelsPage:
         self.studio = studio
 
     def show(self, name: str | None, version: Any) -> list[Any]:
-        """The two choices, the table of versions, the chosen version, the history, and the champions that are shown."""
+        """The choices, the table of versions, the chosen version, the history, and the champions that are shown."""
         try:
             names = registered.list_names(self.studio)
             name = name if name in names else next(iter(names), None)
@@ -72,6 +73,7 @@ class ModelsPage:
             render("versions.html.j2", name=name, rows=rows),
             self.show_version(name, chosen),
             attempt(lambda: render("history.html.j2", lines=registered.read_history(self.studio, name))),
+            gr.Dropdown(choices=labels, value=numbers[:2] if len(numbers) > 1 else []),
             known,
         ]
 
@@ -111,4 +113,4 @@ class ModelsPage:
 
     def _nothing(self, why: str) -> list[Any]:
         empty = gr.Dropdown(choices=[], value=None)
-        return [empty, empty, note(why), "", "", Champions(0, 0)]
+        return [empty, empty, note(why), "", "", gr.Dropdown(choices=[], value=[]), Champions(0, 0)]

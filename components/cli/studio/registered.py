@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from components.cli.models import read_versions
 from components.cli.studio.work import Studio, explain
-from components.registry import ledger, promotion
+from components.registry import ledger, promotion, votes
 from components.registry.evaluations import HEADLINES, read_evaluation
 from components.registry.lineage import trace_version
 from components.tracking import actor, existing_store, store_to_read
@@ -49,11 +49,12 @@ def champions(studio: Studio, name: str) -> Champions:
 
 
 def describe(studio: Studio, name: str, version: int) -> dict[str, Any]:
-    """A version's scores, comparison with the champion and origins; where one can't be read, its error in words."""
+    """A version's scores, comparison, votes and origins; where one can't be read, its error in words."""
     with studio.store:
         return {
             "scores": _or_error(lambda: _scores(studio, name, version)),
             "comparison": _or_error(lambda: promotion.compare(name, version, root=studio.root)),
+            "votes": _or_error(lambda: votes.count(name, version, studio.root)),
             "trace": _or_error(lambda: trace_version(name, version, studio.root)),
         }
 

@@ -2,43 +2,36 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.cli import chosen_model
 from components.cli.known_words import describe_unknown_words
-from components.cli.studio import gallery
+from components.cli.studio import clips, gallery
 from components.cli.studio.gallery import Result
+from components.cli.studio.tracing import LatentColours, Moment, Progress, Stopped, Tracer, fit_colours
 from components.cli.studio.work import Studio
 from univigu import __version__
 from univigu.errors import BadInputError, MissingInputError, VideoError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from univigu.pipeline import UniViGUPipeline
 
 LONGEST_PROMPT = 4000  # characters
 MOST_STEPS = 1000
 LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to here
 LARGEST_FILE = 256 << 20  # bytes of a dropped file
-TRACED = 64  # text steps whose tokens are kept
-LARGEST_TRACE = 1 << 26  # similarities (tokens x vocabulary) up to which tokens are traced: 256 MiB
-
-Progress = Callable[[int], object]  # called with the number of steps that are done
-
-
-class Token(NamedTuple):
-    """A token of a text on the way: its characters, and the probability of this token given its noisy embedding."""
-
-    text: str
-    share: float
 
 
 class Made(NamedTuple):
-    """A result: its place in the gallery, what the user should know about it, and its text over time."""
+    """A result: its place in the gallery, what the user should know about it, and what was seen on the way."""
 
     result: Result
     notes: list[str]
-    trace: list[tuple[float, list[Token]]]  # (tau, tokens) after each text step
+    trace: list[Moment]
 
 
 class Model:
@@ -50,6 +43,7 @@ class Model:
     def __init__(self, studio: Studio) -> None:
         self._studio, self._lock = studio, threading.Lock()
         self._label, self._pipeline, self._folder = "", None, Path()
+        self._colours: LatentColours | None = None
 
     def label(self) -> str:
         """Which model the next result is made with; raises `MissingInputError` if there is none."""
@@ -67,8 +61,16 @@ class Model:
                     folder = chosen_model.find_model(address, self._studio.name, self._studio.root)
                 self._pipeline = None  # its memory is needed
                 self._pipeline = chosen_model.load(folder)
-                self._label, self._folder = label, folder
+                self._label, self._folder, self._colours = label, folder, None
             return self._pipeline, self._label, self._folder
+
+    def colours(self) -> LatentColours:
+        """How latents of the loaded model's autoencoder look; fitted when it is first used."""
+        with self._lock:
+            if self._colours is None:
+                # pyrefly: ignore[missing-attribute]
+                self._colours = fit_colours(self._pipeline.vae, clips.some_frames(self._studio.root))
+            return self._colours
 
     def _choose(self) -> tuple[str, str]:
         """The label of the model to use, and its address or folder."""
@@ -95,36 +97,37 @@ def generate(studio: Studio, model: Model, asked: Mapping[str, Any], progress: P
     if not asked["prompt"]:
         raise BadInputError("The prompt is empty; write what the video should show.")
     pipeline, label, _ = model.load()
-    notes = _unknown_words(asked["prompt"], pipeline)
-    (frames,) = pipeline.generate(
+    steps = asked["steps"] or pipeline.config.num_inference_steps
+    tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), steps, 0)
+    run = partial(
+        pipeline.generate,
         asked["prompt"],
         negative_prompt=asked["negative_prompt"] or None,
         num_inference_steps=asked["steps"],
         guidance_scale=asked["guidance"],
         seed=[asked["seed"]],
-        callback_on_step_end=_reporter(progress),
+        callback_on_step_end=tracer,
     )
     recipe = _recipe("generate", label, pipeline, asked)
-    return Made(gallery.save(studio.root, frames, pipeline.config.fps, recipe, ""), notes, [])
+    found, stopped = _run(run, pipeline, tracer)
+    frames = tracer.video(pipeline) if stopped else found[0]
+    notes = [*stopped, *_unknown_words(asked["prompt"], pipeline)]
+    return Made(gallery.save(studio.root, frames, pipeline.config.fps, recipe | _end(stopped), ""), notes, tracer.trace)
 
 
 def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, Any], progress: Progress) -> Made:
     """A caption of a video file. asked: steps, guidance and temperature (None: the model's own), and seed."""
     from univigu.confidence import assess
     from univigu.confidence_reference import read_reference
-    from univigu.video import MAX_FRAMES, read_video
 
     asked = _checked(asked)
     path = _dropped(file)
     pipeline, label, folder = model.load()
-    try:
-        frames, fps = read_video(path, pipeline.config.num_frames or MAX_FRAMES)
-    except VideoError as error:  # the user knows the file's name, not where it was put
-        raise BadInputError(str(error).replace(str(path), path.name)) from error
-    if len(frames) == 1:
-        raise BadInputError("The video is a single frame, which shows no motion; give two frames or more.")
-    tracer = Tracer(pipeline, asked["seed"], asked["steps"] or pipeline.config.caption_steps, progress)
-    (text,) = pipeline.caption(
+    frames, fps = _read_dropped(path, pipeline)
+    steps = asked["steps"] or pipeline.config.caption_steps
+    tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), 0, steps)
+    run = partial(
+        pipeline.caption,
         [frames],
         num_inference_steps=asked["steps"],
         guidance_scale=asked["guidance"],
@@ -133,22 +136,27 @@ def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, 
         callback_on_step_end=tracer,
         callback_on_step_end_tensor_inputs=["text_latents"],
     )
-    found = assess(pipeline, frames, text, read_reference(folder), asked["seed"])
-    notes = [f"This video is unlike the clips that this model knows: {found.warning}. Don't rely on its caption."]
-    recipe = _recipe("caption", label, pipeline, {**asked, "file": path.name})
+    found, notes = _run(run, pipeline, tracer)
+    text = tracer.text(pipeline) if notes else found[0]
+    recipe = _recipe("caption", label, pipeline, {**asked, "file": path.name}) | _end(notes)
+    if not notes:
+        doubt = assess(pipeline, frames, text, read_reference(folder), asked["seed"]).warning
+        notes = [f"This video is unlike the clips that this model knows: {doubt}. Don't rely on its caption."]
+        notes = notes if doubt else []
     made = gallery.save(studio.root, frames, fps, recipe, " ".join(text.split()))
-    return Made(made, notes if found.warning else [], tracer.trace)
+    return Made(made, notes, tracer.trace)
 
 
 def joint(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Progress) -> Made:
     """A video and its caption. asked: as for `generate`, temperature, text_at (None: the model's own), and in_step."""
     asked = _checked(asked)
     pipeline, label, _ = model.load()
-    notes = _unknown_words(asked["prompt"], pipeline)
-    steps = max(asked["steps"] or pipeline.config.num_inference_steps, pipeline.config.caption_steps)
+    steps = asked["steps"] or pipeline.config.num_inference_steps
+    steps = max(steps, pipeline.config.caption_steps) if asked["in_step"] else steps
     text_steps = steps if asked["in_step"] else pipeline.config.caption_steps
-    tracer = Tracer(pipeline, asked["seed"], text_steps, progress)
-    (frames,), (text,) = pipeline.joint(
+    tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), steps, text_steps)
+    run = partial(
+        pipeline.joint,
         asked["prompt"],
         negative_prompt=asked["negative_prompt"] or None,
         num_inference_steps=asked["steps"],
@@ -160,62 +168,38 @@ def joint(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Prog
         output_type="uint8",
         return_dict=False,
         callback_on_step_end=tracer,
-        callback_on_step_end_tensor_inputs=["text_latents"],
+        callback_on_step_end_tensor_inputs=list(tracer.inputs),
     )
     recipe = _recipe("joint", label, pipeline, asked)
-    made = gallery.save(studio.root, frames, pipeline.config.fps, recipe, " ".join(text.split()))
-    return Made(made, notes, tracer.trace)
+    found, stopped = _run(run, pipeline, tracer)
+    frames, text = (tracer.video(pipeline), tracer.text(pipeline)) if stopped else (found[0][0], found[1][0])
+    made = gallery.save(studio.root, frames, pipeline.config.fps, recipe | _end(stopped), " ".join(text.split()))
+    return Made(made, [*stopped, *_unknown_words(asked["prompt"], pipeline)], tracer.trace)
 
 
-class Tracer:
-    """A callback of the pipeline that keeps the text on the way: after text step i of n it is at tau = (i + 1) / n."""
-
-    def __init__(self, pipeline: Any, seed: int, steps: int, progress: Progress) -> None:
-        from univigu.sampling import seeded_noise, token_table
-
-        config, device = pipeline.transformer.config, pipeline._execution_device
-        self.trace: list[tuple[float, list[Token]]] = []
-        self._progress, self._done = progress, 0
-        small = steps <= TRACED and config.tokenizer_length * config.text_length <= LARGEST_TRACE
-        self._left = range(1, steps + 1 if small else 1)
-        self._before = seeded_noise([seed], "text", (config.text_length, config.text_latent_dim), device)
-        self._table = token_table(pipeline.transformer, device)
-        self._steps = steps
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        self._done += 1
-        self._progress(self._done)
-        z = tensors["text_latents"]
-        # in a step of the video alone the text stays as it is; after its last step it only becomes clean
-        if self._left and not bool((z == self._before).all()):
-            self.trace.append(self._read(pipeline, z, self._left[0] / self._steps))
-            self._left = self._left[1:]
-        self._before = z
-        return {}
-
-    def _read(self, pipeline: Any, z: Any, tau: float) -> tuple[float, list[Token]]:
-        """The most likely token at each place up to the first EOS, given its noisy embedding alone (eq 8)."""
-        import torch
-
-        from univigu import text_space
-
-        weight = text_space.confidence(torch.tensor(tau))
-        length = pipeline.transformer.config.tokenizer_length
-        shares, ids = (weight * text_space.similarity(z[0], self._table, length)).softmax(-1).max(-1)
-        tokens = []
-        for token, share in zip(ids.tolist(), shares.tolist(), strict=True):
-            if token == pipeline.tokenizer.eos_token_id:
-                break
-            tokens.append(Token(pipeline.tokenizer.decode([token]), share))
-        return tau, tokens
+def _run(run: Callable[[], Any], pipeline: Any, tracer: Tracer) -> tuple[Any, list[str]]:
+    """What a call of the pipeline returns; or, if the user stopped it, None and a sentence about what is kept."""
+    try:
+        return run(), []
+    except Stopped:
+        pipeline.maybe_free_model_hooks()
+        return None, [f"Stopped after step {tracer.done}: this is what was predicted there."]
 
 
-def _reporter(progress: Progress) -> Callable[..., dict[str, Any]]:
-    def report(pipeline: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        progress(step + 1)
-        return {}
+def _end(stopped: list[str]) -> dict[str, str]:
+    return {"stopped": stopped[0].partition(":")[0].lower().replace("stopped ", "")} if stopped else {}
 
-    return report
+
+def _read_dropped(path: Path, pipeline: Any) -> "tuple[np.ndarray, float]":
+    from univigu.video import MAX_FRAMES, read_video
+
+    try:
+        frames, fps = read_video(path, pipeline.config.num_frames or MAX_FRAMES)
+    except VideoError as error:  # the user knows the file's name, not where it was put
+        raise BadInputError(str(error).replace(str(path), path.name)) from error
+    if len(frames) == 1:
+        raise BadInputError("The video is a single frame, which shows no motion; give two frames or more.")
+    return frames, fps
 
 
 def _checked(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ _QUIET = {  # Gradio calls home for statistics, new versions and example files
 }
 
 
-def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
-    """Serve the studio until SIGINT or SIGTERM; prints its address once it listens."""
+def serve(root: Path, name: str, host: str, port: int, token: str, profile: str | None = None) -> None:
+    """Serve the studio until SIGINT or SIGTERM; prints its address once it listens. profile: see `Studio`."""
     os.environ.update(_QUIET)
     _require_gradio()
     import uvicorn
@@ -37,7 +37,7 @@ def serve(root: Path, name: str, host: str, port: int, token: str) -> None:
     with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="univigu-studio-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(cache) / "uploads")
         port = listening.getsockname()[1]
-        app = Guard(make_app(Studio(root, name, Path(cache))), token, port, is_loopback(host))
+        app = Guard(make_app(Studio(root, name, Path(cache), profile)), token, port, is_loopback(host))
         print(f"{address_of(host, port)}/{f'?token={token}' if token else ''}", flush=True)
         say("Press Ctrl-C to stop.")
         level = "info" if is_verbose() else "error"
@@ -92,4 +92,5 @@ def make_app(studio: "Studio") -> "FastAPI":
         max_file_size=LARGEST_UPLOAD,
         theme=pages.theme(),
         css_paths=[pages.STYLE],
+        head=pages.script(),
     )

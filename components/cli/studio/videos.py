@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,26 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_PAIR = re.compile(r"[0-9a-f]{32}")
+
+
 def find_video(studio: Studio, kind: str, name: str) -> Path:
     """The file of a video that a page shows; raises `MissingInputError` if there is none.
 
-    kind: `clip` of the data, or `sample` of a training run.
+    kind: `clip` of the data, `sample` of a training run, or `pair`: one of two that are compared.
     """
     if kind == "clip":
         return _playable(studio, clips.read_clip(studio.root, name))
     if kind == "sample":
         return _playable(studio, runs.read_sample_video(studio, name))
-    raise MissingInputError(f"The studio shows no videos of the kind '{kind}'; open its page again.")
+    if kind == "pair" and _PAIR.fullmatch(name) and pair_video(studio, name).is_file():
+        return pair_video(studio, name)
+    raise MissingInputError(f"The studio shows no such video of the kind '{kind}'; open its page again.")
+
+
+def pair_video(studio: Studio, name: str) -> Path:
+    """Where a video of a pair is; its name must be one that we drew."""
+    return studio.cache / "pairs" / f"{name}.mp4"
 
 
 def _playable(studio: Studio, content: bytes) -> Path:

@@ -21,11 +21,16 @@ _NO_TEMPLATE = {ord(character): f"&#{ord(character)};" for character in "{}$`"}
 
 @dataclass(frozen=True)
 class Studio:
-    """The work root that is shown, the registered model that is shown first, and a folder for temporary files."""
+    """What is shown, and how.
+
+    The work root, the registered model that is shown first, a folder for temporary files, and the profile with which
+    edits are checked (None: the one in use).
+    """
 
     root: Path
     name: str
     cache: Path
+    profile: str | None = None
     # MLflow's current store is a global variable, which reading the registry sets and restores.
     store: threading.RLock = field(default_factory=threading.RLock)
 

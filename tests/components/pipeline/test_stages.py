@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.pipeline.stages import STAGES, find_stage
+from components.pipeline.stages import EDITS, STAGES, find_stage
 from univigu.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -43,6 +43,7 @@ def test_dvc_depends_on_the_same_inputs_and_sources(stage):
     expected = {f"{maker.home}/manifest.json" if maker.outputs else maker.home for maker in makers}
     expected |= {f"${{{key}}}" for key in stage.sources.values()}
     expected.add(f".univigu/steps/{stage.name}.json")  # its code and settings
+    expected |= {EDITS} if stage.edits else set()
     assert dvc_paths(DVC["stages"][stage.name]["deps"]) == expected
 
 

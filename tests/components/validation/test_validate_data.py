@@ -2,7 +2,6 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,40 +12,14 @@ from components.pipeline.tables import read_table
 from components.prompts.filters import text_id
 from components.prompts.tokens import count_tokens, load_tokenizer
 from components.validation.gates import expectations, run_gate
+from good_rows import COUNT, make_rows
 from univigu.errors import ConfigError, GateFailedError
-
-COUNT = 40
 
 
 @pytest.fixture(scope="module")
 def rows(tiny_wan_folder):
     """Rows of prompts, clips and captions that keep every contract: the odd clips are for stage 2."""
-    rng = np.random.default_rng(0)
-    tokenizer = load_tokenizer(tiny_wan_folder)
-    prompts, clips, captions = [], [], []
-    while len(prompts) < COUNT:
-        attributes = world.sample_attributes(rng)
-        prompt, caption = world.write_prompt(attributes, rng), world.write_caption(attributes, rng)
-        number, prompt_id = len(prompts), text_id(prompt)
-        if prompt_id in {row["id"] for row in prompts}:
-            continue
-        prompt_tokens, caption_tokens = count_tokens(tokenizer, [prompt, caption])
-        prompts.append(
-            {"id": prompt_id, "text": prompt, "source": "test", "licence": "CC0-1.0", "language": "en"}
-            | {"n_tokens": prompt_tokens, "scores": "{}", "verdict": "keep"}
-        )
-        stage = 1 + number % 2
-        clips.append(
-            {"id": f"c{number:03d}", "prompt_id": prompt_id, "prompt": prompt, "stage": stage, "seed": number}
-            | {"generator": "test", "generator_digest": "0", "frames": 9, "height": 32, "width": 32, "fps": 8.0}
-            | {"sha256": f"{number:064x}", "scores": "{}", "shard": "shards/00000/clips.tar", "member": f"{number}.mp4"}
-        )
-        captions.append(
-            {"clip_id": f"c{number:03d}", "captioner": "test", "captioner_digest": "0", "template_version": "1"}
-            | {"text": caption if stage == 2 else None, "n_tokens": caption_tokens if stage == 2 else 0}
-            | {"status": "success" if stage == 2 else "skipped", "attempts": stage - 1}
-        )
-    return {"prompts": prompts, "clips": clips, "captions": captions}
+    return make_rows(load_tokenizer(tiny_wan_folder))
 
 
 @pytest.fixture

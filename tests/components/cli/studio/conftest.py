@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import numpy as np
 import pytest
 
 from components.clips.archive import write_tar
+from components.prompts.tokens import load_tokenizer
+from components.tracking import tracking_uri
 from components.training.tracked_run import start_run
+from good_rows import COUNT, make_rows
+from univigu import registry
 from univigu.video import encode_mp4
 
 REPO = Path(__file__).parents[4]
@@ -115,10 +120,49 @@ def full_root(versions, recommit):
 
 
 @pytest.fixture(scope="module")
+def editable_root(full_root, versions, recommit, tmp_path_factory):
+    """A work root in which validate-pairs can run, two versions of `pairs` can make videos, and version 1 is champion.
+
+    Its registry is a copy; one clip is a copy of another, and the caption of `c003` was not made.
+    """
+    root = tmp_path_factory.mktemp("editable")
+    shutil.copytree(REPO / "model/tiny-wan/tokenizer", root / "model/tiny-wan/tokenizer")
+    members = {f"{number}.mp4": encode_mp4(moving_square(100 + 3 * number), 8) for number in range(COUNT)}
+    # captions here are worded in every way of the world
+    (root / "profile.yaml").write_text("extends: smoke\ntext: {caption_tokens: [32, 64]}\n")
+    rows = make_rows(load_tokenizer(root / "model/tiny-wan"))
+    for row in rows["clips"]:
+        row["sha256"] = hashlib.sha256(members[row["member"]]).hexdigest()
+    rows["captions"][3] |= {"text": None, "n_tokens": 0, "status": "error"}
+    copy = rows["clips"][0] | {"id": "c900", "seed": 900}
+
+    def write_shard(home):
+        (home / "shards/00000").mkdir(parents=True)
+        write_tar(home / "shards/00000/clips.tar", members)
+
+    same = {"id": "c900", "reason": "same_video", "detail": "its sha256 is another's", "row": json.dumps(copy)}
+    failed = {"id": "c003", "reason": "empty", "detail": "it was empty", "row": "{}"}
+    recommit(root, "synthesize-videos", {"clips": [*rows["clips"], copy]}, write_shard)
+    recommit(root, "validate-clips", {"clips": rows["clips"], "rejected": [same]})
+    recommit(root, "caption-videos", {"captions": rows["captions"], "rejected": [failed]})
+    for right in (10, 30):
+        versions.add("pairs", right, pipeline=REPO / "model/tiny-univigu")
+    shutil.copy(full_root / "mlflow.db", root)
+    shutil.copytree(full_root / ".univigu", root / ".univigu")  # the note of the training run
+    registry.set_alias("pairs", "champion", 1, tracking_uri(root))
+    return root
+
+
+@pytest.fixture(scope="module")
 def studio_server(full_root):
     server = StudioServer(full_root)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session", name="StudioServer")
+def studio_server_class():
+    return StudioServer
 
 
 @pytest.fixture(scope="session", name="leave_clips")

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from components.cli import edits
 from components.cli.studio import clips
 from components.cli.studio.clips import KEPT, QUARANTINED, Query
 from components.cli.studio.work import render
@@ -56,7 +57,8 @@ def test_a_page_beyond_the_last_is_the_last(small):
 
 
 def test_texts_are_escaped_and_their_direction_stays_theirs(small):
-    page = render("clips.html.j2", found=clips.find(small, Query()), first=1)
+    found = clips.find(small, Query())
+    page = render("clips.html.j2", found=found, first=1, pending=edits.mark(small, found.clips))
     assert "<img" not in page
     assert (
         "<bdi>&lt;img src=x onerror=alert(1)&gt; &#123;&#123;7&#125;&#125; &#36;&#123;7&#125; \u202egnorw</bdi>" in page

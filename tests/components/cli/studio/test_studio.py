@@ -9,7 +9,6 @@ import urllib.request
 import av
 import pytest
 
-from browser import needs_browser, open_browser, open_tab
 from components.cli.studio import gallery
 from components.registry import promotion
 from univigu.video import encode_mp4
@@ -132,34 +131,3 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     assert "The prompt is empty" in client.predict(" ", "", "", "", 0, api_name="/generate")[0]
     for steps, said in (("10000", "give 1 to 1000"), ("many", "&#39;many&#39;; give a whole number")):
         assert said in client.predict("a seven", "", steps, "", 0, api_name="/generate")[0]
-
-
-@needs_browser
-def test_each_page_opens_in_a_browser_without_an_error_or_a_request_to_elsewhere(studio_server):
-    with open_browser() as browser:
-        for page, shows in PAGES.items():
-            tab, wrong = open_tab(browser, studio_server.url)
-            tab.goto(f"{studio_server.url}/{page}")
-            tab.get_by_text(shows).first.wait_for(timeout=20_000)
-            assert tab.evaluate("document.documentElement.scrollWidth") <= 1440
-            tab.set_viewport_size({"width": 390, "height": 844})
-            tab.emulate_media(color_scheme="dark")
-            assert tab.evaluate("document.documentElement.scrollWidth") <= 390, page
-            tab.keyboard.press("Tab")
-            assert tab.evaluate("document.activeElement.tagName") != "BODY"
-            if page == "create":
-                make_with_the_keyboard(tab)
-            assert wrong == []
-            tab.close()
-
-
-def make_with_the_keyboard(tab):
-    """Write a prompt, go to the button and press it: the result appears, made with the model's own settings."""
-    tab.get_by_label("Prompt", exact=True).first.fill("a blue two <i>moves</i> up")
-    tab.get_by_role("button", name="Generate").focus()
-    tab.keyboard.press("Enter")
-    tab.locator(".uv-clips[role=status] video").wait_for(timeout=60_000)
-    assert tab.locator(".uv-clips[role=status] i").count() == 0
-
-
-PAGES = {"": "newest first", "runs": "step 6 of 6", "data": "{{7}} ${7}", "create": "The next result is made with"}
