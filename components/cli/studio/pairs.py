@@ -52,7 +52,7 @@ def _generate(
     from components.pipeline.lean_imports import import_models
 
     with studio.store:  # both change global variables
-        import_models(distributed=False)
+        import_models()
         folder = chosen_model.find_model(f"models:/{name}/{version}", name, studio.root)
     pipeline, names = chosen_model.load(folder), []
     for number, prompt in enumerate(prompts):
