@@ -25,6 +25,7 @@ MACHINERY = (
     "components.tracking",  # logs them
     "components.prompts.workers",  # distributes their work over processes
     "univigu.errors",  # error classes
+    "univigu.extras",  # says which extra a missing package is in
     "univigu.files",  # reads and writes files
     "univigu.hardware",  # knows how fast a GPU is
     "univigu.threads",  # distributes CPU cores over threads
