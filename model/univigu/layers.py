@@ -248,15 +248,14 @@ class UniViGUBlock(WanTransformerBlock):
         (video_stream, video_mod), (text_stream, text_mod) = video, text
         video_q = text_q = None
         if video_stream is not None:
-            normed = self._normed(video_stream, video_mod)
-            length, rotary = video_stream[2].shape[1], self._own_tokens(video_stream[2])
-            video_k, video_v = (self._to_heads(x, length) for x in self._keys_values(normed, rotary))
+            length, seen = video_stream[2].shape[1], attention not in ("kv_only", "text_only")
+            projected = self._project_video(video_stream, video_mod, seen)
+            video_k, video_v, *queries = (self._to_heads(x, length) for x in projected)
             kv_cache = (video_k, video_v, *kv_cache)
-            if attention not in ("kv_only", "text_only"):
-                video_q = self._to_heads(self._queries(normed, rotary), length)
+            video_q = queries[0] if seen else None
         keys, values = video_k, video_v = kv_cache[:2]
         if text_stream is not None and attention != "kv_only":
-            normed = self._normed(text_stream, text_mod)
+            normed = self._normed(text_stream[0], text_mod)
             text_k, text_v = (self._own_heads(x) for x in self._keys_values(normed, text_stream[2]))
             keys = torch.cat([repeat_rows(video_k, len(text_k)), text_k], dim=1)
             values = torch.cat([repeat_rows(video_v, len(text_v)), text_v], dim=1)
@@ -294,10 +293,22 @@ class UniViGUBlock(WanTransformerBlock):
 
     # Both streams share the weights of self-attention: Q, K and V have (B, S, heads, head_dim).
 
-    def _normed(self, stream: Stream, modulation: tuple[Tensor, ...]) -> Tensor:
+    def _normed(self, hidden: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """The hidden states (B, S, width) of a stream as self-attention reads them."""
         shift, scale, *_ = modulation
-        return modulate(self.norm1(stream[0].float()), scale, shift).type_as(stream[0])
+        return modulate(self.norm1(hidden.float()), scale, shift).type_as(hidden)
+
+    def _project_video(self, video: Stream, modulation: tuple[Tensor, ...], queries: bool) -> list[Tensor]:
+        """K, V and, where they are asked for, Q of the video."""
+        hidden, _, rotary = video
+        # pyrefly: ignore[bad-argument-type]
+        rotary = self._own_tokens(rotary)
+        tokens = self._tokens_at_once(hidden, modulation[0])
+        parts = []
+        for part, turns in zip(hidden.split(tokens, dim=1), rotary.split(tokens, dim=1), strict=True):
+            normed = self._normed(part, modulation)
+            parts.append([*self._keys_values(normed, turns), *([self._queries(normed, turns)] if queries else [])])
+        return parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
 
     def _queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
         query = self.attn1.norm_q(self.attn1.to_q(normed))

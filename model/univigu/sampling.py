@@ -213,7 +213,8 @@ def two_branches(
     shapes = [[argument.shape[1:] for argument in branch] for branch in branches]
     tokens = len(branches) * len(z) * math.prod(model.grid(z.shape[2:]))
     settings = {"attention": attention, "image_states": image_states}
-    if tokens > TOGETHER or shapes[0] != shapes[1] or model.is_cache_enabled:
+    cached = model.is_cache_enabled and attention == "video_only"
+    if tokens > TOGETHER or shapes[0] != shapes[1] or cached:
         outputs = []
         for name, (c, *beside) in zip(("cond", "uncond"), branches, strict=True):
             with model.in_cache(name):
