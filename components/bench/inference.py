@@ -7,9 +7,9 @@ machine affects both.
 - ``caption``: 50 Euler steps. The paper's procedure (eq 17) is a joint pass over video and text in each step; ours
   computes the video's keys and values once (``prefix``). ``times_faster`` is the paper's time over ours.
 - ``generate``: a step of `univigu.sampling.video_field` beside a given text, over a forward pass of Wan on the same
-  video tokens. ``guided``: the same with guidance, over two passes of Wan, as `WanPipeline` takes them. Both branches of
-  guidance share what the first block computes of the video alone, which is less of a deeper model: hence the size of
-  more blocks, at which no caption is timed.
+  video tokens. ``guided``: the same with guidance, over two passes of Wan, as `WanPipeline` takes them. Both branches
+  share what the first block computes of the video alone, which is little of a deep model: hence the size of more
+  blocks, at which no caption is timed.
 
 `ratio` is the worst of ``generate``.
 """

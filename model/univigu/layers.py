@@ -350,7 +350,9 @@ class UniViGUBlock(WanTransformerBlock):
     def _tokens_at_once(self, hidden: Tensor, modulation: Tensor) -> int:
         """How many tokens of hidden states (B, S, width) are computed at once, where each is computed by itself."""
         whole = hidden.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if whole or modulation.ndim != 3 or hasattr(self.ffn, "_diffusers_hook"):
+        # hooks of diffusers may load a layer's weights for each call, or count its calls
+        hooked = any(hasattr(module, "_diffusers_hook") for module in (self.ffn, self.attn1.to_q))
+        if whole or hooked or modulation.ndim != 3:
             return hidden.shape[1]
         return max(CPU_TOKENS // hidden.shape[0], 1)
 
