@@ -1,4 +1,4 @@
-"""The parts of the transformer: rotary tables, the two-stream block, and the way into and out of the text stream.
+"""The parts of the transformer: its rotary tables and two-stream block. `text_stream` has the ends of text.
 
 Shapes: B samples, S tokens of a stream, N text tokens, L condition tokens, ``width`` = heads * head_dim, ``d`` the
 dimension of the text space.
@@ -12,14 +12,11 @@ import torch
 import torch.nn as nn
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from . import wan
-from .discrete import HalfSplit, TokenEmbedder, TokenHead, from_pairs, to_pairs
+from .discrete import HalfSplit, from_pairs, to_pairs
 from .errors import BadInputError
 from .sequence_parallel import SequenceGroup
 
@@ -30,6 +27,9 @@ Stream = tuple[Tensor, Tensor, Rotary]
 # a block's video K, V and condition K, V, (B, S, heads, head_dim) each, and K, V of an image, where one is given
 KVCache = tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]  # the projected condition (B or 1, L, width), and that of an image beside it
+# Tokens that a CPU computes at once, of those that don't attend to each other: what they need in between fits its
+# caches, and is not fetched from the system again, page by page, for each of the large tensors.
+CPU_TOKENS = 512
 
 
 class RotaryTables(WanRotaryPosEmbed):
@@ -128,6 +128,17 @@ class VideoCache:
 
 
 @dataclass
+class Condition:
+    """The condition c of many forward passes, whose keys and values in each block are computed by the first alone.
+
+    It stays right as long as the weights do, and is for passes without gradients.
+    """
+
+    states: Tensor  # (B or 1, L, text_dim)
+    blocks: list[list[Tensor]]  # K, V of each block that has been computed, and those of an image, where one is given
+
+
+@dataclass
 class UniViGUOutput(BaseOutput):
     """``video``: velocity u_v (B, C, T, H, W), data - noise; ``text``: the head's h (B, N, d), or None without text.
 
@@ -141,14 +152,16 @@ class UniViGUOutput(BaseOutput):
 
 def modulate(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """adaLN: normed (B, S, width) with scale and shift (B, 1, width), or (B, F, 1, width) for F equal parts of S."""
+    # the sum is in place: one large tensor less, and autograd needs the product for nothing
     if scale.ndim == 3:
-        return normed * (1 + scale) + shift
-    return (normed.unflatten(1, (scale.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+        return (normed * (1 + scale)).add_(shift)
+    return (normed.unflatten(1, (scale.shape[1], -1)) * (1 + scale)).add_(shift).flatten(1, 2)
 
 
-def gated(out: Tensor, gate: Tensor) -> Tensor:
-    """A branch's output (B, S, width) times its gate, in the shapes of :func:`modulate`."""
-    return out * gate if gate.ndim == 3 else (out.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+def add_gated(hidden: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+    """hidden (B, S, width) plus a branch's output times its gate, which has the shapes of :func:`modulate`'s scale."""
+    branch = out * gate if gate.ndim == 3 else (out.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+    return branch.add_(hidden).type_as(hidden)
 
 
 class UniViGUBlock(WanTransformerBlock):
@@ -182,57 +195,83 @@ class UniViGUBlock(WanTransformerBlock):
         video: Stream | None,
         text: Stream | None,
         context: Context | None,
-        kv_cache: KVCache | None,
+        kv_cache: KVCache | list[Tensor] | None,
         attention: str,
-    ) -> tuple[Tensor | None, Tensor | None, KVCache]:
+    ) -> tuple[Any, ...]:
         """One block over the given streams; without a video stream, text attends to ``kv_cache``.
 
-        ``attention`` is ``joint``, ``prefix``, ``text_only``, which computes of the video no more than its keys and
-        values, or ``kv_only``, which computes nothing else. ``context`` is the condition; a cache replaces it. Returns
-        the hidden states (B, S, width) of video and of text (None for those not computed), and the cache.
+        ``attention`` is ``joint``, ``prefix``, ``video_only``, which is ``joint`` but computes of the text no more than
+        its keys and values, ``text_only``, which computes of the video no more than those, or ``kv_only``, which
+        computes nothing else. ``context`` is the condition; a cache replaces it, which beside a video is a list of the
+        condition's keys and values alone, filled where it is empty. Of B videos and a multiple of B texts or
+        conditions, row i sees video i modulo B, and the video that is returned has a row for each.
+
+        Returns the hidden states (B, S, width) of video and of text, and, where the video does not attend to the text,
+        the cache. What is not computed is None, but with ``video_only`` the text as it came, and without one an empty
+        one, because diffusers' caches add and subtract what a block returns.
         """
-        video_out = text_out = None
+        video_mod = text_mod = None
         if video is not None:
             video_mod = (self.scale_shift_table + video[1].float()).chunk(6, dim=-2)
-            normed = self._normed(video, video_mod)
-            # pyrefly: ignore[bad-argument-type, missing-attribute]
-            length, rotary = video[2].shape[1], self._own_tokens(video[2])
-            video_k, video_v = (self._to_heads(x, length) for x in self._keys_values(normed, rotary))
-            # pyrefly: ignore[bad-argument-type]
-            kv_cache = (video_k, video_v, *self._project_context(context))
-            if attention == "kv_only":
-                return None, None, kv_cache
-            if attention == "text_only":
-                video = None
-            else:
-                video_q = self._to_heads(self._queries(normed, rotary), length)
-        # pyrefly: ignore[not-iterable]
-        video_k, video_v, *context_kv = kv_cache
+            known = [] if kv_cache is None else kv_cache
+            if not known:
+                # pyrefly: ignore[bad-argument-type, missing-attribute]
+                known.extend(self._project_context(context))
+            kv_cache = tuple(known)
         if text is not None:
             table = self.scale_shift_table if self.text_scale_shift_table is None else self.text_scale_shift_table
             text_mod = (table + text[1].float()).chunk(6, dim=1)
-            normed = self._normed(text, text_mod)
-            text_qkv = self._queries(normed, text[2]), *self._keys_values(normed, text[2])
-            text_q, text_k, text_v = (self._own_heads(x) for x in text_qkv)
-            keys = torch.cat([repeat_rows(video_k, text_k.shape[0]), text_k], dim=1)
-            values = torch.cat([repeat_rows(video_v, text_k.shape[0]), text_v], dim=1)
-        if video is not None and text is not None and attention == "joint":
-            both = attend(self.attn1, torch.cat([video_q, text_q], dim=1), keys, values)
-            video_out, text_out = both.split([video_q.shape[1], text_q.shape[1]], dim=1)
-        else:
-            # Two maskless calls instead of one with a mask: at 33K video tokens the mask alone takes a gigabyte.
-            if video is not None:
-                video_out = attend(self.attn1, video_q, video_k, video_v)
-            if text is not None:
-                text_out = attend(self.attn1, text_q, keys, values)
-        if video is not None:
-            # pyrefly: ignore[bad-argument-type]
+        # pyrefly: ignore[bad-argument-type]
+        video_out, text_out, kv_cache = self._attend((video, video_mod), (text, text_mod), kv_cache, attention)
+        context_kv = kv_cache if attention in ("joint", "video_only") else kv_cache[2:]
+        if video_out is not None:
+            # pyrefly: ignore[bad-argument-type, unsupported-operation]
             video_out = self._finish(video[0], self._to_tokens(video_out), video_mod, context_kv, self.ffn)
-        if text is not None:
+        if text_out is not None:
             ffn = self.ffn if self.ffn_text is None else self.ffn_text
-            # pyrefly: ignore[bad-argument-type]
+            # pyrefly: ignore[bad-argument-type, unsupported-operation]
             text_out = self._finish(text[0], self._all_heads(text_out), text_mod, context_kv, ffn)
-        # pyrefly: ignore[bad-return]
+        if attention not in ("joint", "video_only"):
+            return video_out, text_out, kv_cache
+        if text_out is None:
+            # pyrefly: ignore[unsupported-operation]
+            text_out = video_out[:, :0] if text is None else text[0]
+        return video_out, text_out
+
+    def _attend(
+        self, video: tuple[Any, Any], text: tuple[Any, Any], kv_cache: KVCache, attention: str
+    ) -> tuple[Tensor | None, Tensor | None, KVCache]:
+        """Self-attention (eq 14) of both streams, each with its modulation: (B, S, heads, head_dim), and the cache.
+
+        What only attention needs is freed on return, before the feed-forward network needs its memory.
+        """
+        (video_stream, video_mod), (text_stream, text_mod) = video, text
+        video_q = text_q = None
+        if video_stream is not None:
+            length, seen = video_stream[2].shape[1], attention not in ("kv_only", "text_only")
+            projected = self._project_video(video_stream, video_mod, seen)
+            video_k, video_v, *queries = (self._to_heads(x, length) for x in projected)
+            kv_cache = (video_k, video_v, *kv_cache)
+            video_q = queries[0] if seen else None
+        keys, values = video_k, video_v = kv_cache[:2]
+        if text_stream is not None and attention != "kv_only":
+            normed = self._normed(text_stream[0], text_mod)
+            text_k, text_v = (self._own_heads(x) for x in self._keys_values(normed, text_stream[2]))
+            keys = torch.cat([repeat_rows(video_k, len(text_k)), text_k], dim=1)
+            values = torch.cat([repeat_rows(video_v, len(text_v)), text_v], dim=1)
+            if attention != "video_only":
+                text_q = self._own_heads(self._queries(normed, text_stream[2]))
+        if attention in ("joint", "video_only"):
+            kv_cache = kv_cache[2:]
+            if video_q is not None and text_q is not None:
+                queries = torch.cat([repeat_rows(video_q, len(text_q)), text_q], dim=1)
+                both = attend(self.attn1, queries, keys, values)
+                return *both.split([video_q.shape[1], text_q.shape[1]], dim=1), kv_cache
+            video_q = None if video_q is None else repeat_rows(video_q, len(keys))
+            video_k, video_v = keys, values
+        # Two maskless calls instead of one with a mask: at 33K video tokens the mask alone takes a gigabyte.
+        video_out = None if video_q is None else attend(self.attn1, video_q, video_k, video_v)
+        text_out = None if text_q is None else attend(self.attn1, text_q, keys, values)
         return video_out, text_out, kv_cache
 
     # What processes that share a video's tokens exchange (see `sequence_parallel`); alone, a tensor stays as it is.
@@ -254,10 +293,22 @@ class UniViGUBlock(WanTransformerBlock):
 
     # Both streams share the weights of self-attention: Q, K and V have (B, S, heads, head_dim).
 
-    def _normed(self, stream: Stream, modulation: tuple[Tensor, ...]) -> Tensor:
+    def _normed(self, hidden: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """The hidden states (B, S, width) of a stream as self-attention reads them."""
         shift, scale, *_ = modulation
-        return modulate(self.norm1(stream[0].float()), scale, shift).type_as(stream[0])
+        return modulate(self.norm1(hidden.float()), scale, shift).type_as(hidden)
+
+    def _project_video(self, video: Stream, modulation: tuple[Tensor, ...], queries: bool) -> list[Tensor]:
+        """K, V and, where they are asked for, Q of the video."""
+        hidden, _, rotary = video
+        # pyrefly: ignore[bad-argument-type]
+        rotary = self._own_tokens(rotary)
+        tokens = self._tokens_at_once(hidden, modulation[0])
+        parts = []
+        for part, turns in zip(hidden.split(tokens, dim=1), rotary.split(tokens, dim=1), strict=True):
+            normed = self._normed(part, modulation)
+            parts.append([*self._keys_values(normed, turns), *([self._queries(normed, turns)] if queries else [])])
+        return parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
 
     def _queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
         query = self.attn1.norm_q(self.attn1.to_q(normed))
@@ -287,8 +338,35 @@ class UniViGUBlock(WanTransformerBlock):
         ffn: nn.Module,
     ) -> Tensor:
         """What follows self-attention: its residual, cross-attention, and the stream's own feed-forward (eq 15)."""
+        rows = max(attended.shape[0], context_kv[0].shape[0])
+        hidden, attended = (repeat_rows(x, rows) for x in (hidden, attended))
+        modulation = tuple(repeat_rows(x, rows) for x in modulation)
+        tokens = self._tokens_at_once(hidden, modulation[0])
+        if hidden.shape[1] <= tokens:
+            return self._finish_tokens(hidden, attended, modulation, context_kv, ffn)
+        parts = zip(hidden.split(tokens, dim=1), attended.split(tokens, dim=1), strict=True)
+        return torch.cat([self._finish_tokens(*part, modulation, context_kv, ffn) for part in parts], dim=1)
+
+    def _tokens_at_once(self, hidden: Tensor, modulation: Tensor) -> int:
+        """How many tokens of hidden states (B, S, width) are computed at once, where each is computed by itself."""
+        whole = hidden.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        # hooks of diffusers may load a layer's weights for each call, or count its calls
+        hooked = any(hasattr(module, "_diffusers_hook") for module in (self.ffn, self.attn1.to_q))
+        if whole or hooked or modulation.ndim != 3:
+            return hidden.shape[1]
+        return max(CPU_TOKENS // hidden.shape[0], 1)
+
+    def _finish_tokens(
+        self,
+        hidden: Tensor,
+        attended: Tensor,
+        modulation: Sequence[Tensor],
+        context_kv: Sequence[Tensor],
+        ffn: nn.Module,
+    ) -> Tensor:
+        """:meth:`_finish` of some of the tokens, or of all."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        hidden = (hidden.float() + gated(project_out(self.attn1, attended), gate)).type_as(hidden)
+        hidden = add_gated(hidden, project_out(self.attn1, attended), gate)
         query = self.attn2.norm_q(self.attn2.to_q(self.norm2(hidden.float()).type_as(hidden)))
         query = query.unflatten(2, (self.attn2.heads, -1))
         attended = attend(self.attn2, query, *context_kv[:2])
@@ -296,63 +374,4 @@ class UniViGUBlock(WanTransformerBlock):
             attended = attended + attend(self.attn2, query, *context_kv[2:])
         hidden = hidden + project_out(self.attn2, attended)
         normed = modulate(self.norm3(hidden.float()), ffn_scale, ffn_shift).type_as(hidden)
-        return (hidden.float() + gated(ffn(normed).float(), ffn_gate)).type_as(hidden)
-
-
-class TextEmbedder(nn.Module):
-    """Into the text stream: z_tau and the previous estimate of z_1 become tokens, tau_t becomes their modulation."""
-
-    def __init__(self, latent_dim: int, dim: int, freq_dim: int):
-        super().__init__()
-        self.proj_in = nn.Linear(latent_dim, dim)
-        self.proj_guess = nn.Linear(latent_dim, dim, bias=False)
-        self.timesteps_proj = Timesteps(num_channels=freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
-        self.act_fn = nn.SiLU()
-        self.time_proj = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.proj_guess.weight)
-
-    def forward(self, z: Tensor, tau: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, N, d), tau (B,), guess (B, N, d) to hidden states (B, N, width), time (B, width) and (B, 6, width)."""
-        dtype = self.proj_in.weight.dtype
-        hidden = self.proj_in(z.to(dtype))
-        if guess is not None:
-            hidden = hidden + self.proj_guess(guess.to(dtype))
-        frequencies = self.timesteps_proj(wan.wan_timestep(tau)).to(self.time_embedder.linear_1.weight.dtype)
-        temb = self.time_embedder(frequencies).type_as(hidden)
-        return hidden, temb, self.time_proj(self.act_fn(temb)).unflatten(1, (6, -1))
-
-
-class TextHead(nn.Module):
-    """Out of the text stream: adaLN, then a zero-initialised projection to d, scaled by a learned positive number.
-
-    With an ``output_dim`` w, w more numbers for a `TextOutput` follow, from a zero-initialised projection of their own.
-    """
-
-    def __init__(self, dim: int, latent_dim: int, eps: float, output_dim: int = 0):
-        super().__init__()
-        self.norm = FP32LayerNorm(dim, eps, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-        self.proj_out = nn.Linear(dim, latent_dim)
-        self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed does not broadcast zero-dimensional parameters
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
-        self.proj_output = nn.Linear(dim, output_dim, bias=False) if output_dim else None
-        if self.proj_output is not None:
-            nn.init.zeros_(self.proj_output.weight)
-
-    def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
-        """Hidden states (B, N, width) and time (B, width) to h (B, N, d) or [h, g] (B, N, d + w), float32."""
-        shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
-        hidden = (self.norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        out = self.log_scale.float().exp() * self.proj_out(hidden).float()
-        return out if self.proj_output is None else torch.cat([out, self.proj_output(hidden).float()], dim=-1)
-
-
-def text_ends(
-    dim: int, freq_dim: int, eps: float, vocab_size: int, latent_dim: int | None, output_dim: int
-) -> tuple[Any, Any]:
-    """The way into and out of the text stream; without a ``latent_dim`` a text is token ids (`univigu.discrete`)."""
-    if latent_dim is None:
-        return TokenEmbedder(vocab_size, dim, freq_dim), TokenHead(dim, vocab_size)
-    return TextEmbedder(latent_dim, dim, freq_dim), TextHead(dim, latent_dim, eps, output_dim)
+        return add_gated(hidden, ffn(normed), ffn_gate)

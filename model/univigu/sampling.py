@@ -9,6 +9,7 @@ model is only called, because hooks that offload its weights to another device a
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from . import flow, inputs
 from .bases import ImageCondition
 from .errors import BadInputError
 from .inputs import Generators, Seeds
+from .layers import Condition
 from .transformer import UniViGUOutput, UniViGUTransformer3DModel, VideoCache
 
 TOGETHER = 8192  # video tokens of both branches of guidance up to which they are one batch
@@ -50,6 +52,27 @@ class Guide:
     def finish(self, z: Tensor) -> Tensor:
         """Videos z (B, C, T, H', W') with what they were given in its place."""
         return z if self.image is None else self.image.finish(z)
+
+
+class Conditions:
+    """The conditions of a sampling run, whose keys and values are computed once; a callback may give others."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[tuple[Tensor, ...], list[int | None], Condition]] = deque(maxlen=2)  # of two branches
+
+    def __call__(self, *states: Tensor, rows: int = 1) -> Condition:
+        """One condition (B or 1, L, text_dim), or several of equal length with ``rows`` rows each, one after another.
+
+        It is computed again where the tensors are others than in earlier steps, or have been changed.
+        """
+        versions = [None if x.is_inference() else x._version for x in states]
+        for given, before, condition in self._kept:
+            same = len(given) == len(states) and all(a is b for a, b in zip(given, states, strict=True))
+            if same and before == versions:
+                return condition
+        joined = states[0] if len(states) == 1 else torch.cat([x.expand(rows, *x.shape[1:]) for x in states])
+        self._kept.append((states, versions, Condition(joined, [])))
+        return self._kept[-1][-1]
 
 
 def text_field(
@@ -101,16 +124,20 @@ def video_field(
     text at all, this is Wan's velocity.
     """
     no_text = None if text is None else seeded_noise(seeds, "no text", text.shape[1:], text.device)
+    conditions = Conditions()
+    model.begin_cache()
 
     def field(z: Tensor, tau: Tensor | float) -> Tensor:
         beside = () if text is None else (text, batch_tau(text_tau, z))
         beside_without = () if no_text is None else (no_text, batch_tau(0.0, z))
         z, tau, states = guide.show(z, batch_tau(tau, z))
+        settings = {"attention": "video_only", "image_states": states}
         if guide.scale <= 1:
-            return model(z, tau, guide.condition, *beside, image_states=states).video.float()
+            with model.in_cache("cond"):
+                return model(z, tau, conditions(guide.condition), *beside, **settings).video.float()
         branches = (guide.condition, *beside), (guide.negative, *beside_without)
         # pyrefly: ignore[bad-argument-type]
-        seen, without = two_branches(model, z, tau, *branches, image_states=states)
+        seen, without = two_branches(model, z, tau, *branches, conditions=conditions, **settings)
         return guided(seen.video, without.video, guide.scale)
 
     return field
@@ -133,27 +160,30 @@ def joint_field(
     device = guide.condition.device
     no_text = seeded_noise(seeds, "no text", text_shape, device)
     no_video = seeded_noise(seeds, "no video", video_shape, device)
-    table = token_table(model, device)
+    table, conditions = token_table(model, device), Conditions()
     guess: Tensor | None = None
 
     def field(states: tuple[Tensor, Tensor], taus: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal guess
         video, text = states
         video_tau, text_tau = (batch_tau(tau, video) for tau in taus)
-        beside = guide.condition, text, text_tau, *(() if guess is None else (guess,))
+        beside = text, text_tau, *(() if guess is None else (guess,))
         shown, shown_tau, image_states = guide.show(video, video_tau)
         if guide.scale > 1:
             # a guess of zeros is none
-            beside_without = guide.negative, no_text, batch_tau(0.0, video), *(0 * given for given in beside[3:])
+            beside_without = no_text, batch_tau(0.0, video), *(0 * given for given in beside[2:])
+            branches = (guide.condition, *beside), (guide.negative, *beside_without)
+            settings = {"conditions": conditions, "image_states": image_states}
             # pyrefly: ignore[bad-argument-type]
-            out, without = two_branches(model, shown, shown_tau, beside, beside_without, image_states=image_states)
+            out, without = two_branches(model, shown, shown_tau, *branches, **settings)
             velocity = guided(out.video, without.video, guide.scale)
         else:
-            out = model(shown, shown_tau, *beside, image_states=image_states)
+            out = model(shown, shown_tau, conditions(guide.condition), *beside, image_states=image_states)
             velocity = out.video.float()
         hidden = out.text
         if text_scale > 1:
-            without = model(no_video, batch_tau(0.0, video), guide.condition, text, text_tau, guess).text
+            unseen = no_video, batch_tau(0.0, video), conditions(guide.condition)
+            without = model(*unseen, text, text_tau, guess).text
             hidden = without + text_scale * (hidden - without)
         # pyrefly: ignore[bad-argument-type]
         prediction = model.read_text(hidden, text, text_tau, table, temperature=temperature)
@@ -168,24 +198,31 @@ def two_branches(
     z: Tensor,
     tau: Tensor,
     *branches: Sequence[Tensor],
+    conditions: Conditions,
+    attention: str = "joint",
     image_states: Tensor | None = None,
 ) -> list[UniViGUOutput]:
-    """The model's outputs for the video z (B, C, T, H, W) at tau and the further arguments of two branches.
+    """The model's outputs for the video z (B, C, T, H, W) at tau and the condition and further arguments of branches.
 
     ``tau`` and ``image_states``, which both branches see, are as the model takes them.
 
-    Small videos are one batch, which costs less than two calls; from `TOGETHER` tokens on, each branch fills a device
-    by itself, and one batch would only need more memory.
+    Small videos are one batch, which costs less than two calls: both branches share what the first block computes of
+    the video alone. From `TOGETHER` tokens on, each branch fills a device by itself, and one batch would only need more
+    memory.
     """
-    grids = [[argument.shape[1:] for argument in branch] for branch in branches]
+    shapes = [[argument.shape[1:] for argument in branch] for branch in branches]
     tokens = len(branches) * len(z) * math.prod(model.grid(z.shape[2:]))
-    if tokens > TOGETHER or grids[0] != grids[1]:
-        return [model(z, tau, *branch, image_states=image_states) for branch in branches]
-    rows = [[argument.expand(len(z), *argument.shape[1:]) for argument in branch] for branch in branches]
-    if image_states is not None and len(image_states) > 1:
-        image_states = torch.cat([image_states, image_states])
-    both = (torch.cat(pair) for pair in zip(*rows, strict=True))
-    out = model(torch.cat([z, z]), torch.cat([tau, tau]), *both, image_states=image_states)
+    settings = {"attention": attention, "image_states": image_states}
+    cached = model.is_cache_enabled and attention == "video_only"
+    if tokens > TOGETHER or shapes[0] != shapes[1] or cached:
+        outputs = []
+        for name, (c, *beside) in zip(("cond", "uncond"), branches, strict=True):
+            with model.in_cache(name):
+                outputs.append(model(z, tau, conditions(c), *beside, **settings))
+        return outputs
+    (c, *beside), (c_without, *without) = branches
+    both = [torch.cat([x.expand(len(z), *x.shape[1:]) for x in pair]) for pair in zip(beside, without, strict=True)]
+    out = model(z, tau, conditions(c, c_without, rows=len(z)), *both, **settings)
     texts = (None, None) if out.text is None else out.text.chunk(2)
     return [UniViGUOutput(video, text) for video, text in zip(out.video.chunk(2), texts, strict=True)]
 

@@ -31,9 +31,12 @@ from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedd
 from torch import Tensor
 
 from . import wan
+from .caching import StepCacheMixin
 from .discrete import predict_tokens, text_rotary
 from .errors import ConfigError
+from .from_wan import build_from_wan
 from .layers import (
+    Condition,
     Context,
     KVCache,
     Rotary,
@@ -44,12 +47,14 @@ from .layers import (
     VideoCache,
     modulate,
     repeat_rows,
-    text_ends,
 )
 from .sequence_parallel import SequenceGroup, require_divisible
 from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
+from .text_stream import text_ends
 
-ATTENTION = ("joint", "prefix", "text_only", "kv_only")
+# the policy of the blocks before the last
+_EARLIER = {"video_only": "joint", "text_only": "prefix"}
+ATTENTION = ("joint", "prefix", "video_only", "text_only", "kv_only")
 
 
 def _check_choices(prediction: str, ffn_init: str, caption_attention: str, text_output_dim: int) -> None:
@@ -63,7 +68,7 @@ def _check_choices(prediction: str, ffn_init: str, caption_attention: str, text_
         raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
 
 
-class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepCacheMixin, AttentionMixin):
     """Uni-ViGU's transformer. The first arguments are WanTransformer3DModel's; the text side's are:
 
     ``text_latent_dim`` d, ``vocab_size`` V (rows of E), ``tokenizer_length`` (ids from there on are never predicted),
@@ -144,7 +149,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         self,
         hidden_states: Tensor | VideoCache,
         tau: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | Condition | None = None,
         text: Tensor | None = None,
         text_tau: Tensor | None = None,
         guess: Tensor | None = None,
@@ -156,8 +161,11 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         Shapes: z_v ``hidden_states`` (B, C, T, H, W), ``tau`` (B,), or (B, T) where each latent frame has its own time,
         c ``encoder_hidden_states`` (B or 1, L, text_dim); optional z_t ``text`` (B, N, d) with its ``text_tau`` (B,)
         and ``guess`` (B, N, d), the previous estimate of z_t1 (self-conditioning). ``attention`` is ``joint`` or
-        ``prefix``; raises ConfigError for anything else. ``text_only`` is ``prefix`` without what only the video's
-        velocity needs, for a multiple of B texts: row i of them sees video i modulo B.
+        ``prefix``; raises ConfigError for anything else. ``video_only`` is ``joint`` without what only the text's h
+        needs, and ``text_only`` is ``prefix`` without what only the video's velocity needs. There may be a multiple of
+        B texts, or of texts and conditions: row i of them sees video i modulo B.
+
+        A :class:`Condition` in the place of c keeps its keys and values for the next pass.
 
         A base that is conditioned on images takes their channels after z_v's in ``hidden_states``, where there are
         none zeros, and an image encoder's ``image_states`` (B or 1, L', image_dim).
@@ -168,6 +176,10 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         """
         if attention not in ATTENTION:
             raise ConfigError(f"Unknown attention {attention!r}: use one of {', '.join(ATTENTION)}.")
+        if self.is_cache_enabled and attention != "video_only":
+            with self.without_cache():
+                given = hidden_states, tau, encoder_hidden_states, text, text_tau, guess, attention, image_states
+                return self.forward(*given)
         if isinstance(hidden_states, VideoCache):
             # pyrefly: ignore[bad-argument-type]
             return UniViGUOutput(None, self.denoise_text(text, text_tau, hidden_states, guess))
@@ -178,22 +190,30 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
             # pyrefly: ignore[bad-argument-type]
             seen = self.prefill_video(hidden_states, tau, encoder_hidden_states)
             return self.forward(seen, text=text, text_tau=text_tau, guess=guess)
+        condition = encoder_hidden_states if isinstance(encoder_hidden_states, Condition) else None
+        if condition is not None and not condition.blocks:
+            condition.blocks = [[] for _ in self.blocks]
         # pyrefly: ignore[bad-argument-type]
         embedded = self._embed_video(hidden_states, tau, encoder_hidden_states, image_states)
         (video, time, rotary), temb, context, grid = embedded
-        text_hidden = None
+        text_hidden = text_stream = None
         if text is not None:
             text_hidden, text_temb, text_time = self.text_embedder(text, text_tau, guess)
             text_rotary = self._text_rotary(grid, text)
         for i, block in enumerate(self.blocks):
-            text_stream = None if text is None else (text_hidden, text_time, text_rotary)
-            # of the last block's video, text needs the keys and values alone
-            policy = "prefix" if attention == "text_only" and i + 1 < len(self.blocks) else attention
-            video, text_hidden, _ = self._run(block, (video, time, rotary), text_stream, context, None, policy)
+            if text is not None:
+                text_stream = text_hidden, text_time, text_rotary
+            # of the last block's other stream, the one that is asked for needs the keys and values alone
+            policy = _EARLIER.get(attention, attention) if i + 1 < len(self.blocks) else attention
+            known = None if condition is None else condition.blocks[i]
+            video, text_hidden, *_ = self._run(block, (video, time, rotary), text_stream, context, known, policy)
+            # the first block sees a video that several rows share once
+            time, temb = (repeat_rows(x, len(x) if video is None else len(video)) for x in (time, temb))
         # pyrefly: ignore[bad-argument-type]
         velocity = None if attention == "text_only" else self._video_head(video, temb, grid)
+        read = text is not None and attention != "video_only"
         # pyrefly: ignore[bad-argument-type]
-        return UniViGUOutput(velocity, None if text is None else self._text_out(text_hidden, text_temb))
+        return UniViGUOutput(velocity, self._text_out(text_hidden, text_temb) if read else None)
 
     def share_sequence(self, group: SequenceGroup | None) -> None:
         """Share each video's tokens with the other processes of a group (`sequence_parallel`), or, with None, stop.
@@ -289,9 +309,12 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         return block(*args)
 
     def _embed_video(
-        self, latents: Tensor, tau: Tensor, encoder_hidden_states: Tensor, image_states: Tensor | None = None
+        self, latents: Tensor, tau: Tensor, c: Tensor | Condition, image_states: Tensor | None = None
     ) -> tuple[Stream, Tensor, Context, tuple[int, int, int]]:
         """Stream and time embedding of the video, the projected condition, and the grid of patches."""
+        if isinstance(c, Condition):
+            # of a condition whose keys and values are known, no token is projected
+            c, image_states = (c.states[:, :0], None) if all(c.blocks) else (c.states, image_states)
         grid = self.grid(latents.shape[2:])
         dtype = self.patch_embedding.weight.dtype
         rotary = self.rope.video(latents)
@@ -303,7 +326,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         frames = tau.shape[1] if tau.ndim == 2 else None
         timestep = wan.wan_timestep(tau.flatten())
         temb, time, context, image = self.condition_embedder(
-            timestep, encoder_hidden_states.to(dtype), image_states, timestep_seq_len=frames
+            timestep, c.to(dtype), image_states, timestep_seq_len=frames
         )
         time = time.unflatten(-1, (6, -1))
         if self.sequence is not None:
@@ -350,29 +373,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atten
         ``UniViGUPipeline.from_wan``); the defaults are V and umT5's 0 and 1. Raises MissingInputError, BadInputError
         or CorruptDataError where ``source`` is not a readable Wan transformer of a kind in `univigu.bases`.
         """
-        rows = None
-        if isinstance(source, WanTransformer3DModel):
-            base = source
-        else:
-            folder = wan.transformer_folder(source)
-            with wan.reading(source):
-                base, found = WanTransformer3DModel.from_pretrained(
-                    folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-                )
-            wan.check_keys(found["missing_keys"], found["unexpected_keys"])
-            rows = wan.token_rows(folder.parent)
-        if rows is not None:
-            text_config = {"vocab_size": len(rows), "tokenizer_length": len(rows)} | text_config
-        expected = cls._get_init_keys(cls)
-        model = cls(**{k: v for k, v in base.config.items() if k in expected} | text_config)
-        # assign=True takes the base's tensors over: a copy would need the weights' memory twice
-        wan.check_keys(*model.load_state_dict(base.state_dict(), strict=False, assign=True))
-        model.init_text_side()
-        if rows is not None and model.text_space is not None:
-            model.text_space.init_from(rows)
-            if model.text_output is not None:
-                model.text_output.init_from(rows)
-        return model.eval()
+        return build_from_wan(cls, source, text_config)
 
     def estimate_flops(self, video_tokens: int, text_tokens: int, context_tokens: int, attention: str = "joint") -> int:
         """Floating-point operations of one sample's forward pass; a training step costs about three times as many.

@@ -46,7 +46,7 @@ def test_a_guided_video(model, monkeypatch, beside, rows):
 
     in_turn, together, calls = in_turn_and_together(monkeypatch, model, sample)
     torch.testing.assert_close(together, in_turn, atol=1e-5, rtol=1e-5)
-    assert calls == [4]
+    assert calls == [2]  # one call, with each video once
 
 
 def test_a_guided_video_and_its_text_with_the_guesses_of_earlier_steps(model, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_guided_video_and_its_text_with_the_guesses_of_earlier_steps(model, mo
 
     in_turn, together, calls = in_turn_and_together(monkeypatch, model, sample)
     torch.testing.assert_close(together, in_turn, atol=1e-4, rtol=1e-4)
-    assert calls == [4, 2, 4, 2]  # the text's own branch has another video
+    assert calls == [2, 2, 2, 2]  # the text's own branch has another video, and a call of its own
 
 
 def test_a_negative_prompt_of_another_length_has_a_call_of_its_own(model, monkeypatch):
@@ -75,3 +75,42 @@ def test_a_negative_prompt_of_another_length_has_a_call_of_its_own(model, monkey
     in_turn, together, calls = in_turn_and_together(monkeypatch, model, sample)
     torch.testing.assert_close(together, in_turn)
     assert calls == [2, 2]
+
+
+@pytest.mark.parametrize("together", [0, 10**6], ids=["in turn", "in one batch"])
+def test_the_condition_is_projected_once_unless_it_changes(model, monkeypatch, together):
+    monkeypatch.setattr(sampling, "TOGETHER", together)
+    torch.manual_seed(3)
+    z, text = torch.randn(2, *VIDEO), torch.randn(2, *TEXT)
+    guide = Guide(torch.randn(2, 10, 32), torch.randn(1, 10, 32), 3.0)
+    field, calls = video_field(model, text, 0.8, SEEDS, guide), []
+    each = 1 if together else 2
+
+    def step(tau):
+        again = video_field(model, text, 0.8, SEEDS, guide)(z, tau)
+        with model.blocks[1].attn2.to_k.register_forward_hook(lambda *_: calls.append(1)):
+            torch.testing.assert_close(field(z, tau), again, atol=1e-5, rtol=1e-5)
+        return len(calls)
+
+    with torch.no_grad():
+        assert [step(tau) for tau in (0.1, 0.4)] == [each, each]
+        guide.condition = guide.condition + 1  # as a callback may
+        assert step(0.5) > each
+        before = len(calls)
+        guide.condition.mul_(2)
+        assert step(0.6) > before
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_beside_a_text_is_the_joint_forward_without_the_end_of_the_text(model, rows):
+    torch.manual_seed(4)
+    z, text, c = torch.randn(rows, *VIDEO), torch.randn(rows, *TEXT), torch.randn(1, 10, 32)
+    tau, text_tau = torch.full((rows,), 0.3), torch.ones(rows)
+    with torch.no_grad():
+        velocity = video_field(model, text, 1.0, SEEDS[:rows], Guide(c, None, 1.0))(z, 0.3)
+        torch.testing.assert_close(velocity, model(z, tau, c, text, text_tau).video, atol=1e-5, rtol=1e-5)
+        called = []
+        for block in model.blocks:
+            block.ffn_text.register_forward_hook(lambda *_: called.append(1))
+        assert model(z, tau, c, text, text_tau, attention="video_only").text is None
+    assert len(called) == len(model.blocks) - 1

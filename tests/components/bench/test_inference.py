@@ -29,15 +29,23 @@ def test_a_guided_step_is_two_passes_and_a_cached_caption_sees_the_video_once(sm
     model = inference.make_model(
         {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 64, "text_dim": 64}
     )
-    passes = []
-    # a small video's branches of guidance are one batch of two
-    model.patch_embedding.register_forward_hook(lambda _, given, __: passes.extend(["video"] * len(given[0])))
-    for run, count in (
-        (inference.video_step(model, 1.0), 1),
-        (inference.video_step(model, 3.0), 2),
-        (inference.cached_caption(model), 1),
-        (inference.papers_caption(model), inference.STEPS),
+    read, made = [], []
+    # a small video's branches of guidance are one batch of two, which share the video before the first attention
+    model.patch_embedding.register_forward_hook(lambda _, given, __: read.extend(["video"] * len(given[0])))
+    model.proj_out.register_forward_hook(lambda _, given, __: made.extend(["velocity"] * len(given[0])))
+    for run, counts in (
+        (inference.video_step(model, 1.0), (1, 1)),
+        (inference.video_step(model, 3.0), (1, 2)),
+        (inference.cached_caption(model), (1, 0)),
+        (inference.papers_caption(model), (inference.STEPS, inference.STEPS)),
     ):
-        passes.clear()
+        read.clear()
+        made.clear()
         run()
-        assert len(passes) == count
+        assert (len(read), len(made)) == counts
+
+
+def test_of_a_deep_model_no_caption_is_timed(small, monkeypatch):
+    monkeypatch.setattr(inference, "CAPTIONED", 1)
+    with torch.no_grad():
+        assert inference.compare(2, 24, 2).keys() == {"generate", "guided"}
