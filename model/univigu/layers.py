@@ -349,7 +349,9 @@ class UniViGUBlock(WanTransformerBlock):
 
     def _tokens_at_once(self, hidden: Tensor, modulation: Tensor) -> int:
         """How many tokens of hidden states (B, S, width) are computed at once, where each is computed by itself."""
-        whole = hidden.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        # a fake tensor is no Tensor: its bytes are counted for a GPU
+        whole = hidden.device.type != "cpu" or type(hidden) is not Tensor
+        whole = whole or torch.is_grad_enabled() or torch.compiler.is_compiling()
         # hooks of diffusers may load a layer's weights for each call, or count its calls
         hooked = any(hasattr(module, "_diffusers_hook") for module in (self.ffn, self.attn1.to_q))
         if whole or hooked or modulation.ndim != 3:
