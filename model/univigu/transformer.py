@@ -190,10 +190,24 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
             # pyrefly: ignore[bad-argument-type]
             seen = self.prefill_video(hidden_states, tau, encoder_hidden_states)
             return self.forward(seen, text=text, text_tau=text_tau, guess=guess)
+        # pyrefly: ignore[bad-argument-type]
+        return self._denoise(hidden_states, tau, encoder_hidden_states, text, text_tau, guess, attention, image_states)
+
+    def _denoise(
+        self,
+        hidden_states: Tensor,
+        tau: Tensor,
+        encoder_hidden_states: Tensor | Condition,
+        text: Tensor | None,
+        text_tau: Tensor | None,
+        guess: Tensor | None,
+        attention: str,
+        image_states: Tensor | None,
+    ) -> UniViGUOutput:
+        """A pass over all blocks; the arguments are those of :meth:`forward`."""
         condition = encoder_hidden_states if isinstance(encoder_hidden_states, Condition) else None
         if condition is not None and not condition.blocks:
             condition.blocks = [[] for _ in self.blocks]
-        # pyrefly: ignore[bad-argument-type]
         embedded = self._embed_video(hidden_states, tau, encoder_hidden_states, image_states)
         (video, time, rotary), temb, context, grid = embedded
         text_hidden = text_stream = None

@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from univigu import flow, wan
+from univigu import flow, layers, wan
 from univigu.errors import BadInputError, ConfigError, CorruptDataError
 from univigu.transformer import UniViGUTransformer3DModel
 
@@ -65,6 +65,20 @@ def test_without_text_the_output_is_wans_bit_for_bit(base, model, inputs):
     ours = model(video, TAU, condition)
     assert torch.equal(ours.video, -theirs)
     assert ours.text is None
+
+
+@pytest.mark.parametrize("attention", ["joint", "prefix", "video_only"])
+def test_a_cpu_computes_the_tokens_in_parts_with_the_same_result(model, inputs, monkeypatch, attention):
+    video, condition, text, guess = inputs
+    whole = model(video, TAU, condition, text, TEXT_TAU, guess, attention)
+    calls = []
+    with model.blocks[1].ffn.register_forward_hook(lambda *_: calls.append(1)):
+        monkeypatch.setattr(layers, "CPU_TOKENS", 14)  # 7 of the 36 tokens of each of two videos
+        parts = model(video, TAU, condition, text, TEXT_TAU, guess, attention)
+    assert len(calls) == 6
+    torch.testing.assert_close(parts.video, whole.video, atol=1e-5, rtol=1e-5)
+    if attention != "video_only":
+        torch.testing.assert_close(parts.text, whole.text, atol=1e-4, rtol=1e-5)
 
 
 def test_under_prefix_the_video_is_wans_bit_for_bit_beside_a_text(base, model, inputs):

@@ -60,15 +60,16 @@ def _counted(
 ) -> int:
     config = json.loads(key)
     latents = (batch, latent_channels(config), *memory.latent_size(config, video, text))
-    found = []
-    for depth in (2, 3):
+    # the first and the last of a video's blocks need less than those between
+    found, shallow = [], 3 if look.kind == "generate" else 2
+    for depth in (shallow, shallow + 1):
         with without_data(), torch.no_grad():
             model = memory.build_model(config, depth, memory.DTYPES[precision], sharing)
             with Answering() as counted:
                 counted.ignore([*model.parameters(), *model.buffers()])
                 KINDS[look.kind](model, latents, text, context, look.guided)
             found.append(counted.peak)
-    return memory.extrapolate(found[0], found[1], 2, config["num_layers"])
+    return memory.extrapolate(found[0], found[1], shallow, config["num_layers"])
 
 
 class Answering(LiveBytes):
