@@ -178,22 +178,31 @@ def test_what_is_no_video_is_refused_and_no_address_is_followed(server, clip, qu
 def test_a_body_beyond_the_limit_is_not_read(server):
     head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\ncontent-type: application/json\r\n"
 
+    def receive(connection):
+        try:
+            return connection.recv(4096)
+        except ConnectionError:  # what is on its way to a server that closes the connection resets it
+            return b""
+
     def send(rest, chunks):
-        """The answer, and how many of the chunks of 64 KiB were sent before it came."""
+        """The answer, and how many of the chunks of 64 KiB were sent before it came; empty for a lost connection."""
         with socket.create_connection(("127.0.0.1", int(server.port)), timeout=30) as connection:
             connection.sendall(f"{head}{rest}\r\n\r\n".encode())
             for number in range(chunks):
                 if select([connection], [], [], 0)[0]:
-                    return connection.recv(4096), number
-                connection.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
-            return connection.recv(4096), chunks
+                    return receive(connection), number
+                try:
+                    connection.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+                except ConnectionError:
+                    return b"", number
+            return receive(connection), chunks
 
     announced, _ = send(f"content-length: {4 << 30}", 0)
     assert announced.startswith(b"HTTP/1.1 413")
     assert b"more than 1 MiB" in announced
-    chunked, sent = send("transfer-encoding: chunked", 10_000)
-    assert chunked.startswith(b"HTTP/1.1 413")
+    _, sent = send("transfer-encoding: chunked", 10_000)
     assert sent < 1000
+    server.until(lambda: server.metric('responses_total{endpoint="chat",status="413"}') == 1)
     server.until(lambda: server.metric("held_bytes") == 0)
 
 
