@@ -60,7 +60,7 @@ class Server:
         while not (found := wanted()):
             assert time.monotonic() < end, (self.root / "serve.log").read_text()
             assert self.process.poll() is None, (self.root / "serve.log").read_text()
-            time.sleep(0.05)
+            time.sleep(0.1)
         return found
 
     def until_ready(self):
