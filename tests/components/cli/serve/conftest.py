@@ -60,7 +60,7 @@ class Server:
         while not (found := wanted()):
             assert time.monotonic() < end, (self.root / "serve.log").read_text()
             assert self.process.poll() is None, (self.root / "serve.log").read_text()
-            time.sleep(0.05)
+            time.sleep(0.1)
         return found
 
     def until_ready(self):
@@ -71,7 +71,7 @@ class Server:
         key = {"idempotency-key": fields.pop("key")} if "key" in fields else {}
         body = {"prompt": prompt, "num_inference_steps": 2, **fields}
         status, job = self.call("POST", "/v1/videos", body, **key)
-        assert (status, job.get("status")) in ((200, "queued"), (200, "in_progress"), (200, "completed")), job
+        assert status == 200, job
         return job["id"]
 
     def wait_for(self, video_id):
