@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from . import inputs, wan
+from .caching import check_spans
 from .discrete import JumpSteps, random_ids
 from .errors import BadInputError
 from .inputs import Generators, Seeds
@@ -76,6 +77,7 @@ class PipelineArguments(DiffusionPipeline):
     def _joint_times(self, count: int | None, text_at: float | None, in_step: bool) -> tuple[int, float]:
         """How many steps `joint` takes, and the video's time at which it writes the text."""
         self._refuse_discrete()
+        check_spans(self.transformer)
         if in_step and text_at is not None:
             raise BadInputError(
                 "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."

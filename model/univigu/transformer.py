@@ -49,23 +49,11 @@ from .layers import (
     repeat_rows,
 )
 from .sequence_parallel import SequenceGroup, require_divisible
-from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
-from .text_stream import text_ends
+from .text_space import TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
+from .text_stream import check_choices, text_ends
 
-# the policy of the blocks before the last
-_EARLIER = {"video_only": "joint", "text_only": "prefix"}
+_EARLIER = {"video_only": "joint", "text_only": "prefix"}  # the policy of the blocks before the last
 ATTENTION = ("joint", "prefix", "video_only", "text_only", "kv_only")
-
-
-def _check_choices(prediction: str, ffn_init: str, caption_attention: str, text_output_dim: int) -> None:
-    if prediction not in (*PREDICTIONS, "discrete"):
-        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)} or discrete.")
-    if ffn_init not in ("new", "copy", "shared"):
-        raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
-    if caption_attention not in ("prefix", "joint"):
-        raise ConfigError(f"Unknown caption_attention {caption_attention!r}: use prefix or joint.")
-    if text_output_dim and prediction != "categorical":
-        raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
 
 
 class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepCacheMixin, AttentionMixin):
@@ -116,7 +104,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
         caption_attention: str = "prefix",
     ):
         super().__init__()
-        _check_choices(prediction, ffn_init, caption_attention, text_output_dim)
+        check_choices(prediction, ffn_init, caption_attention, text_output_dim)
         if row_norm is None:
             row_norm = row_norm_for(tokenizer_length)
             self.register_to_config(row_norm=row_norm)
@@ -170,9 +158,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
         A base that is conditioned on images takes their channels after z_v's in ``hidden_states``, where there are
         none zeros, and an image encoder's ``image_states`` (B or 1, L', image_dim).
 
-        Hooks that offload weights act on this call alone, so :meth:`prefill_video` and :meth:`denoise_text` can be
-        reached through it too: ``kv_only`` returns the ``cache`` of the video, and a cache in the place of the video
-        gives the ``text`` beside it.
+        Hooks that offload weights act on this call alone, so it leads to :meth:`prefill_video` (``kv_only`` returns the
+        ``cache``) and to :meth:`denoise_text` (a cache in the place of the video gives the ``text`` beside it) too.
         """
         if attention not in ATTENTION:
             raise ConfigError(f"Unknown attention {attention!r}: use one of {', '.join(ATTENTION)}.")
