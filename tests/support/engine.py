@@ -29,12 +29,16 @@ SECOND = Stage(
 )
 BATCHES = replace(FIRST, name="batches", function="steps_under_test:batches", home="data/batches")
 MODULE = """
-import json, os, time
+import json, os, tempfile, time
 from pathlib import Path
 
 def double(step):
     numbers = json.loads(step.inputs["raw"].read_text())
     step.rows_in = len(numbers)
+    if os.environ.get("DIE"):
+        with step.temporary_files():
+            tempfile.mkstemp(prefix="left-")
+            os._exit(9)
 
     def work(rows, folder):
         if os.environ.get("SLOW"):

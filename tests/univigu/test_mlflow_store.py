@@ -4,15 +4,16 @@ import errno
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 
 import mlflow.exceptions
 import pytest
 import requests
 import sqlalchemy.exc
-from mlflow.store.db import utils as mlflow_tables
 
 from univigu.errors import BadInputError, CorruptDataError, DiskFullError, TransientError
-from univigu.mlflow_store import make_database, opened, short_timeouts, store_error, without_password, without_secrets
+from univigu.mlflow_store import opened, short_timeouts, store_error, without_password, without_secrets
 
 SERVER = "http://ann:s3cret@host:5000"
 
@@ -92,14 +93,20 @@ def test_a_failing_store_is_reported_by_its_cause_even_if_wrapped(tmp_path, erro
         assert "\n" not in str(error_shown)
 
 
+KILLED = """
+import os, signal, sys
+from mlflow.store.db import utils
+from univigu.mlflow_store import make_database
+
+utils._upgrade_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # when some of the tables exist
+make_database(sys.argv[1])
+"""
+
+
 @pytest.mark.slow
 def test_a_database_is_created_completely_after_a_kill(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    if not (child := os.fork()):
-        mlflow_tables._upgrade_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # when some of them exist
-        make_database(uri)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", KILLED, uri]).returncode == -signal.SIGKILL
     assert not (tmp_path / "mlflow.db").exists()
     with opened(uri):
         assert mlflow.MlflowClient().search_registered_models() == []

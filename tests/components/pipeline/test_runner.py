@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import re
 import signal
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,19 +141,9 @@ def test_a_killed_run_leaves_nothing_then_goes_on_where_it_was(root, tmp_path_fa
     assert snapshot(root / "data/first") == snapshot(whole / "data/first")
 
 
-def test_temporary_files_of_a_killed_step_go_with_the_next_run(root, tmp_path, monkeypatch):
-    def die(step):
-        with step.temporary_files():
-            tempfile.mkstemp(prefix="left-")
-            os._exit(9)
-
+def test_temporary_files_of_a_killed_step_go_with_the_next_run(root, tmp_path):
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    child = os.fork()
-    if not child:
-        runner._load_function = lambda _: die
-        run(root)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert start(root, DIE="1", TMPDIR=str(tmp_path / "tmp")).wait() == 9
     assert list((tmp_path / "tmp").iterdir()) == []
     assert len(list(root.rglob("left-*"))) == 1
     run(root)
