@@ -17,7 +17,7 @@ import pytest
 from univigu.video import encode_mp4
 
 REPO = Path(__file__).parents[4]
-OPTIONS = ("--batch", "4", "--poll", "0.5", "--max-body", "1", "--max-queue", "128", "--max-seconds", "60")
+OPTIONS = ("--batch", "4", "--poll", "0.5", "--max-body", "1", "--max-queue", "128", "--max-seconds", "600")
 
 
 class Server:
@@ -40,7 +40,7 @@ class Server:
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=300)
 
     def call(self, method, path, body=None, **headers):
         """The status and the body of an answer: a value of JSON, or bytes."""
@@ -48,13 +48,13 @@ class Server:
             body, headers = json.dumps(body).encode(), {"content-type": "application/json", **headers}
         request = urllib.request.Request(f"{self.url}{path}", body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 status, kind, content = answer.status, answer.headers["content-type"], answer.read()
         except urllib.error.HTTPError as error:
             status, kind, content = error.code, error.headers["content-type"], error.read()
         return status, json.loads(content) if kind == "application/json" else content
 
-    def until(self, wanted, seconds=60):
+    def until(self, wanted, seconds=300):
         """Wait until `wanted()` is true, and return it."""
         end = time.monotonic() + seconds
         while not (found := wanted()):
