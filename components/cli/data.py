@@ -246,11 +246,12 @@ def edit(
     if not item or sum((bool(caption), exclude, undo)) != 1:
         raise ConfigError("Give --id, and exactly one of --caption, --exclude and --undo; or --list.")
     values, clip = load_profile(profile_in_use(profile, root)), edits.open_clip(root, item)
-    if caption:
-        proposal = edits.propose_caption(root, values, clip, caption, actor())
-    else:
-        propose = edits.propose_exclusion if exclude else edits.propose_undo
-        proposal = propose(root, values, clip, actor())
+    with activity("Counting what the edit changes"):
+        if caption:
+            proposal = edits.propose_caption(root, values, clip, caption, actor())
+        else:
+            propose = edits.propose_exclusion if exclude else edits.propose_undo
+            proposal = propose(root, values, clip, actor())
     print(", ".join(proposal.describe()))
     if dry_run:
         return

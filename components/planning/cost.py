@@ -159,7 +159,7 @@ def plan_stage(
                 "forward": cost.forward,
                 "backward": 2 * cost.forward,
                 "recomputation": recomputed * cost.forward,
-                "first_guess": guess * cost.guess,
+                "first_guess": guess * cost.first_guess(recomputed),
                 "step": cost.step(guess, recomputed),
             }
             for task, cost in costs.items()

@@ -30,20 +30,30 @@ def predict_prefix(model: UniViGUTransformer3DModel, draws: Sequence[Samples], t
     without the video's rows), and the K texts are K independent rows beside them: the result is that of K single draws.
     The video's weights learn through its keys and values, from the sum of the draws' gradients. ``guessing``: condition
     each text on its own first estimate of z_1 (self-conditioning).
+
+    Where activations are recomputed, the first estimate has a pass over the video of its own: beside a cached video,
+    the backward pass would keep a gradient of every block's keys and values until it reaches the video, 27 GiB of the
+    14B at 81 frames of 480x832.
     """
     s = draws[0]
     z, tau = torch.cat([drawn.z_text for drawn in draws]), torch.cat([drawn.text_tau for drawn in draws])
     # under `prefix` every sample has the empty condition, so one row of it is enough
     video = s.z_video, s.video_tau, s.condition[:1]
-    if not guessing:  # video and text go through each block together, and no keys or values are kept
-        # zeros, not None: all steps use the same weights of the text side
-        return model(*video, z, tau, torch.zeros_like(z), attention="text_only").text
-    cache = model.prefill_video(*video)
-    with torch.no_grad():
-        first = model.denoise_text(z, tau, cache).chunk(len(draws))  # logits of all draws at once would be large
-        read = [model.read_text(h, d.z_text, d.text_tau, table) for h, d in zip(first, draws, strict=True)]
-        guess = torch.cat([prediction.data for prediction in read])
-    return model.denoise_text(z, tau, cache, guess)
+    guess = torch.zeros_like(z)  # zeros, not None: all steps use the same weights of the text side
+    cache = model.prefill_video(*video) if guessing and not model.gradient_checkpointing else None
+
+    def text() -> Tensor:
+        if cache is not None:
+            return model.denoise_text(z, tau, cache, guess)
+        # video and text go through each block together, and no keys or values are kept
+        return model(*video, z, tau, guess, attention="text_only").text
+
+    if guessing:
+        with torch.no_grad():
+            first = text().chunk(len(draws))  # logits of all draws at once would be large
+            read = [model.read_text(h, d.z_text, d.text_tau, table) for h, d in zip(first, draws, strict=True)]
+            guess = torch.cat([prediction.data for prediction in read])
+    return text()
 
 
 def predict_joint(model: UniViGUTransformer3DModel, s: Samples, table: Tensor, guessing: bool) -> tuple[Tensor, Tensor]:

@@ -33,23 +33,28 @@ class TaskCost(NamedTuple):
     share: float
     forward: int
     guess: int  # of the extra pass in a self-conditioned step
+    whole_guess: int  # of that pass where activations are recomputed, and no video is cached
 
     def step(self, self_conditioning: float, recomputed: float) -> float:
         """Operations of a training step; `recomputed` is the share of forward passes that run again."""
-        return (3 + recomputed) * self.forward + self_conditioning * self.guess
+        return (3 + recomputed) * self.forward + self_conditioning * self.first_guess(recomputed)
+
+    def first_guess(self, recomputed: float) -> int:
+        """Operations of the extra pass."""
+        return self.whole_guess if recomputed else self.guess
 
 
 def task_costs(model: UniViGUTransformer3DModel, tokens: Tokens, objective: ObjectiveConfig) -> dict[str, TaskCost]:
     """Operations of one sample, by task; ``model`` may be on the meta device.
 
-    The understand task has ``prefix`` attention, where the extra pass costs the text tokens alone, because the video's
-    keys and values are cached; so does each of the objective's ``text_draws`` after the first. In the generate task the
+    The understand task has ``prefix`` attention, where each of the objective's ``text_draws`` after the first costs the
+    text tokens alone, and so does the extra pass beside a cached video (see `predict_prefix`). In the generate task the
     text is given, so there is no extra pass.
     """
     joint, draws = model.estimate_flops(*tokens), objective.text_draws
     video, text = model.estimate_caption_flops(*tokens)
-    understand = (video + draws * text, draws * text)
-    costs = {"understand": understand, "joint": (joint, joint), "generate": (joint, 0)}
+    whole = video + draws * text
+    costs = {"understand": (whole, draws * text, whole), "joint": (joint, joint, joint), "generate": (joint, 0, 0)}
     total = sum(objective.shares.values())
     return {task: TaskCost(share / total, *costs[task]) for task, share in objective.shares.items() if share}
 

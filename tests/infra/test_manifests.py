@@ -12,7 +12,7 @@ import yaml
 from kubeflow_trainer_api import models
 
 import univigu
-from components.orchestration import kfp_pipeline, kfp_server, kfp_tasks, notifications
+from components.orchestration import kfp_pipeline, kfp_server, notifications, prerequisites
 from components.pipeline.stages import find_stage
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +239,7 @@ def test_airflow_has_the_address_to_notify_and_the_login_of_mlflow_where_there_a
     wanted |= {key: kfp_pipeline.TRACKING_SECRET for key in kfp_pipeline.TRACKING_KEYS if key not in required}
     wanted = {key: {"name": name, "key": key, "optional": True} for key, name in wanted.items()}
     ((secret, _),) = find_stage("register-model").secrets.items()
-    for key, variable in kfp_tasks.REGISTRY_LOGIN.items():  # it promotes, so it has the account that may
+    for key, variable in prerequisites.REGISTRY_LOGIN.items():  # it promotes, so it has the account that may
         wanted[variable] = {"name": secret, "key": key, "optional": True}
     assert found == wanted
     page = (ROOT / "docs/operate.md").read_text(encoding="utf-8")

@@ -44,6 +44,7 @@ def test_self_conditioning_beside_a_cached_video_costs_the_text_alone(model, cos
     assert costs["understand"].guess == pytest.approx(counted, rel=0.03)
     assert costs["joint"].guess == costs["joint"].forward
     assert costs["generate"].guess == 0
+    assert costs["understand"].first_guess(1) == costs["understand"].forward
 
 
 @pytest.mark.slow

@@ -266,11 +266,12 @@ def _measured(
     found = []
     for task in COSTLIEST:
         # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)
-        (kept, peak), (deeper, _) = (
+        shallow, deep = (
             _count_step(config, depth, task, latents, text, context, precision, checkpointing, draws, sharing)
             for depth in (2, 3)
         )
-        found.append((extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
+        kept, peak = (extrapolate(*pair, 2, config["num_layers"]) for pair in zip(shallow, deep, strict=True))
+        found.append((kept, peak - kept))
     return max(found, key=sum)
 
 

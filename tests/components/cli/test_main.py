@@ -138,7 +138,7 @@ def test_quiet_prints_errors_and_results_alone_whatever_a_step_prints(univigu, r
         print("a line of a step", file=sys.stderr)
         raise BadInputError("The prompts are damaged; restore them.")
 
-    monkeypatch.setattr("components.pipeline.runner._load_function", lambda stage: talk)
+    monkeypatch.setattr("components.pipeline.runner.load_function", lambda stage: talk)
     code, out, err = univigu("run", "first")
     assert (code, out) == (65, "")
     assert "a line of a step" in err
@@ -147,9 +147,10 @@ def test_quiet_prints_errors_and_results_alone_whatever_a_step_prints(univigu, r
 
 # Commands that take less than two seconds with a work root of the profile `tiny`, or print line by line what they do.
 QUICK = {
-    *("steps", "use", "status", "clean", "code", "summary", "metrics", "studio", "profile list", "profile show"),
-    *("profile diff", "profile schema", "profile reference", "pipeline compile", "pipeline submit", "pipeline status"),
-    *("pipeline cancel", "pipeline logs", "study list", "data list"),
+    *("steps", "use", "status", "clean", "code", "summary", "metrics", "studio", "serve"),
+    *("profile list", "profile show", "profile diff", "profile schema", "profile reference"),
+    *("pipeline compile", "pipeline submit", "pipeline status", "pipeline cancel", "pipeline logs"),
+    *("study list", "data list"),
 }
 SAYS = re.compile(r"\b(activity|progress|say|load|show)\(")
 # What shows progress itself: a step of the pipeline, a training, or Kubeflow's tasks.

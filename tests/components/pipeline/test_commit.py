@@ -19,13 +19,13 @@ OTHER = {**PROFILE, "double": {"factor": 3, "max_rejected_share": 0.5}}
 
 def during(monkeypatch, act):
     """Have `act` happen after a step's inputs were verified and before its function runs."""
-    real = runner._load_function
+    real = runner.load_function
 
     def load(stage):
         act()
         return real(stage)
 
-    monkeypatch.setattr(runner, "_load_function", load)
+    monkeypatch.setattr(runner, "load_function", load)
 
 
 def test_nobody_replaces_an_input_while_a_step_reads_it(root, monkeypatch):
@@ -56,7 +56,7 @@ runner.run_stage("first", {OTHER!r}, Path({str(root)!r}))
 def test_an_input_that_was_written_to_meanwhile_is_not_committed_from(root, monkeypatch, name):
     run(root)
     during(monkeypatch, lambda: (root / "data/first" / name).write_bytes(b"another"))
-    monkeypatch.setattr(runner, "_load_function", lambda _: make_nothing(root, name))
+    monkeypatch.setattr(runner, "load_function", lambda _: make_nothing(root, name))
     with pytest.raises(BadInputError, match=r"data/first changed while 'second' was reading it"):
         run(root, "second")
     assert not (root / "data/second").exists()

@@ -57,15 +57,15 @@ def open_page(browser, server):
 
 
 def serious_faults(tab):
-    """What axe finds that is serious or critical, with the elements."""
+    """What axe finds that is serious or critical, with the elements; while a page fades in, its contrast is low."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(tab).response["violations"]
-    return [
-        (fault["id"], [node["html"][:200] for node in fault["nodes"]])
-        for fault in found
-        if fault["impact"] in ("serious", "critical")
-    ]
+    for _ in range(10):
+        found = [fault for fault in Axe().run(tab).response["violations"] if fault["impact"] in ("serious", "critical")]
+        if not found:
+            break
+        tab.wait_for_timeout(500)
+    return [(fault["id"], [node["html"][:200] for node in fault["nodes"]]) for fault in found]
 
 
 def take_picture(tab, name):
