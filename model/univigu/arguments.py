@@ -77,7 +77,6 @@ class PipelineArguments(DiffusionPipeline):
     def _joint_times(self, count: int | None, text_at: float | None, in_step: bool) -> tuple[int, float]:
         """How many steps `joint` takes, and the video's time at which it writes the text."""
         self._refuse_discrete()
-        check_spans(self.transformer)
         if in_step and text_at is not None:
             raise BadInputError(
                 "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
@@ -85,6 +84,8 @@ class PipelineArguments(DiffusionPipeline):
         count = inputs.positive(self.config.num_inference_steps if count is None else count)
         if in_step:
             count = max(count, inputs.positive(self.config.caption_steps))
+        else:
+            check_spans(self.transformer)
         return count, inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
 
     def _text_noise(self, seeds: list[int], text_latents: Tensor | None) -> Tensor:
