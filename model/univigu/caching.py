@@ -29,7 +29,6 @@ class StepCacheMixin(CacheMixin):
         lite = isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode
         if not lite and not isinstance(config, FirstBlockCacheConfig | MagCacheConfig):
             raise ConfigError(f"{type(config).__name__} has no effect on blocks with two streams: use {CACHES}.")
-        # pyrefly: ignore[missing-attribute]
         if len(self.blocks) < 2:
             raise ConfigError("A cache keeps what follows the first block, and this model has one block alone.")
         _register_blocks()

@@ -266,7 +266,8 @@ class UniViGUBlock(WanTransformerBlock):
             if video_q is not None and text_q is not None:
                 queries = torch.cat([repeat_rows(video_q, len(text_q)), text_q], dim=1)
                 both = attend(self.attn1, queries, keys, values)
-                return *both.split([video_q.shape[1], text_q.shape[1]], dim=1), kv_cache
+                video_out, text_out = both.split([video_q.shape[1], text_q.shape[1]], dim=1)
+                return video_out, text_out, kv_cache
             video_q = None if video_q is None else repeat_rows(video_q, len(keys))
             video_k, video_v = keys, values
         # Two maskless calls instead of one with a mask: at 33K video tokens the mask alone takes a gigabyte.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import wan
 from .discrete import TokenEmbedder, TokenHead
+from .errors import ConfigError
+from .text_space import PREDICTIONS
 
 
 class TextEmbedder(nn.Module):
@@ -72,3 +74,15 @@ def text_ends(
     if latent_dim is None:
         return TokenEmbedder(vocab_size, dim, freq_dim), TokenHead(dim, vocab_size)
     return TextEmbedder(latent_dim, dim, freq_dim), TextHead(dim, latent_dim, eps, output_dim)
+
+
+def check_choices(prediction: str, ffn_init: str, caption_attention: str, text_output_dim: int) -> None:
+    """Raise ConfigError for choices of the text side that there are not, or that exclude each other."""
+    if prediction not in (*PREDICTIONS, "discrete"):
+        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)} or discrete.")
+    if ffn_init not in ("new", "copy", "shared"):
+        raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
+    if caption_attention not in ("prefix", "joint"):
+        raise ConfigError(f"Unknown caption_attention {caption_attention!r}: use prefix or joint.")
+    if text_output_dim and prediction != "categorical":
+        raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")

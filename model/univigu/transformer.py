@@ -49,23 +49,11 @@ from .layers import (
     repeat_rows,
 )
 from .sequence_parallel import SequenceGroup, require_divisible
-from .text_space import PREDICTIONS, TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
-from .text_stream import text_ends
+from .text_space import TextOutput, TextPrediction, TextSpace, read_out, row_norm_for
+from .text_stream import check_choices, text_ends
 
-# the policy of the blocks before the last
-_EARLIER = {"video_only": "joint", "text_only": "prefix"}
+_EARLIER = {"video_only": "joint", "text_only": "prefix"}  # the policy of the blocks before the last
 ATTENTION = ("joint", "prefix", "video_only", "text_only", "kv_only")
-
-
-def _check_choices(prediction: str, ffn_init: str, caption_attention: str, text_output_dim: int) -> None:
-    if prediction not in (*PREDICTIONS, "discrete"):
-        raise ConfigError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)} or discrete.")
-    if ffn_init not in ("new", "copy", "shared"):
-        raise ConfigError(f"Unknown ffn_init {ffn_init!r}: use new, copy or shared.")
-    if caption_attention not in ("prefix", "joint"):
-        raise ConfigError(f"Unknown caption_attention {caption_attention!r}: use prefix or joint.")
-    if text_output_dim and prediction != "categorical":
-        raise ConfigError(f"A prediction of {prediction} has no logits: set text_output_dim to 0, or categorical.")
 
 
 class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepCacheMixin, AttentionMixin):
@@ -116,7 +104,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
         caption_attention: str = "prefix",
     ):
         super().__init__()
-        _check_choices(prediction, ffn_init, caption_attention, text_output_dim)
+        check_choices(prediction, ffn_init, caption_attention, text_output_dim)
         if row_norm is None:
             row_norm = row_norm_for(tokenizer_length)
             self.register_to_config(row_norm=row_norm)
@@ -190,11 +178,24 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
             # pyrefly: ignore[bad-argument-type]
             seen = self.prefill_video(hidden_states, tau, encoder_hidden_states)
             return self.forward(seen, text=text, text_tau=text_tau, guess=guess)
-        condition = encoder_hidden_states if isinstance(encoder_hidden_states, Condition) else None
-        if condition is not None and not condition.blocks:
-            condition.blocks = [[] for _ in self.blocks]
         # pyrefly: ignore[bad-argument-type]
         embedded = self._embed_video(hidden_states, tau, encoder_hidden_states, image_states)
+        known = [None] * len(self.blocks)
+        if isinstance(encoder_hidden_states, Condition):
+            known = encoder_hidden_states.blocks = encoder_hidden_states.blocks or [[] for _ in self.blocks]
+        # pyrefly: ignore[bad-argument-type]
+        return self._denoise(embedded, known, text, text_tau, guess, attention)
+
+    def _denoise(
+        self,
+        embedded: tuple[Stream, Tensor, Context, tuple[int, int, int]],
+        known: Sequence[list[Tensor] | None],
+        text: Tensor | None,
+        text_tau: Tensor,
+        guess: Tensor | None,
+        attention: str,
+    ) -> UniViGUOutput:
+        """:meth:`forward` from what :meth:`_embed_video` returns, and the condition's keys and values in each block."""
         (video, time, rotary), temb, context, grid = embedded
         text_hidden = text_stream = None
         if text is not None:
@@ -205,8 +206,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
                 text_stream = text_hidden, text_time, text_rotary
             # of the last block's other stream, the one that is asked for needs the keys and values alone
             policy = _EARLIER.get(attention, attention) if i + 1 < len(self.blocks) else attention
-            known = None if condition is None else condition.blocks[i]
-            video, text_hidden, *_ = self._run(block, (video, time, rotary), text_stream, context, known, policy)
+            video, text_hidden, *_ = self._run(block, (video, time, rotary), text_stream, context, known[i], policy)
             # the first block sees a video that several rows share once
             time, temb = (repeat_rows(x, len(x) if video is None else len(video)) for x in (time, temb))
         # pyrefly: ignore[bad-argument-type]
@@ -314,7 +314,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, StepC
         """Stream and time embedding of the video, the projected condition, and the grid of patches."""
         if isinstance(c, Condition):
             # of a condition whose keys and values are known, no token is projected
-            c, image_states = (c.states[:, :0], None) if all(c.blocks) else (c.states, image_states)
+            known = c.blocks and all(c.blocks)
+            c, image_states = (c.states[:, :0], None) if known else (c.states, image_states)
         grid = self.grid(latents.shape[2:])
         dtype = self.patch_embedding.weight.dtype
         rotary = self.rope.video(latents)

@@ -302,12 +302,14 @@ def _measured(
     latents = (batch, latent_channels(config), *latent_size(config, video, text))
     found = []
     for task in COSTLIEST:
-        # depths 2 and 3, not 1: under ``prefix`` the last block is incomplete (see `UniViGUTransformer3DModel`)
-        (kept, peak), (deeper, _) = (
+        # depths 3 and 4: the first block has no block before it, and under ``prefix`` the last is incomplete
+        shallow, deeper = (
             _on_fakes(config, depth, task, latents, text, context, precision, checkpointing, draws, sharing)
-            for depth in (2, 3)
+            for depth in (3, 4)
         )
-        found.append((extrapolate(kept, deeper, 2, config["num_layers"]), peak - kept))
+        # the peak grows by more than what is kept, where each block's video waits for its gradient
+        kept, peak = (extrapolate(a, b, 3, config["num_layers"]) for a, b in zip(shallow, deeper, strict=True))
+        found.append((kept, peak - kept))
     return max(found, key=sum)
 
 
