@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from . import inputs, wan
+from .caching import check_spans
 from .discrete import JumpSteps, random_ids
 from .errors import BadInputError
 from .inputs import Generators, Seeds
@@ -83,6 +84,8 @@ class PipelineArguments(DiffusionPipeline):
         count = inputs.positive(self.config.num_inference_steps if count is None else count)
         if in_step:
             count = max(count, inputs.positive(self.config.caption_steps))
+        else:
+            check_spans(self.transformer)
         return count, inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
 
     def _text_noise(self, seeds: list[int], text_latents: Tensor | None) -> Tensor:

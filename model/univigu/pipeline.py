@@ -17,7 +17,6 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from . import flow, inputs, text_space, wan
-from .caching import check_spans
 from .conditions import Conditions
 from .inputs import Generators, Seeds
 from .outputs import UniViGUPipelineOutput, check_output_type, join, to_frames
@@ -238,7 +237,6 @@ class UniViGUPipeline(PipelineParts):
         the pipeline's call. Without a ``generator`` the seed is 0; video ``i`` has ``seed[i]``, or ``seed + i``.
         """
         check_output_type(output_type)
-        check_spans(self.transformer)
         count, text_at = self._joint_times(num_inference_steps, text_at, in_step)
         asked = Conditions(self, prompt, prompt_embeds, 1, max_sequence_length, True, allow_empty=True)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
