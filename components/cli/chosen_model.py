@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.cli.known_folders import known_folder
 from components.cli.messages import say
 from components.pipeline.lean_imports import import_models, without
 from components.pipeline.progress import activity, progress
@@ -71,10 +72,14 @@ def _registered(address: str, root: Path) -> Path:
     from components.tracking import store_to_read
 
     store = store_to_read(root, "a model's folder with --model")
-    with activity("Reading the registry"), without("scipy"):  # which MLflow imports where it is installed
-        from univigu.registry import pipeline_folder
 
-        return pipeline_folder(address, store)
+    def look_up() -> Path:
+        with activity("Reading the registry"), without("scipy"):  # which MLflow imports where it is installed
+            from univigu.registry import pipeline_folder
+
+            return pipeline_folder(address, store)
+
+    return known_folder(address, store, root, look_up)
 
 
 def find_champion(name: str, root: Path) -> int:
