@@ -29,7 +29,7 @@ KVCache = tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]  # the projected condition (B or 1, L, width), and that of an image beside it
 # Tokens that a CPU computes at once, of those that don't attend to each other: what they need in between fits its
 # caches, and is not fetched from the system again, page by page, for each of the large tensors.
-CPU_TOKENS = 512
+CPU_TOKENS = 2048
 
 
 class RotaryTables(WanRotaryPosEmbed):
