@@ -107,6 +107,30 @@ def attend(attention: WanAttention, query: Tensor, key: Tensor, value: Tensor) -
     return out.type_as(query)
 
 
+def attend_jointly(
+    attention: WanAttention, video: Sequence[Tensor], text: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`attend` of both streams to both; each is its K, V, Q, of which a text that isn't read lacks the last.
+
+    Of fewer videos than texts, a CPU computes only once what the videos find in themselves, and weights it and what
+    they find in each text by the sums of their exponentials, as flash attention does with blocks of keys.
+    """
+    (video_k, video_v, video_q), (text_k, text_v, *text_q) = video, text
+    rows = len(text_k)
+    keys, values = (torch.cat([repeat_rows(v, rows), t], dim=1) for v, t in ((video_k, text_k), (video_v, text_v)))
+    plain = attention.processor._attention_backend is None and video_q.device.type == "cpu"
+    if rows == len(video_q) or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        queries = torch.cat([repeat_rows(video_q, rows), *text_q], dim=1)
+        video_out, text_out = attend(attention, queries, keys, values).tensor_split([video_q.shape[1]], dim=1)
+        return video_out, text_out if text_q else None
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one attention of torch's that returns sums
+    found, sums = flash(*(x.transpose(1, 2) for x in (video_q, video_k, video_v)))
+    more, more_sums = flash(*(x.transpose(1, 2) for x in (repeat_rows(video_q, rows), text_k, text_v)))
+    share = (more_sums - repeat_rows(sums, rows)).sigmoid_().unsqueeze(-1).type_as(more)
+    video_out = torch.lerp(repeat_rows(found, rows), more, share).transpose(1, 2)
+    return video_out, attend(attention, *text_q, keys, values) if text_q else None
+
+
 def project_out(attention: WanAttention, x: Tensor) -> Tensor:
     """The output projection O of an attention layer: (B, S, heads, head_dim) to (B, S, width)."""
     return attention.to_out[1](attention.to_out[0](x.flatten(2, 3)))
@@ -257,19 +281,15 @@ class UniViGUBlock(WanTransformerBlock):
         if text_stream is not None and attention != "kv_only":
             normed = self._normed(text_stream[0], text_mod)
             text_k, text_v = (self._own_heads(x) for x in self._keys_values(normed, text_stream[2]))
-            keys = torch.cat([repeat_rows(video_k, len(text_k)), text_k], dim=1)
-            values = torch.cat([repeat_rows(video_v, len(text_v)), text_v], dim=1)
             if attention != "video_only":
                 text_q = self._own_heads(self._queries(normed, text_stream[2]))
+            if video_q is not None and attention in ("joint", "video_only"):
+                texts = (text_k, text_v) if text_q is None else (text_k, text_v, text_q)
+                return *attend_jointly(self.attn1, (video_k, video_v, video_q), texts), kv_cache[2:]
+            keys = torch.cat([repeat_rows(video_k, len(text_k)), text_k], dim=1)
+            values = torch.cat([repeat_rows(video_v, len(text_v)), text_v], dim=1)
         if attention in ("joint", "video_only"):
             kv_cache = kv_cache[2:]
-            if video_q is not None and text_q is not None:
-                queries = torch.cat([repeat_rows(video_q, len(text_q)), text_q], dim=1)
-                both = attend(self.attn1, queries, keys, values)
-                video_out, text_out = both.split([video_q.shape[1], text_q.shape[1]], dim=1)
-                return video_out, text_out, kv_cache
-            video_q = None if video_q is None else repeat_rows(video_q, len(keys))
-            video_k, video_v = keys, values
         # Two maskless calls instead of one with a mask: at 33K video tokens the mask alone takes a gigabyte.
         video_out = None if video_q is None else attend(self.attn1, video_q, video_k, video_v)
         text_out = None if text_q is None else attend(self.attn1, text_q, keys, values)

@@ -270,7 +270,8 @@ def test_recomputing_activations_changes_no_gradient(base, inputs, attention):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert {name for name, gradient in gradients[0].items() if gradient is None} == {"text_space.weight"}
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        rounding = 1e-6 if gradient is None else 1e-6 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, atol=rounding, rtol=1.3e-6, msg=name)
 
 
 def test_rotary_tables_stay_exact_when_the_model_is_cast(base):
