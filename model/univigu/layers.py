@@ -128,7 +128,7 @@ def attend_jointly(
     more, more_sums = flash(*(x.transpose(1, 2) for x in (repeat_rows(video_q, rows), text_k, text_v)))
     share = (more_sums - repeat_rows(sums, rows)).sigmoid_().unsqueeze(-1).type_as(more)
     video_out = torch.lerp(repeat_rows(found, rows), more, share).transpose(1, 2)
-    return video_out, attend(attention, *text_q, keys, values) if text_q else None
+    return video_out, attend(attention, text_q[0], keys, values) if text_q else None
 
 
 def project_out(attention: WanAttention, x: Tensor) -> Tensor:
