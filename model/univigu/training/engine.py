@@ -142,6 +142,8 @@ def init_distributed() -> torch.device:
     if not cuda:
         # otherwise the first initialize compiles a shared-memory all-reduce, which takes a minute and a half
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ranges for NVIDIA's profiler, which ZeRO 3 opens and closes hundreds of times per layer
+        deepspeed.utils.nvtx.enable_nvtx = False
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
