@@ -9,7 +9,6 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from kubeflow_trainer_api import models
 
 import univigu
 from components.orchestration import kfp_pipeline, kfp_server, notifications, prerequisites
@@ -33,6 +32,8 @@ def named(objects, kind):
 
 
 def test_each_object_fits_the_schema_of_its_kind(objects):
+    from kubeflow_trainer_api import models
+
     for one in objects:
         if one["apiVersion"].startswith("trainer.kubeflow.org/"):
             assert models.TrainerV1alpha1TrainingRuntime.from_dict(one).to_dict() == one
@@ -49,6 +50,8 @@ def test_the_jobs_of_a_training_runtime_fit_kubernetes_own_schema(objects):
 
 
 def test_a_misspelt_field_would_be_noticed(objects):
+    from kubeflow_trainer_api import models
+
     (runtime,) = [one for one in objects if one["kind"] == "TrainingRuntime"]
     wrong = {**runtime, "spec": {**runtime["spec"], "mlPolicies": {}}}
     assert models.TrainerV1alpha1TrainingRuntime.from_dict(wrong).to_dict() != wrong

@@ -9,7 +9,6 @@ from pathlib import Path
 import cel
 import pytest
 import yaml
-from kubeflow_trainer_api import models
 
 from components.orchestration import kfp_pipeline
 from network_policies import KFP, Cluster
@@ -295,6 +294,8 @@ def test_a_pod_that_argo_makes_without_the_label_is_checked_and_other_pods_are_n
 
 def test_a_trainjob_gets_no_other_account_and_no_other_secret_by_patching_its_pods(policies, render, pod_templates):
     policy = policies["univigu-pods-of-trainjobs"]
+    from kubeflow_trainer_api import models
+
     template = copy.deepcopy(pod_templates(render("dev"))["TrainingRuntime/node"])
     template["metadata"]["labels"]["jobset.sigs.k8s.io/jobset-name"] = "train-stage-1-0123456789"
     assert admitted(policy, template, user="system:serviceaccount:kube-system:job-controller") == []

@@ -8,7 +8,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 JOB = "train-stage-1-0123456789"  # what most tests call the TrainJob
 LONG_AGO = "2026-01-01T00:00:00Z"
@@ -174,6 +173,8 @@ class Requests(BaseHTTPRequestHandler):
     def post(self, path, query, job):
         if not self.JOBS.match(path) or not self.server.installed:
             return self.answer("404 page not found\n", 404)
+        from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
         if TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job:
             return self.refuse(400, "BadRequest", "strict decoding error: unknown field")
         name = job["metadata"]["name"]

@@ -14,7 +14,6 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from components.cli import train_job
 from components.orchestration import kfp_tasks
@@ -132,6 +131,8 @@ def mounted_at(cluster):
     ],
 )
 def test_the_api_knows_every_field_of_a_train_job(settings):
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
     job = make_job(**settings)
     assert TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job  # the models drop what they don't know
 

@@ -325,20 +325,21 @@ def unique(column, **meta):
 
 
 @pytest.mark.parametrize(
-    ("suite", "passed", "rejected"),
+    ("rules", "passed", "rejected"),
     [
-        ([unique("key", reason="same")], "acf", [("b", "same"), ("d", "same"), ("e", "same")]),
-        ([unique(["key", "part"], reason="same")], "abcdf", [("e", "same")]),
+        ([("key", "same")], "acf", [("b", "same"), ("d", "same"), ("e", "same")]),
+        ([(["key", "part"], "same")], "abcdf", [("e", "same")]),
         # c has the same part as a, so d is the first of its key that stays.
         (
-            [unique("key", reason="same"), unique("part", reason="part")],
+            [("key", "same"), ("part", "part")],
             "adf",
             [("b", "same"), ("c", "part"), ("e", "same")],
         ),
     ],
     ids=["a column", "two columns", "two rules"],
 )
-def test_of_rows_that_violate_uniqueness_the_first_stays(tmp_path, suite, passed, rejected):
+def test_of_rows_that_violate_uniqueness_the_first_stays(tmp_path, rules, passed, rejected):
+    suite = [unique(column, reason=reason) for column, reason in rules]
     keys, parts = ["x", "x", "y", "y", "x", None], ["m", "n", "m", "o", "m", "q"]
     frame = pd.DataFrame({"id": list("abcdef"), "key": keys, "part": parts})
     result, found = gate(tmp_path, frame, suite)
