@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def fuzz(target: Target, seed: int, start: int, count: int, place: Path) -> Iter
 
 def repeat(target: Target, seed: int, number: int, place: Path) -> None:
     """Read one input in this process, and let it raise what it raises."""
-    target.read(_make(target, seed, number, place))
+    target.read(_make(target, seed, number, place / "root"))
 
 
 def _batch(target: Target, seed: int, start: int, count: int) -> None:
@@ -115,7 +116,7 @@ def _make(target: Target, seed: int, number: int, folder: Path) -> Path:
     name = drawn.choice(target.files)
     path = folder / name
     if not path.exists():
-        good.make(folder)
+        shutil.copytree(_good(folder), folder, dirs_exist_ok=True)
     content = _originals(folder, target)[name]
     for other in target.files:
         (folder / other).write_bytes(_originals(folder, target)[other])
@@ -129,10 +130,18 @@ _ORIGINALS: dict[tuple[Path, str], dict[str, bytes]] = {}
 def _originals(folder: Path, target: Target) -> dict[str, bytes]:
     key = (folder, target.name)
     if key not in _ORIGINALS:
-        fresh = folder / f"good-{os.getpid()}"
-        good.make(fresh)
-        _ORIGINALS[key] = {name: (fresh / name).read_bytes() for name in target.files}
+        _ORIGINALS[key] = {name: (_good(folder) / name).read_bytes() for name in target.files}
     return _ORIGINALS[key]
+
+
+def _good(folder: Path) -> Path:
+    """The good inputs beside a folder, which the first process that needs them makes for all."""
+    made = folder.with_name("good")
+    if not made.exists():
+        fresh = folder.with_name(f"good-{os.getpid()}")
+        good.make(fresh)
+        fresh.rename(made)
+    return made
 
 
 def _dump_json(value: Any) -> str:
