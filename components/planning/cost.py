@@ -64,6 +64,7 @@ def make_plan(
     for number in (1, 2):
         section = profile[f"train_stage_{number}"]
         config = TrainingConfig.from_section(section, profile["seed"])
+        check_zero(config, zero)
         objective = objective_settings(section, profile["model"], profile["seed"])
         stages[f"stage_{number}"] = plan_stage(models, tokens, config, objective, gpus, rates)
         memory[f"stage_{number}"] = plan_memory(models, tokens, config, gpus, device, zero, objective.text_draws)
@@ -95,6 +96,13 @@ def mfu_range(mfu: float | None) -> Span:
     if mfu is not None and not 0 < mfu <= 1:
         raise BadInputError(f"The MFU is {mfu}; give a share of the GPU's peak, above 0 and at most 1.")
     return list(EAGER_MFU) if mfu is None else [mfu, mfu]
+
+
+def check_zero(config: "TrainingConfig", zero: int | None) -> None:
+    """Refuse a ZeRO stage that there isn't, before anything is counted; raises `BadInputError`."""
+    stage = config.zero_stage if zero is None else zero
+    if stage not in range(config.precision == "bf16", 4):
+        raise BadInputError(f"There is no ZeRO stage {stage} in {config.precision}; use one of 1, 2 and 3.")
 
 
 def durations(flops: float, rates: Sequence[float]) -> Span:
@@ -207,8 +215,6 @@ def plan_memory(
             most = max(by_task[name].values())
             table[name] = {**tasks["training step"], "total": most, "fits": most <= usable}
     chosen = _choice(config.zero_stage if zero is None else zero, every)
-    if chosen not in table:
-        raise BadInputError(f"There is no ZeRO stage {zero} in {config.precision}; use one of 1, 2 and 3.")
     encoders = sum(p.numel() for m in (models.text_encoder, models.vae) for p in m.parameters())
     processes = min(gpus, 8)  # per machine
     host = needed_host_memory(model, config, world_size=gpus, processes=processes, trainable=trainable)
