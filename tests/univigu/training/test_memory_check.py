@@ -49,6 +49,7 @@ def test_every_second_block_gives_the_mean_of_none_and_all(shape):
     assert kept(2) == pytest.approx((kept(0) + kept(1)) / 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_offloading_and_adapters_reduce_memory(shape):
     plain = needed(shape)[1]["total"]
     assert needed(shape, offload=("optimizer",))[1]["total"] < plain - 10 * GIB
