@@ -198,6 +198,7 @@ def plan_memory(
     has the parts of a training step, and in ``total`` the most that any task needs. ``by_task`` has the totals of all
     tasks, for the profile's choice.
     """
+    check_zero(config, zero)
     usable = planning.usable_memory(device.memory_gib)
     model, table, by_task = models.transformer.config, {}, {}
     sizes = {"video_tokens": tokens.video, "context_tokens": tokens.context, "world_size": gpus}
