@@ -8,8 +8,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +29,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from components.bench.orchestrators import call, copy_repository
 from components.cli.messages import QUIET, VERBOSE
 from hub_server import Hub
+from local_server import LocalServer, serving
+
+
+def pytest_configure():
+    """Keep rewritten tests, too: rewriting their assertions takes each process of pytest about five seconds."""
+    sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items):
@@ -171,19 +176,18 @@ def own_environment():
 CREATED = "2026-01-01T00:00:00Z"
 
 
-class FakeKfp(ThreadingHTTPServer):
+class FakeKfp(LocalServer):
     """Experiments and runs in memory; a run goes through `states`, one further each time it is looked at."""
 
     page_size = 3  # however many are asked for
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), KfpHandler)
+        super().__init__(KfpHandler)
         self.experiments, self.runs, self.tokens, self.failures = {}, {}, [], []
         self.states, self.version = ["PENDING", "RUNNING", "SUCCEEDED"], "2.17.0"
         self.task_details, self.logs, self.lose_answers, self.page = [], {}, 0, b""
         self.meet = {}  # by path, a barrier at which the first who ask for a list wait for one another
         self.turn = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class KfpHandler(BaseHTTPRequestHandler):
@@ -288,14 +292,6 @@ class KfpHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-@contextmanager
-def serving(server):
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

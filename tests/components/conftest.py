@@ -31,7 +31,7 @@ from components.pipeline.runner import run_stage
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from components.tracking import open_tracking, tracking_uri
-from local_server import Answering, serving
+from local_server import Answering, LocalServer, serving
 from univigu import registry
 from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
@@ -319,7 +319,7 @@ class Failing(Answering, BaseHTTPRequestHandler):
 @pytest.fixture
 def failing_after_one_answer():
     """An HTTP server that gives `answers` empty answers, and fails from then on."""
-    with serving(Failing) as server:
+    with serving(LocalServer(Failing)) as server:
         server.answers = 1
         yield server
 

@@ -3,16 +3,17 @@
 import base64
 import hashlib
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from local_server import LocalServer
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalServer):
     """A hub of one repository in memory, with the requests that loading and uploading make."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), HubHandler)
+        super().__init__(HubHandler)
         self.files, self.tokens, self.revisions = {}, set(), {"main", "v1"}
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -18,11 +18,17 @@ class Answering:
     def log_message(self, format: str, *args: object) -> None: ...
 
 
+class LocalServer(ThreadingHTTPServer):
+    """A server whose requests `handler` answers; `url` is its address."""
+
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
 @contextmanager
-def serving(handler):
-    """A server whose requests `handler` answers, until the block ends; `url` is its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.url = f"http://127.0.0.1:{server.server_port}"
+def serving(server):
+    """Serve until the block ends."""
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server

@@ -5,7 +5,7 @@ import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
-from local_server import Answering, serving
+from local_server import Answering, LocalServer, serving
 
 
 class _Handler(Answering, BaseHTTPRequestHandler):
@@ -54,7 +54,7 @@ def gated(mlflow_server):
     for the next request that has it: it is `refused`, it `drops` before the server or its answer is lost (`loses`), or
     the gate closes when it comes (`closes_at`) or when it is answered (`closes_after`).
     """
-    with serving(_Handler) as gate:
+    with serving(LocalServer(_Handler)) as gate:
         gate.target, gate.closed = mlflow_server.url, False
         gate.refused, gate.drops, gate.loses, gate.closes_at, gate.closes_after = [], [], [], [], []
         yield gate
