@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,16 @@ def killed(world, tmp_path_factory):
     return temporary
 
 
+@pytest.fixture(scope="module")
+def repeated(world, killed):
+    """Repeat the registration that was killed at a point, once for all tests; returns its facts."""
+    return cache(lambda point: world.register(f"kill-{point}"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_the_kill(world, killed, point):
-    name = f"kill-{point}"
-    facts = world.register(name)
+def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_the_kill(world, repeated, point):
+    name, facts = f"kill-{point}", repeated(point)
     assert (facts["version"], facts["decision"]) == (1, "champion, as the first one (captions.mean 0.375)")
     version = registry.find_version(name, 1, tracking_uri(world.root))
     assert version.aliases == ["candidate", "champion"]
@@ -100,9 +106,9 @@ def test_a_killed_registration_that_is_repeated_has_the_same_result_as_without_t
 
 
 @pytest.mark.slow
-def test_killed_registrations_leave_no_files(world, killed):
+def test_killed_registrations_leave_no_files(world, killed, repeated):
     for point in KILL_POINTS:
-        world.register(f"kill-{point}")
+        repeated(point)
     with sqlite3.connect(world.root / "mlflow.db") as database:
         sources = database.execute("SELECT source FROM model_versions").fetchall()
     models = {source.rpartition("/")[2] for (source,) in sources}
