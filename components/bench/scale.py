@@ -8,6 +8,8 @@ for tensors. Where a clip is too large for that, more and more GPUs share its to
 `SHARING`), until it fits. The batch has at least one sample per GPU, or per group of GPUs that share: `batch_size` is
 raised where the profile's has fewer.
 
+Wan2.1 I2V is counted with the settings of `wan-14b`: a model starts from it in code of one's own, not in a profile.
+
 ``alone`` is one sample of the trained model on one GPU: all models resident, and with each in CPU memory while another
 runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits.
 `ratio` is the largest peak of a shipped profile, on the most GPUs, over what it may need.
@@ -20,8 +22,14 @@ from typing import Any
 BUDGET_GIB, SPARE = 74.0, 0.1
 GPUS = (8, 16, 64)
 SHARING = (1, 2, 4, 8)
-MODELS = ("wan-1.3b", "wan-14b")
+MODELS = {  # profile and base, where it is not the profile's own
+    "wan-1.3b": ("wan-1.3b", None),
+    "wan-5b": ("wan-5b", None),
+    "wan-14b": ("wan-14b", None),
+    "wan-14b, I2V": ("wan-14b", "model/Wan2.1-I2V-14B-480P-Diffusers"),
+}
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}  # height, width
+UNITS = {"wan-5b": 32}  # pixels of a patch, where they aren't 16
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,9 +37,12 @@ def measure() -> dict[str, Any]:
     from components.pipeline.profiles import load_profile, profile_names
 
     cells, alone = [], []
-    for model in MODELS:
-        for size, (height, width) in SIZES.items():
-            profile = load_profile(model)
+    for model, (name, base) in MODELS.items():
+        for size, sides in SIZES.items():
+            profile = load_profile(name)
+            profile["base"] = base or profile["base"]
+            unit = UNITS.get(model, 16)
+            height, width = (side // unit * unit for side in sides)
             profile["video"] = {**profile["video"], "height": height, "width": width}
             cells += [{"model": model, "size": size, **count(profile, gpus)} for gpus in GPUS]
             alone += [{"model": model, "size": size, **count_alone(profile, task)} for task in ("caption", "generate")]
@@ -52,10 +63,10 @@ def measure() -> dict[str, Any]:
 
 def count(profile: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     """The first of `SHARING` with which a run on so many GPUs fits, or the last that divides the model's heads."""
-    from components.planning.meta_models import build_models
+    from components.planning.meta_models import build_any_models
     from univigu import wan
 
-    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
+    models = build_any_models(profile, wan.config_folder(ROOT / profile["base"]))
     heads = models.transformer.config.num_attention_heads
     found: dict[str, Any] = {}
     for sharing in SHARING:
@@ -101,10 +112,10 @@ def count_shared(profile: Mapping[str, Any], models: Any, gpus: int, sharing: in
 def count_alone(profile: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The GiB of one sample of the trained model on one GPU, and whether each way to hold the models fits."""
     from components.planning.inference import inference_memory
-    from components.planning.meta_models import build_models
+    from components.planning.meta_models import build_any_models
     from univigu import wan
 
-    models = build_models(profile, wan.config_folder(ROOT / profile["base"]))
+    models = build_any_models(profile, wan.config_folder(ROOT / profile["base"]))
     totals = inference_memory(profile, models, task)["totals"]
     gib = {way: round(size / 2**30, 2) for way, size in totals.items()}
     return {"task": task, "gib": gib, "fits": {way: fits(size) for way, size in gib.items()}}

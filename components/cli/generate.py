@@ -14,6 +14,7 @@ import typer
 
 from components.cli.chosen_model import NAME, find_model, load
 from components.cli.clip_files import check_output, write_clip, write_error
+from components.cli.first_image import FirstImage, read_first_image, warn_of_stretching
 from components.cli.known_words import warn_of_unknown_words
 from components.cli.messages import say
 from components.pipeline.progress import progress
@@ -139,15 +140,20 @@ def generate(
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    image: FirstImage = None,
     scale: Scale = None,
 ) -> None:
-    """Make a video from a prompt."""
+    """Make a video from a prompt, and from a first image where the model's base takes one."""
     if not prompt.strip():
         raise BadInputError("The prompt is empty; write what the video should show.")
     check_output(output)
-    pipeline = load(find_model(model, name, root))
+    folder = find_model(model, name, root)
+    picture = read_first_image(image, folder)
+    pipeline = load(folder)
     warn_of_unknown_words(prompt, pipeline.tokenizer)
-    (frames,) = pipeline.generate(prompt, num_inference_steps=steps, guidance_scale=guidance, seed=[seed])
+    warn_of_stretching(picture, pipeline.config.height, pipeline.config.width)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "image": picture}
+    (frames,) = pipeline.generate(prompt, **settings, seed=[seed])
     write_clip(output, prompt, frames, pipeline.config.fps, scale)
 
 
@@ -163,6 +169,7 @@ def joint(
     temperature: Temperature = None,
     text_at: TextAt = None,
     in_step: InStep = False,
+    image: FirstImage = None,
     scale: Scale = None,
 ) -> None:
     """Make a video and its caption together, with or without a prompt; print the caption.
@@ -171,10 +178,13 @@ def joint(
     both in lockstep instead (eq 18 of the paper).
     """
     check_output(output)
-    pipeline = load(find_model(model, name, root))
+    folder = find_model(model, name, root)
+    picture = read_first_image(image, folder)
+    pipeline = load(folder)
     prompt = prompt if prompt.strip() else ""
     warn_of_unknown_words(prompt, pipeline.tokenizer)
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature}
+    warn_of_stretching(picture, pipeline.config.height, pipeline.config.width)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature, "image": picture}
     given = {"text_at": text_at, "in_step": in_step, "seed": seed, "output_type": "uint8", "return_dict": False}
     (frames,), (text,) = pipeline.joint(prompt, **settings, **given)
     write_clip(output, prompt, frames, pipeline.config.fps, scale)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from components.cli.options import Profile, Settings, profile_in_use
+from univigu.errors import ConfigError
 
 PANEL = "Plan the real thing"
 
@@ -51,6 +52,10 @@ def plan(
         Task | None,
         typer.Option(help="Compute what one sample of the trained model needs on one GPU, instead of the training."),
     ] = None,
+    image: Annotated[
+        bool,
+        typer.Option("--image", help="With --task generate or joint: count a first image, where the base takes one."),
+    ] = False,
     root: Root = Path("."),
     as_json: AsJson = False,
 ) -> None:
@@ -64,9 +69,11 @@ def plan(
 
     profile = with_settings(profile_in_use(profile, root), settings or [])
     values = load_profile(profile)
+    if image and not task:
+        raise ConfigError("Training gives no first image; add --task generate or --task joint, or leave --image out.")
     if task:
         with activity(COUNTING):
-            found = remembered("inference", values, root, task=task.value, gpu=gpu, mfu=mfu)
+            found = remembered("inference", values, root, task=task.value, gpu=gpu, mfu=mfu, image=image)
         print(json.dumps(found, indent=1) if as_json else inference_as_text(profile, found))
         return
     gpus = gpus or usual_gpus(values)

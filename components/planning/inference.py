@@ -5,12 +5,14 @@ autoencoder at the profile's size of clip.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from components.planning.cost import Plan, autoencoder_flops, durations, mfu_range
-from components.planning.meta_models import MetaModels, build_models, check_video
+from components.planning.meta_models import MetaModels, build_any_models, check_video
 from univigu import planning, wan
+from univigu.bases import find_base
 from univigu.errors import ConfigError
 from univigu.hardware import Gpu, find_gpu
 from univigu.training.memory import BYTES, parameter_count
@@ -27,20 +29,27 @@ DESCRIPTIONS = {
 }
 
 
-def make_inference_plan(profile: Profile, root: Path, task: str, gpu: str, mfu: float | None = None) -> Plan:
-    """Memory and seconds of one sample of a ``task`` of `DESCRIPTIONS`; raises `ConfigError` for another."""
+def make_inference_plan(
+    profile: Profile, root: Path, task: str, gpu: str, mfu: float | None = None, image: bool = False
+) -> Plan:
+    """Memory and seconds of one sample of a ``task`` of `DESCRIPTIONS`, of a video after a first ``image`` or without.
+
+    Raises `ConfigError` for another task, and for an image that the task or the base doesn't take.
+    """
     if task not in DESCRIPTIONS:
         raise ConfigError(f"There is no task '{task}'; use one of {', '.join(DESCRIPTIONS)}.")
     device, utilisation = find_gpu(gpu), mfu_range(mfu)
-    models = build_models(profile, wan.config_folder(root / profile["base"]))
+    models = build_any_models(profile, wan.config_folder(root / profile["base"]))
     check_video(profile, models)
-    precision = profile["evaluate_model"]["precision"]
+    if image:
+        check_image(models, task)
+    precision, usable = profile["evaluate_model"]["precision"], planning.usable_memory(device.memory_gib)
     return {
         "task": task,
-        "description": DESCRIPTIONS[task],
+        "description": DESCRIPTIONS[task] + ("; a first image is given" if image else ""),
         "gpu": {"name": gpu, **device._asdict(), "mfu": utilisation},
-        "memory": inference_memory(profile, models, task) | {"usable": planning.usable_memory(device.memory_gib)},
-        "seconds": inference_seconds(profile, models, task, device, utilisation),
+        "memory": inference_memory(profile, models, task, image) | {"usable": usable},
+        "seconds": inference_seconds(profile, models, task, device, utilisation, image),
         "assumptions": [
             f"The transformer and the text encoder are in {precision}, the autoencoder in fp32; one sample at a time.",
             f"A pass over a video reaches an MFU of {utilisation[0]:g} to {utilisation[1]:g}; a step of the text alone "
@@ -51,7 +60,40 @@ def make_inference_plan(profile: Profile, root: Path, task: str, gpu: str, mfu: 
     }
 
 
-def inference_memory(profile: Profile, models: MetaModels, task: str) -> Plan:
+def check_image(models: MetaModels, task: str) -> None:
+    """Raise `ConfigError` where the task or the base takes no first image."""
+    base = find_base(models.base.config, wan.read_json(models.folder / "model_index.json"))
+    if task == "caption":
+        raise ConfigError("A caption is of a whole video, which has no first image apart; leave --image out.")
+    if base.show is None:
+        raise ConfigError(
+            f"The profile's base is {base.name}, which takes no image; leave --image out, or set `base` to Wan2.1 I2V"
+            " or Wan2.2 TI2V."
+        )
+
+
+def image_encoder(models: MetaModels) -> tuple[int, int]:
+    """The parameters of the base's image encoder, and the number of states that it gives; zeros without one."""
+    if not models.base.config.image_dim:
+        return 0, 0
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(**wan.read_json(models.folder / "image_encoder" / "config.json"))
+    with torch.device("meta"):
+        encoder = CLIPVisionModel(config)
+    return sum(p.numel() for p in encoder.parameters()), (config.image_size // config.patch_size) ** 2 + 1
+
+
+def image_clip(models: MetaModels, video: Mapping[str, Any]) -> tuple[MetaModels, Mapping[str, Any]]:
+    """The clip that the autoencoder encodes for a first image: with grey frames after it where channels show it."""
+    if models.base.config.in_channels > models.latents[0]:
+        return models, video
+    channels, _, *size = models.latents
+    return replace(models, latents=(channels, 1, *size)), {**video, "frames": 1}
+
+
+def inference_memory(profile: Profile, models: MetaModels, task: str, image: bool = False) -> Plan:
     """Bytes: ``weights`` by model, ``phases`` with the most tensors that each has alive, and ``totals``.
 
     In the totals either all models stay on the GPU, or each is there only while it runs (`enable_model_cpu_offload`).
@@ -64,7 +106,11 @@ def inference_memory(profile: Profile, models: MetaModels, task: str) -> Plan:
         "text encoder": size * encoder,
         "autoencoder": BYTES["fp32"] * vae,
     }
-    sizes = {"video_tokens": models.video_tokens, "context_tokens": profile["text"]["prompt_length"]}
+    context, (parameters, states) = profile["text"]["prompt_length"], image_encoder(models) if image else (0, 0)
+    if parameters:
+        weights["image encoder"] = size * parameters
+    # an image's states have keys and values as the condition's have
+    sizes = {"video_tokens": models.video_tokens, "context_tokens": context + states}
     sizes |= {"text_tokens": profile["text"]["caption_tokens"][1], "batch_size": 1}
 
     def peak(kind: str, scale: str) -> int:
@@ -75,6 +121,9 @@ def inference_memory(profile: Profile, models: MetaModels, task: str) -> Plan:
     if task != "generate":
         phases["the autoencoder encodes the clip"] = autoencoder_peak(models, profile["video"], "encode")
         phases["the text is written"] = peak("caption", "caption_guidance_scale")
+    if image:
+        clip = image_clip(models, profile["video"])
+        phases["the autoencoder encodes the image"] = autoencoder_peak(*clip, "encode")
     if task != "caption":
         phases["the video is denoised"] = peak("generate", "guidance_scale")
         phases["the autoencoder decodes the clip"] = autoencoder_peak(models, profile["video"], "decode")
@@ -85,7 +134,7 @@ def inference_memory(profile: Profile, models: MetaModels, task: str) -> Plan:
         "phases": phases,
         "totals": {
             "all models on the GPU": sum(weights.values()) + max(phases.values()),
-            "offload to CPU memory": max(weights["text encoder"], *(phases[name] + user[name] for name in phases)),
+            "offload to CPU memory": max(*weights.values(), *(phases[name] + user[name] for name in phases)),
         },
     }
 
@@ -111,7 +160,7 @@ def autoencoder_peak(models: MetaModels, video: Mapping[str, Any], way: str) -> 
 
 
 def inference_seconds(
-    profile: Profile, models: MetaModels, task: str, device: Gpu, utilisation: list[float]
+    profile: Profile, models: MetaModels, task: str, device: Gpu, utilisation: list[float], image: bool = False
 ) -> dict[str, list[float]]:
     """[shortest, longest] seconds of each part, and their ``total``."""
     sampling, transformer = profile["model"]["sampling"], models.transformer
@@ -119,6 +168,9 @@ def inference_seconds(
     rates = [device.tflops * 1e12 * each for each in utilisation]
     encode, decode = autoencoder_flops(models, profile["video"])
     parts: dict[str, list[float]] = {}
+    if image:
+        encode_image, _ = autoencoder_flops(*image_clip(models, profile["video"]))
+        parts["encoding the image"] = durations(encode_image, rates)
     if task != "caption":
         # a joint sample has one step more: the clean video that is predicted where the text is written
         steps = sampling["num_inference_steps"] + (task == "joint")

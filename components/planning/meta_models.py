@@ -32,17 +32,26 @@ class MetaModels:
 
 
 def build_models(profile: Profile, folder: Path) -> MetaModels:
-    """Build the modules of `profile` from the configs in `folder`; raises `BadInputError` if they don't match."""
+    """Build the modules of `profile` from the configs in `folder`.
+
+    Raises `BadInputError` if they don't match, or if the steps can't use the base, which makes no video from text.
+    """
+    config = wan.read_json(wan.transformer_folder(folder) / "config.json")
+    if config.get("in_channels", 16) != wan.latent_channels(config):
+        raise BadInputError(
+            f"{folder} makes videos from an image, and the steps need clips that a base makes from text alone: use a"
+            " text-to-video base, or Wan2.2 TI2V."
+        )
+    return build_any_models(profile, folder)
+
+
+def build_any_models(profile: Profile, folder: Path) -> MetaModels:
+    """:func:`build_models` for every kind of base, to count what a model of it needs."""
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     transformer_config = wan.read_json(wan.transformer_folder(folder) / "config.json")
-    if transformer_config.get("in_channels", 16) != wan.latent_channels(transformer_config):
-        raise BadInputError(
-            f"{folder} makes videos from an image, and the steps need clips that a base makes from text alone: use a"
-            " text-to-video base, or Wan2.2 TI2V."
-        )
     encoder_config = UMT5Config(**wan.read_json(folder / "text_encoder" / "config.json"))
     vae_config = wan.read_json(folder / "vae" / "config.json")
     if (name := vae_config.get("_class_name")) != "AutoencoderKLWan":

@@ -373,8 +373,9 @@ def token_rows(folder: Path) -> Tensor | None:
 def config_folder(base: str | Path) -> Path:
     """The folder with a base's configs: its own, or our copy of the published configs of a base of that name.
 
-    There are copies for Wan2.1 T2V 1.3B and 14B, so these need no download. Raises MissingInputError for other bases
-    that are not on this disk.
+    There are copies for Wan2.1 T2V 1.3B and 14B, Wan2.1 I2V 14B and Wan2.2 TI2V 5B, so these need no download; their
+    sizes are those of diffusers' `convert_wan_to_diffusers.py`. Raises MissingInputError for other bases that are not
+    on this disk.
     """
     folder = Path(base)
     published = Path(__file__).parent / "published"

@@ -86,7 +86,14 @@ def test_a_step_takes_as_long_as_its_busiest_gpu(costs, samples, gpus):
 
 
 def test_wans_published_configs_are_found_by_name_and_give_the_published_sizes():
-    for name, billions in (("Wan2.1-T2V-1.3B-Diffusers", 1.419), ("Wan2.1-T2V-14B-Diffusers", 14.288)):
+    published = {
+        "Wan2.1-T2V-1.3B-Diffusers": 1.419,
+        "Wan2.1-T2V-14B-Diffusers": 14.288,
+        "Wan2.1-I2V-14B-480P-Diffusers": 16.395,
+        "Wan2.1-I2V-14B-720P-Diffusers": 16.395,
+        "Wan2.2-TI2V-5B-Diffusers": 5.0,
+    }
+    for name, billions in published.items():
         folder = wan.config_folder(f"model/{name}")
         config = wan.read_json(wan.transformer_folder(folder) / "config.json")
         with torch.device("meta"):

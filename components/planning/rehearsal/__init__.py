@@ -47,6 +47,7 @@ def _checks(scene: Scene) -> Iterator[tuple[str, Callable[[], str]]]:
     profile = scene.profile
     yield "steps", lambda: environment.check_steps(profile)
     yield "prompts", lambda: environment.check_prompts(profile, scene.root)
+    yield "generator", lambda: environment.check_generator(profile, scene.root)
     yield "token ranges", lambda: environment.describe_texts(profile)
     yield "checks and captioner", lambda: environment.check_captioner(profile, scene.root)
     models: list[MetaModels] = []

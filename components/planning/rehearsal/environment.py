@@ -1,5 +1,6 @@
 """Checks of everything but the models: steps, prompts, captioner, disk, evaluation, pipeline and jobs."""
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from components.planning.meta_models import MetaModels
 from components.planning.rehearsal.lines import Profile, Scene, ToDo
 from components.prompts.sources import raw_files, read_batches
 from components.settings.sections import Text
+from univigu import wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
 
@@ -28,6 +30,25 @@ def check_steps(profile: Profile) -> str:
         if not callable(getattr(import_module(module), function, None)):
             raise ConfigError(f"The step '{stage.name}' names {stage.function}, which doesn't exist; fix stages.py.")
     return f"{len(STAGES)} steps and all their inputs"
+
+
+def check_generator(profile: Profile, root: Path) -> str:
+    """The pipeline that makes the clips, if it is here, makes them from text alone."""
+    import diffusers
+
+    folder = root / profile["generator"]
+    try:
+        name = str(wan.read_json(wan.config_folder(folder) / "model_index.json").get("_class_name"))
+    except MissingInputError as error:
+        raise ToDo(f"put the generator at {folder}, in diffusers' layout") from error
+    kind = getattr(diffusers, name, None)
+    known = inspect.signature(kind.__call__).parameters if isinstance(kind, type) else {}
+    if "image" in known and known["image"].default is inspect.Parameter.empty:
+        raise BadInputError(
+            f"The generator {folder.name} is {name}, which needs an image for each clip, and the steps have prompts"
+            " alone; use a text-to-video pipeline as `generator`."
+        )
+    return f"{folder.name}, {name}"
 
 
 def describe_texts(profile: Profile) -> str:

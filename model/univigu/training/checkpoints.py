@@ -9,6 +9,7 @@ DeepSpeed's own checkpoints are pickled, and hold slices that fit one number of 
 be read by any number of processes in any stage, and nothing is unpickled. All ranks must see the same folder.
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -84,18 +85,38 @@ def load_checkpoint(engine: Any, folder: Path, records: Sequence[Path] = ()) -> 
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(home.glob("*.safetensors"))]
         file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
 
-        def tensor(name: str) -> torch.Tensor:
+        def saved(name: str) -> InFile:
             if name not in file_of:
                 raise ConfigError(
                     f"The checkpoint in {home} has no '{name}', so it is of another model; start again with --restart."
                 )
-            return file_of[name].get_tensor(name)
+            return InFile(file_of[name], name)
 
-        write_state(engine, state["step"], tensor)
+        write_state(engine, state["step"], saved)
     generators = state.pop("generators")
     if dist.get_rank() < len(generators):
         _restore_generators(generators[dist.get_rank()])
     return state
+
+
+class InFile:
+    """A tensor in an open safetensors file, see `optimizer_state.SavedTensor`; only what is asked for is read."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._slice = file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+
+    def whole(self) -> torch.Tensor:
+        return self._slice[...]
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """The elements from ``start`` to ``stop`` of the flattened tensor, from the rows that hold them."""
+        if start >= stop:
+            return torch.empty(0)
+        row = math.prod(self.shape[1:])
+        first, last = start // row, -(-stop // row)
+        rows = self._slice[first:last] if self.shape else self.whole()
+        return rows.flatten()[start - first * row : stop - first * row]
 
 
 def newest_valid(folder: Path) -> Path | None:

@@ -1,8 +1,9 @@
 """The state that a run resumes from, wherever ZeRO keeps it: fp32 weights, AdamW's moments, averaged weights."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,18 @@ from univigu.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides the number of steps
 AVERAGE = "average"  # the running average of the parameter, if there is one
+
+
+class SavedTensor(Protocol):
+    """A tensor in storage that may be slow, of which a rank reads what it keeps."""
+
+    shape: tuple[int, ...]
+
+    def whole(self) -> Tensor: ...
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """The elements from ``start`` to ``stop`` of the flattened tensor."""
+        ...
 
 
 def frozen_weights(objective: nn.Module, precision: str) -> dict[str, Tensor]:
@@ -48,22 +61,23 @@ def read_state(engine: Any) -> dict[str, Tensor]:
     return state
 
 
-def write_state(engine: Any, step: int, tensor: Callable[[str], Tensor]) -> None:
-    """Restore the state that `read_state` read after `step`; `tensor(name)` returns any rank's entry of it.
+def write_state(engine: Any, step: int, saved: Callable[[str], SavedTensor]) -> None:
+    """Restore the state that `read_state` read after `step`; `saved(name)` returns any rank's entry of it.
 
-    All ranks must call this. Raises `ConfigError` for the state of another model.
+    All ranks must call this. Under ZeRO each reads the slices that it keeps, and of ZeRO 3's weights rank 0 reads all:
+    under ZeRO 1 and 2, every rank has all weights. Raises `ConfigError` for the state of another model.
     """
     for state in _adamw(engine).state.values():
         state["step"].fill_(step)
     for name, parameter in _trained(engine):
         for key in (None, *_kept(engine)):
-            full = tensor(_key(name, key))
-            if full.shape != getattr(parameter, "ds_shape", parameter.shape):
+            entry = saved(_key(name, key))
+            if entry.shape != tuple(getattr(parameter, "ds_shape", parameter.shape)):
                 raise ConfigError(
-                    f"The checkpoint's '{name}' has the shape {tuple(full.shape)}, which is not the model's; "
+                    f"The checkpoint's '{name}' has the shape {entry.shape}, which is not the model's; "
                     "start again with --restart."
                 )
-            _write(engine, parameter, key, full)
+            _write(engine, parameter, key, entry)
 
 
 def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -93,31 +107,35 @@ def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 @torch.no_grad()
-def _write(engine: Any, parameter: nn.Parameter, key: str | None, full: Tensor) -> None:
+def _write(engine: Any, parameter: nn.Parameter, key: str | None, saved: SavedTensor) -> None:
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
     from deepspeed.utils import safe_set_local_optimizer_state as safe_set_local_state
 
     if not _is_partitioned(parameter):
-        (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(full)
+        (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(saved.whole())
         return
     if hasattr(parameter, "ds_id"):  # ZeRO 3 divides parameters into equal parts and pads the last one
         # pyrefly: ignore[missing-attribute]
-        size = parameter.ds_tensor.numel()
-        part = torch.zeros(size * dist.get_world_size())
-        part[: full.numel()] = full.flatten()
-        part = part[size * dist.get_rank() :][:size]
+        size, count = parameter.ds_tensor.numel(), math.prod(saved.shape)
+        start, stop = (min(size * rank, count) for rank in (dist.get_rank(), dist.get_rank() + 1))
+        part = torch.zeros(size)
+        part[: stop - start] = saved.part(start, stop)
         if key is not None:
             safe_set_local_state(parameter, part, key)
             return
         safe_set_local_fp32_param(parameter, part)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(full)
+            if dist.get_rank() == 0:
+                parameter.copy_(saved.whole())
     elif key is None:
+        full = saved.whole()
         safe_set_full_fp32_param(parameter, full)
         parameter.copy_(full)  # the copy that the next forward pass uses
-    else:
-        safe_set_full_optimizer_state(parameter, full, key)
+    # pyrefly: ignore[missing-attribute]
+    elif (mapping := parameter._hp_mapping) is not None:  # this rank keeps a part of it
+        start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        mapping.get_hp_fragment(key).copy_(saved.part(start, start + count))
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

@@ -34,6 +34,7 @@ def test_the_bundled_profiles_are_listed_with_what_they_extend(univigu):
         ["tour", "extends", "smoke"],
         ["wan-1.3b", "-"],
         ["wan-14b", "extends", "wan-1.3b"],
+        ["wan-5b", "extends", "wan-1.3b"],
     ]
 
 

@@ -297,11 +297,18 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_before_anything_is_made(wan_
         generator.load_generator(wan_copy, "fp32")
 
 
-@pytest.mark.parametrize(("name", "shift", "guidance"), [("wan-1.3b", 8.0, 6.0), ("wan-14b", 3.0, 5.0)])
-def test_wans_profiles_have_the_values_that_wan_recommends(name, shift, guidance):
+@pytest.mark.parametrize(
+    ("name", "video", "shift", "guidance"),
+    [
+        ("wan-1.3b", [81, 480, 832, 16], 8.0, 6.0),
+        ("wan-14b", [81, 480, 832, 16], 3.0, 5.0),
+        ("wan-5b", [121, 704, 1280, 24], 5.0, 5.0),
+    ],
+)
+def test_wans_profiles_have_the_values_that_wan_recommends(name, video, shift, guidance):
     profile = load_profile(name)
     settings = profile["synthesize_videos"]
-    assert [profile["video"][key] for key in ("frames", "height", "width", "fps")] == [81, 480, 832, 16]
+    assert [profile["video"][key] for key in ("frames", "height", "width", "fps")] == video
     assert (settings["flow_shift"], settings["guidance_scale"], settings["steps"]) == (shift, guidance, 50)
     assert (settings["precision"], settings["vae_precision"]) == ("bf16", "fp32")
     assert settings["arguments"] == {"max_sequence_length": 512}

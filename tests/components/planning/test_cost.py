@@ -169,10 +169,11 @@ def test_clips_that_the_base_can_not_take_are_refused_as_they_would_be_later(cha
 
 
 def test_without_a_number_of_gpus_a_plan_is_for_as_many_as_share_the_batches():
-    assert {name: usual_gpus(load_profile(name)) for name in ("tiny", "smoke", "wan-1.3b", "wan-14b")} == {
+    assert {name: usual_gpus(load_profile(name)) for name in ("tiny", "smoke", "wan-1.3b", "wan-5b", "wan-14b")} == {
         "tiny": 8,
         "smoke": 8,
         "wan-1.3b": 16,
+        "wan-5b": 16,
         "wan-14b": 16,
     }
 

@@ -71,6 +71,31 @@ def test_above_480p_a_clip_is_decoded_in_tiles_of_less_memory():
     assert peak(720, 1280) < 1.2 * peak(480, 832)  # with 2.3 times the pixels
 
 
+@pytest.mark.slow
+def test_a_first_image_needs_its_encoder_and_the_autoencoder_and_some_time():
+    """Wan2.1 I2V encodes a whole clip of grey frames for it, and has CLIP's states of it."""
+    base = {"base": "model/Wan2.1-I2V-14B-480P-Diffusers", "video": {"frames": 9, "height": 64, "width": 64, "fps": 16}}
+    profile = load_profile("wan-14b") | base
+    without, given = (make_inference_plan(profile, ROOT, "generate", "h100", image=image) for image in (False, True))
+    assert given["memory"]["weights"]["image encoder"] == 2 * 630_766_080  # CLIP ViT-H/14 without its projection
+    more, fewer = given["memory"]["phases"], without["memory"]["phases"]
+    assert more.keys() - fewer.keys() == {"the autoencoder encodes the image"}
+    assert more["the video is denoised"] > fewer["the video is denoised"]
+    assert given["seconds"]["total"] > without["seconds"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "task", "message"),
+    [
+        ("tiny", "generate", "base is Wan text-to-video, which takes no image; leave --image out"),
+        ("wan-5b", "caption", "has no first image apart; leave --image out"),
+    ],
+)
+def test_an_image_that_the_task_or_the_base_does_not_take_is_refused(profile, task, message):
+    with pytest.raises(ConfigError, match=message):
+        make_inference_plan(load_profile(profile), ROOT, task, "h100", image=True)
+
+
 def test_a_task_that_there_is_not_is_refused_by_name():
     with pytest.raises(ConfigError, match="no task 'dub'; use one of caption, generate, joint"):
         make_inference_plan(load_profile("tiny"), ROOT, "dub", "h100")

@@ -78,6 +78,25 @@ def test_a_base_that_makes_videos_from_images_alone_is_refused(tmp_path):
         build_models(load_profile("wan-14b"), tmp_path)
 
 
+def test_a_generator_that_needs_an_image_is_refused_and_others_are_named():
+    profile = load_profile("wan-14b")
+    assert environment.check_generator(profile, ROOT) == "Wan2.1-T2V-14B-Diffusers, WanPipeline"
+    with pytest.raises(ToDo, match=r"put the generator at .*/elsewhere"):
+        environment.check_generator({**profile, "generator": "model/elsewhere"}, ROOT)
+    with pytest.raises(BadInputError, match="is WanImageToVideoPipeline, which needs an image for each clip") as caught:
+        environment.check_generator({**profile, "generator": "model/Wan2.1-I2V-14B-720P-Diffusers"}, ROOT)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_parts_of_wan_2_2_fit_together_at_the_size_of_its_profile():
+    profile = load_profile("wan-5b")
+    models = build_models(profile, wan.config_folder(profile["base"]))
+    assert model_checks.check_shapes(profile, models) == "latents 48x31x44x80, 27,280 video tokens"
+    assert model_checks.check_keys(models).startswith("825 of Wan's")
+    assert model_checks.check_text_encoder(profile, models) == "states 512x4096"
+
+
 def test_weights_of_another_size_of_wan_are_refused(tiny_wan_folder):
     profile = load_profile("wan-1.3b")
     large = build_models(profile, wan.config_folder("model/Wan2.1-T2V-14B-Diffusers"))

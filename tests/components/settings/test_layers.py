@@ -74,7 +74,9 @@ def count(own):
     return sum(count(value) if isinstance(value, dict) else 1 for value in own.values())
 
 
-@pytest.mark.parametrize(("name", "parent", "differences"), [("wan-14b", "wan-1.3b", 9), ("smoke", "tiny", 40)])
+@pytest.mark.parametrize(
+    ("name", "parent", "differences"), [("wan-14b", "wan-1.3b", 9), ("wan-5b", "wan-1.3b", 12), ("smoke", "tiny", 40)]
+)
 def test_a_bundled_profile_states_its_differences_and_no_more(name, parent, differences):
     own = yaml.safe_load(find_profile(name).read_text())
     assert own.pop("extends") == parent

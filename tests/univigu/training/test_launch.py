@@ -192,6 +192,20 @@ def resumed_after(capsys):
 
 
 @slow
+def test_a_rank_that_dies_while_it_saves_ends_the_run_which_resumes_from_the_checkpoint_before(tmp_path, two):
+    done = on_two(tmp_path, {}, 6, "DIE")
+    assert done.returncode != 0
+    assert json.loads((tmp_path / "checkpoints/latest").read_text())["step"] == 3
+    cut = tmp_path / "checkpoints/step-00000006"
+    assert {path.name for path in cut.iterdir()} == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    again = on_two(tmp_path, {})
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "Resuming after step 3 of 8" in again.stderr
+    assert all(torch.equal(tensor, two[1][name]) for name, tensor in read_weights(tmp_path).items())
+    assert (tmp_path / "curves.csv").read_bytes() == (two[0] / "curves.csv").read_bytes()
+
+
+@slow
 def test_a_checkpoint_of_two_processes_resumes_on_one(tmp_path, one, stopped, capsys):
     shutil.copytree(stopped[0], tmp_path / "again")
     weights = tiny_run.run(tmp_path / "again")

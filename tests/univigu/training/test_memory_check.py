@@ -2,7 +2,7 @@ import pytest
 
 from univigu import UniViGUTransformer3DModel, wan
 from univigu.errors import ConfigError
-from univigu.training.engine import TrainingConfig
+from univigu.training.engine import TIMEOUT, TrainingConfig
 from univigu.training.memory import parameter_count
 from univigu.training.memory_check import (
     needed_by_task,
@@ -93,3 +93,8 @@ def test_frozen_weights_are_kept_in_host_memory_in_fp32(shape):
     count = parameter_count(shape)
     assert host(shape, trainable=count // 4)[1]["weights"] == pytest.approx(4 * count * 1.75, rel=1e-6)
     assert host(shape, trainable=count // 4, precision="fp32")[1]["weights"] == 4 * count
+
+
+def test_at_100_mb_per_second_a_checkpoint_of_the_14b_is_saved_and_verified_within_the_timeout(shape):
+    # the weights, both moments and their average in fp32, written and read again while other ranks may wait
+    assert 2 * 4 * 4 * parameter_count(shape) / 100e6 < TIMEOUT.total_seconds()

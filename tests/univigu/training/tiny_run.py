@@ -1,10 +1,11 @@
 """A training run of seconds on random latents: imported by tests, and started by them as a separate process.
 
-    python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP KILL|TERM]
+    python tiny_run.py FOLDER '{"zero_stage": 1}' [STEP KILL|TERM|DIE]
     python tiny_run.py FOLDER '{"one": {"zero_stage": 1}, "other": {}}' ALL    # in FOLDER/one and FOLDER/other
 
 After STEP, the process kills itself (KILL), or sends SIGTERM to its parent (TERM), as a cluster does with a pod, and
-slows down from there. At the end the weights are in FOLDER/weights.safetensors.
+slows down from there. DIE kills the process of rank 1 while it saves the checkpoint of STEP. At the end the weights are
+in FOLDER/weights.safetensors.
 """
 
 import json
@@ -124,12 +125,22 @@ if __name__ == "__main__":
         for name, each in settings.items():
             save(run(where / name, **each), where / name)
         sys.exit()
+    if sys.argv[4:] == ["DIE"] and os.environ["RANK"] == "1":
+        from univigu.training import checkpoints
+
+        def save_half(state, path):
+            save_file(state, path)
+            if path.parent.name == f"step-{int(sys.argv[3]):08d}":
+                os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoints.save_file = save_half
     last, how = (int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 3 else (None, "")
 
     def stop_after_step(step, metrics):
-        if step == last:
+        if step == last and how != "DIE":
             os.kill(*((os.getpid(), signal.SIGKILL) if how == "KILL" else (os.getppid(), signal.SIGTERM)))
-        if last is not None and step >= last:
+        if last is not None and how != "DIE" and step >= last:
             time.sleep(2)
 
     try:
