@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.cli.studio.work import Studio
+from components.cli.studio.training import LOSSES, read_losses
+from components.cli.studio.work import Studio, explain
 from components.orchestration.metrics import Sample, read_samples
 from components.pipeline.notes import FAILURE, read_notes
-from components.pipeline.stages import STAGES
+from components.pipeline.stages import STAGES, find_stage
+from components.registry.evaluations import HEADLINES, read_evaluation
 from components.tracking import EXPERIMENT, store_to_read
 from univigu.errors import BadInputError, MissingInputError
 from univigu.mlflow_store import opened
@@ -48,8 +51,12 @@ class Point(NamedTuple):
 # --- from the work root ----------------------------------------------------------------------------------------------
 
 
-def read_work(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """What is training (`training`), and how each step ended last (`steps`); needs no MLflow."""
+def read_work(root: Path) -> dict[str, Any]:
+    """What the work root says without MLflow.
+
+    `training`: what trains; `losses` by tau, with their `loss_names`; `scores` of the last evaluation, or why they
+    can't be read; `steps`: how each ended last.
+    """
     samples = read_samples(root)
     values = {(one.name, one.labels): one.value for one in samples}
     failures = {path.stem: note or {} for path, note in read_notes(root, FAILURE)}
@@ -60,6 +67,9 @@ def read_work(root: Path) -> dict[str, list[dict[str, Any]]]:
     names = [stage.name for stage in STAGES]
     return {
         "training": [_training(name, value) for name in names if value("training_steps", name)],
+        "losses": read_losses(root),
+        "loss_names": LOSSES,
+        "scores": _read_scores(root),
         "steps": [
             {
                 "name": name,
@@ -73,6 +83,23 @@ def read_work(root: Path) -> dict[str, list[dict[str, Any]]]:
             for name in names
         ],
     }
+
+
+def _read_scores(root: Path) -> list[tuple[str, Any]] | str:
+    """The headline scores of the last evaluation, none where there was none, or why they can't be read."""
+    folder = root / find_stage("evaluate-model").home
+    if not (folder / "scores.json").is_file():
+        return []
+    try:
+        return _headlines(folder, (folder / "scores.json").stat().st_mtime_ns)
+    except Exception as error:
+        return explain(error)
+
+
+@lru_cache(maxsize=2)
+def _headlines(folder: Path, _changed: int) -> list[tuple[str, Any]]:
+    found = read_evaluation(folder).scores
+    return [(key, found[key]) for key in HEADLINES if key in found]
 
 
 def _training(step: str, value: Any) -> dict[str, Any]:

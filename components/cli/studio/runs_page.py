@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from components.cli.studio import runs
+from components.cli.studio import runs, training
 from components.cli.studio.choices import choice, number
 from components.cli.studio.work import Studio, attempt, explain, note, render
 
@@ -19,6 +19,13 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     """The page's components and what they do."""
     page = RunsPage(studio)
     now = gr.HTML()
+    with gr.Row(equal_height=True):
+        step_name = gr.Dropdown(label="Training step", choices=list(training.STEPS), elem_id="training-step")
+        stop, resume = (
+            gr.Button("Stop and save", elem_id="training-stop"),
+            gr.Button("Resume", elem_id="training-resume"),
+        )
+    told = gr.HTML(elem_id="training-said")
     gr.HTML("<h2>Curves</h2>")
     said = gr.HTML()
     with gr.Row():
@@ -34,6 +41,8 @@ def build(studio: Studio, app: gr.Blocks) -> None:
 
     app.load(page.now, None, now, api_name="runs_now")
     gr.Timer(EVERY_S).tick(page.now, None, now, api_visibility="private", show_progress="hidden")
+    stop.click(page.stop, step_name, told, api_name="stop_training", concurrency_limit=1)
+    resume.click(page.resume, step_name, told, api_name="resume_training", concurrency_limit=1)
     choices = [chosen, metric, heldout]
     app.load(page.choose, choices, [said, *choices], api_name="runs").then(
         page.draw, choices, [curves, heldout_curves], api_name="curves"
@@ -57,6 +66,14 @@ class RunsPage:
         """What trains now, and how each step ended last."""
         return attempt(lambda: render("runs.html.j2", **runs.read_work(self.studio.root)))
 
+    def stop(self, step: str | None) -> str:
+        """Stop a training step of this machine, with its progress saved."""
+        return attempt(lambda: note(training.stop(self.studio.root, step or "")))
+
+    def resume(self, step: str | None) -> str:
+        """Continue a training step that was stopped."""
+        return attempt(lambda: note(training.resume(self.studio, step or "")))
+
     def choose(self, ids: Sequence[str] | None, metric: str | None, heldout: str | None) -> list[Any]:
         """A message, and the choices of runs and metrics."""
         try:
@@ -68,11 +85,11 @@ class RunsPage:
             return [empty, *[gr.Dropdown(choices=[], value=None) for _ in range(3)]]
         known = {run.id for run in found}
         ids = [one for one in ids or () if one in known] or [run.id for run in found[:SHOWN]]
-        training, held = runs.list_metrics(found)
+        losses, held = runs.list_metrics(found)
         return [
             "",
             gr.Dropdown(choices=[(run.label, run.id) for run in found], value=ids),
-            gr.Dropdown(choices=training, value=metric if metric in training else training[0]),
+            gr.Dropdown(choices=losses, value=metric if metric in losses else losses[0]),
             gr.Dropdown(choices=held, value=heldout if heldout in held else next(iter(held), None)),
         ]
 

@@ -131,8 +131,9 @@ def editable_root(full_root, versions, recommit, tmp_path_factory):
     # captions here are worded in every way of the world
     (root / "profile.yaml").write_text("extends: smoke\ntext: {caption_tokens: [32, 64]}\n")
     rows = make_rows(load_tokenizer(root / "model/tiny-wan"))
-    for row in rows["clips"]:
+    for number, row in enumerate(rows["clips"]):
         row["sha256"] = hashlib.sha256(members[row["member"]]).hexdigest()
+        row["scores"] = json.dumps({"motion": number + 0.5})
     rows["captions"][3] |= {"text": None, "n_tokens": 0, "status": "error"}
     copy = rows["clips"][0] | {"id": "c900", "seed": 900}
 
