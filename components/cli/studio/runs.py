@@ -51,12 +51,8 @@ class Point(NamedTuple):
 # --- from the work root ----------------------------------------------------------------------------------------------
 
 
-def read_work(root: Path) -> dict[str, Any]:
-    """What the work root says without MLflow.
-
-    `training`: what trains; `losses` by tau, with their `loss_names`; `scores` of the last evaluation, or why they
-    can't be read; `steps`: how each ended last.
-    """
+def read_work(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is training (`training`), and how each step ended last (`steps`); needs no MLflow."""
     samples = read_samples(root)
     values = {(one.name, one.labels): one.value for one in samples}
     failures = {path.stem: note or {} for path, note in read_notes(root, FAILURE)}
@@ -67,9 +63,6 @@ def read_work(root: Path) -> dict[str, Any]:
     names = [stage.name for stage in STAGES]
     return {
         "training": [_training(name, value) for name in names if value("training_steps", name)],
-        "losses": read_losses(root),
-        "loss_names": LOSSES,
-        "scores": _read_scores(root),
         "steps": [
             {
                 "name": name,
@@ -83,6 +76,11 @@ def read_work(root: Path) -> dict[str, Any]:
             for name in names
         ],
     }
+
+
+def read_results(root: Path) -> dict[str, Any]:
+    """Held-out `losses` by tau with their `loss_names`, and the `scores` of the last evaluation, or their error."""
+    return {"losses": read_losses(root), "loss_names": LOSSES, "scores": _read_scores(root)}
 
 
 def _read_scores(root: Path) -> list[tuple[str, Any]] | str:

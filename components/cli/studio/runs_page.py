@@ -26,6 +26,7 @@ def build(studio: Studio, app: gr.Blocks) -> None:
             gr.Button("Resume", elem_id="training-resume"),
         )
     told = gr.HTML(elem_id="training-said")
+    results = gr.HTML()
     gr.HTML("<h2>Curves</h2>")
     said = gr.HTML()
     with gr.Row():
@@ -40,6 +41,7 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     samples = gr.HTML()
 
     app.load(page.now, None, now, api_name="runs_now")
+    app.load(page.results, None, results, api_name="runs_results")
     gr.Timer(EVERY_S).tick(page.now, None, now, api_visibility="private", show_progress="hidden")
     stop.click(page.stop, step_name, told, api_name="stop_training", concurrency_limit=1)
     resume.click(page.resume, step_name, told, api_name="resume_training", concurrency_limit=1)
@@ -51,9 +53,9 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         one.input(page.draw, choices, [curves, heldout_curves], api_visibility="private")
     chosen.input(lambda ids: page.show_samples(ids, None), [chosen], [step, samples], api_visibility="private")
     step.input(page.show_samples, [chosen, step], [step, samples], api_visibility="private")
-    gr.Timer(6 * EVERY_S).tick(
-        page.draw_again, choices, [curves, heldout_curves], api_visibility="private", show_progress="hidden"
-    )
+    seldom = gr.Timer(6 * EVERY_S)
+    seldom.tick(page.results, None, results, api_visibility="private", show_progress="hidden")
+    seldom.tick(page.draw_again, choices, [curves, heldout_curves], api_visibility="private", show_progress="hidden")
 
 
 class RunsPage:
@@ -65,6 +67,10 @@ class RunsPage:
     def now(self) -> str:
         """What trains now, and how each step ended last."""
         return attempt(lambda: render("runs.html.j2", **runs.read_work(self.studio.root)))
+
+    def results(self) -> str:
+        """Held-out losses by time, and the scores of the last evaluation."""
+        return attempt(lambda: render("results.html.j2", **runs.read_results(self.studio.root)))
 
     def stop(self, step: str | None) -> str:
         """Stop a training step of this machine, with its progress saved."""

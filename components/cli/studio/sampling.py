@@ -105,6 +105,7 @@ def generate(studio: Studio, model: Model, asked: Mapping[str, Any], progress: P
     asked = _checked(asked)
     if not asked["prompt"]:
         raise BadInputError("The prompt is empty; write what the video should show.")
+    lora = _lora(studio, asked)
     pipeline, label, _ = model.load()
     steps = asked["steps"] or pipeline.config.num_inference_steps
     tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), steps, 0)
@@ -118,7 +119,7 @@ def generate(studio: Studio, model: Model, asked: Mapping[str, Any], progress: P
         callback_on_step_end=tracer,
     )
     recipe = _recipe("generate", label, pipeline, asked)
-    with adapted(pipeline, *_lora(studio, asked)):
+    with adapted(pipeline, *lora):
         found, stopped = _run(run, pipeline, tracer)
     frames = tracer.video(pipeline) if stopped else found[0]
     notes = [*stopped, *_unknown_words(asked["prompt"], pipeline)]
@@ -163,6 +164,7 @@ def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, 
 def joint(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Progress) -> Made:
     """A video and its caption. asked: as for `generate`, temperature, text_at (None: the model's own), in_step."""
     asked = _checked(asked)
+    lora = _lora(studio, asked)
     pipeline, label, _ = model.load()
     steps = asked["steps"] or pipeline.config.num_inference_steps
     steps = max(steps, pipeline.config.caption_steps) if asked["in_step"] else steps
@@ -181,7 +183,7 @@ def joint(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Prog
         "return_dict": False,
     }
     seen = {"callback_on_step_end": tracer, "callback_on_step_end_tensor_inputs": list(tracer.inputs)}
-    recipe, lora = _recipe("joint", label, pipeline, asked), _lora(studio, asked)
+    recipe = _recipe("joint", label, pipeline, asked)
     with adapted(pipeline, *lora):
         found, stopped = _run(partial(pipeline.joint, **given, **seen), pipeline, tracer)
     frames, text = (tracer.video(pipeline), tracer.text(pipeline)) if stopped else (found[0][0], found[1][0])

@@ -1,6 +1,7 @@
 """The training runs of the work root: their held-out losses by time, and how they are stopped and resumed."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def _find_holders(root: Path, step: str) -> list[Any]:
     holders = []
     for process in psutil.process_iter():
         try:
-            if process.pid != psutil.Process().pid and any(one.path == path for one in process.open_files()):
+            if process.pid != os.getpid() and any(one.path == path for one in process.open_files()):
                 holders.append(process)
         except psutil.Error:  # it has ended, or belongs to another user
             continue

@@ -134,6 +134,7 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
         in client.predict(handle_file(text), "", "", "", 0, api_name="/caption")[0]
     )
     assert "The prompt is empty" in client.predict(" ", "", "", "", "", "", 0, api_name="/generate")[0]
+    assert "There is no LoRA" in client.predict("a seven", "", "", "", "../x", "", 0, api_name="/generate")[0]
     for steps, said in (("10000", "give 1 to 1000"), ("many", "&#39;many&#39;; give a whole number")):
         assert said in client.predict("a seven", "", steps, "", "", "", 0, api_name="/generate")[0]
 

@@ -70,6 +70,6 @@ def test_losses_by_tau_are_those_of_the_newest_evaluation_also_while_it_trains(r
     scratch.mkdir(parents=True)
     (scratch / "heldout.csv").write_text(text.replace("8,", "12,"))
     assert training.read_losses(root)[0].step == 12
-    assert "after step 12" in render("runs.html.j2", **runs.read_work(root))
+    assert "after step 12" in render("results.html.j2", **runs.read_results(root))
     (scratch / "heldout.csv").write_text("step,tau\n12,0.2")
     assert training.read_losses(root) == []
