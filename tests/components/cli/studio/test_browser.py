@@ -168,6 +168,7 @@ def test_a_dropped_file_gets_a_caption(open_page, tmp_path, moving_square):
     shares = [int(re.match(r"\d+", text)[0]) for text in looked.locator("figcaption").all_inner_texts()]
     assert (len(shares), 99 <= sum(shares) <= 101) == (3, True)
     assert serious_faults(tab) == []
+    looked.scroll_into_view_if_needed()
     take_picture(tab, "words")
 
 

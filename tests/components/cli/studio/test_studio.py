@@ -129,6 +129,11 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     caption = gallery.list_results(full_root, 1)[0][0]
     assert caption.recipe["file"] == "clip.mp4"
     assert fetch(studio_server.url, f"/video/made/{caption.id}.txt")[1].decode().strip() == caption.caption
+    words = caption.caption.split()
+    looked = client.predict(f"{caption.id}/{len(words) - 1}", api_name="/look")
+    assert f"<strong><bdi>{words[-1]}</bdi></strong> gave" in looked
+    assert "has no such word" in client.predict(f"{caption.id}/{len(words)}", api_name="/look")
+    assert "make this one again" in client.predict(f"{result.id}/0", api_name="/look")
     assert (
         "read &#39;notes.mp4&#39; as a video"
         in client.predict(handle_file(text), "", "", "", 0, api_name="/caption")[0]
