@@ -10,6 +10,7 @@ step, so they are those of the pass itself, up to rounding. Attention says where
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -47,8 +48,7 @@ class FrameWatch:
 
     def __enter__(self) -> Self:
         for number, block in enumerate(self._blocks):
-            look = lambda _, inputs, number=number: self._look(number, inputs)  # noqa: E731
-            self._hooks.append(block.register_forward_pre_hook(look))
+            self._hooks.append(block.register_forward_pre_hook(partial(self._look, number)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +73,7 @@ class FrameWatch:
         on_video = masses.sum(-1)
         return FrameAttention(masses / on_video[:, None], on_video)
 
-    def _look(self, number: int, inputs: tuple[Any, ...]) -> None:
+    def _look(self, number: int, _block: Any, inputs: tuple[Any, ...]) -> None:
         video, text, _, kv_cache, policy = inputs
         if text is None or policy not in READS_TEXT or number in self._seen:
             return
