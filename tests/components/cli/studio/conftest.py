@@ -109,7 +109,7 @@ class StudioServer:
         return self.process.wait(timeout=30)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def full_root(versions, recommit):
     """The work root of `versions`, with clips, a training run and two versions of the model `seen`."""
     leave_clips(versions.root, recommit)
