@@ -22,8 +22,8 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     with gr.Row(equal_height=True):
         step_name = gr.Dropdown(label="Training step", choices=list(training.STEPS), elem_id="training-step")
         stop, resume = (
-            gr.Button("Stop and save", elem_id="training-stop"),
-            gr.Button("Resume", elem_id="training-resume"),
+            gr.Button("Stop and save", elem_id="training-stop", scale=0),
+            gr.Button("Resume", elem_id="training-resume", scale=0),
         )
     told = gr.HTML(elem_id="training-said")
     results = gr.HTML()

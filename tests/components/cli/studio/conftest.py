@@ -89,6 +89,11 @@ def leave_run(root):
         row = {"step": 6, "sample": "s0", "prompt": NASTY, "target": "a square", "said": "a circle"}
         run._logged = 5  # the samples of step 6 are new
         run.log_samples(6, [row], {"s0": moving_square(200)}, 8)
+    (root / ".univigu/scratch/train-stage-1").mkdir(parents=True)
+    losses = [f"6,{0.1 * number + 0.05:.2f},{2 / (number + 1):.3f},0.5" for number in range(10)]
+    (root / ".univigu/scratch/train-stage-1/heldout.csv").write_text(
+        "\n".join(["step,tau,text_ce,video_mse", *losses, ""])
+    )
     return run.run_id
 
 

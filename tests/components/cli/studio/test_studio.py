@@ -80,6 +80,7 @@ def test_a_run_has_its_steps_curves_and_samples(tab, studio_server):
     now = client.predict(api_name="/runs_now")
     assert '<progress max="6" value="6">' in now
     assert "has not run" in now
+    assert "train-stage-1, after step 6" in client.predict(api_name="/runs_results")
     assert "No process of this machine runs" in client.predict("train-stage-1", api_name="/stop_training")
     assert "Choose a training step" in client.predict(None, api_name="/resume_training")
     said, chosen, metric, heldout = client.predict(None, None, None, api_name="/runs")
