@@ -96,18 +96,21 @@ def find_champion(name: str, root: Path) -> int:
     return int(found.version) if found else 0
 
 
-def load(folder: Path) -> "UniViGUPipeline":
-    """The pipeline in a folder, on the GPU if there is one; it shows the progress of sampling."""
+def load(folder: Path, adapters: bool = False) -> "UniViGUPipeline":
+    """The pipeline in a folder, on the GPU if there is one; it shows the progress of sampling.
+
+    adapters: whether LoRA adapters will be added to it.
+    """
     with activity("Loading the model"):
-        pipeline = read(folder)
+        pipeline = read(folder, adapters)
     place(pipeline)
     pipeline.progress_bar = lambda steps: progress(steps, "sampling", unit="steps")
     return pipeline
 
 
-def read(folder: Path) -> "UniViGUPipeline":
-    """The pipeline in a folder, on the CPU."""
-    adapters = any(folder.glob("*lora*"))
+def read(folder: Path, adapters: bool = False) -> "UniViGUPipeline":
+    """The pipeline in a folder, on the CPU; adapters: as for `load`."""
+    adapters = adapters or any(folder.glob("*lora*"))
     with without(*([] if adapters else ["peft"])):
         import_models()
         from univigu.pipeline import UniViGUPipeline

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.cli.adapters import adapted, check_adapter
 from components.cli.chosen_model import NAME, find_model, load
 from components.cli.clip_files import check_output, write_clip, write_error
 from components.cli.first_image import FirstImage, read_first_image, warn_of_stretching
@@ -63,6 +64,11 @@ TextAt = Annotated[
     ),
 ]
 InStep = Annotated[bool, typer.Option("--in-step", help="Denoise video and text in lockstep instead (eq 18).")]
+Lora = Annotated[
+    Path | None,
+    typer.Option(help="A LoRA for the model's base, in safetensors. (default: none)", show_default=False),
+]
+LoraScale = Annotated[float, typer.Option(min=0, max=10, help="How strong the LoRA is; 1 is as it was trained.")]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -141,19 +147,23 @@ def generate(
     steps: Steps = None,
     guidance: Guidance = None,
     image: FirstImage = None,
+    lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     scale: Scale = None,
 ) -> None:
     """Make a video from a prompt, and from a first image where the model's base takes one."""
     if not prompt.strip():
         raise BadInputError("The prompt is empty; write what the video should show.")
     check_output(output)
+    check_adapter(lora)
     folder = find_model(model, name, root)
     picture = read_first_image(image, folder)
-    pipeline = load(folder)
+    pipeline = load(folder, adapters=lora is not None)
     warn_of_unknown_words(prompt, pipeline.tokenizer)
     warn_of_stretching(picture, pipeline.config.height, pipeline.config.width)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "image": picture}
-    (frames,) = pipeline.generate(prompt, **settings, seed=[seed])
+    with adapted(pipeline, lora, lora_scale):
+        (frames,) = pipeline.generate(prompt, **settings, seed=[seed])
     write_clip(output, prompt, frames, pipeline.config.fps, scale)
 
 
@@ -170,6 +180,8 @@ def joint(
     text_at: TextAt = None,
     in_step: InStep = False,
     image: FirstImage = None,
+    lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     scale: Scale = None,
 ) -> None:
     """Make a video and its caption together, with or without a prompt; print the caption.
@@ -178,15 +190,17 @@ def joint(
     both in lockstep instead (eq 18 of the paper).
     """
     check_output(output)
+    check_adapter(lora)
     folder = find_model(model, name, root)
     picture = read_first_image(image, folder)
-    pipeline = load(folder)
+    pipeline = load(folder, adapters=lora is not None)
     prompt = prompt if prompt.strip() else ""
     warn_of_unknown_words(prompt, pipeline.tokenizer)
     warn_of_stretching(picture, pipeline.config.height, pipeline.config.width)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature, "image": picture}
     given = {"text_at": text_at, "in_step": in_step, "seed": seed, "output_type": "uint8", "return_dict": False}
-    (frames,), (text,) = pipeline.joint(prompt, **settings, **given)
+    with adapted(pipeline, lora, lora_scale):
+        (frames,), (text,) = pipeline.joint(prompt, **settings, **given)
     write_clip(output, prompt, frames, pipeline.config.fps, scale)
     _print_line(" ".join(text.split()))
 

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 
-def choice(label: str, name: str, *, several: bool = False) -> gr.Dropdown:
+def choice(label: str, name: str | None = None, *, several: bool = False) -> gr.Dropdown:
     """A list that a page fills when it is opened.
 
     Any value is accepted here, and examined where it is used: a page that was opened before the studio was started

@@ -5,6 +5,7 @@ scores are read only for the clips of a page; a search in texts reads the column
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +40,9 @@ class Query(NamedTuple):
     verdict: str = ""  # `KEPT`, `QUARANTINED`, or a reason
     stage: int = 0
     text: str = ""  # in the prompt or the caption, in any case
+    score: str = ""  # the name of a score, which the clips must have, within these bounds
+    least: float | None = None
+    most: float | None = None
 
 
 class Found(NamedTuple):
@@ -68,6 +72,11 @@ def count_verdicts(root: Path) -> dict[str, int]:
     counts = {one["values"]: one["counts"] for one in pc.value_counts(reasons).to_pylist()}
     kept = counts.pop("", 0)
     return {KEPT: kept, QUARANTINED: sum(counts.values()), **dict(sorted(counts.items()))}
+
+
+def list_scores(root: Path) -> list[str]:
+    """The names of all scores that clips have."""
+    return sorted({name for scores in _scores(root, _stamps(root)).values() for name in scores})
 
 
 def read_verdicts(root: Path, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -167,7 +176,30 @@ def _filter(root: Path, index: pa.Table, query: Query) -> pa.Table:
     if query.text:
         found = pa.array(sorted(set(_search(root, query.text[:LONGEST_SEARCH]))), pa.string())
         index = index.filter(pc.is_in(index["id"], found))
+    if query.score:
+        least, most = (
+            -math.inf if query.least is None else query.least,
+            math.inf if query.most is None else query.most,
+        )
+        scores = {key: values.get(query.score) for key, values in _scores(root, _stamps(root)).items()}
+        within = [key for key, value in scores.items() if value is not None and least <= value <= most]
+        index = index.filter(pc.is_in(index["id"], pa.array(within, pa.string())))
     return index
+
+
+@lru_cache(maxsize=1)
+def _scores(root: Path, stamps: tuple[tuple[int, int, int], ...]) -> dict[str, dict[str, float]]:
+    """The scores of each clip that are numbers."""
+    places = [(CLIPS, "clips", "scores"), *((step, "rejected", "row") for step in STEPS)]
+    found: dict[str, dict[str, float]] = {}
+    for step, name, column in places:
+        path = _table(root, step, name)
+        for row in _read(path, ["id", column], None).to_pylist() if path.is_file() else ():
+            scores = _of_json(row[column])
+            scores = _of_json(scores.get("scores")) if column == "row" else scores
+            numbers = {str(key): value for key, value in scores.items() if isinstance(value, int | float)}
+            found.setdefault(_clip_id(step, row["id"]), numbers)
+    return found
 
 
 def _search(root: Path, text: str) -> Iterator[str]:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from components.cli import adapters
 from components.cli.studio import gallery, sampling
-from components.cli.studio.choices import number
+from components.cli.studio.choices import choice, number
 from components.cli.studio.sampling import Made, Model
 from components.cli.studio.tracing import Moment, Progress, Token, picture
 from components.cli.studio.work import Studio, attempt, explain, note, render
@@ -18,7 +19,13 @@ from univigu.errors import BadInputError
 
 OWN = "empty: the model's own"
 # Fields of text, because Gradio's fields of numbers can't be empty: a browser shows 0.
-OPTIONAL: dict[str, Callable[[str], float]] = {"steps": int, "guidance": float, "temperature": float, "text_at": float}
+OPTIONAL: dict[str, Callable[[str], float]] = {
+    "steps": int,
+    "guidance": float,
+    "temperature": float,
+    "text_at": float,
+    "lora_scale": float,
+}
 LIVE_S = 0.3  # seconds at least between two looks at a result on the way
 
 
@@ -35,6 +42,9 @@ class Inputs(NamedTuple):
     names: tuple[str, ...]
     fields: list[Any]
 
+    def field(self, name: str) -> Any:
+        return self.fields[self.names.index(name)]
+
     def asked(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """The values by name; raises `BadInputError` for a field that should have a number and hasn't."""
         given = dict(zip(self.names, values, strict=True))
@@ -47,15 +57,18 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     which = gr.HTML()
     with gr.Tabs():
         with gr.Tab("Generate", id="generate"):
-            generate, generating = _inputs("prompt", "negative_prompt", "steps", "guidance", "seed"), _go("Generate")
+            names = ("prompt", "negative_prompt", "steps", "guidance", "lora", "lora_scale", "seed")
+            generate, generating = _inputs(*names), _go("Generate")
         with gr.Tab("Caption", id="caption"):
             file = gr.File(label=f"Video, at most {sampling.LARGEST_FILE >> 20} MB", elem_id="file")
             caption, captioning = _inputs("steps", "guidance", "temperature", "seed"), _go("Caption")
         with gr.Tab("Both jointly", id="joint"):
-            names = ("prompt", "negative_prompt", "steps", "guidance", "temperature", "text_at", "in_step", "seed")
+            names = (*names[:4], "temperature", "text_at", "in_step", *names[4:])
             joint, jointly = _inputs(*names), _go("Make both")
     stop, stopping = gr.Button("Stop, and keep what is there", elem_id="stop"), gr.HTML()
-    made = gr.HTML()
+    made, looked = gr.HTML(), gr.HTML(elem_id="looked")
+    # the script writes here which word was clicked; each word is a button
+    word, look = gr.Textbox(visible="hidden", elem_id="look-at"), gr.Button(visible="hidden", elem_id="look")
     trace, mine = gr.State([]), gr.State(lambda: secrets.token_hex(8))
     with gr.Group(visible=False) as over_time:
         moment = gr.Slider(0, 1, step=1, label="Step", elem_id="moment")
@@ -82,9 +95,12 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     captioning.click(run_caption, [mine, file, *caption.fields], shown, api_name="caption", **one_at_a_time)
     jointly.click(run_joint, [mine, *joint.fields], shown, api_name="joint", **one_at_a_time)
     stop.click(page.stop, mine, stopping, api_name="stop", queue=False, show_progress="hidden")
+    look.click(page.look, word, looked, api_name="look", **one_at_a_time)
     scrub: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
     moment.input(page.show_moment, [trace, moment], seen, **scrub)
     app.load(page.which, None, which, api_name="which")
+    choices = [generate.field("lora"), joint.field("lora")]
+    app.load(page.list_adapters, None, choices, api_visibility="private")
     app.load(page.show_gallery, at, [at, results], api_name="gallery")
     at.submit(page.show_gallery, at, [at, results], api_visibility="private")
 
@@ -114,6 +130,8 @@ def _inputs(*names: str) -> Inputs:
         "temperature": lambda: gr.Textbox(label="Temperature of the text", info=f"{OWN}; 0 is greedy"),
         "text_at": lambda: gr.Textbox(label="Text at the video's time", info=f"{OWN}; 0 to 1"),
         "in_step": lambda: gr.Checkbox(label="In lockstep (eq 18)", value=False),
+        "lora": lambda: choice("LoRA"),
+        "lora_scale": lambda: gr.Textbox(label="Scale of the LoRA", info="empty: 1"),
         "seed": lambda: gr.Number(label="Seed", value=0, minimum=0, precision=0),
     }
     texts = [name for name in names if name.endswith("prompt")]
@@ -134,6 +152,25 @@ class CreatePage:
     def which(self) -> str:
         """Which model the next result is made with."""
         return attempt(lambda: render("which.html.j2", label=self.model.label()))
+
+    def list_adapters(self) -> list[Any]:
+        """The choices of LoRA adapters, once for each task that takes one."""
+        choices = [("none", ""), *((name, name) for name in adapters.list_adapters(self.studio.root))]
+        return [gr.Dropdown(choices=choices, value="") for _ in range(2)]
+
+    def look(self, address: str) -> str:
+        """The frames that a word of a result's caption looked at; `address` is ID/NUMBER, counted from 0."""
+        result_id, _, place = address.partition("/")
+
+        def look() -> str:
+            with self._one:
+                words = self.model.calls.look(result_id, self.model.load)
+            chosen = number(place)
+            if chosen is None or chosen >= len(words):
+                raise BadInputError("The caption has no such word; click one of its words.")
+            return render("looked.html.j2", word=words[chosen])
+
+        return attempt(look)
 
     def make(self, who: str, task: Callable[[Progress], Made], progress: gr.Progress) -> Iterator[list[Any]]:
         """Run a task: show what is seen on the way, then its result, all moments, and the gallery; or its error.
@@ -184,7 +221,7 @@ class CreatePage:
             return [failed, [], gr.Group(visible=False), gr.Slider(value=0), "", gr.skip(), gr.skip()]
         last = len(made.trace) - 1
         return [
-            render("made.html.j2", results=[made.result], notes=made.notes),
+            render("made.html.j2", results=[made.result], notes=made.notes, words=made.words),
             made.trace,
             gr.Group(visible=last >= 0),
             gr.Slider(minimum=0, maximum=max(1, last), value=max(0, last)),

@@ -14,7 +14,7 @@ from components.cli.studio.work import Studio, explain, note, render
 from components.pipeline.edits import CAPTION, LONGEST_CAPTION
 from components.pipeline.profiles import load_profile
 from components.tracking import actor
-from univigu.errors import BadInputError
+from univigu.errors import BadInputError, MissingInputError
 
 KEYS = (
     "Keys: j and k go to the next and the previous clip, space plays it, e edits its caption, x excludes it, u undoes."
@@ -31,15 +31,19 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         stage = gr.Dropdown(label="Training stage", choices=[("any", 0), ("1", 1), ("2", 2)], value=0, elem_id="stage")
         text = gr.Textbox(label="Text in the prompt or caption", max_length=clips.LONGEST_SEARCH, elem_id="search")
     with gr.Row():
+        score = choice("Score", "score")
+        least = gr.Textbox(label="At least", elem_id="score-least", max_length=40)
+        most = gr.Textbox(label="At most", elem_id="score-most", max_length=40)
+    with gr.Row():
         back = gr.Button("Previous page")
         at = gr.Number(label="Page", value=1, minimum=1, precision=0, elem_id="page")
         ahead = gr.Button("Next page")
     edit = _edit_panel()
     found = gr.HTML()
 
-    query, shown = [verdict, stage, text], [verdict, at, found]
+    query, shown = [verdict, stage, text, score, least, most], [verdict, score, at, found]
     app.load(page.show, [*query, at], shown, api_name="clips")
-    for event in (verdict.input, stage.input, text.submit):
+    for event in (verdict.input, stage.input, text.submit, score.input, least.submit, most.submit):
         event(page.show, query, shown, api_visibility="private")
     at.submit(page.show, [*query, at], shown, api_visibility="private")
     back.click(page.show_previous, [*query, at], shown, api_visibility="private")
@@ -77,27 +81,37 @@ class DataPage:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
 
-    def show(self, verdict: str | None, stage: Any, text: str | None, page: Any = 1) -> list[Any]:
-        """The choice of verdicts, the number of the page that is shown, and its clips."""
+    # The filters of each of these are `verdict`, `stage`, `text`, `score`, and the bounds of the score.
+
+    def show(self, *given: Any) -> list[Any]:
+        """The choices of verdicts and scores, the number of the page that is shown, and its clips.
+
+        given: the filters, and the page, which is 1 without it.
+        """
+        verdict, stage, text, score, least, most, *page = given
         try:
-            counts = clips.count_verdicts(self.studio.root)
-            verdict = verdict if verdict in counts else ""
-            query = clips.Query(verdict, number(stage) or 0, (text or "").strip())
-            found = clips.find(self.studio.root, query, number(page) or 1)
+            counts, names = clips.count_verdicts(self.studio.root), clips.list_scores(self.studio.root)
+            verdict, score = verdict if verdict in counts else "", score if score in names else ""
+            bounds = [_read_bound(one) for one in (least, most)]
+            query = clips.Query(verdict, number(stage) or 0, (text or "").strip(), score, *bounds)
+            found = clips.find(self.studio.root, query, number(page[0]) or 1 if page else 1)
             pending = edits.mark(self.studio.root, found.clips)
+        except MissingInputError as error:
+            return [*[gr.Dropdown(choices=[], value=None)] * 2, 1, note(explain(error))]
         except Exception as error:
-            return [gr.Dropdown(choices=[], value=None), 1, note(explain(error))]
+            return [gr.skip(), gr.skip(), 1, _failed(error)[0]]
         labels = [("any", ""), *((f"{name} ({count})", name) for name, count in counts.items())]
+        scores = gr.Dropdown(choices=[("any", ""), *((name, name) for name in names)], value=score)
         page_html = render("clips.html.j2", found=found, first=(found.page - 1) * clips.PAGE + 1, pending=pending)
-        return [gr.Dropdown(choices=labels, value=verdict), found.page, page_html]
+        return [gr.Dropdown(choices=labels, value=verdict), scores, found.page, page_html]
 
-    def show_previous(self, verdict: str | None, stage: Any, text: str | None, page: Any) -> list[Any]:
+    def show_previous(self, *given: Any) -> list[Any]:
         """The page before."""
-        return self.show(verdict, stage, text, (number(page) or 1) - 1)
+        return self.show(*given[:-1], (number(given[-1]) or 1) - 1)
 
-    def show_next(self, verdict: str | None, stage: Any, text: str | None, page: Any) -> list[Any]:
+    def show_next(self, *given: Any) -> list[Any]:
         """The page after."""
-        return self.show(verdict, stage, text, (number(page) or 0) + 1)
+        return self.show(*given[:-1], (number(given[-1]) or 0) + 1)
 
     # Each of these answers with the caption, the opened clip, what is said, and the change that was examined.
 
@@ -139,15 +153,23 @@ class DataPage:
         """Write the change that was examined, and show the page again; a caption that was not examined is, first."""
         line = Proposal(*proposal).line if proposal else {"action": CAPTION, "caption": None}
         if line["action"] == CAPTION and line["caption"] != (caption or "").strip():
-            return [caption, opened, *self.check(opened, caption), *[gr.skip()] * 3]
+            return [caption, opened, *self.check(opened, caption), *[gr.skip()] * 4]
         try:
             edit = edits.apply(self.studio.root, Proposal(*proposal))
         except Exception as error:
-            return [caption, opened, *_failed(error), *[gr.skip()] * 3]
+            return [caption, opened, *_failed(error), *[gr.skip()] * 4]
         return ["", None, note(f"Line {edit.number} is written. The next run obeys it."), None, *self.show(*query)]
 
     def _profile(self) -> dict[str, Any]:
         return load_profile(profile_in_use(self.studio.profile, self.studio.root))
+
+
+def _read_bound(text: str | None) -> float | None:
+    """The number in a field that may be empty; raises `BadInputError` if it is none."""
+    try:
+        return float(text) if text and text.strip() else None
+    except ValueError as error:
+        raise BadInputError(f"The bound of the score is '{text}'; give a number, or leave it empty.") from error
 
 
 def _failed(error: Exception) -> list[Any]:

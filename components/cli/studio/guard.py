@@ -2,7 +2,7 @@
 
 A page of another site that is open in the same browser can send requests to this machine. Such a request has another
 `Origin`, or, after a trick with name servers, another `Host`; both are refused. The content security policy lets a
-page load nothing from elsewhere, whatever a library would like to.
+page load nothing from elsewhere, whatever a library would like to. A body that says it is too large isn't read.
 """
 
 import hmac
@@ -20,6 +20,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
+LARGEST_UPLOAD_MB = 256
+_LARGEST_BODY = (LARGEST_UPLOAD_MB + 1) << 20  # bytes: a file and the form around it
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     # Gradio has inline scripts and styles, and compiles the templates of its components.
@@ -60,7 +62,10 @@ class Guard:
             return self._say(421, "This server answers only under its machine's own address; use 127.0.0.1.")
         if request.method not in SAFE_METHODS and origin is not None and urlsplit(origin).netloc != host:
             return self._say(403, "This server takes no orders from the pages of another site; use its own pages.")
-        return self._refuse_stranger(request) if self.token else None
+        refusal = self._refuse_stranger(request) if self.token else None
+        if refusal is None and _length(request) > _LARGEST_BODY:
+            return self._say(413, f"A file has at most {LARGEST_UPLOAD_MB} MB here; cut the video into shorter ones.")
+        return refusal
 
     def _say(self, status: int, sentence: str) -> Response:
         return PlainTextResponse(f"{sentence}\n", status)
@@ -82,6 +87,12 @@ class Guard:
 
     def _knows(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self.token.encode())
+
+
+def _length(request: Request) -> int:
+    """The bytes of a request's body, as it says; Gradio counts those of one that doesn't say."""
+    said = request.headers.get("content-length", "")
+    return int(said) if said.isdecimal() and len(said) < 20 else 0
 
 
 def _with_headers(send: Send) -> Send:

@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.cli.studio.work import Studio
+from components.cli.studio.training import LOSSES, read_losses
+from components.cli.studio.work import Studio, explain
 from components.orchestration.metrics import Sample, read_samples
 from components.pipeline.notes import FAILURE, read_notes
-from components.pipeline.stages import STAGES
+from components.pipeline.stages import STAGES, find_stage
+from components.registry.evaluations import HEADLINES, read_evaluation
 from components.tracking import EXPERIMENT, store_to_read
 from univigu.errors import BadInputError, MissingInputError
 from univigu.mlflow_store import opened
@@ -73,6 +76,28 @@ def read_work(root: Path) -> dict[str, list[dict[str, Any]]]:
             for name in names
         ],
     }
+
+
+def read_results(root: Path) -> dict[str, Any]:
+    """Held-out `losses` by tau with their `loss_names`, and the `scores` of the last evaluation, or their error."""
+    return {"losses": read_losses(root), "loss_names": LOSSES, "scores": _read_scores(root)}
+
+
+def _read_scores(root: Path) -> list[tuple[str, Any]] | str:
+    """The headline scores of the last evaluation, none where there was none, or why they can't be read."""
+    folder = root / find_stage("evaluate-model").home
+    if not (folder / "scores.json").is_file():
+        return []
+    try:
+        return _headlines(folder, (folder / "scores.json").stat().st_mtime_ns)
+    except Exception as error:
+        return explain(error)
+
+
+@lru_cache(maxsize=2)
+def _headlines(folder: Path, _changed: int) -> list[tuple[str, Any]]:
+    found = read_evaluation(folder).scores
+    return [(key, found[key]) for key in HEADLINES if key in found]
 
 
 def _training(step: str, value: Any) -> dict[str, Any]:

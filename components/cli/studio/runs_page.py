@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from components.cli.studio import runs
+from components.cli.studio import runs, training
 from components.cli.studio.choices import choice, number
 from components.cli.studio.work import Studio, attempt, explain, note, render
 
@@ -19,6 +19,14 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     """The page's components and what they do."""
     page = RunsPage(studio)
     now = gr.HTML()
+    with gr.Row(equal_height=True):
+        step_name = gr.Dropdown(label="Training step", choices=list(training.STEPS), elem_id="training-step")
+        stop, resume = (
+            gr.Button("Stop and save", elem_id="training-stop", scale=0),
+            gr.Button("Resume", elem_id="training-resume", scale=0),
+        )
+    told = gr.HTML(elem_id="training-said")
+    results = gr.HTML()
     gr.HTML("<h2>Curves</h2>")
     said = gr.HTML()
     with gr.Row():
@@ -33,7 +41,10 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     samples = gr.HTML()
 
     app.load(page.now, None, now, api_name="runs_now")
+    app.load(page.results, None, results, api_name="runs_results")
     gr.Timer(EVERY_S).tick(page.now, None, now, api_visibility="private", show_progress="hidden")
+    stop.click(page.stop, step_name, told, api_name="stop_training", concurrency_limit=1)
+    resume.click(page.resume, step_name, told, api_name="resume_training", concurrency_limit=1)
     choices = [chosen, metric, heldout]
     app.load(page.choose, choices, [said, *choices], api_name="runs").then(
         page.draw, choices, [curves, heldout_curves], api_name="curves"
@@ -42,9 +53,9 @@ def build(studio: Studio, app: gr.Blocks) -> None:
         one.input(page.draw, choices, [curves, heldout_curves], api_visibility="private")
     chosen.input(lambda ids: page.show_samples(ids, None), [chosen], [step, samples], api_visibility="private")
     step.input(page.show_samples, [chosen, step], [step, samples], api_visibility="private")
-    gr.Timer(6 * EVERY_S).tick(
-        page.draw_again, choices, [curves, heldout_curves], api_visibility="private", show_progress="hidden"
-    )
+    seldom = gr.Timer(6 * EVERY_S)
+    seldom.tick(page.results, None, results, api_visibility="private", show_progress="hidden")
+    seldom.tick(page.draw_again, choices, [curves, heldout_curves], api_visibility="private", show_progress="hidden")
 
 
 class RunsPage:
@@ -57,6 +68,18 @@ class RunsPage:
         """What trains now, and how each step ended last."""
         return attempt(lambda: render("runs.html.j2", **runs.read_work(self.studio.root)))
 
+    def results(self) -> str:
+        """Held-out losses by time, and the scores of the last evaluation."""
+        return attempt(lambda: render("results.html.j2", **runs.read_results(self.studio.root)))
+
+    def stop(self, step: str | None) -> str:
+        """Stop a training step of this machine, with its progress saved."""
+        return attempt(lambda: note(training.stop(self.studio.root, step or "")))
+
+    def resume(self, step: str | None) -> str:
+        """Continue a training step that was stopped."""
+        return attempt(lambda: note(training.resume(self.studio, step or "")))
+
     def choose(self, ids: Sequence[str] | None, metric: str | None, heldout: str | None) -> list[Any]:
         """A message, and the choices of runs and metrics."""
         try:
@@ -68,11 +91,11 @@ class RunsPage:
             return [empty, *[gr.Dropdown(choices=[], value=None) for _ in range(3)]]
         known = {run.id for run in found}
         ids = [one for one in ids or () if one in known] or [run.id for run in found[:SHOWN]]
-        training, held = runs.list_metrics(found)
+        losses, held = runs.list_metrics(found)
         return [
             "",
             gr.Dropdown(choices=[(run.label, run.id) for run in found], value=ids),
-            gr.Dropdown(choices=training, value=metric if metric in training else training[0]),
+            gr.Dropdown(choices=losses, value=metric if metric in losses else losses[0]),
             gr.Dropdown(choices=held, value=heldout if heldout in held else next(iter(held), None)),
         ]
 

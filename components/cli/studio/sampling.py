@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.cli import chosen_model
+from components.cli.adapters import adapted, find_adapter
 from components.cli.known_words import describe_unknown_words
 from components.cli.studio import clips, gallery
 from components.cli.studio.gallery import Result
+from components.cli.studio.guard import LARGEST_UPLOAD_MB
+from components.cli.studio.looking import Call, Calls
 from components.cli.studio.tracing import LatentColours, Moment, Progress, Stopped, Tracer, fit_colours
 from components.cli.studio.work import Studio
 from univigu import __version__
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 LONGEST_PROMPT = 4000  # characters
 MOST_STEPS = 1000
 LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to here
-LARGEST_FILE = 256 << 20  # bytes of a dropped file
+LARGEST_FILE = LARGEST_UPLOAD_MB << 20  # bytes of a dropped file
 
 
 class Made(NamedTuple):
@@ -32,6 +35,7 @@ class Made(NamedTuple):
     result: Result
     notes: list[str]
     trace: list[Moment]
+    words: bool = False  # whether the words of its caption can be asked where they looked
 
 
 class Model:
@@ -44,6 +48,7 @@ class Model:
         self._studio, self._lock = studio, threading.Lock()
         self._label, self._pipeline, self._folder = "", None, Path()
         self._colours: LatentColours | None = None
+        self.calls = Calls()
 
     def label(self) -> str:
         """Which model the next result is made with; raises `MissingInputError` if there is none."""
@@ -60,7 +65,7 @@ class Model:
                     import_models()
                     folder = chosen_model.find_model(address, self._studio.name, self._studio.root)
                 self._pipeline = None  # its memory is needed
-                self._pipeline = chosen_model.load(folder)
+                self._pipeline = chosen_model.load(folder, adapters=True)
                 self._label, self._folder, self._colours = label, folder, None
             return self._pipeline, self._label, self._folder
 
@@ -92,10 +97,15 @@ class Model:
 
 
 def generate(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Progress) -> Made:
-    """A video from a prompt. asked: prompt, negative_prompt, steps, guidance (None: the model's own), and seed."""
+    """A video from a prompt.
+
+    asked: prompt, negative_prompt, steps, guidance (None: the model's own), seed, and lora (its name, or "" for none)
+    with its lora_scale.
+    """
     asked = _checked(asked)
     if not asked["prompt"]:
         raise BadInputError("The prompt is empty; write what the video should show.")
+    lora = _lora(studio, asked)
     pipeline, label, _ = model.load()
     steps = asked["steps"] or pipeline.config.num_inference_steps
     tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), steps, 0)
@@ -109,7 +119,8 @@ def generate(studio: Studio, model: Model, asked: Mapping[str, Any], progress: P
         callback_on_step_end=tracer,
     )
     recipe = _recipe("generate", label, pipeline, asked)
-    found, stopped = _run(run, pipeline, tracer)
+    with adapted(pipeline, *lora):
+        found, stopped = _run(run, pipeline, tracer)
     frames = tracer.video(pipeline) if stopped else found[0]
     notes = [*stopped, *_unknown_words(asked["prompt"], pipeline)]
     return Made(gallery.save(studio.root, frames, pipeline.config.fps, recipe | _end(stopped), ""), notes, tracer.trace)
@@ -119,6 +130,7 @@ def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, 
     """A caption of a video file. asked: steps, guidance and temperature (None: the model's own), and seed."""
     from univigu.confidence import assess
     from univigu.confidence_reference import read_reference
+    from univigu.video import fit_frames
 
     asked = _checked(asked)
     path = _dropped(file)
@@ -126,17 +138,15 @@ def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, 
     frames, fps = _read_dropped(path, pipeline)
     steps = asked["steps"] or pipeline.config.caption_steps
     tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), 0, steps)
-    run = partial(
-        pipeline.caption,
-        [frames],
-        num_inference_steps=asked["steps"],
-        guidance_scale=asked["guidance"],
-        temperature=asked["temperature"],
-        seed=[asked["seed"]],
-        callback_on_step_end=tracer,
-        callback_on_step_end_tensor_inputs=["text_latents"],
-    )
-    found, notes = _run(run, pipeline, tracer)
+    given = {
+        "videos": [frames],
+        "num_inference_steps": asked["steps"],
+        "guidance_scale": asked["guidance"],
+        "temperature": asked["temperature"],
+        "seed": [asked["seed"]],
+    }
+    seen = {"callback_on_step_end": tracer, "callback_on_step_end_tensor_inputs": ["text_latents"]}
+    found, notes = _run(partial(pipeline.caption, **given, **seen), pipeline, tracer)
     text = tracer.text(pipeline) if notes else found[0]
     recipe = _recipe("caption", label, pipeline, {**asked, "file": path.name}) | _end(notes)
     if not notes:
@@ -144,37 +154,43 @@ def caption(studio: Studio, model: Model, file: str | None, asked: Mapping[str, 
         notes = [f"This video is unlike the clips that this model knows: {doubt}. Don't rely on its caption."]
         notes = notes if doubt else []
     made = gallery.save(studio.root, frames, fps, recipe, " ".join(text.split()))
-    return Made(made, notes, tracer.trace)
+    if not recipe.get("stopped"):
+        size = (pipeline.config.num_frames, pipeline.config.height, pipeline.config.width)
+        call = Call(label, "caption", given, steps, (None, 1.0), made.caption, fit_frames(frames, *size))
+        model.calls.keep(made.id, call)
+    return Made(made, notes, tracer.trace, not recipe.get("stopped"))
 
 
 def joint(studio: Studio, model: Model, asked: Mapping[str, Any], progress: Progress) -> Made:
-    """A video and its caption. asked: as for `generate`, temperature, text_at (None: the model's own), and in_step."""
+    """A video and its caption. asked: as for `generate`, temperature, text_at (None: the model's own), in_step."""
     asked = _checked(asked)
+    lora = _lora(studio, asked)
     pipeline, label, _ = model.load()
     steps = asked["steps"] or pipeline.config.num_inference_steps
     steps = max(steps, pipeline.config.caption_steps) if asked["in_step"] else steps
     text_steps = steps if asked["in_step"] else pipeline.config.caption_steps
     tracer = Tracer(pipeline, asked["seed"], progress, model.colours(), steps, text_steps)
-    run = partial(
-        pipeline.joint,
-        asked["prompt"],
-        negative_prompt=asked["negative_prompt"] or None,
-        num_inference_steps=asked["steps"],
-        guidance_scale=asked["guidance"],
-        temperature=asked["temperature"],
-        text_at=asked["text_at"],
-        in_step=asked["in_step"],
-        seed=[asked["seed"]],
-        output_type="uint8",
-        return_dict=False,
-        callback_on_step_end=tracer,
-        callback_on_step_end_tensor_inputs=list(tracer.inputs),
-    )
+    given = {
+        "prompt": asked["prompt"],
+        "negative_prompt": asked["negative_prompt"] or None,
+        "num_inference_steps": asked["steps"],
+        "guidance_scale": asked["guidance"],
+        "temperature": asked["temperature"],
+        "text_at": asked["text_at"],
+        "in_step": asked["in_step"],
+        "seed": [asked["seed"]],
+        "output_type": "uint8",
+        "return_dict": False,
+    }
+    seen = {"callback_on_step_end": tracer, "callback_on_step_end_tensor_inputs": list(tracer.inputs)}
     recipe = _recipe("joint", label, pipeline, asked)
-    found, stopped = _run(run, pipeline, tracer)
+    with adapted(pipeline, *lora):
+        found, stopped = _run(partial(pipeline.joint, **given, **seen), pipeline, tracer)
     frames, text = (tracer.video(pipeline), tracer.text(pipeline)) if stopped else (found[0][0], found[1][0])
     made = gallery.save(studio.root, frames, pipeline.config.fps, recipe | _end(stopped), " ".join(text.split()))
-    return Made(made, [*stopped, *_unknown_words(asked["prompt"], pipeline)], tracer.trace)
+    if not stopped:
+        model.calls.keep(made.id, Call(label, "joint", given, text_steps, lora, made.caption, frames))
+    return Made(made, [*stopped, *_unknown_words(asked["prompt"], pipeline)], tracer.trace, not stopped)
 
 
 def _run(run: Callable[[], Any], pipeline: Any, tracer: Tracer) -> tuple[Any, list[str]]:
@@ -213,11 +229,17 @@ def _checked(asked: Mapping[str, Any]) -> dict[str, Any]:
         raise BadInputError(f"The number of steps is {steps}; give 1 to {MOST_STEPS}, or leave it empty.")
     if seed is None or not 0 <= seed <= LARGEST_SEED:
         raise BadInputError(f"The seed is {seed}; give a whole number from 0 to {LARGEST_SEED}.")
-    for key, most in (("guidance", 100), ("temperature", 100), ("text_at", 1)):
+    for key, most in (("guidance", 100), ("temperature", 100), ("text_at", 1), ("lora_scale", 10)):
         value = found.get(key)
         if value is not None and not 0 <= value <= most:
             raise BadInputError(f"The field '{key}' is {value}; give 0 to {most}, or leave it empty.")
     return found
+
+
+def _lora(studio: Studio, asked: Mapping[str, Any]) -> tuple[Path | None, float]:
+    """The file of the LoRA that was asked for, or None, and its scale; raises `BadInputError` if it isn't there."""
+    scale = asked.get("lora_scale")
+    return find_adapter(studio.root, asked["lora"]) if asked.get("lora") else None, 1.0 if scale is None else scale
 
 
 def _dropped(file: str | None) -> Path:

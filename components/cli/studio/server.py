@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from components.cli.listening import address_of, is_loopback, listen
 from components.cli.messages import is_verbose, say
-from components.cli.studio.guard import Guard
+from components.cli.studio.guard import LARGEST_UPLOAD_MB, Guard
 from univigu.errors import ConfigError, MissingInputError, UniViGUError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from components.cli.studio.work import Studio
 
-LARGEST_UPLOAD = "256mb"
 _QUIET = {  # Gradio calls home for statistics, new versions and example files
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
@@ -89,7 +88,7 @@ def make_app(studio: "Studio") -> "FastAPI":
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
-        max_file_size=LARGEST_UPLOAD,
+        max_file_size=f"{LARGEST_UPLOAD_MB}mb",
         theme=pages.theme(),
         css_paths=[pages.STYLE],
         head=pages.script(),

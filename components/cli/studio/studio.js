@@ -26,13 +26,23 @@ window.univigu = (() => {
     for (const video of clip.querySelectorAll("video")) video.paused ? video.play() : video.pause();
   }
 
-  // Write the clip into its field, as a person would, and press the button once Gradio has taken the value over.
+  // Write into a field, as a person would, and press a button once Gradio has taken the value over.
+  function write(name, value, button) {
+    const input = field(name);
+    input.value = value;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+    setTimeout(() => field(button).click(), 50);
+  }
+
   function edit(what, clip) {
     choose(clip);
-    const input = field("edit-clip");
-    input.value = current;
-    input.dispatchEvent(new Event("input", { bubbles: true }));
-    setTimeout(() => field(`edit-${what}`).click(), 50);
+    write("edit-clip", current, `edit-${what}`);
+  }
+
+  function look(word) {
+    for (const other of document.querySelectorAll(".uv-asked")) other.classList.remove("uv-asked");
+    word.classList.add("uv-asked");
+    write("look-at", word.dataset.look, "look");
   }
 
   document.addEventListener("focusin", (event) => {
@@ -42,6 +52,8 @@ window.univigu = (() => {
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("button[data-edit]");
     if (button) edit(button.dataset.edit, button.closest("figure"));
+    const word = event.target.closest?.("button[data-look]");
+    if (word) look(word);
   });
 
   document.addEventListener("keydown", (event) => {

@@ -1,7 +1,8 @@
 """What is seen of a result on the way: its text, and its video as the autoencoder's latents tell without decoding them.
 
 The clean video that is predicted after a step is z + (1 - tau) u, with the mean velocity u of the step (eq 3); of a
-straight path it is exact. Its colours come from a linear map of latents to RGB, which is fitted once per autoencoder.
+straight path it is exact. Its colours come from an affine map of each 3 x 3 latents to RGB, which is fitted once per
+autoencoder.
 """
 
 import base64
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 MOST = 200  # moments that are kept of one result
 TRACED = 64  # text steps whose tokens are kept
+# Against the weights' squares: what a model generates has other latents than the clips that the map is fitted to. With
+# the bundled model, the mean error on generated videos is 33 of 255 without it, and 22 with it.
+RIDGE = 0.01
 LARGEST_TRACE = 1 << 26  # similarities (tokens x vocabulary) up to which tokens are traced: 256 MiB
 
 
@@ -47,23 +51,34 @@ class Stopped(Exception):  # noqa: N818 (it ends a run early and is no error)
 
 
 class LatentColours(NamedTuple):
-    """A linear map of normalised latents to RGB in 0..1: of each place to a patch of some pixels."""
+    """An affine map of normalised latents to RGB in 0..1: of each place and its 8 neighbours to a patch of pixels."""
 
-    weight: "Tensor"  # (C + 1, patch x patch x 3); the last row is the bias
+    weight: "Tensor"  # (9 C + 1, patch x patch x 3); the last row is the bias
     patch: int  # pixels of a place, in both directions
     explained: float  # the share of the colours' variance that it explains, where it was fitted
 
     def show(self, latents: "Tensor") -> "np.ndarray":
         """Latents (C, T, H', W') as frames uint8 (T, patch H', patch W', 3)."""
         weight = self.weight.to(latents.device)
-        colours = latents.float().movedim(0, -1) @ weight[:-1] + weight[-1]
+        colours = _neighbourhoods(latents[None])[0] @ weight[:-1] + weight[-1]
         moments, height, width, _ = colours.shape
         parts = colours.clamp(0, 1).mul(255).round().byte().reshape(moments, height, width, self.patch, self.patch, 3)
         return parts.transpose(2, 3).reshape(moments, height * self.patch, width * self.patch, 3).cpu().numpy()
 
 
+def _neighbourhoods(latents: "Tensor") -> "Tensor":
+    """Each place of latents (B, C, T, H', W') with its neighbours, (B, T, H', W', 9 C); borders are repeated."""
+    import torch
+    from torch.nn import functional
+
+    *_, height, width = latents.shape
+    padded = functional.pad(latents.float(), (1, 1, 1, 1, 0, 0), mode="replicate")
+    parts = [padded[..., y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return torch.cat(parts, 1).movedim(1, -1)
+
+
 def fit_colours(vae: Any, clips: Sequence["np.ndarray"] = ()) -> LatentColours:
-    """The map with the least squares of errors on some clips (F, H, W, 3), F = 4k + 1, and on drawn shapes.
+    """The map with the least squares of errors on some clips (F, H, W, 3), F = 4k + 1, and on drawn shapes (ridge).
 
     Each place of the latents is compared with the pixels that it stands for, in as many parts as its channels can tell
     apart. Clips that the autoencoder knows make the colours better; without any, those of a small one are rough.
@@ -74,13 +89,18 @@ def fit_colours(vae: Any, clips: Sequence["np.ndarray"] = ()) -> LatentColours:
     pairs = [_pairs(vae, video) for video in (_draw_shapes(), *videos)]
     given, target = (torch.cat(parts).double() for parts in zip(*pairs, strict=True))
     given = torch.cat([given, given.new_ones(len(given), 1)], 1)
-    weight = torch.linalg.lstsq(given, target).solution
+    penalty = RIDGE * len(given) * torch.ones(given.shape[1], dtype=given.dtype)
+    penalty[-1] = 0  # of the bias
+    weight = torch.linalg.solve(given.T @ given + penalty.diag(), given.T @ target)
     left = (given @ weight - target).square().sum() / (target - target.mean(0)).square().sum()
     return LatentColours(weight.float(), math.isqrt(target.shape[1] // 3), 1 - float(left))
 
 
 def _pairs(vae: Any, videos: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """The latents (N, C) of all places of uint8 videos (B, F, H, W, 3), and their colours (N, patch x patch x 3)."""
+    """The neighbourhoods (N, 9 C) of all places of uint8 videos (B, F, H, W, 3), and their colours.
+
+    The colours are (N, patch x patch x 3).
+    """
     import torch
     from torch.nn import functional
 
@@ -95,7 +115,7 @@ def _pairs(vae: Any, videos: "Tensor") -> tuple["Tensor", "Tensor"]:
         after = functional.adaptive_avg_pool3d(pixels[:, :, 1:], (moments - 1, *size))
         means = torch.cat([means, after], 2)
     target = means.reshape(count, 3, moments, height, patch, width, patch).permute(0, 2, 3, 5, 4, 6, 1)
-    return latents.movedim(1, -1).reshape(-1, channels), target.reshape(-1, patch * patch * 3)
+    return _neighbourhoods(latents).reshape(-1, 9 * channels), target.reshape(-1, patch * patch * 3)
 
 
 def _draw_shapes(side: int = 64, count: int = 24) -> "Tensor":

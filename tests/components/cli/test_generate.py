@@ -227,6 +227,12 @@ def test_a_place_where_no_clip_can_be_written_is_refused_before_the_model_is_loa
         assert_refused(result, code, message)
 
 
+@pytest.mark.parametrize("command", ["generate", "joint"])
+def test_a_lora_that_is_not_there_is_refused_before_the_model_is_loaded(univigu, tmp_path, command):
+    result = univigu(command, "a red seven", "--lora", tmp_path / "style.bin", "--model", tmp_path / "no-model")
+    assert_refused(result, 65, "There is no LoRA file")
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(univigu, speaking_model):
     result = univigu("generate", "a red seven", "-o", "/dev/full", "--model", speaking_model)
     assert_refused(result, DiskFullError.exit_code, "disk is full")

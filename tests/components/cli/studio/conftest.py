@@ -89,6 +89,11 @@ def leave_run(root):
         row = {"step": 6, "sample": "s0", "prompt": NASTY, "target": "a square", "said": "a circle"}
         run._logged = 5  # the samples of step 6 are new
         run.log_samples(6, [row], {"s0": moving_square(200)}, 8)
+    (root / ".univigu/scratch/train-stage-1").mkdir(parents=True)
+    losses = [f"6,{0.1 * number + 0.05:.2f},{2 / (number + 1):.3f},0.5" for number in range(10)]
+    (root / ".univigu/scratch/train-stage-1/heldout.csv").write_text(
+        "\n".join(["step,tau,text_ce,video_mse", *losses, ""])
+    )
     return run.run_id
 
 
@@ -109,7 +114,7 @@ class StudioServer:
         return self.process.wait(timeout=30)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def full_root(versions, recommit):
     """The work root of `versions`, with clips, a training run and two versions of the model `seen`."""
     leave_clips(versions.root, recommit)
@@ -131,8 +136,9 @@ def editable_root(full_root, versions, recommit, tmp_path_factory):
     # captions here are worded in every way of the world
     (root / "profile.yaml").write_text("extends: smoke\ntext: {caption_tokens: [32, 64]}\n")
     rows = make_rows(load_tokenizer(root / "model/tiny-wan"))
-    for row in rows["clips"]:
+    for number, row in enumerate(rows["clips"]):
         row["sha256"] = hashlib.sha256(members[row["member"]]).hexdigest()
+        row["scores"] = json.dumps({"motion": number + 0.5})
     rows["captions"][3] |= {"text": None, "n_tokens": 0, "status": "error"}
     copy = rows["clips"][0] | {"id": "c900", "seed": 900}
 

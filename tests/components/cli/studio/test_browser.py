@@ -11,13 +11,16 @@ import pytest
 from PIL import Image
 
 from browser import needs_browser, open_browser, open_tab
+from components.cli.studio import gallery
 from components.pipeline.edits import read_edits
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import run_stage
 from components.pipeline.tables import read_table
 from components.prompts.tokens import load_tokenizer
-from components.registry import votes
+from components.registry import promotion, votes
+from components.tracking import tracking_uri
 from good_rows import make_rows
+from univigu import registry
 from univigu.video import encode_mp4
 
 pytestmark = [pytest.mark.slow, needs_browser]
@@ -131,6 +134,22 @@ def test_what_is_stopped_stays_as_far_as_it_came(open_page):
     assert tab.locator(".uv-clips[role=status] video").count() == 1
 
 
+def test_a_tab_that_goes_away_stops_its_result_and_leaves_the_model_to_others(open_page, editable_root):
+    gone, other = open_page("create"), open_page("create")
+    gone.get_by_label("Prompt", exact=True).first.fill("a red seven moves left")
+    gone.get_by_label("Steps").first.fill("1000")
+    gone.get_by_role("button", name="Generate").click()
+    gone.locator("#seen img").wait_for(timeout=60_000)
+    gone.close()
+    other.get_by_label("Prompt", exact=True).first.fill("a red one moves left")
+    other.get_by_label("Steps").first.fill("1")
+    other.get_by_role("button", name="Generate").click()
+    other.locator(".uv-clips[role=status] video").wait_for(timeout=60_000)
+    (newest, before, *_), _, _ = gallery.list_results(editable_root, 1)
+    assert newest.recipe["prompt"] == "a red one moves left"
+    assert int(before.recipe["stopped"].removeprefix("after step ")) < 1000
+
+
 def test_a_dropped_file_gets_a_caption(open_page, tmp_path, moving_square):
     path = tmp_path / "<b>clip.mp4"
     path.write_bytes(encode_mp4(moving_square(200), 8))
@@ -141,7 +160,16 @@ def test_a_dropped_file_gets_a_caption(open_page, tmp_path, moving_square):
     tab.get_by_label("Steps").locator("visible=true").fill("3")
     tab.get_by_role("button", name="Caption", exact=True).click()
     tab.locator(".uv-tokens span").first.wait_for(timeout=60_000)
-    assert tab.locator(".uv-clips[role=status] figcaption p").first.inner_text()
+    word = tab.locator(".uv-words button").first
+    assert word.inner_text()
+    word.click()
+    looked = tab.locator("#looked")
+    looked.get_by_text(re.compile(r"gave \d+ % of its attention to the video")).wait_for(timeout=30_000)
+    shares = [int(re.match(r"\d+", text)[0]) for text in looked.locator("figcaption").all_inner_texts()]
+    assert (len(shares), 99 <= sum(shares) <= 101) == (3, True)
+    assert serious_faults(tab) == []
+    looked.scroll_into_view_if_needed()
+    take_picture(tab, "words")
 
 
 def test_clips_are_edited_with_keys_and_the_next_run_obeys(open_page, editable_root):
@@ -200,6 +228,16 @@ def test_a_clip_is_beside_its_duplicate(open_page):
     assert [twin.get_attribute("aria-label") for twin in twins.all()] == ["Clip c900", "Clip c000"]
 
 
+def test_clips_are_filtered_by_a_score(open_page):
+    tab = open_page("data")
+    tab.locator("#score input").click()
+    tab.get_by_role("option", name="motion").click()
+    tab.locator("#score-most input, #score-most textarea").fill("1.5")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("Clips 1 to 3 of 3").wait_for()
+    assert [clip.get_attribute("data-clip") for clip in tab.locator("figure").all()] == ["c000", "c001", "c900"]
+
+
 def test_two_versions_are_compared_blind_and_the_vote_is_beside_the_scores(open_page, editable_root):
     tab = open_page("")
     tab.locator("#compare-prompts textarea").fill("a red seven moves left")
@@ -217,3 +255,23 @@ def test_two_versions_are_compared_blind_and_the_vote_is_beside_the_scores(open_
     assert (tally.other, tally.better + tally.worse, tally.alike) == (2, 1, 0)
     tab.get_by_role("button", name="Read again").click()
     tab.get_by_text("Beside version").wait_for(timeout=30_000)
+
+
+def test_a_promotion_and_a_rollback_are_in_the_ledger_as_those_of_the_command(open_page, editable_root):
+    tab = open_page("")
+
+    def decide(button, why, said):
+        tab.locator("#why textarea, #why input").fill(why)
+        tab.get_by_role("button", name=button).click()
+        tab.get_by_text(re.compile(said)).wait_for(timeout=30_000)
+
+    tab.locator("#model-version input").click()
+    tab.get_by_role("option", name="2", exact=True).click()
+    tab.get_by_role("heading", name="Version 2").wait_for(timeout=30_000)
+    decide("Promote this version", "it sees more", "Version 2 is now champion, instead of version 1")
+    decide("Roll back", "<b>too terse", "Version 1 is now champion, instead of version 2")
+    tab.locator("bdi", has_text="<b>too terse").first.wait_for()
+    lines = promotion.history("pairs", root=editable_root)[:2]
+    expected = [("rolled back", 1, "<b>too terse"), ("promoted", 2, "it sees more")]
+    assert [(line.outcome, line.version, line.why) for line in lines] == expected
+    assert int(registry.version_at("pairs", registry.CHAMPION, tracking_uri(editable_root)).version) == 1

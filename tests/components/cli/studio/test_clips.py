@@ -50,6 +50,14 @@ def test_filters_are_combined_and_text_is_found_in_prompts_and_captions(small):
     assert ids(small, verdict="no such reason") == ids(small, text="%") == []
 
 
+def test_clips_are_found_by_a_score_within_bounds(small):
+    assert clips.list_scores(small) == ["motion"]
+    assert ids(small, score="motion", most=1.0) == ["frozen"]
+    assert len(ids(small, score="motion", least=3.5)) == 24
+    assert ids(small, verdict="too_long", score="motion", least=3.5) == ["c00001", "c00011", "c00021"]
+    assert ids(small, score="motion", least=3.6) == ids(small, score="no such score") == []
+
+
 def test_a_page_beyond_the_last_is_the_last(small):
     found = clips.find(small, Query(), 99)
     assert (found.total, found.page, found.pages, len(found.clips)) == (31, 2, 2, 7)
@@ -75,3 +83,12 @@ def test_the_first_page_of_ten_thousand_clips_takes_less_than_a_second(tmp_path,
     began = time.process_time()
     assert clips.find(tmp_path, Query(text="shade")).total == 9999
     assert time.process_time() - began < 1
+    assert clips.list_scores(tmp_path) == ["motion"]
+    for query, count in (
+        (Query(text="shade 99"), 111),
+        (Query("kept", 2), 4000),
+        (Query(score="motion", least=1.0), 10_000),
+    ):
+        began = time.process_time()
+        assert clips.find(tmp_path, query).total == count
+        assert time.process_time() - began < 0.3

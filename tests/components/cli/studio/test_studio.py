@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import resource
+import socket
 import urllib.error
 import urllib.request
 
@@ -78,6 +80,9 @@ def test_a_run_has_its_steps_curves_and_samples(tab, studio_server):
     now = client.predict(api_name="/runs_now")
     assert '<progress max="6" value="6">' in now
     assert "has not run" in now
+    assert "train-stage-1, after step 6" in client.predict(api_name="/runs_results")
+    assert "No process of this machine runs" in client.predict("train-stage-1", api_name="/stop_training")
+    assert "Choose a training step" in client.predict(None, api_name="/resume_training")
     said, chosen, metric, heldout = client.predict(None, None, None, api_name="/runs")
     assert (said, metric["value"], heldout["value"]) == ("", "loss", "heldout_text_ce")
     curve, held = client.predict(chosen["value"], "loss", "heldout_text_ce", api_name="/curves")
@@ -91,7 +96,8 @@ def test_a_run_has_its_steps_curves_and_samples(tab, studio_server):
 
 
 def test_a_quarantined_clip_plays_beside_its_reason(tab, studio_server):
-    verdicts, _, page = tab().predict("too_long", 0, "", 1, api_name="/clips")
+    verdicts, scores, _, page = tab().predict("too_long", 0, "", "", "", "", 1, api_name="/clips")
+    assert scores["choices"] == [["any", ""], ["motion", "motion"]]
     assert ["too_long (3)", "too_long"] in verdicts["choices"]
     assert "it has 50 tokens" in page
     plays_everywhere(fetch(studio_server.url, "/video/clip/c00001")[1])
@@ -105,7 +111,7 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     from gradio_client import handle_file
 
     client = tab()
-    made, *_ = client.predict("a red seven moves left", "", "1", "", 3, api_name="/generate")
+    made, *_ = client.predict("a red seven moves left", "", "1", "", "", "", 3, api_name="/generate")
     (result,), _, _ = gallery.list_results(full_root, 1)
     assert result.recipe["model"] == "the bundled model"
     assert (result.recipe["prompt"], result.recipe["steps"], result.recipe["seed"]) == ("a red seven moves left", 1, 3)
@@ -124,10 +130,44 @@ def test_what_is_made_stays_with_its_recipe_and_is_exported(tab, studio_server, 
     caption = gallery.list_results(full_root, 1)[0][0]
     assert caption.recipe["file"] == "clip.mp4"
     assert fetch(studio_server.url, f"/video/made/{caption.id}.txt")[1].decode().strip() == caption.caption
+    words = caption.caption.split()
+    looked = client.predict(f"{caption.id}/{len(words) - 1}", api_name="/look")
+    assert f"<strong><bdi>{words[-1]}</bdi></strong> gave" in looked
+    assert "has no such word" in client.predict(f"{caption.id}/{len(words)}", api_name="/look")
+    assert "make this one again" in client.predict(f"{result.id}/0", api_name="/look")
     assert (
         "read &#39;notes.mp4&#39; as a video"
         in client.predict(handle_file(text), "", "", "", 0, api_name="/caption")[0]
     )
-    assert "The prompt is empty" in client.predict(" ", "", "", "", 0, api_name="/generate")[0]
+    assert "The prompt is empty" in client.predict(" ", "", "", "", "", "", 0, api_name="/generate")[0]
+    assert "There is no LoRA" in client.predict("a seven", "", "", "", "../x", "", 0, api_name="/generate")[0]
     for steps, said in (("10000", "give 1 to 1000"), ("many", "&#39;many&#39;; give a whole number")):
-        assert said in client.predict("a seven", "", steps, "", 0, api_name="/generate")[0]
+        assert said in client.predict("a seven", "", steps, "", "", "", 0, api_name="/generate")[0]
+
+
+def test_too_large_an_upload_is_refused_before_it_is_sent(studio_server):
+    """The body is not read: it is a claim of 4 GB, and nothing follows."""
+    host, port = studio_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {4 << 30}\r\n\r\n".encode()
+        )
+        answer = connection.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 413 ")
+    assert "at most 256 MB" in answer
+
+
+def test_a_full_disk_costs_the_result_and_nothing_else(tab, studio_server, full_root):
+    """A limit of the size of files fails as a full disk does; a video is larger."""
+    client, (before, *_) = tab(), gallery.list_results(full_root, 1)
+    _, hard = resource.prlimit(studio_server.process.pid, resource.RLIMIT_FSIZE)
+    try:
+        resource.prlimit(studio_server.process.pid, resource.RLIMIT_FSIZE, (500, hard))
+        said = client.predict("a red seven", "", "1", "", "", "", 3, api_name="/generate")[0]
+    finally:
+        resource.prlimit(studio_server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+    assert "The disk is full at" in said
+    assert gallery.list_results(full_root, 1)[0] == before
+    assert list(gallery.home(full_root).glob(".*")) == []
+    client.predict("a red seven", "", "1", "", "", "", 3, api_name="/generate")
+    assert len(gallery.list_results(full_root, 1)[0]) == len(before) + 1

@@ -39,7 +39,7 @@ def test_the_video_is_seen_after_each_step_and_ends_as_the_result(pipeline, colo
     assert np.array_equal(tracer.video(pipeline), frames)
     small = frames.reshape(9, 16, 2, 16, 2, 3).mean((2, 4))
     truth = np.stack([small[0], small[1:5].mean(0), small[5:].mean(0)])
-    assert np.abs(shown - truth).mean() < 25  # of 255
+    assert np.abs(shown - truth).mean() < 20  # of 255
     assert picture(shown).startswith("data:image/png;base64,")
 
 
