@@ -167,13 +167,29 @@ def colours_of(scene: Scene) -> list[str]:
 
 
 @cache
+def questions() -> Mapping[str, tuple[str, ...]]:
+    """The facts that don't follow from others, for every colour, and their possible values."""
+    found = {"background": tuple(world.BACKGROUNDS)}
+    every = [track for kind in tracks().values() for track in kind]
+    for colour in COLOURS:
+        found |= {f"digit:{colour}": world.DIGITS, f"place:{colour}": world.PLACES}
+        for name in ("first", "then"):
+            found[f"{name}:{colour}"] = tuple(sorted({getattr(track, name) for track in every} - {None}))
+    return found
+
+
+@cache
 def _paths() -> Mapping[tuple[str | None, ...], tuple[Point, ...]]:
     return {track[:3]: track.path for kind in tracks().values() for track in kind}
 
 
 def path_of(scene: Scene, colour: str) -> tuple[Point, ...]:
     """The positions of a digit at frames 0, 4 and 8, in cells from the grid's middle."""
-    return _paths()[tuple(scene.get(f"{name}:{colour}") for name in ("place", "first", "then"))]
+    return _paths()[_movement(scene, colour)]
+
+
+def _movement(scene: Scene, colour: str) -> tuple[str | None, ...]:
+    return tuple(scene.get(f"{name}:{colour}") for name in ("place", "first", "then"))
 
 
 def passing_half(scene: Scene) -> int | None:
@@ -183,10 +199,12 @@ def passing_half(scene: Scene) -> int | None:
 
 
 def relations(scene: Scene) -> dict[str, str]:
-    """The facts ``passes`` and ``side`` of a scene, where they hold."""
-    one, other = colours_of(scene)
-    ours, theirs = (np.array(path_of(scene, colour)) for colour in (one, other))
-    found = {}
+    """The facts ``passes`` and ``side`` of a scene, where they hold; none without two digits that move as they can."""
+    found, colours = {}, colours_of(scene)
+    if len(colours) != 2 or not all(_movement(scene, colour) in _paths() for colour in colours):
+        return found
+    one, other = colours
+    ours, theirs = (np.array(path_of(scene, colour)) for colour in colours)
     if max(np.abs(ours[0]).max(), np.abs(theirs[0]).max()) <= 1 and (ours[0] == theirs[0]).any():
         axis = int(ours[0][0] == theirs[0][0])  # the axis along which they differ
         found["side"] = relation(one, "left of" if axis == 0 else "above", other, ours[0][axis] > theirs[0][axis])

@@ -1,7 +1,13 @@
-"""Score texts against scenes: facts right, contradicted and left out, and the share of texts that are grammatical."""
+"""Score texts against scenes: facts right, contradicted and left out, and the share of texts that are grammatical.
 
-from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
+``python -m components.digits.stories.scoring reports/items.parquet`` scores the captions of an evaluation, for each
+number of Euler steps that it compared.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from components.digits.stories.reader import read
 from components.digits.stories.scenes import Scene
@@ -47,3 +53,23 @@ def score_texts(scenes: Sequence[Scene], texts: Sequence[str], seed: int = 0) ->
         "whole": share([reading.whole for reading in readings]),
         **{f"right.{name}": score for name, score in right.items()},
     }
+
+
+def score_items(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Score]]:
+    """The scores of each way of captioning in the table `items` of an evaluation on stories."""
+    told: dict[str, list[tuple[Scene, str]]] = {}
+    for row in rows:
+        if row["task"].startswith("captions"):
+            told.setdefault(row["task"], []).append((json.loads(row["truth"]), row["text"]))
+    return {task: score_texts(*map(list, zip(*pairs, strict=True))) for task, pairs in told.items()}
+
+
+def main() -> None:
+    """Print the scores of an evaluation's captions as JSON."""
+    import pyarrow.parquet as pq
+
+    print(json.dumps(score_items(pq.read_table(sys.argv[1]).to_pylist()), indent=1))
+
+
+if __name__ == "__main__":
+    main()

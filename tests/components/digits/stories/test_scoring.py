@@ -1,10 +1,12 @@
 """Scores add up: what is not right is contradicted or left out, and grammar is counted apart from truth."""
 
+import json
+
 import numpy as np
 import pytest
 
 from components.digits.stories.scenes import sample_scene
-from components.digits.stories.scoring import score_texts
+from components.digits.stories.scoring import score_items, score_texts
 from components.digits.stories.writer import write_caption
 
 
@@ -39,3 +41,16 @@ def test_empty_texts_leave_everything_out(told):
     scores = score_texts(told[0], [""] * 60)
     assert "contradicted" not in scores
     assert (scores["left_out"]["value"], scores["right"]["value"], scores["whole"]["value"]) == (1, 0, 0)
+
+
+def test_the_items_of_an_evaluation_are_scored_by_the_way_of_captioning(told):
+    rows = [
+        {"task": task, "truth": json.dumps(scene), "text": text}
+        for scene, caption in zip(*told, strict=True)
+        for task, text in (("captions", caption), ("captions_in_1_steps", f"{caption} a a"), ("generation", None))
+    ]
+    scores = score_items(rows)
+    assert {task: by_name["whole"]["value"] for task, by_name in scores.items()} == {
+        "captions": 1.0,
+        "captions_in_1_steps": 0.0,
+    }

@@ -1,0 +1,45 @@
+"""The held-out set is what its generator writes, holds scans that training never saw, and can be scored exactly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.digits import benchmark as first_world
+from components.digits import world
+from components.digits.stories import benchmark
+from components.digits.stories.reader import read
+from components.digits.stories.scenes import colours_of, relations
+
+HELDOUT = Path(__file__).resolve().parents[4] / "data" / "heldout-stories.json"
+
+
+@pytest.fixture(scope="module")
+def heldout() -> dict:
+    return first_world.load_heldout(HELDOUT)
+
+
+def test_the_committed_file_is_what_the_generator_writes(tmp_path):
+    benchmark.write_heldout(tmp_path / "heldout.json")
+    assert (tmp_path / "heldout.json").read_bytes() == HELDOUT.read_bytes()
+
+
+def test_every_held_out_clip_shows_held_out_scans_of_its_digits(heldout):
+    _, digits = world.heldout_scans()
+    for item in heldout["captions"]:
+        scene = item["scene"]
+        assert [world.DIGITS[digits[scan]] for scan in item["scans"]] == [
+            scene[f"digit:{colour}"] for colour in colours_of(scene)
+        ]
+        assert relations(scene) == {name: scene[name] for name in ("side", "passes") if name in scene}
+    together = benchmark.render(heldout["captions"][:4])
+    assert np.array_equal(together[2], benchmark.render(heldout["captions"][2:3])[0])
+
+
+def test_prompts_are_of_the_grammar_and_state_as_much_as_they_should(heldout):
+    prompts = {kind: [item["prompt"] for item in heldout[kind]] for kind in ("generations", "joint")}
+    assert all(read(text).whole for texts in prompts.values() for text in texts if text)
+    assert all(len(benchmark.asked(text)) >= benchmark.LEAST_STATED for text in prompts["generations"])
+    assert prompts["joint"][:64].count("") == 4
+    scene = heldout["captions"][0]["scene"]
+    assert benchmark.left_open("", scene) == sorted(scene)
