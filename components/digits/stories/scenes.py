@@ -198,10 +198,16 @@ def passing_half(scene: Scene) -> int | None:
     return next((half for half in (0, 1) for axis in (0, 1) if _passes(ours, theirs, half, axis)), None)
 
 
+def exists(scene: Scene) -> bool:
+    """Whether there are two digits, and each moves as a digit can."""
+    colours = colours_of(scene)
+    return len(colours) == 2 and all(_movement(scene, colour) in _paths() for colour in colours)
+
+
 def relations(scene: Scene) -> dict[str, str]:
     """The facts ``passes`` and ``side`` of a scene, where they hold; none without two digits that move as they can."""
     found, colours = {}, colours_of(scene)
-    if len(colours) != 2 or not all(_movement(scene, colour) in _paths() for colour in colours):
+    if not exists(scene):
         return found
     one, other = colours
     ours, theirs = (np.array(path_of(scene, colour)) for colour in colours)

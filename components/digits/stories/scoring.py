@@ -61,7 +61,9 @@ def score_items(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Score]
     for row in rows:
         if row["task"].startswith("captions"):
             told.setdefault(row["task"], []).append((json.loads(row["truth"]), row["text"]))
-    return {task: score_texts(*map(list, zip(*pairs, strict=True))) for task, pairs in told.items()}
+    return {
+        task: score_texts([scene for scene, _ in pairs], [text for _, text in pairs]) for task, pairs in told.items()
+    }
 
 
 def main() -> None:
