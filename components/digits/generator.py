@@ -44,6 +44,7 @@ class GeneratorConfig:
     sample_steps: int = 20
     guidance: float = 4.0
     report_clips: int = 64
+    saved_precision: str = "fp32"  # or fp16: of the saved weights, half the size
     words: Fit = field(default_factory=lambda: Fit(steps=400, batch=128, lr=3e-3))
     images: Fit = field(default_factory=lambda: Fit(steps=1200, batch=96, lr=2e-3))
     clips: Fit = field(default_factory=lambda: Fit(steps=7000, batch=48, lr=1.5e-3, ema=0.999))

@@ -96,6 +96,8 @@ def load_config(path: Path = DEFAULT_CONFIG) -> PretrainConfig:
         raise ConfigError(f"{path} is not a YAML mapping of settings; compare it with {DEFAULT_CONFIG.name}.")
     config = _from_dict(PretrainConfig, values, path.name)
     find_world(config.world)
+    if config.generator.saved_precision not in ("fp32", "fp16"):
+        raise ConfigError(f"There is no precision '{config.generator.saved_precision}'; choose fp32 or fp16.")
     return config
 
 
@@ -255,6 +257,8 @@ def bundle(
     with torch.no_grad():
         for name, parameter in generator.named_parameters():
             parameter.copy_(tensors[f"average.{name}"])
+    if config.generator.saved_precision == "fp16":
+        generator.half()
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     generator_training.pipeline(vae, tokenizer, generator, config.generator).save_pretrained(part)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -59,13 +60,16 @@ def small(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_same_command_makes_the_base_of_the_other_world(tmp_path):
-    (tmp_path / "small.yaml").write_text("world: stories" + SMALL)
+    small = SMALL.replace("generator:", "generator:\n  saved_precision: fp16")
+    (tmp_path / "small.yaml").write_text("world: stories" + small)
     options = {"settings": "small.yaml", "out": "out", "work": "work", "recogniser": "recogniser"}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(tmp_path / value))]
     result = CliRunner().invoke(app, ["pretrain", *arguments, "--heldout", str(ROOT / "data" / "heldout-stories.json")])
     assert result.exit_code == 0, result.output
     assert "generator.then" in result.output
-    pipe = WanPipeline.from_pretrained(tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    pipe = WanPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
     config = pretrain.load_config(tmp_path / "small.yaml")
     clips = generator.generate(pipe, config.generator, ["A red three waits. A blue two moves left slowly."], 0)
     seen = pretrain.JUDGES["stories"].read(load_recogniser(tmp_path / "recogniser"), clips)

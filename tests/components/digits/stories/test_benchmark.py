@@ -10,6 +10,8 @@ from components.digits import world
 from components.digits.stories import benchmark
 from components.digits.stories.reader import read
 from components.digits.stories.scenes import colours_of, relations
+from components.digits.stories.writer import write_caption
+from components.evaluation.evaluate_model import score_everything, summarise_rows
 
 HELDOUT = Path(__file__).resolve().parents[4] / "data" / "heldout-stories.json"
 
@@ -43,3 +45,23 @@ def test_prompts_are_of_the_grammar_and_state_as_much_as_they_should(heldout):
     assert prompts["joint"][:64].count("") == 4
     scene = heldout["captions"][0]["scene"]
     assert benchmark.left_open("", scene) == sorted(scene)
+
+
+def test_an_evaluation_scores_true_texts_full_marks_and_counts_what_a_prompt_leaves_open(heldout):
+    chosen = {kind: heldout[kind][:24] for kind in ("captions", "generations", "joint")}
+    rng = np.random.default_rng(0)
+    scenes = [item["scene"] for item in chosen["captions"]]
+    captions = [write_caption(scene, rng) for scene in scenes]
+    asked = [benchmark.asked(item["prompt"]) for item in chosen["generations"]]
+    made = {
+        "captions": {"texts": captions, "texts_in_1_steps": captions[1:] + captions[:1], "seen": scenes},
+        "generation": {"seen": asked},
+        "generation_base": {"seen": [{}] * 24},
+        "joint": {"texts": captions, "seen": scenes},
+    }
+    metrics = summarise_rows(score_everything(benchmark, chosen, made), 0)
+    assert metrics["captions"]["mean"]["value"] == metrics["generation"]["mean"]["value"] == 1
+    assert metrics["joint"]["agreement"]["value"] == 1
+    assert metrics["generation_base"]["mean"]["value"] == 0
+    assert metrics["caption_steps"]["1"]["value"] < 0.5
+    assert {"digit", "place", "first", "then", "background"} <= metrics["captions"].keys()
