@@ -1,5 +1,6 @@
 """The held-out set is what its generator writes, holds scans that training never saw, and can be scored exactly."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 
 from components.digits import benchmark as first_world
 from components.digits import world
+from components.digits.prompts import heldout_prompts, words, write_prompts
 from components.digits.stories import benchmark
 from components.digits.stories.reader import read
 from components.digits.stories.scenes import colours_of, relations
 from components.digits.stories.writer import write_caption
+from components.digits.worlds import STORIES
 from components.evaluation.evaluate_model import score_everything, summarise_rows
 
 HELDOUT = Path(__file__).resolve().parents[4] / "data" / "heldout-stories.json"
@@ -65,3 +68,13 @@ def test_an_evaluation_scores_true_texts_full_marks_and_counts_what_a_prompt_lea
     assert metrics["generation_base"]["mean"]["value"] == 0
     assert metrics["caption_steps"]["1"]["value"] < 0.5
     assert {"digit", "place", "first", "then", "background"} <= metrics["captions"].keys()
+
+
+def test_the_bundled_prompts_are_what_the_generator_writes_and_none_is_the_evaluations():
+    lines = (HELDOUT.parent / "prompts-stories" / "stories.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluated = heldout_prompts(HELDOUT)
+    rows = write_prompts(300, 0, evaluated, STORIES)
+    assert [json.dumps(row, ensure_ascii=False) for row in rows] == lines[:300]
+    texts = {words(json.loads(line)["text"]) for line in lines}
+    assert len(texts) == len(lines) == 4000
+    assert not texts & set(map(words, evaluated))

@@ -10,6 +10,9 @@ from components.digits.stories.reader import read
 from components.digits.stories.scenes import sample_scene
 from components.digits.stories.scoring import judge
 from components.digits.stories.writer import CAPTION_TOKENS, PROMPT_TOKENS, write_caption, write_prompt
+from components.digits.tokenizer import build_tokenizer, corpus
+from components.digits.worlds import STORIES
+from components.pipeline.profiles import load_profile
 
 COUNT = 3000
 
@@ -37,6 +40,20 @@ def test_a_prompt_names_both_digits_and_says_nothing_that_does_not_hold(told):
         assert not verdict.contradicted, prompt
         assert sum(name.startswith("digit:") for name in verdict.right) == 2
         assert world.count_words(prompt) + 1 <= PROMPT_TOKENS[1]
+
+
+def test_each_word_is_one_token_and_none_is_unknown(told):
+    tokenizer = build_tokenizer(corpus(1500, 0, STORIES), 96)
+    for _, caption, prompt in told[:300]:
+        for text in (caption, prompt):
+            tokens = tokenizer(text).input_ids
+            assert tokenizer.unk_token_id not in tokens
+            assert len(tokens) == world.count_words(text) + 1, text
+
+
+def test_the_profile_has_the_same_bounds_of_tokens():
+    text = load_profile("stories")["text"]
+    assert (tuple(text["prompt_tokens"]), tuple(text["caption_tokens"])) == (PROMPT_TOKENS, CAPTION_TOKENS)
 
 
 def test_one_scene_has_many_captions_of_many_lengths():
