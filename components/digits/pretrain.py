@@ -165,6 +165,9 @@ def _note_settings(work: Path, config: PretrainConfig) -> None:
     """Record each configuration used in this work folder, and how many steps were done before it."""
     path = work / "settings.json"
     history = json.loads(path.read_text()) if path.exists() else []
+    before = history[-1]["config"].get("world", "digits") if history else config.world
+    if before != config.world:
+        raise ConfigError(f"{work} holds checkpoints of the world '{before}'; choose another folder with --work.")
     if not history or history[-1]["config"] != asdict(config):
         done = {state.stem: load_tensors(state)[1].get("step") for state in sorted(work.glob("*.safetensors"))}
         history.append({"done": {name: steps for name, steps in done.items() if steps}, "config": asdict(config)})

@@ -149,6 +149,9 @@ def test_mistakes_are_named(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text("world: letters")
     with pytest.raises(ConfigError, match="choose from digits, stories"):
         pretrain.load_config(tmp_path / "bad.yaml")
+    pretrain.pretrain(tmp_path / "out", tmp_path / "other", pretrain.PretrainConfig("stories", corpus_lines=9), ())
+    with pytest.raises(ConfigError, match="world 'stories'"):
+        pretrain.pretrain(tmp_path / "out", tmp_path / "other", pretrain.PretrainConfig(corpus_lines=9), ())
     with pytest.raises(ConfigError, match="polish"):
         pretrain.pretrain(tmp_path / "out", tmp_path / "work", phases=("polish",))
     with pytest.raises(MissingInputError, match="autoencoder"):
