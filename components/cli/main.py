@@ -277,26 +277,32 @@ def pretrain(
     work: Annotated[Path, typer.Option(help="Where checkpoints are kept; run again to resume from them.")] = Path(
         ".univigu/pretrain"
     ),
+    world: Annotated[
+        str, typer.Option(help="The world of the clips, without --settings: digits, or stories.")
+    ] = "digits",
     settings: Annotated[
-        Path | None, typer.Option(help="A YAML file of sizes and steps. (default: those of the bundled base)")
+        Path | None,
+        typer.Option(help="A YAML file of the world, sizes and steps. (default: those of the world's bundled base)"),
     ] = None,
     phase: Annotated[list[str] | None, typer.Option(help="Run only this phase; may be repeated.")] = None,
     recogniser: Annotated[Path | None, typer.Option(help="The recogniser's folder. (default: the bundled one)")] = None,
     heldout: Annotated[
-        Path | None, typer.Option(help="Held-out items; their prompts are excluded from training.")
-    ] = Path("data/heldout.json"),
+        Path | None,
+        typer.Option(help="Held-out items; their prompts are excluded from training. (default: the world's)"),
+    ] = None,
 ) -> None:
-    """Train the bundled base from scratch: hours on one core (`--out model/tiny-wan` replaces the bundled one)."""
+    """Train a world's base from scratch: hours on one core (`--out model/tiny-wan` replaces the bundled one)."""
     from components.digits import pretrain as pretraining
+    from components.digits.worlds import find_world
 
-    config = pretraining.load_config(settings or pretraining.DEFAULT_CONFIG)
+    config = pretraining.load_config(settings or pretraining.CONFIGS[find_world(world).name])
     scores = pretraining.pretrain(
         out,
         work,
         config,
         tuple(phase or pretraining.PHASES),
-        recogniser or pretraining.recogniser_training.BUNDLED,
-        heldout,
+        recogniser,
+        heldout or pretraining.HELDOUT[config.world],
     )
     for name, value in scores.items():
         print(f"{name:<22} {value:.3f}")

@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from components.digits import world
 from components.digits.training import Fit, train
+from components.digits.worlds import DIGITS, World
 from components.pipeline.progress import progress
 
 
@@ -119,14 +120,7 @@ def to_frames(video: torch.Tensor) -> np.ndarray:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
 
 
-def draw_clips(
-    count: int, seed: int, source: tuple[np.ndarray, np.ndarray] | None = None, frames: slice = slice(None)
-) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Clips of random attributes from the training scans (or `source`): uint8 (B, F, H, W, 3) and the attributes."""
-    rng = np.random.default_rng(seed)
-    attributes = [world.sample_attributes(rng) for _ in range(count)]
-    scans = world.draw_scans(attributes, source or world.train_scans(), seed)
-    return world.render(attributes, scans, seed, frames), attributes
+draw_clips = DIGITS.draw_clips  # of the first world
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -135,8 +129,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float((10 * np.log10(255.0**2 / np.maximum(error, 1e-3))).mean())
 
 
-def fit_autoencoder(vae: AutoencoderKLWan, config: AutoencoderConfig, work: Path, seed: int) -> dict:
+def fit_autoencoder(
+    vae: AutoencoderKLWan, config: AutoencoderConfig, work: Path, seed: int, kind: World = DIGITS
+) -> dict:
     """Train `vae` in place, on frames and then on clips; write its latent statistics to its config; return the logs."""
+    draw_clips = kind.draw_clips
     held_out, _ = draw_clips(128, 7, world.heldout_scans())
 
     def loss_on(frames: np.ndarray, step: int) -> tuple[torch.Tensor, dict[str, float]]:

@@ -4,7 +4,7 @@ Flow matching in Wan's convention: z = (1 - sigma) x0 + sigma eps, the target is
 The first latent frame of a causal autoencoder is an image, so training starts on those alone, at a third of the cost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from components.digits import world
-from components.digits.autoencoder import draw_clips, encode, to_tensor
+from components.digits.autoencoder import encode, to_tensor
 from components.digits.prompts import words
 from components.digits.training import Fit, load_tensors, save_atomically, train
+from components.digits.worlds import DIGITS, World
 from components.pipeline.progress import progress
+
+ABSENT = 255  # code of a fact that a scene hasn't
 
 
 @dataclass
@@ -41,6 +44,7 @@ class GeneratorConfig:
     sample_steps: int = 20
     guidance: float = 4.0
     report_clips: int = 64
+    saved_precision: str = "fp32"  # or fp16: of the saved weights, half the size
     words: Fit = field(default_factory=lambda: Fit(steps=400, batch=128, lr=3e-3))
     images: Fit = field(default_factory=lambda: Fit(steps=1200, batch=96, lr=2e-3))
     clips: Fit = field(default_factory=lambda: Fit(steps=7000, batch=48, lr=1.5e-3, ema=0.999))
@@ -101,8 +105,10 @@ def encode_prompts(
     return nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
 
 
-def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int) -> tuple[torch.Tensor, list[dict]]:
-    """Normalised latents (N, z, T, h, w) of clips rendered from the training scans, and their attributes."""
+def cache_latents(
+    vae: AutoencoderKLWan, count: int, path: Path, seed: int, kind: World = DIGITS
+) -> tuple[torch.Tensor, list[dict[str, str]]]:
+    """Normalised latents (N, z, T, h, w) of clips rendered from the training scans, and their scenes."""
     batch = 64
     if not path.exists():
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
@@ -110,17 +116,20 @@ def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int) -> t
         latents, codes = [], []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for i in progress(range(-(-count // batch)), "latents"):
-                clips, attributes = draw_clips(batch, seed + 1_000_003 + i)
+                clips, scenes = kind.draw_clips(batch, seed + 1_000_003 + i)
                 latents.append(((encode(vae, to_tensor(clips)).mode() - mean) / std).half())
-                codes += [[values.index(a[n]) for n, values in world.ATTRIBUTES.items()] for a in attributes]
+                codes += [
+                    [values.index(scene[name]) if name in scene else ABSENT for name, values in kind.questions.items()]
+                    for scene in scenes
+                ]
         tensors = {"latents": torch.cat(latents)[:count], "attributes": torch.tensor(codes[:count], dtype=torch.uint8)}
         save_atomically(tensors, path, {})
     tensors, _ = load_tensors(path)
-    attributes = [
-        {name: values[code] for (name, values), code in zip(world.ATTRIBUTES.items(), row, strict=True)}
+    scenes = [
+        {name: values[code] for (name, values), code in zip(kind.questions.items(), row, strict=True) if code != ABSENT}
         for row in tensors["attributes"].tolist()
     ]
-    return tensors["latents"], attributes
+    return tensors["latents"], [kind.complete(scene) for scene in scenes]
 
 
 def pipeline(
@@ -162,13 +171,13 @@ def generate(pipe: WanPipeline, config: GeneratorConfig, prompts: list[str], see
 
 
 class Reader(nn.Module):
-    """A text encoder with a linear head per attribute, for its first training phase."""
+    """A text encoder with a linear head per question of a world, for its first training phase."""
 
-    def __init__(self, text_encoder: UMT5EncoderModel) -> None:
+    def __init__(self, text_encoder: UMT5EncoderModel, questions: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         width = text_encoder.config.d_model
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in world.ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(v)) for name, v in questions.items()})
 
 
 def fit_generator(
@@ -180,17 +189,18 @@ def fit_generator(
     seed: int,
     forbidden: frozenset[str] = frozenset(),
     report: Callable[[], dict[str, float]] | None = None,
+    kind: World = DIGITS,
 ) -> None:
-    """Train `generator` in place: the text encoder on attributes, then both networks on images, then on clips.
+    """Train `generator` in place: the text encoder on facts, then both networks on images, then on clips.
 
     `data` is what `cache_latents` returns. No prompt is used whose words are in `forbidden` (see `prompts.words`).
     `report()` returns scores of the present weights.
     """
-    losses = _Losses(generator, tokenizer, *data, config, seed, forbidden)
+    losses = _Losses(generator, tokenizer, *data, config, seed, forbidden, kind)
     scores = (lambda _: report()) if report else None
     clips = work / "generator-clips.safetensors"
     if not clips.exists():
-        reader = Reader(generator.text_encoder)
+        reader = Reader(generator.text_encoder, kind.questions)
         reading = partial(losses.reading, reader)
         train("words", reader, reading, config.words, work / "generator-words.safetensors")
         train("images", generator, losses.image, config.images, work / "generator-images.safetensors")
@@ -204,21 +214,22 @@ class _Losses:
     generator: Generator
     tokenizer: PreTrainedTokenizerFast
     latents: torch.Tensor
-    attributes: list[dict[str, str]]
+    scenes: list[dict[str, str]]
     config: GeneratorConfig
     seed: int
     forbidden: frozenset[str]
+    kind: World
 
     def reading(self, reader: Reader, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """Cross-entropy of the attributes, predicted from the text encoder's states."""
+        """Cross-entropy of the facts that prompts state, predicted from the text encoder's states."""
         rng = np.random.default_rng((self.seed, 3, step))
-        prompts = [self._draw_prompt(world.sample_attributes(rng), rng) for _ in range(self.config.words.batch)]
+        prompts = [self._draw_prompt(self.kind.sample(rng), rng) for _ in range(self.config.words.batch)]
         states = encode_prompts(reader.text_encoder, self.tokenizer, prompts, self.config.max_sequence_length)
         pooled = states.sum(1) / (states.abs().sum(2) > 0).sum(1, keepdim=True)
-        said = [world.read_text(prompt) for prompt in prompts]
+        said = [self.kind.read_text(prompt) for prompt in prompts]
         losses = []
-        for name, values in world.ATTRIBUTES.items():
-            target = torch.tensor([values.index(min(s[name])) if s[name] else -100 for s in said])
+        for name, values in self.kind.questions.items():
+            target = torch.tensor([values.index(min(s[name])) if s.get(name) else -100 for s in said])
             losses.append(nn.functional.cross_entropy(reader.heads[name](pooled), target, reduction="sum") / len(said))
         return torch.stack(losses).sum(), {}
 
@@ -234,7 +245,7 @@ class _Losses:
         noise_rng = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = rng.integers(len(self.latents), size=batch)
         dropout = self.config.prompt_dropout
-        prompts = ["" if rng.random() < dropout else self._draw_prompt(self.attributes[i], rng) for i in index]
+        prompts = ["" if rng.random() < dropout else self._draw_prompt(self.scenes[i], rng) for i in index]
         text = encode_prompts(self.generator.text_encoder, self.tokenizer, prompts, self.config.max_sequence_length)
         x0 = self.latents[torch.from_numpy(index), :, :frames].float()
         u = (torch.rand(batch, generator=noise_rng) + torch.arange(batch)) / batch
@@ -250,6 +261,6 @@ class _Losses:
         return ((velocity.float() - (noise - x0)) ** 2).mean(), {}
 
     def _draw_prompt(self, wanted: dict[str, str], rng: np.random.Generator) -> str:
-        while words(text := world.write_prompt(wanted, rng)) in self.forbidden:
+        while words(text := self.kind.write_prompt(wanted, rng)) in self.forbidden:
             pass
         return text

@@ -1,4 +1,4 @@
-"""Train the bundled base, a tiny Wan in diffusers' layout, from scratch: the code behind `univigu pretrain`.
+"""Train a world's base, a tiny Wan in diffusers' layout, from scratch: the code behind `univigu pretrain`.
 
 tokenizer -> autoencoder -> recogniser -> latents -> generator -> bundle. Each phase saves checkpoints in the work
 folder and resumes from them: after a kill, run the same command again.
@@ -7,15 +7,17 @@ folder and resumes from them: after a kill, run the same command again.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from diffusers import AutoencoderKLWan, WanPipeline
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from components.digits import autoencoder as vae_training
@@ -23,19 +25,49 @@ from components.digits import generator as generator_training
 from components.digits import recogniser as recogniser_training
 from components.digits import world
 from components.digits.prompts import heldout_prompts, words
+from components.digits.stories import recogniser as story_recogniser
 from components.digits.tokenizer import build_tokenizer, corpus
 from components.digits.training import load_tensors
+from components.digits.worlds import find_world
 from univigu.errors import ConfigError, MissingInputError
 from univigu.files import read_yaml
 
 PHASES = ("autoencoder", "recogniser", "latents", "generator", "bundle")
 DEFAULT_CONFIG = Path(__file__).with_suffix(".yaml")
+CONFIGS = {"digits": DEFAULT_CONFIG, "stories": Path(__file__).parent / "stories" / "pretrain.yaml"}
+HELDOUT = {"digits": Path("data/heldout.json"), "stories": Path("data/heldout-stories.json")}
+
+
+class Judge(NamedTuple):
+    """The recogniser of a world: its network, where its weights belong, how they are loaded, and what it sees."""
+
+    build: Callable[[list[int], int, int], nn.Module]
+    folder: Path
+    load: Callable[[Path], Any]
+    read: Callable[[Any, np.ndarray], list[dict[str, str]]]
+
+
+JUDGES = {
+    "digits": Judge(
+        recogniser_training.Recogniser,
+        recogniser_training.BUNDLED,
+        recogniser_training.load_recogniser,
+        recogniser_training.read,
+    ),
+    "stories": Judge(
+        story_recogniser.StoryRecogniser,
+        story_recogniser.BUNDLED,
+        story_recogniser.load_recogniser,
+        story_recogniser.read,
+    ),
+}
 
 
 @dataclass
 class PretrainConfig:
-    """One YAML file: the seed, and each network's sizes and training."""
+    """One YAML file: the world, the seed, and each network's sizes and training."""
 
+    world: str = "digits"
     seed: int = 0
     corpus_lines: int = 4000
     score_clips: int = 256
@@ -62,7 +94,11 @@ def load_config(path: Path = DEFAULT_CONFIG) -> PretrainConfig:
         raise ConfigError(f"{path} is not readable YAML ({error}); correct it.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a YAML mapping of settings; compare it with {DEFAULT_CONFIG.name}.")
-    return _from_dict(PretrainConfig, values, path.name)
+    config = _from_dict(PretrainConfig, values, path.name)
+    find_world(config.world)
+    if config.generator.saved_precision not in ("fp32", "fp16"):
+        raise ConfigError(f"There is no precision '{config.generator.saved_precision}'; choose fp32 or fp16.")
+    return config
 
 
 def pretrain(
@@ -70,13 +106,14 @@ def pretrain(
     work: Path,
     config: PretrainConfig | None = None,
     phases: tuple[str, ...] = PHASES,
-    recogniser_out: Path = recogniser_training.BUNDLED,
+    recogniser_out: Path | None = None,
     without: Path | None = None,
 ) -> dict[str, float]:
     """Run `phases` and return the scores written to `out`/README.md (empty without the bundle phase).
 
     `work` has the checkpoints; `out` becomes the WanPipeline folder, replaced as a whole; the recogniser's weights are
-    written to `recogniser_out`. Prompts of the held-out items in `without` (`data/heldout.json`) are excluded.
+    written to `recogniser_out`, by default to the bundled one's place. Prompts of the held-out items in `without`
+    (`HELDOUT`) are excluded.
     Raises `MissingInputError` if a phase's own input has not been made yet.
     """
     for phase in phases:
@@ -85,16 +122,21 @@ def pretrain(
     if without and not without.exists():
         raise MissingInputError(f"There are no held-out items at {without}; run this in the project's root.")
     config = config or load_config()
+    kind, judge = find_world(config.world), JUDGES[config.world]
+    recogniser_out = recogniser_out or judge.folder
     work.mkdir(parents=True, exist_ok=True)
     _note_settings(work, config)
-    tokenizer = build_tokenizer(corpus(config.corpus_lines, config.seed), config.generator.max_sequence_length * 2)
+    texts = corpus(config.corpus_lines, config.seed, kind)
+    tokenizer = build_tokenizer(texts, config.generator.max_sequence_length * 2)
     if "autoencoder" in phases:
         torch.manual_seed(config.seed)
         vae = vae_training.build(config.autoencoder)
-        vae_training.fit_autoencoder(vae, config.autoencoder, work, config.seed)
+        vae_training.fit_autoencoder(vae, config.autoencoder, work, config.seed, kind)
         vae.half().save_pretrained(work / "vae")
     if "recogniser" in phases:
-        network, _ = recogniser_training.fit_recogniser(_load_vae(work), config.recogniser, work, config.seed)
+        network, _ = recogniser_training.fit_recogniser(
+            _load_vae(work), config.recogniser, work, config.seed, kind, judge.build, judge.read
+        )
         recogniser_training.save_recogniser(network, config.recogniser, recogniser_out)
     if "latents" in phases:
         _cache(work, config)
@@ -112,7 +154,7 @@ def pretrain(
         forbidden = frozenset(words(prompt) for prompt in heldout_prompts(without)) if without else frozenset()
         data = _cache(work, config)
         generator_training.fit_generator(
-            generator, tokenizer, data, config.generator, work, config.seed, forbidden, report
+            generator, tokenizer, data, config.generator, work, config.seed, forbidden, report, kind
         )
     if "bundle" in phases:
         return bundle(out, work, config, tokenizer, recogniser_out)
@@ -123,6 +165,9 @@ def _note_settings(work: Path, config: PretrainConfig) -> None:
     """Record each configuration used in this work folder, and how many steps were done before it."""
     path = work / "settings.json"
     history = json.loads(path.read_text()) if path.exists() else []
+    before = history[-1]["config"].get("world", "digits") if history else config.world
+    if before != config.world:
+        raise ConfigError(f"{work} holds checkpoints of the world '{before}'; choose another folder with --work.")
     if not history or history[-1]["config"] != asdict(config):
         done = {state.stem: load_tensors(state)[1].get("step") for state in sorted(work.glob("*.safetensors"))}
         history.append({"done": {name: steps for name, steps in done.items() if steps}, "config": asdict(config)})
@@ -159,45 +204,43 @@ def _load_vae(work: Path) -> AutoencoderKLWan:
 def _cache(work: Path, config: PretrainConfig) -> tuple[torch.Tensor, list[dict[str, str]]]:
     path = work / "latents.safetensors"
     vae = None if path.exists() else _load_vae(work)
-    return generator_training.cache_latents(vae, config.generator.latent_clips, path, config.seed)
+    kind = find_world(config.world)
+    return generator_training.cache_latents(vae, config.generator.latent_clips, path, config.seed, kind)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
 def score_generator(pipe: WanPipeline, config: PretrainConfig, count: int, recogniser: Path) -> dict[str, float]:
-    """For each attribute, the share of generated clips that show what their prompt states."""
+    """For each kind of fact, the share of generated clips that show what their prompt states."""
     rng = np.random.default_rng(20_000_003)
-    network = recogniser_training.load_recogniser(recogniser)
-    asked = [world.write_prompt(world.sample_attributes(rng), rng) for _ in range(count)]
-    right: dict[str, list[bool]] = {name: [] for name in world.ATTRIBUTES}
+    kind, judge = find_world(config.world), JUDGES[config.world]
+    network = judge.load(recogniser)
+    asked = [kind.write_prompt(kind.sample(rng), rng) for _ in range(count)]
+    right: dict[str, list[bool]] = {name.partition(":")[0]: [] for name in kind.questions}
     for i in range(0, count, 64):
         prompts = asked[i : i + 64]
-        read = recogniser_training.read(network, generator_training.generate(pipe, config.generator, prompts, i))
+        read = judge.read(network, generator_training.generate(pipe, config.generator, prompts, i))
         for prompt, seen in zip(prompts, read, strict=True):
-            for name, values in world.read_text(prompt).items():
+            for name, values in kind.read_text(prompt).items():
                 if values:
-                    right[name].append(values == {seen[name]})
+                    right.setdefault(name.partition(":")[0], []).append(values == {seen.get(name)})
     return {name: float(np.mean(hits)) for name, hits in right.items() if hits}
 
 
-def score_eyes(vae: AutoencoderKLWan, count: int, recogniser: Path) -> dict[str, float]:
+def score_eyes(vae: AutoencoderKLWan, config: PretrainConfig, recogniser: Path) -> dict[str, float]:
     """PSNR of the autoencoder on held-out scans, and accuracy of the recogniser with and without it."""
-    network = recogniser_training.load_recogniser(recogniser)
-    clips, truth = vae_training.draw_clips(count, 13, world.heldout_scans())
+    kind, judge = find_world(config.world), JUDGES[config.world]
+    network = judge.load(recogniser)
+    clips, truth = kind.draw_clips(config.score_clips, 13, world.heldout_scans())
     rebuilt = recogniser_training.rebuild(vae, clips)
-
-    def right(frames: np.ndarray) -> dict[str, float]:
-        read = recogniser_training.read(network, frames)
-        return {n: float(np.mean([r[n] == t[n] for r, t in zip(read, truth, strict=True)])) for n in world.ATTRIBUTES}
-
-    before, behind = right(clips), right(rebuilt)
+    before, behind = (recogniser_training.share_right(judge.read(network, one), truth) for one in (clips, rebuilt))
     return {
         "autoencoder.psnr": vae_training.psnr(clips, rebuilt),
         "autoencoder.digit": behind["digit"],
-        "autoencoder.mean": float(np.mean(list(behind.values()))),
+        "autoencoder.mean": behind["mean"],
         "recogniser.digit": before["digit"],
-        "recogniser.mean": float(np.mean(list(before.values()))),
+        "recogniser.mean": before["mean"],
     }
 
 
@@ -217,6 +260,8 @@ def bundle(
     with torch.no_grad():
         for name, parameter in generator.named_parameters():
             parameter.copy_(tensors[f"average.{name}"])
+    if config.generator.saved_precision == "fp16":
+        generator.half()
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     generator_training.pipeline(vae, tokenizer, generator, config.generator).save_pretrained(part)
@@ -224,10 +269,10 @@ def bundle(
     pipe = WanPipeline.from_pretrained(part, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     generator_training.check_text_encoder(pipe.text_encoder)
-    scores = score_eyes(pipe.vae, config.score_clips, recogniser)
+    scores = score_eyes(pipe.vae, config, recogniser)
     asked = score_generator(pipe, config, config.score_clips, recogniser)
     scores |= {f"generator.{name}": value for name, value in asked.items()}
-    (part / "README.md").write_text(_readme(part, work, config, scores), encoding="utf-8")
+    (part / "README.md").write_text(_readme(part, out.name, work, config, scores), encoding="utf-8")
     for path in part.rglob("*.safetensors"):
         path.chmod(0o644)
     old = out.with_name(out.name + ".old")
@@ -240,7 +285,7 @@ def bundle(
     return scores
 
 
-def _readme(folder: Path, work: Path, config: PretrainConfig, scores: dict[str, float]) -> str:
+def _readme(folder: Path, name: str, work: Path, config: PretrainConfig, scores: dict[str, float]) -> str:
     files = sorted(folder.rglob("*.safetensors"))
     sizes = "\n".join(f"| `{path.relative_to(folder)}` | {path.stat().st_size / 1e6:.2f} MB |" for path in files)
     times = "\n".join(
@@ -250,21 +295,21 @@ def _readme(folder: Path, work: Path, config: PretrainConfig, scores: dict[str, 
     )
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items())
     settings = yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=100)
-    return f"""# tiny-wan
+    return f"""# {name}
 
 A text-to-video model in the layout of diffusers' `WanPipeline`, small enough to train and use on one CPU core. It
-generates clips of a coloured handwritten digit that moves over a plain background: {world.FRAMES} frames of
-{world.SIZE}x{world.SIZE} pixels at {world.FPS} frames per second. In this project's demo it has the role that Wan2.1
-has in the paper. The command that made the folder wrote this page.
+generates clips of {find_world(config.world).shows}:
+{world.FRAMES} frames of {world.SIZE}x{world.SIZE} pixels at {world.FPS} frames per second. In this project's demo it
+has the role that Wan2.1 has in the paper. The command that made the folder wrote this page.
 
 ## Use
 Guidance {config.generator.guidance}, {config.generator.sample_steps} steps, `negative_prompt=""`,
 `max_sequence_length={config.generator.max_sequence_length}`, height and width {world.SIZE}, {world.FRAMES} frames.
 
 ## Training
-`univigu pretrain --out model/tiny-wan` makes it again, and resumes if it was stopped. All training data are rendered
-from scikit-learn's scans of handwritten digits (BSD licence). Every {world.HOLDOUT_EVERY}th scan is held out; no
-network was trained on those.
+`univigu pretrain --world {config.world} --out FOLDER` makes it again, and resumes if it was stopped. All training data
+are rendered from scikit-learn's scans of handwritten digits (BSD licence). Every {world.HOLDOUT_EVERY}th scan is held
+out; no network was trained on those.
 
 | network | steps | minutes |
 |---|---|---|

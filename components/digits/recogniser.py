@@ -4,9 +4,11 @@ It shares nothing with the measuring captioner (`measure.py`), so a caption can'
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from components.digits import world
-from components.digits.autoencoder import decode, draw_clips, encode, to_frames, to_tensor
+from components.digits.autoencoder import decode, encode, to_frames, to_tensor
 from components.digits.training import Fit, train
+from components.digits.worlds import DIGITS, World
 from univigu.errors import BadInputError, MissingInputError
 
 BUNDLED = Path(__file__).parent / "recogniser"
@@ -88,41 +91,69 @@ def rebuild(vae: AutoencoderKLWan, frames: np.ndarray, batch: int = 64) -> np.nd
         return np.concatenate([to_frames(decode(vae, encode(vae, part).mode())) for part in parts])
 
 
-def fit_recogniser(vae: AutoencoderKLWan, config: RecogniserConfig, work: Path, seed: int) -> tuple[Recogniser, dict]:
-    """Train on clips of augmented training scans, a quarter of them encoded and decoded by the autoencoder first."""
+def fit_recogniser(
+    vae: AutoencoderKLWan,
+    config: RecogniserConfig,
+    work: Path,
+    seed: int,
+    kind: World = DIGITS,
+    build: Callable[[list[int], int, int], nn.Module] = Recogniser,
+    look: Callable[[Any, np.ndarray], list[dict[str, str]]] | None = None,
+) -> tuple[Any, dict]:
+    """Train on clips of augmented training scans, a quarter of them encoded and decoded by the autoencoder first.
+
+    build: makes the network from its sizes; look: what it sees in clips (`read`, for the first world's).
+    """
     torch.manual_seed(seed)
-    network = Recogniser(config.widths, config.place_width, config.hidden)
-    held_out, truth = draw_clips(512, 11, world.heldout_scans())
-    pool, pool_attributes = draw_clips(config.rebuilt_clips, seed + 77)
+    network: Any = build(config.widths, config.place_width, config.hidden)
+    held_out, truth = kind.draw_clips(512, 11, world.heldout_scans())
+    pool, pool_scenes = kind.draw_clips(config.rebuilt_clips, seed + 77)
     pool = rebuild(vae, pool)
 
     def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = np.random.default_rng((seed, step))
         fresh = config.fit.batch - config.fit.batch // 4
-        attributes = [world.sample_attributes(rng) for _ in range(fresh)]
-        scans = _bend(world.draw_scans(attributes, world.train_scans(), step), step)
+        scenes = [kind.sample(rng) for _ in range(fresh)]
+        scans = kind.draw_scans(scenes, world.train_scans(), step)
+        scans = _bend(scans.reshape(-1, 8, 8), step).reshape(scans.shape)
         chosen = rng.integers(len(pool), size=config.fit.batch - fresh)
-        clips = to_tensor(np.concatenate([world.render(attributes, scans, step), pool[chosen]]))
-        attributes += [pool_attributes[i] for i in chosen]
+        clips = to_tensor(np.concatenate([kind.render(scenes, scans, step), pool[chosen]]))
+        scenes += [pool_scenes[i] for i in chosen]
         torch.manual_seed(seed * 1_000_003 + step)
         clips = clips + 0.08 * torch.rand(len(clips), 1, 1, 1, 1) * torch.randn_like(clips)
         logits = network(clips)
-        losses = [
-            F.cross_entropy(logits[name], torch.tensor([values.index(a[name]) for a in attributes]))
-            for name, values in world.ATTRIBUTES.items()
-        ]
-        return torch.stack(losses).sum() + losses[0], {}
+        losses = {
+            name: F.cross_entropy(found, _classes(kind.questions[name], [scene.get(name) for scene in scenes]))
+            for name, found in logits.items()
+        }
+        # the digit is the hardest to read, so it counts twice
+        return torch.stack(list(losses.values())).sum() + sum(
+            loss for name, loss in losses.items() if name.startswith("digit")
+        ), {}
 
     def report(_: int) -> dict[str, float]:
-        seen = read(network, held_out)
-        right = {n: float(np.mean([s[n] == t[n] for s, t in zip(seen, truth, strict=True)])) for n in world.ATTRIBUTES}
-        return {"mean": float(np.mean(list(right.values())))} | right
+        return share_right(look(network, held_out) if look else read(network, held_out), truth)
 
     state = train("recogniser", network, loss_at, config.fit, work / "recogniser.safetensors", report)
     return network, state
 
 
-def save_recogniser(network: Recogniser, config: RecogniserConfig, folder: Path) -> None:
+def _classes(values: tuple[str, ...], given: Sequence[str | None]) -> torch.Tensor:
+    """The class of each value; the one behind the last value for none."""
+    return torch.tensor([len(values) if value is None else values.index(value) for value in given])
+
+
+def share_right(seen: Sequence[Mapping[str, str]], truth: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """For each kind of fact of the true scenes, the share that was seen right, and the ``mean`` of these shares."""
+    right: dict[str, list[bool]] = {}
+    for found, facts in zip(seen, truth, strict=True):
+        for name, value in facts.items():
+            right.setdefault(name.partition(":")[0], []).append(found.get(name) == value)
+    shares = {name: float(np.mean(hits)) for name, hits in right.items()}
+    return {"mean": float(np.mean(list(shares.values())))} | shares
+
+
+def save_recogniser(network: nn.Module, config: RecogniserConfig, folder: Path) -> None:
     """Weights as safetensors, sizes as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / "model.safetensors")

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from components.digits import world
+from components.digits.worlds import DIGITS, World
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -27,11 +27,11 @@ with within without
 """
 
 
-def corpus(lines: int, seed: int) -> list[str]:
-    """Prompts and captions of random attributes, `lines` of each."""
+def corpus(lines: int, seed: int, kind: World = DIGITS) -> list[str]:
+    """Prompts and captions of random scenes of a world, `lines` of each."""
     rng = np.random.default_rng(seed)
-    drawn = [world.sample_attributes(rng) for _ in range(lines)]
-    return [write(attributes, rng) for attributes in drawn for write in (world.write_prompt, world.write_caption)]
+    drawn = [kind.sample(rng) for _ in range(lines)]
+    return [write(scene, rng) for scene in drawn for write in (kind.write_prompt, kind.write_caption)]
 
 
 def build_tokenizer(texts: list[str], max_length: int) -> PreTrainedTokenizerFast:

@@ -26,7 +26,11 @@ from univigu.evaluation.claims import score_item, summarise
 if TYPE_CHECKING:
     from components.pipeline.step import Step
 
-BENCHMARKS = {"digits": "components.digits.benchmark", "pairs": "components.evaluation.pairs"}
+BENCHMARKS = {
+    "digits": "components.digits.benchmark",
+    "pairs": "components.evaluation.pairs",
+    "stories": "components.digits.stories.benchmark",
+}
 DATA = ("prompts", "checked_prompts", "clips", "checked_clips", "captions", "pairs")  # inputs, in the data's order
 KINDS = ("captions", "generations", "joint")  # of held-out items; also the profile's keys for their numbers
 SHEET_COLUMNS = 5

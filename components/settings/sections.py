@@ -233,7 +233,7 @@ class EncodeLatents(Section):
 class EvaluateModel(Section):
     """What the trained model is measured on."""
 
-    benchmark: Name = setting("digits, for the built-in toy dataset, or pairs, for any other")
+    benchmark: Name = setting("digits or stories, for the worlds of the built-in toy dataset, or pairs, for any other")
     captions: Count = setting("Held-out clips to caption, at most", "clips")
     generations: Count = setting("Held-out prompts to generate videos from", "prompts")
     joint: Count = setting("Held-out prompts for joint sampling of video and text", "prompts")

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 from components.cli.main import app
 from components.digits import autoencoder, generator, pretrain, world
+from components.digits.stories.recogniser import load_recogniser
 from components.digits.training import Fit, load_tensors, train
+from components.digits.worlds import STORIES
 from univigu.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).parents[3]
@@ -53,6 +56,26 @@ def small(tmp_path_factory):
     result = CliRunner().invoke(app, ["pretrain", *arguments, "--heldout", str(ROOT / "data" / "heldout.json")])
     assert result.exit_code == 0, result.output
     return folder, pretrain.load_config(folder / "small.yaml")
+
+
+@pytest.mark.slow
+def test_the_same_command_makes_the_base_of_the_other_world(tmp_path):
+    small = SMALL.replace("generator:", "generator:\n  saved_precision: fp16")
+    (tmp_path / "small.yaml").write_text("world: stories" + small)
+    options = {"settings": "small.yaml", "out": "out", "work": "work", "recogniser": "recogniser"}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(tmp_path / value))]
+    result = CliRunner().invoke(app, ["pretrain", *arguments, "--heldout", str(ROOT / "data" / "heldout-stories.json")])
+    assert result.exit_code == 0, result.output
+    assert "generator.then" in result.output
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    pipe = WanPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    config = pretrain.load_config(tmp_path / "small.yaml")
+    clips = generator.generate(pipe, config.generator, ["A red three waits. A blue two moves left slowly."], 0)
+    seen = pretrain.JUDGES["stories"].read(load_recogniser(tmp_path / "recogniser"), clips)
+    assert all(name in ("passes", "side", *STORIES.questions) for facts in seen for name in facts)
+    caption = STORIES.write_caption(STORIES.sample(np.random.default_rng(0)), np.random.default_rng(0))
+    assert pipe.tokenizer.unk_token_id not in pipe.tokenizer(caption).input_ids
 
 
 @pytest.mark.slow
@@ -123,6 +146,12 @@ def test_mistakes_are_named(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text("generator: {layers: 3}")
     with pytest.raises(ConfigError, match="layers"):
         pretrain.load_config(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("world: letters")
+    with pytest.raises(ConfigError, match="choose from digits, stories"):
+        pretrain.load_config(tmp_path / "bad.yaml")
+    pretrain.pretrain(tmp_path / "out", tmp_path / "other", pretrain.PretrainConfig("stories", corpus_lines=9), ())
+    with pytest.raises(ConfigError, match="world 'stories'"):
+        pretrain.pretrain(tmp_path / "out", tmp_path / "other", pretrain.PretrainConfig(corpus_lines=9), ())
     with pytest.raises(ConfigError, match="polish"):
         pretrain.pretrain(tmp_path / "out", tmp_path / "work", phases=("polish",))
     with pytest.raises(MissingInputError, match="autoencoder"):

@@ -64,7 +64,7 @@ def test_the_profile_of_an_event_overrides_the_default_and_must_exist():
     assert retraining.announced_profile({"digest": DIGEST}, "tiny") == "tiny"
     for wrong in ("huge", "../smoke.yaml", "", None, ["smoke"]):
         with pytest.raises(
-            BadInputError, match=r"'profile' is .* not a profile; emit .* with one of long, smoke, tiny"
+            BadInputError, match=r"'profile' is .* not a profile; emit .* with one of long, smoke, stories, tiny"
         ):
             retraining.announced_profile({"digest": DIGEST, "profile": wrong}, "tiny")
 

@@ -211,7 +211,7 @@ def test_a_file_that_holds_no_profile_is_refused_in_one_sentence(write, text, sa
 def test_a_missing_file_and_an_unknown_name_are_named():
     assert "no profile file nowhere/mine.yaml" in refusal("nowhere/mine.yaml")
     for choose in (load_profile, lambda name: use_profile(name, Path("."))):
-        with pytest.raises(ConfigError, match=r"no profile 'huge'.*; choose one of long, smoke, tiny"):
+        with pytest.raises(ConfigError, match=r"no profile 'huge'.*; choose one of long, smoke, stories, tiny"):
             choose("huge")
 
 
