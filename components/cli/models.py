@@ -39,7 +39,7 @@ def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json
         print(f"No version of '{name}' is registered; `univigu run register-model` registers one.")
     else:
         columns = ("version", "aliases", "registered", "score", "dataset", "at registration")
-        _table(
+        show_table(
             columns,
             [
                 (
@@ -152,7 +152,7 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
         print(f"There is no decision about '{name}' yet.")
         return
     columns = ("when (UTC)", "who", "outcome", "from", "to", "why", "comparison")
-    _table(
+    show_table(
         columns,
         [
             (
@@ -322,7 +322,7 @@ def _show_comparison(comparison: "Comparison") -> None:
                     str(score["n"]),
                 )
             )
-        _table((comparison.metric, "value", "95 % interval", "items"), rows)
+        show_table((comparison.metric, "value", "95 % interval", "items"), rows)
     verdict = "is better" if comparison.better else "would not be promoted"
     print(f"Version {comparison.challenger} {verdict}: {comparison.reason}.")
 
@@ -358,7 +358,8 @@ def _show_trace(found: dict[str, Any]) -> None:
     _console().print(tree)
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table; outside a terminal its lines don't wrap, for `grep`."""
     from rich.table import Table
     from rich.text import Text
 
