@@ -9,7 +9,7 @@ from components.evaluation.suite.data import Clip, Dataset
 from components.prompts.embeddings import Neighbours
 from univigu.errors import MissingInputError
 from univigu.evaluation.claims import score_item, summarise
-from univigu.evaluation.intervals import RESAMPLES, clustered_mean, jackknife, mean, share
+from univigu.evaluation.intervals import CONFIDENCE, DIGITS, RESAMPLES, clustered_mean, jackknife, mean, share
 from univigu.evaluation.texts import distinct_share, repeated_share, words
 from univigu.extras import import_extra
 
@@ -82,7 +82,7 @@ def score_content(clips: Sequence[Clip], said: Sequence[str], seed: int) -> Scor
 def score_overlap(references: Sequence[Sequence[str]], said: Sequence[str], seed: int) -> Scores:
     """``bleu`` and ``chrf`` of the corpus (0 to 100), and ``rouge_l`` (0 to 1) and ``cider`` (0 to 10) per clip.
 
-    BLEU and chrF are sacrebleu's, with its bootstrap; ROUGE-L is rouge-score's F-measure with stems, of the reference
+    BLEU and chrF are sacrebleu's; ROUGE-L is rouge-score's F-measure with stems, of the reference
     that fits best; CIDEr-D is pycocoevalcap's, whose weights of n-grams come from these references, after a tokenizer
     of ours in place of its Java one. So compare CIDEr only on the same references.
     """
@@ -94,20 +94,36 @@ def score_overlap(references: Sequence[Sequence[str]], said: Sequence[str], seed
         cider += (" ".join(words(text)), [" ".join(words(one)) for one in theirs])
     _, by_clip = cider.compute_score()
     return {
-        "bleu": _corpus_score("BLEU", references, said),
-        "chrf": _corpus_score("CHRF", references, said),
+        "bleu": _corpus_score("BLEU", references, said, seed),
+        "chrf": _corpus_score("CHRF", references, said, seed),
         "rouge_l": mean(rouge, seed),
         "cider": mean(by_clip, seed),
     }
 
 
-def _corpus_score(metric: str, references: Sequence[Sequence[str]], said: Sequence[str]) -> dict[str, float | int]:
-    """A metric of sacrebleu, with the 95 % interval of its own bootstrap over clips, which has a fixed seed."""
+def _corpus_score(
+    metric: str, references: Sequence[Sequence[str]], said: Sequence[str], seed: int
+) -> dict[str, float | int]:
+    """A metric of sacrebleu over the corpus, with the percentile bootstrap's interval over clips.
+
+    sacrebleu's own bootstrap mixes types, and fails where a resample scores 0, so its counts of each clip are resampled
+    here and its formula is applied to their sums.
+    """
+    import numpy as np
+
     most = max(map(len, references))
     streams = [[one[rank] if rank < len(one) else None for one in references] for rank in range(most)]
-    found = getattr(import_extra("sacrebleu.metrics"), metric)().corpus_score(list(said), streams, RESAMPLES)
-    low, high = float(found._mean - found._ci), float(found._mean + found._ci)
-    return {"value": round(found.score, 6), "low": round(low, 6), "high": round(high, 6), "n": len(said)}
+    scorer = getattr(import_extra("sacrebleu.metrics"), metric)()
+    counts = np.array(scorer._extract_corpus_statistics(list(said), streams), dtype=np.float64)
+    drawn = np.random.default_rng(seed).multinomial(len(said), np.full(len(said), 1 / len(said)), size=RESAMPLES)
+
+    def score(totals: "np.ndarray") -> float:
+        return float(scorer._compute_score_from_stats(totals.astype(int).tolist()).score)
+
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile([score(totals) for totals in drawn @ counts], [tail, 100 - tail])
+    values = {"value": score(counts.sum(0)), "low": float(low), "high": float(high)}
+    return {**{name: round(value, DIGITS) for name, value in values.items()}, "n": len(said)}
 
 
 def score_variety(said: Sequence[str], seed: int) -> Scores:
@@ -156,7 +172,7 @@ def embed(folder: Path, texts: Sequence[str]) -> "np.ndarray":
 
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"There is no embedding model in '{folder}' (no config.json); check --embedder.")
-    if read_json(folder / "config.json").get("model_type") == "model2vec":
+    if read_json(folder / "config.json").get("model_type", "model2vec") == "model2vec":
         found = import_extra("model2vec").StaticModel.from_pretrained(folder).encode(list(texts))
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
     model, parts = Neighbours(folder, 0.0), range(0, len(texts), EMBEDDED_AT_ONCE)
