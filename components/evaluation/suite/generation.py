@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from univigu.pipeline import UniViGUPipeline
 
 CHECKS = {"flicker": "flicker", "motion": "displacement"}  # of `components.checks`, and the score that each gives
-DIVERSE = 8  # prompts that are sampled twice
+DIVERSE = 8  # clips that are compared with another one of their prompt
+FEWEST = 2  # values that have an interval
 Keep = Callable[[Prompt, "np.ndarray"], None]
 
 
@@ -37,6 +38,7 @@ class Generated:
     measured: dict[str, float] = field(default_factory=dict)
     features: Any = None
     embedded: Any = None  # by CLIP
+    frames: Any = None  # of the first `DIVERSE`
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def generate_clips(
             row.features = judges.features.read(frames[0])
         if judges.clip:
             (row.embedded,) = judges.clip.videos(frames)
+        row.frames = frames[0] if len(made) <= DIVERSE else None
         keep(prompt, frames[0])
     return made
 
@@ -79,8 +82,9 @@ def score_generation(
 ) -> tuple[Scores, LeftOut]:
     """``facts`` by the recogniser, ``flicker``, ``motion``, ``diversity``, ``r_precision`` by CLIP, and ``fvd``."""
     good = [row for row in made if not row.failure]
-    scores = {name: mean([row.measured[name] for row in good], seed) for name in CHECKS}
-    left_out: LeftOut = {}
+    values = {name: [row.measured[name] for row in good] for name in CHECKS} | {"diversity": _distances(pipeline, good)}
+    scores = {name: mean(found, seed) for name, found in values.items() if len(found) >= FEWEST}
+    left_out = {name: "fewer than two clips were made" for name in values if name not in scores}
     if dataset.world:
         right = [score_item(dataset.world.asked(row.prompt.text), row.seen) for row in made]
         by_attribute = summarise(right, seed)
@@ -88,8 +92,6 @@ def score_generation(
         scores |= {f"fact.{name}": score for name, score in by_attribute.items()}
     else:
         left_out["facts"] = "no independent recogniser knows this world; give --clip to judge the clips by CLIP"
-    distances = _distances(pipeline, good[:DIVERSE])
-    scores["diversity"] = mean(distances, seed)
     if judges.clip is None:
         left_out["r_precision"] = "no --clip was given: a folder of a CLIP model"
     else:
@@ -153,14 +155,22 @@ def score_joint(
 
 
 def _distances(pipeline: "UniViGUPipeline", made: Sequence[Generated]) -> list[float]:
-    """Of each prompt's two clips from different seeds, the mean absolute difference of pixels, in grey levels."""
+    """The mean absolute difference of pixels between clips and another one of their prompt, in grey levels.
+
+    The other one is among `made`, or is generated from the next seed; a clip whose other one fails is left out.
+    """
     import numpy as np
 
+    first = [row for row in made if row.frames is not None]
     found = []
-    for row in made:
-        seeds = [row.prompt.seed, row.prompt.seed + 1]
-        one, other = pipeline.generate([row.prompt.text] * 2, seed=seeds)
-        found.append(float(np.abs(one.astype(np.float32) - other.astype(np.float32)).mean()))
+    for row in first:
+        other = next((one.frames for one in first if one is not row and one.prompt.text == row.prompt.text), None)
+        if other is None:
+            try:
+                (other,) = pipeline.generate(row.prompt.text, seed=[row.prompt.seed + 1])
+            except UniViGUError:
+                continue
+        found.append(float(np.abs(row.frames.astype(np.float32) - other.astype(np.float32)).mean()))
     return found
 
 

@@ -1,6 +1,8 @@
 """`univigu evaluate` as people meet it: what it prints, writes and refuses."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,12 +10,15 @@ import pytest
 
 from components.cli.evaluate import check_world
 from components.cli.main import main
+from components.digits import benchmark, evaluation
 from components.evaluation.suite.data import Clip, Dataset, open_dataset
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError
+from univigu.video import encode_mp4
 
 REPO = Path(__file__).parents[3]
 MODEL = REPO / "model/tiny-univigu"
+PAGE = (REPO / "docs/evaluate.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -29,18 +34,41 @@ def univigu(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the commands of the page name, as few clips and prompts as there may be."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "model"):
+        (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "my-clips").mkdir()
+    for item in benchmark.load_heldout(REPO / "data/heldout.json")["captions"][:2]:
+        (tmp_path / f"my-clips/{item['id']}.mp4").write_bytes(encode_mp4(benchmark.render([item])[0], 8))
+        (tmp_path / f"my-clips/{item['id']}.txt").write_text(evaluation.references(item)[0])
+    (tmp_path / "vbench").mkdir()
+    prompts = [{"prompt_en": "a red seven moves up", "dimension": ["color"]}]
+    (tmp_path / "vbench/VBench_full_info.json").write_text(json.dumps(prompts))
+    return tmp_path
+
+
 @pytest.mark.slow
-def test_it_prints_a_table_and_writes_the_same_figures(univigu, tmp_path):
-    path = tmp_path / "new/evaluation.json"
-    options = ("--model", MODEL, "--task", "caption", "--count", 2, "-o", path)
-    code, out, _ = univigu("evaluate", "--data", REPO / "data/heldout.json", *options)
-    assert code == 0
+@pytest.mark.parametrize("command", re.findall(r"^univigu (evaluate .*)$", PAGE, re.M))
+def test_the_commands_of_the_page_print_a_table_and_write_the_same_figures(univigu, place, command):
+    words = shlex.split(command)
+    if "20" in words:  # the page's number would take too long here
+        words[words.index("20")] = "2"
+    code, out, err = univigu(*words)
+    assert code == 0, err
+    (path,) = place.glob("reports/*.json")
     report = json.loads(path.read_text())
-    lines = {line.split()[1]: line for line in out.splitlines() if line.startswith("caption: ")}
-    assert lines.keys() == report["scores"]["caption"].keys()
-    assert lines["facts"].split()[-1] == "2"
-    assert "left out of caption: similarity (no --embedder was given" in out
-    assert report["data"] == "digits"
+    for task, scores in report["scores"].items():
+        lines = {line.split()[1]: line.split() for line in out.splitlines() if line.startswith(f"{task}: ")}
+        assert lines.keys() == scores.keys()
+        assert all(int(line[-1]) == scores[name]["n"] for name, line in lines.items())
+    assert not report["failed"]
+    if "vbench" in words:
+        assert len(list((place / "reports/vbench/videos").glob("a red seven moves up-?.mp4"))) == 5
+    else:
+        assert "left out of caption: similarity (no --embedder was given" in out
 
 
 def test_bad_data_is_one_sentence_and_no_file(univigu, tmp_path):
