@@ -1,6 +1,5 @@
 """`univigu evaluate`: figures of any model on any clips, captions or prompts, as a table and as JSON."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from components.cli.generate import PANEL, Model, Name, Root, Seed
 from components.cli.known_words import find_unknown_words
 from components.cli.messages import say
 from univigu.errors import BadInputError
+from univigu.files import write_json
 
 if TYPE_CHECKING:
     from components.evaluation.suite.data import Dataset
@@ -64,19 +64,23 @@ def evaluate(
     from components.evaluation.suite.data import open_dataset
     from components.evaluation.suite.run import Choice, choose_tasks, evaluate
 
-    if output.is_dir():
-        raise BadInputError(f"'{output}' is a folder; give the name of the JSON file to write with --output.")
+    if output.is_dir() or output.suffix != ".json":
+        raise BadInputError(f"'{output}' is not the name of a JSON file; give one that ends with .json to --output.")
     dataset = open_dataset(data)
     tasks = choose_tasks(dataset, task or [])
+    samples = output.with_suffix("") if dataset.benchmark else None
+    if samples and samples.exists():
+        raise BadInputError(
+            f"'{samples}' exists, and samples of two evaluations must not mix; remove it, or give another --output."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)  # which may fail, so before the samples
     folder = find_model(model, name, root)
     pipeline = load(folder)
     pipeline.progress_bar = iter  # the progress over samples is enough
     check_world(pipeline, folder, dataset.first(count))
-    samples = output.with_suffix("") if dataset.benchmark else None
     report = evaluate(pipeline, dataset, Choice(tasks, count, seed, retrieval, embedder, features, clip, samples))
     report = describe(pipeline, folder, dataset) | {"count": count, "seed": seed} | report
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(output, report)
     show(report)
     for path in report["written"]:
         say(f"{path}: for {dataset.name}'s own scripts: `{dataset.benchmark.scored_by}`")
@@ -110,7 +114,7 @@ def check_world(pipeline: "UniViGUPipeline", folder: Path, dataset: "Dataset") -
 
 def show(report: Mapping[str, Any]) -> None:
     """Print the figures of each task as a table, then what was left out and what failed."""
-    from components.cli.models import show_table
+    from components.cli.models import printable, show_table
 
     for task, scores in report["scores"].items():
         rows = [
@@ -125,7 +129,8 @@ def show(report: Mapping[str, Any]) -> None:
         for why, names in by_reason.items():
             print(f"left out of {task}: {', '.join(names)} ({why})")
     if failed := report["failed"]:
-        print(f"{len(failed)} samples failed and count as wrong, the first ({failed[0]['id']}): {failed[0]['why']}")
+        line = f"{len(failed)} samples failed and count as wrong, the first ({failed[0]['id']}): {failed[0]['why']}"
+        print(printable(line))
 
 
 def _size(shape: tuple[int, int, int]) -> str:

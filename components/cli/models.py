@@ -332,7 +332,7 @@ def _show_trace(found: dict[str, Any]) -> None:
     from rich.tree import Tree
 
     def text(line: str) -> Text:
-        return Text(_printable(line), overflow="fold")
+        return Text(printable(line), overflow="fold")
 
     model, dataset, prompts = found["model"], found["dataset"], found["prompts"]
     aliases = f" ({', '.join(model['aliases'])})" if model["aliases"] else ""
@@ -365,7 +365,7 @@ def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
 
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(_printable(cell), overflow="fold") for cell in row))
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in row))
     _console().print(table)
 
 
@@ -379,7 +379,7 @@ def _console() -> Any:
     return console
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Untrusted text without control characters, which a terminal would interpret."""
     return "".join(character if character.isprintable() else " " for character in text)
 

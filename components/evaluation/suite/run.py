@@ -156,9 +156,8 @@ def _score_likelihood(pipeline: "UniViGUPipeline", rows: Sequence[Captioned], ch
     seen = [row for row in rows[: choice.retrieval] if row.latents is not None]
     if len(seen) < FEWEST:
         return scores, dict.fromkeys(names[3:], "fewer than two clips to find one among")
-    ranked = retrieve(
-        pipeline, [row.latents for row in seen if row.latents is not None], [row.clip.references[0] for row in seen]
-    )
+    latents = [row.latents for row in seen if row.latents is not None]
+    ranked = retrieve(pipeline, latents, [row.clip.references[0] for row in seen], choice.seed)
     lost = [False] * (len(rows[: choice.retrieval]) - len(seen))  # a clip that failed finds nothing
     scores["retrieval.text_of_clip"] = share([*ranked.text_of_clip, *lost])
     scores["retrieval.clip_of_text"] = share([*ranked.clip_of_text, *lost])

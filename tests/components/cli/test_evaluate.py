@@ -84,6 +84,14 @@ def test_bad_data_is_one_sentence_and_no_file(univigu, tmp_path):
     assert not output.exists()
 
 
+def test_samples_of_two_evaluations_are_not_mixed(univigu, place):
+    (place / "reports/evaluation/videos").mkdir(parents=True)
+    code, out, err = univigu("evaluate", "--data", "vbench", "--model", MODEL)
+    assert (code, out) == (65, "")
+    assert "'reports/evaluation' exists" in err
+    assert univigu("evaluate", "--data", "vbench", "--output", "figures.txt")[0] == 65
+
+
 def test_a_model_of_another_world_is_refused():
     pipeline = UniViGUPipeline.from_pretrained(MODEL)
     heldout = open_dataset(REPO / "data/heldout.json").first(20)
