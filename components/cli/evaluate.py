@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from components.evaluation.suite.data import Dataset
     from univigu.pipeline import UniViGUPipeline
 
+COUNT = 100  # samples of each task, where none is given
 MOST_UNKNOWN = 0.5  # share of the words of the texts, beyond which a model is of another world
 EXAMPLES = (
     "Examples: `univigu evaluate --data data/heldout.json --count 50`; "
@@ -41,7 +42,14 @@ def evaluate(
         list[str] | None,
         typer.Option(help="caption, generate or joint; may be repeated. (default: all that the data allows)"),
     ] = None,
-    count: Annotated[int, typer.Option(min=2, help="The most samples of each task.")] = 100,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help=f"The most samples of each task. (default: {COUNT}; all of a published benchmark)",
+            show_default=False,
+        ),
+    ] = None,
     retrieval: Annotated[
         int, typer.Option(min=0, help="The most clips among which each has to be found; 0: don't measure it.")
     ] = 100,
@@ -77,6 +85,7 @@ def evaluate(
     folder = find_model(model, name, root)
     pipeline = load(folder)
     pipeline.progress_bar = iter  # the progress over samples is enough
+    count = choose_count(dataset, count)
     check_world(pipeline, folder, dataset.first(count))
     report = evaluate(pipeline, dataset, Choice(tasks, count, seed, retrieval, embedder, features, clip, samples))
     report = describe(pipeline, folder, dataset) | {"count": count, "seed": seed} | report
@@ -85,6 +94,14 @@ def evaluate(
     for path in report["written"]:
         say(f"{path}: for {dataset.name}'s own scripts: `{dataset.benchmark.scored_by}`")
     say(f"{output}: the figures, and all samples")
+
+
+def choose_count(dataset: "Dataset", asked: int | None) -> int:
+    """The most samples of each task; says so where a benchmark's scores can't be compared with published ones."""
+    most = max(len(dataset.clips), len(dataset.prompts), len(dataset.joint))
+    if dataset.benchmark and asked is not None and asked < most:
+        say(f"This is a part of {dataset.name}, {asked} of {most} samples: don't compare it with published scores.")
+    return asked or (most if dataset.benchmark else COUNT)
 
 
 def describe(pipeline: "UniViGUPipeline", folder: Path, dataset: "Dataset") -> dict[str, Any]:

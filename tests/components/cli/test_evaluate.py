@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.cli.evaluate import check_world
+from components.cli.evaluate import check_world, choose_count
 from components.cli.main import main
 from components.digits import benchmark, evaluation
 from components.evaluation.suite.data import Clip, Dataset, open_dataset
@@ -66,6 +66,7 @@ def test_the_commands_of_the_page_print_a_table_and_write_the_same_figures(univi
         assert all(int(line[-1]) == scores[name]["n"] for name, line in lines.items())
     assert not report["failed"]
     if "vbench" in words:
+        assert "This is a part" not in err
         assert len(list((place / "reports/vbench/videos").glob("a red seven moves up-?.mp4"))) == 5
     else:
         assert "left out of caption: similarity (no --embedder was given" in out
@@ -90,6 +91,15 @@ def test_samples_of_two_evaluations_are_not_mixed(univigu, place):
     assert (code, out) == (65, "")
     assert "'reports/evaluation' exists" in err
     assert univigu("evaluate", "--data", "vbench", "--output", "figures.txt")[0] == 65
+
+
+def test_a_part_of_a_benchmark_is_called_one(place, capsys):
+    dataset = open_dataset(Path("vbench"))
+    assert [choose_count(dataset, count) for count in (None, 5, 9)] == [5, 5, 9]
+    assert not capsys.readouterr().err
+    assert choose_count(dataset, 2) == 2
+    assert "a part of VBench, 2 of 5 samples" in capsys.readouterr().err
+    assert choose_count(open_dataset(Path("data/heldout.json")), None) == 100
 
 
 def test_a_model_of_another_world_is_refused():
