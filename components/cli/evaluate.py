@@ -29,36 +29,44 @@ def _folder(what: str) -> typer.models.OptionInfo:
     return typer.Option(metavar="FOLDER", help=what, show_default=False)
 
 
-def evaluate(
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="A folder of videos with captions, a table (.jsonl, .csv, .parquet), data/heldout.json, or the folder "
-            "of VBench, DREAM-1K or VDC.",
-        ),
-    ],
-    model: Model = "",
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="caption, generate or joint; may be repeated. (default: all that the data allows)"),
-    ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help=f"The most samples of each task. (default: {COUNT}; all of a published benchmark)",
-            show_default=False,
-        ),
-    ] = None,
-    retrieval: Annotated[
-        int, typer.Option(min=0, help="The most clips among which each has to be found; 0: don't measure it.")
-    ] = 100,
-    embedder: Annotated[Path | None, _folder("A sentence-transformers or model2vec model, for similarity.")] = None,
-    features: Annotated[Path | None, _folder("A video network such as VideoMAE, for the Fréchet distance.")] = None,
-    clip: Annotated[Path | None, _folder("A CLIP model, which judges whether clips fit their prompts.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path(
-        "reports/evaluation.json"
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="A folder of videos with captions, a table (.jsonl, .csv, .parquet), data/heldout.json, or the folder of "
+        "VBench, DREAM-1K or VDC.",
     ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="caption, generate or joint; may be repeated. (default: all that the data allows)"),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help=f"The most samples of each task. (default: {COUNT}; all of a published benchmark)",
+        show_default=False,
+    ),
+]
+Retrieval = Annotated[
+    int, typer.Option(min=0, help="The most clips among which each has to be found; 0: don't measure it.")
+]
+Embedder = Annotated[Path | None, _folder("A sentence-transformers or model2vec model, for similarity.")]
+Features = Annotated[Path | None, _folder("A video network such as VideoMAE, for the Fréchet distance.")]
+Clip = Annotated[Path | None, _folder("A CLIP model, which judges whether clips fit their prompts.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")]
+
+
+def evaluate(
+    data: Data,
+    model: Model = "",
+    task: Tasks = None,
+    count: Count = None,
+    retrieval: Retrieval = 100,
+    embedder: Embedder = None,
+    features: Features = None,
+    clip: Clip = None,
+    output: Output = Path("reports/evaluation.json"),
     seed: Seed = 0,
     name: Name = NAME,
     root: Root = Path("."),
