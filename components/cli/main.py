@@ -17,6 +17,7 @@ import typer
 
 from components.cli import (
     data,
+    evaluate,
     fetch,
     generate,
     logs,
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 
 generate.add_to(app)
+evaluate.add_to(app)
 train_job.add_to(app)
 plan.add_to(app)
 fetch.add_to(app)

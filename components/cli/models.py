@@ -39,7 +39,7 @@ def list_versions(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json
         print(f"No version of '{name}' is registered; `univigu run register-model` registers one.")
     else:
         columns = ("version", "aliases", "registered", "score", "dataset", "at registration")
-        _table(
+        show_table(
             columns,
             [
                 (
@@ -152,7 +152,7 @@ def history(name: Name = "uni-vigu", root: Root = Path("."), as_json: Json = Fal
         print(f"There is no decision about '{name}' yet.")
         return
     columns = ("when (UTC)", "who", "outcome", "from", "to", "why", "comparison")
-    _table(
+    show_table(
         columns,
         [
             (
@@ -322,7 +322,7 @@ def _show_comparison(comparison: "Comparison") -> None:
                     str(score["n"]),
                 )
             )
-        _table((comparison.metric, "value", "95 % interval", "items"), rows)
+        show_table((comparison.metric, "value", "95 % interval", "items"), rows)
     verdict = "is better" if comparison.better else "would not be promoted"
     print(f"Version {comparison.challenger} {verdict}: {comparison.reason}.")
 
@@ -332,7 +332,7 @@ def _show_trace(found: dict[str, Any]) -> None:
     from rich.tree import Tree
 
     def text(line: str) -> Text:
-        return Text(_printable(line), overflow="fold")
+        return Text(printable(line), overflow="fold")
 
     model, dataset, prompts = found["model"], found["dataset"], found["prompts"]
     aliases = f" ({', '.join(model['aliases'])})" if model["aliases"] else ""
@@ -358,13 +358,14 @@ def _show_trace(found: dict[str, Any]) -> None:
     _console().print(tree)
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table; outside a terminal its lines don't wrap, for `grep`."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(_printable(cell), overflow="fold") for cell in row))
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in row))
     _console().print(table)
 
 
@@ -378,7 +379,7 @@ def _console() -> Any:
     return console
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Untrusted text without control characters, which a terminal would interpret."""
     return "".join(character if character.isprintable() else " " for character in text)
 

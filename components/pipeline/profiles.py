@@ -133,6 +133,13 @@ def check_watched(name: str, profile: Mapping[str, Any], root: Path) -> None:
         )
 
 
+def require_longer_captions(profile: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a profile's captions may be as short as its prompts."""
+    from components.settings.sections import Text
+
+    Text.model_validate(profile["text"]).require_longer_captions()
+
+
 def settings_page() -> str:
     """The page of all settings, as Markdown."""
     from components.settings.reference import write_page

@@ -14,6 +14,10 @@ _EXTRAS = {
     "uvicorn": "serve",
     "starlette": "serve",
     "python_multipart": "serve",
+    "sacrebleu": "evaluate",
+    "rouge_score": "evaluate",
+    "pycocoevalcap": "evaluate",
+    "model2vec": "evaluate",
 }
 
 

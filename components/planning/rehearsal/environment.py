@@ -13,6 +13,7 @@ from components.captions.captioners import load_captioner
 from components.checks import load_caption_checks
 from components.clips.gate import load_gate
 from components.orchestration.train_job import Settings, build
+from components.pipeline.profiles import require_longer_captions
 from components.pipeline.stages import STAGES, find_stage
 from components.planning.cost import plan_hours, plan_storage
 from components.planning.meta_models import MetaModels
@@ -54,7 +55,7 @@ def check_generator(profile: Profile, root: Path) -> str:
 def describe_texts(profile: Profile) -> str:
     """Describe the token ranges. Raises `ConfigError` if a caption may be as short as a prompt."""
     text = profile["text"]
-    Text.model_validate(text).require_longer_captions()
+    require_longer_captions(profile)
     (_, longest), (fewest, most) = text["prompt_tokens"], text["caption_tokens"]
     return f"prompts up to {longest} of {text['prompt_length']}, captions {fewest} to {most}"
 

@@ -7,7 +7,7 @@ not independent. Several trainings that differ in their seed get a bootstrap ove
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -39,6 +39,37 @@ def _wilson(hits: int, n: int) -> tuple[float, float]:
     low = 0.0 if hits == 0 else (centre - half) / (n + z**2)
     high = 1.0 if hits == n else (centre + half) / (n + z**2)
     return low, high
+
+
+def mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> Score:
+    """The mean of one number per item (n,), with the percentile bootstrap's interval over items, drawn from `seed`.
+
+    Raises `BadInputError` for fewer than two items, which have no interval.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    _check_items(values.size)
+    return _score(float(values.mean()), *_bootstrap(values[:, None], np.ones((values.size, 1)), seed), values.size)
+
+
+def jackknife(statistic: Callable[[np.ndarray], float], items: int) -> Score:
+    """A statistic of a whole set of items, with a normal interval from the jackknife (Efron and Tibshirani 1993, 11).
+
+    statistic: from the indices of items (k,) to the statistic of these alone. The bootstrap is not used: it draws items
+    twice, which biases statistics that count different ones or measure their spread. Raises `BadInputError` for fewer
+    than two items.
+    """
+    _check_items(items)
+    every = np.arange(items)
+    value = statistic(every)
+    without = np.array([statistic(np.delete(every, item)) for item in every])
+    error = math.sqrt((items - 1) / items * float(((without - without.mean()) ** 2).sum()))
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+    return _score(value, value - half, value + half, items)
+
+
+def _check_items(count: int) -> None:
+    if count < 2:
+        raise BadInputError(f"An interval needs at least two items, and there are {count}; evaluate more.")
 
 
 def clustered_mean(correct: Sequence[Mapping[str, bool]], seed: int = 0) -> Score:
