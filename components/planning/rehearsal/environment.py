@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.captions.captioners import load_captioner
-from components.checks import load_caption_checks
+from components.checks import load_caption_checks, require_packages
 from components.clips.gate import load_gate
 from components.orchestration.train_job import Settings, build
 from components.pipeline.stages import STAGES, find_stage
@@ -39,9 +39,9 @@ def describe_texts(profile: Profile) -> str:
 
 
 def check_captioner(profile: Profile, root: Path) -> str:
-    """The captioner and all named checks exist, and the captioner's environment variables are set."""
+    """The captioner and all named checks exist, with their packages, and the captioner's variables are set."""
     settings = profile["caption_videos"]
-    load_gate(profile["synthesize_videos"]["checks"], root)
+    require_packages(check.module for check in load_gate(profile["synthesize_videos"]["checks"], root))
     load_caption_checks(settings["checks"])
     load_caption_checks(profile["validate_data"]["caption_checks"])
     unset = [name for name in _variables(settings) if not os.environ.get(name)]
