@@ -211,17 +211,28 @@ def withdraw(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Withdraw even if nothing is left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; change nothing.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Then run all affected steps again, up to a new registered version.")
+    ] = False,
+    profile: Profile = None,
     root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
 ) -> None:
     """Withdraw data: later runs leave it out, and models that learned from it are named and tagged."""
     from components.registry import withdrawal
 
     request = withdrawal.Request(source, item, video)
+    if retrain:
+        from components.cli import retrain as again
+
+        before = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=True)
+        again.check_retraining(root, before["outputs"], dry_run)
     with activity("Looking for all that comes from it"):
         found = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=dry_run)
     print("\n".join(withdrawal.describe(found)))
     if report:
         withdrawal.write_report(report, found)
+    if retrain:
+        again.retrain(root, found["outputs"], profile_in_use(profile, root))
 
 
 @app.command(epilog="Example: `univigu data edit --id 3f2a-0 --exclude --dry-run`")
