@@ -235,6 +235,35 @@ def withdraw(
         again.retrain(root, found["outputs"], profile_in_use(profile, root))
 
 
+@app.command("score-captions", epilog="Example: `univigu data score-captions --clip model/clip`")
+def score_captions(
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a CLIP-like model. (default: the recogniser of the built-in toy dataset)",
+            show_default=False,
+        ),
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Clips to read, at most; they are spread over all.")] = 500,
+    root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
+) -> None:
+    """Let an independent reader say whether captions fit their clips; writes reports/caption-quality.json."""
+    from components.evaluation.caption_quality import measure_captions
+    from univigu.files import write_json
+
+    with activity("Reading clips and captions"):
+        found = measure_captions(root, clip, most)
+    target = root / "reports/caption-quality.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, found)
+    quality = found["quality"]
+    interval = f"{quality['low']:.3f} to {quality['high']:.3f}"
+    print(f"{found['captions']} captions, read by {found['reader']}: {quality['value']:.3f} ({interval})")
+    for line in found["lowest"][:3]:
+        print(f"lowest: {line['id']} {line['score']:.3f} {line['caption'][:80]}")
+    print(f"{target} has more.")
+
+
 @app.command(epilog="Example: `univigu data edit --id 3f2a-0 --exclude --dry-run`")
 def edit(
     item: Annotated[str, typer.Option("--id", help="The clip, by its id.")] = "",
