@@ -21,8 +21,8 @@ from univigu.files import write_json
 def benchmarks() -> list[str]:
     """The names that `run` accepts."""
     names = {_name(module.name) for module in iter_modules(__path__)}
-    # These write reports of their own: `make measure-orchestrators`, and `univigu study`.
-    return sorted(names - {"orchestrators", "study"})
+    # These write reports of their own: `make measure-orchestrators`, `univigu study` and `univigu data score-captions`.
+    return sorted(names - {"orchestrators", "study", "caption-quality"})
 
 
 def _name(module: str) -> str:

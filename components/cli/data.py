@@ -248,7 +248,7 @@ def score_captions(
     root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
 ) -> None:
     """Let an independent reader say whether captions fit their clips; writes reports/caption-quality.json."""
-    from components.evaluation.caption_quality import measure_captions
+    from components.bench.caption_quality import measure_captions
     from univigu.files import write_json
 
     with activity("Reading clips and captions"):

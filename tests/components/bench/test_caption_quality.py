@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from components.bench.caption_quality import _by_recogniser, measure_captions
 from components.cli.main import app
 from components.clips.import_videos import import_folder
 from components.digits import world
-from components.evaluation.caption_quality import _by_recogniser, measure_captions
 from univigu.errors import ConfigError
 from univigu.video import encode_mp4
 
