@@ -72,7 +72,7 @@ def write_videos(folder: Path, count: int, frames: int = SECONDS * RATE) -> None
         content = with_bytes(pictures[number % len(pictures)], number)
         kind = number % 100
         if kind == 99:
-            content = content[: len(content) // 2]
+            content = content[: len(content) // 2 + number]
         elif kind == 98:
             content = with_bytes(pictures[(number - 1) % len(pictures)], number - 1)
         elif kind == 96:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from components.pipeline.workspace import Part
 
 TAR = "clips.tar"
-BATCH = 8  # videos that a killed run loses, at least
+BATCH = 16  # videos that a killed run loses, at least
 KINDS = ("captions", "prompts")
 
 VIDEOS = Stage(
