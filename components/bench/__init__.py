@@ -1,13 +1,14 @@
 """Benchmarks: claims about speed and cost, each measured against an alternative in the same run.
 
-One module per benchmark, with ``measure() -> dict``: at least `ratio` (ours over theirs, unless the module says
-otherwise) and the times of both sides in seconds. `univigu bench NAME` runs it and writes ``reports/bench-NAME.json``
-with the machine.
+One module per benchmark (``import_`` for `import`), with ``measure() -> dict``: at least `ratio` (ours over theirs,
+unless the module says otherwise) and the times of both sides in seconds. `univigu bench NAME` runs it and writes
+``reports/bench-NAME.json`` with the machine.
 """
 
 import platform
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -19,16 +20,27 @@ from univigu.files import write_json
 
 def benchmarks() -> list[str]:
     """The names that `run` accepts."""
-    names = {module.name.replace("_", "-") for module in iter_modules(__path__)}
-    # These write reports of their own: `make measure-orchestrators`, and `univigu study`.
-    return sorted(names - {"orchestrators", "study"})
+    names = {_name(module.name) for module in iter_modules(__path__)}
+    # These write reports of their own: `make measure-orchestrators`, `univigu study` and `univigu data score-captions`.
+    return sorted(names - {"orchestrators", "study", "caption-quality"})
 
 
-def run(name: str, root: Path) -> dict[str, Any]:
-    """Run a benchmark and write ``reports/bench-NAME.json`` under `root`; returns the report."""
+def _name(module: str) -> str:
+    return module.replace("_", "-").removesuffix("-")
+
+
+def run(name: str, root: Path, **options: int) -> dict[str, Any]:
+    """Run a benchmark and write ``reports/bench-NAME.json`` under `root`; returns the report.
+
+    options: of the benchmark, such as `videos`. Raises `ConfigError` for another benchmark or option.
+    """
     if name not in benchmarks():
         raise ConfigError(f"There is no benchmark '{name}'; choose one of {', '.join(benchmarks())}.")
-    measured = import_module(f"{__name__}.{name.replace('-', '_')}").measure()
+    (module,) = (module.name for module in iter_modules(__path__) if _name(module.name) == name)
+    measure = import_module(f"{__name__}.{module}").measure
+    if unknown := sorted(options.keys() - signature(measure).parameters.keys()):
+        raise ConfigError(f"The benchmark '{name}' has no option --{unknown[0]}; leave it out.")
+    measured = measure(**options)
     report = {"benchmark": name, **measured, "machine": machine()}
     (root / "reports").mkdir(parents=True, exist_ok=True)
     write_json(root / "reports" / f"bench-{name}.json", report)

@@ -3,10 +3,10 @@
 A module has ``check(frames, rows, settings) -> list[Finding]`` for clips (frames uint8 (B, F, H, W, 3), each with its
 row of the table `clips`; ``DEFAULTS`` has all settings and their defaults), or ``check_caption(prompt, caption,
 **settings) -> str | None`` for captions (the fault, or None), or both. Captions are quarantined with the slug `REASON`,
-or ``misses_prompt`` if the module has none.
+or ``misses_prompt`` if the module has none. ``REQUIRES`` names modules of optional packages that a check needs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -14,6 +14,7 @@ from inspect import signature
 from types import ModuleType
 
 from univigu.errors import ConfigError
+from univigu.extras import import_extra
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,10 @@ def load_checks(names: list[str], kind: str) -> list[ModuleType]:
             raise ConfigError(f"The check '{name}' has no '{kind}'; remove it from that list in the profile.")
         modules.append(module)
     return modules
+
+
+def require_packages(modules: Iterable[ModuleType]) -> None:
+    """Raise `ConfigError`, with the command that installs it, for the first package that is missing for a check."""
+    for module in modules:
+        for name in getattr(module, "REQUIRES", ()):
+            import_extra(name)

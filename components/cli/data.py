@@ -211,17 +211,57 @@ def withdraw(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Withdraw even if nothing is left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; change nothing.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Then run all affected steps again, up to a new registered version.")
+    ] = False,
+    profile: Profile = None,
     root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
 ) -> None:
     """Withdraw data: later runs leave it out, and models that learned from it are named and tagged."""
     from components.registry import withdrawal
 
     request = withdrawal.Request(source, item, video)
+    if retrain:
+        from components.cli import retrain as again
+
+        before = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=True)
+        again.check_retraining(root, before["outputs"], dry_run)
     with activity("Looking for all that comes from it"):
         found = withdrawal.withdraw(request, root, all_of_it=everything, dry_run=dry_run)
     print("\n".join(withdrawal.describe(found)))
     if report:
         withdrawal.write_report(report, found)
+    if retrain:
+        again.retrain(root, found["outputs"], profile_in_use(profile, root))
+
+
+@app.command("score-captions", epilog="Example: `univigu data score-captions --clip model/clip`")
+def score_captions(
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a CLIP-like model. (default: the recogniser of the built-in toy dataset)",
+            show_default=False,
+        ),
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Clips to read, at most; they are spread over all.")] = 500,
+    root: Annotated[Path, typer.Option(help="The work root.")] = Path("."),
+) -> None:
+    """Let an independent reader say whether captions fit their clips; writes reports/caption-quality.json."""
+    from components.bench.caption_quality import measure_captions
+    from univigu.files import write_json
+
+    with activity("Reading clips and captions"):
+        found = measure_captions(root, clip, most)
+    target = root / "reports/caption-quality.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, found)
+    quality = found["quality"]
+    interval = f"{quality['low']:.3f} to {quality['high']:.3f}"
+    print(f"{found['captions']} captions, read by {found['reader']}: {quality['value']:.3f} ({interval})")
+    for line in found["lowest"][:3]:
+        print(f"lowest: {line['id']} {line['score']:.3f} {line['caption'][:80]}")
+    print(f"{target} has more.")
 
 
 @app.command(epilog="Example: `univigu data edit --id 3f2a-0 --exclude --dry-run`")

@@ -313,6 +313,9 @@ def pretrain(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="The benchmark to run; without a name, list all names.")] = "",
+    videos: Annotated[
+        int | None, typer.Option(min=1, help="Of `import`: how many videos. (default: 1000)", show_default=False)
+    ] = None,
     root: Root = Path("."),
 ) -> None:
     """Measure speed or cost against an alternative, and write reports/bench-NAME.json."""
@@ -324,7 +327,8 @@ def bench(
         print("\n".join(bench.benchmarks()))
         return
     messages.say(f"Measuring {name}; this takes seconds to minutes.")
-    print(json.dumps(bench.run(name, root), indent=1, ensure_ascii=False))
+    options = {} if videos is None else {"videos": videos}
+    print(json.dumps(bench.run(name, root, **options), indent=1, ensure_ascii=False))
 
 
 def keep_libraries_quiet() -> None:

@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from components.checks import require_packages
 from components.clips.archive import read_tar, stream_tar
 from components.clips.buckets import STRETCH, list_buckets
 from components.clips.import_clips import NAME, Made, make_clips
 from components.clips.import_files import Videos, find_videos
 from components.clips.import_texts import Fault, Texts, printable, read_members, read_texts
+from components.clips.near_duplicates import drop_copies
 from components.pipeline.processes import usable_cores
 from components.pipeline.stages import Stage
 from components.pipeline.withdrawn import FILE as WITHDRAWN
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from components.pipeline.workspace import Part
 
 TAR = "clips.tar"
-BATCH = 8  # videos that a killed run loses, at least
+BATCH = 16  # videos that a killed run loses, at least
 KINDS = ("captions", "prompts")
 
 VIDEOS = Stage(
@@ -146,6 +148,7 @@ def import_videos(step: "Step") -> None:
     video, settings = step.settings.video, step.settings.import_videos
     check_autoencoder(step.inputs["base"], list_buckets(video))
     gate = load_gate(step.parameters["synthesize_videos"]["checks"], step.root)
+    require_packages(check.module for check in gate)
     models = gate_digests(gate)
     plans = plan_videos(step)
     for fault in plans.faults:
@@ -154,8 +157,14 @@ def import_videos(step: "Step") -> None:
         make = partial(make_clips, plans.videos, video, settings, gate)
         rows = [{**plan, "gate_models": models} for plan in plans.usable]
         clips = step.map_shards(rows, settings.shard_size, partial(_make_shard, step, pool, make), unit="videos")
-    step.rows_in = len(clips) + step.reasons.total()
     by_id = {plan["id"]: plan for plan in plans.usable}
+
+    def reject(clip: Mapping[str, Any], reason: str, detail: str) -> None:
+        name = printable(by_id[clip["plan"]]["file"])
+        step.reject(name if clip["id"] == clip["plan"] else f"{name} {clip['id']}", reason, detail, clip)
+
+    clips = drop_copies(clips, gate, reject)
+    step.rows_in = len(clips) + step.reasons.total()
     used = [by_id[clip_id] for clip_id in sorted({row["plan"] for row in clips})]
     write_table(step.out, "prompts", prompt_rows(step, used))
     write_table(step.out, "captions", [caption_row(row["id"], by_id[row["plan"]]) for row in clips])

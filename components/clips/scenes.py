@@ -1,15 +1,16 @@
-"""The scenes of a video: its parts between cuts, found by PySceneDetect's `AdaptiveDetector`.
+"""The scenes of a video: its parts between cuts, as `components.checks.cuts` finds them.
 
-That detector compares the change between two frames with the changes around it, so a fast camera is no cut. Fades and
-dissolves have no frame with a large change, and aren't found. The frames come from our own decoder, so that limits,
-hidden frames and the times of frames are those of the clips; PySceneDetect opens no file.
+The frames come from our own decoder, so that limits, hidden frames and the times of frames are those of the clips;
+PySceneDetect opens no file.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from components.clips.windows import Scene
+import numpy as np
 
-SIDE = 256  # pixels of a frame's longer side: PySceneDetect scales to this width by default, too
+from components.checks import cuts
+from components.clips.windows import Scene
 
 
 def find_scenes(source: bytes | Path, end: float, threshold: float) -> list[Scene]:
@@ -23,18 +24,13 @@ def find_scenes(source: bytes | Path, end: float, threshold: float) -> list[Scen
 
 def find_cuts(source: bytes | Path, threshold: float) -> list[float]:
     """The times of the first frames after cuts, in seconds from the first frame; raises as `read_video` does."""
-    import cv2
-    from scenedetect.common import FrameTimecode
-    from scenedetect.detectors import AdaptiveDetector
-
     from univigu.video import small_frames
 
-    cv2.setNumThreads(1)  # several videos are read at a time
-    detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1)
-    times: list[float] = []
-    cuts: list[float] = []
-    for time, frame in small_frames(source, SIDE):
-        times.append(time)
-        number = FrameTimecode(len(times) - 1, fps=25.0)  # a frame's number; our times are exact where rates vary
-        cuts += [times[cut.frame_num] for cut in detector.process_frame(number, frame[..., ::-1])]
-    return cuts
+    times: list[float] = []  # exact where rates vary, unlike numbers of frames
+
+    def frames() -> Iterator[np.ndarray]:
+        for time, frame in small_frames(source, cuts.SIDE):
+            times.append(time)
+            yield frame
+
+    return [times[number] for number in cuts.find_cuts(frames(), threshold)]

@@ -7,7 +7,7 @@ PyAV, not torch.
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -208,16 +208,17 @@ def _continuous(video: Video) -> Iterator[Any]:
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
-def read_frames(video: Video) -> Iterator[tuple[float, Any]]:
+def read_frames(video: Video, packets: Iterable[tuple[Any, bool]] | None = None) -> Iterator[tuple[float, Any]]:
     """The time of each frame in seconds, ascending, and the `av.VideoFrame`.
 
-    Raises `VideoError` unless the complete video could be decoded.
+    packets: those of `read_packets`, if the caller looks at them as well. Raises `VideoError` unless the complete video
+    could be decoded.
     """
     clock = _Clock(video.interval)
     shown = expected = pixels = 0
     interlaced = False
     first: list[int | None] = []  # time stamps of the packets before the first shown frame
-    for packet, needed in read_packets(video):
+    for packet, needed in packets or read_packets(video):
         expected += needed
         if needed and not shown:
             first.append(packet.pts)

