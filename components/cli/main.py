@@ -17,6 +17,7 @@ import typer
 
 from components.cli import (
     data,
+    development,
     evaluate,
     fetch,
     generate,
@@ -30,7 +31,7 @@ from components.cli import (
     study,
     train_job,
 )
-from components.cli.options import Profile, Settings, complete_profile, complete_step, profile_in_use
+from components.cli.options import Profile, Root, Settings, complete_profile, complete_step, profile_in_use
 from components.cli.serve import command as serve
 from components.cli.studio import command as studio
 from components.pipeline.lean_imports import import_models, import_training, start_command, without
@@ -56,6 +57,7 @@ fetch.add_to(app)
 metrics.add_to(app)
 serve.add_to(app)
 studio.add_to(app)
+development.add_to(app)
 app.add_typer(pipeline.app)
 app.add_typer(models.app, name="model")
 app.add_typer(data.app, name="data")
@@ -93,7 +95,6 @@ def start(
         let_libraries_speak()
 
 
-Root = Annotated[Path, typer.Option(help="The work root, which contains every path that a step reads or writes.")]
 PartOption = Annotated[
     str,
     typer.Option(
@@ -271,64 +272,6 @@ def summary(root: Root = Path(".")) -> None:
     from components.cli.summary import show, summarise
 
     show(root, summarise(root))
-
-
-@app.command()
-def pretrain(
-    out: Annotated[Path, typer.Option(help="The folder to write the base to; it is replaced as a whole.")],
-    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; run again to resume from them.")] = Path(
-        ".univigu/pretrain"
-    ),
-    world: Annotated[
-        str, typer.Option(help="The world of the clips, without --settings: digits, or stories.")
-    ] = "digits",
-    settings: Annotated[
-        Path | None,
-        typer.Option(help="A YAML file of the world, sizes and steps. (default: those of the world's bundled base)"),
-    ] = None,
-    phase: Annotated[list[str] | None, typer.Option(help="Run only this phase; may be repeated.")] = None,
-    recogniser: Annotated[Path | None, typer.Option(help="The recogniser's folder. (default: the bundled one)")] = None,
-    heldout: Annotated[
-        Path | None,
-        typer.Option(help="Held-out items; their prompts are excluded from training. (default: the world's)"),
-    ] = None,
-) -> None:
-    """Train a world's base from scratch: hours on one core (`--out model/tiny-wan` replaces the bundled one)."""
-    from components.digits import pretrain as pretraining
-    from components.digits.worlds import find_world
-
-    config = pretraining.load_config(settings or pretraining.CONFIGS[find_world(world).name])
-    scores = pretraining.pretrain(
-        out,
-        work,
-        config,
-        tuple(phase or pretraining.PHASES),
-        recogniser,
-        heldout or pretraining.HELDOUT[config.world],
-    )
-    for name, value in scores.items():
-        print(f"{name:<22} {value:.3f}")
-
-
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark to run; without a name, list all names.")] = "",
-    videos: Annotated[
-        int | None, typer.Option(min=1, help="Of `import`: how many videos. (default: 1000)", show_default=False)
-    ] = None,
-    root: Root = Path("."),
-) -> None:
-    """Measure speed or cost against an alternative, and write reports/bench-NAME.json."""
-    import json
-
-    from components import bench
-
-    if not name:
-        print("\n".join(bench.benchmarks()))
-        return
-    messages.say(f"Measuring {name}; this takes seconds to minutes.")
-    options = {} if videos is None else {"videos": videos}
-    print(json.dumps(bench.run(name, root, **options), indent=1, ensure_ascii=False))
 
 
 def keep_libraries_quiet() -> None:

@@ -23,6 +23,7 @@ def complete_step(incomplete: str) -> list[str]:
     return [stage.name for stage in STAGES if stage.name.startswith(incomplete)]
 
 
+Root = Annotated[Path, typer.Option(help="The work root, which contains every path that a step reads or writes.")]
 Profile = Annotated[
     str | None,
     typer.Option(

@@ -79,18 +79,18 @@ def image_encoder(models: MetaModels) -> tuple[int, int]:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    config = CLIPVisionConfig(**wan.read_json(models.folder / "image_encoder" / "config.json"))
+    config = wan.read_json(models.folder / "image_encoder" / "config.json")
     with torch.device("meta"):
-        encoder = CLIPVisionModel(config)
-    return sum(p.numel() for p in encoder.parameters()), (config.image_size // config.patch_size) ** 2 + 1
+        encoder = CLIPVisionModel(CLIPVisionConfig(**config))
+    return sum(p.numel() for p in encoder.parameters()), (config["image_size"] // config["patch_size"]) ** 2 + 1
 
 
 def image_clip(models: MetaModels, video: Mapping[str, Any]) -> tuple[MetaModels, Mapping[str, Any]]:
     """The clip that the autoencoder encodes for a first image: with grey frames after it where channels show it."""
     if models.base.config.in_channels > models.latents[0]:
         return models, video
-    channels, _, *size = models.latents
-    return replace(models, latents=(channels, 1, *size)), {**video, "frames": 1}
+    channels, _, height, width = models.latents
+    return replace(models, latents=(channels, 1, height, width)), {**video, "frames": 1}
 
 
 def inference_memory(profile: Profile, models: MetaModels, task: str, image: bool = False) -> Plan:
