@@ -248,13 +248,14 @@ class UniViGUBlock(WanTransformerBlock):
         # pyrefly: ignore[bad-argument-type]
         video_out, text_out, kv_cache = self._attend((video, video_mod), (text, text_mod), kv_cache, attention)
         context_kv = kv_cache if attention in ("joint", "video_only") else kv_cache[2:]
-        if video_out is not None:
-            # pyrefly: ignore[bad-argument-type, unsupported-operation]
-            video_out = self._finish(video[0], self._to_tokens(video_out), video_mod, context_kv, self.ffn)
+        # The backward pass begins with what comes last, and text's gradients of shared weights would wait for the video's.
         if text_out is not None:
             ffn = self.ffn if self.ffn_text is None else self.ffn_text
             # pyrefly: ignore[bad-argument-type, unsupported-operation]
             text_out = self._finish(text[0], self._all_heads(text_out), text_mod, context_kv, ffn)
+        if video_out is not None:
+            # pyrefly: ignore[bad-argument-type, unsupported-operation]
+            video_out = self._finish(video[0], self._to_tokens(video_out), video_mod, context_kv, self.ffn)
         if attention not in ("joint", "video_only"):
             return video_out, text_out, kv_cache
         if text_out is None:

@@ -1,6 +1,7 @@
 """Who may talk to the server, and how much of a body is read."""
 
 import asyncio
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +19,8 @@ HEALTH = "/health"  # needs no token: an orchestrator's probe has none
 
 class ApiGuard(Guard):
     """The studio's guard for programs: the token comes in a header alone, and answers are in OpenAI's format."""
+
+    largest_body = sys.maxsize  # `Bodies` counts them, also of those that don't say their length
 
     def _say(self, status: int, sentence: str) -> Response:
         return ApiError(status, sentence).response()

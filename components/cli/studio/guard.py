@@ -21,7 +21,6 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 LARGEST_UPLOAD_MB = 256
-_LARGEST_BODY = (LARGEST_UPLOAD_MB + 1) << 20  # bytes: a file and the form around it
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     # Gradio has inline scripts and styles, and compiles the templates of its components.
@@ -46,6 +45,8 @@ class Guard:
     host than its loopback ones.
     """
 
+    largest_body = (LARGEST_UPLOAD_MB + 1) << 20  # bytes: a file and the form around it
+
     def __init__(self, app: Any, token: str, port: int, local: bool) -> None:
         self.app, self.token, self.cookie, self.local = app, token, f"univigu_studio_{port}", local
 
@@ -63,7 +64,7 @@ class Guard:
         if request.method not in SAFE_METHODS and origin is not None and urlsplit(origin).netloc != host:
             return self._say(403, "This server takes no orders from the pages of another site; use its own pages.")
         refusal = self._refuse_stranger(request) if self.token else None
-        if refusal is None and _length(request) > _LARGEST_BODY:
+        if refusal is None and _length(request) > self.largest_body:
             return self._say(413, f"A file has at most {LARGEST_UPLOAD_MB} MB here; cut the video into shorter ones.")
         return refusal
 

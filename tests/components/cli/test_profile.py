@@ -30,6 +30,7 @@ def test_the_bundled_profiles_are_listed_with_what_they_extend(univigu):
     assert [line.split() for line in out.splitlines()] == [
         ["long", "extends", "tiny"],
         ["smoke", "extends", "tiny"],
+        ["stories", "extends", "tiny"],
         ["tiny", "-"],
         ["tour", "extends", "smoke"],
         ["wan-1.3b", "-"],
