@@ -89,9 +89,9 @@ profiles: install ## Write the reference of all settings and their schema: docs/
 	@univigu profile reference > docs/.profiles.md && mv docs/.profiles.md docs/profiles.md
 	@univigu profile schema > components/profiles/.schema && mv components/profiles/.schema components/profiles/schema.json
 
-# one process more than two cores: now and then each waits for a server or a child
+# more processes than two cores: now and then each waits for a server or a child
 test: install ## Run all tests, lint and format included
-	pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 40
+	pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-fast: install ## Run the tests that are not marked slow
 	pytest --numprocesses 3 --dist loadfile -m "not slow"

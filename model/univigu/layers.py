@@ -248,7 +248,7 @@ class UniViGUBlock(WanTransformerBlock):
         # pyrefly: ignore[bad-argument-type]
         video_out, text_out, kv_cache = self._attend((video, video_mod), (text, text_mod), kv_cache, attention)
         context_kv = kv_cache if attention in ("joint", "video_only") else kv_cache[2:]
-        # The backward pass begins with what comes last, and text's gradients of shared weights would wait for the video's.
+        # text first: the backward pass then begins with the video, and holds no gradient of text for shared weights
         if text_out is not None:
             ffn = self.ffn if self.ffn_text is None else self.ffn_text
             # pyrefly: ignore[bad-argument-type, unsupported-operation]
