@@ -38,9 +38,9 @@ def spoken(folder):
     """The same with a random text head, so that every input has an effect on its text."""
     size = 64 if "ti2v" in folder.name else 32
     settings = {"num_frames": 9, "height": size, "width": size, "num_inference_steps": 2, "caption_steps": 2}
-    pipeline = quiet(UniViGUPipeline.from_wan(folder, **settings, max_sequence_length=24, text_length=12))
     with torch.random.fork_rng():
         torch.manual_seed(3)
+        pipeline = quiet(UniViGUPipeline.from_wan(folder, **settings, max_sequence_length=24, text_length=12))
         torch.nn.init.normal_(pipeline.transformer.text_head.proj_out.weight, std=3.0)
     return pipeline
 
