@@ -104,8 +104,12 @@ def _seed(rng: np.random.Generator) -> int:
 
 
 def write_heldout(path: Path) -> None:
-    """Write the specification, one item per line."""
-    heldout = build_heldout()
+    """Write the specification again."""
+    save_heldout(path, build_heldout())
+
+
+def save_heldout(path: Path, heldout: Mapping[str, Any]) -> None:
+    """Write a specification, as `build_heldout` returns it, one item per line."""
     lines = [f' "world": {json.dumps(heldout["world"])},', f' "sha256": {json.dumps(heldout["sha256"])}']
     for kind in COUNTS:
         lines[-1] += "," * (not lines[-1].endswith(","))

@@ -39,25 +39,31 @@ class RecogniserConfig:
     fit: Fit = field(default_factory=lambda: Fit(steps=800, batch=64, lr=2e-3, weight_decay=0.02, ema=0.99))
 
 
+def convolutions(channels: int, widths: list[int]) -> nn.Sequential:
+    """Frames (N, channels, H, W) to maps (N, the last of four widths, H / 4, W / 4)."""
+    first, second, third, fourth = widths
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
+
+    return nn.Sequential(
+        *block(channels, first),
+        nn.MaxPool2d(2),
+        *block(first, second),
+        nn.MaxPool2d(2),
+        *block(second, third),
+        *block(third, fourth),
+    )
+
+
 class Recogniser(nn.Module):
     """Clip (B, 3, 9, 32, 32) in -1..1 -> logits per attribute. Maps are pooled, so the digit may be anywhere."""
 
     def __init__(self, widths: list[int], place_width: int, hidden: int) -> None:
         super().__init__()
-        first, second, third, fourth = widths
+        fourth = widths[-1]
         watched = len(range(world.FRAMES)[WATCHED])
-
-        def block(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
-
-        self.maps = nn.Sequential(
-            *block(3, first),
-            nn.MaxPool2d(2),
-            *block(first, second),
-            nn.MaxPool2d(2),
-            *block(second, third),
-            *block(third, fourth),
-        )
+        self.maps = convolutions(3, widths)
         self.place = nn.Conv2d(fourth, place_width, 1)
         look, path = 2 * fourth, watched * place_width * (world.SIZE // 4) ** 2
         self.look = nn.Sequential(nn.Linear(look, hidden), nn.SiLU(), nn.Dropout(0.1))

@@ -5,7 +5,6 @@
 benchmark must offer is this module's public functions; facts are scored by their kind (``digit:red`` as ``digit``).
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -92,13 +91,8 @@ def _seed(rng: np.random.Generator) -> int:
 
 
 def write_heldout(path: Path) -> None:
-    """Write the specification, one item per line."""
-    heldout = build_heldout()
-    lines = [f' "world": {json.dumps(heldout["world"])},', f' "sha256": {json.dumps(heldout["sha256"])}']
-    for kind in benchmark.COUNTS:
-        lines[-1] += "," * (not lines[-1].endswith(","))
-        lines += [f' "{kind}": [', ",\n".join("  " + json.dumps(item) for item in heldout[kind]), " ]"]
-    path.write_text("{\n" + "\n".join(lines) + "\n}\n", encoding="utf-8")
+    """Write the specification again."""
+    benchmark.save_heldout(path, build_heldout())
 
 
 def open_heldout(step: "Step") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from components.digits import world
 from components.digits.autoencoder import to_tensor
+from components.digits.recogniser import convolutions
 from components.digits.stories import scenes
 from univigu.errors import MissingInputError
 
@@ -33,20 +34,9 @@ class StoryRecogniser(nn.Module):
 
     def __init__(self, widths: list[int], place_width: int, hidden: int) -> None:
         super().__init__()
-        first, second, third, fourth = widths
+        fourth = widths[-1]
         watched = len(range(world.FRAMES)[WATCHED])
-
-        def block(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
-
-        self.maps = nn.Sequential(
-            *block(4, first),
-            nn.MaxPool2d(2),
-            *block(first, second),
-            nn.MaxPool2d(2),
-            *block(second, third),
-            *block(third, fourth),
-        )
+        self.maps = convolutions(4, widths)
         self.place = nn.Conv2d(fourth, place_width, 1)
         path = watched * place_width * (world.SIZE // 4) ** 2
         self.look = nn.Sequential(nn.Linear(2 * fourth, hidden), nn.SiLU(), nn.Dropout(0.1))
