@@ -104,8 +104,8 @@ def read_keys(block: UniViGUBlock, video: Any, text: Any, kv_cache: Any) -> tupl
         video_keys = block._project_video(video, modulation, False)[0]
     table = block.scale_shift_table if block.text_scale_shift_table is None else block.text_scale_shift_table
     normed = block._normed(text[0], (table + text[1].float()).chunk(6, dim=1))
-    text_keys, _ = block._keys_values(normed, text[2])
-    return block._queries(normed, text[2])[0], video_keys[0], text_keys[0]
+    text_keys, _, queries = block._project(normed, text[2], True)
+    return queries[0], video_keys[0], text_keys[0]
 
 
 def attention_weights(query: Tensor, keys: Tensor) -> Tensor:

@@ -11,17 +11,24 @@ from typing import Any
 import torch
 import torch.nn as nn
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .discrete import HalfSplit, from_pairs, to_pairs
 from .errors import BadInputError
+from .joint_attention import (
+    Rotary,
+    attend,
+    attend_jointly,
+    empty_by_heads,
+    is_plain,
+    project_out,
+    repeat_rows,
+    rotate,
+    write,
+)
 from .sequence_parallel import SequenceGroup
 
-# (1, S, 1, head_dim / 2, 2): cosine and sine of the rotation of each pair of channels, which are neighbours in Wan
-Rotary = Tensor | HalfSplit
 # hidden states (B, S, width), time (B, 6, width), or (B, F, 6, width) for F equal parts of S, rotary table of all S
 Stream = tuple[Tensor, Tensor, Rotary]
 # a block's video K, V and condition K, V, (B, S, heads, head_dim) each, and K, V of an image, where one is given
@@ -76,64 +83,6 @@ class RotaryTables(WanRotaryPosEmbed):
     def _in_pairs(cos: Tensor, sin: Tensor) -> Rotary:
         # Wan stores each angle twice, once per channel of a pair.
         return torch.stack([cos[..., 0::2], sin[..., 1::2]], dim=-1)
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Wan's rotary embedding of x (B, S, heads, head_dim): each pair of channels is one complex number.
-
-    This takes one pass over memory, and rounds as Wan does where head_dim is a multiple of 16 (it then fills the
-    processor's vectors). What torch compiles has real numbers, which are fused with the operations around them.
-    """
-    if isinstance(rotary, HalfSplit):
-        return from_pairs(rotate(to_pairs(x), rotary.table))
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (real, imaginary), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
-        turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
-    return turned.flatten(-2).type_as(x)
-
-
-def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """x (B, ...), repeated as a whole up to ``rows`` rows, a multiple of B; a single row is not copied."""
-    return x if x.shape[0] == rows else x.expand(rows // x.shape[0], *x.shape).flatten(0, 1)
-
-
-def attend(attention: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Maskless attention (eq 12): (B, S, heads, head_dim) to the same; keys, values: see `repeat_rows`."""
-    key, value = (repeat_rows(x, query.shape[0]) for x in (key, value))
-    out = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
-    return out.type_as(query)
-
-
-def attend_jointly(
-    attention: WanAttention, video: Sequence[Tensor], text: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`attend` of both streams to both; each is its K, V, Q, of which a text that isn't read lacks the last.
-
-    Of fewer videos than texts, a CPU computes only once what the videos find in themselves, and weights it and what
-    they find in each text by the sums of their exponentials, as flash attention does with blocks of keys.
-    """
-    (video_k, video_v, video_q), (text_k, text_v, *text_q) = video, text
-    rows = len(text_k)
-    keys, values = (torch.cat([repeat_rows(v, rows), t], dim=1) for v, t in ((video_k, text_k), (video_v, text_v)))
-    plain = attention.processor._attention_backend is None and video_q.device.type == "cpu"
-    if rows == len(video_q) or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        queries = torch.cat([repeat_rows(video_q, rows), *text_q], dim=1)
-        video_out, text_out = attend(attention, queries, keys, values).tensor_split([video_q.shape[1]], dim=1)
-        return video_out, text_out if text_q else None
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one attention of torch's that returns sums
-    found, sums = flash(*(x.transpose(1, 2) for x in (video_q, video_k, video_v)))
-    more, more_sums = flash(*(x.transpose(1, 2) for x in (repeat_rows(video_q, rows), text_k, text_v)))
-    share = (more_sums - repeat_rows(sums, rows)).sigmoid_().unsqueeze(-1).type_as(more)
-    video_out = torch.lerp(repeat_rows(found, rows), more, share).transpose(1, 2)
-    return video_out, attend(attention, text_q[0], keys, values) if text_q else None
-
-
-def project_out(attention: WanAttention, x: Tensor) -> Tensor:
-    """The output projection O of an attention layer: (B, S, heads, head_dim) to (B, S, width)."""
-    return attention.to_out[1](attention.to_out[0](x.flatten(2, 3)))
 
 
 @dataclass
@@ -271,6 +220,8 @@ class UniViGUBlock(WanTransformerBlock):
         What only attention needs is freed on return, before the feed-forward network needs its memory.
         """
         (video_stream, video_mod), (text_stream, text_mod) = video, text
+        if video_stream is not None and attention in ("joint", "video_only") and self._writes_in_place(video, text):
+            return *self._attend_in_place(video, text, attention == "joint"), kv_cache
         video_q = text_q = None
         if video_stream is not None:
             length, seen = video_stream[2].shape[1], attention not in ("kv_only", "text_only")
@@ -281,9 +232,9 @@ class UniViGUBlock(WanTransformerBlock):
         keys, values = video_k, video_v = kv_cache[:2]
         if text_stream is not None and attention != "kv_only":
             normed = self._normed(text_stream[0], text_mod)
-            text_k, text_v = (self._own_heads(x) for x in self._keys_values(normed, text_stream[2]))
-            if attention != "video_only":
-                text_q = self._own_heads(self._queries(normed, text_stream[2]))
+            projected = self._project(normed, text_stream[2], attention != "video_only")
+            text_k, text_v, *queries = (self._own_heads(x) for x in projected)
+            text_q = queries[0] if queries else None
             if video_q is not None and attention in ("joint", "video_only"):
                 texts = (text_k, text_v) if text_q is None else (text_k, text_v, text_q)
                 return *attend_jointly(self.attn1, (video_k, video_v, video_q), texts), kv_cache[2:]
@@ -295,6 +246,26 @@ class UniViGUBlock(WanTransformerBlock):
         video_out = None if video_q is None else attend(self.attn1, video_q, video_k, video_v)
         text_out = None if text_q is None else attend(self.attn1, text_q, keys, values)
         return video_out, text_out, kv_cache
+
+    def _writes_in_place(self, video: tuple[Any, Any], text: tuple[Any, Any]) -> bool:
+        (hidden, *_), of_text = video[0], text[0]
+        alike = of_text is None or len(of_text[0]) == len(hidden)
+        return alike and self.sequence is None and is_plain(self.attn1, hidden)
+
+    def _attend_in_place(
+        self, video: tuple[Any, Any], text: tuple[Any, Any], text_reads: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`_attend` of both streams, whose K, V and Q are written behind each other and never copied."""
+        (stream, video_mod), (text_stream, text_mod) = video, text
+        length, more = stream[0].shape[1], 0 if text_stream is None else text_stream[0].shape[1]
+        both = [empty_by_heads(stream[0], self.attn1.heads, length + n) for n in (more, more, more * text_reads)]
+        self._project_video(stream, video_mod, True, [x[:, :length] for x in both])
+        if more:
+            normed = self._normed(text_stream[0], text_mod)
+            self._project(normed, text_stream[2], text_reads, [x[:, length:] for x in both])
+        key, value, query = both
+        video_out, text_out = attend(self.attn1, query, key, value).tensor_split([length], dim=1)
+        return video_out, text_out if more and text_reads else None
 
     # What processes that share a video's tokens exchange (see `sequence_parallel`); alone, a tensor stays as it is.
 
@@ -320,27 +291,34 @@ class UniViGUBlock(WanTransformerBlock):
         shift, scale, *_ = modulation
         return modulate(self.norm1(hidden.float()), scale, shift).type_as(hidden)
 
-    def _project_video(self, video: Stream, modulation: tuple[Tensor, ...], queries: bool) -> list[Tensor]:
-        """K, V and, where they are asked for, Q of the video."""
+    def _project_video(
+        self, video: Stream, modulation: tuple[Tensor, ...], queries: bool, out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """K, V and, where they are asked for, Q of the video, written to ``out`` where that is given."""
         hidden, _, rotary = video
         # pyrefly: ignore[bad-argument-type]
         rotary = self._own_tokens(rotary)
         tokens = self._tokens_at_once(hidden, modulation[0])
         parts = []
-        for part, turns in zip(hidden.split(tokens, dim=1), rotary.split(tokens, dim=1), strict=True):
-            normed = self._normed(part, modulation)
-            parts.append([*self._keys_values(normed, turns), *([self._queries(normed, turns)] if queries else [])])
+        for start, turns in zip(range(0, hidden.shape[1], tokens), rotary.split(tokens, dim=1), strict=True):
+            here = slice(start, start + tokens)
+            normed = self._normed(hidden[:, here], modulation)
+            parts.append(self._project(normed, turns, queries, [x[:, here] for x in out]))
+        if out:
+            return [*out]
         return parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
 
-    def _queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
-        query = self.attn1.norm_q(self.attn1.to_q(normed))
-        return rotate(query.unflatten(2, (self.attn1.heads, -1)), rotary)
-
-    def _keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def _project(self, normed: Tensor, rotary: Rotary, queries: bool, out: Sequence[Tensor] = ()) -> list[Tensor]:
+        """K, V and, where they are asked for, Q of what self-attention reads, written to ``out`` where given."""
         attn = self.attn1
+        to_key, to_value, to_query = out or (None, None, None)
         key, value = attn.norm_k(attn.to_k(normed)), attn.to_v(normed)
         key, value = (x.unflatten(2, (attn.heads, -1)) for x in (key, value))
-        return rotate(key, rotary), value
+        found = [rotate(key, rotary, to_key), write(value, to_value)]
+        if queries:
+            query = attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1))
+            found.append(rotate(query, rotary, to_query))
+        return found
 
     def _project_context(self, context: Context) -> tuple[Tensor, ...]:
         """K and V of the condition for cross-attention, and those of an image: (B or 1, L, heads, head_dim) each."""

@@ -35,18 +35,17 @@ from .caching import StepCacheMixin
 from .discrete import predict_tokens, text_rotary
 from .errors import ConfigError
 from .from_wan import build_from_wan
+from .joint_attention import Rotary, repeat_rows
 from .layers import (
     Condition,
     Context,
     KVCache,
-    Rotary,
     RotaryTables,
     Stream,
     UniViGUBlock,
     UniViGUOutput,
     VideoCache,
     modulate,
-    repeat_rows,
 )
 from .sequence_parallel import SequenceGroup, require_divisible
 from .text_space import TextOutput, TextPrediction, TextSpace, read_out, row_norm_for

@@ -55,7 +55,7 @@ def test_the_weights_are_those_with_which_the_pass_itself_reads_the_values(pipel
     video, text, _, kv_cache, _ = inputs[-1]
     query, video_keys, text_keys = read_keys(block, video, text, kv_cache)
     modulation = (block.text_scale_shift_table + text[1].float()).chunk(6, dim=1)
-    _, text_values = block._keys_values(block._normed(text[0], modulation), text[2])
+    _, text_values = block._project(block._normed(text[0], modulation), text[2], False)
     keys, values = torch.cat([video_keys, text_keys]), torch.cat([kv_cache[1][0], text_values[0]])
     read = [attention_weights(query[:, head], keys[:, head]) @ values[:, head] for head in range(query.shape[1])]
     torch.testing.assert_close(torch.cat(read, -1), attended[-1][0], rtol=1e-4, atol=1e-5)
