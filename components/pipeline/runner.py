@@ -352,10 +352,11 @@ def _record_run(root: Path, manifest: Mapping[str, Any], run_key: str, seconds: 
     """Record times and memory beside the outputs, never in them; `reports/run.json` is made from these records."""
     import resource
 
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak, cpu = max(one.ru_maxrss for one in used), sum(one.ru_utime + one.ru_stime for one in used)
     record = {key: manifest[key] for key in ("rows_in", "rows_out", "quarantined", "reasons", "digest")}
-    clock = {"seconds": round(seconds, 2), "process_seconds": _process_seconds(), "peak_rss_mb": round(peak / 1024, 1)}
-    record = {"name": manifest["step"], "key": run_key, **clock, **record}
+    clock = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "process_seconds": _process_seconds()}
+    record = {"name": manifest["step"], "key": run_key, **clock, "peak_rss_mb": round(peak / 1024, 1), **record}
     (root / STATE / "runs").mkdir(parents=True, exist_ok=True)
     write_json(root / STATE / "runs" / f"{manifest['step']}.json", record)
 

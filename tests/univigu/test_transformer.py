@@ -81,18 +81,6 @@ def test_a_cpu_computes_the_tokens_in_parts_with_the_same_result(model, inputs, 
         torch.testing.assert_close(parts.text, whole.text, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["joint", "prefix", "video_only"])
-def test_a_pass_without_gradients_has_the_outputs_of_one_with_gradients(model, inputs, attention):
-    """Without gradients, a CPU lays out the keys and values of both streams in another way."""
-    video, condition, text, guess = inputs
-    without = model(video, TAU, condition, text, TEXT_TAU, guess, attention)
-    with torch.enable_grad():
-        expected = model(video, TAU, condition, text, TEXT_TAU, guess, attention)
-    torch.testing.assert_close(without.video, expected.video, atol=1e-5, rtol=1e-5)
-    if attention != "video_only":
-        torch.testing.assert_close(without.text, expected.text, atol=1e-4, rtol=1e-5)
-
-
 def test_under_prefix_the_video_is_wans_bit_for_bit_beside_a_text(base, model, inputs):
     video, condition, text, guess = inputs
     theirs = base(video, wan.wan_timestep(TAU), condition).sample

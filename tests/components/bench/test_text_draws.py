@@ -40,7 +40,10 @@ def test_steps_to_the_target_are_interpolated_and_compared_with_those_of_one_tex
     assert found["steps_to"] == {"1": pytest.approx(450), "2": None, "8": 300}
     assert found["seconds_to"] == {"1": pytest.approx(450), "2": None, "8": 900}
     assert found["ratio"] == pytest.approx(300 / 450, abs=1e-4)
+    assert text_draws.best_draws(found["steps_to"]) == 8
 
 
 def test_without_the_target_in_reach_there_is_no_ratio():
-    assert text_draws.compare([arm(1, 300, 0.8), arm(8, 300, 0.89)])["ratio"] is None
+    found = text_draws.compare([arm(1, 300, 0.8), arm(8, 300, 0.89)])
+    assert found["ratio"] is None
+    assert text_draws.best_draws(found["steps_to"]) == 1
