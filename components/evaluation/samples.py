@@ -19,6 +19,8 @@ from components.evaluation.report import Preview, preview
 from components.pipeline.digests import tree_digest
 from components.pipeline.manifests import inside
 from components.pipeline.shard_records import read_record, write_record
+from univigu.attention import set_attention_backend
+from univigu.compiling import compile_blocks
 from univigu.errors import ConfigError
 from univigu.files import file_sha256, sync
 from univigu.threads import in_parts, map_on_cores
@@ -93,6 +95,9 @@ class Sampler:
         precision = _precision(self.settings.precision)
         pipeline = UniViGUPipeline.from_pretrained(self.step.inputs["stage2"] / "model", **precision)
         pipeline.set_progress_bar_config(disable=True)
+        set_attention_backend(pipeline.transformer, self.settings.attention_backend)
+        if self.settings.compile == "blocks":
+            compile_blocks(pipeline.transformer)
         return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def sample_base(self, batches: Sequence[Sequence[Item]]) -> None:
@@ -101,7 +106,12 @@ class Sampler:
         for number, items in enumerate(self.step.progress(batches, unit="batches of the base")):
             if load_batch(self.kept / f"{UNREAD}{number}") or load_batch(self.kept / f"{BASE_TASK}-{number}"):
                 continue
-            base = base or load_generator(self.step.inputs["base"], self.settings.precision)
+            base = base or load_generator(
+                self.step.inputs["base"],
+                self.settings.precision,
+                attention_backend=self.settings.attention_backend,
+                compiled=self.settings.compile == "blocks",
+            )
             frames = generate_with_base(base, items, self.step)["frames"]
             save_batch(self.kept / f"{UNREAD}{number}", {"frames": list(frames)})
 

@@ -239,6 +239,10 @@ class EvaluateModel(Section):
     joint: Count = setting("Held-out prompts for joint sampling of video and text", "prompts")
     batch_size: Size = setting("Items that are sampled together", "items")
     precision: Precision = setting("Precision of both models' transformers and text encoders")
+    attention_backend: str = setting("Diffusers' name of an implementation: flash, _flash_3 ...; empty: torch's own")
+    compile: Literal["none", "blocks"] = setting(
+        "Blocks: let torch compile both transformers' blocks; the first batches take minutes more"
+    )
     compared_caption_steps: list[Size] = setting("Caption the same clips again in each of these numbers of Euler steps")
     base_steps: Size = setting("Denoising steps of the base, for comparison", "steps")
     base_guidance: NotNegative = setting("Guidance scale of the base")

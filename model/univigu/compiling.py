@@ -11,11 +11,11 @@ from .errors import ConfigError
 GRAPHS = 128
 
 
-def compile_blocks(model: Any) -> None:
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
     """Let torch compile the repeated blocks of a model of diffusers, or ours, when they are first called.
 
-    Each block is one graph, so nothing of it is left to Python. Raises ConfigError for a model without such blocks, and
-    where torch lacks what it compiles with: a C++ compiler, and Triton for a GPU.
+    Each block is one graph, so nothing of it is left to Python. backend: which of torch's compilers. Raises ConfigError
+    for a model without such blocks, and where torch lacks what it compiles with: a C++ compiler, and Triton for a GPU.
     """
     if not getattr(model, "_repeated_blocks", None):
         raise ConfigError(f"{type(model).__name__} has no repeated blocks to compile; set 'compile' to none.")
@@ -24,7 +24,7 @@ def compile_blocks(model: Any) -> None:
     import torch._dynamo  # takes a second
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    model.compile_repeated_blocks(fullgraph=True)
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
 
 
 def _missing_tool() -> str:

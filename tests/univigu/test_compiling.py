@@ -5,6 +5,7 @@ import torch
 
 from univigu.compiling import compile_blocks
 from univigu.errors import ConfigError
+from univigu.pipeline import UniViGUPipeline
 from univigu.transformer import UniViGUTransformer3DModel
 
 
@@ -26,6 +27,25 @@ def test_compiled_blocks_have_the_same_outputs_and_gradients():
     before = [tensor.detach().clone() for tensor in outputs_and_gradients()]
     compile_blocks(model)
     torch.testing.assert_close(outputs_and_gradients(), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_joint_samples_and_captions_go_through_compiled_blocks(speaking_model):
+    """The compiler's first part alone, which fails where a block falls into several graphs."""
+    pipeline = UniViGUPipeline.from_pretrained(speaking_model)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"num_frames": 5, "height": 32, "width": 32}
+
+    def samples():
+        latents = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        frames, texts = pipeline.joint(["a dog runs"], **size, seed=[0], output_type="uint8", return_dict=False)
+        return frames, texts, pipeline.caption_latents(latents, 2, seed=[0])
+
+    before = samples()
+    compile_blocks(pipeline.transformer, "eager")
+    frames, *texts = samples()
+    assert texts == [*before[1:]]
+    torch.testing.assert_close(torch.as_tensor(frames).float(), torch.as_tensor(before[0]).float(), atol=1.0, rtol=0)
 
 
 def test_without_a_compiler_nothing_is_compiled(tmp_path, monkeypatch):
