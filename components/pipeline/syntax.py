@@ -114,8 +114,8 @@ class _Bodies(Mapping[str, Body]):
     def _reduce(self, statements: Sequence[ast.AST]) -> Body:
         inner = _imports(filter(_is_definition, statements), self._package)
         trees = [_BehaviourOnly().visit(node) if _is_definition(node) else node for node in statements]
-        texts = {text for tree in trees for text in _texts(tree)}
-        return Body(trees, inner, texts, {*_names(trees)}, json_digest([_dump(tree) for tree in trees]))
+        names, texts = _names_and_texts(trees)
+        return Body(trees, inner, texts, names, json_digest([_dump(tree) for tree in trees]))
 
 
 def _dump(tree: ast.AST) -> str:
@@ -194,24 +194,25 @@ def dotted(node: ast.AST) -> list[str]:
     return [node.id, *parts] if isinstance(node, ast.Name) else []
 
 
-def _names(trees: Sequence[ast.AST]) -> Iterator[tuple[str, ...]]:
+def _names_and_texts(trees: Sequence[ast.AST]) -> tuple[set[tuple[str, ...]], set[str]]:
+    """What the trees name, and the strings in them that may be a file's name."""
+    names: set[tuple[str, ...]] = set()
+    texts: set[str] = set()
     ahead = [*trees]
     while ahead:
         node = ahead.pop()
-        chain = dotted(node)
-        if chain:
-            yield tuple(chain)
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and _may_name_a_file(node.value):
+                texts.add(node.value)
+        elif chain := dotted(node):
+            names.add(tuple(chain))
         else:
             ahead += ast.iter_child_nodes(node)
+    return names, texts
 
 
-def _texts(tree: ast.AST) -> Iterator[str]:
-    """The strings in a tree that may be a file's name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = node.value
-            if 1 < len(text) < _LONGEST_NAME and text.isprintable() and not text.startswith((".", "/")):
-                yield text
+def _may_name_a_file(text: str) -> bool:
+    return 1 < len(text) < _LONGEST_NAME and text.isprintable() and not text.startswith((".", "/"))
 
 
 def _is_for_type_checkers(node: ast.If) -> bool:
