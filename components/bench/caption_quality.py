@@ -92,18 +92,6 @@ def _by_clip(root: Path, rows: Sequence[Row], model: Path) -> tuple[list[float],
     scorer = clip.load(model)
     videos = [scorer.videos(frames[None])[0] for frames in _frames(root, rows)]
     captions = [row["caption"] for row in rows]
-    texts = torch.cat([_embed(scorer, caption) for caption in captions])
-    table = torch.nn.functional.normalize(torch.stack(videos), dim=-1) @ texts.T
+    table = torch.nn.functional.normalize(torch.stack(videos), dim=-1) @ scorer.texts(captions).T
     own = table.diagonal()
     return own.tolist(), share((own >= table.max(dim=1).values).tolist())
-
-
-def _embed(scorer: Any, text: str) -> Any:
-    """A text's normalised embedding (1, D) in fp32."""
-    import torch
-
-    tokens = scorer.tokenizer([text], padding="max_length", truncation=True, return_tensors="pt")
-    known = {key: tokens[key].to(scorer.model.device) for key in ("input_ids", "attention_mask") if key in tokens}
-    with torch.no_grad():
-        found = scorer.model.get_text_features(**known)
-    return torch.nn.functional.normalize(getattr(found, "pooler_output", found).float(), dim=-1).cpu()

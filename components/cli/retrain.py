@@ -21,22 +21,28 @@ def steps_after(outputs: Collection[str]) -> list[str]:
 
 
 def check_retraining(root: Path, outputs: Collection[str], dry_run: bool) -> None:
-    """Raise `ConfigError` for a dry run, and if an import would have to be repeated, whose folder isn't known here."""
+    """Raise `ConfigError` for a dry run, and `CorruptDataError` if an import that has to be copied is damaged."""
     if dry_run:
         raise ConfigError("--dry-run changes nothing, so it can't be combined with --retrain; leave one out.")
-    kept = [name for name in outputs if imported(find_stage(name), root.resolve())]
-    if kept:
-        raise ConfigError(
-            f"The output of {', '.join(kept)} was imported: withdraw without --retrain, repeat the `univigu data "
-            "import`, and run the steps that it names."
-        )
+    find_imported(root, outputs)
+
+
+def find_imported(root: Path, outputs: Collection[str]) -> list[str]:
+    """The steps among `outputs` whose output is that of an import."""
+    return [name for name in outputs if imported(find_stage(name), root.resolve())]
 
 
 def retrain(root: Path, outputs: Collection[str], profile: str) -> None:
     """Run the steps again, each in a process of its own, up to the registration of a new version.
 
+    An import is written again first, without what was withdrawn; its steps then keep it.
     Raises `UniViGUError` at the first that fails; the withdrawal stands.
     """
+    if find_imported(root, outputs):
+        from components.clips.import_remains import remake_import
+
+        manifest = remake_import(root)
+        say(f"Left of the import: {manifest['rows_out']} clips")
     for step in steps_after(outputs):
         say(f"Running {step} again")
         command = [sys.executable, "-m", "components.cli.main", "run", step, "--profile", profile, "--root", str(root)]

@@ -20,7 +20,7 @@ from components.clips.buckets import STRETCH, list_buckets
 from components.clips.import_clips import NAME, Made, make_clips
 from components.clips.import_files import Videos, find_videos
 from components.clips.import_texts import Fault, Texts, printable, read_members, read_texts
-from components.clips.near_duplicates import drop_copies
+from components.clips.near_duplicates import COPY_OF, drop_copies
 from components.pipeline.processes import usable_cores
 from components.pipeline.stages import Stage
 from components.pipeline.withdrawn import FILE as WITHDRAWN
@@ -44,7 +44,7 @@ VIDEOS = Stage(
     parameters=("text", "video", "curate_prompts", "synthesize_videos", "import_options", "import_videos"),
     plugins={"components.checks": "synthesize_videos.checks"},
 )
-_TABLES = {
+TABLES = {  # the step that copies each table from the clips, and where to
     "prompts": ("import-prompts", "data/curated"),
     "captions": ("import-captions", "data/captions"),
 }
@@ -64,8 +64,16 @@ def import_folder(
     check_options(options, profile, root)
     profile = {**profile, "import_options": dict(options)}
     manifest = run_adhoc_stage(VIDEOS, profile, root, input_paths(folder, table))
-    for name in ("prompts", "captions") if options["texts"] == "captions" else ("prompts",):
-        step, home = _TABLES[name]
+    copy_tables(("prompts", "captions") if options["texts"] == "captions" else ("prompts",), profile, root)
+    return manifest
+
+
+def copy_tables(names: Iterable[str], profile: Mapping[str, Any], root: Path) -> None:
+    """Write tables of the imported clips (`TABLES`) where later steps read them; raises as `run_stage` does."""
+    from components.pipeline.runner import run_adhoc_stage
+
+    for name in names:
+        step, home = TABLES[name]
         stage = Stage(
             step,
             f"components.clips.import_videos:import_{name}",
@@ -74,7 +82,6 @@ def import_folder(
             parameters=("import_videos",),
         )
         run_adhoc_stage(stage, profile, root, {})
-    return manifest
 
 
 def import_part(
@@ -231,9 +238,9 @@ def plan_videos(step: "Step") -> Plans:
             continue
         plan = plan_video(step, name, digest, texts[name], count)
         if not isinstance(plan, Fault) and plan["id"] in plans:
-            plan = Fault(
-                printable(name), "duplicate", f"it holds the bytes of '{printable(plans[plan['id']]['file'])}'"
-            )
+            row = {"scores": {COPY_OF: plan["id"]}, "stage": plan["stage"]}  # no text: the other may be withdrawn
+            detail = f"it holds the bytes of '{printable(plans[plan['id']]['file'])}'"
+            plan = Fault(printable(name), "duplicate", detail, row)
         if isinstance(plan, Fault):
             faults.append(plan)
         else:
@@ -314,12 +321,19 @@ def describe(clips: Sequence[Mapping[str, Any]], plans: Mapping[str, Mapping[str
     spans = {row["plan"]: row["unused"] for row in clips}
     return {
         "captions": dict(sorted(Counter(plans[row["plan"]]["caption_use"] for row in clips).items())),
-        "stages": {str(stage): sum(row["stage"] == stage for row in clips) for stage in (1, 2)},
-        "buckets": dict(sorted(Counter(f"{row['frames']}x{row['height']}x{row['width']}" for row in clips).items())),
+        **count_clips(clips),
         "seconds": {
             name: round(sum(span[at] for span in spans.values()), 3) for at, name in enumerate(("unused", "of"))
         },
         **count_changes(clips),
+    }
+
+
+def count_clips(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many clips are for which stage, and of which size."""
+    return {
+        "stages": {str(stage): sum(row["stage"] == stage for row in clips) for stage in (1, 2)},
+        "buckets": dict(sorted(Counter(f"{row['frames']}x{row['height']}x{row['width']}" for row in clips).items())),
     }
 
 

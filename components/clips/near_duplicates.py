@@ -12,11 +12,12 @@ from components.checks import near_duplicate
 from components.clips.gate import ClipCheck
 
 DISTANCE = "picture_distance"  # to the nearest earlier clip, among the scores
+COPY_OF = "duplicate_of"  # the id of that clip, among the scores, if both are so alike that one should go
 Row = dict[str, Any]
 
 
 def drop_copies(clips: Sequence[Row], gate: Sequence[ClipCheck], reject: Callable[[Row, str, str], None]) -> list[Row]:
-    """The rows of `clips` that stay, with the distance among their scores instead of the hash.
+    """The rows of `clips` that stay, with the distance, and the clip of which one is a copy, among their scores.
 
     reject: called with each of the others, the reason and the details.
     """
@@ -31,9 +32,11 @@ def drop_copies(clips: Sequence[Row], gate: Sequence[ClipCheck], reject: Callabl
     kept = []
     for row, known, found in zip(clips, scores, nearest, strict=True):
         known |= {DISTANCE: round(found.distance, 4)} if found else {}
+        if found and found.distance <= most:
+            known[COPY_OF] = clips[found.index]["id"]
         changed = {**row, "scores": json.dumps(known, sort_keys=True)}
-        if enforced and found and found.distance <= most:
-            detail = f"{found.distance:.1%} of the bits differ from those of clip {clips[found.index]['id']}"
+        if enforced and COPY_OF in known:
+            detail = f"{known[DISTANCE]:.1%} of the bits differ from those of clip {known[COPY_OF]}"
             reject(changed, "near_duplicate", detail)
         else:
             kept.append(changed)

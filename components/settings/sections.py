@@ -146,12 +146,29 @@ class CuratePrompts(Section):
     diversity: Diversity = setting("When a prompt has too many similar ones")
 
 
+class CaptionQuality(Section):
+    """What an independent reader, which wrote no caption, thinks of the captions."""
+
+    mode: Mode = setting(
+        "off, score (the scores are kept) or enforce (pairs below `least` are quarantined as `caption_quality`)",
+        default="off",
+    )
+    model: str = setting("Folder of a CLIP-like model; empty: the recogniser of the built-in toy dataset", default="")
+    least: Cosine = setting(
+        "Lowest score: cosine similarity of frames and caption, or the share of its claims that the recogniser sees",
+        default=0.0,
+    )
+
+
 class ValidateData(Section):
     """What the gates between steps ask for."""
 
     min_rows: Count = setting("Fewest rows with which a gate passes", "rows")
     heldout_share: Share = setting("Share of each stage's pairs that is held out for measuring losses")
     caption_checks: list[CaptionCheck] = setting("Checks of captions, each a name, or {name: {setting: value}}")
+    caption_quality: CaptionQuality = Field(
+        CaptionQuality(), description="Whether captions fit their clips, as an independent reader sees it"
+    )
     max_rejected_share: Share = setting(REJECTED)
 
 

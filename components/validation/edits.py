@@ -14,11 +14,14 @@ from components.pipeline.runner import section
 from components.pipeline.stages import EDITED, EDITS, EXCLUDED, find_stage
 from components.pipeline.step import Step
 from components.pipeline.tables import SCHEMAS
+from components.prompts.screening import ENFORCE
 from components.prompts.tokens import count_tokens, load_tokenizer
+from components.validation.caption_quality import score_captions
 from components.validation.gates import expectations, find_reasons
 from components.validation.validate_data import (
     _captioned_rows,
     _contract_of_pairs,
+    _contract_of_quality,
     _measure_texts,
     assign_splits,
 )
@@ -101,8 +104,10 @@ def foresee(
     _measure_texts(step, [*chosen, *others])
     found = {row["id"]: (EXCLUDED, "") for row in rejected if row["id"] in clips}
     if chosen:
-        text = step.settings.text
-        suite = _contract_of_pairs(expectations(), text.prompt_tokens, text.caption_tokens)
+        text, quality, gx = step.settings.text, validate.caption_quality, expectations()
+        suite = [*_contract_of_pairs(gx, text.prompt_tokens, text.caption_tokens), *_contract_of_quality(gx, quality)]
+        if quality.mode == ENFORCE:
+            score_captions(step, chosen)
         reasons = find_reasons(PAIRS, pa.Table.from_pylist(chosen).to_pandas(), suite)
         found |= {row["clip_id"]: reasons.get(row["id"], ("", "")) for row in chosen}
     return found

@@ -27,6 +27,7 @@ from components.pipeline.tables import SCHEMAS
 from components.prompts.filters import UNDECIDED, text_id
 from components.prompts.screening import ENFORCE, filter_modes
 from components.prompts.tokens import count_tokens, load_tokenizer
+from components.validation.caption_quality import COLUMN, REASON, score_captions, write_scores
 from components.validation.data_docs import write_root
 from components.validation.gates import Gate, Reject, expectations, run_gate
 
@@ -114,9 +115,13 @@ def validate_pairs(step: Step) -> None:
     rows = _captioned_rows(step, captions)
     assign_splits(rows, step.settings.validate_data.heldout_share)
     _measure_texts(step, rows)
+    quality = step.settings.validate_data.caption_quality
+    if quality.mode != "off":
+        score_captions(step, rows)
+        write_scores(step, rows)
     frame = pa.Table.from_pylist(rows).to_pandas() if rows else pa.table({"id": []}).to_pandas()
     text = step.settings.text
-    suite = _contract_of_pairs(gx, text.prompt_tokens, text.caption_tokens)
+    suite = [*_contract_of_pairs(gx, text.prompt_tokens, text.caption_tokens), *_contract_of_quality(gx, quality)]
     remedy = "check data/captions and data/clips, then run `univigu run caption-videos` again, or with more clips"
     _check_captions(step, gx, captions, remedy)
     _pass_gate(step, "pairs", pa.Table.from_pylist(rows), frame, suite, remedy)
@@ -238,6 +243,11 @@ def _contract_of_pairs(gx: Any, prompt_tokens: tuple[int, int], caption_tokens: 
     ]
 
 
+def _contract_of_quality(gx: Any, quality: Any) -> list[Any]:
+    """The expectation on the scores of an independent reader, if the profile enforces it."""
+    return [_between(gx, COLUMN, quality.least, None, reason=REASON)] if quality.mode == ENFORCE else []
+
+
 def _check_captions(step: Step, gx: Any, captions: pa.Table, remedy: str) -> None:
     """Fail the step if the captions table has two rows of a clip, unknown statuses, or successes without a text."""
     frame = captions.to_pandas()
@@ -281,7 +291,7 @@ def _one_of(gx: Any, column: str, values: Sequence[Any], reason: str | None = No
     return gx.ExpectColumnValuesToBeInSet(column=column, value_set=list(values), meta={"reason": reason or column})
 
 
-def _between(gx: Any, column: str, least: int, most: int | None, *, reason: str) -> Any:
+def _between(gx: Any, column: str, least: float, most: int | None, *, reason: str) -> Any:
     return gx.ExpectColumnValuesToBeBetween(column=column, min_value=least, max_value=most, meta={"reason": reason})
 
 

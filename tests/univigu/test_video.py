@@ -152,15 +152,17 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert (np.abs(shown - expected).max(-1) < 16).mean() > 0.85
 
 
-def by_ffmpeg(path):
+def by_ffmpeg(path, pixels="rgb24", scale=""):
     """The frames of a video as FFmpeg's own filters convert them (`format=rgb24`, which adds `scale` as the command
-    line does): an equal conversion of FFmpeg 9's command line was compared with."""
+    line does): an equal conversion of FFmpeg 9's command line was compared with. scale: its options, if any."""
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             graph = av.filter.Graph()
             kind = {"width": frame.width, "height": frame.height, "format": frame.format}
             source = graph.add_buffer(**kind, time_base=Fraction(1, 25))
-            graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+            nodes = [graph.add("scale", scale)] if scale else []
+            nodes += [graph.add("format", pixels), graph.add("buffersink")]
+            graph.link_nodes(source, *nodes).configure()
             graph.push(frame)
             yield graph.pull().to_ndarray().copy()
 
@@ -221,9 +223,22 @@ def test_interlaced_pixels_equal_ffmpegs_and_stay_interlaced(tmp_path, videos):
     assert np.abs(np.diff(shown[:, :, 0], axis=1)).mean() > 20  # lines of two fields aren't blended
 
 
-def hdr_video(path, videos, transfer, tagged):
-    """Grey steps in HDR; the transfer function is tagged in the stream, or only in the container."""
-    steps = np.linspace(0, 65535, 9).astype(np.uint16).repeat(16)
+def test_pixels_after_an_edit_list_equal_ffmpegs(tmp_path, videos):
+    """The cut is between key frames, so the first shown frame needs those that the edit list hides."""
+    blocks = np.random.default_rng(0).integers(0, 256, (58, 6, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    options = {**videos.OPEN_GOP, "qp": "0"}
+    whole = videos.encode(tmp_path / "whole.mp4", list(blocks), pixels="yuv444p", options=options)
+    cut = videos.copy_packets(whole, tmp_path / "cut.mp4", {"use_editlist": "1"}, videos.cut_at(1))
+    shown, expected = read_video(cut, None)[0].astype(int), np.stack(list(by_ffmpeg(cut)))
+    assert shown.shape == expected.shape == (58 - 25, 48, 64, 3)
+    assert np.abs(shown - expected).max() <= 2
+    assert np.abs(shown - blocks[25:]).max() <= 8  # RGB to 8-bit YUV and back
+
+
+def hdr_video(path, videos, transfer, tagged, steps=None):
+    """Steps of grey, or of colours uint16 (9, 3), in HDR; the transfer function is tagged in the stream, or only in the
+    container."""
+    steps = np.linspace(0, 65535, 9).astype(np.uint16)[:, None].repeat(3, 1) if steps is None else steps
     colours = "colorprim=9:colormatrix=9" + (f":transfer={transfer}" if tagged == "stream" else "")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx265", rate=8)
@@ -232,7 +247,7 @@ def hdr_video(path, videos, transfer, tagged):
         context = stream.codec_context
         context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, LIMITED
         for _ in range(3):
-            picture = np.broadcast_to(steps[None, :, None], (64, 144, 3))
+            picture = np.broadcast_to(steps.repeat(16, 0), (64, 144, 3))
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb48le")
             frame = frame.reformat(format="yuv420p10le", dst_colorspace=9, dst_color_range=LIMITED)
             frame.color_trc, frame.color_primaries = transfer, 9
@@ -250,9 +265,29 @@ def test_hdr_is_recognised_and_tone_mapped(tmp_path, videos, transfer, name, kin
     expected = to_sdr(steps, name)[0].astype(int)
     for frames in (read_video(path)[0], sample_video(path, [0.0], 64, 144)):
         shown = frames[0, 32, 8::16].astype(int)
-        assert np.abs(shown - expected)[:7].max() <= 6  # ten bits of light are coarser than sixteen
+        assert np.abs(shown - expected).max() <= 2
         assert (np.diff(shown[:, 1]) >= 0).all()
     assert probe_video(videos.encode(tmp_path / "sdr.mp4", [PICTURE] * 2, color_trc=1)).hdr == ""
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "pq"), (18, "hlg")])
+def test_the_pixels_that_are_tone_mapped_equal_ffmpegs(tmp_path, videos, transfer, name):
+    """Ten bits of a dark channel are coarse, so colours are compared after FFmpeg has decoded and converted them."""
+    steps = np.random.default_rng(0).integers(0, 45_000, (9, 3)).astype(np.uint16)
+    path = hdr_video(tmp_path / "clip.mp4", videos, transfer, "stream", steps)
+    (light, *_) = by_ffmpeg(path, "rgb48le")
+    assert np.abs(read_video(path)[0][0].astype(int) - to_sdr(light, name)).max() <= 2
+
+
+@pytest.mark.slow
+def test_below_the_knee_hdr_greys_equal_ffmpegs_own_conversion(tmp_path, videos):
+    """FFmpeg clips what is brighter than the reference white here; its perceptual mapping is another one than ours."""
+    path = hdr_video(tmp_path / "clip.mp4", videos, 16, "stream")
+    options = "out_transfer=bt709:out_primaries=bt709:out_color_matrix=bt709:intent=relative_colorimetric"
+    (expected, *_) = by_ffmpeg(path, scale=options)
+    shown = read_video(path)[0][0].astype(int)
+    assert np.abs(shown - expected)[:, : 5 * 16].max() <= 2
+    assert (expected[0, 5 * 16 :] == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])

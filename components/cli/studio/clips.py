@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from components.clips.archive import read_clips
+from components.clips.near_duplicates import COPY_OF, DISTANCE
 from components.pipeline.manifests import inside
 from components.pipeline.stages import find_stage
 from univigu.errors import CorruptDataError, MissingInputError
@@ -31,6 +32,7 @@ LONGEST_SEARCH = 200  # characters
 KEPT, QUARANTINED = "kept", "quarantined"
 SAME_VIDEO = "same_video"  # the reason of a clip with the same bytes as another one
 FITTED, FITTED_PIXELS = 32, 8_000_000  # clips, and pixels of all of them, whose colours previews are fitted to
+SAME, NEARLY = "The same video as", "Nearly the same video as"  # what a clip says about the one beside it
 PRELOADED_PIXELS = 2_000_000  # of a clip whose first frame is shown before it is played
 
 
@@ -89,12 +91,12 @@ def read_verdicts(root: Path, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
 def read_clip(root: Path, clip_id: str) -> bytes:
     """The mp4 of a clip; raises `MissingInputError` if it isn't among the clips that were stored."""
     path = _table(root, CLIPS, "clips")
-    columns = ["id", "shard", "member"]
-    rows = _read(path, columns, ds.field("id") == clip_id).to_pylist() if path.is_file() else []
-    if not rows:
+    row = read_rows(root, CLIPS, "clips", "id", [clip_id]).get(clip_id)
+    row = row or _of_json(read_rows(root, CLIPS, "rejected", "id", [clip_id]).get(clip_id, {}).get("row"))
+    if not _is_stored(row):
         raise MissingInputError(f"The video of the clip '{clip_id}' is not stored; a check of its frames rejected it.")
-    inside(path.parent, rows[0]["shard"])
-    ((_, content),) = read_clips(path.parent, rows)
+    inside(path.parent, row["shard"])
+    ((_, content),) = read_clips(path.parent, [row])
     return content
 
 
@@ -223,14 +225,15 @@ def _describe(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     clips = read_rows(root, CLIPS, "clips", "id", ids)
     captions = read_rows(root, CAPTIONS, "captions", "clip_id", ids)
     pairs = read_rows(root, PAIRS, "pairs", "clip_id", ids)
-    twins = _twins(root, [clips[row["id"]] for row in rows if row["reason"] == SAME_VIDEO and row["id"] in clips])
+    same = _same_videos(root, [clips[row["id"]] for row in rows if row["reason"] == SAME_VIDEO and row["id"] in clips])
     rejected = {step: _rejected_rows(root, step, ids) for step in {row["step"] for row in rows} - {""}}
     described = []
     for row in rows:
         refusal = rejected.get(row["step"], {}).get(row["id"], {})
         known = {**_of_json(refusal.get("row")), **clips.get(row["id"], {})}
         caption = captions.get(row["id"], {}).get("text") or known.get("caption") or ""
-        scores = known.get("scores") or {}
+        scores = dict(_of_json(known.get("scores")))
+        original = str(scores.pop(COPY_OF, ""))
         pixels = int(known.get("frames") or 0) * int(known.get("height") or 0) * int(known.get("width") or 0)
         described.append(
             {
@@ -239,18 +242,33 @@ def _describe(root: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
                 "caption": str(caption),
                 "made": captions.get(row["id"], {}).get("text"),
                 "sha256": str(known.get("sha256") or ""),
-                "scores": {str(key): value for key, value in (_of_json(scores) or {}).items()},
+                "scores": {str(key): value for key, value in scores.items()},
                 "split": pairs.get(row["id"], {}).get("split", ""),
-                "twin": twins.get(row["id"], ""),
+                "twin": same.get(row["id"]) or _first_clip(root, original),
+                "alike": NEARLY if DISTANCE in scores else SAME,
                 "detail": refusal.get("detail") or "",
-                "stored": row["id"] in clips,
-                "preload": "metadata" if pixels <= PRELOADED_PIXELS else "none",
+                "stored": _is_stored(known),
+                "preload": "metadata" if 0 < pixels <= PRELOADED_PIXELS else "none",
             }
         )
     return described
 
 
-def _twins(root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _is_stored(row: Mapping[str, Any]) -> bool:
+    """Whether a clip's row says where its video is; near-duplicates are rejected when theirs is written already."""
+    return isinstance(row.get("shard"), str) and isinstance(row.get("member"), str)
+
+
+def _first_clip(root: Path, video: str) -> str:
+    """The id of the first stored clip that has an id, or that was cut out of the imported video with it, or ""."""
+    if not video:
+        return ""
+    ids = ds.field("id")
+    rows = _read(_table(root, CLIPS, "clips"), ["id"], (ids == video) | pc.starts_with(ids, f"{video}-"))
+    return min(rows["id"].to_pylist(), default="")
+
+
+def _same_videos(root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """For each of some rejected clips, the id of one with the same video that was kept, or else of another one."""
     if not rows:
         return {}

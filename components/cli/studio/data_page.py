@@ -19,6 +19,7 @@ from univigu.errors import BadInputError, MissingInputError
 KEYS = (
     "Keys: j and k go to the next and the previous clip, space plays it, e edits its caption, x excludes it, u undoes."
 )
+IN_ORDER = "clips"  # one queue, so that a slow answer doesn't replace that to a later filter
 # The script focuses what comes next; a page that is used without it has the buttons.
 TO_CAPTION, TO_APPLY = "() => univigu.focus('edit-caption')", "() => univigu.focus('edit-apply')"
 
@@ -42,12 +43,13 @@ def build(studio: Studio, app: gr.Blocks) -> None:
     found = gr.HTML()
 
     query, shown = [verdict, stage, text, score, least, most], [verdict, score, at, found]
-    app.load(page.show, [*query, at], shown, api_name="clips")
+    app.load(page.show, [*query, at], shown, api_name="clips", concurrency_id=IN_ORDER)
+    own: dict[str, Any] = {"api_visibility": "private", "concurrency_id": IN_ORDER}
     for event in (verdict.input, stage.input, text.submit, score.input, least.submit, most.submit):
-        event(page.show, query, shown, api_visibility="private")
-    at.submit(page.show, [*query, at], shown, api_visibility="private")
-    back.click(page.show_previous, [*query, at], shown, api_visibility="private")
-    ahead.click(page.show_next, [*query, at], shown, api_visibility="private")
+        event(page.show, query, shown, **own)
+    at.submit(page.show, [*query, at], shown, **own)
+    back.click(page.show_previous, [*query, at], shown, **own)
+    ahead.click(page.show_next, [*query, at], shown, **own)
 
     examined = [edit["said"], edit["proposal"]]
     opened = [edit["caption"], edit["opened"], *examined]

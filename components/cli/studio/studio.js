@@ -34,9 +34,10 @@ window.univigu = (() => {
     setTimeout(() => field(button).click(), 50);
   }
 
-  function edit(what, clip) {
+  // A clip's card also has a button about the clip that is beside it (`of`).
+  function edit(what, clip, of) {
     choose(clip);
-    write("edit-clip", current, `edit-${what}`);
+    write("edit-clip", of ?? current, `edit-${what}`);
   }
 
   function look(word) {
@@ -51,7 +52,7 @@ window.univigu = (() => {
 
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("button[data-edit]");
-    if (button) edit(button.dataset.edit, button.closest("figure"));
+    if (button) edit(button.dataset.edit, button.closest("figure"), button.dataset.of);
     const word = event.target.closest?.("button[data-look]");
     if (word) look(word);
   });

@@ -65,6 +65,10 @@ def check_captioner(profile: Profile, root: Path) -> str:
     require_packages(check.module for check in load_gate(profile["synthesize_videos"]["checks"], root))
     load_caption_checks(settings["checks"])
     load_caption_checks(profile["validate_data"]["caption_checks"])
+    quality = profile["validate_data"].get("caption_quality", {})
+    model = quality.get("model") if quality.get("mode") in ("score", "enforce") else ""
+    if model and not (root / model).is_dir():
+        raise ToDo(f"put the model of 'validate_data.caption_quality' into {root / model}")
     unset = [name for name in _variables(settings) if not os.environ.get(name)]
     if unset:
         raise ToDo(f"set {' and '.join(unset)} where '{settings['captioner']}' will run")

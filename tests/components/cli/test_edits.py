@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from components.cli import edits
 from components.cli.main import app
 from components.cli.studio import clips
+from components.cli.studio.data_page import DataPage
+from components.cli.studio.work import Studio
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import EDITS
 from components.pipeline.tables import read_table
@@ -111,6 +113,21 @@ def test_what_the_gate_would_reject_is_not_written(root, profile, caption):
     with pytest.raises(BadInputError, match="Only 38 clips would be left"):
         edits.propose_exclusion(root, profile, edits.open_clip(root, KEPT), "Ann")
     assert not (root / EDITS).exists()
+
+
+@pytest.mark.slow
+def test_of_two_tabs_that_edit_the_same_caption_the_second_is_told_and_opens_what_the_first_wrote(root, caption):
+    page, query = DataPage(Studio(root, "uni-vigu", root / "cache", "smoke")), ("", 0, "", "", "", "", 1)
+    texts = [caption.replace(" ", " " * spaces, 1) for spaces in (2, 3)]
+    tabs = [page.open(KEPT)[1] for _ in texts]
+    examined = [page.check(opened, text) for opened, text in zip(tabs, texts, strict=True)]
+    said = [
+        page.apply(opened, text, proposal, *query)[2]
+        for opened, text, (_, proposal) in zip(tabs, texts, examined, strict=True)
+    ]
+    assert "Line 1 is written" in said[0]
+    assert "was edited after you opened it; open it again" in said[1]
+    assert page.open(KEPT)[0] == texts[0]
 
 
 @pytest.mark.slow

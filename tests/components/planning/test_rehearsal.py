@@ -171,6 +171,16 @@ def test_variables_that_a_captioner_reads_are_named_until_they_are_set(monkeypat
         environment.check_captioner({**profile, "caption_videos": {**captions, "captioner": "nobody"}}, ROOT)
 
 
+def test_the_reader_of_captions_is_named_until_it_is_there(tmp_path):
+    profile = load_profile("tiny")
+    for mode, model in (("off", "model/clip"), ("enforce", "")):
+        profile["validate_data"]["caption_quality"] = {"mode": mode, "model": model}
+        environment.check_captioner(profile, tmp_path)
+    profile["validate_data"]["caption_quality"] = {"mode": "score", "model": "model/clip"}
+    with pytest.raises(ToDo, match=r"put the model of 'validate_data.caption_quality' into .*/model/clip"):
+        environment.check_captioner(profile, tmp_path)
+
+
 def test_what_the_evaluation_reads_is_named_until_it_is_there(tmp_path):
     profile = load_profile("wan-1.3b")
     with pytest.raises(ToDo, match=r"put heldout at .*evaluation-prompts\.jsonl"):

@@ -128,7 +128,8 @@ def full_root(versions, recommit):
 def editable_root(full_root, versions, recommit, tmp_path_factory):
     """A work root in which validate-pairs can run, two versions of `pairs` can make videos, and version 1 is champion.
 
-    Its registry is a copy; one clip is a copy of another, and the caption of `c003` was not made.
+    Its registry is a copy; `c900` has the bytes of another clip, `c005` is a near-duplicate of `c004` that a check only
+    scored, and the caption of `c003` was not made.
     """
     root = tmp_path_factory.mktemp("editable")
     shutil.copytree(REPO / "model/tiny-wan/tokenizer", root / "model/tiny-wan/tokenizer")
@@ -139,6 +140,8 @@ def editable_root(full_root, versions, recommit, tmp_path_factory):
     for number, row in enumerate(rows["clips"]):
         row["sha256"] = hashlib.sha256(members[row["member"]]).hexdigest()
         row["scores"] = json.dumps({"motion": number + 0.5})
+    alike = {"motion": 5.5, "picture_distance": 0.02, "duplicate_of": "c004"}
+    rows["clips"][5]["scores"] = json.dumps(alike)
     rows["captions"][3] |= {"text": None, "n_tokens": 0, "status": "error"}
     copy = rows["clips"][0] | {"id": "c900", "seed": 900}
 

@@ -228,6 +228,33 @@ def test_a_clip_is_beside_its_duplicate(open_page):
     assert [twin.get_attribute("aria-label") for twin in twins.all()] == ["Clip c900", "Clip c000"]
 
 
+def test_near_duplicates_play_side_by_side_and_a_person_chooses_which_to_keep(open_page, editable_root):
+    tab = open_page("data")
+    tab.locator("#score input").click()
+    tab.get_by_role("option", name="picture_distance").click()
+    tab.locator("#score-most input, #score-most textarea").fill("0.1")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("Clips 1 to 1 of 1").wait_for()
+    copy = tab.locator("figure[data-clip=c005]")
+    copy.get_by_text("Nearly the same video as c004, at its side.").wait_for()
+    copy.focus()
+    tab.keyboard.press(" ")
+    tab.wait_for_function("[...document.querySelectorAll('[data-clip=c005] video')].every(video => !video.paused)")
+    assert copy.locator("video").count() == 2
+    before = len(read_edits(editable_root))
+    for action, clip in (("x", "c005"), ("u", "c005"), ("Exclude c004 instead", "c004")):
+        if len(action) == 1:
+            copy.focus()
+            tab.keyboard.press(action)
+        else:
+            copy.get_by_role("button", name=action).click()
+        tab.locator("#edit-said").get_by_text(f"clip {clip}: kept").wait_for(timeout=60_000)
+        tab.locator("#edit-apply").click()
+        tab.locator("#edit-said").get_by_text("is written").wait_for()
+    lines = [(edit.action, edit.id) for edit in read_edits(editable_root)[before:]]
+    assert lines == [("exclude", "c005"), ("undo", "c005"), ("exclude", "c004")]
+
+
 def test_clips_are_filtered_by_a_score(open_page):
     tab = open_page("data")
     tab.locator("#score input").click()
