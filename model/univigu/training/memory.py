@@ -218,7 +218,7 @@ def tracked_step(
 
     The step is self-conditioned, which needs the most.
     """
-    for parameter in model.parameters():
+    for parameter in filter(lambda one: one.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with LiveBytes() as memory:
         memory.ignore([*model.parameters(), *model.buffers()])

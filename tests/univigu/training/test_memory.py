@@ -71,6 +71,18 @@ def test_checkpointing_keeps_a_fraction_of_the_activations_and_bf16_less_than_fp
     assert full / 2 <= memory_needed(config, **{**sizes, "precision": "bf16"})["activations"] < full
 
 
+def test_weights_for_an_image_are_counted_and_not_trained():
+    plain = on_meta(TINY).config
+    beside = on_meta({**TINY, "image_dim": 20, "added_kv_proj_dim": 24}).config
+    trained = parameter_count(plain)
+    image_side = parameter_count(beside) - trained
+    sizes = {**ONE_GPU, "trainable_parameters": trained}
+    without, found = (memory_needed(config, **sizes) for config in (plain, beside))
+    assert image_side > 0
+    assert found["parameters"] == without["parameters"] + 4 * image_side
+    assert found["activations"] == without["activations"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_weights_and_optimizer_equal_those_of_a_real_engine(stage, precision, tmp_path):
