@@ -6,6 +6,7 @@ the score is the cosine similarity of frames and caption, of which CLIP reads th
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ def read_attributes(frames: np.ndarray, caption: str) -> float:
     return sum(seen[name] == value for name, value in said.items()) / len(said) if said else 0.0
 
 
+@cache
 def _by_clip(folder: Path) -> Reader:
     from univigu.evaluation.clip import load
 

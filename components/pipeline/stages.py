@@ -112,7 +112,10 @@ STAGES: tuple[Stage, ...] = (
         inputs={"clips": "validate-clips", "captions": "caption-videos"},
         sources={"base": "base"},
         parameters=("text", "validate_data"),
-        plugins={"components.checks": "validate_data.caption_checks"},
+        plugins={
+            "components.checks": "validate_data.caption_checks",
+            "components.validation.validate_data:READERS": "validate_data.caption_quality.mode",
+        },
         edits="components.validation.edits:apply_edits",
     ),
     Stage(

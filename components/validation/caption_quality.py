@@ -11,12 +11,10 @@ from components.pipeline.digests import tree_digest
 from components.pipeline.manifests import inside
 from components.pipeline.stages import find_stage
 from components.pipeline.step import Step
+from components.validation.validate_data import QUALITY
 from univigu.errors import BadInputError, MissingInputError
-from univigu.files import write_json
 from univigu.video import decode_mp4
 
-FILE = "caption_quality.json"  # in the step's output: the score of each clip with a caption, by the clip's id
-COLUMN = REASON = "caption_quality"  # of the rows, and of those that are quarantined
 RECOGNISER = "recogniser"
 
 
@@ -30,21 +28,16 @@ def score_captions(step: Step, rows: Sequence[dict[str, Any]]) -> None:
     reader = load_reader(model)
     captioned = sorted((row for row in rows if row["caption"]), key=lambda row: (row["shard"], row["id"]))
     for row in rows:
-        row[COLUMN] = quality.least
+        row[QUALITY] = quality.least
     for row, frames in step.progress(_videos(step.root, captioned), len(captioned), unit="captions"):
-        row[COLUMN] = round(reader(frames, row["caption"]), 4)
-    scores = [row[COLUMN] for row in captioned]
-    step.facts[COLUMN] = {
+        row[QUALITY] = round(reader(frames, row["caption"]), 4)
+    scores = [row[QUALITY] for row in captioned]
+    step.facts[QUALITY] = {
         "reader": RECOGNISER if model is None else tree_digest([model], relative_to=model),
         "captions": len(scores),
         "mean": round(sum(scores) / len(scores), 4) if scores else None,
         "below": sum(score < quality.least for score in scores),
     }
-
-
-def write_scores(step: Step, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the scores into the step's output, also of captions that are quarantined."""
-    write_json(step.out / FILE, {row["clip_id"]: row[COLUMN] for row in rows if row["caption"]})
 
 
 def _find_model(step: Step, name: str) -> Path | None:

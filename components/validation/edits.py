@@ -12,13 +12,13 @@ from components.pipeline.edits import CAPTION, EXCLUDE, Edit, Outcome, by_clip, 
 from components.pipeline.manifests import inside
 from components.pipeline.runner import section
 from components.pipeline.stages import EDITED, EDITS, EXCLUDED, find_stage
-from components.pipeline.step import Step
+from components.pipeline.step import Step, load_function
 from components.pipeline.tables import SCHEMAS
 from components.prompts.screening import ENFORCE
 from components.prompts.tokens import count_tokens, load_tokenizer
-from components.validation.caption_quality import score_captions
 from components.validation.gates import expectations, find_reasons
 from components.validation.validate_data import (
+    READERS,
     _captioned_rows,
     _contract_of_pairs,
     _contract_of_quality,
@@ -107,7 +107,7 @@ def foresee(
         text, quality, gx = step.settings.text, validate.caption_quality, expectations()
         suite = [*_contract_of_pairs(gx, text.prompt_tokens, text.caption_tokens), *_contract_of_quality(gx, quality)]
         if quality.mode == ENFORCE:
-            score_captions(step, chosen)
+            load_function(READERS[quality.mode])(step, chosen)
         reasons = find_reasons(PAIRS, pa.Table.from_pylist(chosen).to_pandas(), suite)
         found |= {row["clip_id"]: reasons.get(row["id"], ("", "")) for row in chosen}
     return found

@@ -22,15 +22,21 @@ from components.checks.texts import damage, repeats_prompt
 from components.checks.wrapping import wrapping
 from components.clips.buckets import Bucket, list_buckets
 from components.clips.import_clips import NAME as IMPORTED
-from components.pipeline.step import Step
+from components.pipeline.step import Step, load_function
 from components.pipeline.tables import SCHEMAS
 from components.prompts.filters import UNDECIDED, text_id
 from components.prompts.screening import ENFORCE, filter_modes
 from components.prompts.tokens import count_tokens, load_tokenizer
-from components.validation.caption_quality import COLUMN, REASON, score_captions, write_scores
 from components.validation.data_docs import write_root
 from components.validation.gates import Gate, Reject, expectations, run_gate
+from univigu.files import write_json
 
+# By the mode of `validate_data.caption_quality`: loaded by name, so that its code counts only where it is on.
+READERS = {
+    "score": "components.validation.caption_quality:score_captions",
+    "enforce": "components.validation.caption_quality:score_captions",
+}
+QUALITY = "caption_quality"  # the column of its scores, and the reason of pairs that it finds unfit
 STATUSES = ("success", "truncated", "blocked", "error", "skipped")
 
 
@@ -116,9 +122,10 @@ def validate_pairs(step: Step) -> None:
     assign_splits(rows, step.settings.validate_data.heldout_share)
     _measure_texts(step, rows)
     quality = step.settings.validate_data.caption_quality
-    if quality.mode != "off":
-        score_captions(step, rows)
-        write_scores(step, rows)
+    if quality.mode in READERS:
+        load_function(READERS[quality.mode])(step, rows)
+        scores = {row["clip_id"]: row[QUALITY] for row in rows if row["caption"]}  # also of those that are quarantined
+        write_json(step.out / f"{QUALITY}.json", scores)
     frame = pa.Table.from_pylist(rows).to_pandas() if rows else pa.table({"id": []}).to_pandas()
     text = step.settings.text
     suite = [*_contract_of_pairs(gx, text.prompt_tokens, text.caption_tokens), *_contract_of_quality(gx, quality)]
@@ -245,7 +252,7 @@ def _contract_of_pairs(gx: Any, prompt_tokens: tuple[int, int], caption_tokens: 
 
 def _contract_of_quality(gx: Any, quality: Any) -> list[Any]:
     """The expectation on the scores of an independent reader, if the profile enforces it."""
-    return [_between(gx, COLUMN, quality.least, None, reason=REASON)] if quality.mode == ENFORCE else []
+    return [_between(gx, QUALITY, quality.least, None, reason=QUALITY)] if quality.mode == ENFORCE else []
 
 
 def _check_captions(step: Step, gx: Any, captions: pa.Table, remedy: str) -> None:

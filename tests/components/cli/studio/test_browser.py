@@ -241,6 +241,9 @@ def test_near_duplicates_play_side_by_side_and_a_person_chooses_which_to_keep(op
     tab.keyboard.press(" ")
     tab.wait_for_function("[...document.querySelectorAll('[data-clip=c005] video')].every(video => !video.paused)")
     assert copy.locator("video").count() == 2
+    tab.keyboard.press(" ")
+    copy.evaluate("clip => clip.scrollIntoView({block: 'center'})")
+    take_picture(tab, "duplicates")
     before = len(read_edits(editable_root))
     for action, clip in (("x", "c005"), ("u", "c005"), ("Exclude c004 instead", "c004")):
         if len(action) == 1:
