@@ -87,9 +87,19 @@ def _postpone(name: str) -> None:
     assert spec is not None
     assert spec.loader is not None
     spec.loader = LazyLoader(spec.loader)
-    sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    setattr(sys.modules[package], attribute, sys.modules[name])
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = {"__name__": name, "__file__": spec.origin, "__class__": ModuleType}
+
+    class Postponed(type(module)):
+        """Keeps waiting when `inspect` asks all modules which file they are, as it does while torch is imported."""
+
+        def __getattribute__(self, attribute: str) -> Any:
+            return known[attribute] if attribute in known else super().__getattribute__(attribute)
+
+    module.__class__ = Postponed
+    sys.modules[name] = module
+    setattr(sys.modules[package], attribute, module)
 
 
 @contextmanager
