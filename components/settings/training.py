@@ -31,6 +31,13 @@ class Sampling(Section):
     caption_guidance_scale: NotNegative = setting("Scale of classifier-free guidance of captions; 1: none")
     caption_temperature: NotNegative = setting("Sampling temperature of captions: 1 samples, 0 is greedy")
     joint_text_at: Share = setting("Of a joint sample: the video's time, 0 to 1, at which its text is written")
+    joint_in_step: Share = setting(
+        "The part of the video's times during which the text is denoised, too; 0: in turn, 1: in lockstep (eq 18)"
+    )
+    joint_text_shift: Positive = setting("Timestep shift of a text that is denoised with its video; above 1: it lags")
+    joint_prompt_until: Share = setting(
+        "The text's time, 0 to 1, from which what it says replaces the prompt as the condition; 1: when it is finished"
+    )
 
 
 class Model(Section):
