@@ -1,6 +1,7 @@
 """The values of the pipeline's arguments, or else its defaults: steps, sizes, noise and seeds."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,12 @@ class PipelineArguments(DiffusionPipeline):
     def _temperature(self, temperature: float | None) -> float:
         return inputs.valid_temperature(self.config.caption_temperature if temperature is None else temperature)
 
-    def _joint_path(self, count: int | None, asked: JointPath) -> tuple[int, JointPath]:
-        """How many steps `joint` takes, and its path; what is None in ``asked`` has the model's own value."""
+    def _joint_path(self, count: int | None, *asked: float | None) -> tuple[int, JointPath]:
+        """How many steps `joint` takes, and its path; ``asked`` are its fields, None for the model's own value."""
         self._refuse_discrete()
-        given = {name: value for name, value in vars(asked).items() if value is not None}
-        path = JointPath(**{name: self.config[f"joint_{name}"] for name in vars(asked)} | given)
+        names = [field.name for field in fields(JointPath)]
+        given = {name: value for name, value in zip(names, asked, strict=True) if value is not None}
+        path = JointPath(**{name: self.config[f"joint_{name}"] for name in names} | given)
         if path.in_step == 1 and "text_at" in given:
             raise BadInputError(
                 "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both, or"

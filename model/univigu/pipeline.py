@@ -228,46 +228,37 @@ class UniViGUPipeline(PipelineParts):
     ) -> UniViGUPipelineOutput | tuple[Any, list[str]]:
         """A video and its caption for each prompt, which may be empty: the text is written on the way to the video.
 
-        Returns ``frames`` and ``captions``. Both start from noise, and one time moves at a time. First the video is
-        denoised to tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside
-        the clean video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed
-        with that text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it comes before any.
-
-        With ``in_step=1`` (or True), video and text are denoised in lockstep, as eq 18 is printed, in the larger of the
-        two numbers of steps; between 0 and 1, during a part of the video's times. There ``text_shift`` is the timestep
-        shift of the text's times, and from tau_t = ``prompt_until`` on, what the text says so far replaces the prompt
-        as the condition c, as a finished text does: see `schedules.JointPath`. It is encoded again in each step.
+        Returns ``frames`` and ``captions``; both start from noise. With ``in_step=0``, the video is denoised to tau_v =
+        ``text_at``; there the text is written, in the model's ``caption_steps``, beside the clean video predicted then,
+        decoded and encoded again (eq 16); and the video is completed with that text as its prompt (eq 17). With
+        ``in_step=1`` (or True), both are denoised in lockstep, eq 18, in the larger of the two numbers of steps; in
+        between, during that part of the video's times. ``text_shift`` and ``prompt_until``: see `schedules.JointPath`.
 
         Video guidance moves away from the negative prompt (the empty string) without text, text guidance away from the
         text without video. ``text_latents`` (B, N, d) are the text's noise; the other arguments are those of the
         pipeline's call. Without a ``generator`` the seed is 0; video ``i`` has ``seed[i]``, or ``seed + i``.
         """
         check_output_type(output_type)
-        # pyrefly: ignore[bad-argument-type]
-        count, path = self._joint_path(num_inference_steps, JointPath(text_at, in_step, text_shift, prompt_until))
+        count, path = self._joint_path(num_inference_steps, text_at, in_step, text_shift, prompt_until)
         asked = Conditions(self, prompt, prompt_embeds, 1, max_sequence_length, True, allow_empty=True)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
         shape = self._latent_shape(num_frames, height, width, latents)
         asked.read_image(image, shape)
         seed = 0 if seed is None and generator is None else seed
         noise, seeds = video_noise(len(asked), shape, seed, generator, latents, self._execution_device)
-        text_noise = self._text_noise(seeds, text_latents)
+        text_noise, frames, captions = self._text_noise(seeds, text_latents), [], []
         texts = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
-        frames, captions = [], []
         for part in inputs.spans(len(asked), batch_size):
             stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
             steps = self._begin(count, shift, guidance_scale)
             batch = Batch(noise[part], text_noise[part], seeds[part], asked.guide(part), steps, stepper)
-            video, ids = self._denoise_both(batch, path, *texts)
-            captions += text_space.detokenize(self.tokenizer, ids)
-            frames.append(to_frames(self.vae, video, output_type))
+            captions += self._denoise_both(batch, path, *texts)
+            frames.append(to_frames(self.vae, batch.video, output_type))
         self.maybe_free_model_hooks()
         return UniViGUPipelineOutput(join(frames), captions) if return_dict else (join(frames), captions)
 
-    def _denoise_both(
-        self, batch: Batch, path: JointPath, text_scale: float, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, T, H', W') and token ids (B, N) at the end of a path through both times (eq 18)."""
+    def _denoise_both(self, batch: Batch, path: JointPath, text_scale: float, temperature: float) -> list[str]:
+        """The texts at the end of a path through both times (eq 18), and their videos in the batch."""
         steps, span = batch.steps, path.span(batch.steps.taus)
         if span.start:  # the video, beside a text that is still noise
             batch.video = self._denoise_video(batch, 0.0, range(span.start))
@@ -275,11 +266,13 @@ class UniViGUPipeline(PipelineParts):
             ids = self._write_in_step(batch, path, span, text_scale, temperature)
         else:
             ids = self._write_in_turn(batch, span.start, text_scale, temperature)
+        texts = text_space.detokenize(self.tokenizer, ids)
         if span.stop < len(steps):  # the rest of the video, with that text as its prompt
-            batch.guide.condition = self._encode(text_space.detokenize(self.tokenizer, ids))
+            batch.guide.condition = self._encode(texts)
             batch.text = text_space.embed(ids, token_table(self.transformer, ids.device))
             batch.video = self._denoise_video(batch, 1.0, range(span.stop, len(steps)))
-        return batch.guide.finish(batch.video), ids
+        batch.video = batch.guide.finish(batch.video)
+        return texts
 
     def _write_in_turn(self, batch: Batch, turn: int, text_scale: float, temperature: float) -> Tensor:
         """Token ids (B, N) of texts written before a step of the video, beside the clean video predicted there."""
