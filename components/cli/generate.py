@@ -63,7 +63,27 @@ TextAt = Annotated[
         min=0, max=1, help="The video's time, 0 (noise) to 1, at which its text is sampled. (default: the model's)"
     ),
 ]
-InStep = Annotated[bool, typer.Option("--in-step", help="Denoise video and text in lockstep instead (eq 18).")]
+InStep = Annotated[
+    bool | None,
+    typer.Option(
+        "--in-step/--in-turn",
+        help="Denoise video and text in lockstep (eq 18), or one at a time. (default: the model's)",
+        show_default=False,
+    ),
+]
+TextShift = Annotated[
+    float | None,
+    typer.Option(help="In lockstep: above 1, the text lags behind the video. (default: the model's)"),
+]
+PromptUntil = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="In lockstep: the text's time, 0 to 1, from which the video follows what it says so far in place of the "
+        "prompt. (default: the model's)",
+    ),
+]
 Lora = Annotated[
     Path | None,
     typer.Option(help="A LoRA for the model's base, in safetensors. (default: none)", show_default=False),
@@ -178,7 +198,9 @@ def joint(
     guidance: Guidance = None,
     temperature: Temperature = None,
     text_at: TextAt = None,
-    in_step: InStep = False,
+    in_step: InStep = None,
+    text_shift: TextShift = None,
+    prompt_until: PromptUntil = None,
     image: FirstImage = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
@@ -198,9 +220,10 @@ def joint(
     warn_of_unknown_words(prompt, pipeline.tokenizer)
     warn_of_stretching(picture, pipeline.config.height, pipeline.config.width)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "temperature": temperature, "image": picture}
-    given = {"text_at": text_at, "in_step": in_step, "seed": seed, "output_type": "uint8", "return_dict": False}
+    path = {"text_at": text_at, "in_step": in_step, "text_shift": text_shift, "prompt_until": prompt_until}
+    given = {"seed": seed, "output_type": "uint8", "return_dict": False}
     with adapted(pipeline, lora, lora_scale):
-        (frames,), (text,) = pipeline.joint(prompt, **settings, **given)
+        (frames,), (text,) = pipeline.joint(prompt, **settings, **path, **given)
     write_clip(output, prompt, frames, pipeline.config.fps, scale)
     _print_line(" ".join(text.split()))
 

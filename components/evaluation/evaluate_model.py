@@ -359,6 +359,19 @@ def caption_steps_charts(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[s
     return [line_chart("Mean over attributes", "steps", {"captions": points})] if len(points) > 1 else []
 
 
+def describe_joint(sampling: Mapping[str, Any]) -> str:
+    """How a model with these sampling settings makes joint samples, as a sentence."""
+    if not (part := sampling.get("joint_in_step", 0.0)):  # a model from before has none
+        at = sampling["joint_text_at"]
+        return f"The text is written when the video is at time τ = {at:g}; the rest of the video is conditioned on it."
+    start = sampling["joint_text_at"] * (1 - part)
+    return (
+        f"Text and video are denoised together while the video's time τ goes from {start:g} to {start + part:g} (eq "
+        f"18), the text's times with a shift of {sampling['joint_text_shift']:g}. From the text's τ = "
+        f"{sampling['joint_prompt_until']:g} on, the video is conditioned on it."
+    )
+
+
 def page_notes(step: "Step", benchmark: ModuleType, sampling: Mapping[str, Any], metrics: Metrics) -> list[str]:
     """The page's notes on how the scores were measured."""
     words, settings = benchmark.WORDS, step.settings.evaluate_model
@@ -371,8 +384,7 @@ def page_notes(step: "Step", benchmark: ModuleType, sampling: Mapping[str, Any],
         f"Generated videos: {metrics['generation']['mean']['n']} {words['generation']}. This model uses "
         f"{sampling['num_inference_steps']} steps with guidance {sampling['guidance_scale']:g}, its base "
         f"{settings.base_steps} steps with guidance {settings.base_guidance:g}. {words['reader']}",
-        f"Joint: {metrics['joint']['agreement']['n']} {words['joint']} The text is written when the video is at time "
-        f"τ = {sampling['joint_text_at']:g}; the rest of the video is conditioned on it.",
+        f"Joint: {metrics['joint']['agreement']['n']} {words['joint']} {describe_joint(sampling)}",
         "Intervals: Wilson intervals for single attributes. For means over attributes, a bootstrap over items, because "
         "the claims about one clip are correlated.",
     ]

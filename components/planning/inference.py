@@ -25,7 +25,7 @@ DESCRIPTIONS = {
     "caption": "the text is written beside the video, whose keys and values are computed once (eq 16)",
     "generate": "the video is denoised beside its prompt as clean text (eq 17)",
     "joint": "the video is denoised part of the way, the text is written beside the video predicted there, and the "
-    "rest of the video is generated from that text; `in_step`, eq 18 as printed, denoises both in lockstep",
+    "rest of the video is generated from that text; `in_step=1`, eq 18 as printed, denoises both in lockstep",
 }
 
 

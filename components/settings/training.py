@@ -31,6 +31,13 @@ class Sampling(Section):
     caption_guidance_scale: NotNegative = setting("Scale of classifier-free guidance of captions; 1: none")
     caption_temperature: NotNegative = setting("Sampling temperature of captions: 1 samples, 0 is greedy")
     joint_text_at: Share = setting("Of a joint sample: the video's time, 0 to 1, at which its text is written")
+    joint_in_step: Share = setting(
+        "The part of the video's times during which the text is denoised, too; 0: in turn, 1: in lockstep (eq 18)"
+    )
+    joint_text_shift: Positive = setting("Timestep shift of a text that is denoised with its video; above 1: it lags")
+    joint_prompt_until: Share = setting(
+        "The text's time, 0 to 1, from which what it says replaces the prompt as the condition; 1: when it is finished"
+    )
 
 
 class Model(Section):
@@ -128,6 +135,9 @@ class TrainStage(Section):
     cache_gb: Positive = setting("Disk space for shards from an object store", "GB")
     prompt_dropout: PromptDropout = setting("Share of the samples without their prompt")
     time_shift: TimeShift = setting("Shift of the training times; above 1: more of them near the noise")
+    coupled_times: Share = setting(
+        "Of joint samples: share whose times of video and text are one draw, each shifted by its own; others draw two"
+    )
     tasks: Tasks = setting("Shares of the training tasks; they are scaled to sum to 1")
     text_draws: Size = setting(
         "Of understand: noises and times of the text for each pass over the video; the loss is their mean", "draws"
@@ -166,6 +176,10 @@ class TrainStage(Section):
                 yield "zero_stage", f"is {self.zero_stage}; to offload {part}, set it to {needed[part]} or more"
         if self.text_draws > 1 and not self.tasks.understand:
             yield "text_draws", f"is {self.text_draws}, and understand has no share; set it to 1, or give it a share"
+        if self.coupled_times and not self.tasks.joint:
+            yield "coupled_times", f"is {self.coupled_times:g}, and joint has no share; set it to 0, or give it a share"
+        if self.objective == "literal" and self.coupled_times:
+            yield "coupled_times", "must be 0 with the literal objective, whose times are independent"
         if self.objective == "literal" and (self.tasks.understand or self.tasks.generate):
             yield "tasks", "has others than joint, the literal objective's only one; set their shares to 0"
         if self.objective == "literal" and (self.time_shift.video, self.time_shift.text) != (1, 1):

@@ -271,6 +271,7 @@ def objective_settings(section: Mapping[str, Any], model: Mapping[str, Any], see
         prompt_dropout=section["prompt_dropout"],
         video_shift=section["time_shift"]["video"],
         text_shift=section["time_shift"]["text"],
+        coupled_times=section["coupled_times"],
         video_weight=weights["video"],
         text_weight=weights["text"],
         ce_weight=weights["cross_entropy"],

@@ -1,6 +1,7 @@
 """The values of the pipeline's arguments, or else its defaults: steps, sizes, noise and seeds."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .discrete import JumpSteps, random_ids
 from .errors import BadInputError
 from .inputs import Generators, Seeds
 from .sampling import seeded_noise
-from .schedules import EulerSteps, Steps, video_steps
+from .schedules import EulerSteps, JointPath, Steps, video_steps
 from .video import fit_frames
 
 
@@ -74,19 +75,24 @@ class PipelineArguments(DiffusionPipeline):
     def _temperature(self, temperature: float | None) -> float:
         return inputs.valid_temperature(self.config.caption_temperature if temperature is None else temperature)
 
-    def _joint_times(self, count: int | None, text_at: float | None, in_step: bool) -> tuple[int, float]:
-        """How many steps `joint` takes, and the video's time at which it writes the text."""
+    def _joint_path(self, count: int | None, *asked: float | None) -> tuple[int, JointPath]:
+        """How many steps `joint` takes, and its path; ``asked`` are its fields, None for the model's own value."""
         self._refuse_discrete()
-        if in_step and text_at is not None:
+        names = [field.name for field in fields(JointPath)]
+        given = {name: value for name, value in zip(names, asked, strict=True) if value is not None}
+        path = JointPath(**{name: self.config[f"joint_{name}"] for name in names} | given)
+        if path.in_step == 1 and "text_at" in given:
             raise BadInputError(
-                "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both."
+                "With in_step, text and video are denoised in lockstep: give either text_at or in_step, not both, or"
+                " an in_step below 1."
             )
+        for name in ("text_at", "in_step", "prompt_until"):
+            inputs.valid_tau(getattr(path, name), name)
+        inputs.valid_shift(path.text_shift)
         count = inputs.positive(self.config.num_inference_steps if count is None else count)
-        if in_step:
-            count = max(count, inputs.positive(self.config.caption_steps))
-        else:
+        if path.in_step < 1:
             check_spans(self.transformer)
-        return count, inputs.valid_tau(self.config.joint_text_at if text_at is None else text_at)
+        return (max(count, inputs.positive(self.config.caption_steps)) if path.in_step else count), path
 
     def _text_noise(self, seeds: list[int], text_latents: Tensor | None) -> Tensor:
         """The noise (B, N, d) of the texts."""

@@ -143,8 +143,8 @@ def valid_temperature(temperature: float) -> float:
     return temperature
 
 
-def valid_tau(tau: float) -> float:
-    """The time at which a joint text is written."""
+def valid_tau(tau: float, name: str = "text_at") -> float:
+    """A time of a joint sample, or a share of its times."""
     if not 0 <= tau <= 1:
-        raise BadInputError(f"text_at is {tau}: give a time from 0 (noise) to 1 (clean video).")
-    return tau
+        raise BadInputError(f"{name} is {tau}: give a number from 0 (noise) to 1 (clean).")
+    return float(tau)

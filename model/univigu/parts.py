@@ -29,7 +29,7 @@ class PipelineParts(UniViGULoraLoaderMixin, PipelineArguments):
     """Uni-ViGU with its autoencoder, text encoder and tokenizer; the numbers are the defaults of its methods.
 
     ``height`` and ``width`` are in pixels, ``fps`` is the frame rate of saved clips, ``max_sequence_length`` the padded
-    length of the text encoder's states in tokens, and ``joint_text_at`` the tau_v at which `joint` writes the text.
+    length of the text encoder's states in tokens, and ``joint_...`` is the path of `joint` (`schedules.JointPath`).
     Without a ``scheduler``, the steps of a video are Euler's, at the times of :func:`flow.tau_grid` with Wan's timestep
     ``shift``; any flow-matching scheduler of diffusers can replace them. Without a ``text_encoder``, prompts are given
     encoded. ``image_encoder``, ``image_processor`` and ``expand_timesteps`` are diffusers' for bases that take a first
@@ -60,6 +60,9 @@ class PipelineParts(UniViGULoraLoaderMixin, PipelineArguments):
         caption_guidance_scale: float = 1.0,
         caption_temperature: float = 0.1,
         joint_text_at: float = 0.2,
+        joint_in_step: float = 0.0,
+        joint_text_shift: float = 1.0,
+        joint_prompt_until: float = 1.0,
         max_sequence_length: int = 512,
         expand_timesteps: bool = False,
     ):
@@ -85,6 +88,9 @@ class PipelineParts(UniViGULoraLoaderMixin, PipelineArguments):
             caption_guidance_scale=float(caption_guidance_scale),
             caption_temperature=float(caption_temperature),
             joint_text_at=float(joint_text_at),
+            joint_in_step=float(joint_in_step),
+            joint_text_shift=float(joint_text_shift),
+            joint_prompt_until=float(joint_prompt_until),
             max_sequence_length=max_sequence_length,
             expand_timesteps=expand_timesteps,
         )

@@ -22,7 +22,7 @@ from .inputs import Generators, Seeds
 from .outputs import UniViGUPipelineOutput, check_output_type, join, to_frames
 from .parts import PipelineParts
 from .sampling import Field, Guide, joint_field, seeded_noise, text_field, token_table, video_field, video_noise
-from .schedules import EulerSteps, Steps
+from .schedules import EulerSteps, JointPath, Steps
 from .stepping import Callback, Stepper
 
 
@@ -209,7 +209,9 @@ class UniViGUPipeline(PipelineParts):
         temperature: float | None = None,
         shift: float | None = None,
         text_at: float | None = None,
-        in_step: bool = False,
+        in_step: float | None = None,
+        text_shift: float | None = None,
+        prompt_until: float | None = None,
         seed: Seeds | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -226,48 +228,55 @@ class UniViGUPipeline(PipelineParts):
     ) -> UniViGUPipelineOutput | tuple[Any, list[str]]:
         """A video and its caption for each prompt, which may be empty: the text is written on the way to the video.
 
-        Returns ``frames`` and ``captions``. Both start from noise, and one time moves at a time. First the video is
-        denoised to tau_v = ``text_at``. Then the text is written from noise, in the model's ``caption_steps``, beside
-        the clean video that is predicted at that point, decoded and encoded again (eq 16). Then the video is completed
-        with that text as its prompt (eq 17). At 1 the text describes the finished video; at 0 it comes before any.
+        Returns ``frames`` and ``captions``; both start from noise. With ``in_step=0``, the video is denoised to tau_v =
+        ``text_at``; there the text is written, in the model's ``caption_steps``, beside the clean video predicted then,
+        decoded and encoded again (eq 16); and the video is completed with that text as its prompt (eq 17). With
+        ``in_step=1`` (or True), both are denoised in lockstep, eq 18, in the larger of the two numbers of steps; in
+        between, during that part of the video's times. ``text_shift`` and ``prompt_until``: see `schedules.JointPath`.
 
-        With ``in_step``, video and text are denoised in lockstep, as eq 18 is printed, in the larger of the two numbers
-        of steps. Video guidance moves away from the negative prompt (the empty string) without text, text guidance away
-        from the text without video. ``text_latents`` (B, N, d) are the text's noise; the other arguments are those of
-        the pipeline's call. Without a ``generator`` the seed is 0; video ``i`` has ``seed[i]``, or ``seed + i``.
+        Video guidance moves away from the negative prompt (the empty string) without text, text guidance away from the
+        text without video. ``text_latents`` (B, N, d) are the text's noise; the other arguments are those of the
+        pipeline's call. Without a ``generator`` the seed is 0; video ``i`` has ``seed[i]``, or ``seed + i``.
         """
         check_output_type(output_type)
-        count, text_at = self._joint_times(num_inference_steps, text_at, in_step)
+        count, path = self._joint_path(num_inference_steps, text_at, in_step, text_shift, prompt_until)
         asked = Conditions(self, prompt, prompt_embeds, 1, max_sequence_length, True, allow_empty=True)
         asked.read_negative(negative_prompt, negative_prompt_embeds)
         shape = self._latent_shape(num_frames, height, width, latents)
         asked.read_image(image, shape)
         seed = 0 if seed is None and generator is None else seed
         noise, seeds = video_noise(len(asked), shape, seed, generator, latents, self._execution_device)
-        text_noise = self._text_noise(seeds, text_latents)
+        text_noise, frames, captions = self._text_noise(seeds, text_latents), [], []
         texts = self._text_guidance(caption_guidance_scale), self._temperature(temperature)
-        frames, captions = [], []
         for part in inputs.spans(len(asked), batch_size):
             stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
             steps = self._begin(count, shift, guidance_scale)
             batch = Batch(noise[part], text_noise[part], seeds[part], asked.guide(part), steps, stepper)
-            video, ids = self._joint_in_step(batch, *texts) if in_step else self._joint_in_turn(batch, text_at, *texts)
-            captions += text_space.detokenize(self.tokenizer, ids)
-            frames.append(to_frames(self.vae, video, output_type))
+            captions += self._denoise_both(batch, path, *texts)
+            frames.append(to_frames(self.vae, batch.video, output_type))
         self.maybe_free_model_hooks()
         return UniViGUPipelineOutput(join(frames), captions) if return_dict else (join(frames), captions)
 
-    def _joint_in_turn(
-        self, batch: Batch, text_at: float, text_scale: float, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`joint` with one time moving at a time; returns latents (B, C, T, H', W') and token ids (B, N)."""
+    def _denoise_both(self, batch: Batch, path: JointPath, text_scale: float, temperature: float) -> list[str]:
+        """The texts at the end of a path through both times (eq 18), and their videos in the batch."""
+        steps, span = batch.steps, path.span(batch.steps.taus)
+        if span.start:  # the video, beside a text that is still noise
+            batch.video = self._denoise_video(batch, 0.0, range(span.start))
+        if span:
+            ids = self._write_in_step(batch, path, span, text_scale, temperature)
+        else:
+            ids = self._write_in_turn(batch, span.start, text_scale, temperature)
+        texts = text_space.detokenize(self.tokenizer, ids)
+        if span.stop < len(steps):  # the rest of the video, with that text as its prompt
+            batch.guide.condition = self._encode(texts)
+            batch.text = text_space.embed(ids, token_table(self.transformer, ids.device))
+            batch.video = self._denoise_video(batch, 1.0, range(span.stop, len(steps)))
+        batch.video = batch.guide.finish(batch.video)
+        return texts
+
+    def _write_in_turn(self, batch: Batch, turn: int, text_scale: float, temperature: float) -> Tensor:
+        """Token ids (B, N) of texts written before a step of the video, beside the clean video predicted there."""
         steps, guide, noise = batch.steps, batch.guide, batch.text
-
-        # the video, beside a text that is still noise, up to the first time that is not before `text_at`
-        turn = int(torch.searchsorted(steps.taus, text_at))
-        batch.video = self._denoise_video(batch, 0.0, range(turn))
-
-        # the text, beside the clean video predicted there
         predicted, tau = batch.video, steps.taus[turn]
         if turn < len(steps):
             field = video_field(self.transformer, noise, 0.0, batch.seeds, guide)
@@ -278,32 +287,33 @@ class UniViGUPipeline(PipelineParts):
         empty = self._encode([""]) if text_scale > 1 else condition
         field = text_field(self.transformer, latents, batch.seeds, condition, empty, text_scale, temperature)
         # pyrefly: ignore[bad-argument-type]
-        ids = self._write(field, noise, self._text_steps(None, batch.seeds), batch.stepper, batch.video)
-        if turn == len(steps):
-            return batch.video, ids
+        return self._write(field, noise, self._text_steps(None, batch.seeds), batch.stepper, batch.video)
 
-        # the rest of the video, with that text as its prompt
-        guide.condition = self._encode(text_space.detokenize(self.tokenizer, ids))
-        batch.text = text_space.embed(ids, token_table(self.transformer, ids.device))
-        return self._denoise_video(batch, 1.0, range(turn, len(steps))), ids
-
-    def _joint_in_step(self, batch: Batch, text_scale: float, temperature: float) -> tuple[Tensor, Tensor]:
-        """:meth:`joint` in lockstep; only the video's times are shifted."""
-        video, text, steps = batch.video, batch.text, batch.steps
+    def _write_in_step(
+        self, batch: Batch, path: JointPath, span: range, text_scale: float, temperature: float
+    ) -> Tensor:
+        """Token ids (B, N) of texts denoised together with their videos, over a span of the video's steps (eq 18)."""
+        video, text, steps, guide = batch.video, batch.text, batch.steps, batch.guide
         shapes = video.shape[1:], self._text_shape
-        field = joint_field(self.transformer, *shapes, batch.seeds, batch.guide, text_scale, temperature)
-        text_steps = EulerSteps(len(steps), device=self._execution_device)
-        for i in self.progress_bar(range(len(steps))):
+        field = joint_field(self.transformer, *shapes, batch.seeds, guide, text_scale, temperature)
+        text_steps = EulerSteps(len(span), path.text_shift, self._execution_device)
+        for k, i in enumerate(self.progress_bar(span)):
             if self.interrupt:
                 continue
+            tau = text_steps.taus[k]
             # pyrefly: ignore[bad-argument-type]
-            velocities = field((video, text), (steps.taus[i], text_steps.taus[i]))
+            velocities = field((video, text), (steps.taus[i], tau))
+            if k + 1 < len(span) and text_steps.taus[k + 1] >= path.prompt_until:
+                # pyrefly: ignore[bad-argument-type]
+                said = self._nearest(flow.velocity_to_data(velocities[1], text, tau))
+                guide.condition = self._encode(text_space.detokenize(self.tokenizer, said))
             # pyrefly: ignore[bad-argument-type]
-            video, text = steps.step(i, video, velocities[0]), text_steps.step(i, text, velocities[1])
-            replaced = batch.stepper.end(steps.taus[i], {"latents": video, "text_latents": text}, batch.guide)
+            video, text = steps.step(i, video, velocities[0]), text_steps.step(k, text, velocities[1])
+            replaced = batch.stepper.end(steps.taus[i], {"latents": video, "text_latents": text}, guide)
             video, text = replaced.get("latents", video), replaced.get("text_latents", text)
+        batch.video = video
         # pyrefly: ignore[bad-argument-type]
-        return batch.guide.finish(video), self._nearest(text)
+        return self._nearest(text)
 
     def _write(self, field: Field, noise: Tensor, steps: Steps, stepper: Stepper, video: Tensor) -> Tensor:
         """Token ids (B, N) of the texts that a text field leads to from noise."""

@@ -4,6 +4,7 @@ Both have the times ``taus`` from 0 (noise) to 1 (data), one more than there are
 carries a state from time ``i`` to the next along the velocity u = data - noise.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +63,36 @@ class SchedulerSteps:
         """The scheduler's own step; it takes Wan's sign, noise - data."""
         scheduler = self._scheduler
         return scheduler.step(-velocity, scheduler.timesteps[i], z, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class JointPath:
+    """How the times of a joint sample go from (tau_v, tau_t) = (0, 0) to (1, 1), in up to three parts.
+
+    First tau_v moves alone. Then both move, while tau_v crosses an interval as long as ``in_step``, from
+    ``text_at`` (1 - in_step) on. Then tau_v moves alone again, beside a finished text. An ``in_step`` of 1 leaves the
+    middle part alone, which is eq 18. At 0 the interval is the point tau_v = ``text_at``, where the text is written in
+    turn. In between, the text leads the video where ``text_at`` is small, and lags where it is large.
+
+    In the middle part tau_t has steps of its own shift ``text_shift`` (see :func:`flow.shift_tau`): above 1 the text
+    lags the video there. From tau_t = ``prompt_until`` on, what the text says so far is the condition c in place of the
+    prompt; at 1 only a finished text is.
+    """
+
+    text_at: float
+    in_step: float
+    text_shift: float
+    prompt_until: float
+
+    def span(self, taus: Tensor) -> range:
+        """The steps whose times, of the video's (steps + 1,), are in the interval in which both times move.
+
+        An empty range starts at the step before which the text is written: the first one from ``text_at`` on.
+        """
+        if self.in_step == 1:
+            return range(len(taus) - 1)
+        start = self.text_at * (1 - self.in_step)
+        return range(*(int(torch.searchsorted(taus, min(at, 1.0))) for at in (start, start + self.in_step)))
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -64,6 +64,7 @@ class ObjectiveConfig:
     prompt_dropout: Mapping[str, float] = field(default_factory=lambda: {"joint": 0.5, "generate": 0.1})
     video_shift: float = 1.0  # timestep shift of the times drawn in training, see flow.shift_tau
     text_shift: float = 1.0
+    coupled_times: float = 0.0  # of joint samples: share whose two times are shifted from one draw, see `draw_plan`
     video_weight: float = 0.3
     text_weight: float = 0.1
     ce_weight: float = 1.0
@@ -91,6 +92,10 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"Timestep shifts {self.video_shift} and {self.text_shift} are invalid: give numbers above 0."
             )
+        if not 0 <= self.coupled_times <= 1 or (self.coupled_times and not self.shares.get("joint")):
+            raise ConfigError(
+                f"coupled_times is {self.coupled_times}: give a number from 0 to 1, and above 0 also a share to joint."
+            )
         if self.text_draws < 1 or (self.text_draws > 1 and not self.shares.get("understand")):
             raise ConfigError(
                 f"text_draws is {self.text_draws}: give 1 or more, and above 1 also a share to the task understand."
@@ -103,6 +108,8 @@ class ObjectiveConfig:
             raise ConfigError("The literal objective has the joint task alone: set shares to {joint: 1}.")
         if self.form == "literal" and not self.video_shift == self.text_shift == 1:
             raise ConfigError("The literal objective draws its times uniformly: set both timestep shifts to 1.")
+        if self.form == "literal" and self.coupled_times:
+            raise ConfigError("The literal objective draws its times independently (eq 9): set coupled_times to 0.")
 
 
 class StepDraw(NamedTuple):
@@ -154,6 +161,11 @@ def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig, ste
     """Task, times and dropouts of the samples with these keys, on the CPU; a sample depends on its own key alone.
 
     ``step_task`` is the task of all of them, where the step has drawn one (`draw_step`).
+
+    The two times of a joint sample are independent (eq 9), so few samples are near a line along which eq 18 integrates.
+    With probability ``coupled_times`` both are shifts of one draw u, tau_m = shift_tau(u, s_m), and so on the line
+    tau_t = shift_tau(tau_v, s_t / s_v). Each time alone keeps its distribution, and no other choice of any sample
+    changes.
     """
     draws = torch.stack([torch.rand(6, generator=flow.keyed_generator(*key, "plan")) for key in keys])
     names, tasks = list(TASKS), list(TASKS.values())
@@ -167,7 +179,13 @@ def draw_plan(keys: Sequence[tuple[Hashable, ...]], config: ObjectiveConfig, ste
 
     absent = draws[:, 1] < column(t.absent for t in tasks)
     fixed_times = column(t.video_tau for t in tasks), column(t.text_tau for t in tasks)
-    drawn_times = flow.shift_tau(draws[:, 2], config.video_shift), flow.shift_tau(draws[:, 3], config.text_shift)
+    text_draw = draws[:, 3]
+    if config.coupled_times:
+        # from a generator of its own, so that a share of 0 draws what it always drew
+        coins = torch.stack([torch.rand((), generator=flow.keyed_generator(*key, "coupled")) for key in keys])
+        coupled = (coins < config.coupled_times) & (task == names.index("joint"))
+        text_draw = torch.where(coupled, draws[:, 2], text_draw)
+    drawn_times = flow.shift_tau(draws[:, 2], config.video_shift), flow.shift_tau(text_draw, config.text_shift)
     times = [
         torch.where(fixed.isnan(), drawn, fixed.masked_fill(absent, 0.0))
         for drawn, fixed in zip(drawn_times, fixed_times, strict=True)

@@ -8,6 +8,7 @@ import torch
 
 from univigu import UniViGUPipeline, flow, text_space, wan
 from univigu.errors import BadInputError, CorruptDataError, MissingInputError
+from univigu.sampling import Guide, joint_field, seeded_noise
 
 SETTINGS = {
     "num_frames": 9,
@@ -41,6 +42,11 @@ def clips():
 def joint(pipeline, *arguments, **settings):
     """Frames in uint8, and captions."""
     return pipeline.joint(*arguments, **settings, output_type="uint8", return_dict=False)
+
+
+def joint_latents(pipeline, prompt="a red digit", **settings):
+    """Latents and captions of four steps."""
+    return pipeline.joint(prompt, seed=3, num_inference_steps=4, output_type="latent", return_dict=False, **settings)
 
 
 def test_the_base_gives_the_vocabulary(pipeline):
@@ -135,7 +141,10 @@ def test_generation_sees_the_prompt_as_text_too(pipeline, monkeypatch):
     assert not np.array_equal(one, pipeline.generate("a red digit", guidance_scale=1.0))
 
 
-@pytest.mark.parametrize("path", [{"text_at": 0.0}, {"text_at": 0.4}, {"text_at": 1.0}, {"in_step": True}])
+PATHS = [{"text_at": 0.0}, {"text_at": 0.4}, {"text_at": 1.0}, {"in_step": True}, {"in_step": 0.5, "prompt_until": 0.0}]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_joint_gives_a_video_and_its_text_from_noise(pipeline, path):
     frames, texts = joint(pipeline, **path)
     assert frames.shape == (1, 9, 32, 32, 3)
@@ -179,11 +188,52 @@ def test_a_joint_text_is_written_at_the_first_step_from_text_at_on(pipeline):
     assert not np.array_equal(pairs[0.5][0], pairs[0.6][0])
 
 
+@pytest.mark.parametrize("text_shift", [None, 3.0])
+def test_in_lockstep_eq_18_is_integrated_from_both_noises(pipeline, text_shift):
+    """Bit for bit, along times that `flow.integrate` is given: the video's shifted by 3, the text's by 1 by default."""
+    frames, texts = joint_latents(pipeline, in_step=1.0, shift=3.0, text_shift=text_shift, guidance_scale=2.0)
+    shape, text_shape = pipeline._default_shape(None, None, None), pipeline._text_shape
+    device = pipeline._execution_device
+    noises = [seeded_noise([3], name, size, device) for name, size in (("video", shape), ("text", text_shape))]
+    condition, negative = pipeline._encode(["a red digit"]), pipeline._encode([""])
+    guide = Guide(condition, negative, 2.0)
+    field = joint_field(pipeline.transformer, shape, text_shape, [3], guide, 1.0, pipeline.config.caption_temperature)
+    with torch.no_grad():
+        video, text = flow.integrate(field, noises, (flow.tau_grid(4, 3.0), flow.tau_grid(4, text_shift or 1.0)))
+    assert torch.equal(frames, video)
+    assert texts == text_space.detokenize(pipeline.tokenizer, pipeline._nearest(text))
+
+
+@pytest.mark.parametrize("text_at", [0.2, 0.4, 1.0])
+def test_an_interval_without_the_time_of_a_step_is_the_text_written_in_turn(pipeline, text_at):
+    short, turn = (joint_latents(pipeline, in_step=part, text_at=text_at) for part in (1e-6, 0.0))
+    assert torch.equal(short[0], turn[0])
+    assert short[1] == turn[1]
+
+
+def test_what_the_text_says_so_far_replaces_the_prompt_as_the_condition(pipeline, monkeypatch):
+    """If the text always says what the prompt does, nothing changes; if it says something else, the video does."""
+    prompt = text_space.tokenize(pipeline.tokenizer, ["a red digit"], pipeline.transformer.config.text_length)
+    monkeypatch.setattr(text_space, "nearest", lambda *_: prompt)
+    until = {at: joint_latents(pipeline, in_step=1.0, prompt_until=at)[0] for at in (0.0, 1.0)}
+    assert torch.equal(until[0.0], until[1.0])
+    blue = {at: joint_latents(pipeline, "a blue digit", in_step=1.0, prompt_until=at)[0] for at in (0.0, 0.6, 0.7, 1.0)}
+    # of the text's times 0, 0.25, 0.5 and 0.75, the last is the only one from 0.6 or 0.7 on
+    assert torch.equal(blue[0.6], blue[0.7])
+    assert len({blue[at].sum().item() for at in (0.0, 0.6, 1.0)}) == 3
+
+
 def test_an_invalid_time_or_temperature_is_refused(pipeline, clips):
     with pytest.raises(BadInputError, match="from 0"):
         joint(pipeline, text_at=1.5)
     with pytest.raises(BadInputError, match="in_step"):
         joint(pipeline, text_at=0.5, in_step=True)
+    with pytest.raises(BadInputError, match=r"in_step is 1\.5"):
+        joint(pipeline, in_step=1.5)
+    with pytest.raises(BadInputError, match="prompt_until is -1"):
+        joint(pipeline, prompt_until=-1.0)
+    with pytest.raises(BadInputError, match="shift"):
+        joint(pipeline, text_shift=0.0)
     with pytest.raises(BadInputError, match="0 or more"):
         pipeline.caption(clips[0], temperature=-1.0)
     with pytest.raises(BadInputError, match="0 or more"):

@@ -64,6 +64,27 @@ def test_a_guided_video_and_its_text_with_the_guesses_of_earlier_steps(model, mo
     assert calls == [2, 2, 2, 2]  # the text's own branch has another video, and a call of its own
 
 
+def test_in_lockstep_each_modality_is_guided_by_what_the_other_adds_and_not_at_all_up_to_a_scale_of_1(model):
+    """u = u_without + scale * (u_with - u_without) is affine in the scale; the text has its own scale."""
+    torch.manual_seed(2)
+    states, tau = (torch.randn(2, *VIDEO), torch.randn(2, *TEXT)), torch.tensor(0.4)
+    condition, empty = torch.randn(2, 10, 32), torch.randn(1, 10, 32)
+
+    def sample(video_scale, text_scale):
+        with torch.no_grad():
+            guide = Guide(condition, empty, video_scale)
+            return joint_field(model, VIDEO, TEXT, SEEDS, guide, text_scale, 1.0)(states, (tau, tau))
+
+    plain = sample(1.0, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(plain, sample(0.0, 0.0), strict=True))
+    (two, _), (three, _) = sample(2.0, 1.0), sample(3.0, 1.0)
+    torch.testing.assert_close(three - two, two - plain[0], atol=1e-4, rtol=1e-4)
+    assert (two - plain[0]).abs().max() > 1e-3
+    video, text = sample(1.0, 2.0)
+    assert torch.equal(video, plain[0])
+    assert (text - plain[1]).abs().max() > 1e-3
+
+
 def test_a_negative_prompt_of_another_length_has_a_call_of_its_own(model, monkeypatch):
     guide = Guide(torch.randn(1, 10, 32), torch.randn(1, 7, 32), 3.0)
     z = torch.randn(2, *VIDEO)

@@ -15,7 +15,7 @@ from diffusers import (
 
 from univigu import UniViGUPipeline
 from univigu.errors import BadInputError
-from univigu.schedules import EulerSteps, SchedulerSteps
+from univigu.schedules import EulerSteps, JointPath, SchedulerSteps
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 GOOD = [
@@ -69,6 +69,18 @@ def test_a_scheduler_replaces_the_steps_of_a_video_in_every_task(pipeline, task)
     assert np.isfinite(sample()).all()
     pipeline.scheduler = None
     np.testing.assert_array_equal(sample(), own)
+
+
+def test_both_times_move_in_an_interval_between_a_point_and_all_of_the_videos_times():
+    taus = torch.linspace(0, 1, 11)
+
+    def span(text_at, in_step):
+        return JointPath(text_at, in_step, 1.0, 1.0).span(taus)
+
+    for text_at, step in ((0.0, 0), (0.25, 3), (1.0, 10)):
+        assert (len(span(text_at, 0.0)), span(text_at, 0.0).start) == (0, step)
+        assert span(text_at, 1.0) == range(10)
+    assert [span(text_at, 0.5) for text_at in (0.0, 0.5, 1.0)] == [range(5), range(3, 8), range(5, 10)]
 
 
 def test_a_scheduler_is_saved_with_the_pipeline_and_may_be_replaced_when_it_is_loaded(pipeline, tmp_path):

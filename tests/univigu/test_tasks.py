@@ -42,6 +42,38 @@ def test_a_shift_moves_times_towards_noise_and_keeps_the_corners():
         assert torch.equal(getattr(shifted, corner)[rows], getattr(plain, corner)[rows])
 
 
+@pytest.mark.parametrize("step_task", [None, "joint"])
+def test_coupled_times_are_the_shifts_of_one_draw_in_their_share_of_joint_samples(step_task):
+    """Shifts compose: a text's shift of 8 is the video's of 4, shifted once more by 2."""
+    keys = [(0, 0, i) for i in range(4000)]
+    shifts = {"video_shift": 4.0, "text_shift": 8.0}
+    free, half, whole = (
+        draw_plan(keys, ObjectiveConfig(coupled_times=share, **shifts), step_task) for share in (0.0, 0.5, 1.0)
+    )
+    joint = free.task == list(TASKS).index("joint")
+    torch.testing.assert_close(whole.text_tau[joint], flow.shift_tau(whole.video_tau[joint], 2))
+    equal = draw_plan(keys, ObjectiveConfig(coupled_times=1.0, video_shift=3.0, text_shift=3.0), step_task)
+    assert torch.equal(equal.video_tau[joint], equal.text_tau[joint])
+    changed = (half.text_tau != free.text_tau)[joint]
+    assert changed.float().mean() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(half.text_tau[joint][changed], whole.text_tau[joint][changed])
+    # alone, the text's times are distributed as before: shifted back, they are uniform
+    quantiles = torch.arange(1, 10) / 10
+    uniform = flow.shift_tau(whole.text_tau[joint], 1 / 8).quantile(quantiles)
+    torch.testing.assert_close(uniform, quantiles, atol=0.04, rtol=0)
+
+
+def test_coupled_times_change_nothing_else():
+    keys = [(0, 0, i) for i in range(1000)]
+    free, coupled = (draw_plan(keys, ObjectiveConfig(coupled_times=share, text_shift=8.0)) for share in (0.0, 1.0))
+    joint = free.task == list(TASKS).index("joint")
+    for name in vars(free):
+        rows = ~joint if name == "text_tau" else slice(None)
+        assert torch.equal(getattr(free, name)[rows], getattr(coupled, name)[rows])
+    alone = draw_plan(keys[500:501], ObjectiveConfig(coupled_times=1.0, text_shift=8.0))
+    assert torch.equal(alone.text_tau, coupled.text_tau[500:501])  # it doesn't depend on the batch
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -53,6 +85,9 @@ def test_a_shift_moves_times_towards_noise_and_keeps_the_corners():
         {"form": "literal", "shares": {"joint": 1.0}, "text_shift": 8.0},
         {"prompt_dropout": {"joint": 2, "generate": 0}},
         {"form": "exact"},
+        {"coupled_times": 1.5},
+        {"coupled_times": 0.5, "shares": {"understand": 1.0}},
+        {"form": "literal", "shares": {"joint": 1.0}, "coupled_times": 0.5},
         {"text_draws": 0},
         {"text_draws": 2, "shares": {"joint": 0.3, "generate": 0.7}},
         {"form": "literal"},

@@ -111,6 +111,11 @@ def test_what_is_wrong_inside_a_table_is_named(write, section, values, said):
         ),
         (
             "train_stage_2",
+            {"coupled_times": 0.5, "tasks": {"understand": 0.9, "joint": 0.0, "generate": 0.1}},
+            "train_stage_2.coupled_times is 0.5, and joint has no share",
+        ),
+        (
+            "train_stage_2",
             {"tasks": {"understand": 0, "joint": 0, "generate": 0}},
             "train_stage_2.tasks has no share above 0",
         ),

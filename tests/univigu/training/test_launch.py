@@ -241,6 +241,7 @@ EVERYTHING = {
     "freeze": ["token_table"],
     "ema_decay": 0.9,
     "text_draws": 2,
+    "objective": {"coupled_times": 0.5},
     "sizes": 2,
     "steps": 4,
 }

@@ -207,6 +207,7 @@ EVERYTHING = {  # the settings of a run at full size
     "freeze": ("token_table",),
     "ema_decay": 0.9,
     "text_draws": 2,
+    "objective": {"coupled_times": 0.5},
     "steps": 4,
     "sizes": 2,
 }
