@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from components.checks import require_packages
 from components.clips.archive import read_tar, stream_tar
 from components.clips.buckets import STRETCH, list_buckets
-from components.clips.import_clips import NAME, Made, make_clips
+from components.clips.import_clips import NAME, Made, in_processes, make_clips
 from components.clips.import_files import Videos, find_videos
 from components.clips.import_texts import Fault, Texts, printable, read_members, read_texts
 from components.clips.near_duplicates import drop_copies
@@ -153,9 +153,9 @@ def import_videos(step: "Step") -> None:
     plans = plan_videos(step)
     for fault in plans.faults:
         step.reject(fault.id, fault.reason, fault.detail, fault.row)
-    with side_threads(usable_cores(), "read-videos") as pool:
-        make = partial(make_clips, plans.videos, video, settings, gate)
-        rows = [{**plan, "gate_models": models} for plan in plans.usable]
+    rows = [{**plan, "gate_models": models} for plan in plans.usable]
+    own = partial(make_clips, plans.videos, video, settings, gate)
+    with side_threads(usable_cores(), "read-videos") as pool, in_processes(own, plans.videos, rows, gate) as make:
         clips = step.map_shards(rows, settings.shard_size, partial(_make_shard, step, pool, make), unit="videos")
     by_id = {plan["id"]: plan for plan in plans.usable}
 
