@@ -5,7 +5,6 @@ The profile's `synthesize_videos.checks` names modules of `components/checks`, e
 """
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,19 +24,6 @@ class ClipCheck(NamedTuple):
     module: ModuleType
     mode: str
     settings: Mapping[str, Any]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For another process, which imports the module: modules don't pickle."""
-        return _import_check, (self.module.__name__, self.mode, self.settings)
-
-    @property
-    def heavy(self) -> bool:
-        """Whether the check has a model or an optional package in memory."""
-        return "model" in self.settings or hasattr(self.module, "REQUIRES")
-
-
-def _import_check(name: str, mode: str, settings: Mapping[str, Any]) -> ClipCheck:
-    return ClipCheck(import_module(name), mode, settings)
 
 
 def load_gate(checks: Mapping[str, Mapping[str, Any]], root: Path) -> list[ClipCheck]:

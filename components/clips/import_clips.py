@@ -147,7 +147,7 @@ def in_processes(
     reads it is quarantined.
     """
     few = len(rows) <= FEW and sum(videos.size(row["file"]) for row in rows) <= SMALL
-    if few or any(check.heavy for check in gate):  # each process would hold the models
+    if few or any(map(_has_model, gate)):  # each process would hold the models
         yield make
         return
     with Processes(make, usable_cores()) as call:
@@ -161,6 +161,10 @@ def in_processes(
                 return Made([], [_refuse(row, Misfit("crashed", detail))])
 
         yield make_apart
+
+
+def _has_model(check: "ClipCheck") -> bool:
+    return "model" in check.settings or hasattr(check.module, "REQUIRES")
 
 
 def _clips(

@@ -7,10 +7,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from queue import LifoQueue
 from threading import Thread
+from types import ModuleType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from univigu.errors import TransientError
@@ -120,6 +123,7 @@ class Processes(Generic[R]):
     def _start(self) -> "_Worker":
         # Not forked: threads of pyarrow and of the tokenizer may hold locks that a forked process would wait for.
         context = get_context("spawn")
+        ForkingPickler.register(ModuleType, _reduce_module)
         link, other = context.Pipe()
         process = context.Process(target=_serve, args=(other, self._function), daemon=True)
         process.start()
@@ -145,6 +149,11 @@ class _Worker(NamedTuple):
         self.process.join()
         code = self.process.exitcode
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _reduce_module(module: ModuleType) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+    """How a module among the function's arguments pickles: by its name."""
+    return import_module, (module.__name__,)
 
 
 def _serve(link: Connection, function: Callable[..., Any]) -> None:
