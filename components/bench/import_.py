@@ -8,8 +8,8 @@ that loads libraries.
 `ratio` is the speed of the import over cores times the speed of one core that only decodes such a video and encodes its
 clips: ``decode_ms`` and ``encode_ms`` per video, in CPU time, so that other programs don't count. The import probes,
 samples, scales, hashes and writes besides. ``against_decoding`` is the same over decoding alone. ``cpu_ms`` is what the
-import itself needs per video. ``memory`` is the largest resident memory of the process, and of its largest child if it
-has any, in MiB, for all videos and for a tenth of them.
+import and its processes need per video. ``memory`` is in MiB, for all videos and for a tenth of them: the largest
+resident memory of the process itself, and of it and its children together, sampled, with what they share counted once.
 """
 
 import io
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from components.bench.curation import SAMPLED_EVERY_S, memory_of
 from components.pipeline.processes import usable_cores
 from univigu.errors import UniViGUError
 
@@ -36,7 +37,7 @@ TIMED = 40  # videos and clips that are decoded and encoded on one thread
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "a red two moves left"
 OPTIONS = {"licence": "CC0-1.0", "source": "a benchmark", "texts": "prompts"}
-WHO = {"process": resource.RUSAGE_SELF, "largest_child": resource.RUSAGE_CHILDREN}
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def measure(videos: int = VIDEOS) -> dict[str, Any]:
@@ -137,11 +138,19 @@ def time_encoding(root: Path) -> float:
 
 def start_import(folder: Path, root: Path) -> dict[str, Any]:
     """The figures of an import in a process of its own."""
-    command = [sys.executable, "-m", __name__, str(folder), str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UniViGUError(f"The import to be timed ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command, peak = [sys.executable, "-m", __name__, str(folder), str(root)], 0
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as trouble:
+        process = subprocess.Popen(command, stdout=said, stderr=trouble)
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            time.sleep(SAMPLED_EVERY_S)
+        said.seek(0)
+        trouble.seek(0)
+        if process.returncode:
+            said_last = trouble.read().strip()[-500:]
+            raise UniViGUError(f"The import to be timed ended with {process.returncode}: {said_last}")
+        found = json.loads(said.read().splitlines()[-1])
+    return {**found, "memory": {**found["memory"], "with_children": round(peak / 2**20)}}
 
 
 def run_import(folder: Path, root: Path) -> dict[str, Any]:
@@ -153,13 +162,12 @@ def run_import(folder: Path, root: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home:
         write_videos(Path(home) / "videos", 2, 2 * RATE)
         _import(Path(home) / "videos", Path(home) / "root", profile)
-    began, cpu = time.perf_counter(), time.process_time()
+    began, cpu = time.perf_counter(), _cpu_seconds()
     manifest = _import(folder, root, profile)
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    seconds, cpu = time.perf_counter() - began, _cpu_seconds() - cpu
     found, reasons = manifest["facts"]["videos"], dict(sorted(manifest["reasons"].items()))
     if found["used"] + sum(reasons.values()) != found["of"]:
         raise UniViGUError(f"{found['used']} used and {reasons} don't add up to {found['of']} videos; report this.")
-    usage = {who: resource.getrusage(kind).ru_maxrss for who, kind in WHO.items()}
     return {
         "seconds": round(seconds, 2),
         "cpu_ms": round(1000 * cpu / found["used"], 2),
@@ -167,8 +175,13 @@ def run_import(folder: Path, root: Path) -> dict[str, Any]:
         "of": found["of"],
         "clips": manifest["rows_out"],
         "reasons": reasons,
-        "memory": {who: round(kib / 1024) for who, kib in usage.items() if kib},
+        "memory": {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)},
     }
+
+
+def _cpu_seconds() -> float:
+    """The CPU time of this process and of its children that have ended."""
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, WHO))
 
 
 def _import(folder: Path, root: Path, profile: dict[str, Any]) -> dict[str, Any]:

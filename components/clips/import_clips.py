@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,9 @@ from components.clips.archive import stream_tar
 from components.clips.buckets import Misfit
 from components.clips.import_files import Videos
 from components.clips.windows import Scene, Window, list_windows
+from components.pipeline.processes import usable_cores
 from components.prompts.records import printable
+from components.prompts.workers import TRIES, ProcessDiedError, Processes
 from components.settings.sections import ImportVideos, Video
 from univigu.errors import BadInputError, MissingInputError, VideoError
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from univigu.video import VideoFacts
 
 NAME = "import"  # the generator and captioner in the tables
+FEW, SMALL = 16, 2**24  # videos, and bytes of all, that are read in this process: another starts in a third of a second
 
 
 class Layout(NamedTuple):
@@ -130,6 +134,39 @@ def make_clips(
     return made
 
 
+@contextmanager
+def in_processes(
+    make: Callable[[Path, Mapping[str, Any]], Made],
+    videos: Videos,
+    rows: Sequence[Mapping[str, Any]],
+    gate: Sequence["ClipCheck"],
+) -> Iterator[Callable[[Path, Mapping[str, Any]], Made]]:
+    """`make_clips` in one process per core, if `rows` are worth starting them; called from as many threads.
+
+    Threads of one process share Python's lock, which costs a part of each core. A video that ends each process that
+    reads it is quarantined.
+    """
+    few = len(rows) <= FEW and sum(videos.size(row["file"]) for row in rows) <= SMALL
+    if few or any(map(_has_model, gate)):  # each process would hold the models
+        yield make
+        return
+    with Processes(make, usable_cores()) as call:
+
+        def make_apart(place: Path, row: Mapping[str, Any]) -> Made:
+            try:
+                return call(place, row)
+            except ProcessDiedError as error:
+                place.unlink(missing_ok=True)
+                detail = f"the process that read it {error}, {TRIES} times; convert the file, or leave it out"
+                return Made([], [_refuse(row, Misfit("crashed", detail))])
+
+        yield make_apart
+
+
+def _has_model(check: "ClipCheck") -> bool:
+    return "model" in check.settings or hasattr(check.module, "REQUIRES")
+
+
 def _clips(
     source: Path | bytes, layout: Layout, fps: float, gate: Sequence["ClipCheck"], row: Mapping[str, Any], made: Made
 ) -> Iterator[tuple[str, bytes]]:
@@ -137,7 +174,7 @@ def _clips(
     from components.clips.gate import judge
     from univigu.video import encode_mp4
 
-    for window, frames in _sample(source, layout.windows):
+    for window, frames in _sample(source, layout):
         about = _about(row, window)
         (finding,) = judge(frames[None], [about], gate)
         if finding.reason:
@@ -172,13 +209,14 @@ def own_clip(source: Path | bytes, frames: "np.ndarray", fps: float) -> bytes | 
     return content if rate == fps and shown.shape == frames.shape and bool((shown == frames).all()) else None
 
 
-def _sample(source: Path | bytes, windows: Sequence[Window]) -> Iterator[tuple[Window, "np.ndarray"]]:
+def _sample(source: Path | bytes, layout: Layout) -> Iterator[tuple[Window, "np.ndarray"]]:
     """Each window and its frames; one pass over the video for each size of frames."""
     from univigu.video import sample_windows
 
-    for height, width in sorted({window.bucket[1:] for window in windows}):
-        alike = [window for window in windows if window.bucket[1:] == (height, width)]
-        frames = sample_windows(source, [window.times for window in alike], height, width)
+    stamps = layout.facts.stamps if layout.facts else None
+    for height, width in sorted({window.bucket[1:] for window in layout.windows}):
+        alike = [window for window in layout.windows if window.bucket[1:] == (height, width)]
+        frames = sample_windows(source, [window.times for window in alike], height, width, stamps)
         yield from zip(alike, frames, strict=True)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +39,14 @@ class Videos:
     def open(self, name: str) -> Path | bytes:
         """A video's file, or its bytes, of at most `LARGEST_MEMBER`."""
         return read_member(self.members[name]) if name in self.members else self.folder / name
+
+    def size(self, name: str) -> int:
+        """The bytes of a video; 0 if its file is no longer there."""
+        if name in self.members:
+            return self.members[name].size
+        with suppress(OSError):
+            return (self.folder / name).stat().st_size
+        return 0
 
     def digest(self, name: str) -> str:
         """The SHA-256 of a video; raises `OSError` if it can't be read."""

@@ -9,17 +9,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.checks import require_packages
 from components.clips.archive import read_tar, stream_tar
 from components.clips.buckets import STRETCH, list_buckets
-from components.clips.import_clips import NAME, Made, make_clips
+from components.clips.import_clips import NAME, in_processes, make_clips
 from components.clips.import_files import Videos, find_videos
 from components.clips.import_texts import Fault, Texts, printable, read_members, read_texts
+from components.clips.making_ahead import MadeAhead
 from components.clips.near_duplicates import COPY_OF, drop_copies
 from components.pipeline.processes import usable_cores
 from components.pipeline.stages import Stage
@@ -160,10 +161,16 @@ def import_videos(step: "Step") -> None:
     plans = plan_videos(step)
     for fault in plans.faults:
         step.reject(fault.id, fault.reason, fault.detail, fault.row)
-    with side_threads(usable_cores(), "read-videos") as pool:
-        make = partial(make_clips, plans.videos, video, settings, gate)
-        rows = [{**plan, "gate_models": models} for plan in plans.usable]
-        clips = step.map_shards(rows, settings.shard_size, partial(_make_shard, step, pool, make), unit="videos")
+    rows = [{**plan, "gate_models": models} for plan in plans.usable]
+    own = partial(make_clips, plans.videos, video, settings, gate)
+    ahead = 0 if step.part else 2 * usable_cores()  # the next shard isn't this part's
+    with (
+        TemporaryDirectory(dir=step.out) as folder,
+        side_threads(usable_cores(), "read-videos") as pool,
+        in_processes(own, plans.videos, rows, gate) as make,
+        MadeAhead(pool, make, rows, Path(folder), ahead) as made,
+    ):
+        clips = step.map_shards(rows, settings.shard_size, partial(_make_shard, step, made), unit="videos")
     by_id = {plan["id"]: plan for plan in plans.usable}
 
     def reject(clip: Mapping[str, Any], reason: str, detail: str) -> None:
@@ -180,13 +187,12 @@ def import_videos(step: "Step") -> None:
 
 
 def _make_shard(
-    step: "Step", pool: Executor, make: Callable[..., Made], shard: Sequence[Mapping[str, Any]], folder: Path
+    step: "Step", videos: MadeAhead, shard: Sequence[Mapping[str, Any]], folder: Path
 ) -> list[dict[str, Any]]:
     """The clips of a shard's videos in one tar; only the clips in progress are in memory."""
 
     def make_batch(batch: Sequence[Mapping[str, Any]], batch_folder: Path) -> list[dict[str, Any]]:
-        places = [batch_folder / f"{row['id']}.tar" for row in batch]
-        found = list(pool.map(make, places, batch))
+        found = videos.take(batch, batch_folder)
         for refused in (one for made in found for one in made.refused):
             step.reject(*refused)
         return [row for made in found for row in made.clips]

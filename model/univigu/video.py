@@ -22,6 +22,7 @@ import numpy as np
 
 from univigu.decoding import MAX_PIXELS_READ, Video, open_video, read_frames, read_packets
 from univigu.errors import BadInputError, VideoError
+from univigu.packets import Seen, find_times, list_stamps, note_packets, skip_unused
 from univigu.tone_mapping import to_sdr
 
 RATE_FACTOR = 6  # x264's crf: a mean error below one grey level on 32x32 clips, at about 2 KB per clip
@@ -108,6 +109,7 @@ class VideoFacts(NamedTuple):
     height: int
     width: int
     hdr: str  # "pq" or "hlg"; empty for standard dynamic range
+    stamps: np.ndarray  # for `sample_windows`; empty where it has to decode all frames
 
     @property
     def rate(self) -> float:
@@ -121,45 +123,17 @@ class VideoFacts(NamedTuple):
 
 def probe_video(source: bytes | Path) -> VideoFacts:
     """The facts of a video file; only its first frame is decoded. Raises as `read_video` does."""
-    seen: list[tuple[Any, ...]] = []
+    seen: list[Seen] = []
     with open_video(source) as video:
-        packets = _noted(video, seen)
+        packets = note_packets(video, seen)
         _, first = next(read_frames(video, packets))
         painter = _Painter(video)
         height, width = painter.size(first)
         hdr = painter.hdr(first)
         deque(packets, maxlen=0)  # the others, without decoding them
-        count, begin, last, end = _find_times(video, first, seen)
-    return VideoFacts(count, last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr)
-
-
-def _noted(video: Video, seen: list[tuple[Any, ...]]) -> Iterator[tuple[Any, bool]]:
-    """The packets of a video; of each with a frame, its times and whether it is needed are added to `seen`."""
-    for packet, needed in read_packets(video):
-        if packet.size:
-            seen.append((packet.pts, packet.dts, packet.duration or 0, needed))
-        yield packet, needed
-
-
-def _find_times(video: Video, first: Any, seen: Sequence[tuple[Any, ...]]) -> tuple[int, float, float, float]:
-    """The number of frames, the start of the first, and the start and end of the last, in seconds, from the packets.
-
-    first: the first frame that is shown; packets before it are only needed to decode it. Where some packets have no
-    presentation time, as in an AVI, the decoding times of all packets are used: the intervals are the same.
-    """
-    begin = first.pts if first.pts is not None else first.dts
-    shown, others = [], []
-    for packet in seen:
-        too_early = packet[0] is not None and begin is not None and packet[0] < begin
-        (shown if packet[3] and not too_early else others).append(packet)
-    packets = shown or others
-    kind = next((kind for kind in (0, 1) if all(packet[kind] is not None for packet in packets)), None)
-    base = float(video.stream.time_base)
-    if kind is None:
-        return len(packets), 0.0, (len(packets) - 1) * video.interval, len(packets) * video.interval
-    spans = [(packet[kind] * base, packet[kind] * base + (packet[2] * base or video.interval)) for packet in packets]
-    starts, ends = zip(*spans, strict=True)
-    return len(packets), min(starts), max(starts), max(ends)
+        count, begin, last, end = find_times(video, first, seen)
+        stamps = list_stamps(video, first, seen)
+    return VideoFacts(count, last - begin, end - begin, max(1, round(height)), max(1, round(width)), hdr, stamps)
 
 
 def sample_video(source: bytes | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
@@ -174,20 +148,28 @@ def sample_video(source: bytes | Path, times: Sequence[float], height: int, widt
 
 
 def sample_windows(
-    source: bytes | Path, windows: Sequence[Sequence[float]], height: int, width: int
+    source: bytes | Path,
+    windows: Sequence[Sequence[float]],
+    height: int,
+    width: int,
+    stamps: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The frames of several windows of a video file, each as `sample_video` gives them, in one pass over the file.
 
     windows: the times of each window's frames; a later window doesn't end earlier. Only the frames of the windows that
-    the pass is in are in memory. Raises as `read_video` does, and only after the last window if the file's end is
-    damaged.
+    the pass is in are in memory. With the `stamps` of the file's `VideoFacts`, frames that neither a window nor another
+    frame needs are not decoded; damage in them is not noticed. Raises as `read_video` does, and only after the last
+    window if the file's end is damaged.
     """
     ahead = deque(sorted((time, number) for number, times in enumerate(windows) for time in times))
     chosen: dict[int, list[np.ndarray]] = defaultdict(list)
     with open_video(source) as video:
         painter = _Painter(video)
         held, begin = None, 0.0
-        for at, frame in chain(read_frames(video), [(math.inf, None)]):  # the last frame is shown until the end
+        packets = read_packets(video)
+        if stamps is not None and len(stamps):
+            packets = skip_unused(video, packets, stamps, [time for time, _ in ahead])
+        for at, frame in chain(read_frames(video, packets), [(math.inf, None)]):  # the last one is shown until the end
             begin = at if held is None else begin
             picture = None
             while held is not None and ahead and ahead[0][0] < at - begin:

@@ -1,11 +1,15 @@
 """Small video files as cameras and people make them."""
 
 import io
+import os
+import signal
 import struct
 from fractions import Fraction
 
 import av
 import numpy as np
+
+from components.clips.import_clips import make_clips
 
 
 def write_video(path, times, height=32, width=32, pixel=None, dark=40):
@@ -45,3 +49,10 @@ def sound():
         container.mux(stream.encode(samples))
         container.mux(stream.encode())
     return target.getvalue()
+
+
+def make_clips_or_crash(*arguments):
+    """`make_clips`, as if a file whose name starts with "crash" crashed its decoder."""
+    if arguments[-1]["file"].startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return make_clips(*arguments)

@@ -91,7 +91,7 @@ def _in_process(what: str, folder: Path) -> dict[str, Any]:
         process = subprocess.Popen(command, stdout=said, stderr=trouble)
         peak = 0
         while process.poll() is None:
-            peak = max(peak, _memory(process.pid))
+            peak = max(peak, memory_of(process.pid))
             time.sleep(SAMPLED_EVERY_S)
         said.seek(0)
         trouble.seek(0)
@@ -100,7 +100,7 @@ def _in_process(what: str, folder: Path) -> dict[str, Any]:
         return {**json.loads(said.read().splitlines()[-1]), "peak_memory_gib": round(peak / 2**30, 2)}
 
 
-def _memory(pid: int) -> int:
+def memory_of(pid: int) -> int:
     """Memory of a process and its descendants in bytes; shared memory counts once."""
     import psutil
 

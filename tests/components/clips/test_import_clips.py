@@ -1,16 +1,20 @@
 """A video becomes clips that show it at its own speed, or none."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from components.clips.archive import open_clip, read_tar
-from components.clips.import_clips import find_layout, make_clips
+from components.clips.gate import load_gate
+from components.clips.import_clips import FEW, find_layout, in_processes, make_clips
 from components.clips.import_files import find_videos
 from components.settings.profile import read_sections
-from small_videos import write_video
+from small_videos import make_clips_or_crash, write_video
 from univigu.files import file_sha256
 from univigu.video import encode_mp4
 
@@ -101,3 +105,20 @@ def test_a_clip_of_ours_keeps_its_bytes_and_another_encoding_of_its_frames_does_
     for name, kept in {"ours.mp4": True, "slower.mp4": False, "other.mp4": False}.items():
         made = make(tmp_path, name, settings(take="squeeze"))
         assert [clip["sha256"] == file_sha256(tmp_path / name) for clip in made.clips] == [kept]
+
+
+def test_many_videos_are_read_by_processes_with_equal_results_and_a_crash_costs_one(tmp_path, settings):
+    for number in range(FEW):
+        write_video(tmp_path / f"{number:02d}.mp4", np.arange(9) / 9, dark=number)
+    write_video(tmp_path / "crash.mp4", np.arange(9) / 9)
+    videos, sections, gate = find_videos(tmp_path), settings(), load_gate({"blank": {"mode": "score"}}, Path())
+    rows = [{**row(name), "id": name.removesuffix(".mp4")} for name in videos.names]
+    own, apart = ([tmp_path / f"{where}-{one['id']}.tar" for one in rows] for where in ("own", "apart"))
+    make = partial(make_clips_or_crash, videos, sections.video, sections.import_videos, gate)
+    with ThreadPoolExecutor(2) as pool, in_processes(make, videos, rows, gate) as call:
+        found = list(pool.map(call, apart, rows))
+    assert found[:FEW] == [make(place, one) for place, one in zip(own[:FEW], rows[:FEW], strict=True)]
+    assert [place.read_bytes() for place in apart[:FEW]] == [place.read_bytes() for place in own[:FEW]]
+    (refused,) = found[FEW].refused
+    assert (found[FEW].clips, refused[:2], apart[FEW].exists()) == ([], ("crash.mp4", "crashed"), False)
+    assert "was ended by SIGSEGV" in refused.detail

@@ -1,11 +1,14 @@
 import math
+import operator
 import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from components.prompts.tokens import load_tokenizer
-from components.prompts.workers import AHEAD, map_in_order, worker_count
+from components.prompts.workers import AHEAD, ProcessDiedError, Processes, map_in_order, worker_count
 from univigu.errors import MissingInputError, TransientError
 
 
@@ -38,3 +41,15 @@ def test_a_killed_process_is_reported_in_one_sentence():
 def test_the_number_of_processes_can_be_limited(monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     assert worker_count() == 1
+
+
+def test_a_call_that_ends_its_process_costs_only_that_call(tmp_path):
+    once = f"import os, pathlib; p = pathlib.Path({str(tmp_path / 'once')!r}); p.exists() or p.touch() or os._exit(1)"
+    calls = [(math.factorial, number) for number in range(8)]
+    calls[2:2] = [(os._exit, 9), (signal.raise_signal, signal.SIGSEGV), (exec, once), (int, "x")]
+    with ThreadPoolExecutor(2) as pool, Processes(operator.call, 2) as call:
+        found = [pool.submit(call, *arguments) for arguments in calls]
+        errors = [future.exception() for future in found]
+    assert [type(error) for error in errors[2:6]] == [ProcessDiedError, ProcessDiedError, type(None), ValueError]
+    assert [str(error) for error in errors[2:4]] == ["ended with exit code 9", "was ended by SIGSEGV"]
+    assert [future.result() for future in found[:2] + found[6:]] == [math.factorial(number) for number in range(8)]
