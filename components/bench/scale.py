@@ -11,11 +11,11 @@ raised where the profile's has fewer.
 Wan2.1 I2V is counted with the settings of `wan-14b`: a model starts from it in code of one's own, not in a profile.
 
 ``alone`` is one sample of the trained model on one GPU: all models resident, and with each in CPU memory while another
-runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits.
+runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits; ``without_base`` names those whose base isn't here, which are not counted.
 `ratio` is the largest peak of a shipped profile, on the most GPUs, over what it may need.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def measure() -> dict[str, Any]:
             profile["video"] = {**profile["video"], "height": height, "width": width}
             cells += [{"model": model, "size": size, **count(profile, gpus)} for gpus in GPUS]
             alone += [{"model": model, "size": size, **count_alone(profile, task)} for task in ("caption", "generate")]
-    shipped = {name: {gpus: count(load_profile(name), gpus) for gpus in GPUS} for name in profile_names()}
+    known, without_base = profiles_with_base(profile_names())
+    shipped = {name: {gpus: count(load_profile(name), gpus) for gpus in GPUS} for name in known}
     profiles = {
         name: {"fits_on": [gpus for gpus, cell in found.items() if cell["fits"]], "peak_gib": found[GPUS[-1]]["peak"]}
         for name, found in shipped.items()
@@ -56,9 +57,27 @@ def measure() -> dict[str, Any]:
         "budget_gib": BUDGET_GIB,
         "spare": SPARE,
         "profiles": profiles,
+        "without_base": without_base,
         "cells": cells,
         "alone": alone,
     }
+
+
+def profiles_with_base(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The profiles whose base is on this disk or has bundled configs, and the others, such as one yet to be made."""
+    from components.pipeline.profiles import load_profile
+    from univigu import wan
+    from univigu.errors import MissingInputError
+
+    found: tuple[list[str], list[str]] = ([], [])
+    for name in names:
+        try:
+            wan.config_folder(ROOT / load_profile(name)["base"])
+        except MissingInputError:
+            found[1].append(name)
+        else:
+            found[0].append(name)
+    return found
 
 
 def count(profile: Mapping[str, Any], gpus: int) -> dict[str, Any]:

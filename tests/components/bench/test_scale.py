@@ -30,3 +30,8 @@ def test_where_a_clip_is_too_large_gpus_share_its_tokens_until_it_fits(monkeypat
 def test_a_cell_fits_only_with_a_tenth_to_spare():
     assert scale.fits(66.6)
     assert not scale.fits(66.7)
+
+
+def test_a_profile_whose_base_is_not_here_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "ROOT", tmp_path)
+    assert scale.profiles_with_base(["tiny", "wan-1.3b"]) == (["wan-1.3b"], ["tiny"])
