@@ -11,8 +11,9 @@ raised where the profile's has fewer.
 Wan2.1 I2V is counted with the settings of `wan-14b`: a model starts from it in code of one's own, not in a profile.
 
 ``alone`` is one sample of the trained model on one GPU: all models resident, and with each in CPU memory while another
-runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits; ``without_base`` names those whose base isn't here, which are not counted.
-`ratio` is the largest peak of a shipped profile, on the most GPUs, over what it may need.
+runs. ``profiles`` states for each profile that the project ships, at its own size, on which numbers of GPUs it fits;
+``without_base`` names those whose base isn't here. `ratio` is the largest peak of a shipped profile, on the most GPUs,
+over what it may need.
 """
 
 from collections.abc import Iterable, Mapping
