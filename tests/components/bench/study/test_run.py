@@ -15,6 +15,7 @@ import yaml
 
 from components.bench.study import results
 from components.bench.study.arms import DATA, Study, arm_profile, data_profile, load_study, write_profile
+from components.bench.study.gallery import read_gallery
 from components.bench.study.run import read_failure, run_study, study_folder, with_random_weights
 from components.digits import world
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
@@ -54,6 +55,19 @@ ARMS = {
             "family": "prior",
             "question": "What if nothing fits?",
             "settings": {"train_stage_2.freeze": ["nothing.*"]},
+        },
+    ],
+    "probes": [
+        {"name": "plain", "family": "cost", "question": "What does it cost?", "videos": 2},
+        {
+            "name": "short-clips",
+            "family": "video_tokens",
+            "question": "And less to see?",
+            "against": "plain",
+            "frames": 5,
+            "size": 16,
+            "steps": [1, 3],
+            "entropy": 100.0,
         },
     ],
 }
@@ -144,18 +158,32 @@ def test_a_killed_study_resumes_where_it_was_and_a_failing_arm_is_named_while_th
     assert "1 of 2 arms failed" in last
     assert "broken, seed 0: `freeze` has 'nothing.*', which matches no weight" in last
     report = json.loads((root / results.REPORT).read_text())
-    assert report.keys() == {"about", "headline"}
+    assert report.keys() == {"about", "headline", "cost", "video_tokens"}
     assert report["headline"]["recipe"]["captions"].keys() == {"value", "low", "high", "n", "seeds"}
     assert report["headline"]["recipe"]["captions"]["n"] == 2
     assert "nothing.*" in report["about"]["arms"]["broken"]["failures"]["0"]
     assert "nothing.*" in (root / "reports/study.html").read_text()
     assert "recipe" in done.stdout
 
+    # probes measure the same model, and make what the page shows
+    plain, short = report["cost"]["plain"], report["video_tokens"]["short-clips"]
+    assert plain["captions"]["value"] == report["headline"]["recipe"]["captions"]["value"]
+    assert short["steps_per_caption_until_sure"]["value"] == 1.0  # at so high an entropy, it is sure at once
+    assert short["operations_per_caption"]["value"] < plain["operations_per_caption"]["value"] / 2
+    assert short["operations_per_caption_in_1_steps"]["value"] < short["operations_per_caption_in_3_steps"]["value"]
+    assert plain["operations_per_video"]["value"] > plain["operations_per_caption"]["value"]
+    assert "captions.difference" in short
+    assert {row["task"] for row in read_gallery(folder / "arms/recipe-short-0")} == {"captions", "generation", "joint"}
+    assert (root / "reports/study.html").read_text().count("<video") == 6
+
     # a second run verifies what is there, and makes nothing again
+    probed = folder / "arms/recipe-short-0/probes/plain.json"
+    before = probed.stat().st_mtime_ns
     assert [one.failure for one in run_study(study, "short", [study.find("recipe")], root)] == [""]
     arm = folder / "arms/recipe-short-0"
     assert results.is_finished(arm, arm_profile(study, study.find("recipe"), "short", 0, "model/tiny-wan"))
     assert read_failure(arm) == ""
+    assert probed.stat().st_mtime_ns == before
 
     # figures are only of the declared settings, and of files that are intact
     changed = study.model_dump()
