@@ -123,12 +123,14 @@ class _Processes:
             for process in self._running:
                 process.terminate()
 
-    def run(self, arguments: Sequence[str], show: Callable[[str], object]) -> tuple[int, str]:
+    def run(
+        self, arguments: Sequence[str], show: Callable[[str], object], environment: Mapping[str, str] | None = None
+    ) -> tuple[int, str]:
         """Run a command to its end; returns its exit code, and its last message to the user."""
         with self._guard:
             if self.stopped:
                 raise PreemptedError("The study is being stopped; run it again to resume.")
-            process = start_child(arguments, self.environment)
+            process = start_child(arguments, environment or self.environment)
             self._running.add(process)
         try:
             said = read_lines(process, show)
@@ -268,7 +270,10 @@ class _Runner:
             return []
         probes.declare(folder, wanted)
         log = folder / "log-probes.txt"
-        code, said = self._run([sys.executable, "-m", probes.__name__, str(folder)], log, f"{label} | probes")
+        command = [sys.executable, "-m", probes.__name__, str(folder)]
+        code, said = self._run(
+            command, log, f"{label} | probes", {_THREADS: "1"}
+        )  # so that seconds don't depend on --jobs
         if not code:
             return []
         failure = said or f"its probes ended with exit code {code}; their output is in {log}"
@@ -306,7 +311,9 @@ class _Runner:
         if code:
             raise UniViGUError(said or f"{step} ended with exit code {code}; its output is in {log}.")
 
-    def _run(self, command: Sequence[str], log: Path, label: str) -> tuple[int, str]:
+    def _run(
+        self, command: Sequence[str], log: Path, label: str, environment: Mapping[str, str] | None = None
+    ) -> tuple[int, str]:
         with log.open("w", encoding="utf-8") as stream:
 
             def show(line: str) -> None:
@@ -314,7 +321,7 @@ class _Runner:
                 if not sentence(line):
                     print(f"{label} | {line}", file=sys.stderr, flush=True)
 
-            return self.processes.run(command, show)
+            return self.processes.run(command, show, environment)
 
 
 def with_random_weights(base: Path, target: Path, seed: int) -> None:

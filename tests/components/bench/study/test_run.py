@@ -16,14 +16,17 @@ import yaml
 from components.bench.study import results
 from components.bench.study.arms import DATA, Study, arm_profile, data_profile, load_study, write_profile
 from components.bench.study.gallery import read_gallery
+from components.bench.study.probes import caption_one, caption_until_sure
 from components.bench.study.run import read_failure, run_study, study_folder, with_random_weights
 from components.digits import world
+from components.digits.benchmark import load_heldout, render
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import IMPORTED
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from univigu.files import file_sha256
+from univigu.pipeline import UniViGUPipeline
 
 HELDOUT = Path(__file__).parents[4] / "data" / "heldout.json"
 TRAINED = "data/{}/manifest.json"
@@ -184,6 +187,12 @@ def test_a_killed_study_resumes_where_it_was_and_a_failing_arm_is_named_while_th
     assert results.is_finished(arm, arm_profile(study, study.find("recipe"), "short", 0, "model/tiny-wan"))
     assert read_failure(arm) == ""
     assert probed.stat().st_mtime_ns == before
+
+    # of a model that is never sure, a caption takes all steps, and is that of so many steps
+    (item,) = load_heldout(HELDOUT)["captions"][:1]
+    pipeline, (frames,) = UniViGUPipeline.from_pretrained(arm / "data/stage2/model"), render([item])
+    pipeline.set_progress_bar_config(disable=True)
+    assert caption_until_sure(pipeline, item, frames, 3, 1e-9) == (caption_one(pipeline, item, frames, 3), 3)
 
     # figures are only of the declared settings, and of files that are intact
     changed = study.model_dump()
