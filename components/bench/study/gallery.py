@@ -10,9 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from components.bench.study.arms import STEPS
 from components.evaluation.evaluate_model import load_benchmark, make_joint_row, make_row, shown_claims
 from components.evaluation.samples import generate_clips, sample_jointly
+from components.pipeline.manifests import read_manifest
+from components.pipeline.stages import find_stage
 from components.pipeline.tables import read_table
+from univigu.errors import BadInputError
 from univigu.files import read_json_object, write_json
 
 if TYPE_CHECKING:
@@ -52,16 +56,22 @@ def make_gallery(pipeline: "UniViGUPipeline", step: "Step") -> None:
             true = true_caption(name, item) if task == "captions" else ""
             facts = {"task": task, "rank": rank, "file": file, "id": row["clip_id"], "true": true}
             shown.append({**facts, "prompt": row["prompt"], "text": row["text"], **shown_claims(row)})
-    write_json(folder / INDEX, {"samples": shown})
+    write_json(folder / INDEX, {"evaluation": _evaluation(step.root), "samples": shown})
 
 
 def read_gallery(folder: Path) -> list[Row]:
-    """The samples of an arm's work root, each with the ``content`` of its video; [] if none were made."""
+    """The samples of an arm's work root, each with the ``content`` of its video; [] without those of its evaluation."""
     try:
-        shown = read_json_object(folder / HOME / INDEX)["samples"]
+        index = read_json_object(folder / HOME / INDEX)
+        shown = index["samples"] if index["evaluation"] == _evaluation(folder) else []
         return [{**row, "content": (folder / HOME / Path(row["file"]).name).read_bytes()} for row in shown]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, BadInputError):
         return []
+
+
+def _evaluation(folder: Path) -> str:
+    """The digest of an arm's evaluation; raises `BadInputError` without one."""
+    return read_manifest(folder / find_stage(STEPS[-1]).home, STEPS[-1])["digest"]
 
 
 def choose(rows: Sequence[Row]) -> dict[str, list[tuple[str, Row]]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.bench.study.arms import STEPS, Probe
 from components.bench.study.clips import draw_items, render_clips
-from components.bench.study.gallery import make_gallery
+from components.bench.study.gallery import make_gallery, read_gallery
 from components.evaluation.evaluate_model import load_benchmark
 from components.evaluation.samples import generate_clips, sample_in_parts
 from components.pipeline.digests import json_digest
@@ -40,10 +40,10 @@ UNTIL_SURE = 64  # clips that are captioned one at a time, until the model is su
 Result = dict[str, Any]
 
 
-def declare(folder: Path, probes: Sequence[Probe]) -> None:
-    """Note in an arm's work root which probes are to be run there."""
+def declare(folder: Path, probes: Sequence[Probe], shown: bool) -> None:
+    """Note in an arm's work root which probes are to be run there; `shown`: also the gallery of the study's page."""
     (folder / HOME).mkdir(exist_ok=True)
-    write_json(folder / HOME / DECLARED, {"probes": [probe.model_dump() for probe in probes]})
+    write_json(folder / HOME / DECLARED, {"probes": [probe.model_dump() for probe in probes], "gallery": shown})
 
 
 def read_probe(folder: Path, probe: Probe, code: str = "") -> Result | None:
@@ -73,10 +73,11 @@ def current_code() -> str:
 
 def run_probes(folder: Path) -> None:
     """Run the declared probes of an arm's work root, and make its gallery; finished ones are kept."""
-    probes = [Probe.model_validate(one) for one in read_json_object(folder / HOME / DECLARED)["probes"]]
-    code = current_code()
+    declared = read_json_object(folder / HOME / DECLARED)
+    probes, code = [Probe.model_validate(one) for one in declared["probes"]], current_code()
     waiting = [probe for probe in probes if read_probe(folder, probe, code) is None]
-    if not waiting:
+    with_gallery = declared["gallery"] and not read_gallery(folder)
+    if not waiting and not with_gallery:
         return
     values = load_profile(str(folder / "profile.yaml"))
     step = make_step(find_stage(EVALUATION), values, folder.resolve())
@@ -85,15 +86,20 @@ def run_probes(folder: Path) -> None:
         print(f"{probe.name}: captions of {step.settings.evaluate_model.captions} clips", flush=True)
         result = measure_probe(pipeline, step, probe)
         write_json(folder / HOME / f"{probe.name}.json", {"key": probe_key(folder, probe), "code": code, **result})
-    make_gallery(pipeline, step)
+    if with_gallery:
+        make_gallery(pipeline, step)
 
 
 def load_pipeline(step: "Step") -> "UniViGUPipeline":
     """The model of an arm, in fp32."""
+    import diffusers
     import torch
+    import transformers
 
     from univigu.pipeline import UniViGUPipeline
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     pipeline = UniViGUPipeline.from_pretrained(step.inputs["stage2"] / "model")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -49,11 +49,11 @@ _BUSY_TRIES, _BUSY_S = 20, 3.0
 
 
 class Outcome(NamedTuple):
-    """What became of one arm with one seed."""
+    """What became of one arm, and of its probes, with one seed."""
 
     arm: str
     seed: int
-    failure: str = ""  # a sentence; "" if the arm has finished
+    failure: str = ""  # a sentence; "" if they have finished
 
 
 def study_folder(root: Path, study: Study) -> Path:
@@ -91,8 +91,8 @@ def run_study(study: Study, budget: str, arms: Sequence[Arm], root: Path, jobs: 
             try:
                 waiting = [pool.submit(runner.run_arm, arm, seed) for arm, seed in work]
                 outcomes = [one.result() for one in waiting]
-                done = [pair for pair, outcome in zip(work, outcomes, strict=True) if not outcome.failure]
-                return [*outcomes, *(one for arm, seed in done for one in runner.run_probes(arm, seed))]
+                ran = zip(work, outcomes, strict=True)
+                return [outcome if outcome.failure else runner.run_probes(*pair) for pair, outcome in ran]
             except BaseException:
                 processes.stop()
                 pool.shutdown(cancel_futures=True)
@@ -262,22 +262,19 @@ class _Runner:
 
     # --- probes ---
 
-    def run_probes(self, arm: Arm, seed: int) -> list[Outcome]:
-        """Run the probes of a finished arm; returns what became of those of which one failed."""
+    def run_probes(self, arm: Arm, seed: int) -> Outcome:
+        """Run the probes of a finished arm; returns what became of it with them."""
         folder, label = arm_root(self.root, self.study, arm, self.budget, seed), f"{arm.name} {seed}"
         wanted = self.study.probes_of(arm, self.budget)
         if not wanted:
-            return []
-        probes.declare(folder, wanted)
+            return Outcome(arm.name, seed)
+        probes.declare(folder, wanted, arm.name == self.study.reference)
         log = folder / "log-probes.txt"
         command = [sys.executable, "-m", probes.__name__, str(folder)]
-        code, said = self._run(
-            command, log, f"{label} | probes", {_THREADS: "1"}
-        )  # so that seconds don't depend on --jobs
-        if not code:
-            return []
-        failure = said or f"its probes ended with exit code {code}; their output is in {log}"
-        return [Outcome(f"the probes of {arm.name}", seed, failure)]
+        # on one thread, so that seconds don't depend on --jobs
+        code, said = self._run(command, log, f"{label} | probes", {_THREADS: "1"})
+        failure = f"its probes failed: {said or f'exit code {code}, with the output in {log}'}" if code else ""
+        return Outcome(arm.name, seed, failure)
 
     # --- steps ---
 
