@@ -55,6 +55,7 @@ def render_page(report: Report, evaluated: Sequence[Evaluated], shown: Shown = S
                     "probes": [
                         (name, probes[name], scores) for name, scores in report[family].items() if name in probes
                     ],
+                    "with_videos": any("seconds_per_video" in scores for scores in report[family].values()),
                     "chart": learning_curves(family, report["about"]["reference"], evaluated),
                     "steps": [(name, one) for name, scores in report[family].items() if (one := by_steps(scores))],
                 }
@@ -101,6 +102,8 @@ def learning_curves(family: str, reference: str, evaluated: Sequence[Evaluated])
     A line is the mean over seeds; if there are several, its band is from the lowest to the highest.
     """
     lines, bands = {}, {}
+    if not any(one.arm.family == family for one in evaluated):
+        return None
     for one in evaluated:
         if one.arm.family != family and one.arm.name != reference:
             continue

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HOME, DECLARED = Path("probes"), "declared.json"  # in the work root of an arm
 EVALUATION = STEPS[-1]
-TIMED = 16  # captions whose cost is measured
+TIMED, COUNTED = 16, 4  # captions whose seconds are measured, and those of them whose operations are counted
 UNTIL_SURE = 64  # clips that are captioned one at a time, until the model is sure
 
 Result = dict[str, Any]
@@ -210,7 +210,7 @@ def caption_until_sure(
 
 
 def cost(calls: Sequence[Callable[[], object]]) -> tuple[list[float], list[int]]:
-    """The seconds and the operations of each call, after one that isn't timed."""
+    """The seconds of each call, after one that isn't timed, and the operations of the first `COUNTED`."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,7 +220,7 @@ def cost(calls: Sequence[Callable[[], object]]) -> tuple[list[float], list[int]]
         started = time.perf_counter()
         call()
         seconds.append(round(time.perf_counter() - started, 6))
-    for call in calls:
+    for call in calls[:COUNTED]:
         # attention as plain products, which alone are counted on every device
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             call()
