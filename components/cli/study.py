@@ -31,6 +31,10 @@ def list_arms(budget: Budget = "short", arms: Declared = None, root: Root = Path
         steps = ", ".join(changed_steps(study, arm, budget)) or "no step"
         print(f"{arm.name:<22} {arm.family:<11} {done} of {len(states)} finished{failed}; changes {steps}")
         print(f"{'':<22} {arm.question}")
+    for probe in study.probes:
+        if budget in probe.budgets:
+            print(f"{probe.name:<22} {probe.family:<11} evaluates {probe.of or study.reference} and trains nothing")
+            print(f"{'':<22} {probe.question}")
 
 
 @app.command()
@@ -71,11 +75,12 @@ def show(budget: Budget = "short", arms: Declared = None, root: Root = Path(".")
     from components.bench.study.arms import load_study
     from components.bench.study.page import answer, write_page
     from components.bench.study.results import COMPARED, write_report
+    from components.bench.study.shown import read_shown
 
     study = load_study(*[arms] if arms else [])
     with activity("Reading the finished arms"):
         report, evaluated = write_report(study, budget, root)
-        page = write_page(report, evaluated, root)
+        page = write_page(report, evaluated, read_shown(study, budget, root, evaluated), root)
     print("\n".join(answer(report)))
     for ran in evaluated:
         figures = report[ran.arm.family][ran.arm.name]
@@ -84,4 +89,10 @@ def show(budget: Budget = "short", arms: Declared = None, root: Root = Path(".")
             f"{task} {score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})" for task, score in scores
         )
         print(f"{ran.arm.name:<22} {shown}  seeds {len(ran.tasks)}")
-    print(f"The table, with differences and learning curves, is in {page}.")
+    for name, probe in report["about"]["probes"].items():
+        if probe["seeds"]:
+            figures = report[probe["family"]][name]
+            score, seconds = figures["captions"], figures["seconds_per_caption"]["value"]
+            shown = f"captions {score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})  {seconds:.3f} s each"
+            print(f"{name:<22} {shown}  seeds {len(probe['seeds'])}")
+    print(f"The table, with differences, learning curves and samples, is in {page}.")

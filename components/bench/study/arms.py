@@ -1,7 +1,8 @@
-"""The declared arms of a study, and the profile that each of them runs with.
+"""The declared arms and probes of a study, and the profile that each arm runs with.
 
 An arm is the study's profile with some settings changed, in sections that only training and evaluation read: all arms
-share one set of data. Settings are named ``section.key``; ``train_stage_*.key`` is both training stages.
+share one set of data. Settings are named ``section.key``; ``train_stage_*.key`` is both training stages. A probe is an
+evaluation of an arm's finished model on other clips, or with other steps: it trains nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ Family = Literal[
 ]
 FAMILIES: tuple[str, ...] = get_args(Family)  # the sections of the report
 Settings = dict[str, Any]
+Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]*$", max_length=40)]
+Block = dict[str, Annotated[list[str], Field(min_length=1)]]  # values by attribute: the scenes with one of each
 
 
 class _Declared(BaseModel):
@@ -47,7 +50,7 @@ class _Declared(BaseModel):
 class Arm(_Declared):
     """One training with its evaluation."""
 
-    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]*$", max_length=40)]
+    name: Name
     family: Family  # the section of the report that it is for
     question: Annotated[str, Field(min_length=1)]
     settings: Settings = {}
@@ -55,6 +58,32 @@ class Arm(_Declared):
     full: Settings = {}
     budgets: list[Budget] = ["short", "full"]  # those that it is part of
     weights: Literal["base", "random"] = "base"  # random: the base's transformer is initialised anew
+    left_out: Block = {}  # pairs whose prompt or caption states this are kept out of its training
+
+
+class Probe(_Declared):
+    """One evaluation of an arm's finished model, on captions of held-out items, which trains nothing."""
+
+    name: Name
+    family: Family
+    question: Annotated[str, Field(min_length=1)]
+    of: str = ""  # the arm; "" is the reference
+    against: str = ""  # the probe whose captions of the same scenes its own are compared with
+    # heldout: the clips of the evaluation. seen: the same scenes in handwriting that models were trained on. redrawn:
+    # other scenes from another seed, in held-out handwriting.
+    clips: Literal["heldout", "seen", "redrawn"] = "heldout"
+    only: Block = {}  # redrawn scenes have one of these values of each attribute
+    frames: Annotated[int, Field(ge=1, le=81)] | None = None  # fewer: taken evenly; more: the last frame stays
+    size: Annotated[int, Field(ge=8, le=256)] | None = None  # pixels of each side, to which clips are resampled
+    steps: list[Annotated[int, Field(ge=1, le=1000)]] = []  # also in each of these numbers of Euler steps
+    entropy: Annotated[float, Field(gt=0)] | None = None  # also with a stop at this mean entropy of a token, in nats
+    videos: Annotated[int, Field(ge=0, le=100)] = 0  # videos that are generated to measure their cost
+    budgets: list[Budget] = ["short", "full"]
+
+    def changes(self) -> Settings:
+        """What it sets, without its names, for a report."""
+        left_out = {"name", "family", "question", "budgets"}
+        return self.model_dump(exclude=left_out, exclude_defaults=True)
 
 
 class Plan(_Declared):
@@ -72,6 +101,7 @@ class Study(_Declared):
     settings: Settings = {}
     budgets: dict[Budget, Plan]
     arms: Annotated[list[Arm], Field(min_length=1)]
+    probes: list[Probe] = []
 
     def find(self, name: str) -> Arm:
         """The arm called `name`; raises `ConfigError` that lists all names."""
@@ -88,6 +118,10 @@ class Study(_Declared):
         if missing := wanted - {arm.name for arm in arms}:
             raise ConfigError(f"With the budget '{budget}' the study has no arm '{sorted(missing)[0]}'; use the other.")
         return arms
+
+    def probes_of(self, arm: Arm, budget: str) -> list[Probe]:
+        """The probes of an arm's model with a budget, in the declared order."""
+        return [one for one in self.probes if budget in one.budgets and (one.of or self.reference) == arm.name]
 
     def plan(self, budget: str) -> Plan:
         """What the budget gives; raises `ConfigError` where the study has no such budget."""
@@ -113,11 +147,23 @@ def load_study(path: Path = DECLARED) -> Study:
         raise ConfigError(f"The study {path} is not valid: {place}: {first['msg']}; correct it.") from error
     if Path(study.profile).suffix in {".yaml", ".yml"}:
         study = study.model_copy(update={"profile": str((path.parent / study.profile).resolve())})
-    names = [arm.name for arm in study.arms]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"The study {path} has two arms called '{twice[0]}'; rename one.")
-    study.find(study.reference)
+    _check_names(study, path)
     return study
+
+
+def _check_names(study: Study, path: Path) -> None:
+    arms, probes = [arm.name for arm in study.arms], [probe.name for probe in study.probes]
+    names = [*arms, *probes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        what = "two arms" if arms.count(twice[0]) > 1 else "two arms or probes"
+        raise ConfigError(f"The study {path} has {what} called '{twice[0]}'; rename one.")
+    study.find(study.reference)
+    for probe in study.probes:
+        study.find(probe.of or study.reference)
+        if probe.against and probe.against not in probes:
+            raise ConfigError(f"The probe '{probe.name}' is against '{probe.against}', which is no probe of {path}.")
+        if probe.only and probe.clips != "redrawn":
+            raise ConfigError(f"The probe '{probe.name}' has `only`, which needs `clips: redrawn`; correct {path}.")
 
 
 def data_profile(study: Study) -> dict[str, Any]:
@@ -153,6 +199,7 @@ def changed_steps(study: Study, arm: Arm, budget: str) -> list[str]:
     keys = {key for key in {**ours, **theirs} if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key))}
     changed = {key.partition(".")[0] for key in keys}
     changed |= {"base"} if arm.weights == "random" else set()
+    changed |= {"train_stage_1", "train_stage_2"} if arm.left_out else set()
     return [name for name in STEPS if changed & {*find_stage(name).parameters, *(find_stage(name).sources.values())}]
 
 

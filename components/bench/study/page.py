@@ -1,4 +1,4 @@
-"""The study as one HTML file, ``reports/study.html``: the answer, all arms with their intervals, learning curves.
+"""The study as one HTML file, ``reports/study.html``: the answer, all arms with their intervals, curves and samples.
 
 It is self-contained, makes no request, and escapes every text from data.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 from components.bench.study.arms import FAMILIES
 from components.bench.study.results import COMPARED, Evaluated, Report
+from components.bench.study.shown import Shown
 from components.evaluation.report import line_chart, page_templates
 
 PAGE = Path("reports/study.html")
@@ -30,16 +31,16 @@ TITLES = {
 }
 
 
-def write_page(report: Report, evaluated: Sequence[Evaluated], root: Path) -> Path:
+def write_page(report: Report, evaluated: Sequence[Evaluated], shown: Shown, root: Path) -> Path:
     """Write the page of a report; returns its path."""
     path = root / PAGE
-    path.write_text(render_page(report, evaluated), encoding="utf-8")
+    path.write_text(render_page(report, evaluated, shown), encoding="utf-8")
     return path
 
 
-def render_page(report: Report, evaluated: Sequence[Evaluated]) -> str:
+def render_page(report: Report, evaluated: Sequence[Evaluated], shown: Shown = Shown()) -> str:  # noqa: B008 (immutable)
     """The page as HTML; `evaluated` are the arms whose learning curves it shows."""
-    arms = report["about"]["arms"]
+    arms, probes = report["about"]["arms"], report["about"]["probes"]
     return (
         page_templates(Path(__file__).parent)
         .get_template(TEMPLATE)
@@ -48,17 +49,24 @@ def render_page(report: Report, evaluated: Sequence[Evaluated]) -> str:
             answer=answer(report),
             sections=[
                 {
+                    "family": family,
                     "title": TITLES[family],
-                    "arms": [(name, arms[name], report[family][name]) for name in report[family]],
+                    "arms": [(name, arms[name], scores) for name, scores in report[family].items() if name in arms],
+                    "probes": [
+                        (name, probes[name], scores) for name, scores in report[family].items() if name in probes
+                    ],
+                    "with_videos": any("seconds_per_video" in scores for scores in report[family].values()),
                     "chart": learning_curves(family, report["about"]["reference"], evaluated),
-                    "steps": [(name, *one) for name, figures in report[family].items() if (one := _by_steps(figures))],
+                    "steps": [(name, one) for name, scores in report[family].items() if (one := by_steps(scores))],
                 }
                 for family in FAMILIES
                 if family in report
             ],
             compared=COMPARED,
+            shown=shown,
             failures=[(name, seed, why) for name, arm in arms.items() for seed, why in sorted(arm["failures"].items())],
-            missing=[name for name, arm in arms.items() if not arm["seeds"] and not arm["failures"]],
+            missing=[name for name, arm in arms.items() if not arm["seeds"] and not arm["failures"]]
+            + [name for name, probe in probes.items() if not probe["seeds"]],
         )
     )
 
@@ -94,6 +102,8 @@ def learning_curves(family: str, reference: str, evaluated: Sequence[Evaluated])
     A line is the mean over seeds; if there are several, its band is from the lowest to the highest.
     """
     lines, bands = {}, {}
+    if not any(one.arm.family == family for one in evaluated):
+        return None
     for one in evaluated:
         if one.arm.family != family and one.arm.name != reference:
             continue
@@ -113,11 +123,31 @@ def _families(report: Report) -> list[Mapping[str, Any]]:
     return [report[family] for family in FAMILIES if family in report]
 
 
-def _by_steps(figures: Mapping[str, Any]) -> list[list[tuple[int, Any]]]:
-    """The captions' scores by the number of Euler steps, if an arm compares several."""
-    prefix, suffix = "captions_in_", "_steps"
-    found = {int(name[len(prefix) : -len(suffix)]): score for name, score in figures.items() if name.startswith(prefix)}
-    return [sorted(found.items())] if found else []
+def by_steps(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Captions by the number of Euler steps, fewest first, and then until the model was sure; [] without either.
+
+    Each has its ``label``, the ``captions``, and, where they were measured, ``seconds`` and ``operations`` per caption.
+    """
+    ways = {
+        name.removeprefix("captions"): name for name in figures if name.startswith(("captions_in_", "captions_until"))
+    }
+    rows = []
+    for way, name in sorted(ways.items(), key=lambda pair: (not pair[0].startswith("_in_"), _count(pair[0]))):
+        taken = figures.get(f"steps_per_caption{way}")
+        row = {
+            "label": f"{_count(way)}" if taken is None else f"until sure: {taken['value']:.1f} on average",
+            "captions": figures[name],
+            "seconds": figures.get(f"seconds_per_caption{way}"),
+            "operations": figures.get(f"operations_per_caption{way}"),
+        }
+        rows.append(row)
+    return rows
+
+
+def _count(way: str) -> int:
+    """4 of ``_in_4_steps``; 0 of another text."""
+    digits = "".join(letter for letter in way if letter.isdigit())
+    return int(digits or 0)
 
 
 def _percent(score: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
-"""The figures of a study, from the evaluations of its finished arms: ``reports/study.json``.
+"""The figures of a study, from the evaluations and probes of its finished arms: ``reports/study.json``.
 
 Each figure is ``{"value", "low", "high", "n", "seeds"}``, with a 95 % interval over clips and seeds. It is under the
-arm's family and name. A family of which no arm has finished is left out.
+family and name of the arm or the probe. A family of which nothing has finished is left out.
 """
 
 import csv
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.bench import machine
-from components.bench.study.arms import STEPS, Arm, Study, arm_profile, changed_steps, data_profile
+from components.bench.study.arms import STEPS, Arm, Probe, Study, arm_profile, changed_steps, data_profile
+from components.bench.study.probes import read_probe
 from components.bench.study.run import PROFILE, arm_root, read_failure, study_folder
 from components.pipeline.digests import plain_json
 from components.pipeline.manifests import verify
@@ -19,7 +20,7 @@ from components.pipeline.profiles import load_profile
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import read_table
 from univigu.errors import BadInputError
-from univigu.evaluation.intervals import Score, attribute, seeded_difference, seeded_mean
+from univigu.evaluation.intervals import Score, attribute, mean, seeded_difference, seeded_mean
 from univigu.files import read_yaml, write_json
 
 REPORT = Path("reports/study.json")
@@ -42,6 +43,13 @@ class Evaluated(NamedTuple):
     curves: Mapping[int, Sequence[tuple[int, float]]]  # by seed: step of stage 2, token accuracy on held-out pairs
 
 
+class Probed(NamedTuple):
+    """The finished results of a probe."""
+
+    probe: Probe
+    results: Mapping[int, Mapping[str, Any]]  # by seed, each as `probes.measure_probe` returns it
+
+
 def write_report(study: Study, budget: str, root: Path) -> tuple[Report, list[Evaluated]]:
     """Write ``reports/study.json`` from all arms that have finished with this budget; returns it, and those arms.
 
@@ -52,18 +60,22 @@ def write_report(study: Study, budget: str, root: Path) -> tuple[Report, list[Ev
         raise BadInputError(
             f"No arm of the study has finished with the budget '{budget}'; run `univigu study run --budget {budget}`."
         )
-    report = {"about": _about(study, budget, root, evaluated), **make_figures(study.reference, evaluated)}
+    probed = [one for arm in evaluated for one in read_probes(study, arm, budget, root)]
+    about = {**_about(study, budget, root, evaluated), "probes": _about_probes(study, budget, probed)}
+    report = {"about": about, **make_figures(study.reference, evaluated, probed)}
     (root / REPORT).parent.mkdir(parents=True, exist_ok=True)
     write_json(root / REPORT, report)
     return report, evaluated
 
 
-def make_figures(reference: str, evaluated: Sequence[Evaluated]) -> Report:
+def make_figures(reference: str, evaluated: Sequence[Evaluated], probed: Sequence[Probed] = ()) -> Report:
     """The figures by family, arm and score.
 
     A score is a task (``captions``, ``captions_without_video``, ``captions_in_4_steps``, ``generation``, ...), one of
     its attributes (``captions.digit``), its ``difference`` from the reference arm over the seeds that both have
-    (``captions.difference``), or ``generation.kept``, the difference from the base that the arm began with.
+    (``captions.difference``), or ``generation.kept``, the difference from the base that the arm began with. That of a
+    probe is one of captions, their difference from those of the probe that it is against, or ``seconds_per_caption``,
+    ``operations_per_video`` and the like.
     """
     known = {one.arm.name: one for one in evaluated}
     report: Report = {}
@@ -73,6 +85,10 @@ def make_figures(reference: str, evaluated: Sequence[Evaluated]) -> Report:
         if other and other is not one:
             figures |= _differences(one, other)
         report.setdefault(one.arm.family, {})[one.arm.name] = figures
+    by_name = {one.probe.name: one for one in probed}
+    for one in probed:
+        figures = _probe_figures(one, by_name.get(one.probe.against))
+        report.setdefault(one.probe.family, {})[one.probe.name] = figures
     return report
 
 
@@ -86,6 +102,16 @@ def read_arm(study: Study, arm: Arm, budget: str, root: Path) -> Evaluated:
             tasks[seed] = _read_items(folder / find_stage(STEPS[-1]).home)
             curves[seed] = _read_curve(folder / find_stage(STEPS[-2]).home / "heldout.csv")
     return Evaluated(arm, tasks, curves)
+
+
+def read_probes(study: Study, one: Evaluated, budget: str, root: Path) -> list[Probed]:
+    """The probes of an arm that have finished, each with the seeds whose evaluations count."""
+    probed = []
+    for probe in study.probes_of(one.arm, budget):
+        folders = {seed: arm_root(root, study, one.arm, budget, seed) for seed in sorted(one.tasks)}
+        found = {seed: result for seed, folder in folders.items() if (result := read_probe(folder, probe))}
+        probed += [Probed(probe, found)] if found else []
+    return probed
 
 
 def find_base(study: Study, root: Path) -> str:
@@ -168,6 +194,22 @@ def _differences(one: Evaluated, other: Evaluated) -> Figures:
     return figures
 
 
+def _probe_figures(one: Probed, other: Probed | None) -> Figures:
+    """The figures of a probe; other: the finished probe that it is against, if there is one."""
+    runs = list(one.results.values())
+    figures: Figures = {task: seeded_mean([run["claims"][task] for run in runs]) for task in sorted(runs[0]["claims"])}
+    claims = [run["claims"]["captions"] for run in runs]
+    for name in sorted({attribute(name) for run in claims for item in run for name in item}):
+        figures[f"captions.{name}"] = seeded_mean([[_only(item, name) for item in run] for run in claims])
+    for kind in ("seconds", "operations", "steps"):
+        for name in runs[0][kind]:
+            figures[f"{kind}_per_{name}"] = {**mean([x for run in runs for x in run[kind][name]]), "seeds": len(runs)}
+    if other and (seeds := sorted(one.results.keys() & other.results.keys())):
+        ours, theirs = ([side.results[seed]["claims"]["captions"] for seed in seeds] for side in (one, other))
+        figures["captions.difference"] = seeded_difference(ours, theirs)
+    return figures
+
+
 def _only(item: Claims, name: str) -> dict[str, bool]:
     return {claim: right for claim, right in item.items() if attribute(claim) == name}
 
@@ -198,4 +240,21 @@ def _about(study: Study, budget: str, root: Path, evaluated: Sequence[Evaluated]
             }
             for arm in study.chosen(budget)
         },
+    }
+
+
+def _about_probes(study: Study, budget: str, probed: Sequence[Probed]) -> Report:
+    """All probes of a budget with their settings and the seeds that have finished."""
+    seeds = {one.probe.name: sorted(one.results) for one in probed}
+    return {
+        probe.name: {
+            "family": probe.family,
+            "question": probe.question,
+            "of": probe.of or study.reference,
+            "against": probe.against,
+            "settings": {name: value for name, value in probe.changes().items() if name not in ("of", "against")},
+            "seeds": seeds.get(probe.name, []),
+        }
+        for probe in study.probes
+        if budget in probe.budgets
     }

@@ -5,10 +5,13 @@ Under ``.univigu/study/<profile>`` of the work root:
 * ``data``: one run of the steps from prompts to latents, which every arm reads;
 * ``trained/<key>``: a work root for each distinct training; the key is a digest of all that decides it, so arms that
   share the settings of a stage share its output;
-* ``arms/<name>-<budget>-<seed>``: a work root for each arm and seed, with its evaluation in ``reports``.
+* ``arms/<name>-<budget>-<seed>``: a work root for each arm and seed, with its evaluation in ``reports``, and with
+  ``probes`` of its model;
+* ``data-without/<key>``: ``data`` without the pairs of a block, for the arms that leave it out.
 
 Inputs are hard links. Steps run as ``univigu run``, so they resume from checkpoints, verify what they read, and skip
-what is finished. An arm that fails is recorded, and the others go on.
+what is finished. An arm that fails is recorded, and the others go on. Probes measure seconds, so they run at the end,
+one arm at a time.
 """
 
 import os
@@ -23,6 +26,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+from components.bench.study import blocks, probes
 from components.bench.study.arms import DATA, STEPS, Arm, Study, arm_profile, data_profile, write_profile
 from components.pipeline.digests import json_digest, source_digest
 from components.pipeline.fingerprint import code_digest, stage_code
@@ -38,17 +42,18 @@ from univigu.threads import side_threads
 
 PROFILE, FAILED = "profile.yaml", "failed.json"  # in the work root of an arm
 SOURCES = ("raw_prompts", "base", "generator", "heldout")
+PAIRS = "validate-pairs"  # the first step that people's edits change
 _KEY_LENGTH = 16
 _THREADS = "OMP_NUM_THREADS"
 _BUSY_TRIES, _BUSY_S = 20, 3.0
 
 
 class Outcome(NamedTuple):
-    """What became of one arm with one seed."""
+    """What became of one arm, and of its probes, with one seed."""
 
     arm: str
     seed: int
-    failure: str = ""  # a sentence; "" if the arm has finished
+    failure: str = ""  # a sentence; "" if they have finished
 
 
 def study_folder(root: Path, study: Study) -> Path:
@@ -85,7 +90,9 @@ def run_study(study: Study, budget: str, arms: Sequence[Arm], root: Path, jobs: 
         with side_threads(jobs, "arms") as pool:
             try:
                 waiting = [pool.submit(runner.run_arm, arm, seed) for arm, seed in work]
-                return [one.result() for one in waiting]
+                outcomes = [one.result() for one in waiting]
+                ran = zip(work, outcomes, strict=True)
+                return [outcome if outcome.failure else runner.run_probes(*pair) for pair, outcome in ran]
             except BaseException:
                 processes.stop()
                 pool.shutdown(cancel_futures=True)
@@ -116,12 +123,14 @@ class _Processes:
             for process in self._running:
                 process.terminate()
 
-    def run(self, arguments: Sequence[str], show: Callable[[str], object]) -> tuple[int, str]:
+    def run(
+        self, arguments: Sequence[str], show: Callable[[str], object], environment: Mapping[str, str] | None = None
+    ) -> tuple[int, str]:
         """Run a command to its end; returns its exit code, and its last message to the user."""
         with self._guard:
             if self.stopped:
                 raise PreemptedError("The study is being stopped; run it again to resume.")
-            process = start_child(arguments, self.environment)
+            process = start_child(arguments, environment or self.environment)
             self._running.add(process)
         try:
             said = read_lines(process, show)
@@ -158,7 +167,23 @@ class _Runner:
         self.base = values["base"]
         for step in DATA:
             self.run_step(step, self.data, "data")
-        self.latents = read_manifest(self.data / find_stage(DATA[-1]).home, DATA[-1])["digest"]
+
+    def data_of(self, arm: Arm) -> Path:
+        """The work root with the data that an arm is trained on: the shared one, or the same without its block."""
+        if not arm.left_out:
+            return self.data
+        folder = self.folder / "data-without" / json_digest(arm.left_out)[:_KEY_LENGTH]
+        with self._holding(folder.name):
+            values = load_profile(str(write_profile(folder / PROFILE, data_profile(self.study))))
+            for key in SOURCES:
+                if (source := inside(self.data, values[key])).exists():
+                    _refresh(source, inside(folder, values[key]), link_or_copy)
+            for step in DATA[: DATA.index(PAIRS)]:
+                _link(self.data, folder, step)
+            blocks.exclude(folder, arm.left_out)
+            for step in DATA[DATA.index(PAIRS) :]:
+                self.run_step(step, folder, f"data of {arm.name}")
+        return folder
 
     # --- arms ---
 
@@ -172,10 +197,11 @@ class _Runner:
             values = load_profile(str(profile))
             if arm.weights == "random":
                 self._make_random_base(values["base"], seed)
-            self._link_sources(folder, values)
+            data = self.data_of(arm)
+            self._link_sources(folder, values, data)
             made: list[Path] = []
             for step in STEPS[:-1]:
-                made.append(self._train(step, declared, values, made, label))
+                made.append(self._train(step, declared, values, made, data, label))
                 _link(made[-1], folder, step)
             self.run_step(STEPS[-1], folder, label)
         except Exception as error:
@@ -188,27 +214,34 @@ class _Runner:
         return Outcome(arm.name, seed)
 
     def _train(
-        self, step: str, declared: Mapping[str, Any], values: Mapping[str, Any], before: Sequence[Path], label: str
+        self,
+        step: str,
+        declared: Mapping[str, Any],
+        values: Mapping[str, Any],
+        before: Sequence[Path],
+        data: Path,
+        label: str,
     ) -> Path:
         """Make a training step's output, or find it; returns its work root. before: those of the steps before it."""
         stage = find_stage(step)
         with self._guard:
             code = code_digest(stage_code(stage, values))
         came_from = before[-1].name if before else source_digest(inside(self.data, values["base"]))
+        latents = read_manifest(data / find_stage(DATA[-1]).home, DATA[-1])["digest"]
         own = {name: values[name] for name in stage.parameters}
-        folder = self.folder / "trained" / json_digest([step, came_from, self.latents, own, code])[:_KEY_LENGTH]
+        folder = self.folder / "trained" / json_digest([step, came_from, latents, own, code])[:_KEY_LENGTH]
         with self._holding(folder.name):
             write_profile(folder / PROFILE, declared)
-            self._link_sources(folder, values)
+            self._link_sources(folder, values, data)
             if before:
                 _link(before[-1], folder, STEPS[len(before) - 1])
             self.run_step(step, folder, label)
         return folder
 
-    def _link_sources(self, folder: Path, values: Mapping[str, Any]) -> None:
-        """Link the shared data, the base and the held-out set into a work root."""
+    def _link_sources(self, folder: Path, values: Mapping[str, Any], data: Path) -> None:
+        """Link an arm's data, the base and the held-out set into a work root."""
         for step in DATA:
-            _link(self.data, folder, step)
+            _link(data, folder, step)
         for key in ("base", "heldout"):
             _refresh(inside(self.data, values[key]), inside(folder, values[key]), link_or_copy)
 
@@ -226,6 +259,22 @@ class _Runner:
             guard = self._trained.setdefault(name, Lock())
         with guard:
             yield
+
+    # --- probes ---
+
+    def run_probes(self, arm: Arm, seed: int) -> Outcome:
+        """Run the probes of a finished arm; returns what became of it with them."""
+        folder, label = arm_root(self.root, self.study, arm, self.budget, seed), f"{arm.name} {seed}"
+        wanted = self.study.probes_of(arm, self.budget)
+        if not wanted:
+            return Outcome(arm.name, seed)
+        probes.declare(folder, wanted, arm.name == self.study.reference)
+        log = folder / "log-probes.txt"
+        command = [sys.executable, "-m", probes.__name__, str(folder)]
+        # on one thread, so that seconds don't depend on --jobs
+        code, said = self._run(command, log, f"{label} | probes", {_THREADS: "1"})
+        failure = f"its probes failed: {said or f'exit code {code}, with the output in {log}'}" if code else ""
+        return Outcome(arm.name, seed, failure)
 
     # --- steps ---
 
@@ -259,7 +308,9 @@ class _Runner:
         if code:
             raise UniViGUError(said or f"{step} ended with exit code {code}; its output is in {log}.")
 
-    def _run(self, command: Sequence[str], log: Path, label: str) -> tuple[int, str]:
+    def _run(
+        self, command: Sequence[str], log: Path, label: str, environment: Mapping[str, str] | None = None
+    ) -> tuple[int, str]:
         with log.open("w", encoding="utf-8") as stream:
 
             def show(line: str) -> None:
@@ -267,7 +318,7 @@ class _Runner:
                 if not sentence(line):
                     print(f"{label} | {line}", file=sys.stderr, flush=True)
 
-            return self.processes.run(command, show)
+            return self.processes.run(command, show, environment)
 
 
 def with_random_weights(base: Path, target: Path, seed: int) -> None:

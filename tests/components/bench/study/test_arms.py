@@ -61,6 +61,13 @@ def test_settings_of_the_study_the_budget_and_the_arm_replace_each_other_in_this
     assert found == {"short": (5, 3), "full": (5, 7)}
 
 
+def test_a_probe_is_of_the_reference_unless_it_names_another_arm():
+    study = arms.load_study()
+    assert {"plain", "longer", "block"} <= {one.name for one in study.probes_of(study.find("recipe"), "short")}
+    assert [one.name for one in study.probes_of(study.find("without-block"), "short")] == ["block-without"]
+    assert study.find("without-block").left_out == study.probes[-1].only
+
+
 def test_random_weights_are_another_base_for_each_seed(tmp_path):
     study = arms.load_study(declare(tmp_path, arms=[*SMALL["arms"], arm(weights="random")]))
     bases = [arms.arm_profile(study, study.find("three"), "full", seed, "model/wan")["base"] for seed in (0, 1)]
@@ -81,6 +88,10 @@ def test_an_arm_may_not_change_what_decides_the_shared_data(tmp_path):
         ({"arms": [arm(family="luck"), *SMALL["arms"]]}, r"arms\.0\.family"),
         ({"arms": [*SMALL["arms"], arm(name="../up")]}, r"arms\.2\.name"),
         ({"arms": [*SMALL["arms"], arm(name="one")]}, "two arms called 'one'"),
+        ({"probes": [arm(name="one")]}, "two arms or probes called 'one'"),
+        ({"probes": [arm(of="none")]}, "no arm 'none'"),
+        ({"probes": [arm(against="two")]}, "against 'two', which is no probe"),
+        ({"probes": [arm(only={"digit": ["two"]})]}, "needs `clips: redrawn`"),
         ({"reference": "none"}, "no arm 'none'"),
         ({"arms": []}, "arms"),
     ],

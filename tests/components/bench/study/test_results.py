@@ -2,8 +2,8 @@
 
 import pytest
 
-from components.bench.study.arms import Arm, Plan, Study
-from components.bench.study.results import Evaluated, make_figures, write_report
+from components.bench.study.arms import Arm, Plan, Probe, Study
+from components.bench.study.results import Evaluated, Probed, make_figures, write_report
 from univigu.errors import BadInputError
 
 
@@ -52,3 +52,19 @@ def test_nothing_is_written_when_no_arm_has_finished(tmp_path):
     with pytest.raises(BadInputError, match="No arm of the study has finished"):
         write_report(study, "short", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_has_shares_its_difference_from_the_one_it_is_against_and_its_cost():
+    def probed(name, rights, seeds, against=""):
+        one = Probe(name=name, family="video_tokens", question="Why?", against=against)
+        claims = {"captions": [{"colour": number < rights} for number in range(8)]}
+        costs = {"seconds": {"caption": [0.5, 1.5]}, "operations": {"caption": [7, 7]}, "steps": {}}
+        return Probed(one, {seed: {"claims": claims, **costs} for seed in seeds})
+
+    few, plain = probed("few", 2, (0, 1), "plain"), probed("plain", 8, (1, 2))
+    figures = make_figures("one", [], [few, plain])["video_tokens"]["few"]
+    assert figures["captions"]["value"] == figures["captions.colour"]["value"] == 0.25
+    assert (figures["captions.difference"]["value"], figures["captions.difference"]["seeds"]) == (-0.75, 1)
+    assert figures["operations_per_caption"] == {"value": 7.0, "low": 7.0, "high": 7.0, "n": 4, "seeds": 2}
+    assert (figures["seconds_per_caption"]["value"], figures["seconds_per_caption"]["seeds"]) == (1.0, 2)
+    assert "captions.difference" not in make_figures("one", [], [few])["video_tokens"]["few"]

@@ -15,14 +15,18 @@ import yaml
 
 from components.bench.study import results
 from components.bench.study.arms import DATA, Study, arm_profile, data_profile, load_study, write_profile
+from components.bench.study.gallery import read_gallery
+from components.bench.study.probes import caption_one, caption_until_sure
 from components.bench.study.run import read_failure, run_study, study_folder, with_random_weights
 from components.digits import world
+from components.digits.benchmark import load_heldout, render
 from components.pipeline.manifests import describe_files, files_digest, write_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.runner import IMPORTED
 from components.pipeline.stages import find_stage
 from components.pipeline.tables import write_table
 from univigu.files import file_sha256
+from univigu.pipeline import UniViGUPipeline
 
 HELDOUT = Path(__file__).parents[4] / "data" / "heldout.json"
 TRAINED = "data/{}/manifest.json"
@@ -54,6 +58,19 @@ ARMS = {
             "family": "prior",
             "question": "What if nothing fits?",
             "settings": {"train_stage_2.freeze": ["nothing.*"]},
+        },
+    ],
+    "probes": [
+        {"name": "plain", "family": "cost", "question": "What does it cost?", "videos": 2},
+        {
+            "name": "short-clips",
+            "family": "video_tokens",
+            "question": "And less to see?",
+            "against": "plain",
+            "frames": 5,
+            "size": 16,
+            "steps": [1, 3],
+            "entropy": 100.0,
         },
     ],
 }
@@ -144,18 +161,38 @@ def test_a_killed_study_resumes_where_it_was_and_a_failing_arm_is_named_while_th
     assert "1 of 2 arms failed" in last
     assert "broken, seed 0: `freeze` has 'nothing.*', which matches no weight" in last
     report = json.loads((root / results.REPORT).read_text())
-    assert report.keys() == {"about", "headline"}
+    assert report.keys() == {"about", "headline", "cost", "video_tokens"}
     assert report["headline"]["recipe"]["captions"].keys() == {"value", "low", "high", "n", "seeds"}
     assert report["headline"]["recipe"]["captions"]["n"] == 2
     assert "nothing.*" in report["about"]["arms"]["broken"]["failures"]["0"]
     assert "nothing.*" in (root / "reports/study.html").read_text()
     assert "recipe" in done.stdout
 
+    # probes measure the same model, and make what the page shows
+    plain, short = report["cost"]["plain"], report["video_tokens"]["short-clips"]
+    assert plain["captions"]["value"] == report["headline"]["recipe"]["captions"]["value"]
+    assert short["steps_per_caption_until_sure"]["value"] == 1.0  # at so high an entropy, it is sure at once
+    assert short["operations_per_caption"]["value"] < plain["operations_per_caption"]["value"] / 2
+    assert short["operations_per_caption_in_1_steps"]["value"] < short["operations_per_caption_in_3_steps"]["value"]
+    assert plain["operations_per_video"]["value"] > plain["operations_per_caption"]["value"]
+    assert "captions.difference" in short
+    assert {row["task"] for row in read_gallery(folder / "arms/recipe-short-0")} == {"captions", "generation", "joint"}
+    assert (root / "reports/study.html").read_text().count("<video") == 6
+
     # a second run verifies what is there, and makes nothing again
+    probed = folder / "arms/recipe-short-0/probes/plain.json"
+    before = probed.stat().st_mtime_ns
     assert [one.failure for one in run_study(study, "short", [study.find("recipe")], root)] == [""]
     arm = folder / "arms/recipe-short-0"
     assert results.is_finished(arm, arm_profile(study, study.find("recipe"), "short", 0, "model/tiny-wan"))
     assert read_failure(arm) == ""
+    assert probed.stat().st_mtime_ns == before
+
+    # of a model that is never sure, a caption takes all steps, and is that of so many steps
+    (item,) = load_heldout(HELDOUT)["captions"][:1]
+    pipeline, (frames,) = UniViGUPipeline.from_pretrained(arm / "data/stage2/model"), render([item])
+    pipeline.set_progress_bar_config(disable=True)
+    assert caption_until_sure(pipeline, item, frames, 3, 1e-9) == (caption_one(pipeline, item, frames, 3), 3)
 
     # figures are only of the declared settings, and of files that are intact
     changed = study.model_dump()
