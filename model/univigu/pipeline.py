@@ -185,7 +185,7 @@ class UniViGUPipeline(PipelineParts):
         device = self._execution_device
         scale, temperature = self._text_guidance(guidance_scale), self._temperature(temperature)
         empty = self._encode_nothing() if prompt_embeds is None else prompt_embeds.to(device)
-        stepper = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        stepper, self._interrupt = Stepper(self, callback_on_step_end, callback_on_step_end_tensor_inputs), False
         steps = self._text_steps(num_inference_steps, seeds)
         latents = latents.to(device)
         field = text_field(self.transformer, latents, seeds, empty, empty, scale, temperature, video_tau)

@@ -186,6 +186,22 @@ def test_a_callback_may_end_a_call_and_its_guidance(pipeline):
         assert np.abs(cut[i] - plain[i]).max() > 1e-4
 
 
+def test_a_caption_that_a_callback_ended_leaves_the_next_one_whole(pipeline):
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {}
+
+    latents = noise(pipeline)
+    whole = pipeline.caption_latents(latents, seed=[0])
+    steps = []
+    pipeline.caption_latents(latents, seed=[0], callback_on_step_end=stop)
+    again = pipeline.caption_latents(
+        latents, seed=[0], callback_on_step_end=lambda _, step, *__: steps.append(step) or {}
+    )
+    assert len(steps) == pipeline.config.caption_steps
+    assert again == whole
+
+
 @pytest.mark.parametrize("in_step", [False, True])
 def test_joint_takes_the_same_kinds_of_arguments(pipeline, in_step):
     output = pipeline.joint(PROMPT, seed=2, in_step=in_step)

@@ -206,7 +206,6 @@ def caption_until_sure(
         (text,) = pipeline.caption_latents(latents, count, seed=seeds, callback_on_step_end=stop)
     finally:
         del pipeline.transformer.read_text
-        pipeline._interrupt = False  # only the steps of a video begin with that
     return text, len(seen)
 
 

@@ -169,13 +169,7 @@ def test_a_killed_study_resumes_where_it_was_and_a_failing_arm_is_named_while_th
     assert "recipe" in done.stdout
 
     # probes measure the same model, and make what the page shows
-    plain, short = report["cost"]["plain"], report["video_tokens"]["short-clips"]
-    assert plain["captions"]["value"] == report["headline"]["recipe"]["captions"]["value"]
-    assert short["steps_per_caption_until_sure"]["value"] == 1.0  # at so high an entropy, it is sure at once
-    assert short["operations_per_caption"]["value"] < plain["operations_per_caption"]["value"] / 2
-    assert short["operations_per_caption_in_1_steps"]["value"] < short["operations_per_caption_in_3_steps"]["value"]
-    assert plain["operations_per_video"]["value"] > plain["operations_per_caption"]["value"]
-    assert "captions.difference" in short
+    check_probes(report)
     assert {row["task"] for row in read_gallery(folder / "arms/recipe-short-0")} == {"captions", "generation", "joint"}
     assert (root / "reports/study.html").read_text().count("<video") == 6
 
@@ -201,6 +195,16 @@ def test_a_killed_study_resumes_where_it_was_and_a_failing_arm_is_named_while_th
     items = arm / "reports/items.parquet"
     items.write_bytes(items.read_bytes()[:-1])
     assert results.read_arm(study, study.find("recipe"), "short", root).tasks == {}
+
+
+def check_probes(report):
+    plain, short = report["cost"]["plain"], report["video_tokens"]["short-clips"]
+    assert plain["captions"]["value"] == report["headline"]["recipe"]["captions"]["value"]
+    assert short["steps_per_caption_until_sure"]["value"] == 1.0  # at so high an entropy, it is sure at once
+    assert short["operations_per_caption"]["value"] < plain["operations_per_caption"]["value"] / 2
+    assert short["operations_per_caption_in_1_steps"]["value"] < short["operations_per_caption_in_3_steps"]["value"]
+    assert plain["operations_per_video"]["value"] > plain["operations_per_caption"]["value"]
+    assert "captions.difference" in short
 
 
 def test_random_weights_have_the_base_s_size_and_repeat_for_a_seed(tmp_path, tiny_wan_folder):
