@@ -11,27 +11,40 @@ interval over clips. ``steps_to`` has for each number of draws the steps at whic
 fewest steps of several draws over those of one, or null. ``best`` has the same of the number of draws that needs the
 fewest steps (of one draw, if none reaches the target), trained from three seeds: its intervals are over clips and
 seeds.
+
+``noise`` says how much more draws can help: for arms of one draw, the variance of a sample's gradient in the task
+understand, and which share of it comes ``from_draws``, that is from the noise and time of the text and not from the
+clip. K draws divide only this share by K, and cost more, so ``left`` is what remains of the variance with each number
+of draws.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.bench.study.arms import STEPS, Arm, Budget, Study, check_arms, load_study
 from components.bench.study.results import read_arm
-from components.bench.study.run import SOURCES, arm_root, run_study, study_folder
+from components.bench.study.run import PROFILE, SOURCES, arm_root, run_study, study_folder
 from components.pipeline.manifests import read_manifest
 from components.pipeline.profiles import load_profile
 from components.pipeline.stages import find_stage
 from components.pipeline.state import STATE
+from components.pipeline.tables import read_table
 from univigu.errors import UniViGUError
 from univigu.evaluation.intervals import seeded_mean
 from univigu.files import link_or_copy, read_json_object
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from univigu.training.data import LatentDataset
+
 DECLARED = Path(__file__).with_suffix(".yaml")
 TARGET = 0.9  # of captions.mean
+TRIED = (1, 2, 4, 8)  # draws
+CLIPS, DRAWS = 48, 8  # whose gradients are compared
 TRAINING, SECTION = "train-stage-2", "train_stage_2"
 
 
@@ -41,7 +54,12 @@ def measure() -> dict[str, Any]:
     found = compare(run(study, "short", study.chosen("short"), root))
     best = best_draws(found["steps_to"])
     again = run(study, "full", [arm for arm in study.chosen("full") if draws_of(arm) == best], root)
-    return found | {"best": {"draws": best, **compare(again)}}
+    noise = {arm.name: gradient_noise(arm_root(root, study, arm, "short", 0)) for arm in arms_of_one_draw(study)}
+    return found | {"best": {"draws": best, **compare(again)}, "noise": noise}
+
+
+def arms_of_one_draw(study: Study) -> list[Arm]:
+    return [arm for arm in study.chosen("short") if draws_of(arm) == 1]
 
 
 def run(study: Study, budget: Budget, arms: list[Arm], root: Path) -> list[dict[str, Any]]:
@@ -110,6 +128,75 @@ def compare(arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seconds_to": seconds_to,
         "arms": list(arms),
         "evaluated_by": STEPS[-1],
+    }
+
+
+def gradient_noise(folder: Path) -> dict[str, Any]:
+    """What the gradient of understand varies with, in the trained model of an arm: the text's draw, or the clip.
+
+    An analysis of variance of the gradients of `CLIPS` training clips with `DRAWS` draws each, all weights together.
+    """
+    import torch
+
+    from univigu import ObjectiveConfig, TrainingObjective, UniViGUPipeline
+    from univigu.training.data import token_weights
+
+    values = load_profile(str(folder / PROFILE))
+    section = values[SECTION]
+    pipeline = UniViGUPipeline.from_pretrained(folder / find_stage(TRAINING).home / "model")
+    transformer, dataset = pipeline.transformer.train(), open_training_data(folder, values["text"]["prompt_length"])
+    shape, weights = transformer.config, section["loss_weights"]
+    config = ObjectiveConfig(
+        shares={"understand": 1.0},
+        text_shift=section["time_shift"]["text"],
+        text_weight=weights["text"],
+        ce_weight=weights["cross_entropy"],
+        self_conditioning=0.0,
+        form=section["objective"],
+        seed=values["seed"],
+    )
+    counted = token_weights(
+        dataset.target_ids, shape.vocab_size, shape.pad_token_id, section["token_weighting"], shape.eos_token_id
+    )
+    objective = TrainingObjective(transformer, config, counted)
+    learned = [one for one in transformer.parameters() if one.requires_grad]
+
+    def gradient(clip: int, draw: int) -> torch.Tensor:
+        loss = objective(dataset.batch([clip], [draw]), 0)["loss"]
+        found = torch.autograd.grad(loss, learned, allow_unused=True)
+        return torch.cat([one.flatten() for one in found if one is not None])
+
+    chosen = [len(dataset) * number // CLIPS for number in range(CLIPS)]
+    squares, of_clips = 0.0, []
+    for clip in chosen:
+        gradients = [gradient(clip, draw) for draw in range(DRAWS)]
+        of_clips.append(torch.stack(gradients).mean(0))
+        squares += sum(float((one - of_clips[-1]).square().sum()) for one in gradients)
+    return share_of_draws(squares, torch.stack(of_clips))
+
+
+def open_training_data(folder: Path, prompt_length: int) -> "LatentDataset":
+    """The training samples of stage 2 in a work root."""
+    from univigu.training.data import EMPTY_PROMPT, LatentDataset, SampleRef
+
+    home = folder / find_stage("encode-latents").home
+    rows = [row for row in read_table(home, "latents").to_pylist() if (row["stage"], row["split"]) == (2, "train")]
+    samples = [SampleRef(row["id"], home / row["shard"], row["row"], ()) for row in rows]
+    return LatentDataset(samples, home / EMPTY_PROMPT, prompt_length)
+
+
+def share_of_draws(squares: float, of_clips: "Tensor") -> dict[str, Any]:
+    """The figures of `gradient_noise`.
+
+    squares: the sum, over all clips and draws, of the squared distance of a gradient from the mean of its clip.
+    of_clips: those means, (CLIPS, weights). The estimates of both variances are the unbiased ones.
+    """
+    from_draws = squares / (CLIPS * (DRAWS - 1))
+    from_clips = float(of_clips.var(0).sum()) - from_draws / DRAWS
+    total = from_draws + from_clips
+    return {
+        "from_draws": round(from_draws / total, 3),
+        "left": {str(draws): round((from_clips + from_draws / draws) / total, 3) for draws in TRIED},
     }
 
 

@@ -1,6 +1,7 @@
 """The benchmark of several texts for each pass over a video: its arms, its sources and its comparison."""
 
 import pytest
+import torch
 
 from components.bench import text_draws
 from components.bench.study.arms import check_arms, load_study
@@ -41,6 +42,19 @@ def test_steps_to_the_target_are_interpolated_and_compared_with_those_of_one_tex
     assert found["seconds_to"] == {"1": pytest.approx(450), "2": None, "8": 900}
     assert found["ratio"] == pytest.approx(300 / 450, abs=1e-4)
     assert text_draws.best_draws(found["steps_to"]) == 8
+
+
+def test_the_share_of_the_draws_in_a_gradients_variance_is_found():
+    """Made of parts with known variances: 2 of the clips, 1 of the draws, around any mean."""
+    generator = torch.Generator().manual_seed(0)
+    clips = 5 + 2**0.5 * torch.randn(text_draws.CLIPS, 1, 4000, generator=generator)
+    gradients = clips + torch.randn(text_draws.CLIPS, text_draws.DRAWS, 4000, generator=generator)
+    of_clips = gradients.mean(1)
+    squares = float((gradients - of_clips[:, None]).square().sum())
+    found = text_draws.share_of_draws(squares, of_clips)
+    assert found["from_draws"] == pytest.approx(1 / 3, abs=0.01)
+    assert found["left"]["1"] == 1
+    assert found["left"]["4"] == pytest.approx(2 / 3 + 1 / 12, abs=0.01)
 
 
 def test_without_the_target_in_reach_there_is_no_ratio():
