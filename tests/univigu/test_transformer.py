@@ -379,14 +379,3 @@ def test_an_output_table_changes_the_words_and_nothing_else_and_every_pass_reach
 def test_an_output_table_needs_logits(base):
     with pytest.raises(ConfigError, match="has no logits"):
         build(base, text_output_dim=20, prediction="velocity")
-
-
-@pytest.mark.slow
-def test_a_block_is_one_graph_for_torchs_compiler(base, inputs):
-    video, condition, text, guess = inputs
-    model = build(base)
-    wanted = model(video, TAU, condition, text, TEXT_TAU, guess)
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")  # fullgraph: an error where a block falls apart
-    found = model(video, TAU, condition, text, TEXT_TAU, guess)
-    torch.testing.assert_close(found.video, wanted.video)
-    torch.testing.assert_close(found.text, wanted.text)
