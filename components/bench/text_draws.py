@@ -6,11 +6,11 @@ falls to zero at its end. Two arms run at a time, each on one thread, and second
 step, so that other programs don't count.
 
 ``arms`` has for each its draws, steps, the seconds of a step, and the mean of its captions' attributes with a 95 %
-interval over clips. ``steps_to`` has for each number of draws the steps at which captions reach `TARGET`, and
-``seconds_to`` the seconds, both interpolated between neighbouring arms; null where no arm reaches it. `ratio` is the
-fewest steps of several draws over those of one, or null. ``best`` has the same of the number of draws that needs the
-fewest steps (of one draw, if none reaches the target), trained from three seeds: its intervals are over clips and
-seeds.
+interval over clips; ``seconds_per_step`` has the seconds of a step by number of draws. ``steps_to`` has for each number
+of draws the steps at which captions reach `TARGET`, and ``seconds_to`` the seconds, both interpolated between
+neighbouring arms; null where no arm reaches it. `ratio` is the fewest steps of several draws over those of one, or
+null. ``best`` is the best arm with the most steps that every number of draws was tried with, trained from three seeds:
+its interval is over clips and seeds.
 
 ``noise`` says how much more draws can help: for arms of one draw, the variance of a sample's gradient in the task
 understand, and which share of it comes ``from_draws``, that is from the noise and time of the text and not from the
@@ -21,7 +21,6 @@ of draws.
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from components.bench.study.arms import STEPS, Arm, Budget, Study, check_arms, load_study
@@ -52,14 +51,10 @@ def measure() -> dict[str, Any]:
     study, root = load_study(DECLARED), Path(STATE) / "text-draws"
     link_sources(study, Path("."), root)
     found = compare(run(study, "short", study.chosen("short"), root))
-    best = best_draws(found["steps_to"])
-    again = run(study, "full", [arm for arm in study.chosen("full") if draws_of(arm) == best], root)
-    noise = {arm.name: gradient_noise(arm_root(root, study, arm, "short", 0)) for arm in arms_of_one_draw(study)}
-    return found | {"best": {"draws": best, **compare(again)}, "noise": noise}
-
-
-def arms_of_one_draw(study: Study) -> list[Arm]:
-    return [arm for arm in study.chosen("short") if draws_of(arm) == 1]
+    (best,) = run(study, "full", [study.find(best_arm(found["arms"]))], root)
+    single = [arm for arm in study.chosen("short") if draws_of(arm) == 1]
+    noise = {arm.name: gradient_noise(arm_root(root, study, arm, "short", 0)) for arm in single}
+    return found | {"best": best, "noise": noise}
 
 
 def run(study: Study, budget: Budget, arms: list[Arm], root: Path) -> list[dict[str, Any]]:
@@ -91,9 +86,10 @@ def read(study: Study, arm: Arm, budget: Budget, root: Path) -> dict[str, Any]:
     records = map(read_json_object, (study_folder(root, study) / "trained").glob(f"*/{STATE}/runs/{TRAINING}.json"))
     seconds = [record["cpu_seconds"] for record in records if record["digest"] in digests]
     return {
+        "arm": arm.name,
         "draws": draws_of(arm),
         "steps": steps,
-        "seconds_per_step": round(mean(seconds) / steps, 4),
+        "seconds_per_step": round(max(seconds) / steps, 4),
         "captions": seeded_mean([one["captions"] for one in tasks.values()]),
     }
 
@@ -103,21 +99,25 @@ def draws_of(arm: Arm) -> int:
     return arm.settings.get(f"{SECTION}.text_draws", 1)
 
 
-def best_draws(steps_to: Mapping[str, float | None]) -> int:
-    """The number of draws that reaches the target in the fewest steps; 1 if none does."""
-    return min(((steps, int(draws)) for draws, steps in steps_to.items() if steps is not None), default=(0.0, 1))[1]
+def best_arm(arms: Sequence[Mapping[str, Any]]) -> str:
+    """The arm with the most captions right, of those with the most steps that every number of draws was tried with."""
+    tried = {draws: {arm["steps"] for arm in arms if arm["draws"] == draws} for draws in {arm["draws"] for arm in arms}}
+    steps = max(set.intersection(*tried.values()))
+    return max((arm for arm in arms if arm["steps"] == steps), key=lambda arm: arm["captions"]["value"])["arm"]
 
 
 def compare(arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The report of all arms."""
     steps_to: dict[str, float | None] = {}
     seconds_to: dict[str, float | None] = {}
+    per_step: dict[str, float] = {}
     for draws in sorted({arm["draws"] for arm in arms}):
         own = sorted((arm["steps"], arm["captions"]["value"]) for arm in arms if arm["draws"] == draws)
-        per_step = [arm["seconds_per_step"] for arm in arms if arm["draws"] == draws]
+        # the largest: of a training that was resumed, only the last part is recorded
+        per_step[str(draws)] = max(arm["seconds_per_step"] for arm in arms if arm["draws"] == draws)
         steps = crossing(own)
         steps_to[str(draws)] = steps
-        seconds_to[str(draws)] = None if steps is None else round(steps * sum(per_step) / len(per_step), 1)
+        seconds_to[str(draws)] = None if steps is None else round(steps * per_step[str(draws)], 1)
     one = steps_to.get("1")
     others = [steps for draws, steps in steps_to.items() if draws != "1" and steps is not None]
     ratio = round(min(others) / one, 4) if one and others else None
@@ -126,6 +126,7 @@ def compare(arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "target": TARGET,
         "steps_to": steps_to,
         "seconds_to": seconds_to,
+        "seconds_per_step": per_step,
         "arms": list(arms),
         "evaluated_by": STEPS[-1],
     }

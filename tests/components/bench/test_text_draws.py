@@ -32,7 +32,13 @@ def test_the_sources_of_the_data_are_linked_once(tmp_path):
 
 
 def arm(draws, steps, value, seconds=1.0):
-    return {"draws": draws, "steps": steps, "seconds_per_step": seconds, "captions": {"value": value}}
+    return {
+        "arm": f"draws-{draws}-{steps}",
+        "draws": draws,
+        "steps": steps,
+        "seconds_per_step": seconds,
+        "captions": {"value": value},
+    }
 
 
 def test_steps_to_the_target_are_interpolated_and_compared_with_those_of_one_text():
@@ -41,7 +47,6 @@ def test_steps_to_the_target_are_interpolated_and_compared_with_those_of_one_tex
     assert found["steps_to"] == {"1": pytest.approx(450), "2": None, "8": 300}
     assert found["seconds_to"] == {"1": pytest.approx(450), "2": None, "8": 900}
     assert found["ratio"] == pytest.approx(300 / 450, abs=1e-4)
-    assert text_draws.best_draws(found["steps_to"]) == 8
 
 
 def test_the_share_of_the_draws_in_a_gradients_variance_is_found():
@@ -58,6 +63,9 @@ def test_the_share_of_the_draws_in_a_gradients_variance_is_found():
 
 
 def test_without_the_target_in_reach_there_is_no_ratio():
-    found = text_draws.compare([arm(1, 300, 0.8), arm(8, 300, 0.89)])
-    assert found["ratio"] is None
-    assert text_draws.best_draws(found["steps_to"]) == 1
+    assert text_draws.compare([arm(1, 300, 0.8), arm(8, 300, 0.89)])["ratio"] is None
+
+
+def test_the_best_arm_is_found_among_those_with_equally_many_steps():
+    arms = [arm(1, 300, 0.7), arm(1, 600, 0.8), arm(1, 900, 0.95), arm(8, 300, 0.9), arm(8, 600, 0.81)]
+    assert text_draws.best_arm(arms) == "draws-8-600"
