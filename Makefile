@@ -91,7 +91,7 @@ profiles: install ## Write the reference of all settings and their schema: docs/
 
 # more processes than two cores: now and then each waits for a server or a child
 test: install ## Run all tests, lint and format included
-	pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder --durations 40
+	pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-fast: install ## Run the tests that are not marked slow
 	pytest --numprocesses 3 --dist loadfile -m "not slow"
