@@ -22,6 +22,7 @@ def open_browser():
 def open_tab(browser, url):
     """A tab, and the list of its errors, dialogs, and requests to elsewhere."""
     tab, wrong = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light"), []
+    tab.set_default_timeout(180_000)  # what an idle machine does at once takes a busy one long
     tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("dialog", lambda dialog: wrong.append(dialog.message))

@@ -49,7 +49,7 @@ def open_page(browser, server):
     def open_page(page):
         tab, wrong = open_tab(browser, server.url)
         tab.goto(f"{server.url}/{page}")
-        tab.get_by_text(PAGES[page]).first.wait_for(timeout=30_000)
+        tab.get_by_text(PAGES[page]).first.wait_for()
         opened.append((tab, wrong))
         return tab
 
@@ -107,7 +107,7 @@ def test_a_video_is_made_with_the_keyboard_and_looked_at_on_the_way(open_page):
     tab.get_by_label("Prompt", exact=True).first.fill("a blue two <i>moves</i> up")
     tab.get_by_role("button", name="Generate").focus()
     tab.keyboard.press("Enter")
-    tab.locator(".uv-clips[role=status] video").wait_for(timeout=60_000)
+    tab.locator(".uv-clips[role=status] video").wait_for()
     assert tab.locator(".uv-clips[role=status] i").count() == 0
     seen = tab.locator("#seen")
     seen.get_by_text("τ = 1.00").wait_for()
@@ -128,9 +128,9 @@ def test_what_is_stopped_stays_as_far_as_it_came(open_page):
     tab.get_by_label("Prompt", exact=True).first.fill("a red seven moves left")
     tab.get_by_label("Steps").first.fill("1000")
     tab.get_by_role("button", name="Generate").click()
-    tab.locator("#seen img").wait_for(timeout=60_000)  # seen before it is finished
+    tab.locator("#seen img").wait_for()  # seen before it is finished
     tab.locator("#stop").click()
-    tab.get_by_text(re.compile(r"Stopped after step \d+: this is what was predicted there")).wait_for(timeout=30_000)
+    tab.get_by_text(re.compile(r"Stopped after step \d+: this is what was predicted there")).wait_for()
     assert tab.locator(".uv-clips[role=status] video").count() == 1
 
 
@@ -139,12 +139,12 @@ def test_a_tab_that_goes_away_stops_its_result_and_leaves_the_model_to_others(op
     gone.get_by_label("Prompt", exact=True).first.fill("a red seven moves left")
     gone.get_by_label("Steps").first.fill("1000")
     gone.get_by_role("button", name="Generate").click()
-    gone.locator("#seen img").wait_for(timeout=60_000)
+    gone.locator("#seen img").wait_for()
     gone.close()
     other.get_by_label("Prompt", exact=True).first.fill("a red one moves left")
     other.get_by_label("Steps").first.fill("1")
     other.get_by_role("button", name="Generate").click()
-    other.locator(".uv-clips[role=status] video").wait_for(timeout=60_000)
+    other.locator(".uv-clips[role=status] video").wait_for()
     (newest, before, *_), _, _ = gallery.list_results(editable_root, 1)
     assert newest.recipe["prompt"] == "a red one moves left"
     assert int(before.recipe["stopped"].removeprefix("after step ")) < 1000
@@ -159,12 +159,12 @@ def test_a_dropped_file_gets_a_caption(open_page, tmp_path, moving_square):
     tab.get_by_text("clip").first.wait_for()
     tab.get_by_label("Steps").locator("visible=true").fill("3")
     tab.get_by_role("button", name="Caption", exact=True).click()
-    tab.locator(".uv-tokens span").first.wait_for(timeout=60_000)
+    tab.locator(".uv-tokens span").first.wait_for()
     word = tab.locator(".uv-words button").first
     assert word.inner_text()
     word.click()
     looked = tab.locator("#looked")
-    looked.get_by_text(re.compile(r"gave \d+ % of its attention to the video")).wait_for(timeout=30_000)
+    looked.get_by_text(re.compile(r"gave \d+ % of its attention to the video")).wait_for()
     shares = [int(re.match(r"\d+", text)[0]) for text in looked.locator("figcaption").all_inner_texts()]
     assert (len(shares), 99 <= sum(shares) <= 101) == (3, True)
     assert serious_faults(tab) == []
@@ -177,7 +177,7 @@ def test_clips_are_edited_with_keys_and_the_next_run_obeys(open_page, editable_r
     caption = make_rows(load_tokenizer(editable_root / "model/tiny-wan"))["captions"][3]["text"]
 
     def said(text):
-        tab.locator("#edit-said").get_by_text(text).wait_for(timeout=60_000)
+        tab.locator("#edit-said").get_by_text(text).wait_for()
 
     tab.keyboard.press("j")
     tab.keyboard.press("j")
@@ -251,7 +251,7 @@ def test_near_duplicates_play_side_by_side_and_a_person_chooses_which_to_keep(op
             tab.keyboard.press(action)
         else:
             copy.get_by_role("button", name=action).click()
-        tab.locator("#edit-said").get_by_text(f"clip {clip}: kept").wait_for(timeout=60_000)
+        tab.locator("#edit-said").get_by_text(f"clip {clip}: kept").wait_for()
         tab.locator("#edit-apply").click()
         tab.locator("#edit-said").get_by_text("is written").wait_for()
     lines = [(edit.action, edit.id) for edit in read_edits(editable_root)[before:]]
@@ -273,18 +273,18 @@ def test_two_versions_are_compared_blind_and_the_vote_is_beside_the_scores(open_
     tab.locator("#compare-prompts textarea").fill("a red seven moves left")
     tab.locator("#compare-make").click()
     pair = tab.locator("#pair")
-    pair.locator("video").nth(1).wait_for(timeout=60_000)
+    pair.locator("video").nth(1).wait_for()
     assert not re.search(r"version|champion", pair.inner_html(), re.IGNORECASE)
     pair.locator("video").nth(0).evaluate("video => video.play()")
     tab.wait_for_function("[...document.querySelectorAll('.uv-sync video')].every(video => !video.paused)")
     tab.locator("#vote-neither").scroll_into_view_if_needed()
     take_picture(tab, "models")
     tab.locator("#vote-left").click()
-    tab.get_by_text(re.compile(r"You chose version \d: version \d was on the left")).wait_for(timeout=30_000)
+    tab.get_by_text(re.compile(r"You chose version \d: version \d was on the left")).wait_for()
     (tally,) = votes.count("pairs", 1, editable_root)
     assert (tally.other, tally.better + tally.worse, tally.alike) == (2, 1, 0)
     tab.get_by_role("button", name="Read again").click()
-    tab.get_by_text("Beside version").wait_for(timeout=30_000)
+    tab.get_by_text("Beside version").wait_for()
 
 
 def test_a_promotion_and_a_rollback_are_in_the_ledger_as_those_of_the_command(open_page, editable_root):
@@ -293,11 +293,11 @@ def test_a_promotion_and_a_rollback_are_in_the_ledger_as_those_of_the_command(op
     def decide(button, why, said):
         tab.locator("#why textarea, #why input").fill(why)
         tab.get_by_role("button", name=button).click()
-        tab.get_by_text(re.compile(said)).wait_for(timeout=30_000)
+        tab.get_by_text(re.compile(said)).wait_for()
 
     tab.locator("#model-version input").click()
     tab.get_by_role("option", name="2", exact=True).click()
-    tab.get_by_role("heading", name="Version 2").wait_for(timeout=30_000)
+    tab.get_by_role("heading", name="Version 2").wait_for()
     decide("Promote this version", "it sees more", "Version 2 is now champion, instead of version 1")
     decide("Roll back", "<b>too terse", "Version 1 is now champion, instead of version 2")
     tab.locator("bdi", has_text="<b>too terse").first.wait_for()
