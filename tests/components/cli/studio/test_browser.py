@@ -228,12 +228,17 @@ def test_a_clip_is_beside_its_duplicate(open_page):
     assert [twin.get_attribute("aria-label") for twin in twins.all()] == ["Clip c900", "Clip c000"]
 
 
+def show_at_most(tab, score, most):
+    """Show the clips with at most so much of a score."""
+    tab.locator("#score input").click()
+    tab.get_by_role("option", name=score).click()
+    tab.locator("#score-most input, #score-most textarea").fill(most)
+    tab.keyboard.press("Enter")
+
+
 def test_near_duplicates_play_side_by_side_and_a_person_chooses_which_to_keep(open_page, editable_root):
     tab = open_page("data")
-    tab.locator("#score input").click()
-    tab.get_by_role("option", name="picture_distance").click()
-    tab.locator("#score-most input, #score-most textarea").fill("0.1")
-    tab.keyboard.press("Enter")
+    show_at_most(tab, "picture_distance", "0.1")
     tab.get_by_text("Clips 1 to 1 of 1").wait_for()
     copy = tab.locator("figure[data-clip=c005]")
     copy.get_by_text("Nearly the same video as c004, at its side.").wait_for()
@@ -260,10 +265,7 @@ def test_near_duplicates_play_side_by_side_and_a_person_chooses_which_to_keep(op
 
 def test_clips_are_filtered_by_a_score(open_page):
     tab = open_page("data")
-    tab.locator("#score input").click()
-    tab.get_by_role("option", name="motion").click()
-    tab.locator("#score-most input, #score-most textarea").fill("1.5")
-    tab.keyboard.press("Enter")
+    show_at_most(tab, "motion", "1.5")
     tab.get_by_text("Clips 1 to 3 of 3").wait_for()
     assert [clip.get_attribute("data-clip") for clip in tab.locator("figure").all()] == ["c000", "c001", "c900"]
 
