@@ -156,7 +156,7 @@ def test_unusable_videos_are_quarantined_with_their_reasons(folder, root, profil
     middle = noisy.index(b"mdat") + (len(noisy) - noisy.index(b"mdat")) // 2
     bad = {
         "cut": whole[: len(whole) // 2],
-        "hole": noisy[:middle] + bytes(40) + noisy[middle + 40 :],
+        "hole": noisy[:middle] + bytes(3000) + noisy[middle + 3000 :],
         "sound": sound(),
         "text": b"this is no video\n" * 100,
         "empty": b"",
