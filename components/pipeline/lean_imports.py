@@ -48,6 +48,7 @@ def import_models() -> None:
         left_out.enter_context(_answering(torch.distributed, "is_available", False))
         _postpone_compiler()
         _read_models_once()
+        _leave_empty_tensors()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
@@ -147,6 +148,24 @@ class _RememberedFolders(MetaPathFinder):
 
         vars(spec.loader)["exec_module"] = execute_and_remember
         return spec
+
+
+def _leave_empty_tensors() -> None:
+    """Draw no random numbers for tensors on the meta device, which hold none; torch imports sympy to do it.
+
+    transformers creates text encoders there before it loads their weights.
+    """
+    import torch.nn.init as initial
+
+    draw = initial.normal_
+    if not _Process.is_command or hasattr(draw, "__wrapped__"):
+        return
+
+    @functools.wraps(draw)
+    def draw_into(tensor: Any, *args: Any, **options: Any) -> Any:
+        return tensor if tensor.is_meta else draw(tensor, *args, **options)
+
+    initial.normal_ = draw_into
 
 
 def _postpone_compiler() -> None:

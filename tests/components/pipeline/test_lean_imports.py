@@ -19,7 +19,7 @@ from components.pipeline.lean_imports import start_command
 if sys.argv[2] == "command":
     start_command()
 load(Path(sys.argv[1]))
-names = "scipy", "peft", "torch._dynamo", "torch.distributed.tensor"
+names = "scipy", "peft", "torch._dynamo", "torch.distributed.tensor", "sympy"
 print(*[name for name in names if hasattr(sys.modules.get(name), "__file__")])
 
 import peft, scipy.stats
@@ -117,7 +117,7 @@ def test_a_gate_starts_without_clients_of_clouds_and_statistics_which_work_once_
 @pytest.mark.slow
 def test_elsewhere_nothing_is_hidden(speaking_model):
     *packages, _, remembered = imported(speaking_model, "library")
-    assert packages == ["scipy", "peft", "torch._dynamo", "torch.distributed.tensor"]
+    assert packages == ["scipy", "peft", "torch._dynamo", "torch.distributed.tensor", "sympy"]
     assert remembered == "128"
 
 
