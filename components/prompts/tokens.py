@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from univigu.errors import BadInputError, MissingInputError, first_line
+from univigu.files import read_json_object
 
 
 def load_tokenizer(base: Path) -> Any:
@@ -16,15 +17,30 @@ def load_tokenizer(base: Path) -> Any:
     folder = base / "tokenizer"
     if not folder.is_dir():
         raise MissingInputError(f"The base {base} has no folder 'tokenizer'; give a base in diffusers' layout.")
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = _find_class(folder).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # on a damaged file, transformers and tokenizers raise any kind of exception
         raise BadInputError(f"The tokenizer at {folder} can't be read ({first_line(error)}); fix the base.") from error
     if token_ids(tokenizer, ["a"])[0][-1:] != [tokenizer.eos_token_id]:
         raise BadInputError(f"The tokenizer at {folder} does not end a text with EOS; give the base's own tokenizer.")
     return tokenizer
+
+
+def _find_class(folder: Path) -> Any:
+    """The class that transformers' `AutoTokenizer` finds for a tokenizer.
+
+    `AutoTokenizer` itself imports torch, which takes a second. It is not asked where a tokenizer without a model's
+    config names transformers' general class, as those of tiny bases do (transformers 5.23, tokenization_auto.py).
+    """
+    import transformers
+
+    try:
+        config = read_json_object(folder / "tokenizer_config.json")
+    except (OSError, ValueError):
+        return transformers.AutoTokenizer  # it says what is wrong
+    general = config.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in config
+    general = general and not (folder / "config.json").exists()
+    return transformers.PreTrainedTokenizerFast if general else transformers.AutoTokenizer
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

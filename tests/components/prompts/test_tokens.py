@@ -1,7 +1,10 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from components.prompts.tokens import load_tokenizer, token_ids
 from univigu.errors import BadInputError, first_line
@@ -22,6 +25,29 @@ def test_an_unknown_tokenizer_model_is_reported_in_one_sentence(tiny_wan_folder,
     path.write_text(json.dumps({**json.loads(path.read_text()), "model": {"type": "Unheard"}}))
     with pytest.raises(BadInputError, match="can't be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_the_one_that_transformers_chooses(tiny_wan_folder):
+    ours, chosen = load_tokenizer(tiny_wan_folder), AutoTokenizer.from_pretrained(tiny_wan_folder / "tokenizer")
+    assert type(ours) is type(chosen)
+    assert ours.backend_tokenizer.to_str() == chosen.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == chosen.special_tokens_map
+
+
+def test_a_tokenizer_is_loaded_by_the_class_that_it_names(tiny_wan_folder, tmp_path):
+    """BERT's tokenizers end no text with EOS, whatever their file says."""
+    shutil.copytree(tiny_wan_folder / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(BadInputError, match="does not end a text with EOS"):
+        load_tokenizer(tmp_path)
+
+
+def test_counting_tokens_needs_no_torch(tiny_wan_folder):
+    script = "import sys; from pathlib import Path; from components.prompts.tokens import load_tokenizer as load\n"
+    script += "load(Path(sys.argv[1])); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", script, str(tiny_wan_folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["False"]
 
 
 def test_every_text_ends_with_eos(tiny_wan_folder):
