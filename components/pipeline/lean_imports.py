@@ -16,8 +16,11 @@ from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import LazyLoader, find_spec, module_from_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from components.pipeline.model_folders import remember
 
 _CLOUDS = ("google.cloud", "google.auth", "google.api_core", "google.oauth2", "boto3", "botocore")
 _COMPILER = "torch._dynamo"
@@ -32,6 +35,7 @@ class _Process:
 def start_command() -> None:
     """Note that this process runs one command and then ends; elsewhere, as in tests, nothing is hidden."""
     _Process.is_command = True
+    _read_models_once()
 
 
 def import_models() -> None:
@@ -47,7 +51,6 @@ def import_models() -> None:
         left_out.enter_context(_answering(metadata, "packages_distributions", {}))
         left_out.enter_context(_answering(torch.distributed, "is_available", False))
         _postpone_compiler()
-        _read_models_once()
         _leave_empty_tensors()
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
@@ -124,11 +127,12 @@ def without(*packages: str, importers: Collection[str] = ("diffusers", "transfor
 
 
 def _read_models_once() -> None:
-    """Let transformers remember what its models' folders export, for which it reads every source file.
+    """Let transformers remember what its models' folders export, also between processes.
 
-    It asks twice, and its own cache holds fewer folders than it has (transformers 5.23, utils/import_utils.py).
+    It reads every source file for that, asks twice, and its own cache holds fewer folders than it has (transformers
+    5.23, utils/import_utils.py).
     """
-    if _Process.is_command and "transformers" not in sys.modules:
+    if "transformers" not in sys.modules and not any(isinstance(each, _RememberedFolders) for each in sys.meta_path):
         sys.meta_path.insert(0, _RememberedFolders())
 
 
@@ -144,7 +148,10 @@ class _RememberedFolders(MetaPathFinder):
 
         def execute_and_remember(module: ModuleType) -> None:
             execute(module)
-            vars(module)[_FOLDERS] = functools.cache(vars(module)[_FOLDERS].__wrapped__)  # calls itself for subfolders
+            read = vars(module)[_FOLDERS].__wrapped__
+            vars(module)[_FOLDERS] = functools.cache(read)  # calls itself by this name for subfolders
+            version = str(vars(sys.modules["transformers"]).get("__version__"))
+            vars(module)[_FOLDERS] = remember(read, Path(str(spec.origin)).parents[1], version)
 
         vars(spec.loader)["exec_module"] = execute_and_remember
         return spec
