@@ -45,7 +45,7 @@ $(INSTALLED): pyproject.toml components/pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## Create the environment in .venv (other targets do this when needed)
 
-demo: install ## From prompts to a trained and registered model (about ten minutes on two cores)
+demo: install ## From prompts to a trained and registered model (about eleven minutes on two cores)
 	@univigu use $(PROFILE)
 	dvc repro
 	@univigu summary
