@@ -4,6 +4,7 @@ diffusers and transformers import some packages whenever they are installed: sci
 schedules that no model here uses, peft for adapters. The library `univigu` requires neither, so without them a command
 runs as it does where only the library is installed. Both also import torch's compiler, to mark functions that it must
 leave alone; a command imports it once something is compiled. A small model loads in two thirds of the time this way.
+transformers also reads the sources of all its models whenever it is imported: see `model_folders`.
 Great Expectations imports clients of clouds and scipy's statistics, which take a third of its time. DeepSpeed imports
 MLflow for a tuner of its settings, of which nothing is used.
 """
