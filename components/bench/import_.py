@@ -1,22 +1,22 @@
-"""How fast `univigu data import` reads a folder of small videos, against what codecs alone need; and its memory.
+"""How fast `univigu data import` reads a folder of videos, against what codecs alone need; and its memory.
 
-The videos are H.264 of 640x360, 10 seconds at 30 frames per second, and become clips of the profile `tiny`, at their
-own speed, without checks. Of every hundred, four can't be used: one is cut off, one has the bytes of another, one is
-too short, and one has no text. Each import runs in a process of its own, with an empty work root, after a small one
-that loads libraries.
+The videos are H.264 of 10 seconds at 30 frames per second, in each of `SIZES`, and become clips of the profile `tiny`,
+at their own speed, without checks. Of every hundred, four can't be used: one is cut off, one has the bytes of another,
+one is too short, and one has no text. Each import runs in a process of its own, with an empty work root, after a small
+one that loads libraries.
 
-`ratio` is the speed of the import over cores times the speed of one core that only decodes such a video and encodes its
-clips: ``decode_ms`` and ``encode_ms`` per video, in CPU time, so that other programs don't count. The import probes,
-samples, scales, hashes and writes besides. ``against_decoding`` is the same over decoding alone. ``cpu_ms`` is what the
-import and its processes need per video. ``memory`` is in MiB, for all videos and for a tenth of them: the largest
-resident memory of the process itself, and of it and its children together, sampled, with what they share counted once.
+For each size, ``against_decoding`` is the speed of the import over cores times the speed of one core that only decodes
+such videos, and ``ratio`` over that of one that decodes them and encodes their clips: ``decode_ms`` and ``encode_ms``
+per video, in CPU time, so that other programs don't count. The import probes, samples, scales, hashes and writes
+besides. ``cpu_ms`` is what the import and its processes need per video. ``memory`` is in MiB, for all videos and for a
+tenth of them: the largest resident memory of the process itself, and of it and its children together, sampled, with
+what they share counted once.
 """
 
 import io
 import json
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from components.bench.curation import SAMPLED_EVERY_S, memory_of
+from components.bench.curation import run_apart
 from components.pipeline.processes import usable_cores
 from univigu.errors import UniViGUError
 
 VIDEOS = 1000
-SECONDS, RATE, HEIGHT, WIDTH = 10, 30, 360, 640  # of a video
+SECONDS, RATE = 10, 30  # of a video
+SIZES = {"640x360": (360, 640), "1280x720": (720, 1280)}  # height and width by name
 PICTURES = 10  # different videos; the others differ in their bytes alone
 TIMED = 40  # videos and clips that are decoded and encoded on one thread
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,11 +42,16 @@ WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def measure(videos: int = VIDEOS) -> dict[str, Any]:
+    return {"sizes": {name: measure_size(size, videos) for name, size in SIZES.items()}}
+
+
+def measure_size(size: tuple[int, int], videos: int) -> dict[str, Any]:
+    """The figures of videos of one height and width."""
     few = max(1, videos // 10)
     with tempfile.TemporaryDirectory() as home:
         folders = {name: Path(home) / name for name in ("few", "all")}
-        write_videos(folders["few"], few)
-        write_videos(folders["all"], videos)
+        write_videos(folders["few"], few, size)
+        write_videos(folders["all"], videos, size)
         found = {name: start_import(folder, Path(home) / f"root-{name}") for name, folder in folders.items()}
         imported = found["all"]
         decode_ms = time_decoding(folders["all"])
@@ -64,11 +70,11 @@ def measure(videos: int = VIDEOS) -> dict[str, Any]:
     }
 
 
-def write_videos(folder: Path, count: int, frames: int = SECONDS * RATE) -> None:
+def write_videos(folder: Path, count: int, size: tuple[int, int], frames: int = SECONDS * RATE) -> None:
     """Write so many videos, each with a text; of every hundred, four can't be used."""
     folder.mkdir()
-    pictures = [encode(number, frames) for number in range(min(PICTURES, count))]
-    short = encode(0, 2)
+    pictures = [encode(number, size, frames) for number in range(min(PICTURES, count))]
+    short = encode(0, size, 2)
     for number in range(count):
         content = with_bytes(pictures[number % len(pictures)], number)
         kind = number % 100
@@ -84,19 +90,20 @@ def write_videos(folder: Path, count: int, frames: int = SECONDS * RATE) -> None
 
 
 @cache
-def encode(seed: int, frames: int) -> bytes:
+def encode(seed: int, size: tuple[int, int], frames: int) -> bytes:
     """A video of a moving picture, as a camera's file: 4:2:0, x264's default rate factor."""
     import av
 
+    height, width = size
     rng = np.random.default_rng(seed)
-    picture = rng.integers(0, 256, (HEIGHT // 8 + 1, WIDTH // 8 + SECONDS * RATE // 4 + 1, 3), np.uint8)
-    wide = picture.repeat(8, axis=0).repeat(8, axis=1)[:HEIGHT]
+    picture = rng.integers(0, 256, (height // 8 + 1, width // 8 + SECONDS * RATE // 4 + 1, 3), np.uint8)
+    wide = picture.repeat(8, axis=0).repeat(8, axis=1)[:height]
     target = io.BytesIO()
     with av.open(target, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=RATE)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(frames):
-            shown = np.ascontiguousarray(wide[:, 2 * number : 2 * number + WIDTH])
+            shown = np.ascontiguousarray(wide[:, 2 * number : 2 * number + width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         container.mux(stream.encode())
     return target.getvalue()
@@ -138,18 +145,7 @@ def time_encoding(root: Path) -> float:
 
 def start_import(folder: Path, root: Path) -> dict[str, Any]:
     """The figures of an import in a process of its own."""
-    command, peak = [sys.executable, "-m", __name__, str(folder), str(root)], 0
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as trouble:
-        process = subprocess.Popen(command, stdout=said, stderr=trouble)
-        while process.poll() is None:
-            peak = max(peak, memory_of(process.pid))
-            time.sleep(SAMPLED_EVERY_S)
-        said.seek(0)
-        trouble.seek(0)
-        if process.returncode:
-            said_last = trouble.read().strip()[-500:]
-            raise UniViGUError(f"The import to be timed ended with {process.returncode}: {said_last}")
-        found = json.loads(said.read().splitlines()[-1])
+    found, peak = run_apart([sys.executable, "-m", __name__, str(folder), str(root)])
     return {**found, "memory": {**found["memory"], "with_children": round(peak / 2**20)}}
 
 
@@ -160,7 +156,7 @@ def run_import(folder: Path, root: Path) -> dict[str, Any]:
     profile = load_profile("tiny")
     profile["synthesize_videos"]["checks"] = {}
     with tempfile.TemporaryDirectory() as home:
-        write_videos(Path(home) / "videos", 2, 2 * RATE)
+        write_videos(Path(home) / "videos", 2, SIZES["640x360"], 2 * RATE)
         _import(Path(home) / "videos", Path(home) / "root", profile)
     began, cpu = time.perf_counter(), _cpu_seconds()
     manifest = _import(folder, root, profile)

@@ -86,18 +86,27 @@ def _require_datatrove() -> None:
 
 def _in_process(what: str, folder: Path) -> dict[str, Any]:
     """Run one of `SIDES` in a separate process; returns its result and its peak memory."""
-    command = [sys.executable, "-m", "components.bench.curation", what, str(folder)]
+    found, peak = run_apart([sys.executable, "-m", "components.bench.curation", what, str(folder)])
+    return {**found, "peak_memory_gib": round(peak / 2**30, 2)}
+
+
+def run_apart(command: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """The JSON object in the last line that a command prints, and its peak memory in bytes, sampled.
+
+    Raises `UniViGUError` with what the command said if it fails.
+    """
+    peak = 0
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as trouble:
         process = subprocess.Popen(command, stdout=said, stderr=trouble)
-        peak = 0
         while process.poll() is None:
             peak = max(peak, memory_of(process.pid))
             time.sleep(SAMPLED_EVERY_S)
         said.seek(0)
         trouble.seek(0)
         if process.returncode:
-            raise UniViGUError(f"'{what}' failed: {trouble.read().decode(errors='replace').strip()[-2000:]}")
-        return {**json.loads(said.read().splitlines()[-1]), "peak_memory_gib": round(peak / 2**30, 2)}
+            reason = trouble.read().decode(errors="replace").strip()[-2000:]
+            raise UniViGUError(f"A part of the benchmark ended with exit code {process.returncode}: {reason}")
+        return json.loads(said.read().splitlines()[-1]), peak
 
 
 def memory_of(pid: int) -> int:

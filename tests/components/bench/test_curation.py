@@ -9,7 +9,7 @@ from components.bench.curation import prompts as synthetic_prompts
 from components.pipeline.profiles import load_profile
 from components.prompts.records import parse
 from components.prompts.sources import read_batches
-from univigu.errors import ConfigError, MissingInputError
+from univigu.errors import ConfigError, MissingInputError, UniViGUError
 
 
 def test_without_datatrove_a_sentence_says_how_to_get_it(monkeypatch):
@@ -40,6 +40,11 @@ def test_a_side_runs_in_a_process_of_its_own_and_its_memory_is_measured(tmp_path
     figures = curation._in_process("search", tmp_path)
     assert 50 < figures["removed"] < 250
     assert figures["peak_memory_gib"] > 0.02
+
+
+def test_a_side_that_fails_is_reported_with_its_last_words():
+    with pytest.raises(UniViGUError, match="ended with exit code 1: no prompts"):
+        curation.run_apart([sys.executable, "-c", "raise SystemExit('no prompts')"])
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_an_import_uses_all_but_the_four_bad_videos_of_a_hundred(small, tmp_path):
-    import_.write_videos(tmp_path / "videos", 100, 2 * import_.RATE)
+    import_.write_videos(tmp_path / "videos", 100, (360, 640), 2 * import_.RATE)
     found = import_.run_import(tmp_path / "videos", tmp_path / "root")
     assert (found["used"], found["of"], found["clips"]) == (96, 100, 96)
     assert found["reasons"] == {"damaged": 1, "duplicate": 1, "no_text": 1, "too_short": 1}
