@@ -5,14 +5,15 @@ neighbour vote among the training scans.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from components.digits import world
 from univigu.errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
 
 NEIGHBOURS = 5
 CROP = 18  # pixels: a digit's box with room for jitter
@@ -38,6 +39,9 @@ def _named(names: tuple[str, ...], distances: np.ndarray) -> list[Measurement]:
 
 def _cut_out(ink: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Ink (B, F, H, W) around centres (B, F, 2), averaged over frames and drawn on 8x8 cells: (B, 64), unit norm."""
+    import torch
+    import torch.nn.functional as F
+
     pixels = (np.arange(CROP, dtype=np.float32) + 0.5 - CROP / 2)[None, None]
     x = (centres[..., :1] + pixels) / (ink.shape[-1] / 2) - 1
     y = (centres[..., 1:] + pixels) / (ink.shape[-2] / 2) - 1
@@ -60,8 +64,10 @@ def _centres(ink: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _templates() -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+def _templates() -> tuple["torch.Tensor", np.ndarray, np.ndarray]:
     """Training scans as cut-outs, their digits, and each digit's mean offset of the box's centre from the ink's."""
+    import torch
+
     scans, digits = world.train_scans()
     sample = {"colour": "red", "background": "black", "start": "centre", "end": "centre"}
     clips = world.render([sample] * len(scans), scans, 0, slice(0, 1))
@@ -74,6 +80,9 @@ def _templates() -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
 
 def _ink(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frames (B, F, H, W, 3) -> ink 0..1 (B, F, H, W), background colour (B, 3), ink colour (B, 3)."""
+    import torch
+    import torch.nn.functional as F
+
     border = np.concatenate(
         [clips[:, :, 0], clips[:, :, -1], clips[:, :, :, 0], clips[:, :, :, -1]], axis=2
     )  # (B, F, 4*SIZE, 3)
@@ -99,6 +108,8 @@ def measure(frames: np.ndarray) -> list[dict[str, Measurement]]:
 
 
 def _measure(clips: np.ndarray) -> list[dict[str, Measurement]]:
+    import torch
+
     ink, ground, colour = _ink(clips)
     centres = _centres(ink)
     visible = (ink.sum((2, 3)) > 4.0).all(1)
@@ -109,7 +120,6 @@ def _measure(clips: np.ndarray) -> list[dict[str, Measurement]]:
     backgrounds = _named(world.ATTRIBUTES["background"], distances(ground, list(world.BACKGROUNDS.values())))
     # What the colour is relative to the ground matters less than which ink it is: thin strokes are mixed with ground.
     colours = _named(world.ATTRIBUTES["colour"], distances(colour, list(world.COLOURS.values())))
-
     templates, labels, offsets = _templates()
     distances_to_scans = torch.cdist(torch.from_numpy(_cut_out(ink, centres)).double(), templates)
     gaps, neighbours = (found.numpy() for found in distances_to_scans.topk(NEIGHBOURS, largest=False))
@@ -118,7 +128,6 @@ def _measure(clips: np.ndarray) -> list[dict[str, Measurement]]:
         votes[:, digit] = ((labels[neighbours] == digit) / np.maximum(gaps, 1e-3)).sum(1)
     votes /= votes.sum(1, keepdims=True)
     digits = [Measurement(world.DIGITS[row.argmax()], float(row.max())) for row in votes]
-
     # A straight line through the path is steadier than its two ends; the box's centre is what the places are about.
     times = np.linspace(-0.5, 0.5, clips.shape[1], dtype=np.float32)
     slope = (centres * times[None, :, None]).sum(1) / (times**2).sum()

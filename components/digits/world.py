@@ -10,8 +10,6 @@ from functools import cache
 from importlib import metadata
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from univigu.errors import BadInputError
 
@@ -140,6 +138,9 @@ def render(attributes: list[dict[str, str]], scans: np.ndarray, seed: int, frame
     The digit moves at constant speed with sub-pixel placement; each clip is shifted by up to one pixel (from `seed`).
     `frames` draws only some of the frames, which are the same pixels as in the whole clip.
     """
+    import torch
+    import torch.nn.functional as F
+
     count = len(attributes)
     rng = np.random.default_rng(seed)
     shift = rng.uniform(-JITTER, JITTER, (count, 2)).astype(np.float32)

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from components.digits import measure as first_world
 from components.digits import world
@@ -112,6 +110,9 @@ def _follow(ink: np.ndarray, colour: str, sure: float) -> Facts:
 
 def _read_digit(ink: np.ndarray, centres: np.ndarray, whole: np.ndarray) -> Measurement:
     """The vote of the nearest training scans, on frames in which the digit is whole."""
+    import torch
+    import torch.nn.functional as F
+
     if not whole.any():
         return Measurement(world.DIGITS[0], 0.0)
     scale = world.DIGIT_SIZE / scenes.DIGIT_SIZE

@@ -11,8 +11,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from components.digits import world
 
@@ -239,6 +237,9 @@ def draw_scans(scenes: Sequence[Scene], source: tuple[np.ndarray, np.ndarray], s
 
 def render(scenes: Sequence[Scene], scans: np.ndarray, seed: int, frames: slice = slice(None)) -> np.ndarray:
     """Render clips: scenes (B), scans (B, 2, 8, 8) with values 0..16 -> uint8 (B, F, H, W, 3), as `world.render`."""
+    import torch
+    import torch.nn.functional as F
+
     count, size = len(scenes), world.SIZE
     rng = np.random.default_rng(seed)
     shift = rng.uniform(-JITTER, JITTER, (count, 2, 1, 2)).astype(np.float32)
