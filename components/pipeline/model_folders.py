@@ -1,8 +1,7 @@
 """Keeps on disk what transformers finds in the source files of its models whenever it is imported.
 
 It reads them all, 1,700 in version 5.23, to learn which names each one exports. A process that finds them unchanged
-takes what an earlier one found; otherwise it reads them and keeps the result. Whatever is wrong with the kept file, or
-with its folder, costs only the time.
+takes what an earlier one found; otherwise it reads them and keeps the result.
 """
 
 import functools
@@ -15,11 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from univigu.files import replaced
+from univigu.user_cache import keep, read_kept
 
 Exports: TypeAlias = dict[Any, Any]  # of a folder, nested: by subfolder, or by required backends and module
-_LARGEST = 16 * 2**20  # bytes of the kept file; 0.2 MB in version 5.23
-_FAULTS = (OSError, ValueError, TypeError, AttributeError, RecursionError)  # of a kept file, or of another structure
+_FAULTS = (ValueError, TypeError, AttributeError, RecursionError)  # of a kept file, or of another structure
 
 
 def remember(read: Callable[[Any], Exports], package: Path, version: str) -> Callable[[Any], Exports]:
@@ -45,20 +43,19 @@ def remember(read: Callable[[Any], Exports], package: Path, version: str) -> Cal
 
 
 def _find(read: Callable[[Any], Exports], models: Path, version: str) -> Exports:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # no home
-        return read(models)
-    place = hashlib.sha256(os.fsencode(models)).hexdigest()[:16]
-    kept = Path(cache) / "univigu" / f"transformers-{place}.json"
+    name = f"transformers-{hashlib.sha256(os.fsencode(models)).hexdigest()[:16]}.json"
     try:
         stamp = _stamp(models, version)
     except OSError:
         return read(models)
     with suppress(*_FAULTS):
-        return _read_kept(kept, stamp)
+        if kept := read_kept(name, stamp):
+            return _decoded(json.loads(kept))
     found = read(models)
     with suppress(*_FAULTS):
-        _keep(kept, stamp, found)
+        content = json.dumps(_encoded(found), separators=(",", ":")).encode()
+        if _decoded(json.loads(content)) == found:  # otherwise transformers describes its models in another way
+            keep(name, stamp, content)
     return found
 
 
@@ -81,31 +78,6 @@ def _list_files(folder: str, lines: list[str]) -> None:
             else:
                 facts = entry.stat()
                 lines.append(f"{facts.st_size} {facts.st_mtime_ns}")
-
-
-def _read_kept(kept: Path, stamp: bytes) -> Exports:
-    """Raises `OSError` or `ValueError` where nothing is kept, or for other sources, or damaged."""
-    if not kept.is_file():  # opening a pipe would wait
-        raise ValueError(f"{kept} is no file")
-    with kept.open("rb") as stream:
-        digest, _, content = stream.read(_LARGEST).partition(b"\n")
-    if digest != _digest(stamp, content):
-        raise ValueError(f"{kept} is damaged or of other sources")
-    return _decoded(json.loads(content))
-
-
-def _keep(kept: Path, stamp: bytes, found: Exports) -> None:
-    """Raises an error where `found` can't be kept as it is, or the file can't be written."""
-    content = json.dumps(_encoded(found), separators=(",", ":")).encode()
-    if _decoded(json.loads(content)) != found:
-        raise ValueError("transformers describes its models in another way")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(kept) as stream:
-        stream.write(_digest(stamp, content) + b"\n" + content)
-
-
-def _digest(stamp: bytes, content: bytes) -> bytes:
-    return hashlib.sha256(stamp + content).hexdigest().encode()
 
 
 def _encoded(exports: Exports) -> list[Any]:

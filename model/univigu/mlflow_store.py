@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from univigu.errors import BadInputError, CorruptDataError, TransientError, UniViGUError, storage_fault
 from univigu.extras import import_extra
 from univigu.files import sync
+from univigu.user_cache import keep, read_kept
 
 Uri = str | None
 
@@ -23,6 +25,7 @@ _QUIET = {  # no telemetry, no pickles, nothing taken from the current folder
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # would add a uv.lock from the current folder to the model
 }
+_TABLES = "mlflow-tables.db"
 _SILENT = ("mlflow.store.db.utils", "sqlalchemy.pool")  # they log a traceback for every exception that they raise
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _SECRET_NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|(?:API|ACCESS)_?KEY", re.I)
@@ -133,7 +136,7 @@ def make_database(uri: str) -> None:
     """Create the SQLite database of `uri` atomically, if there is none.
 
     MLflow creates its tables in some 50 migrations, and can't use a database whose migrations were interrupted. So they
-    run in a temporary file, which is renamed when it is complete.
+    run in a temporary file, which is renamed when it is complete. The empty tables are kept for the user's next ones.
     """
     path = database_file(uri)
     if path is None:
@@ -166,9 +169,24 @@ def _is_made(path: Path) -> bool:
 def _migrate(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from mlflow.tracking._tracking_service.utils import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.version import VERSION
 
+    stamp = f"MLflow {VERSION}".encode()
+    if tables := read_kept(_TABLES, stamp):
+        path.write_bytes(tables)
     store = SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
     store.engine.dispose()
+    if not tables:
+        keep(_TABLES, stamp, _empty_tables(path))
+
+
+def _empty_tables(path: Path) -> bytes:
+    """A new database without MLflow's default experiment, whose folder depends on where it was created."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(path, folder))
+        with closing(sqlite3.connect(copy)) as database, database:
+            database.execute("DELETE FROM experiments")
+        return copy.read_bytes()
 
 
 def _remove_database(path: Path) -> None:

@@ -33,6 +33,7 @@ from components.pipeline.tables import write_table
 from components.tracking import open_tracking, tracking_uri
 from local_server import Answering, LocalServer, serving
 from univigu import registry
+from univigu.mlflow_store import make_database
 from univigu.training.data import write_empty_prompt, write_latents
 from univigu.video import encode_mp4
 
@@ -252,6 +253,7 @@ class MlflowServer:
         self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}"]
         self.command += ["--artifacts-destination", str(folder), *arguments]
         self.environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
+        make_database(f"sqlite:///{folder / 'store.db'}")
         self.start()
 
     def start(self):

@@ -6,14 +6,16 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import mlflow.exceptions
 import pytest
 import requests
 import sqlalchemy.exc
+from mlflow.store.db import utils
 
 from univigu.errors import BadInputError, CorruptDataError, DiskFullError, TransientError
-from univigu.mlflow_store import opened, short_timeouts, store_error, without_password, without_secrets
+from univigu.mlflow_store import make_database, opened, short_timeouts, store_error, without_password, without_secrets
 
 SERVER = "http://ann:s3cret@host:5000"
 
@@ -104,13 +106,39 @@ make_database(sys.argv[1])
 
 
 @pytest.mark.slow
-def test_a_database_is_created_completely_after_a_kill(tmp_path):
+def test_a_database_is_created_completely_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "nowhere")  # a relative path is ignored: the migrations run
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert subprocess.run([sys.executable, "-c", KILLED, uri]).returncode == -signal.SIGKILL
     assert not (tmp_path / "mlflow.db").exists()
     with opened(uri):
         assert mlflow.MlflowClient().search_registered_models() == []
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def rows(path):
+    """The schema of a database, and its rows without times."""
+    with closing(sqlite3.connect(path)) as database:
+        schema = sorted(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall(), key=str)
+        experiments = database.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
+        return schema, experiments, database.execute("SELECT * FROM alembic_version").fetchall()
+
+
+def test_the_next_database_is_the_same_without_migrations(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = []
+    migrate = utils._upgrade_db
+    monkeypatch.setattr(utils, "_upgrade_db", lambda engine: asked.append(engine) or migrate(engine))
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        make_database(f"sqlite:///{tmp_path / name / 'mlflow.db'}")
+        found.append(rows(tmp_path / name / "mlflow.db"))
+        assert found[-1][1] == [(0, "Default", str(tmp_path / name / "mlruns/0"))]
+    assert len(asked) == 1
+    assert found[0][0] == found[1][0]
+    assert found[0][2] == found[1][2]
 
 
 def test_a_file_that_is_no_database_is_reported_and_kept(tmp_path):
