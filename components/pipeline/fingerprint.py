@@ -9,7 +9,10 @@ Code that runs steps without deciding what they write is left out (`MACHINERY`).
 represents it in every key, and is raised when the engine changes what an output contains.
 """
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,7 @@ from components.pipeline.syntax import AT_IMPORT, PACKAGES, Body, find_source, r
 from univigu.files import file_sha256
 
 FORMAT = 1
-MACHINERY = (
+MACHINERY = {
     "components.pipeline",  # runs steps
     "components.settings",  # types the parameters; the values are in the recipe
     "components.tracking",  # logs them
@@ -37,7 +40,7 @@ MACHINERY = (
     "univigu.training.previews",  # what it shows while it runs
     "components.training.previews",
     "components.training.train_stage:check_memory",
-)
+}
 _DIGITS = 16  # kept of each digest: a manifest lists hundreds
 
 
@@ -55,7 +58,7 @@ def fingerprint(entries: Iterable[str], chosen: Mapping[str, Collection[str]] | 
     count (without suffix) in addition to those that code names; of other folders all files count. The digests identify
     what the code does; the keys say where it is, for people. Raises `LookupError` for an unknown entry.
     """
-    read_source.cache_clear()
+    _forget()
     found: dict[str, str] = {}
     waiting = {_entry(entry) for entry in entries}
     packages = (*PACKAGES, *(entry.module.partition(".")[0] for entry in waiting))
@@ -79,7 +82,7 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
 
     entries: the functions to start from instead of the step's own, for the fingerprint of a part of the step.
     """
-    read_source.cache_clear()
+    _forget()
     carried = [module for package in stage.carries for module in modules_of(package)]
     entries = [*(entries or (stage.function, *carried))]
     chosen: dict[str, list[str]] = {}
@@ -94,6 +97,13 @@ def stage_code(stage: Stage, profile: Mapping[str, Any], entries: Sequence[str] 
         else:
             chosen[module.rpartition(".")[2]] = names
     return {name: digest[:_DIGITS] for name, digest in fingerprint(entries, chosen).items()}
+
+
+def _forget() -> None:
+    """Look at the files again: they may have changed since the last fingerprint."""
+    read_source.cache_clear()
+    _names_in.cache_clear()
+    _meaning.cache_clear()
 
 
 def modules_of(package: str) -> list[str]:
@@ -162,14 +172,13 @@ def _is_ours(target: str, packages: Collection[str]) -> bool:
 def _expand(wanted: Definition, packages: Collection[str]) -> Iterator[Definition]:
     """The definitions that a name refers to, and the code that importing their module runs, without `MACHINERY`."""
     module, name = wanted
-    if any(f"{module}:{name}" == one or f"{module}.".startswith(f"{one}.") for one in MACHINERY):
+    parents = _parents(module)
+    if f"{module}:{name}" in MACHINERY or not MACHINERY.isdisjoint(parents):
         return
     source = read_source(module)
     if source is None:
         raise LookupError(f"there is no module '{module}' in the project")
-    parents = module.split(".")
-    for count in range(1, len(parents) + 1):
-        one = ".".join(parents[:count])
+    for one in parents:
         if (known := read_source(one)) and AT_IMPORT in known.bodies:
             yield Definition(one, AT_IMPORT)
     if name is None:
@@ -183,6 +192,12 @@ def _expand(wanted: Definition, packages: Collection[str]) -> Iterator[Definitio
         yield from _expand(Definition(source.exports[name], name), packages)
     elif not name.startswith("__"):
         raise LookupError(f"'{module}' has no '{name}'")
+
+
+@cache
+def _parents(module: str) -> tuple[str, ...]:
+    """The packages that a module is in, from the outermost, and the module itself."""
+    return tuple(accumulate(module.split("."), "{}.{}".format))
 
 
 def _uses(one: Definition, packages: Collection[str]) -> dict[str, Definition | str]:
@@ -212,6 +227,7 @@ def _follow(chain: Sequence[str], target: str, packages: Collection[str]) -> tup
     return used, _entry(target)
 
 
+@cache
 def _meaning(target: Definition | str, packages: Collection[str]) -> Any:
     """The digests of what a name refers to; they don't depend on where it is. Empty for a whole module."""
     if isinstance(target, str):
@@ -233,13 +249,19 @@ def _data_files(
         return
     top = find_source(package).path.parent
     folders = dict.fromkeys((find_source(one.module).path.parent, top))
-    for path in (folder / text for text in _body(one).texts for folder in folders):
+    named = ((folder, text) for text in _body(one).texts for folder in folders)
+    for path in (folder / text for folder, text in named if text.partition("/")[0] in _names_in(folder)):
         if path.is_file() and path.suffix != ".py":
             yield f"{package}/{path.relative_to(top).as_posix()}", path
         elif path.is_dir() and path != top and path.name != "__pycache__" and not any(path.glob("*.py")):
             for file in tree_files(path):
                 if path.name not in chosen or file.stem in {*chosen[path.name], *texts}:
                     yield f"{package}/{file.relative_to(top).as_posix()}", file
+
+
+@cache
+def _names_in(folder: Path) -> frozenset[str]:
+    return frozenset(os.listdir(folder))
 
 
 def _content_digest(path: Path) -> str:
