@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 from components.cli import edits
 from components.cli.main import app
 from components.cli.studio import clips
-from components.cli.studio.data_page import DataPage
 from components.cli.studio.work import Studio
 from components.pipeline.runner import run_stage
 from components.pipeline.stages import EDITS
@@ -117,6 +116,8 @@ def test_what_the_gate_would_reject_is_not_written(root, profile, caption):
 
 @pytest.mark.slow
 def test_of_two_tabs_that_edit_the_same_caption_the_second_is_told_and_opens_what_the_first_wrote(root, caption):
+    from components.cli.studio.data_page import DataPage  # with Gradio, which takes two seconds
+
     page, query = DataPage(Studio(root, "uni-vigu", root / "cache", "smoke")), ("", 0, "", "", "", "", 1)
     texts = [caption.replace(" ", " " * spaces, 1) for spaces in (2, 3)]
     tabs = [page.open(KEPT)[1] for _ in texts]
