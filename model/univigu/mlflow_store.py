@@ -25,7 +25,7 @@ _QUIET = {  # no telemetry, no pickles, nothing taken from the current folder
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # would add a uv.lock from the current folder to the model
 }
-_TABLES = "mlflow-tables.db"
+_TABLES = "mlflow-tables.db"  # in the user's cache
 _SILENT = ("mlflow.store.db.utils", "sqlalchemy.pool")  # they log a traceback for every exception that they raise
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _SECRET_NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|(?:API|ACCESS)_?KEY", re.I)
@@ -177,7 +177,8 @@ def _migrate(path: Path) -> None:
     store = SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
     store.engine.dispose()
     if not tables:
-        keep(_TABLES, stamp, _empty_tables(path))
+        with suppress(OSError, sqlite3.Error):  # of the copy; the database is complete
+            keep(_TABLES, stamp, _empty_tables(path))
 
 
 def _empty_tables(path: Path) -> bytes:

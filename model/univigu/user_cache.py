@@ -16,9 +16,9 @@ LARGEST = 16 * 2**20  # bytes of a kept file that are read
 def read_kept(name: str, stamp: bytes) -> bytes | None:
     """The bytes that `keep` kept under this name and stamp; None if there are none, or they are damaged."""
     path = _path(name)
-    if not path or not path.is_file():  # opening a pipe would wait
-        return None
     try:
+        if not path or not path.is_file():  # opening a pipe would wait
+            return None
         with path.open("rb") as stream:
             digest, _, content = stream.read(LARGEST).partition(b"\n")
     except OSError:

@@ -141,6 +141,14 @@ def test_the_next_database_is_the_same_without_migrations(tmp_path, monkeypatch)
     assert found[0][2] == found[1][2]
 
 
+def test_tables_that_can_not_be_kept_cost_no_database(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    make_database(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert rows(tmp_path / "mlflow.db")[1]
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_file_that_is_no_database_is_reported_and_kept(tmp_path):
     path = tmp_path / "mlflow.db"
     path.write_bytes(b"not a database" * 100)

@@ -37,11 +37,11 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(cache):
     assert read_kept("tables", b"1") is None
 
 
-@pytest.mark.parametrize("place", ["taken/by a file", "relative"])
+@pytest.mark.parametrize("place", ["taken/by a file", "/" + "x" * 300, "relative"])
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch, place):
     (tmp_path / "taken").write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place) if "/" in place else place)
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/{place}" if "/" in place else place)
     keep("tables", b"1", b"content")
     assert read_kept("tables", b"1") is None
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
