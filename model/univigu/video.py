@@ -276,7 +276,7 @@ def _choose_filter(frame: Any, width: int, height: int) -> str:
 class _Painter:
     """Converts the frames of one video to upright RGB pixels, and caches what is the same for all frames.
 
-    Side data is read once per video: in PyAV a frame and its side data refer to each other, which delays freeing it.
+    The orientation is read once for each rotation, Dolby Vision once per video.
     """
 
     def __init__(self, video: Video) -> None:
@@ -363,10 +363,13 @@ def _find_orientation(matrix: bytes) -> tuple[bool, bool, bool]:
 
 def _side_data(frame: Any, kind: str) -> bytes:
     """The bytes of one kind of a frame's side data; empty if it has none."""
+    from av.sidedata.sidedata import SideDataContainer
+
+    # Not frame.side_data, which the frame would keep: they refer to each other, so both wait for Python's collector.
     try:
-        found = frame.side_data
+        found = SideDataContainer(frame)
     except ValueError:  # PyAV raises for kinds that it doesn't know, such as the EXIF of a JPEG
-        found = _drop_unnamed(frame).side_data
+        found = SideDataContainer(_drop_unnamed(frame))
     return bytes(found[kind]) if kind in {data.type.name for data in found} else b""
 
 
