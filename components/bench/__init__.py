@@ -29,7 +29,7 @@ def _name(module: str) -> str:
     return module.replace("_", "-").removesuffix("-")
 
 
-def run(name: str, root: Path, **options: int) -> dict[str, Any]:
+def run(name: str, root: Path, **options: Any) -> dict[str, Any]:
     """Run a benchmark and write ``reports/bench-NAME.json`` under `root`; returns the report.
 
     options: of the benchmark, such as `videos`. Raises `ConfigError` for another benchmark or option.

@@ -50,6 +50,10 @@ def bench(
     videos: Annotated[
         int | None, typer.Option(min=1, help="Of `import`: how many videos. (default: 1000)", show_default=False)
     ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="Of `import`: copies of this mp4, in place of videos that it makes.", show_default=False),
+    ] = None,
     root: Root = Path("."),
 ) -> None:
     """Measure speed or cost against an alternative, and write reports/bench-NAME.json."""
@@ -61,7 +65,8 @@ def bench(
         print("\n".join(bench.benchmarks()))
         return
     say(f"Measuring {name}; this takes seconds to minutes.")
-    options = {} if videos is None else {"videos": videos}
+    given = {"videos": videos, "video": video}
+    options = {option: value for option, value in given.items() if value is not None}
     print(json.dumps(bench.run(name, root, **options), indent=1, ensure_ascii=False))
 
 
