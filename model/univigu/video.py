@@ -367,9 +367,9 @@ def _side_data(frame: Any, kind: str) -> bytes:
 
     # Not frame.side_data, which the frame would keep: they refer to each other, so both wait for Python's collector.
     try:
-        found = SideDataContainer(frame)
+        found = SideDataContainer(frame)  # pyrefly: ignore[bad-argument-count]
     except ValueError:  # PyAV raises for kinds that it doesn't know, such as the EXIF of a JPEG
-        found = SideDataContainer(_drop_unnamed(frame))
+        found = SideDataContainer(_drop_unnamed(frame))  # pyrefly: ignore[bad-argument-count]
     return bytes(found[kind]) if kind in {data.type.name for data in found} else b""
 
 
