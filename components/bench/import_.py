@@ -198,4 +198,7 @@ def _import(folder: Path, root: Path, profile: dict[str, Any]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_import(Path(sys.argv[1]), Path(sys.argv[2]))))
+    try:
+        print(json.dumps(run_import(Path(sys.argv[1]), Path(sys.argv[2]))))
+    except UniViGUError as error:
+        sys.exit(str(error))

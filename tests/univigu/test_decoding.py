@@ -1,5 +1,6 @@
 """The frames of a file that players show, in their order and at their times; only these can be missing."""
 
+import gc
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -278,3 +279,15 @@ def test_a_directory_or_a_pipe_is_not_opened(tmp_path):
     for name in ("pipe.mp4", "folder.mp4", "n" * 300 + ".mp4"):
         with pytest.raises(MissingInputError, match="no video file"):
             read_video(tmp_path / name)
+
+
+def test_no_frame_outlives_its_video_until_python_collects_garbage():
+    clip = encode_mp4(np.zeros((9, 32, 48, 3), np.uint8), 8)
+    gc.collect()
+    gc.disable()
+    try:
+        probe_video(clip)
+        read_video(clip)
+        assert not [one for one in gc.get_objects() if isinstance(one, av.VideoFrame)]
+    finally:
+        gc.enable()

@@ -4,7 +4,8 @@ import pytest
 from components import bench
 from components.bench import import_
 from univigu.clip_formats import encode_clip
-from univigu.errors import BadInputError, ConfigError, MissingInputError, VideoError
+from univigu.errors import BadInputError, ConfigError, MissingInputError, UniViGUError, VideoError
+from univigu.video import encode_mp4
 
 
 @pytest.mark.slow
@@ -30,6 +31,13 @@ def test_copies_of_ones_own_video_are_imported_in_place_of_made_ones(tmp_path):
     assert (report["videos"], report["clips"]) == ({"used": 20, "of": 20, "because": {}}, 20)
     assert report["kilobytes"] == round((tmp_path / "own.mp4").stat().st_size / 1000)
     assert (tmp_path / "reports/bench-import.json").exists()
+
+
+def test_an_import_that_uses_none_of_the_videos_says_why_in_one_sentence(tmp_path):
+    (tmp_path / "wide.mp4").write_bytes(encode_mp4(np.zeros((20, 32, 192, 3), np.uint8), 8))
+    with pytest.raises(UniViGUError, match=r"rejected 1 of 1 rows.*aspect") as refused:
+        bench.run("import", tmp_path, videos=1, video=tmp_path / "wide.mp4")
+    assert "Traceback" not in str(refused.value)
 
 
 def test_a_video_that_can_not_be_copied_is_refused_before_anything_is_measured(tmp_path):
