@@ -26,6 +26,7 @@ from components.pipeline.model_folders import remember
 _CLOUDS = ("google.cloud", "google.auth", "google.api_core", "google.oauth2", "boto3", "botocore")
 _COMPILER = "torch._dynamo"
 _FOLDERS = "create_import_structure_from_path"  # of transformers
+_SHARDED, _STORAGE = "torch.distributed.tensor", ("get_torch_storage_id", "get_torch_storage_size")
 _TRACING, _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op", "TransformGetItemToIndex"  # used by transformers
 
 
@@ -56,6 +57,7 @@ def import_models() -> None:
         import diffusers.pipelines.pipeline_utils  # noqa: F401
 
         import univigu.transformer  # noqa: F401
+    _save_whole_tensors()
 
 
 def import_training() -> None:
@@ -174,6 +176,28 @@ def _leave_empty_tensors() -> None:
         return tensor if tensor.is_meta else draw(tensor, *args, **options)
 
     initial.normal_ = draw_into
+
+
+def _save_whole_tensors() -> None:
+    """Look for sharded tensors among weights to save only where their package is imported already.
+
+    huggingface_hub imports it, and with it sympy, to ask whether a weight is one (2.4, serialization/_torch.py).
+    """
+    from huggingface_hub.serialization import _torch as saving
+
+    for name in _STORAGE if _Process.is_command else ():
+        ask = vars(saving)[name]
+        if not hasattr(ask, "__wrapped__"):
+            vars(saving)[name] = _without_sharded(ask)
+
+
+def _without_sharded(ask: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(ask)
+    def ask_whole(tensor: Any) -> Any:
+        with without(_SHARDED, importers=()):
+            return ask(tensor)
+
+    return ask_whole
 
 
 def _postpone_compiler() -> None:

@@ -19,7 +19,7 @@ from univigu.errors import BadInputError, ConfigError
 from univigu.objective import mean_text_losses, predict_joint, predict_prefix, video_losses
 from univigu.sequence_parallel import SequenceGroup
 from univigu.tasks import TASKS, ObjectiveConfig, Samples
-from univigu.training.meta_tensors import LiveBytes, recomputed, without_data
+from univigu.training.meta_tensors import LiveBytes, recomputed, without_data, without_weights
 from univigu.transformer import UniViGUTransformer3DModel
 from univigu.wan import latent_channels
 
@@ -313,7 +313,7 @@ def build_model(
 
 @cache
 def _parameters(key: str, depth: int) -> int:
-    with torch.device("meta"):
+    with without_weights():
         return sum(parameter.numel() for parameter in build_model(json.loads(key), depth, torch.float32).parameters())
 
 

@@ -65,9 +65,10 @@ def needed_by_task(
 def count_trainable(transformer: Mapping[str, Any], config: TrainingConfig) -> int:
     """The number of trained parameters, adapters included, of a model with the config `transformer`."""
     from univigu.training.adapters import choose_trainable
+    from univigu.training.meta_tensors import without_weights
     from univigu.transformer import UniViGUTransformer3DModel
 
-    with torch.device("meta"):
+    with without_weights():
         model = UniViGUTransformer3DModel.from_config(transformer)
         choose_trainable(model, config.freeze, config.lora, config.seed)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -22,6 +22,28 @@ def without_data() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within the block, models are built to count their weights: these have shapes and no memory, and nothing is drawn.
+
+    Only a constructor's small tables and what it would draw are tensors of zeros or numbers on the CPU: for arithmetic
+    on tensors without memory, torch imports sympy, which takes longer than all else that counting does.
+    """
+    with torch.device("meta"), _SmallOnes():
+        yield
+
+
+class _SmallOnes(TorchFunctionMode):
+    """Tensors of positions are made on the CPU, and zeros there in place of random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.arange, torch.randn):
+            kwargs.setdefault("device", "cpu")
+            return func(*args, **kwargs) if func is torch.arange else torch.zeros(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
 def recomputed(module: nn.Module, *arguments: Any) -> Any:
     """Run a block whose activations are recomputed for the backward pass, in which no mode for functions is active."""
     contexts = nullcontext(), _FusedAttention()

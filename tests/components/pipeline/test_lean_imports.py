@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 import transformers.models
+from safetensors.torch import load_file
 
 REPO = Path(__file__).parents[3]
 SCRIPT = """
@@ -27,6 +28,25 @@ import transformers.models
 from transformers.utils import import_utils
 print(len({*transformers.__all__, *transformers.models.__all__}))
 print(import_utils.create_import_structure_from_path.cache_info().maxsize)
+"""
+
+
+TRAINING = """
+import json, sys
+from pathlib import Path
+
+from components.pipeline.lean_imports import import_training, start_command
+
+start_command()
+import_training()
+
+from univigu.pipeline import UniViGUPipeline
+from univigu.training.memory import parameter_count
+
+folder = Path(sys.argv[1])
+count = parameter_count(json.loads((folder / "transformer/config.json").read_text()))
+UniViGUPipeline.from_pretrained(folder).save_pretrained(sys.argv[2])
+print(count, "sympy" in sys.modules)
 """
 
 
@@ -107,6 +127,13 @@ def test_a_command_loads_a_model_without_packages_that_it_does_not_need(speaking
     assert packages == []
     assert int(names) == len({*transformers.__all__, *transformers.models.__all__})
     assert remembered == "None"  # folders without limit
+
+
+@pytest.mark.slow
+def test_a_training_command_counts_and_saves_weights_without_sympy(speaking_model, tmp_path):
+    *_, count, imported = output(TRAINING, speaking_model, tmp_path / "copy")
+    saved = load_file(tmp_path / "copy/transformer/diffusion_pytorch_model.safetensors").values()
+    assert (int(count), imported) == (sum(weight.numel() for weight in saved), "False")
 
 
 @pytest.mark.slow
