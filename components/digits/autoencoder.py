@@ -1,7 +1,8 @@
 """The base's video autoencoder: diffusers' `AutoencoderKLWan`, trained on the world's clips.
 
 Single frames first: a causal autoencoder codes the first frame alone, which is cheap and already teaches the digits.
-Then whole clips, with every temporal kernel starting as "look at the present only".
+Then whole clips, with every temporal kernel starting as "look at the present only". A world may start from another
+world's autoencoder (`AutoencoderConfig.start`), which has learnt edges and movement already: clips only, then.
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +18,17 @@ from components.digits import world
 from components.digits.training import Fit, train
 from components.digits.worlds import DIGITS, World
 from components.pipeline.progress import progress
+from univigu.errors import ConfigError, MissingInputError
 
 
 @dataclass
 class AutoencoderConfig:
-    """Sizes of the autoencoder (names are `AutoencoderKLWan`'s) and its two rounds of training."""
+    """Sizes of the autoencoder (names are `AutoencoderKLWan`'s) and its two rounds of training.
 
+    With `start`, the folder of a base whose autoencoder has these sizes, its weights take the place of the first round.
+    """
+
+    start: str | None = None
     base_dim: int = 32
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
     num_res_blocks: int = 1
@@ -64,6 +70,21 @@ def build(config: AutoencoderConfig) -> AutoencoderKLWan:
                 weight.zero_()
                 layer.time_conv.bias.zero_()
                 weight[:, :, 2, 0, 0] = torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1)
+    return vae
+
+
+def load(config: AutoencoderConfig, folder: Path) -> AutoencoderKLWan:
+    """The autoencoder of the base in `folder`, to start from; its weights are in fp32.
+
+    Raises `MissingInputError` if the folder has none, `ConfigError` if its sizes are others than `config`'s.
+    """
+    if not (folder / "vae" / "config.json").exists():
+        raise MissingInputError(f"There is no autoencoder in {folder}/vae; correct autoencoder.start, or leave it out.")
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    for name in ("base_dim", "dim_mult", "num_res_blocks", "z_dim", "patch_size"):
+        found, wanted = vae.config[name], getattr(config, name)
+        if found != wanted:
+            raise ConfigError(f"{folder}/vae has {name} {found}, the settings {wanted}; a start needs the same sizes.")
     return vae
 
 
@@ -162,7 +183,7 @@ def fit_autoencoder(
         return {"psnr": psnr(frames, rebuilt)}
 
     logs = {}
-    if not (work / "autoencoder-clips.safetensors").exists():
+    if not config.start and not (work / "autoencoder-clips.safetensors").exists():
         path = work / "autoencoder-frames.safetensors"
         logs["frames"] = train("frames", vae, frames_at, config.frames, path, lambda _: report(held_out[:, 4:5]))
     path = work / "autoencoder-clips.safetensors"

@@ -130,7 +130,8 @@ def pretrain(
     tokenizer = build_tokenizer(texts, config.generator.max_sequence_length * 2)
     if "autoencoder" in phases:
         torch.manual_seed(config.seed)
-        vae = vae_training.build(config.autoencoder)
+        start = config.autoencoder.start
+        vae = vae_training.load(config.autoencoder, Path(start)) if start else vae_training.build(config.autoencoder)
         vae_training.fit_autoencoder(vae, config.autoencoder, work, config.seed, kind)
         vae.half().save_pretrained(work / "vae")
     if "recogniser" in phases:

@@ -1,11 +1,12 @@
 """Pretraining: resumable loops, an autoencoder that is diffusers' own function, and a bundle that WanPipeline loads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
@@ -117,6 +118,30 @@ def test_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp
         run(tmp_path / "stopped.safetensors", 7)
     assert load_tensors(tmp_path / "stopped.safetensors")[1]["step"] == 7
     assert torch.equal(run(tmp_path / "stopped.safetensors", None), whole)
+
+
+@pytest.mark.slow
+def test_a_world_may_start_from_the_autoencoder_of_another(small, tmp_path):
+    folder, config = small
+    frames = autoencoder.draw_clips(4, 0)[0]
+    start = autoencoder.load(config.autoencoder, folder / "out")
+    learnt = replace(config.autoencoder, start=str(folder / "out"), clips=replace(config.autoencoder.clips, lr=0.0))
+    pretrain.pretrain(
+        tmp_path / "out", tmp_path, replace(config, world="stories", autoencoder=learnt), ("autoencoder",)
+    )
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "vae", torch_dtype=torch.float32)
+    video = autoencoder.to_tensor(frames)
+    assert torch.allclose(autoencoder.encode(vae, video).mode(), autoencoder.encode(start, video).mode(), atol=1e-2)
+    assert vae.config.latents_mean != start.config.latents_mean  # of clips of the new world
+    assert not (tmp_path / "autoencoder-frames.safetensors").exists()
+
+
+def test_a_start_without_an_autoencoder_or_of_other_sizes_is_refused(small, tmp_path):
+    folder, config = small
+    with pytest.raises(MissingInputError, match=r"There is no autoencoder in .*correct autoencoder\.start"):
+        autoencoder.load(config.autoencoder, tmp_path)
+    with pytest.raises(ConfigError, match="has base_dim 8, the settings 16"):
+        autoencoder.load(replace(config.autoencoder, base_dim=16), folder / "out")
 
 
 def test_autoencoding_in_one_piece_is_what_diffusers_does_in_chunks():
